@@ -1,0 +1,382 @@
+"""Rows in, token batches out: loading, chat templates, ids, packing, balancing over ranks.
+
+A *row* is a dict in LUFFY's schema (the columns of `Elliott/Openr1-Math-46k-8192`):
+
+    data_source   str
+    prompt        [{role, content}, ...]                   system and user turns
+    target        [{role: "assistant", content}] or str    the teacher's trace (only where a method needs one)
+    reward_model  {"style": "rule", "ground_truth": str}
+
+GSM8K's `question` / `answer` columns are understood too (see `gsm8k_row`).
+
+An *example* is a row as ids (`Example`); a *sequence* is a prompt and a response to train on; a `TokenBatch`
+is several sequences packed into one row of tokens. Nothing is padded, and no mask is ever read off a pad id:
+
+    sequences   [p p | r r r]  [p | r r]                   p prompt, r response (its last token is eos)
+    input_ids    p p   r r      p   r                      the last response token is predicted, never read
+    position_ids 0 1   2 3      0   1
+    predictors     ^   ^ ^      ^   ^                      positions whose next token is a response token  [N]
+    targets        r   r r      r   r                                                                     [N]
+    sequence       0   0 0      1   1                      which sequence each of the N tokens belongs to [N]
+"""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AttentionInterface
+
+THINK = "<think>\n"
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message names the row, the flag and the remedy; exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def load_rows(source: str, *, split: str = "train", limit: int | None = None) -> list[dict]:
+    """Rows of a local .parquet / .json / .jsonl file, of a folder of such files, or of a Hub dataset.
+
+    `split` is used for Hub names only. Raises InputError if there is no such thing or it holds no rows."""
+    import datasets
+
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in {".parquet", ".json", ".jsonl"})
+        if not files:
+            raise InputError(f"{source}: the folder holds no .parquet, .json or .jsonl file")
+    elif path.is_file():
+        files = [path]
+    elif path.suffix in {".parquet", ".json", ".jsonl"} or source.startswith((".", "/", "~")):
+        raise InputError(f"{source}: no such file or folder")
+    else:
+        try:
+            rows = datasets.load_dataset(source, split=split)
+        except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({reason})"
+            ) from error
+        return [dict(row) for row in rows.select(range(min(limit, len(rows))) if limit else range(len(rows)))]
+    rows = [row for file in files for row in itertools.islice(_read_file(file), limit)]
+    if not rows:
+        raise InputError(f"{source}: no rows")
+    return rows[:limit] if limit else rows
+
+
+def _read_file(path: Path):
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise InputError(f"{path}: not a readable parquet file ({error})") from error
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json" and text.lstrip().startswith("["):
+            yield from json.loads(text)
+            return
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON in UTF-8 ({error})") from error
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+
+
+def gsm8k_row(row: dict) -> dict:
+    """GSM8K's {question, answer: "reasoning #### 18"} in LUFFY's schema; the reasoning becomes the trace."""
+    reasoning, _, gold = row["answer"].rpartition("####")
+    gold = gold.strip().replace(",", "")
+    instruction = "Please reason step by step, and put your final answer within \\boxed{}."
+    return {
+        "data_source": "gsm8k",
+        "prompt": [{"role": "user", "content": f"{row['question']}\n\n{instruction}"}],
+        "target": [{"role": "assistant", "content": f"{THINK}{reasoning.strip()}\n</think>\n\n\\boxed{{{gold}}}"}],
+        "reward_model": {"style": "rule", "ground_truth": gold},
+    }
+
+
+# ------------------------------------------------------------------------------------------------ examples
+
+
+@dataclass
+class Example:
+    """One question as ids. `trace` is the teacher's response, eos included; None where the row has none."""
+
+    prompt: list[int]
+    trace: list[int] | None
+    gold: str
+    source: str
+    index: int  # row number in the data, for messages and for random streams
+    text: str  # the rendered prompt
+
+
+def render_prompt(tokenizer, messages: list[dict], template: str | None = None) -> str:
+    """The prompt text that generation starts from. `template`: Jinja source; None takes the tokenizer's own."""
+    if template is None and not tokenizer.chat_template:
+        raise InputError(
+            "the model folder's tokenizer has no chat template: pass --chat_template FILE with a Jinja template"
+        )
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+
+
+def trace_text(prompt_text: str, trace: str) -> str:
+    """A teacher's trace as the model would have to produce it after this prompt.
+
+    `<think>\\n` belongs to the prompt where the template ends with it, and is then taken off the trace."""
+    return trace.removeprefix(THINK) if prompt_text.endswith(THINK) else trace
+
+
+def make_examples(
+    rows: list[dict],
+    tokenizer,
+    *,
+    source: str,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    traces: str = "needed",
+    empty_trace: str = "error",
+    long_trace: str = "reject",
+    template: str | None = None,
+    progress: bool = False,
+) -> tuple[list[Example], dict[str, int]]:
+    """Rows to examples, and a count of what was left out and why.
+
+    traces:       "needed" (a row must have one) or "ignored" (on-policy methods, evaluation).
+    empty_trace:  "error", "drop" the row, or "on_policy": keep the question without a teacher row.
+    long_trace:   "reject" a trace (eos included) of more than max_response_tokens, or "cut" it as the
+                  published code did, which loses the eos and the answer.
+    Raises InputError naming `source`, the row and the field."""
+    examples: list[Example] = []
+    count = {"rows": len(rows), "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0}
+    eos = tokenizer.eos_token_id
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    for start in tqdm(range(0, len(rows), 500), desc="tokenize", unit_scale=500, leave=False, disable=not progress):
+        part = []  # (index, data source, gold, prompt text, trace text) of 500 rows, then tokenized together
+        for index, row in enumerate(rows[start : start + 500], start):
+            origin, gold, messages, trace = read_row(row, f"{source}, row {index}", needs_trace=traces == "needed")
+            text = render_prompt(tokenizer, messages, template)
+            part.append((index, origin or source, gold, text, trace_text(text, trace)))
+        prompts = encode([text for *_, text, _ in part])
+        responses = encode([trace for *_, trace in part]) if traces == "needed" else [[]] * len(part)
+        for (index, origin, gold, text, trace), prompt, ids in zip(part, prompts, responses, strict=True):
+            if len(prompt) > max_prompt_tokens:
+                count["prompt_too_long"] += 1
+                continue
+            if traces == "needed":
+                if not trace.strip():
+                    if empty_trace == "error":
+                        raise InputError(
+                            f"{source}, row {index}: the trace ('target') is empty; remove the row or pass "
+                            "--empty_trace drop | on_policy"
+                        )
+                    count["trace_empty"] += 1
+                    if empty_trace == "drop":
+                        continue
+                    ids = []
+                elif ids[-1] != eos:
+                    ids = [*ids, eos]
+                if len(ids) > max_response_tokens:
+                    count["trace_too_long"] += 1
+                    if long_trace == "reject":
+                        continue
+                    ids = ids[:max_response_tokens]
+            examples.append(Example(prompt, ids or None, gold, origin, index, text))
+    if not examples:
+        raise InputError(
+            f"{source}: no row is left of {len(rows)} ({count['prompt_too_long']} prompts over "
+            f"--max_prompt_tokens {max_prompt_tokens}, {count['trace_too_long']} traces over "
+            f"--max_response_tokens {max_response_tokens}, {count['trace_empty']} empty traces)"
+        )
+    return examples, count | {"kept": len(examples)}
+
+
+def read_row(row: dict, where: str, *, needs_trace: bool) -> tuple[str, str, list[dict], str]:
+    """-> (data source, gold answer, prompt messages, trace text) of a row; InputError says what it lacks."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
+    if "prompt" not in row and {"question", "answer"} <= row.keys():
+        row = gsm8k_row(row)
+    for column in ("prompt", "reward_model", *(("target",) if needs_trace else ())):
+        if column not in row:
+            raise InputError(f"{where}: column '{column}' is missing (found: {', '.join(map(str, row))})")
+    try:
+        messages = [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
+        if not messages or not all(isinstance(m["content"], str) for m in messages):
+            raise TypeError("'prompt' has no turns, or a turn whose content is not text")
+        target = row.get("target") or ""  # a string, or one assistant turn
+        trace = target if isinstance(target, str) else (target[0]["content"] or "")
+        return str(row.get("data_source") or ""), str(row["reward_model"]["ground_truth"]), messages, trace
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"{where}: 'prompt' must be [{{role, content}}, ...], 'target' [{{role, content}}] or text, "
+            f"'reward_model' {{ground_truth}} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Indices of the examples of a step (0, 1, ...): epochs of a fresh permutation each, the rest dropped.
+
+    A function of its arguments alone, so that a run goes on anywhere without a saved loader. n >= batch_size."""
+    per_epoch = n // batch_size
+    epoch, position = divmod(step, per_epoch)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+# ------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass
+class Packing:
+    """Where the tokens of B packed sequences lie in a right-padded [B, L] grid; what attention needs.
+
+    slots [T]: the cell b * L + t of every packed token. Causal attention over right-padded rows needs no
+    mask: a token never sees what comes after it, and what the padding cells compute is thrown away."""
+
+    slots: torch.Tensor
+    rows: int
+    width: int
+    dense: bool  # all sequences are equally long: packed and padded are one and the same
+
+
+@dataclass
+class TokenBatch:
+    """Sequences packed into one row (see the top of this file). T tokens are read, N are predicted."""
+
+    input_ids: torch.Tensor  # [1, T]
+    position_ids: torch.Tensor  # [1, T]
+    packing: Packing
+    predictors: torch.Tensor  # [N] index into T
+    targets: torch.Tensor  # [N]
+    sequence: torch.Tensor  # [N] which sequence of the list, 0 .. B-1
+
+
+def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBatch:
+    """(prompt ids, response ids) pairs -> one packed batch. An empty list gives one token that predicts nothing,
+    so that a rank without work still takes part in every collective. Raises ValueError on an empty prompt."""
+    tokens, positions, slots, predictors, targets, owner = [], [], [], [], [], []
+    width = max((len(p) + len(r) - 1 for p, r in sequences), default=1)
+    for b, (prompt, response) in enumerate(sequences):
+        if not prompt or not response:
+            raise ValueError(f"sequence {b}: a prompt and a response of at least one token each are needed")
+        start, length = len(tokens), len(prompt) + len(response) - 1
+        tokens += prompt + response[:-1]
+        positions += range(length)
+        slots += range(b * width, b * width + length)
+        predictors += range(start + len(prompt) - 1, start + length)
+        targets += response
+        owner += [b] * len(response)
+    if not sequences:
+        tokens, positions, slots = [0], [0], [0]
+
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+    rows = max(len(sequences), 1)
+    packing = Packing(tensor(slots), rows, width, dense=len(tokens) == rows * width)
+    return TokenBatch(
+        tensor(tokens)[None], tensor(positions)[None], packing, tensor(predictors), tensor(targets), tensor(owner)
+    )
+
+
+class _ToGrid(torch.autograd.Function):
+    """[T, ...] -> [rows * width, ...], zeros where there is no token. Its transpose is a gather."""
+
+    @staticmethod
+    def forward(ctx, x, packing):
+        ctx.packing = packing
+        return x.new_zeros(packing.rows * packing.width, *x.shape[1:]).index_copy_(0, packing.slots, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.packing.slots), None
+
+
+class _FromGrid(torch.autograd.Function):
+    """[rows * width, ...] -> [T, ...]: the inverse. Plain indexing would do, but its backward accumulates."""
+
+    @staticmethod
+    def forward(ctx, x, packing):
+        ctx.packing = packing
+        return x.index_select(0, packing.slots)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cells = ctx.packing.rows * ctx.packing.width
+        return grad.new_zeros(cells, *grad.shape[1:]).index_copy_(0, ctx.packing.slots, grad), None
+
+
+def packed_attention(module, query, key, value, attention_mask, *, packing: Packing, scaling=None, **kwargs):
+    """Causal attention within each packed sequence: [1, heads, T, d] -> [1, T, heads, d], a Transformers
+    attention function. Every other layer works on the T packed tokens; only here they are laid out as rows."""
+    window = getattr(module, "sliding_window", None)
+    if window is not None and packing.width > window:
+        raise ValueError(f"sequences of {packing.width} tokens exceed the model's sliding window of {window}")
+
+    def grid(x):  # [1, heads, T, d] -> [rows, heads, width, d]
+        x = x[0].transpose(0, 1)  # [T, heads, d]
+        x = x if packing.dense else _ToGrid.apply(x, packing)
+        return x.reshape(packing.rows, packing.width, *x.shape[1:]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        grid(query), grid(key), grid(value), is_causal=True, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    out = out.transpose(1, 2).flatten(0, 1)  # [rows * width, heads, d]
+    return (out if packing.dense else _FromGrid.apply(out, packing))[None], None
+
+
+AttentionInterface.register("packed", packed_attention)  # no mask function of that name: none is made
+
+
+# ----------------------------------------------------------------------------------------------- balancing
+
+
+def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Share sequences out: plan[round][rank] = indices of the sequences of that micro-batch.
+
+    Every micro-batch holds at most max_tokens tokens (or one longer sequence) of similar lengths, ranks get
+    nearly equal numbers of tokens, and every rank has the same number of rounds: empty lists fill up.
+
+    >>> plan_micro_batches([5, 4, 4, 3, 2], ranks=2, max_tokens=9)
+    [[[0, 3], [1, 2]], [[4], []]]
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for i in by_length:  # longest first to the least loaded rank
+        rank = load.index(min(load))
+        shares[rank].append(i)
+        load[rank] += lengths[i]
+    rounds: list[list[list[int]]] = []
+    for rank, share in enumerate(shares):
+        batches: list[list[int]] = []
+        room = 0
+        for i in share:  # in order of length, so that a micro-batch's sequences are alike
+            if not batches or lengths[i] > room:
+                batches.append([])
+                room = max_tokens
+            batches[-1].append(i)
+            room -= lengths[i]
+        for r, batch in enumerate(batches):
+            if r == len(rounds):
+                rounds.append([[] for _ in range(ranks)])
+            rounds[r][rank] = batch
+    return rounds

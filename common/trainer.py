@@ -1,0 +1,516 @@
+"""What a training loop stands on: processes, sharding, optimizer, checkpoints, metrics. No algorithm is here.
+
+    world = init_world()                    one process, or the ranks that torchrun started
+    policy = load_policy(path, world)       Hugging Face model -> sharded module that returns log-probs
+    metrics = Metrics(out, args, ...)       metrics.jsonl, samples.jsonl, curves.png, progress bar
+    start = checkpoint.load(...)            goes on where the last complete checkpoint left off
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from common import data  # noqa: F401  (registers the "packed" attention)
+from common.data import InputError, TokenBatch
+from common.logprobs import linear_logprobs
+
+# ------------------------------------------------------------------------------------- command line, launch
+
+
+def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
+    """Parse argv into the dataclass `args_type` with tyro, where some flags choose the defaults of others.
+
+    `parse_args(Args, argv, preset=PRESETS, method=METHODS)`: the values of PRESETS[--preset] and then of
+    METHODS[--method] stand in for the dataclass's own defaults, and --help shows them; what is typed wins."""
+    argv = sys.argv[1:] if argv is None else argv
+    values = {field.name: field.default for field in dataclasses.fields(args_type)}
+    for flag, table in defaults.items():
+        chosen = values[flag]
+        for i, word in enumerate(argv):
+            if word == f"--{flag}" and i + 1 < len(argv):
+                chosen = argv[i + 1]
+            elif word.startswith(f"--{flag}="):
+                chosen = word.split("=", 1)[1]
+        values |= table.get(chosen, {}) | ({flag: chosen} if chosen in table else {})
+    return tyro.cli(args_type, args=argv, default=args_type(**values))
+
+
+def launch(main, args) -> None:
+    """Run main(args) as a program: an InputError is one line and exit code 2; any other error ends this rank
+    at once with its traceback, so that torchrun ends the others instead of leaving them in a collective."""
+    try:
+        main(args)
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except KeyboardInterrupt:
+        os._exit(130)
+    except BaseException:
+        rank = os.environ.get("RANK", "0")
+        print(f"[rank {rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        os._exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_size: int  # ranks on this host
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def init_world(timeout_minutes: float = 30.0) -> World:
+    """Join the ranks that torchrun started (nccl on CUDA, gloo on CPU), or be a world of one process."""
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        # torchrun gives every rank one thread unless told otherwise: share the cores out instead
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if not dist.is_initialized():
+        alone = "RANK" not in os.environ
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            **(dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}),
+        )
+    return World(dist.get_rank(), dist.get_world_size(), local_size, device)
+
+
+def gather_lists(items: list, world: World) -> list:
+    """Concatenate a list of plain objects over the ranks, in rank order, for every rank."""
+    if world.size == 1:
+        return items
+    parts: list = [None] * world.size
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
+    """Sum of a small float64 tensor over the ranks (in place)."""
+    if world.size > 1:
+        on_device = values.to(world.device)
+        dist.all_reduce(on_device)
+        values.copy_(on_device)
+    return values
+
+
+# --------------------------------------------------------------------------------------------------- policy
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward returns log-probs of the predicted tokens, never logits.
+
+    The head is applied inside forward, where FSDP2 has its weight whole."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False):
+        """-> log-probs [N], float32; with `entropy` also the entropies [N], both of softmax(logits / T)."""
+        hidden = self.lm.get_decoder()(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
+        ).last_hidden_state[0]  # [T, H]
+        hidden = hidden.index_select(0, batch.predictors)  # [N, H]
+        head = self.lm.get_output_embeddings()
+        return linear_logprobs(hidden, head.weight, batch.targets, temperature=temperature, entropy=entropy)
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False):
+    """The tokenizer of a model folder or Hub name. Raises InputError where there is none, or it has no eos."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and the hub raise many types here; all mean: no tokenizer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--model {path}: no tokenizer there ({reason})") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--model {path}: the tokenizer has no eos token; set one in tokenizer_config.json")
+    return tokenizer
+
+
+def load_policy(
+    path: str,
+    world: World,
+    *,
+    from_config: dict | None = None,
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
+    float32 reduction on CUDA). Only rank 0 reads the weights; the others receive their shards from it.
+
+    from_config: settings of a `Qwen2Config` for a model with random weights from `seed`, instead of `path`.
+    Raises InputError if there is no model at `path` or its head needs more than `hidden @ weight.T`."""
+    options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.for_model(**from_config) if from_config else AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
+        if world.main and not from_config:
+            lm = AutoModelForCausalLM.from_pretrained(path, **options)
+        else:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
+                torch.manual_seed(seed)
+                lm = AutoModelForCausalLM.from_config(config, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1.0):
+            raise InputError(f"--model {path}: config.{name} changes the logits, which is not supported")
+    head = lm.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise InputError(f"--model {path}: an output layer with a bias is not supported")
+    lm.saved_dtype = config.dtype or torch.float32  # what export writes
+    if gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return _shard(Policy(lm), world)
+
+
+def _shard(policy: Policy, world: World) -> Policy:
+    if world.size == 1 and world.device.type == "cpu":
+        return policy.train()  # nothing to shard, no precision to mix: a plain module is twice as fast
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    how = dict(
+        mesh=init_device_mesh(world.device.type, (world.size,)),
+        mp_policy=bf16 if world.device.type == "cuda" else MixedPrecisionPolicy(),
+    )
+    whole = policy.state_dict() if world.main else {}
+    buffers = dict(policy.named_buffers()) if world.main else {}
+    for layer in policy.lm.get_decoder().layers:
+        fully_shard(layer, **how)
+    fully_shard(policy, **how)
+    policy.to_empty(device=world.device)
+    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    dcp_state.set_model_state_dict(policy, whole, options=options)
+    for name, buffer in policy.named_buffers():  # such as RoPE's frequencies, which no state dict holds
+        if world.main:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, 0)
+    policy.lm.tie_weights()
+    return policy.train()
+
+
+def full_parameters(policy: Policy):
+    """Yield (name within the language model, whole tensor), one at a time, on every rank (a collective)."""
+    for name, parameter in policy.lm.named_parameters():
+        value = parameter.detach()
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
+    """Write the model as a Hugging Face folder (safetensors, in the dtype it was loaded from), or nothing."""
+    dtype = policy.lm.saved_dtype
+    # move each tensor off the device as it comes, so that no rank ever holds the whole model on the GPU
+    whole = {name: p.to("cpu", dtype) if world.main else None for name, p in full_parameters(policy)}
+    if world.main:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(policy.lm.config, dtype=dtype, attn_implementation="sdpa")
+        empty.generation_config = policy.lm.generation_config
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        empty.save_pretrained(partial, state_dict=whole)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------ optimizer
+
+
+def make_optimizer(policy: nn.Module, *, lr: float, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8):
+    """AdamW over every parameter (float32 states, sharded as the parameters are)."""
+    return torch.optim.AdamW(
+        policy.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=True
+    )
+
+
+def learning_rate(step: int, *, lr: float, steps: int, schedule: str, warmup: float = 0.0, floor=0.0) -> float:
+    """The rate of update `step` (0, 1, ...) of `steps`: linear warm-up over a share `warmup` of the updates,
+    then "constant", or "linear" / "cosine" down to `floor` times the peak. Stateless: nothing to save."""
+    ramp = math.ceil(warmup * steps)
+    if step < ramp:
+        return lr * (step + 1) / ramp
+    progress = min(1.0, (step - ramp) / max(1, steps - ramp))
+    if schedule == "constant":
+        return lr
+    shape = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return lr * (floor + (1 - floor) * shape)
+
+
+def optimizer_step(policy: nn.Module, optimizer, *, lr: float, max_grad_norm: float) -> float:
+    """Clip the global gradient norm, set the rate, step, clear. Returns the norm before clipping.
+
+    Raises FloatingPointError on a norm that is not finite; the weights are then untouched."""
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm, foreach=True)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoints:
+    """Checkpoints of a run under `folder`, each complete or absent: written beside, then renamed into place.
+
+    A checkpoint is model and optimizer (torch.distributed.checkpoint, so that another number of ranks can
+    load it) and state.json: the step, the settings that made it, and what else the algorithm keeps."""
+
+    # settings that may change between two starts of one run
+    FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "wandb", "tensorboard", "rollout"}
+
+    def __init__(self, folder: Path, args, *, keep: int = 1):
+        self.folder, self.keep = folder, keep
+        self.settings = json.loads(json.dumps(dataclasses.asdict(args)))
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return max((p for p in self.folder.glob("step-*") if p.suffix != ".partial"), default=None)
+
+    def state(self) -> dict | None:
+        """state.json of the newest checkpoint, after checking that this run may go on from it.
+
+        Raises InputError if it was made with other settings."""
+        path = self.latest()
+        if path is None:
+            return None
+        state = json.loads((path / "state.json").read_text())
+        changed = [
+            f"--{name} {was!r} there, {self.settings.get(name)!r} here"
+            for name, was in state["settings"].items()
+            if name not in self.FREE and was != self.settings.get(name)
+        ]
+        if changed:
+            raise InputError(
+                f"{path} was made with other settings ({'; '.join(changed)}): "
+                "use the same ones to go on, or another --out to start anew"
+            )
+        return state
+
+    def check_space(self, policy: nn.Module) -> None:
+        """Raise InputError if the disk cannot hold `keep` checkpoints, the one being written and the model."""
+        numbers = sum(p.numel() for p in policy.parameters())
+        need = numbers * 4 * (3 * (self.keep + 1) + 1)  # weights and two moments each, and the exported model
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise InputError(
+                f"{self.folder}: {free / 1e9:.1f} GB are free, and checkpoints and the model need "
+                f"{need / 1e9:.1f} GB: free some, choose another --out, or --save_every 0"
+            )
+
+    def load(self, policy: nn.Module, optimizer) -> None:
+        """Load model and optimizer in place, on any number of ranks."""
+        model, optim = dcp_state.get_state_dict(policy, optimizer)
+        dcp.load({"model": model, "optim": optim}, checkpoint_id=self.latest())
+        dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+
+    def save(self, step: int, policy: nn.Module, optimizer, world: World, **extra) -> None:
+        """Write the checkpoint of `step`; `extra` (plain JSON) comes back from state()."""
+        final = self.folder / f"step-{step:08d}"
+        partial = final.with_suffix(".partial")
+        if world.main:
+            for stale in self.folder.glob("*.partial"):
+                shutil.rmtree(stale)
+        dist.barrier()
+        model, optim = dcp_state.get_state_dict(policy, optimizer)
+        dcp.save({"model": model, "optim": optim}, checkpoint_id=partial)
+        if world.main:
+            with open(partial / "state.json", "w") as file:
+                json.dump({"step": step, "settings": self.settings, **extra}, file)
+            for path in [*partial.iterdir(), partial]:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            os.replace(partial, final)
+            complete = sorted(p for p in self.folder.glob("step-*") if p.suffix != ".partial")
+            for old in complete[: -self.keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+
+# -------------------------------------------------------------------------------------------------- metrics
+
+
+class Metrics:
+    """metrics.jsonl (one object a step), samples.jsonl, curves.png, a progress bar; rank 0 alone writes."""
+
+    def __init__(self, out: Path, args, world: World, *, start: int, steps: int, curves: list[list[str]]):
+        self.out, self.world, self.curves, self.start_time = out, world, curves, time.time()
+        self.sinks = []
+        if not world.main:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        self.files = {}
+        for name in ("metrics", "samples"):
+            path = out / f"{name}.jsonl"
+            # after a crash: what was logged beyond the checkpoint will be done and logged again
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
+            path.with_suffix(".partial").write_text("".join(line + "\n" for line in kept))
+            os.replace(path.with_suffix(".partial"), path)
+            self.files[name] = open(path, "a")
+        self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", dynamic_ncols=True)
+        if getattr(args, "tensorboard", False):
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out)
+            self.sinks.append(lambda step, v: [writer.add_scalar(k, x, step) for k, x in v.items()])
+        if getattr(args, "wandb", ""):
+            import wandb
+
+            run = wandb.init(project=args.wandb, name=out.name, config=dataclasses.asdict(args), dir=out)
+            self.sinks.append(lambda step, v: run.log(v, step=step))
+
+    def log(self, step: int, values: dict[str, float], show: list[str]) -> None:
+        """One row of metrics; `show` names those that the progress bar prints."""
+        if not self.world.main:
+            return
+        values = {k: v for k, v in values.items() if v is not None}
+        self._write("metrics", {"step": step, **values})
+        for sink in self.sinks:
+            sink(step, values)
+        self.bar.set_postfix({k.split("/")[-1]: f"{values[k]:.3g}" for k in show if k in values}, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        """Texts worth reading, one object a line."""
+        if self.world.main:
+            for row in rows:
+                self._write("samples", {"step": step, **row})
+
+    def _write(self, name: str, row: dict) -> None:
+        self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.files[name].flush()
+
+    def close(self) -> None:
+        """Draw curves.png and end the progress bar."""
+        if self.world.main:
+            self.bar.close()
+            for file in self.files.values():
+                file.close()
+            plot_curves({self.out.name: self.out}, self.curves, self.out / "curves.png")
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a file that a crash may have cut short."""
+    return [line for line in path.read_text().split("\n")[:-1] if line] if path.exists() else []
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The rows of a run folder's metrics.jsonl."""
+    return [json.loads(line) for line in _lines(Path(out) / "metrics.jsonl")]
+
+
+def plot_curves(runs: dict[str, Path], panels: list[list[str]], path: Path) -> None:
+    """One panel for each list of metric names, a line for each run and name, over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(3, len(panels))
+    figure, axes = plt.subplots(
+        math.ceil(len(panels) / columns), columns, figsize=(5 * columns, 3.2 * math.ceil(len(panels) / columns)),
+        squeeze=False, layout="constrained",
+    )
+    for axis, names in zip(axes.flat, panels, strict=False):
+        for label, out in runs.items():
+            rows = read_metrics(out)
+            for name in names:
+                points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+                if points:
+                    text = name if len(runs) == 1 else label if len(names) == 1 else f"{label}: {name}"
+                    axis.plot(*zip(*points, strict=True), label=text, lw=1.3, marker="." if len(points) < 30 else "")
+        axis.set_title(" and ".join(names) if len(names) < 3 else names[0].split("/")[0], fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(names) > 1 or len(runs) > 1:
+            axis.legend(fontsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class Clock:
+    """Seconds by act: `with clock("sample"): ...`, then clock.flush() -> {"seconds/sample": 1.2, ...}."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, act: str):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[act] = self.seconds.get(act, 0.0) + time.perf_counter() - start
+
+    def flush(self) -> dict[str, float]:
+        """Seconds by act since the last flush, and the whole step's."""
+        now = time.perf_counter()
+        row = {f"seconds/{act}": s for act, s in self.seconds.items()} | {"seconds/step": now - self.since}
+        self.seconds, self.since = {}, now
+        return row
+
+
+def peak_memory_gb(world: World) -> float:
+    """Peak memory of this process in GB: the GPU's on CUDA, the resident set on CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def weights_digest(policy: Policy) -> str:
+    """SHA-256 over all weights: equal for bit-equal models."""
+    digest = hashlib.sha256()
+    for name, value in full_parameters(policy):
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

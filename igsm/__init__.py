@@ -1,0 +1,9 @@
+"""iGSM: synthetic word problems of an exact difficulty, a solver that reads only their text, and a checker of
+every step of a solution. `python -m igsm --help` tells how to write data sets; docs/igsm.md explains."""
+
+from igsm.checker import Check, check_solution
+from igsm.problem import Problem, generate, problems
+from igsm.solver import solve
+from igsm.tokens import tokenizer
+
+__all__ = ["Check", "Problem", "check_solution", "generate", "problems", "solve", "tokenizer"]

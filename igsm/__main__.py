@@ -1,0 +1,160 @@
+"""`python -m igsm`: writes a file of problems with the columns that LUFFY's data has."""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from igsm.problem import problems
+from igsm.tokens import SYSTEM_PROMPT
+
+ROWS_AT_ONCE = 10_000  # of a parquet file
+
+
+@dataclass
+class Args:
+    """Synthetic word problems of an exact number of operations, with their solutions.
+
+    Each row has data_source (igsm-STYLE), prompt and target (lists of messages), ability, reward_model (its
+    ground_truth is the answer) and extra_info. The file is complete or absent: never half-written.
+
+    Training and held-out problems that share no solution template, 4 to 8 operations:
+
+        python -m igsm --n 100000 --ops 4 8 --split train --out train.parquet
+
+        python -m igsm --n 500 --ops 4 8 --split test --out test.jsonl
+
+    The same for a model of under a million parameters: letters only, numbers mod 23:
+
+        python -m igsm --n 100000 --style symbolic --modulus 23 --max_params 8 --out train.jsonl
+    """
+
+    out: Path
+    """File to write, .jsonl or .parquet; an existing one is replaced."""
+    n: int = 1000
+    """How many problems."""
+    ops: tuple[int, int] = (4, 8)
+    """Fewest and most operations of a solution. The number is exact for each problem (extra_info.ops), and the
+    smaller of two draws, so that easier problems are more frequent. `--ops 20 20` for exactly 20."""
+    seed: int = 0
+    """The same seed and settings give the same file; half of --n gives the first half of it."""
+    split: Literal["train", "test"] | None = None
+    """Problems whose solution's template hashes to this side; None for both. Train is 16 of 23 bins."""
+    style: Literal["natural", "define", "symbolic"] = "natural"
+    """natural: sentences, and a solution in sentences. define: the same question with a terse solution.
+    symbolic: equations between letters, for tiny models. The same seed gives the same problems in each."""
+    modulus: int | None = None
+    """Arithmetic mod this number (Meta's is 23), else plain integers, which can be negative."""
+    max_params: int = 20
+    """Most sentences of a question. With fewer there are fewer that the solution does not need."""
+    max_value: int = 1000
+    """Without a modulus, every number that a solution comes across is smaller in size than this."""
+    max_literal: int | None = None
+    """Numbers given in the question are 1 to this; None for 9, or modulus - 1 if there is a modulus."""
+    subgoals: bool = False
+    """Solutions write every intermediate result: 2 + (34 + 15) = 2 + 49 = 51."""
+    system_prompt: bool = False
+    """Begin each prompt with BRIDGE's system message, which explains the <think> and <answer> tags."""
+
+
+def row(problem, split, system_prompt=False):
+    """A problem as a row of a data set, with LUFFY's columns."""
+    system = [{"role": "system", "content": SYSTEM_PROMPT}] if system_prompt else []
+    return {
+        "data_source": f"igsm-{problem.style}",
+        "prompt": [*system, {"role": "user", "content": problem.question}],
+        "target": [{"role": "assistant", "content": problem.solution}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
+        "extra_info": {
+            "split": split,
+            "index": problem.index,
+            "ops": problem.ops,
+            "seed": problem.seed,
+            "template": problem.template,
+            "modulus": problem.modulus,
+        },
+    }
+
+
+def write_jsonl(path, rows):
+    with open(path, "w", encoding="utf-8") as file:
+        for one in rows:
+            file.write(json.dumps(one) + "\n")
+
+
+def write_parquet(path, rows):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    message = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+    schema = pa.schema(
+        {
+            "data_source": pa.string(),
+            "prompt": message,
+            "target": message,
+            "ability": pa.string(),
+            "reward_model": pa.struct({"style": pa.string(), "ground_truth": pa.string()}),
+            "extra_info": pa.struct(
+                {
+                    "split": pa.string(),
+                    "index": pa.int64(),
+                    "ops": pa.int64(),
+                    "seed": pa.int64(),
+                    "template": pa.string(),
+                    "modulus": pa.int64(),
+                }
+            ),
+        }
+    )
+    with parquet.ParquetWriter(path, schema) as writer:
+        batch = []
+        for one in rows:
+            batch.append(one)
+            if len(batch) == ROWS_AT_ONCE:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                batch = []
+        writer.write_table(pa.Table.from_pylist(batch, schema))
+
+
+def main(argv=None):
+    """Writes the file; returns the exit code: 2 with one line on stderr where the settings cannot be met."""
+    args = tyro.cli(Args, args=argv, prog="python -m igsm", use_underscores=True)
+    write = {".jsonl": write_jsonl, ".parquet": write_parquet}.get(args.out.suffix)
+    half = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    try:
+        if args.n < 1:
+            raise ValueError(f"--n must be 1 or more, got {args.n}")
+        if write is None:
+            raise ValueError(f"--out must end in .jsonl or .parquet, got {args.out}")
+        if not args.out.parent.is_dir():
+            raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+        if args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder")
+        settings = {
+            name: value for name, value in vars(args).items() if name not in ("out", "n", "system_prompt")
+        }
+        made = problems(args.n, **settings)
+        made = itertools.chain([next(made)], made)  # if there is no such problem, say so before anything else
+        rows = (row(problem, args.split or "all", args.system_prompt) for problem in made)
+        write(half, tqdm(rows, total=args.n, unit=" problems", desc=args.out.name))
+        os.replace(half, args.out)
+    except (ValueError, OSError) as error:
+        print(f"python -m igsm: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        with contextlib.suppress(OSError):
+            half.unlink()
+    print(f"{args.n} problems in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,464 @@
+"""A problem before it is told: which items own which, which number depends on which, and by what formula.
+
+A parameter is a number that a problem speaks of. "each Sloop's Oak Crate" is an *instance* parameter: one
+edge of the structure graph (who owns what), one sentence of the question. "each Sloop's Crate" is an
+*abstract* one: the sum over all crates, which no sentence gives and the reader has to know how to form.
+
+    structure                     dependencies (an arrow: is needed for)          ops
+                                  Oak Crate's Apple   = 5                          1
+    Sloop ---> Oak Crate          Sloop's Oak Crate   = Oak Crate's Apple          1
+      |           |               Sloop's Pine Crate  = 2 more than that           1
+      |           v               Sloop's Crate       = Oak + Pine   (abstract)    1
+      +-> Pine -> Apple           Pine Crate's Apple  = 3 times Sloop's Crate      1
+                                  Sloop's Fruit       = Oak * Apples of an Oak
+                                                      + Pine * Apples of a Pine    3  <- asked: 8 operations
+
+One operation per leaf, copy, sum, difference or product of two. The number of operations of a problem is
+exact: every parameter in its solution is needed for the answer, and their operations add up to the number
+drawn.
+
+The procedure is that of iGSM (Ye et al., arXiv 2407.20311) in the version of BRIDGE (arXiv 2505.18917), with
+faults mended (docs/igsm.md names them). Inside this file parameters are plain ints: instance parameters
+first, then abstract ones; -1 stands for a literal number among a parameter's parents.
+"""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+from igsm.vocabulary import WORLDS
+
+LITERAL = -1
+MAX_PARENTS = 4  # of an instance parameter, a literal included
+SPLIT_BINS, TRAIN_BINS = 23, 16  # templates hash to 23 bins: 0..15 are train, 16..22 test, as Meta's
+SPLIT_SALT = "igsm/"  # chosen so that the only template of one operation ("equals 5") falls to train
+
+
+class Node(NamedTuple):
+    """One parameter with its formula and value. `terms` holds indices into the problem's list of nodes.
+
+    value = [const const_op] (terms[0] sign terms[1] sign ...), where a term of two indices is their product.
+    3 times the difference of each A's B and each C's D: const 3, const_op "*", sign "-", terms ((i,), (j,)).
+    """
+
+    owner: str
+    thing: str
+    abstract: bool
+    const: int | None
+    const_op: str  # "+", "*", or "" without a const
+    sign: str  # "+" or "-"
+    terms: tuple
+    value: int
+
+    @property
+    def name(self):
+        return f"each {self.owner}'s {self.thing}"
+
+    @property
+    def parents(self):
+        return [parent for term in self.terms for parent in term]
+
+    @property
+    def ops(self):
+        return max(1, len(self.parents) + (self.const is not None) - 1)
+
+
+class Structure(NamedTuple):
+    """Who owns what. Items are numbered from the lowest layer up."""
+
+    layer_sizes: list
+    edges: list  # instance parameter -> (owner, thing)
+    abstract: list  # abstract parameter, less len(edges) -> (owner, layer of the things, level, terms)
+
+
+def draw_problem(rng, ops, split, max_params, max_value, modulus, max_literal):
+    """One problem: (nodes, how many of them the solution needs, {category: items}, template, operations).
+
+    The number of operations is drawn once; all else is redrawn until everything fits, so that what fits
+    easily does not become more frequent. Raises ValueError if nothing fits.
+    """
+    rnd = rng.random
+    lo, hi = ops
+    for _ in range(100):
+        target = min(lo + int(rnd() * (hi - lo + 1)), lo + int(rnd() * (hi - lo + 1)))
+        for _ in range(100):
+            structure = _draw_structure(rnd, target, max_params)
+            found = _draw_dependencies(rng, structure, target)
+            if found is None:
+                continue
+            order, parents = found
+            for _ in range(4):  # a new set of formulas costs less than a new graph
+                drawn = _draw_formulas(rnd, structure, order, parents, max_value, modulus, max_literal)
+                if drawn is None:
+                    continue
+                formulas, values = drawn
+                template, side = _template(formulas, order)
+                if split is None or side == split:
+                    formulas |= _draw_redundant(
+                        rnd, structure, order, parents, values, max_value, modulus, max_literal
+                    )
+                    nodes, categories = _name(rnd, structure, formulas, values)
+                    return nodes, len(order), categories, template, target
+    raise ValueError(
+        f"no problem of {lo} to {hi} operations was found with max_params={max_params}, split={split!r}, "
+        f"max_value={max_value}, modulus={modulus}, max_literal={max_literal}: too many operations for so "
+        "few parameters or so narrow a bound, or too few operations for a split of their own"
+    )
+
+
+def _draw_structure(rnd, target, max_params):
+    """Layers of items and the edges between them; every item above the lowest layer owns something."""
+    # more operations favour more layers and more items, mildly
+    wanted = (target - 1) / max(1, max_params - 1)
+    weights = [math.exp(-((wanted - position) ** 2)) for position in (0.2, 0.5, 0.8)]
+
+    def two_to_four(most=4):
+        x = rnd() * sum(weights[: most - 1])
+        for number, weight in zip((2, 3, 4), weights):
+            x -= weight
+            if x < 0 or number == most:
+                return number
+
+    layers = two_to_four(max(2, min(4, 1 + max_params // 2)))
+    a, b = two_to_four(), two_to_four()
+    narrow, wide = min(a, b, max_params // (layers - 1)), max(a, b)
+    fewest = (layers - 1) * narrow
+    room = max_params - fewest + 1
+    num_edges = min(fewest + int(rnd() * room), fewest + int(rnd() * room), (layers - 1) * wide * wide)
+
+    sizes = [narrow] * layers
+    eager = rnd()
+    while sum(sizes[1:]) < num_edges:
+        growable = [i for i in range(layers) if sizes[i] < wide]
+        enough = sum(sizes[i] * sizes[i + 1] for i in range(layers - 1)) >= num_edges
+        if not growable or (enough and rnd() >= eager):
+            break
+        sizes[growable[int(rnd() * len(growable))]] += 1
+
+    first = [0]  # number of the first item of each layer
+    for size in sizes:
+        first.append(first[-1] + size)
+    edges, seen = [], set()
+    for layer in range(1, layers):
+        for owner in range(first[layer], first[layer + 1]):
+            edge = (owner, first[layer - 1] + int(rnd() * sizes[layer - 1]))
+            edges.append(edge)
+            seen.add(edge)
+    while len(edges) < num_edges:
+        layer = 1 + int(rnd() * (layers - 1))
+        edge = (first[layer] + int(rnd() * sizes[layer]), first[layer - 1] + int(rnd() * sizes[layer - 1]))
+        if edge not in seen:
+            edges.append(edge)
+            seen.add(edge)
+
+    owned = [[] for _ in range(first[-1])]  # owner -> [(instance parameter, thing), ...]
+    for param, (owner, thing) in enumerate(edges):
+        owned[owner].append((param, thing))
+    abstract, known = [], {}  # known: (owner, layer of the things) -> parameter
+    for layer in range(1, layers):
+        for owner in range(first[layer], first[layer + 1]):
+            for below in range(layer):
+                if below == layer - 1:
+                    terms = tuple((param,) for param, _ in owned[owner])
+                else:
+                    terms = tuple((param, known[thing, below]) for param, thing in owned[owner])
+                known[owner, below] = len(edges) + len(abstract)
+                abstract.append((owner, below, layer - below, terms))
+    return Structure(sizes, edges, abstract)
+
+
+def _draw_dependencies(rng, structure, target):
+    """The parameters of the solution, leaves first and the asked one last, and what each depends on.
+
+    None if this draw led nowhere. Costs exactly `target` operations.
+    """
+    rnd = rng.random
+    edges, abstract = structure.edges, structure.abstract
+    num_instance = len(edges)
+    parents = [[] for _ in edges] + [[p for term in terms for p in term] for _, _, _, terms in abstract]
+
+    # abstract parameters with all that they sum over, the highest level first, while the budget lasts
+    op1 = max(1 + int(rnd() * target), 1 + int(rnd() * target))
+    op2 = op1 + int(rnd() * (target - op1 + 1))
+    chosen, in_chosen, cost = [], bytearray(len(parents)), 0
+    waiting = [[] for _ in structure.layer_sizes]  # by level
+    for param, (_, _, level, _) in enumerate(abstract, num_instance):
+        waiting[level].append(param)
+    level = len(waiting) - 1
+    while level:
+        candidates = waiting[level] = [param for param in waiting[level] if not in_chosen[param]]
+        if candidates:
+            new = [candidates[int(rnd() * len(candidates))]]
+            extra = 0
+            for param in new:  # grows while it is walked
+                extra += max(1, len(parents[param]) - 1)
+                if cost + extra > op1:
+                    break
+                new += [p for p in parents[param] if not in_chosen[p] and p not in new]
+            else:
+                for param in new:
+                    in_chosen[param] = 1
+                chosen += new
+                cost += extra
+                level = len(waiting)
+        level -= 1
+
+    # plain instance parameters
+    others = [param for param in range(num_instance) if not in_chosen[param]]
+    while others and cost < op2:
+        chosen.append(others.pop(int(rnd() * len(others))))
+        cost += 1
+
+    # An order from the asked parameter down to the leaves. Where the walk would stop it adds a dependency,
+    # and sometimes one more elsewhere: in the end everything is needed for the first.
+    uses = [0] * len(parents)
+    for param in chosen:
+        for p in parents[param]:
+            uses[p] += 1
+
+    def pick(candidates):
+        boost = math.exp(abs(rng.gauss(0, 1)))
+        weights = [(boost if v >= num_instance else 1) * (boost if v in cited else 1) for v in candidates]
+        x = rnd() * sum(weights)
+        for v, weight in zip(candidates, weights):
+            x -= weight
+            if x < 0:
+                return v
+        return candidates[-1]
+
+    remaining, cited, order = chosen[:], [], []  # cited: parents of what is in order, with repetitions
+    fronts = [v for v in remaining if not uses[v]]
+    while True:
+        x = fronts[int(rnd() * len(fronts))]
+        order.append(x)
+        remaining.remove(x)
+        uses[x] = -1  # placed
+        if x in cited:
+            cited.remove(x)
+        for p in parents[x]:
+            cited.append(p)
+            uses[p] -= 1
+        if not remaining:
+            break
+        fronts = [v for v in cited if not uses[v]]
+        if not fronts:
+            if x >= num_instance:
+                return None
+            p = pick([v for v in remaining if not uses[v]])
+        elif x < num_instance and rnd() < 0.5:
+            p = pick(remaining)
+        else:
+            continue
+        parents[x].append(p)
+        cited.append(p)
+        if not uses[p]:
+            fronts.append(p)
+    order.reverse()
+
+    # operations until they are exactly as many as asked for, then parents to match
+    spend = [max(1, len(parents[v]) - 1) for v in order]
+    most = [0 if v >= num_instance else min(MAX_PARENTS - 1, max(1, i)) for i, v in enumerate(order)]
+    missing = target - sum(spend)
+    open_ = [i for i in range(len(order)) if spend[i] < most[i]]
+    for _ in range(missing):
+        if not open_:
+            return None
+        i = open_[int(rnd() * len(open_))]
+        spend[i] += 1
+        if spend[i] == most[i]:
+            open_.remove(i)
+    for i, v in enumerate(order):
+        if v >= num_instance:
+            continue
+        mine = parents[v]
+        pool = order[:i]
+        wanted = spend[i] + 1 if spend[i] > 1 else 1 + int(rnd() * 2)
+        wanted = min(wanted, len(pool) + 1)
+        if mine:
+            pool.remove(mine[0])
+            wanted -= 1
+        if wanted == len(pool) + 1:
+            mine += pool
+            mine.append(LITERAL)
+            continue
+        if rnd() < 0.5:
+            mine.append(LITERAL)
+            wanted = max(0, wanted - 1)
+        else:
+            pool.append(LITERAL)
+        for _ in range(wanted):
+            mine.append(pool.pop(int(rnd() * len(pool))))
+    return order, parents
+
+
+def _draw_formulas(rnd, structure, order, parents, max_value, modulus, max_literal):
+    """{parameter: (const, const_op, sign, terms)} in order, and the values; None if a number is too large."""
+    num_instance = len(structure.edges)
+    formulas, values = {}, {}
+    for v in order:
+        if v >= num_instance:
+            formula = (None, "", "+", structure.abstract[v - num_instance][3])
+            value = _evaluate(formula, values, max_value, modulus)
+        else:
+            for _ in range(4):
+                formula = _draw_formula(rnd, parents[v], max_literal)
+                value = _evaluate(formula, values, max_value, modulus)
+                if value is not None:
+                    break
+        if value is None:
+            return None
+        formulas[v], values[v] = formula, value
+    return formulas, values
+
+
+def _draw_formula(rnd, parents, max_literal):
+    """A formula over these parents. Literals begin at 1: no multiplier wipes out what came before it."""
+    others = [p for p in parents if p != LITERAL]
+    const, const_op, sign = None, "", "+"
+    if len(others) < len(parents):
+        const = 1 + int(rnd() * max_literal)
+        if others:
+            const_op = "+" if rnd() < 0.5 else "*"
+    if len(others) > 1:
+        for i in range(len(others) - 1, 0, -1):  # shuffled
+            j = int(rnd() * (i + 1))
+            others[i], others[j] = others[j], others[i]
+        if len(others) == 2 and rnd() < 0.5:
+            sign = "-"
+    return const, const_op, sign, tuple([(p,) for p in others])
+
+
+def _evaluate(formula, values, max_value, modulus):
+    """The value; None if it, or a number on the way to it, is too large. With a modulus nothing is."""
+    const, const_op, sign, terms = formula
+    if not terms:
+        return const if modulus is None else const % modulus
+    total = None
+    for term in terms:
+        x = values[term[0]]
+        if len(term) == 2:
+            x *= values[term[1]]
+            if modulus is None and not -max_value < x < max_value:
+                return None
+        total = x if total is None else total - x if sign == "-" else total + x
+        if modulus is None and not -max_value < total < max_value:
+            return None
+    if const is not None:
+        total = const * total if const_op == "*" else const + total
+    if modulus is not None:
+        return total % modulus
+    return total if -max_value < total < max_value else None
+
+
+def _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, max_literal):
+    """Formulas for what the solution does not need: every other edge of the structure gets a sentence too.
+
+    So every abstract parameter can be computed from the text alone, and the text does not give away what
+    matters. Adds to `values`; returns {parameter: formula} with the abstract parameters that these formulas
+    mention.
+    """
+    edges, abstract = structure.edges, structure.abstract
+    num_instance = len(edges)
+    told = set(order)  # parameters that have a sentence or stand in a formula of one that has
+    computable = list(order)
+    pending = [v for v in range(num_instance, len(parents)) if v not in told]
+    redundant = [v for v in range(num_instance) if v not in told]
+    formulas, branch = {}, []
+
+    def tell(v):
+        if v not in told:
+            for p in parents[v]:
+                tell(p)
+            told.add(v)
+            formulas[v] = (None, "", "+", abstract[v - num_instance][3])
+
+    while redundant:
+        still_pending = []  # abstract parameters are listed parts first, so one pass is enough
+        for v in pending:
+            for p in parents[v]:
+                if p not in values:
+                    still_pending.append(v)
+                    break
+            else:
+                value = _evaluate((None, "", "+", abstract[v - num_instance][3]), values, max_value, modulus)
+                if value is not None:
+                    values[v] = value
+                    computable.append(v)
+        pending = still_pending
+
+        v = redundant.pop(int(rnd() * len(redundant)))
+        in_branch = rnd() < 0.5
+        pool = branch if in_branch else computable
+        wanted = 1
+        while wanted < min(MAX_PARENTS, len(pool) + 1) and rnd() < 0.5:
+            wanted += 1
+        if wanted == len(pool) + 1:
+            mine = pool + [LITERAL]
+        else:
+            pool, mine = pool[:], []
+            if rnd() < 0.5:
+                mine.append(LITERAL)
+            while len(mine) < wanted:
+                mine.append(pool.pop(int(rnd() * len(pool))))
+        for _ in range(4):
+            formula = _draw_formula(rnd, mine, max_literal)
+            value = _evaluate(formula, values, max_value, modulus)
+            if value is not None:
+                break
+        else:
+            formula = _draw_formula(rnd, [LITERAL], max_literal)
+            value = _evaluate(formula, values, max_value, modulus)
+        for term in formula[3]:
+            tell(term[0])
+        told.add(v)
+        formulas[v], values[v] = formula, value
+        if in_branch:
+            branch.append(v)
+    return formulas
+
+
+def _template(formulas, order):
+    """What is left of a solution without its names and numbers: (hash, "train" or "test").
+
+    >>> "x0 = 5; x1 = 3 * x0; x2 = x1 - x0"  becomes  "#;#*0;1-0"
+    Formulas of instance and abstract parameters look alike here, so that the split holds for the symbolic
+    style too, where they cannot be told apart.
+    """
+    place = {v: str(i) for i, v in enumerate(order)}
+    lines = []
+    for v in order:
+        const, const_op, sign, terms = formulas[v]
+        core = sign.join(["*".join([place[p] for p in term]) for term in terms])
+        lines.append(core if const is None else f"#{const_op}{core}")
+    digest = hashlib.sha256((SPLIT_SALT + ";".join(lines)).encode()).hexdigest()
+    return digest[:16], "train" if int(digest, 16) % SPLIT_BINS < TRAIN_BINS else "test"
+
+
+def _name(rnd, structure, formulas, values):
+    """Names for the items, and the nodes that go by them."""
+    sizes = structure.layer_sizes
+    worlds = list(WORLDS.values())
+    world = list(worlds[int(rnd() * len(worlds))].items())
+    lowest = len(world) - 1 - int(rnd() * (len(world) - len(sizes) + 1))
+    categories, items = [], []
+    for depth, size in enumerate(sizes):
+        category, groups = world[lowest - depth]
+        groups = list(groups.values())
+        pool = groups[int(rnd() * len(groups))][:]
+        categories.append(category)
+        items.append([pool.pop(int(rnd() * len(pool))) for _ in range(size)])
+    flat = [item for layer in items for item in layer]
+
+    place = {v: i for i, v in enumerate(formulas)}
+    num_instance = len(structure.edges)
+    nodes = []
+    for v, (const, const_op, sign, terms) in formulas.items():
+        if v < num_instance:
+            owner, thing = structure.edges[v]
+            owner, thing = flat[owner], flat[thing]
+        else:
+            owner, layer, _, _ = structure.abstract[v - num_instance]
+            owner, thing = flat[owner], categories[layer]
+        terms = tuple([tuple([place[p] for p in term]) for term in terms])
+        nodes.append(Node(owner, thing, v >= num_instance, const, const_op, sign, terms, values[v]))
+    return nodes, dict(zip(reversed(categories), reversed(items)))

@@ -1,0 +1,174 @@
+"""The words for a problem: one problem, three styles.
+
+    natural    question  The number of each Sloop's Oak Crate equals 5 times each Oak Crate's Apple. ...
+                         How many Oak Crate does each Sloop have?
+               solution  - Next, let v represent the number of each Sloop's Oak Crate. Then v = 5 * b = ...
+    define     the same question
+               solution  Define each Sloop's Oak Crate as v. So v = 5 * b = 5 * 2 = 10.
+    symbolic   question  v=5*b
+               solution  v=5*b=5*2=10
+
+The symbolic style has no names from which to see what an abstract parameter sums over, so these sums stand
+among its conditions.
+
+What is chosen at random here (order of sentences, letters, phrases) comes from a stream of its own: the
+problem is the same in every style. Phrases are drawn for each parameter, used or not, so that a solution with
+other steps still says the same things the same way.
+"""
+
+from string import ascii_letters, ascii_lowercase, digits
+
+STYLES = ("natural", "define", "symbolic")
+
+HEAD = "<think>\nLet's compute the answer step by step.\n"
+GIVEN = ("According to the information given, the number of {} is {}.", "The number of {} is {}.")
+DENOTE = ("Let it be {}.", "Let's denote it as {}.", "Let's call it {}.")
+FIND = ("We can then calculate the number of {}.", "Now, we can find the number of {}.")
+DEFINE = (
+    "Next, let {1} represent the number of {0}.",
+    "Then, let's denote the number of {0} as {1}.",
+    "Next, let's define the number of {0} as {1}.",
+)
+REMEMBER = "Remember that it has been denoted as {}."
+ANALYSIS = "We know that it equals {}."
+UNKNOWN = (
+    "Wait, the number of {} {} unknown, so we cannot compute it.",  # is, are
+    "However, we don't know the number of {}, thus we cannot calculate it now.",
+    "But we haven't calculated the number of {} yet, thus the value of {} is still unknown.",
+)
+
+
+def question_text(nodes, num_necessary, style, rng, letters):
+    """The conditions in random order, then what is asked for."""
+    asked = nodes[num_necessary - 1]
+    if style == "symbolic":
+        lines = [f"{letter}={formula_text(node, letters, '')}" for node, letter in zip(nodes, letters)]
+        rng.shuffle(lines)
+        lines.append(f"{letters[num_necessary - 1]}?")
+    else:
+        names = [node.name for node in nodes]
+        lines = [
+            f"The number of {node.name} equals {described(node, names)}."
+            for node in nodes
+            if not node.abstract
+        ]
+        rng.shuffle(lines)
+        lines.append(f"How many {asked.thing} does each {asked.owner} have?")
+    return "\n".join(lines)
+
+
+def solution_text(nodes, num_necessary, style, rng, letters, *, modulus=None, subgoals=False):
+    """One line for each needed parameter, in an order in which everything is computed before it is used.
+
+    With `subgoals` every intermediate result is written: `2 + (34 + 15) = 2 + 49 = 51`.
+    """
+    phrases = [int(rng.random() * 12) for _ in nodes]
+    values = [str(node.value) for node in nodes]
+    lines = []
+    for i in range(num_necessary):
+        node, letter = nodes[i], letters[i]
+        if style == "symbolic":
+            chain = chain_of(node, letters, nodes, values, subgoals, modulus, "")
+            lines.append(f"{letter}={'='.join(chain)}\n")
+            continue
+        chain = " = ".join(chain_of(node, letters, nodes, values, subgoals, modulus, " "))
+        if style == "define":
+            lines.append(f"Define {node.name} as {letter}. So {letter} = {chain}.\n")
+        elif not node.terms:
+            given, denote = GIVEN[phrases[i] % 2], DENOTE[phrases[i] % 3]
+            lines.append(
+                f"- {given.format(node.name, chain)} {denote.format(letter)} So {letter} = {chain}.\n"
+            )
+        elif phrases[i] < 6:
+            find, denote = FIND[phrases[i] % 2], DENOTE[phrases[i] % 3]
+            lines.append(f"- {find.format(node.name)} {denote.format(letter)} Then {letter} = {chain}.\n")
+        else:
+            lines.append(f"- {DEFINE[phrases[i] % 3].format(node.name, letter)} Then {letter} = {chain}.\n")
+    answer = values[num_necessary - 1]
+    if style == "symbolic":
+        return f"<think>\n{''.join(lines)}</think>\n\\boxed{{{answer}}}"
+    return (
+        f"{HEAD}{''.join(lines)}Thus, the answer is {answer}.\n</think>\n"
+        f"<answer>\nThe final answer is \\boxed{{{answer}}}.\n</answer>"
+    )
+
+
+def draw_letters(count, style, rng):
+    """A variable for each parameter: one letter while they last, then two characters for all."""
+    if style == "symbolic":
+        pool = ascii_lowercase
+        if count > len(pool):
+            pool = [a + b for a in ascii_lowercase for b in ascii_lowercase]
+    else:
+        pool = ascii_letters
+        if count > len(pool):
+            pool = [a + b for a in ascii_letters for b in digits]
+    return rng.sample(pool, count)
+
+
+def described(node, names):
+    """The right side of a node's sentence: `3 times the sum of each A's B and each C's D`."""
+    if not node.terms:
+        return str(node.const)
+    parts = [names[p] for (p,) in node.terms]
+    text = parts[0]
+    if len(parts) > 1:
+        kind = "difference" if node.sign == "-" else "sum"
+        text = f"the {kind} of {', '.join(parts[:-1])} and {parts[-1]}"
+    if node.const is not None:
+        text = f"{node.const} {'times' if node.const_op == '*' else 'more than'} {text}"
+    return text
+
+
+def formula_text(node, names, space=" "):
+    """The node's formula with a name (or value) for each node: `3 * (a - b)`."""
+    return _expression(
+        node.const, node.const_op, node.sign, [[names[p] for p in term] for term in node.terms], space
+    )
+
+
+def chain_of(node, letters, nodes, values, subgoals, modulus, space):
+    """The members of an equation: with letters, with values, [intermediate results,] the value.
+
+    ["7 + (a + b + c)", "7 + (0 + 9 + 9)", "7 + (9 + 9)", "7 + 18", "25"] with subgoals. One operator at a
+    time: products from left to right, then sums from left to right (a bracket holds sums only), then the
+    const.
+    """
+    if not node.terms:
+        return [str(node.value)]
+    const, const_op, sign = node.const, node.const_op, node.sign
+    members = [
+        _expression(const, const_op, sign, [[letters[p] for p in term] for term in node.terms], space),
+        _expression(const, const_op, sign, [[values[p] for p in term] for term in node.terms], space),
+    ]
+    if subgoals:
+        numbers = [[nodes[p].value for p in term] for term in node.terms]
+
+        def state():
+            members.append(_expression(const, const_op, sign, [map(str, term) for term in numbers], space))
+
+        for term in numbers:
+            if len(term) == 2:
+                term[:] = [term[0] * term[1] if modulus is None else term[0] * term[1] % modulus]
+                state()
+        while len(numbers) > 1:
+            total = numbers[0][0] - numbers[1][0] if sign == "-" else numbers[0][0] + numbers[1][0]
+            numbers[:2] = [[total if modulus is None else total % modulus]]
+            state()
+    value = str(node.value)
+    if members[-1] != value:
+        members.append(value)
+    return members
+
+
+def _expression(const, const_op, sign, terms, space):
+    if not terms:
+        return str(const)
+    core = f"{space}{sign}{space}".join([f"{space}*{space}".join(term) for term in terms])
+    if const is None:
+        return core
+    return (
+        f"{const}{space}{const_op}{space}({core})"
+        if len(terms) > 1
+        else f"{const}{space}{const_op}{space}{core}"
+    )

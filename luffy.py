@@ -1,0 +1,580 @@
+"""LUFFY: learning to reason under off-policy guidance (Yan et al., arXiv 2504.14945).
+
+GRPO learns from a model's own answers, so it learns nothing where all of them are wrong. LUFFY puts a trace
+of a stronger model (the teacher) into every group: G - 1 own answers and 1 trace, graded alike, share one mean.
+
+    A_i  = R_i - mean(R_1 .. R_G)                                                                (Eq. 4, no std)
+    loss = - sum_teacher sum_t f(p_t) A  -  sum_own sum_t (p_t / p_old_t) A,     f(x) = x / (x + 0.1)  (Eq. 5-8)
+
+p_t is the policy's live probability of the token. A teacher's token has no old policy: its importance ratio is
+p_t / 1, and the shaping f makes the gradient w.r.t. log p_t equal to A * 0.1 p / (p + 0.1)^2, which is largest at
+p = 0.1: unlikely but not hopeless tokens of the trace are learnt first. As own answers become right, the trace's
+advantage falls from 7/8 to 0, and the method turns into on-policy RL by itself.
+
+--method picks LUFFY or one of the paper's comparisons, each with its published settings:
+  luffy    the above: no std, no clip, no KL, no length normalisation (the sum is divided by max_response_tokens)
+  grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2. After `sft`, this is the paper's SFT+RL
+  rl_sft   own answers by RL (mean over own answers, no clip) plus the mean negative log-likelihood of the trace
+  sft      the trace's mean negative log-likelihood alone, 3 epochs
+
+Where this file departs from the published code, and why:
+- Scale. The published gradient is the sum over a GPU's 64 rows / 8192, averaged over 8 GPUs, whatever the rows:
+  `loss_rows = 64` times the mean over all rows of an update gives the same on any number of GPUs. The entropy
+  bonus and rl_sft's SFT term were means over a micro-batch, summed over the micro-batches of 32,768 tokens that a
+  GPU happened to need: they are means over the update times that number (`published_micro_batches`), computed
+  from the rows' mean length and not from how this run packs them. Clip and Adam's epsilon then act as published.
+- An update holds whole groups (the published one mixed the rows of 128 prompts by length): same expectation.
+- A trace that does not fit is rejected and counted; the published code cut it and lost its eos (--long_trace cut).
+- A row without a trace is an error unless --empty_trace says otherwise; the published code made it an own row.
+- The trace costs no decoding; the published code let vLLM write up to 8192 tokens after it and threw them away.
+- The first update of a step is exactly on-policy, so its ratio is 1 and p_old is not computed twice.
+- Own and teacher's tokens are told apart with `where`, not by adding a term times zero (inf * 0 is NaN).
+- The paper's entropy coefficient is 0.01, every published script's 0.001: the default is the scripts'.
+- Stop at 500 steps, as the paper did; the script ran on to 30 epochs.
+As published: the trace is graded by the same verifier as everything else (a rejected one is pushed down); eos is
+trained; groups that are all right or all wrong stay in and get the entropy bonus only; `</think>` is needed.
+
+Commands:
+  python luffy.py --preset tiny                                              a laptop, a minute, nothing downloaded
+  python luffy.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl      one GPU
+  torchrun --nproc_per_node 8 luffy.py                                       the paper's run
+"""
+
+import dataclasses
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import igsm
+from common.data import InputError, batch_indices, load_rows, make_examples, pack, plan_micro_batches
+from common.rollout import EmbeddedSampler, Sampling
+from common.trainer import (
+    Checkpoints, Clock, Metrics, export, gather_lists, init_world, launch, learning_rate, load_policy,
+    load_tokenizer, make_optimizer, optimizer_step, parse_args, peak_memory_gb, sum_over_ranks,
+)
+from common.verifiers import grade
+
+
+@dataclass
+class Args:
+    method: Literal["luffy", "grpo", "rl_sft", "sft"] = "luffy"
+    """What to train; the defaults below follow it."""
+    preset: Literal["paper", "tiny", "tiny_base"] = "paper"
+    """paper: the published run. tiny: a Qwen2 of under a million parameters on symbolic iGSM, for a laptop.
+    tiny_base: how the base model of tiny was made (with --method sft)."""
+
+    # what
+    model: str = "Elliott/Qwen2.5-Math-7B-16k-think"
+    """Model folder or Hub name; "scratch" is a small Qwen2 with random weights and the symbolic iGSM tokenizer."""
+    data: str = "Elliott/Openr1-Math-46k-8192"
+    """Training rows: a .parquet / .json / .jsonl file, a folder, a Hub name (LUFFY's columns or GSM8K's), or
+    igsm:LO-HI for symbolic iGSM problems of LO to HI operations, made on the spot (modulus 23)."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out rows, likewise (Hub names: their test split; igsm: problems of other templates)."""
+    igsm_problems: int = 20000
+    """How many problems igsm:LO-HI makes."""
+    out: str = "runs/luffy"
+    """Run folder. Running the same command again goes on from its last checkpoint."""
+    chat_template: str = ""
+    """File with a Jinja chat template; empty takes the tokenizer's own."""
+    verifier: str = "math"
+    """How answers are graded: math (LUFFY's rule: what follows </think>), full, boxed, exact, ... or
+    "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
+    max_prompt_tokens: int = 1024
+    """Rows with longer prompts are left out and counted."""
+    max_response_tokens: int = 8192
+    """Tokens to sample at most, the longest trace, and what the summed loss of a row is divided by."""
+    long_trace: Literal["reject", "cut"] = "reject"
+    """A trace longer than that: leave the row out, or cut it as the published code did."""
+    empty_trace: Literal["error", "drop", "on_policy"] = "error"
+    """A row without a trace: stop, leave it out, or train it with own answers only."""
+
+    # how: the published run
+    steps: int = 500
+    """Rollout steps (the paper's 500)."""
+    epochs: float = 0.0
+    """If positive, sets steps to that many passes over the data (sft: 3, as published)."""
+    batch_size: int = 128
+    """Questions a step."""
+    group_size: int = 8
+    """Rows a question, the teacher's included."""
+    teacher_rows: int = 1
+    """Rows of them that are the teacher's trace."""
+    updates_per_step: int = 2
+    """Optimizer updates a step (published: mini-batches of 64 questions)."""
+    temperature: float = 1.0
+    """Sampling temperature; the policy that is trained is the one at this temperature."""
+    shaping_gamma: float = 0.1
+    """gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0 trains on p itself (mixed policy, no shaping)."""
+    clip: float = 0.0
+    """PPO clip of the own tokens' ratio; 0 for none (published: none for luffy, 0.2 for grpo)."""
+    std: bool = False
+    """Divide advantages by the group's standard deviation (the paper's Eq. 4; the published code does not)."""
+    entropy_coef: float = 0.001
+    """Entropy bonus (every published script; the paper's text says 0.01)."""
+    sft_coef: float = 1.0
+    """Weight of rl_sft's SFT term."""
+    loss_rows: float = 64.0
+    """Scale of the summed loss: the rows a GPU of the published run held (see "Scale" above)."""
+    lr: float = 1e-6
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup: float = 0.0
+    """Share of the updates over which the rate rises linearly."""
+    lr_floor: float = 0.0
+    """Where linear and cosine end, as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm to clip to."""
+    seed: int = 0
+    """Seeds data order, sampling and random weights."""
+
+    # machinery
+    micro_batch_tokens: int = 32768
+    """Tokens of a packed micro-batch on each rank; memory, never the gradient, depends on it."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    sampler_tokens: int = 65536
+    """Rows x (prompt + response) tokens that the embedded sampler decodes at once."""
+    max_mismatch: float = 0.0
+    """Stop if the sampler's and the trainer's log-probs of the same tokens differ by more on average (stale
+    weights, another template); 0 takes 0.1 in bf16 and 0.001 in float32."""
+    eval_every: int = 10
+    """Evaluate every so many steps, and before the first and after the last; 0 never."""
+    eval_temperature: float = 0.6
+    """Temperature of evaluation (published: 0.6); 0 is greedy."""
+    eval_limit: int = 0
+    """Rows of each evaluation file at most; 0 for all."""
+    save_every: int = 50
+    """Checkpoint every so many steps; 0 never."""
+    keep: int = 1
+    """Checkpoints to keep."""
+    log_samples: int = 4
+    """Rows a step to write to samples.jsonl."""
+    tensorboard: bool = False
+    """Also log to TensorBoard (in the run folder)."""
+    wandb: str = ""
+    """Also log to this Weights & Biases project."""
+
+
+METHODS = {
+    "grpo": dict(teacher_rows=0, clip=0.2),
+    "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, epochs=3.0, batch_size=64, group_size=1,
+                updates_per_step=1, entropy_coef=0.0),
+}
+PRESETS = {
+    "tiny": dict(
+        model="models/tiny", data="igsm:5-6", eval_data=("igsm:5-6",), out="runs/tiny", verifier="boxed",
+        max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=10,
+        eval_limit=128, save_every=20, micro_batch_tokens=16384, gradient_checkpointing=False,
+    ),
+    "tiny_base": dict(
+        model="scratch", data="igsm:1-4", eval_data=("igsm:1-6",), out="runs/tiny_base", verifier="boxed",
+        max_prompt_tokens=160, max_response_tokens=160, eval_every=250, eval_limit=400, save_every=250,
+        micro_batch_tokens=16384, gradient_checkpointing=False, igsm_problems=200000, lr=1e-3, batch_size=128,
+        epochs=0.0, steps=3000, warmup=0.03, lr_floor=0.05, eval_temperature=0.0, log_samples=0,
+    ),
+}
+SCRATCH = dict(
+    model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
+)
+IGSM = dict(style="symbolic", modulus=23, max_params=8)
+
+
+# ------------------------------------------------------------------------------------------ the mathematics
+
+
+def group_advantages(rewards, groups, *, std: bool = False, baseline=None):
+    """A_i = R_i - mean of the rewards of i's group (Eq. 4); with `std` also divided by their unbiased std + 1e-6.
+
+    rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
+    baseline [B] bool: the rows that set mean and std; None takes all rows, the teacher's included. Rows that
+    set no baseline get one all the same (rl_sft: own answers set it); a std of zero counts as 1 then.
+    A group in which one row sets the baseline has mean 0 and std 1.
+
+    >>> group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.tensor([7, 7, 7, 7])).tolist()
+    [0.75, -0.25, -0.25, -0.25]
+    """
+    counted = torch.ones_like(groups, dtype=torch.bool) if baseline is None else baseline
+    _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
+    weight = counted.to(rewards.dtype)
+    zeros = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
+    n = zeros.index_add(0, group, weight)  # [G]
+    mean = zeros.index_add(0, group, weight * rewards) / n.clamp(min=1)
+    mean = torch.where(n > 1, mean, 0.0)
+    advantages = rewards - mean[group]
+    if not std:
+        return advantages
+    variance = zeros.index_add(0, group, weight * advantages**2) / (n - 1).clamp(min=1)
+    sigma = torch.where(n > 1, variance.sqrt(), 1.0)
+    if baseline is not None:
+        sigma = torch.where(sigma == 0, 1.0, sigma)
+    return advantages / (sigma[group] + 1e-6)
+
+
+def luffy_token_loss(logp, old_logp, advantages, off_policy, *, gamma: float | None = 0.1, clip: float | None = None):
+    """Loss of each token, elementwise over any shape; what is summed in Eq. 5-8, with the sign of a loss.
+
+    Teacher's tokens (off_policy True):  - A f(p),  f(p) = p / (p + gamma), p live: the gradient goes through f
+                                         (gamma None: - A p)
+    own tokens:                          - A r,  r = p / p_old;  with clip c: max(- A r, - A clamp(r, 1-c, 1+c))
+
+    >>> loss = luffy_token_loss(torch.log(torch.tensor([0.1])), torch.zeros(1), torch.ones(1), torch.tensor([True]))
+    >>> round(loss.item(), 6)
+    -0.5
+    """
+    p = torch.where(off_policy, logp, 0.0).exp()
+    off_loss = -advantages * (p if gamma is None else p / (p + gamma))
+    # the branch that is not taken must not overflow: its zero gradient times inf would be NaN
+    ratio = torch.where(off_policy, 0.0, logp - old_logp).exp()
+    on_loss = -advantages * ratio
+    if clip is not None:
+        on_loss = torch.maximum(on_loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    return torch.where(off_policy, off_loss, on_loss)
+
+
+def published_micro_batches(tokens_per_row: float) -> int:
+    """Micro-batches of at most 32,768 tokens that a GPU of the published run made of its 64 rows an update."""
+    return max(1, math.ceil(64 * tokens_per_row / 32768))
+
+
+# ----------------------------------------------------------------------------------------------- one update
+
+
+@dataclass
+class Row:
+    """An answer to a question: own (sampled) or the teacher's."""
+
+    prompt: list[int]
+    response: list[int]
+    group: int  # which question of the step
+    teacher: bool = False
+    sampler_logps: list[float] | None = None  # own rows: log-probs the sampler reported
+    truncated: bool = False
+    reward: float = 0.0
+    status: str = "ok"  # the verifier's
+    advantage: float = 0.0
+
+
+def micro_batches(rows: list[Row], args: Args, world):
+    """This rank's packed micro-batches of an update: (token batch, its rows). As many on every rank."""
+    lengths = [len(row.prompt) + len(row.response) - 1 for row in rows]
+    for shares in plan_micro_batches(lengths, world.size, args.micro_batch_tokens):
+        mine = [rows[i] for i in shares[world.rank]]
+        yield pack([(row.prompt, row.response) for row in mine], world.device), mine
+
+
+def per_token(batch, values: list) -> torch.Tensor:
+    """One value a row -> [N], one for each of its response tokens."""
+    return torch.tensor(values, device=batch.targets.device)[batch.sequence] if values else batch.targets.new_empty(0)
+
+
+def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: Args, world) -> dict[str, float]:
+    """Forward and backward of one update, summed over ranks and micro-batches; the gradient is left in .grad.
+
+    Every denominator is counted over the whole update before the first backward, so the gradient is the same
+    for any number of ranks and any micro_batch_tokens. old_logps: the behaviour policy's log-probs, a tensor
+    for each micro-batch; None where it is the policy as it is now (then the ratio is exactly 1)."""
+    n_tokens = sum(len(row.response) for row in rows)
+    n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
+    n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
+    row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
+    names = ("pg_loss", "entropy", "teacher_logp", "teacher_shaped", "clipped", "own_tokens", "kl_old")
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    mismatch: list[torch.Tensor] = []  # trainer's minus sampler's log-prob of own tokens
+    for i, (batch, mine) in enumerate(micro_batches(rows, args, world)):
+        logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
+        old = logp.detach() if old_logps is None else old_logps[i]
+        teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
+        advantage = per_token(batch, [row.advantage for row in mine])  # [N]
+        if args.method == "sft":
+            loss = -logp.sum() / n_tokens
+        else:
+            token_loss = luffy_token_loss(
+                logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
+            )
+            if args.method == "rl_sft":
+                token_loss = torch.where(teacher, 0.0, token_loss)
+            loss = token_loss.sum() * row_scale
+            sums[0] += loss.item()
+            if args.method == "rl_sft" and n_teacher_tokens:
+                nll = -torch.where(teacher, logp, 0.0).sum() / n_teacher_tokens
+                loss = loss + args.sft_coef * n_micro * nll
+        loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
+        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+
+        with torch.no_grad():
+            p, own = logp.exp(), ~teacher
+            ratio = (logp - old)[own].exp()
+            sums[1:] += torch.stack([
+                entropy.sum(), logp[teacher].sum(), (p / (p + (args.shaping_gamma or 1.0)))[teacher].sum(),
+                ((ratio - 1).abs() > (args.clip or math.inf)).sum(), own.sum(), (old - logp)[own].sum(),
+            ]).double().cpu()
+            drawn = [x for row in mine for x in (row.sampler_logps or [math.nan] * len(row.response))]
+            mismatch.append((old.cpu() - torch.tensor(drawn))[own.cpu()])
+    total = dict(zip(names, sum_over_ranks(sums, world).tolist(), strict=True))
+    own_tokens, teacher_tokens = max(1, total.pop("own_tokens")), max(1, n_teacher_tokens)
+    metrics = {"loss/pg": total["pg_loss"], "policy/entropy": total["entropy"] / n_tokens}
+    if n_teacher_tokens:
+        metrics["teacher/logp"] = total["teacher_logp"] / teacher_tokens
+        metrics["teacher/shaped_ratio"] = total["teacher_shaped"] / teacher_tokens
+    if args.method != "sft":
+        metrics |= {"policy/clipped": total["clipped"] / own_tokens, "policy/kl_old": total["kl_old"] / own_tokens}
+        metrics |= compare_logps(torch.cat(mismatch), world)
+    return metrics
+
+
+def compare_logps(difference: torch.Tensor, world) -> dict[str, float]:
+    """How far the trainer's log-probs are from the sampler's on the tokens that it drew; [tokens] -> metrics."""
+    d = difference[~difference.isnan()].double()
+    sums = sum_over_ranks(torch.tensor([len(d), d.abs().sum(), -d.sum()], dtype=torch.float64), world)
+    largest = max(gather_lists([d.abs().max().item() if len(d) else 0.0], world))
+    n = max(1.0, sums[0].item())
+    return {"mismatch/mean_abs": sums[1].item() / n, "mismatch/kl": sums[2].item() / n, "mismatch/max": largest}
+
+
+@torch.no_grad()
+def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tensor]:
+    """Log-probs of the rows' tokens under the policy as it is, a tensor for each micro-batch of this rank."""
+    return [policy(batch, temperature=args.temperature) for batch, _ in micro_batches(rows, args, world)]
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+def igsm_row(p) -> dict:
+    return {"data_source": f"igsm-{p.ops}", "prompt": [{"role": "user", "content": p.question}],
+            "target": [{"role": "assistant", "content": p.solution}], "reward_model": {"style": "rule", "ground_truth": str(p.answer)}}
+
+
+def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str, limit: int = 0):
+    """Examples of a data flag, and the counts of what was left out."""
+    if source.startswith("igsm:"):
+        try:
+            lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
+            problems = igsm.generate(limit or args.igsm_problems, ops=(lo, hi), seed=0, split=split, **IGSM)
+            rows = [igsm_row(p) for p in problems]
+        except ValueError as error:
+            raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
+    else:
+        rows = load_rows(source, split=split, limit=limit or None)
+    return make_examples(
+        rows, tokenizer, source=source, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
+        max_response_tokens=args.max_response_tokens, empty_trace=args.empty_trace, long_trace=args.long_trace,
+        template=Path(args.chat_template).read_text() if args.chat_template else None,
+    )
+
+
+def check(args: Args) -> None:
+    """Raise InputError for settings that cannot work together."""
+    if args.batch_size % args.updates_per_step:
+        raise InputError(
+            f"--batch_size {args.batch_size} does not divide into --updates_per_step {args.updates_per_step}"
+        )
+    if not 0 <= args.teacher_rows < max(args.group_size, 2):
+        raise InputError(f"--teacher_rows {args.teacher_rows} must be under --group_size {args.group_size}")
+    for name in ("batch_size", "group_size", "steps", "max_response_tokens", "max_prompt_tokens"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
+    if args.chat_template and not Path(args.chat_template).is_file():
+        raise InputError(f"--chat_template {args.chat_template}: no such file")
+
+
+def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float]:
+    """Accuracy on held-out examples, by data source and their unweighted mean; shared out over the ranks."""
+    mine = examples[world.rank :: world.size]
+    groups = sampler.generate(
+        [e.prompt for e in mine], n=1, keys=[e.index for e in mine], seed=args.seed + 1,
+        sampling=Sampling(args.max_response_tokens, args.eval_temperature),
+        progress="evaluate" if world.main else None,
+    )
+    texts = [tokenizer.decode(g[0].ids) for g in groups]
+    verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
+    results = gather_lists(
+        [(e.source, v.reward, g[0].truncated) for e, v, g in zip(mine, verdicts, groups, strict=True)], world
+    )
+    by_source = {s: [r for source, r, _ in results if source == s] for s in sorted({r[0] for r in results})}
+    accuracy = {f"eval/{source}": sum(r) / len(r) for source, r in by_source.items()}
+    mean = sum(accuracy.values()) / len(accuracy)
+    return accuracy | {"eval/mean": mean, "eval/truncated": sum(r[2] for r in results) / len(results)}
+
+
+def main(args: Args) -> None:
+    check(args)
+    world = init_world()
+    out = Path(args.out)
+    checkpoints = Checkpoints(out / "checkpoint", args, keep=args.keep)
+    state = checkpoints.state()
+    start = state["step"] if state else 0
+
+    scratch = args.model == "scratch"
+    tokenizer = igsm.tokenizer("symbolic") if scratch else load_tokenizer(args.model)
+    examples, left_out = read_examples(
+        args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored"
+    )
+    held_out = [
+        example
+        for source in args.eval_data
+        for example in read_examples(
+            source, tokenizer, args, split="test", traces="ignored", limit=args.eval_limit
+        )[0]
+    ]
+    if len(examples) < args.batch_size:
+        raise InputError(f"--data {args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
+    steps = max(1, int(args.epochs * len(examples) / args.batch_size)) if args.epochs else args.steps
+    if world.main:
+        print(f"{args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size} questions")
+
+    config = dict(SCRATCH, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                  pad_token_id=tokenizer.pad_token_id) if scratch else None
+    policy = load_policy(
+        args.model, world, from_config=config, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing
+    )
+    optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    if state:
+        checkpoints.load(policy, optimizer)
+    elif args.save_every:
+        checkpoints.check_space(policy)
+    also_stop = policy.lm.generation_config.eos_token_id or []
+    stop_ids = [tokenizer.eos_token_id, *(also_stop if isinstance(also_stop, list) else [also_stop])]
+    sampler = EmbeddedSampler(policy, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens)
+    sampler.sync(policy, version=start)
+    max_mismatch = args.max_mismatch or (0.1 if world.device.type == "cuda" else 0.001)
+    teacher_verdicts: dict[int, tuple[float, str]] = {}  # by example: a trace is graded once
+
+    curves = [["eval/mean"], ["reward/own", "reward/teacher"], ["group/solve_all", "group/solve_none"],
+              ["policy/entropy"], ["teacher/logp"], ["length/own"], ["loss/pg"], ["optim/grad_norm"],
+              ["mismatch/mean_abs"]]
+    metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
+    clock = Clock()
+    if start == 0 and held_out and args.eval_every:
+        metrics.log(0, evaluate(sampler, tokenizer, held_out, args, world), show=["eval/mean"])
+
+    for step in range(start + 1, steps + 1):
+        batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step - 1, args.seed)]
+        mine = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
+
+        # 1. sample
+        with clock("sample"):
+            teachers = [args.teacher_rows if e.trace else 0 for e in batch]
+            rows = [Row(batch[g].prompt, batch[g].trace, g, True) for g in mine for _ in range(teachers[g])]
+            if args.method != "sft":
+                groups = sampler.generate(
+                    [batch[g].prompt for g in mine], n=[args.group_size - teachers[g] for g in mine],
+                    keys=[batch[g].index for g in mine], seed=args.seed * 1_000_003 + step,
+                    sampling=Sampling(args.max_response_tokens, args.temperature),
+                    progress="sample" if world.main and args.max_response_tokens > 1000 else None,
+                )
+                for g, group in zip(mine, groups, strict=True):
+                    rows += [Row(batch[g].prompt, c.ids, g, False, c.logps, c.truncated) for c in group]
+
+        # 2. reward
+        with clock("reward"):
+            ungraded = [r for r in rows if not (r.teacher and batch[r.group].index in teacher_verdicts)]
+            if args.method != "sft":
+                texts = [tokenizer.decode(row.response) for row in ungraded]
+                golds = [batch[row.group].gold for row in ungraded]
+                for row, verdict in zip(ungraded, grade(texts, golds, verifier=args.verifier), strict=True):
+                    row.reward, row.status = verdict.reward, verdict.status
+                    if row.teacher:
+                        teacher_verdicts[batch[row.group].index] = verdict.reward, verdict.status
+                for row in (r for r in rows if r.teacher):
+                    row.reward, row.status = teacher_verdicts[batch[row.group].index]
+            rows = sorted(gather_lists(rows, world), key=lambda row: row.group)  # every rank has all rows now
+
+        # 3. advantages
+        rewards = torch.tensor([row.reward for row in rows])  # [B]
+        question = torch.tensor([row.group for row in rows])  # [B]
+        own = torch.tensor([not row.teacher for row in rows])  # [B]
+        baseline = own if args.method == "rl_sft" else None
+        for row, a in zip(rows, group_advantages(rewards, question, std=args.std, baseline=baseline), strict=True):
+            row.advantage = a.item()
+
+        # 4. update
+        with clock("update"):
+            per_update = args.batch_size // args.updates_per_step
+            updates = [[r for r in rows if r.group // per_update == u] for u in range(args.updates_per_step)]
+            old = [None] + [policy_logps(policy, u, args, world) for u in updates[1:]]
+            logs = []
+            for u, update in enumerate(updates):
+                lr = learning_rate(
+                    (step - 1) * args.updates_per_step + u, lr=args.lr, steps=steps * args.updates_per_step,
+                    schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor,
+                )
+                log = accumulate_gradient(policy, update, old[u], args, world)
+                if log.get("mismatch/mean_abs", 0.0) > max_mismatch:
+                    raise RuntimeError(
+                        f"step {step}: the sampler's log-probs differ from the trainer's by "
+                        f"{log['mismatch/mean_abs']:.4f} a token (--max_mismatch {max_mismatch}): the weights did "
+                        "not arrive in the sampler, or it does not run the same model"
+                    )
+                log["optim/grad_norm"] = optimizer_step(policy, optimizer, lr=lr, max_grad_norm=args.max_grad_norm)
+                logs.append(log | {"optim/lr": lr})
+
+        # 5. sync
+        with clock("sync"):
+            sampler.sync(policy, version=step)
+
+        # 6. log, evaluate, save
+        row_log = {k: sum(log[k] for log in logs) / len(logs) for k in logs[0]}
+        row_log |= describe(rows)
+        if held_out and args.eval_every and (step % args.eval_every == 0 or step == steps):
+            with clock("evaluate"):
+                row_log |= evaluate(sampler, tokenizer, held_out, args, world)
+        seconds = clock.flush()
+        tokens = sum(len(row.prompt) + len(row.response) for row in rows)
+        row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
+        metrics.log(
+            step, row_log | {"memory/peak_gb": peak_memory_gb(world)},
+            show=["reward/own", "eval/mean", "policy/entropy", "teacher/logp"],
+        )
+        shown = random.Random(step).sample(rows, min(args.log_samples, len(rows)))
+        metrics.samples(step, [sample_row(row, batch[row.group], tokenizer) for row in shown])
+        if args.save_every and (step % args.save_every == 0 or step == steps):
+            checkpoints.save(step, policy, optimizer, world)
+    export(policy, tokenizer, out / "model", world)
+    metrics.close()
+
+
+def describe(rows: list[Row]) -> dict[str, float]:
+    """What a practitioner looks at in the rows of a step."""
+
+    def mean(values) -> float | None:
+        values = list(values)
+        return sum(values) / len(values) if values else None
+
+    own, teacher = [r for r in rows if not r.teacher], [r for r in rows if r.teacher]
+    solved: dict[int, list[float]] = {}
+    for row in own:
+        solved.setdefault(row.group, []).append(row.reward)
+    statuses = ("ok", "timeout", "error", "unparsable")
+    return {
+        "reward/own": mean(r.reward for r in own), "reward/teacher": mean(r.reward for r in teacher),
+        "group/solve_all": mean(min(g) > 0 for g in solved.values()),
+        "group/solve_none": mean(max(g) <= 0 for g in solved.values()),
+        "teacher/advantage": mean(r.advantage for r in teacher),
+        "length/own": mean(len(r.response) for r in own), "length/teacher": mean(len(r.response) for r in teacher),
+        "length/truncated": mean(r.truncated for r in own),
+    } | {f"verifier/{s}": mean(r.status == s for r in rows) for s in statuses}
+
+
+def sample_row(row: Row, example, tokenizer) -> dict:
+    """A row as text, for samples.jsonl."""
+    return {
+        "who": "teacher" if row.teacher else "own", "reward": row.reward, "advantage": row.advantage,
+        "gold": example.gold, "prompt": example.text, "response": tokenizer.decode(row.response),
+    }
+
+
+if __name__ == "__main__":
+    args = parse_args(Args, None, method=METHODS, preset=PRESETS)
+    launch(main, args)

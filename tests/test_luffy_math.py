@@ -1,0 +1,228 @@
+"""luffy.py's mathematics against the numbers of the published code (tests/vectors/luffy.json, float64)."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import luffy
+from common.data import plan_micro_batches
+from common.trainer import World
+from luffy import Args, Row, accumulate_gradient, group_advantages, luffy_token_loss, policy_logps
+
+VECTORS = json.loads((Path(__file__).parent / "vectors" / "luffy.json").read_text())
+INPUTS = VECTORS["policy_loss_inputs"]
+ONE_RANK = World(0, 1, 1, torch.device("cpu"))
+
+
+def f64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, f64(expected), rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------- advantages
+
+
+def row_values(per_token):
+    """The vectors broadcast a row's advantage over its tokens; the first token is never masked."""
+    return [row[0] if isinstance(row, list) else row for row in per_token]
+
+
+@pytest.mark.parametrize("case", VECTORS["advantages"]["cases"], ids=lambda c: c["case"])
+def test_group_advantages_are_the_published_ones(case):
+    rewards = f64(case["rewards"])
+    names = case.get("uid", ["p"] * len(rewards))
+    groups = torch.tensor([sorted(set(names)).index(name) for name in names])
+    if "grpo" in case:
+        close(group_advantages(rewards, groups, std=case.get("use_std", False)), row_values(case["grpo"]))
+    if "grpo_split" in case:
+        own = torch.arange(len(rewards)) > 0
+        close(
+            group_advantages(rewards, groups, std=case.get("use_std", False), baseline=own),
+            row_values(case["grpo_split"]),
+        )
+
+
+def test_std_is_the_unbiased_one_plus_epsilon():
+    rewards, groups = f64([1, 0, 0, 0]), torch.zeros(4, dtype=torch.long)
+    close(group_advantages(rewards, groups, std=True), ((rewards - 0.25) / (0.5 + 1e-6)).tolist())
+    assert group_advantages(f64([1, 1]), torch.zeros(2, dtype=torch.long), std=True).abs().max() == 0
+
+
+def test_a_zero_std_of_the_baseline_rows_counts_as_one():
+    rewards, groups = f64([1, 0, 0]), torch.zeros(3, dtype=torch.long)
+    own = torch.tensor([False, True, True])
+    close(group_advantages(rewards, groups, std=True, baseline=own), [1 / (1 + 1e-6), 0, 0])
+
+
+def test_a_group_of_one_has_mean_zero():
+    close(group_advantages(f64([1, 0]), torch.tensor([3, 9])), [1, 0])
+    close(group_advantages(f64([1]), torch.tensor([5]), std=True), [1 / (1 + 1e-6)])
+
+
+@pytest.mark.parametrize("right", range(8))
+def test_the_traces_advantage_falls_from_seven_eighths_to_zero(right):
+    rewards = f64([1] + [1] * right + [0] * (7 - right))
+    assert group_advantages(rewards, torch.zeros(8, dtype=torch.long))[0].item() == pytest.approx((7 - right) / 8)
+
+
+# ---------------------------------------------------------------------------------------------- token losses
+
+
+def token_losses(rows=slice(None), *, gamma, clip, all_own=False):
+    logp = f64(INPUTS["log_prob"])[rows].requires_grad_()
+    teacher = torch.tensor(INPUTS["prefix_mask"])[rows] & (not all_own)
+    loss = luffy_token_loss(
+        logp, f64(INPUTS["old_log_prob"])[rows], f64(INPUTS["advantages"])[rows], teacher, gamma=gamma, clip=clip
+    )
+    return logp, loss, f64(INPUTS["eos_mask"])[rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("LUFFY_train_sh", dict(gamma=0.1, clip=None)),
+        ("LUFFY_shaping_with_on_clip", dict(gamma=0.1, clip=0.2)),
+        ("mixed_policy_no_shaping_no_clip", dict(gamma=None, clip=None)),
+        ("on_policy_script_(all_on,clip)", dict(gamma=None, clip=0.2, all_own=True)),
+        ("LUFFY_token_mean", dict(gamma=0.1, clip=None)),
+    ],
+)
+def test_token_losses_and_gradients_are_the_published_ones(name, settings):
+    case = VECTORS["policy_loss"]["cases"][name]
+    logp, loss, mask = token_losses(**settings)
+    # the published sum is divided by the width of the response tensor (5), the token mean by the tokens
+    total = (loss * mask).sum() / (mask.sum() if name == "LUFFY_token_mean" else loss.shape[1])
+    total.backward()
+    close(total.detach(), case["outputs"]["pg_loss"])
+    close(logp.grad * mask, case["grad_wrt_log_prob"])
+
+
+@pytest.mark.parametrize("name", ["clip_dr", "noclip_dr"])
+def test_own_tokens_alone_give_the_plain_policy_loss(name):
+    case = VECTORS["plain_policy_loss"]["cases"][name]
+    logp, loss, mask = token_losses(gamma=None, clip=0.2 if name == "clip_dr" else None, all_own=True)
+    total = (loss * mask).sum() / loss.shape[1]
+    total.backward()
+    close(total.detach(), case["pg_loss"])
+    close(logp.grad * mask, case["grad_wrt_log_prob"])
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.3, 0.5, None])
+def test_the_gradient_of_a_teachers_token_is_shaped(gamma):
+    """A gamma p / (p + gamma)^2 times the gradient of log p, largest at p = gamma."""
+    table = VECTORS["shaping_gradient_weight"]
+    logp = f64(table["p"]).log().requires_grad_()
+    luffy_token_loss(
+        logp, torch.zeros_like(logp), torch.ones_like(logp), torch.ones_like(logp).bool(), gamma=gamma
+    ).sum().backward()
+    name = "no_reshape" if gamma is None else f"p_div_p_{gamma}"
+    close(-logp.grad, table["table"][name]["minus_grad_wrt_logp_times_width"])
+
+
+def test_a_probability_near_zero_in_the_branch_not_taken_makes_no_nan():
+    logp = torch.tensor([-1e4, -1e4, 0.0, -1e4], requires_grad=True)
+    old = torch.tensor([0.0, -1e9, -1e9, -1e4])  # exp(logp - old) overflows for the teacher's tokens
+    teacher = torch.tensor([True, True, True, False])
+    loss = luffy_token_loss(logp, old, torch.ones(4), teacher)
+    loss.sum().backward()
+    assert loss.isfinite().all() and logp.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------- one update, against the published
+
+
+class Bigram(torch.nn.Module):
+    """A policy of one table: logits of the next token = W[token]; what the vectors' integration case trains."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Parameter(f64(table))
+
+    def forward(self, batch, *, temperature=1.0, entropy=False):
+        logits = self.table[batch.input_ids[0, batch.predictors]] / temperature
+        logp = logits.log_softmax(-1)
+        chosen = logp.gather(1, batch.targets[:, None])[:, 0]
+        return (chosen, -(logp.exp() * logp).sum(-1)) if entropy else chosen
+
+
+def integration(name, method, micro_batch_tokens):
+    data = VECTORS["integration_update_policy"]
+    case = data["cases"][name]
+    rows = [
+        Row(prompt, response[: sum(mask)], group, teacher[0] and method == "luffy", advantage=advantage[0])
+        for prompt, response, mask, teacher, group, advantage in zip(
+            data["prompts"], data["responses"], data["response_mask"], data["prefix_mask"],
+            [uid == "q" for uid in data["uid"]], case["advantages"], strict=True,
+        )
+    ]
+    args = dataclasses.replace(
+        Args(), method=method, max_response_tokens=4, entropy_coef=case["entropy_coeff"],
+        loss_rows=case["ppo_mini_batch_rows"], clip=0.0 if method == "luffy" else 0.2,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    return case, rows, args
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [5, 12, 1000])
+def test_an_update_of_luffy_is_the_published_one_whatever_the_micro_batches(micro_batch_tokens):
+    case, rows, args = integration("luffy_one_minibatch_one_micro_sgd_noclip", "luffy", micro_batch_tokens)
+    policy = Bigram(case["W_before"])
+    metrics = accumulate_gradient(policy, rows, None, args, ONE_RANK)
+    close((policy.table - case["lr"] * policy.table.grad).detach(), case["W_after"])
+    assert metrics["policy/entropy"] == pytest.approx(case["metrics"]["actor/entropy_loss"][0])
+    assert metrics["teacher/shaped_ratio"] == pytest.approx(case["metrics"]["actor/off_ratio_mean"][0])
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [5, 1000])
+def test_two_updates_of_on_policy_rl_are_the_published_ones(micro_batch_tokens):
+    """The second update is off-policy: its ratio is taken to the policy before the first."""
+    case, rows, args = integration("on_policy_script_clip_all_rows_on", "grpo", micro_batch_tokens)
+    policy = Bigram(case["W_before"])
+    with torch.no_grad():
+        close(policy_logps(policy, rows[:1], args, ONE_RANK)[0], case["old_log_probs"][0])
+    old = policy_logps(policy, rows[4:], args, ONE_RANK)
+    for update, old_logps in ((rows[:4], None), (rows[4:], old)):
+        accumulate_gradient(policy, update, old_logps, args, ONE_RANK)
+        with torch.no_grad():
+            policy.table -= case["lr"] * policy.table.grad
+        policy.table.grad = None
+    close(policy.table.detach(), case["W_after"])
+
+
+def test_rl_with_sft_loss_is_the_published_one():
+    """RL on own rows (their mean is the baseline) plus the mean negative log-likelihood of teachers' tokens."""
+    case = VECTORS["rl_with_sft_loss"]
+    logp, _, mask = token_losses(gamma=None, clip=None)
+    rewards = f64(INPUTS["rewards"])
+    teacher = torch.tensor(INPUTS["prefix_mask"]).any(1)
+    groups = torch.tensor([uid == "q" for uid in INPUTS["uid"]]).long()
+    advantages = group_advantages(rewards, groups, baseline=~teacher)
+    close(advantages, row_values(case["advantages_split"]))
+    rows = [
+        Row([0], list(range(length)), int(g), bool(t), advantage=a)
+        for length, g, t, a in zip(INPUTS["lengths"], groups, teacher, advantages.tolist(), strict=True)
+    ]
+    args = dataclasses.replace(Args(), method="rl_sft", max_response_tokens=5, entropy_coef=0.0, loss_rows=8)
+
+    [[order]] = plan_micro_batches(INPUTS["lengths"], 1, 1000)  # the one micro-batch's rows, in its order
+
+    class Given(torch.nn.Module):  # returns the vectors' log-probs
+        def forward(self, batch, **_):
+            values = torch.cat([logp[i, : INPUTS["lengths"][i]] for i in order])
+            return values, torch.zeros_like(values)
+
+    old = torch.cat([f64(INPUTS["old_log_prob"])[i, : INPUTS["lengths"][i]] for i in order])
+    accumulate_gradient(Given(), rows, [old], args, ONE_RANK)
+    close(logp.grad * mask, case["whole_batch"]["grad_wrt_log_prob"], 1e-7)
+
+
+def test_the_published_number_of_micro_batches_follows_the_rows_length():
+    assert luffy.published_micro_batches(100) == 1
+    assert luffy.published_micro_batches(512) == 1
+    assert luffy.published_micro_batches(2560) == 5

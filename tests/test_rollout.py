@@ -1,0 +1,144 @@
+"""common/rollout.py: what is drawn, from which weights, and that it depends on nothing else."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.data import pack
+from common.rollout import EmbeddedSampler, Sampling, draw
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
+KEYS = [3, 1, 4, 5, 9]
+
+
+@pytest.fixture
+def sampler(policy):
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    sampler.sync(policy, version=0)
+    return sampler
+
+
+def ids(groups):
+    return [[c.ids for c in group] for group in groups]
+
+
+def test_greedy_tokens_are_those_of_transformers_generate(policy, sampler):
+    plain = AutoModelForCausalLM.from_config(type(policy.lm.config)(**policy.lm.config.to_dict())).eval()
+    plain.load_state_dict(policy.lm.state_dict())
+    groups = sampler.generate(PROMPTS, n=1, keys=KEYS, seed=0, sampling=Sampling(12, temperature=0.0))
+    for prompt, [completion] in zip(PROMPTS, groups, strict=True):
+        prompt = torch.tensor([prompt])
+        expected = plain.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=1,
+            pad_token_id=0,
+        )[0, prompt.shape[1] :].tolist()  # fmt: skip
+        assert completion.ids == expected
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_reported_log_probs_are_the_trainers(policy, sampler, temperature):
+    groups = sampler.generate(PROMPTS, n=6, keys=KEYS, seed=0, sampling=Sampling(20, temperature))
+    pairs = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
+    expected = policy(pack([(p, c.ids) for p, c in pairs]), temperature=temperature).detach()
+    torch.testing.assert_close(torch.tensor([x for _, c in pairs for x in c.logps]), expected, rtol=0, atol=5e-6)
+
+
+def test_a_completion_ends_at_its_first_stop_id_or_at_the_limit(sampler):
+    groups = sampler.generate(PROMPTS, n=40, keys=KEYS, seed=0, sampling=Sampling(30))
+    seen = set()
+    for completion in (c for group in groups for c in group):
+        assert len(completion.ids) == len(completion.logps)
+        assert 1 not in completion.ids[:-1]
+        assert completion.finish == ("stop" if completion.ids[-1] == 1 else "length")
+        assert completion.finish == "stop" or len(completion.ids) == 30
+        assert completion.truncated == (completion.finish == "length")
+        seen.add(completion.finish)
+    assert seen == {"stop", "length"}
+
+
+def test_what_is_drawn_does_not_depend_on_the_batch(policy, sampler):
+    together = ids(sampler.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(25)))
+    order = random.Random(0).sample(range(len(PROMPTS)), len(PROMPTS))
+    shuffled = ids(
+        sampler.generate([PROMPTS[i] for i in order], n=5, keys=[KEYS[i] for i in order], seed=7,
+                         sampling=Sampling(25))
+    )  # fmt: skip
+    assert [together[i] for i in order] == shuffled
+    narrow = EmbeddedSampler(policy, stop_ids=[1], max_batch_tokens=1)  # one prompt at a time
+    narrow.sync(policy, 0)
+    assert ids(narrow.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(25))) == together
+    ragged = sampler.generate(PROMPTS, n=[1, 2, 3, 0, 5], keys=KEYS, seed=7, sampling=Sampling(25))
+    assert ids(ragged) == [group[:n] for group, n in zip(together, [1, 2, 3, 0, 5], strict=True)]
+
+
+def test_seeds_keys_and_places_name_different_streams(sampler):
+    def first(seed, keys):
+        return ids(sampler.generate([[5, 6]] * len(keys), n=2, keys=keys, seed=seed, sampling=Sampling(25)))
+
+    a, b = first(0, [1, 2]), first(1, [1, 2])
+    draws = [tuple(c) for groups in (a, b) for group in groups for c in group]
+    assert len(set(draws)) == len(draws)
+    assert first(0, [2, 1]) == a[::-1]
+
+
+def test_nothing_is_drawn_before_the_first_sync(policy):
+    with pytest.raises(RuntimeError, match="sync"):
+        EmbeddedSampler(policy, stop_ids=[1]).generate(PROMPTS, n=1, keys=KEYS, seed=0, sampling=Sampling(4))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_after_a_sync_the_sampler_has_the_new_weights(world, tied):
+    from common.trainer import load_policy
+    from tests.conftest import NANO
+
+    policy = load_policy("nano", world, from_config=NANO | {"tie_word_embeddings": tied}, seed=3)
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    sampler.sync(policy, 0)
+    for version in range(1, 4):
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_(torch.randn_like(p) * 0.05)
+        stale = sampler.generate(PROMPTS, n=2, keys=KEYS, seed=version, sampling=Sampling(10))
+        sampler.sync(policy, version)
+        fresh = sampler.generate(PROMPTS, n=2, keys=KEYS, seed=version, sampling=Sampling(10))
+        for groups, off in ((stale, True), (fresh, False)):
+            pairs = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
+            logp = policy(pack([(p, c.ids) for p, c in pairs])).detach()
+            gap = (logp - torch.tensor([x for _, c in pairs for x in c.logps])).abs().max()
+            assert gap > 1e-2 if off else gap < 1e-5
+
+
+def test_an_empty_prompt_is_refused(sampler):
+    with pytest.raises(ValueError, match="empty prompt"):
+        sampler.generate([[5], []], n=1, keys=[0, 1], seed=0, sampling=Sampling(4))
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([0.5, -1.0, 2.0, -float("inf"), 0.0])
+    n = 200_000
+    u = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    token, logp = draw(logits.expand(n, -1), u, Sampling(1, temperature=0.7))
+    p = (logits / 0.7).softmax(-1)
+    torch.testing.assert_close(token.bincount(minlength=5) / n, p, rtol=0, atol=4 * (0.25 / n) ** 0.5)
+    torch.testing.assert_close(logp, p.log()[token])
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_a_token_of_probability_zero_is_never_drawn(u):
+    logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]])
+    assert draw(logits, torch.tensor([u]), Sampling(1))[0].item() in (1, 2)
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    u = torch.linspace(0, 1 - 1e-6, 1001)
+
+    def support(top_p):
+        return set(draw(logits.expand(len(u), -1), u, Sampling(1, top_p=top_p))[0].tolist())
+
+    assert support(0.01) == {0}
+    assert support(0.6) == {0, 1}
+    assert support(0.81) == {0, 1, 2}
+    assert support(1.0) == {0, 1, 2, 3}

@@ -1,0 +1,225 @@
+"""common/trainer.py: loading, schedules, checkpoints, metrics."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+
+from common import trainer
+from common.data import InputError, pack
+from common.trainer import (
+    Checkpoints,
+    Metrics,
+    export,
+    learning_rate,
+    load_policy,
+    load_tokenizer,
+    make_optimizer,
+    optimizer_step,
+    parse_args,
+    read_metrics,
+    weights_digest,
+)
+from tests.conftest import NANO
+
+
+@dataclasses.dataclass
+class Settings:
+    lr: float = 1e-3
+    steps: int = 10
+    preset: str = "paper"
+    method: str = "a"
+
+
+def train_a_little(policy, optimizer, updates, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(updates):
+        ids = torch.randint(2, 61, (2, 8), generator=generator).tolist()
+        (-policy(pack([(ids[0][:3], ids[0][3:]), (ids[1][:5], ids[1][5:])])).mean()).backward()
+        optimizer_step(policy, optimizer, lr=1e-2, max_grad_norm=1.0)
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+def test_a_flag_chooses_the_defaults_of_others_and_what_is_typed_wins():
+    tables = dict(method={"b": dict(lr=0.5, steps=7)}, preset={"tiny": dict(steps=3)})
+    assert parse_args(Settings, [], **tables) == Settings()
+    assert parse_args(Settings, ["--method", "b"], **tables) == Settings(lr=0.5, steps=7, method="b")
+    assert parse_args(Settings, ["--method=b", "--preset=tiny"], **tables).steps == 3
+    assert parse_args(Settings, ["--method", "b", "--preset", "tiny", "--steps", "9"], **tables).steps == 9
+
+
+def test_an_unknown_flag_exits_with_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(Settings, ["--learning_rat", "1"])
+    assert stop.value.code == 2
+    assert "learning" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+
+
+def test_the_rate_warms_up_linearly_and_then_follows_its_schedule():
+    def rates(schedule, **kw):
+        return [learning_rate(s, lr=1.0, steps=10, schedule=schedule, **kw) for s in range(10)]
+
+    assert rates("constant") == [1.0] * 10
+    assert rates("constant", warmup=0.2) == [0.5] + [1.0] * 9
+    assert rates("linear")[0] == 1.0 and rates("linear")[5] == 0.5
+    assert rates("cosine", warmup=0.1)[0] == 1.0
+    assert rates("cosine", floor=0.1)[-1] > 0.1
+    assert learning_rate(10, lr=1.0, steps=10, schedule="cosine", floor=0.1) == pytest.approx(0.1)
+
+
+# --------------------------------------------------------------------------------------------- optimizer step
+
+
+def test_the_gradient_is_clipped_to_the_global_norm(policy):
+    optimizer = make_optimizer(policy, lr=0.0)
+    (policy(pack([([3, 4], [5, 6])])).sum() * 1e4).backward()
+    seen = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.update(norm=torch.cat([p.grad.flatten() for p in policy.parameters()]).norm().item())
+    )
+    assert optimizer_step(policy, optimizer, lr=0.0, max_grad_norm=0.5) > 100
+    assert seen["norm"] == pytest.approx(0.5, rel=1e-4)
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(policy):
+    optimizer = make_optimizer(policy, lr=1.0)
+    before = weights_digest(policy)
+    (policy(pack([([3, 4], [5, 6])])).sum() * float("nan")).backward()
+    with pytest.raises(FloatingPointError):
+        optimizer_step(policy, optimizer, lr=1.0, max_grad_norm=1.0)
+    assert weights_digest(policy) == before
+
+
+# ----------------------------------------------------------------------------------------- models and folders
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_exported_model_is_the_model(policy, world, tmp_path, tied):
+    import igsm
+
+    policy = load_policy("nano", world, from_config=NANO | {"tie_word_embeddings": tied}, seed=3)
+    export(policy, igsm.tokenizer("symbolic"), tmp_path / "model", world)
+    again = load_policy(str(tmp_path / "model"), world)
+    assert weights_digest(again) == weights_digest(policy)
+    assert load_tokenizer(str(tmp_path / "model")).chat_template
+    assert not list(tmp_path.glob("*.partial"))
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_random_weights_come_from_the_seed_alone(world):
+    a, b, c = (load_policy("nano", world, from_config=NANO, seed=seed) for seed in (3, 3, 4))
+    assert weights_digest(a) == weights_digest(b) != weights_digest(c)
+
+
+def test_a_folder_without_model_or_tokenizer_is_named(world, tmp_path):
+    with pytest.raises(InputError, match=f"--model {tmp_path}.*tokenizer"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(InputError, match=f"--model {tmp_path}.*cannot be loaded"):
+        load_policy(str(tmp_path), world)
+
+
+def test_gradient_checkpointing_changes_nothing(world):
+    grads = []
+    for flag in (False, True):
+        policy = load_policy("nano", world, from_config=NANO, seed=3, gradient_checkpointing=flag)
+        policy(pack([([3, 4], [5, 6, 7])])).sum().backward()
+        grads.append([p.grad for p in policy.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def checkpoint(tmp_path, **settings):
+    return Checkpoints(tmp_path / "checkpoint", Settings(**settings))
+
+
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(policy, world, tmp_path):
+    optimizer = make_optimizer(policy, lr=1e-2)
+    train_a_little(policy, optimizer, 3)
+    checkpoint(tmp_path).save(3, policy, optimizer, world, buffer=[1, 2])
+    train_a_little(policy, optimizer, 2, seed=1)
+
+    again = load_policy("nano", world, from_config=NANO, seed=99)
+    its_optimizer = make_optimizer(again, lr=1e-2)
+    saved = checkpoint(tmp_path)
+    state = saved.state()
+    assert (state["step"], state["buffer"]) == (3, [1, 2])
+    saved.load(again, its_optimizer)
+    train_a_little(again, its_optimizer, 2, seed=1)
+    assert weights_digest(again) == weights_digest(policy)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_partial_ones_do_not_count(policy, world, tmp_path):
+    optimizer = make_optimizer(policy, lr=1e-2)
+    train_a_little(policy, optimizer, 1)
+    saved = checkpoint(tmp_path)
+    for step in (1, 2, 3):
+        saved.save(step, policy, optimizer, world)
+    assert [p.name for p in saved.folder.iterdir()] == ["step-00000003"]
+    (saved.folder / "step-00000009.partial").mkdir()  # what a crash while saving leaves
+    assert saved.latest().name == "step-00000003"
+    saved.save(4, policy, optimizer, world)
+    assert [p.name for p in saved.folder.iterdir()] == ["step-00000004"]
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(policy, world, tmp_path, monkeypatch):
+    optimizer = make_optimizer(policy, lr=1e-2)
+    train_a_little(policy, optimizer, 1)
+    saved = checkpoint(tmp_path)
+    saved.save(1, policy, optimizer, world)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.json, "dump", full)
+    with pytest.raises(OSError, match="No space"):
+        saved.save(2, policy, optimizer, world)
+    assert saved.latest().name == "step-00000001"
+
+
+def test_another_configuration_is_refused_and_the_difference_named(policy, world, tmp_path):
+    optimizer = make_optimizer(policy, lr=1e-2)
+    train_a_little(policy, optimizer, 1)
+    checkpoint(tmp_path).save(1, policy, optimizer, world)
+    assert checkpoint(tmp_path, steps=20).state()["step"] == 1  # more steps of the same run are fine
+    with pytest.raises(InputError, match=r"--lr 0\.001 there, 0\.5 here"):
+        checkpoint(tmp_path, lr=0.5).state()
+
+
+def test_too_little_disk_is_an_error_before_training(policy, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
+    with pytest.raises(InputError, match="GB are free"):
+        checkpoint(tmp_path).check_space(policy)
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_after_a_crash_have_no_step_missing_or_doubled(world, tmp_path):
+    first = Metrics(tmp_path, Settings(), world, start=0, steps=5, curves=[["loss"]])
+    for step in (1, 2, 3):
+        first.log(step, {"loss": float(step), "none": None}, show=["loss"])
+    first.samples(3, [{"text": "é"}])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # the crash came while this was written
+    second = Metrics(tmp_path, Settings(), world, start=2, steps=5, curves=[["loss"]])
+    for step in (3, 4, 5):
+        second.log(step, {"loss": step * 10.0}, show=["loss"])
+    second.close()
+    rows = read_metrics(tmp_path)
+    assert [(r["step"], r["loss"]) for r in rows] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+    assert (tmp_path / "samples.jsonl").read_text() == ""
+    assert os.path.getsize(tmp_path / "curves.png") > 5000
+    assert json.loads((tmp_path / "args.json").read_text())["steps"] == 10
