@@ -40,7 +40,6 @@ Commands:
   torchrun --nproc_per_node 8 luffy.py                                       the paper's run
 """
 
-import dataclasses
 import math
 import random
 from dataclasses import dataclass
@@ -53,8 +52,21 @@ import igsm
 from common.data import InputError, batch_indices, load_rows, make_examples, pack, plan_micro_batches
 from common.rollout import EmbeddedSampler, Sampling
 from common.trainer import (
-    Checkpoints, Clock, Metrics, export, gather_lists, init_world, launch, learning_rate, load_policy,
-    load_tokenizer, make_optimizer, optimizer_step, parse_args, peak_memory_gb, sum_over_ranks,
+    Checkpoints,
+    Clock,
+    Metrics,
+    export,
+    gather_lists,
+    init_world,
+    launch,
+    learning_rate,
+    load_policy,
+    load_tokenizer,
+    make_optimizer,
+    optimizer_step,
+    parse_args,
+    peak_memory_gb,
+    sum_over_ranks,
 )
 from common.verifiers import grade
 
@@ -95,9 +107,9 @@ class Args:
 
     # how: the published run
     steps: int = 500
-    """Rollout steps (the paper's 500)."""
-    epochs: float = 0.0
-    """If positive, sets steps to that many passes over the data (sft: 3, as published)."""
+    """Rollout steps (the paper's 500); 0 follows --epochs."""
+    epochs: float = 3.0
+    """Passes over the data where --steps is 0 (sft, as published)."""
     batch_size: int = 128
     """Questions a step."""
     group_size: int = 8
@@ -167,7 +179,7 @@ class Args:
 
 METHODS = {
     "grpo": dict(teacher_rows=0, clip=0.2),
-    "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, epochs=3.0, batch_size=64, group_size=1,
+    "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, steps=0, batch_size=64, group_size=1,
                 updates_per_step=1, entropy_coef=0.0),
 }
 PRESETS = {
@@ -177,17 +189,17 @@ PRESETS = {
         eval_limit=128, save_every=20, micro_batch_tokens=16384, gradient_checkpointing=False,
     ),
     "tiny_base": dict(
-        model="scratch", data="igsm:1-4", eval_data=("igsm:1-6",), out="runs/tiny_base", verifier="boxed",
-        max_prompt_tokens=160, max_response_tokens=160, eval_every=250, eval_limit=400, save_every=250,
-        micro_batch_tokens=16384, gradient_checkpointing=False, igsm_problems=200000, lr=1e-3, batch_size=128,
-        epochs=0.0, steps=3000, warmup=0.03, lr_floor=0.05, eval_temperature=0.0, log_samples=0,
+        model="scratch", data="igsm:1-4", igsm_problems=160000, eval_data=("igsm:1-6",), out="runs/tiny_base",
+        verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, steps=5000, batch_size=64, lr=1.5e-3,
+        warmup=0.02, lr_floor=0.02, betas=(0.9, 0.99), eval_every=500, eval_limit=300, eval_temperature=0.0,
+        save_every=500, log_samples=0, micro_batch_tokens=16384, gradient_checkpointing=False,
     ),
 }
 SCRATCH = dict(
     model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
 )
-IGSM = dict(style="symbolic", modulus=23, max_params=8)
+IGSM = dict(style="symbolic", modulus=23, max_params=5, max_literal=9, subgoals=True)
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
@@ -351,18 +363,13 @@ def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tenso
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def igsm_row(p) -> dict:
-    return {"data_source": f"igsm-{p.ops}", "prompt": [{"role": "user", "content": p.question}],
-            "target": [{"role": "assistant", "content": p.solution}], "reward_model": {"style": "rule", "ground_truth": str(p.answer)}}
-
-
 def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str, limit: int = 0):
     """Examples of a data flag, and the counts of what was left out."""
     if source.startswith("igsm:"):
         try:
             lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
-            problems = igsm.generate(limit or args.igsm_problems, ops=(lo, hi), seed=0, split=split, **IGSM)
-            rows = [igsm_row(p) for p in problems]
+            problems = igsm.problems(limit or args.igsm_problems, ops=(lo, hi), split=split, **IGSM)
+            rows = [igsm.row(problem, split) for problem in problems]
         except ValueError as error:
             raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
     else:
@@ -376,15 +383,17 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
 
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
+    for name in ("batch_size", "group_size", "updates_per_step", "max_response_tokens", "max_prompt_tokens", "epochs"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     if args.batch_size % args.updates_per_step:
         raise InputError(
             f"--batch_size {args.batch_size} does not divide into --updates_per_step {args.updates_per_step}"
         )
     if not 0 <= args.teacher_rows < max(args.group_size, 2):
         raise InputError(f"--teacher_rows {args.teacher_rows} must be under --group_size {args.group_size}")
-    for name in ("batch_size", "group_size", "steps", "max_response_tokens", "max_prompt_tokens"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
+    if args.steps < 0:
+        raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise InputError(f"--chat_template {args.chat_template}: no such file")
 
@@ -417,7 +426,7 @@ def main(args: Args) -> None:
     start = state["step"] if state else 0
 
     scratch = args.model == "scratch"
-    tokenizer = igsm.tokenizer("symbolic") if scratch else load_tokenizer(args.model)
+    tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"]) if scratch else load_tokenizer(args.model)
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored"
     )
@@ -430,7 +439,7 @@ def main(args: Args) -> None:
     ]
     if len(examples) < args.batch_size:
         raise InputError(f"--data {args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
-    steps = max(1, int(args.epochs * len(examples) / args.batch_size)) if args.epochs else args.steps
+    steps = args.steps or max(1, int(args.epochs * len(examples) / args.batch_size))
     if world.main:
         print(f"{args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size} questions")
 

@@ -5,34 +5,34 @@
     entropy = -sum_j p_j log p_j                       p_j = exp(z_j - lse)
     kl      =  sum_j p_j (log p_j - log q_j)           q: the same from the reference's hidden and weight
 
-Forward: one pass over tiles [tokens, vocabulary] with, per token, the maximum m so far and, relative to it,
+Forward: one pass over tiles [tokens, vocabulary]. Per token: the maximum m so far and, relative to it,
 
-    s = sum_{j != argmax} exp(z_j - m)                 lse = m + log1p(s)
-    u = sum_j exp(z_j - m) (z_j - m)                   entropy = log1p(s) - u / (1 + s)
-    d = sum_j exp(z_j - m) (z_j - m - (z'_j - m'))     kl = d / (1 + s) - log1p(s) + log1p(s')
+    s = sum_{j != argmax} exp(z_j - m)                 logp    = (z_y - m) - log1p(s)
+    u = sum_j exp(z_j - m) w_j                         entropy = log1p(s) - u / (1 + s)
+                                                       kl      = u / (1 + s) - log1p(s) + log1p(s')
+    w_j = z_j - m                  for the entropy
+    w_j = z_j - m - (z'_j - m')    for the KL, primes marking the reference
 
-The argmax's own term, exp(0) = 1, stays out of s: the log-prob and the entropy of a token of probability 1 - 1e-12
-keep their relative accuracy in float32, where 1 + 1e-12 would be 1.
+The argmax's own term, exp(0) = 1, stays out of s: where 1 + 1e-12 would be 1 in float32, the log-prob and the entropy
+of a token of probability 1 - 1e-12 keep their relative accuracy.
 
-Backward: every tile of logits is computed again, overwritten by its gradient g, and taken up by two matrix products.
-With upstream gradients a on logp, b on entropy and c on kl,
+Backward: every tile of logits is computed again, turned into its gradient g and taken up by two matrix products. With
+upstream gradients a on logp and c on kl, or -c on entropy, for both are the same function of w,
 
-    g_j = a (1{j = y} - p_j) - b p_j (log p_j + entropy) + c p_j (log p_j - log q_j - kl)
+    g_j = a (1{j = y} - p_j) + c p_j (w_j - u / (1 + s))
     grad_hidden = g @ weight / temperature             grad_weight = g.T @ hidden / temperature
 
-g is formed in float32 and without cancellation: 1 - p_y as -expm1(logp), log p_j + entropy as (z_j - m) - u / (1 + s),
-log p_j - log q_j - kl as (z_j - m) - (z'_j - m') - d / (1 + s).
+in float32 and without cancellation: 1 - p_y is -expm1(logp).
 
-The matrix products are the library's (cuBLAS on CUDA), the token side is one read of the tile: a Triton kernel on
-CUDA, a few vectorised passes over a tile that stays in cache elsewhere. Why not one fused kernel: the products are
-over 9/10 of the work at H >= 896 (2 H flops a logit against some 10), the library has them tuned for every card and
-shape, and a backward needs the tile's gradient twice, which a fused kernel must compute twice or add up atomically.
-What it costs is writing and reading the tile once. That tile is float32 on CUDA too: rounding logits to bf16, as
-the fused kernels' peers do, moves a log-prob by 0.01 and more. The loop is over the vocabulary outside and tokens
-inside, so that weight's gradient is summed in float32 for one tile at a time and rounded once.
-Measured on CPU only (docs/logprobs.md); the CUDA figures are open until they are measured.
+Products are the library's (cuBLAS; on a CPU MKL or oneDNN). The token side is a Triton kernel on CUDA, which reads a
+tile once, and elsewhere a few passes over a tile that stays in cache. Why not one kernel for both: the products are
+over nine tenths of the work (2 H operations a logit against some ten), libraries have them tuned for every device and
+shape, and the backward needs a tile's gradient in two products, so that a fused kernel computes it twice or adds up by
+atomics. The price is that a tile is written and read once. It is float32 on CUDA as well: logits rounded to bf16 move a
+log-prob by 0.01. Vocabulary is the outer loop, tokens the inner one, so that the weight's gradient needs float32 for
+one tile only. Measured on a CPU (docs/logprobs.md); on CUDA the figures are open.
 
-Shapes: N tokens, H hidden, V vocabulary.
+Shapes: N tokens, H hidden, V vocabulary; n and v of a tile.
 """
 
 import os
@@ -47,76 +47,61 @@ except ImportError:
     triton = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KEEP = 2**22  # logits that are kept for the backward rather than computed again: 16 MB
-LOWEST = -1e30  # "no logit yet", and stands for -inf, whose differences would be NaN
+KEPT = 2**22  # logits, 16 MB, up to which a single tile is kept for the backward instead of being computed again
+LOWEST = -1e30  # "no logit yet"; also stands for -inf, whose differences would be NaN
+# MKL multiplies float32 with AVX2 where the processor is not Intel's; oneDNN, which torch has too, with AVX-512, twice
+# as fast. But it adds up a row's products one by one: 192 at a time, it rounds no worse than MKL.
+ONEDNN = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear_logprobs(
-    hidden,
-    weight,
-    targets,
-    *,
-    temperature=1.0,
-    entropy=False,
-    bias=None,
-    backend="auto",
-    chunk_size=None,
-    tile_size=None,
-):
+    hidden, weight, targets, *, temperature=1.0, entropy=False,
+    bias=None, backend="auto", chunk_size=None, tile_size=None,
+):  # fmt: skip
     """Log-prob of every target, and the entropy of its distribution, under softmax((hidden @ weight.T + bias) / T).
 
     hidden [N, H], weight [V, H], targets [N] int64, bias [V] or None -> logp [N], or (logp [N], entropy [N]).
     Float32 out (float64 for float64 in). Differentiable in hidden, weight and bias; what is frozen costs nothing.
     A weight sharded by FSDP2 is whole inside the forward of the module that owns it: call this there.
 
-    backend: "triton", "torch" or "auto" (Triton on CUDA). chunk_size: tokens at a time, tile_size: vocabulary
-    entries at a time, chosen from the shapes when None. Logits that fit into one tile are kept for the backward.
-    IndexError for a target outside [0, V) on the CPU; on a GPU, where the check would have to wait, a NaN log-prob.
+    backend: "triton", "torch", or "auto" for Triton on CUDA and torch elsewhere. chunk_size: tokens at a time,
+    tile_size: vocabulary entries at a time, chosen from the shapes when None.
+    IndexError for a target outside [0, V) on the CPU; on a GPU, which a check would stall, its log-prob is NaN.
     """
-    fused = _check(hidden, weight, targets, temperature, backend)
-    settings = temperature, entropy, fused, *_tiling(hidden, weight, chunk_size, tile_size)
-    logp, ent = _LinearLogprobs.apply(hidden, weight, bias, targets, settings)
+    settings = _check(hidden, weight, targets, temperature, backend), temperature, entropy
+    tiling = _tiling(hidden, weight, chunk_size, tile_size)
+    logp, ent = _Linear.apply(hidden, weight, bias, targets, None, None, None, settings, tiling)
     return (logp, ent) if entropy else logp
 
 
 def logprobs_from_logits(
     logits, targets, *, temperature=1.0, entropy=False, backend="auto", chunk_size=None, inplace=False
-):
+):  # fmt: skip
     """The same of logits that exist already: logits [N, V], targets [N] -> logp [N], or (logp [N], entropy [N]).
 
     inplace=True writes the gradient of the logits over the logits, where nothing else needs them.
     """
-    fused = _check(logits, None, targets, temperature, backend)
-    logp, ent = _LogprobsFromLogits.apply(logits, targets, (temperature, entropy, fused, chunk_size, inplace))
+    settings = _check(logits, None, targets, temperature, backend), temperature, entropy
+    logp, ent = _FromLogits.apply(logits, targets, settings, chunk_size, inplace)
     return (logp, ent) if entropy else logp
 
 
 def linear_kl(
-    hidden,
-    weight,
-    ref_hidden,
-    ref_weight,
-    *,
-    temperature=1.0,
-    bias=None,
-    ref_bias=None,
-    backend="auto",
-    chunk_size=None,
-    tile_size=None,
-):
+    hidden, weight, ref_hidden, ref_weight, *, temperature=1.0,
+    bias=None, ref_bias=None, backend="auto", chunk_size=None, tile_size=None,
+):  # fmt: skip
     """KL(pi || ref) over the whole vocabulary at every token: [N, H], [V, H], [N, H'], [V, H'] -> [N].
 
     Differentiable in hidden, weight and bias; the reference is a constant. T divides the logits of both.
     """
-    fused = _check(hidden, weight, None, temperature, backend)
+    settings = _check(hidden, weight, None, temperature, backend), temperature, True
     _check(ref_hidden, ref_weight, None, temperature, backend)
     if (len(hidden), len(weight)) != (len(ref_hidden), len(ref_weight)):
         raise ValueError(
-            f"policy and reference differ in N or V: {hidden.shape} {weight.shape} and "
-            f"{ref_hidden.shape} {ref_weight.shape}"
+            f"policy and reference differ: N {len(hidden)}, {len(ref_hidden)}, V {len(weight)}, {len(ref_weight)}"
         )
-    settings = temperature, fused, *_tiling(hidden, weight, chunk_size, tile_size)
-    return _LinearKL.apply(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, settings)
+    tiling = _tiling(hidden, weight, chunk_size, tile_size)
+    return _Linear.apply(hidden, weight, bias, None, ref_hidden, ref_weight, ref_bias, settings, tiling)[1]
 
 
 def _check(hidden, weight, targets, temperature, backend):
@@ -124,7 +109,7 @@ def _check(hidden, weight, targets, temperature, backend):
     if hasattr(weight, "to_local"):
         raise TypeError("weight is a DTensor: call this inside the forward of the FSDP2 module that owns it")
     if hidden.dim() != 2 or (weight is not None and weight.shape[1:] != hidden.shape[1:]):
-        raise ValueError(f"not [N, H] and [V, H]: {hidden.shape} and {weight.shape}")
+        raise ValueError(f"not [N, H] and [V, H]: {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not above 0")
     if targets is not None and len(targets) and targets.device.type == "cpu":
@@ -134,7 +119,7 @@ def _check(hidden, weight, targets, temperature, backend):
             raise IndexError(f"targets from {low} to {high} in a vocabulary of {v}")
     possible = triton is not None and hidden.dtype != torch.float64 and (hidden.is_cuda or INTERPRETED)
     if backend not in ("auto", "torch", "triton") or (backend == "triton" and not possible):
-        raise ValueError(f"backend {backend!r}: torch, auto, or triton on CUDA (or interpreted), float32 at most")
+        raise ValueError(f"backend {backend!r}: torch, auto, or triton on CUDA (or interpreted) and float32 at most")
     return backend == "triton" or (backend == "auto" and possible and hidden.is_cuda)
 
 
@@ -143,10 +128,10 @@ def _check(hidden, weight, targets, temperature, backend):
 
 def _tiling(hidden, weight, chunk_size, tile_size):
     """Chunks of tokens and tiles of vocabulary, as slices."""
-    # A CPU's tile, 16 MB, stays in cache; a GPU's, 128 MB, keeps all its cores in large products.
-    chunk, tile, size = (8192, 4096, 2**25) if hidden.is_cuda else (4096, 1024, 2**22)
-    n = min(len(hidden), chunk_size or chunk)
-    return _slices(len(hidden), max(1, n)), _slices(len(weight), tile_size or max(tile, size // max(1, n)))
+    # A CPU's 4 MB stay in cache; a GPU's 128 MB keep all of it busy for a while.
+    chunk, size = (8192, 2**25) if hidden.is_cuda else (1024, 2**20)
+    chunk = max(1, min(len(hidden), chunk_size or chunk))
+    return _slices(len(hidden), chunk), _slices(len(weight), tile_size or max(1, size // chunk))
 
 
 def _slices(total, size):
@@ -154,7 +139,14 @@ def _slices(total, size):
 
 
 def _mm(a, b, out, accumulate=False):
-    """out = a @ b, or out += a @ b; float32 out of bf16 or fp16 factors is summed in float32."""
+    """out = a @ b, or out += a @ b; bf16 or fp16 factors of a float32 out are summed in float32."""
+    if ONEDNN and out.device.type == "cpu" and out.dtype == torch.float32 and a.numel() * b.shape[1] > 2**28:
+        for k in _slices(a.shape[1], 192):
+            # oneDNN is slow on rows that lie apart
+            x, w = (m if m.T.is_contiguous() else m.contiguous() for m in (a[:, k], b[k].T))
+            part = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")  # x @ w.T
+            out.add_(part) if accumulate or k.start else out.copy_(part)
+        return
     kwargs = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if accumulate:
         torch.addmm(out, a, b, out=out, **kwargs)
@@ -169,7 +161,7 @@ class _Head:
         self.hidden, self.weight, self.bias, self.buffer = hidden, weight, bias, None
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        # Tensor cores give the float32 sums of bf16 products; a CPU rounds them to bf16, so there it gets float32.
+        # Tensor cores give the float32 sums of bf16 products; a CPU would round them, so there it gets float32.
         self.dtype = dtype if hidden.is_cuda else self.sum_dtype
 
     def tile(self, r, c):
@@ -186,11 +178,11 @@ class _Grads:
     """Takes up tiles of the logits' gradient: all chunks of tokens for one vocabulary tile, then for the next."""
 
     def __init__(self, head, needs):
-        self.head, (hidden, weight, bias) = head, needs[:3]
+        self.head = head
         empty = torch.empty_like if len(head.hidden) else torch.zeros_like
-        self.hidden = torch.zeros_like(head.hidden, dtype=head.sum_dtype) if hidden else None
-        self.weight = empty(head.weight) if weight else None
-        self.bias = torch.zeros_like(head.bias, dtype=head.sum_dtype) if bias else None
+        self.hidden = torch.zeros_like(head.hidden, dtype=head.sum_dtype) if needs[0] else None
+        self.weight = empty(head.weight) if needs[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=head.sum_dtype) if needs[2] else None
 
     def add(self, g, r, c):
         head, first, last = self.head, r.start == 0, r.stop == len(self.head.hidden)
@@ -203,166 +195,134 @@ class _Grads:
             tile = self.weight[c]
             if tile.dtype == head.sum_dtype or (tile.dtype == head.dtype and first and last):
                 _mm(g.T, head.hidden[r].to(head.dtype), tile, accumulate=not first)
-            else:  # summed over the chunks in float32, rounded once
+            else:  # summed over the chunks in float32, then rounded
                 if first:
-                    self.tile = torch.empty_like(tile, dtype=head.sum_dtype)
-                _mm(g.T, head.hidden[r].to(head.dtype), self.tile, accumulate=not first)
+                    self.sum = torch.empty_like(tile, dtype=head.sum_dtype)
+                _mm(g.T, head.hidden[r].to(head.dtype), self.sum, accumulate=not first)
                 if last:
-                    tile.copy_(self.tile)
+                    tile.copy_(self.sum)
 
     def finish(self):
-        head = self.head
+        hidden, weight, bias = self.hidden, self.weight, self.bias
         return (
-            None if self.hidden is None else self.hidden.to(head.hidden.dtype),
-            self.weight,
-            None if self.bias is None else self.bias.to(head.bias.dtype),
+            None if hidden is None else hidden.to(self.head.hidden.dtype),
+            weight,
+            None if bias is None else bias.to(self.head.bias.dtype),
         )
 
 
-# The autograd side: two loops over tiles each.
+class _Linear(torch.autograd.Function):
+    """(logp, entropy or None) of targets; or, with a reference, (None, kl)."""
 
-
-class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, settings):
-        temperature, entropy, fused, rows, cols = settings
-        head, kept = _Head(hidden, weight, bias), None
-        state = _new_state(hidden, 4)  # [4, N]: m, s, u, z_y
+    def forward(ctx, hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, settings, tiling):
+        head, kept, (rows, cols) = _Head(hidden, weight, bias), None, tiling
+        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, ref_bias)
+        state = _new_state(hidden)
         for c in cols:
             for r in rows:
-                z, bias_c = head.tile(r, c)
-                if len(rows) == len(cols) == 1 and z.numel() <= KEEP and any(ctx.needs_input_grad):
-                    kept = z.clone()
-                _absorb(z, bias_c, targets[r] - c.start, state[:, r], temperature, entropy, fused)
-        ctx.save_for_backward(hidden, weight, bias, targets, state, kept)
-        ctx.settings = settings
+                tiles = [head.tile(r, c)] if ref is None else [head.tile(r, c), ref.tile(r, c)]
+                if (
+                    len(rows) == len(cols) == len(tiles) == 1
+                    and tiles[0][0].numel() <= KEPT
+                    and any(ctx.needs_input_grad)
+                ):
+                    kept = tiles[0][0].clone()
+                _absorb(tiles, None if targets is None else targets[r] - c.start, state[:, r], *settings)
+        ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, state, kept)
+        ctx.settings, ctx.tiling = settings, tiling
         ctx.set_materialize_grads(False)
-        return _outputs(state, entropy, head.sum_dtype)
+        return _outputs(state, targets, settings[-1], head.sum_dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, bias, targets, state, kept = ctx.saved_tensors
-        temperature, _, fused, rows, cols = ctx.settings
-        head = _Head(hidden, weight, bias)
+    def backward(ctx, grad_logp, grad_other):
+        hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, state, kept = ctx.saved_tensors
+        fused, temperature, _ = ctx.settings
+        head, (rows, cols) = _Head(hidden, weight, bias), ctx.tiling
+        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, ref_bias)
         grads = _Grads(head, ctx.needs_input_grad)
-        factors = _factors(state, grad_logp, grad_entropy, temperature, head.sum_dtype)
+        factors = _factors(state, targets, grad_logp, grad_other, temperature, head.sum_dtype)
         for c in cols:
             for r in rows:
-                z, bias_c = head.tile(r, c) if kept is None else (kept.clone(), bias)
+                tiles = [head.tile(r, c) if kept is None else (kept.clone(), bias)]
+                tiles += [] if ref is None else [ref.tile(r, c)]
+                z = tiles[0][0]
                 g = z if z.dtype == head.dtype else torch.empty_like(z, dtype=head.dtype)
-                _gradient(
-                    z,
-                    g,
-                    bias_c,
-                    targets[r] - c.start,
-                    factors[:, r],
-                    temperature,
-                    grad_entropy is not None,
-                    fused,
-                )
+                here = None if targets is None else targets[r] - c.start
+                _gradient(tiles, g, here, factors[:, r], fused, temperature, grad_other is not None)
                 grads.add(g, r, c)
-        return *grads.finish(), None, None
+        return *grads.finish(), None, None, None, None, None, None
 
 
-class _LogprobsFromLogits(torch.autograd.Function):
+class _FromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, settings):
-        temperature, entropy, fused, chunk_size, _ = settings
-        state = _new_state(logits, 4)
-        for r, z in _chunks(logits, chunk_size, fused):
-            _absorb(z, None, targets[r], state[:, r], temperature, entropy, fused)
+    def forward(ctx, logits, targets, settings, chunk_size, inplace):
+        fused, _, entropy = settings
+        if fused:
+            logits = logits.contiguous()
+        state = _new_state(logits)
+        for r, z in _FromLogits.chunks(logits, chunk_size, fused):
+            _absorb([(z, None)], targets[r], state[:, r], *settings)
         ctx.save_for_backward(logits, targets, state)
-        ctx.settings = settings
+        ctx.settings, ctx.chunk_size, ctx.inplace = settings, chunk_size, inplace
         ctx.set_materialize_grads(False)
-        return _outputs(state, entropy, torch.promote_types(logits.dtype, torch.float32))
+        return _outputs(state, targets, entropy, torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         logits, targets, state = ctx.saved_tensors
-        temperature, _, fused, chunk_size, inplace = ctx.settings
-        grad = logits.detach() if inplace else torch.empty_like(logits)
-        factors = _factors(
-            state, grad_logp, grad_entropy, temperature, torch.promote_types(logits.dtype, torch.float32)
-        )
-        for r, z in _chunks(logits, chunk_size, fused):
-            _gradient(
-                z, grad[r], None, targets[r], factors[:, r], temperature, grad_entropy is not None, fused
-            )
-        return grad, None, None
-
-
-def _chunks(logits, chunk_size, fused):
-    """(slice, logits) of chunks of tokens: float32 copies for torch, which works in place; all as they are for Triton."""
-    n = len(logits) if fused else chunk_size or KEEP // logits.shape[1]
-    dtype = logits.dtype if fused else torch.promote_types(logits.dtype, torch.float32)
-    for r in _slices(len(logits), max(1, n)):
-        yield r, logits[r].to(dtype, copy=not fused)
-
-
-class _LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, settings):
-        temperature, fused, rows, cols = settings
-        head, ref = _Head(hidden, weight, bias), _Head(ref_hidden, ref_weight, ref_bias)
-        state = _new_state(hidden, 5)  # [5, N]: m, s, d, m', s'
-        for c in cols:
-            for r in rows:
-                _absorb_kl(*head.tile(r, c), *ref.tile(r, c), state[:, r], temperature, fused)
-        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, state)
-        ctx.settings = settings
-        _, s, d, _, s_ref = state
-        return (d / (1 + s) - s.log1p() + s_ref.log1p()).to(head.sum_dtype)
+        fused, temperature, _ = ctx.settings
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        factors = _factors(state, targets, grad_logp, grad_entropy, temperature, dtype)
+        for r, z in _FromLogits.chunks(logits, ctx.chunk_size, fused):
+            _gradient([(z, None)], grad[r], targets[r], factors[:, r], fused, temperature, grad_entropy is not None)
+        return grad, None, None, None, None
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_kl):
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, state = ctx.saved_tensors
-        temperature, fused, rows, cols = ctx.settings
-        head, ref = _Head(hidden, weight, bias), _Head(ref_hidden, ref_weight, ref_bias)
-        grads = _Grads(head, ctx.needs_input_grad)
-        m, s, d, m_ref, _ = state
-        factors = torch.stack((m, m_ref, d / (1 + s), grad_kl / (1 + s) / temperature)).to(head.sum_dtype)
-        for c in cols:
-            for r in rows:
-                z, bias_c = head.tile(r, c)
-                g = z if z.dtype == head.dtype else torch.empty_like(z, dtype=head.dtype)
-                _gradient_kl(z, bias_c, *ref.tile(r, c), g, factors[:, r], temperature, fused)
-                grads.add(g, r, c)
-        return *grads.finish(), None, None, None, None
+    def chunks(logits, chunk_size, fused):
+        """Slices of tokens and their logits: all as they are for Triton, float32 copies for torch to overwrite."""
+        size = len(logits) if fused else chunk_size or KEPT // logits.shape[1]
+        for r in _slices(len(logits), max(1, size)):
+            yield r, logits[r] if fused else logits[r].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
 
 
-# The token side: what is known of every token, and how a tile of logits z [n, v] adds to it or becomes its gradient.
-# targets are indices in the tile; outside of [0, v) the target is not here. Torch's way is to overwrite z.
+# The token side: what is known of every token, and how a tile of logits adds to it or becomes its gradient.
+# tiles: [(z [n, v], bias [v] or None)] of the policy and, for the KL, of the reference. targets: [n], indices in the
+# tile, whose target is elsewhere if outside of [0, v). weighted: whether u, or the gradient through it, is wanted.
 
 
-def _new_state(hidden, k):
-    """[k, N], float64, so that adding up tiles adds no error: maxima at LOWEST, sums 0, the target's logit NaN."""
-    state = torch.zeros(k, len(hidden), dtype=torch.float64, device=hidden.device)
-    state[0] = LOWEST
-    state[3] = float("nan") if k == 4 else LOWEST
+def _new_state(hidden):
+    """m, s, u, z_y, m', s' [6, N], in float64: adding up tiles adds no error. A target not yet seen has NaN."""
+    state = torch.zeros(6, len(hidden), dtype=torch.float64, device=hidden.device)
+    state[0] = state[4] = LOWEST
+    state[3] = float("nan")
     return state
 
 
-def _outputs(state, entropy, dtype):
-    m, s, u, z_y = state
-    logp = (z_y - m) - s.log1p()
-    return logp.to(dtype), (s.log1p() - u / (1 + s)).to(dtype) if entropy else None
+def _outputs(state, targets, weighted, dtype):
+    m, s, u, z_y, _, s_ref = state
+    logp = None if targets is None else ((z_y - m) - s.log1p()).to(dtype)
+    if not weighted:
+        return logp, None
+    kl = u / (1 + s) - s.log1p() + s_ref.log1p()
+    return logp, (kl if targets is None else -kl).to(dtype)  # s' is 0 for the entropy
 
 
-def _factors(state, grad_logp, grad_entropy, temperature, dtype):
-    """[4, N]: m, f0, f1 and g_y, so that g_j = exp(x) (f0 + f1 x) with x = z_j - m, but g_y for the target."""
-    m, s, u, z_y = state
-    x_y, total = z_y - m, 1 + s
+def _factors(state, targets, grad_logp, grad_other, temperature, dtype):
+    """m, f0, f1, g_y, m' [5, N] such that g_j = exp(z_j - m) (f0 + f1 w_j), but g_y for the target."""
+    m, s, u, z_y, m_ref, _ = state
+    total, mean, x_y = 1 + s, u / (1 + s), z_y - m
     logp = x_y - s.log1p()
     f0 = f1 = g_y = torch.zeros_like(m)
     if grad_logp is not None:
         f0, g_y = -grad_logp / total, -grad_logp * logp.expm1()
-    if grad_entropy is not None:
-        f1, mean = -grad_entropy / total, u / total
-        f0, g_y = f0 - f1 * mean, g_y - grad_entropy * logp.exp() * (x_y - mean)
-    return torch.stack((m, f0 / temperature, f1 / temperature, g_y / temperature)).to(dtype)
+    if grad_other is not None:
+        c = grad_other if targets is None else -grad_other
+        f0, f1, g_y = f0 - c / total * mean, c / total, g_y + c * logp.exp() * (x_y - mean)
+    return torch.stack((m, f0 / temperature, f1 / temperature, g_y / temperature, m_ref)).to(dtype)
 
 
 def _finish(z, bias, temperature):
@@ -376,79 +336,163 @@ def _locate(targets, v):
     return ((targets >= 0) & (targets < v))[:, None], targets.clamp(0, v - 1)[:, None]
 
 
-def _without_argmax(z):
-    """m and s of a tile [n, v]; z becomes z - m, and exp(z - m) is returned, with 0 at the argmax."""
-    top, argmax = z.max(1, keepdim=True)
-    e = z.sub_(top.clamp_(min=LOWEST)).exp().scatter_(1, argmax, 0.0)
-    return top[:, 0].double(), e.sum(1), e
-
-
-def _merge(m, top):
-    """The larger of two maxima, and by what sums relative to either one shrink."""
-    new = torch.maximum(m, top)
-    return new, (m - new).exp(), (top - new).exp()
-
-
-def _absorb(z, bias, targets, state, temperature, entropy, fused):
-    """Adds a tile to the (m, s, u, z_y) of its tokens."""
-    if fused:
-        return _launch(_absorb_kernel, z, bias, targets, state, temperature, ENTROPY=entropy)
-    m, s, u, z_y = state
-    z = _finish(z, bias, temperature)
-    here, index = _locate(targets, z.shape[1])
-    z_y.copy_(torch.where(here, z.gather(1, index), z_y[:, None])[:, 0])
-    top, s_tile, e = _without_argmax(z)
-    new, old, add = _merge(m, top)
-    if entropy:
-        u_tile = e.mul_(z.clamp_(min=LOWEST)).sum(1)
-        u.copy_(old * (u + (m - new) * (1 + s)) + add * (u_tile + (top - new) * (1 + s_tile)))
-    s.copy_(old * s + add * s_tile + torch.minimum(old, add))  # the lesser argmax joins the sum
-    m.copy_(new)
-
-
-def _gradient(z, g, bias, targets, factors, temperature, entropy, fused):
-    """Writes a tile's gradient to g, which may be z."""
-    if fused:
-        return _launch(_gradient_kernel, z, bias, targets, factors, temperature, g, ENTROPY=entropy)
-    m, f0, f1, g_y = factors[:, :, None]
-    x = _finish(z, bias, temperature).sub_(m)
-    if entropy:
-        e = x.exp()
-        x = torch.addcmul(f0, x.clamp_(min=LOWEST), f1, out=x).mul_(e)
-    else:
-        x.exp_().mul_(f0)
-    here, index = _locate(targets, x.shape[1])
-    x.scatter_(1, index, torch.where(here, g_y, x.gather(1, index)))
-    if g is not x:
-        g.copy_(x)
-
-
-def _absorb_kl(z, bias, z_ref, ref_bias, state, temperature, fused):
-    """Adds a tile of policy and reference to the (m, s, d, m', s') of its tokens."""
-    m, s, d, m_ref, s_ref = state
-    x, x_ref = _finish(z, bias, temperature), _finish(z_ref, ref_bias, temperature)
-    top_ref, s_tile_ref, _ = _without_argmax(x_ref)
+def _exp_sum(x, m, s):
+    """Adds logits x [n, v] to the maximum m and the sum s so far. x becomes relative to its own maximum; returns its
+    exponentials, their sum, and where the maximum so far and the tile's own stand relative to the new one.
+    """
     top, argmax = x.max(1, keepdim=True)
     e = x.sub_(top.clamp_(min=LOWEST)).exp()
-    d_tile = x.clamp_(min=LOWEST).sub_(x_ref.clamp_(min=LOWEST)).mul_(e).sum(1)
-    s_tile, top = e.scatter_(1, argmax, 0.0).sum(1), top[:, 0].double()
-    new, old, add = _merge(m, top)
-    new_ref, old_ref, add_ref = _merge(m_ref, top_ref)
-    d_old = d + (1 + s) * ((m - new) - (m_ref - new_ref))
-    d_add = d_tile + (1 + s_tile) * ((top - new) - (top_ref - new_ref))
-    d.copy_(old * d_old + add * d_add)
-    s.copy_(old * s + add * s_tile + torch.minimum(old, add))
-    s_ref.copy_(old_ref * s_ref + add_ref * s_tile_ref + torch.minimum(old_ref, add_ref))
+    s_tile = e.scatter_(1, argmax, 0.0).sum(1)
+    new = torch.maximum(m, top[:, 0])
+    before, after = m - new, top[:, 0] - new
+    # of the two argmaxes one is the new one, and the other joins the sum
+    s.copy_(before.exp() * s + after.exp() * s_tile + torch.minimum(before, after).exp())
     m.copy_(new)
-    m_ref.copy_(new_ref)
+    return e.scatter_(1, argmax, 1.0), 1 + s_tile, before, after
 
 
-def _gradient_kl(z, bias, z_ref, ref_bias, g, factors, temperature, fused):
-    """Writes a tile's gradient to g, which may be z."""
-    m, m_ref, mean, c = factors[:, :, None]
-    x = _finish(z, bias, temperature).sub_(m)
-    x_ref = _finish(z_ref, ref_bias, temperature).sub_(m_ref)
-    e = x.exp().mul_(c)
-    x.clamp_(min=LOWEST).sub_(x_ref.clamp_(min=LOWEST)).sub_(mean).mul_(e)
+def _absorb(tiles, targets, state, fused, temperature, weighted):
+    """Adds a tile to the state of its tokens. (Torch works in place: z is lost.)"""
+    if fused:
+        return _launch(_absorb_kernel, tiles, targets, state, temperature, WEIGHTED=weighted)
+    m, s, u, z_y, m_ref, s_ref = state
+    x, total = _finish(*tiles[0], temperature), 1 + s
+    if targets is not None:
+        here, index = _locate(targets, x.shape[1])
+        z_y.copy_(torch.where(here, x.gather(1, index), z_y[:, None])[:, 0])
+    e, total_tile, before, after = _exp_sum(x, m, s)
+    if weighted:
+        w, shift, shift_tile = x.clamp_(min=LOWEST), before, after
+        if len(tiles) == 2:
+            x_ref = _finish(*tiles[1], temperature)
+            _, _, before_ref, after_ref = _exp_sum(x_ref, m_ref, s_ref)
+            w, shift, shift_tile = w.sub_(x_ref.clamp_(min=LOWEST)), before - before_ref, after - after_ref
+        u_tile = w.mul_(e).sum(1)
+        u.copy_(before.exp() * (u + shift * total) + after.exp() * (u_tile + shift_tile * total_tile))
+
+
+def _gradient(tiles, g, targets, factors, fused, temperature, weighted):
+    """Writes a tile's gradient to g, which may be its z."""
+    if fused:
+        return _launch(_gradient_kernel, tiles, targets, factors, temperature, g, g.stride(0), WEIGHTED=weighted)
+    m, f0, f1, g_y, m_ref = factors[:, :, None]
+    x = _finish(*tiles[0], temperature).sub_(m)
+    if weighted:
+        e, w = x.exp(), x.clamp_(min=LOWEST)
+        if len(tiles) == 2:
+            w.sub_(_finish(*tiles[1], temperature).sub_(m_ref).clamp_(min=LOWEST))
+        torch.addcmul(f0, w, f1, out=x).mul_(e)
+    else:
+        x.exp_().mul_(f0)
+    if targets is not None:
+        here, index = _locate(targets, x.shape[1])
+        x.scatter_(1, index, torch.where(here, g_y, x.gather(1, index)))
     if g is not x:
         g.copy_(x)
+
+
+# The same in Triton: a program for a token, which reads its logits once, a block at a time.
+
+
+def _launch(kernel, tiles, targets, per_token, temperature, *g, **flags):
+    """Runs a kernel on all tokens of a tile; when it writes a gradient g, on all blocks of a token's logits at once."""
+    (n, v), (z, bias), (z_ref, ref_bias) = tiles[0][0].shape, tiles[0], tiles[-1]
+    block = min(4096, triton.next_power_of_2(v))
+    pointers = [x if x is None else x.contiguous() for x in (bias, ref_bias, targets)]
+    flags |= {"BIAS": bias is not None, "REF_BIAS": ref_bias is not None, "TARGETS": targets is not None}
+    flags |= {"REF": len(tiles) == 2, "SCALED": temperature != 1.0, "BLOCK": block, "num_warps": max(1, block // 512)}
+    with torch.cuda.device_of(z):
+        kernel[(n, triton.cdiv(v, block) if g else 1)](
+            z, z.stride(0), z_ref, z_ref.stride(0), *pointers, per_token, per_token.stride(0), v, float(temperature),
+            *g, **flags,
+        )  # fmt: skip
+
+
+if triton is not None:
+
+    @triton.jit
+    def _load(z_ptr, bias_ptr, col, v, temperature, BIAS: tl.constexpr, SCALED: tl.constexpr):
+        """Logits in float32, -inf beyond the vocabulary."""
+        z = tl.load(z_ptr + col, mask=col < v, other=-float("inf")).to(tl.float32)
+        if BIAS:
+            z += tl.load(bias_ptr + col, mask=col < v, other=0.0).to(tl.float32)
+        if SCALED:
+            z = tl.div_rn(z, temperature)
+        return z
+
+    @triton.jit
+    def _exp_sum_block(x, m, s, BLOCK: tl.constexpr):
+        """_exp_sum for the block of one token: also returns the new m and s, and x relative to its maximum."""
+        top, argmax = tl.max(x, 0, return_indices=True)
+        top = tl.maximum(top, -1e30)
+        x -= top
+        e = tl.exp(x)
+        s_block = tl.sum(tl.where(tl.arange(0, BLOCK) == argmax, 0.0, e), 0)
+        new = tl.maximum(m, top)
+        before, after = m - new, top - new
+        s = tl.exp(before) * s + tl.exp(after) * s_block + tl.exp(tl.minimum(before, after))
+        return new, s, tl.maximum(x, -1e30), e, 1.0 + s_block, before, after
+
+    @triton.jit
+    def _absorb_kernel(
+        z_ptr, z_stride, ref_ptr, ref_stride, bias_ptr, ref_bias_ptr, targets_ptr, state_ptr, state_stride, v,
+        temperature,
+        WEIGHTED: tl.constexpr, BIAS: tl.constexpr, REF_BIAS: tl.constexpr, TARGETS: tl.constexpr, REF: tl.constexpr,
+        SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        z_ptr += row * z_stride
+        ref_ptr += row * ref_stride
+        state_ptr += row
+        m = tl.load(state_ptr).to(tl.float32)
+        s = tl.load(state_ptr + state_stride)
+        u = tl.load(state_ptr + 2 * state_stride)
+        m_ref = tl.load(state_ptr + 4 * state_stride).to(tl.float32)
+        s_ref = tl.load(state_ptr + 5 * state_stride)
+        for start in range(0, v, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            total = 1.0 + s
+            z = _load(z_ptr, bias_ptr, col, v, temperature, BIAS, SCALED)
+            m, s, w, e, total_block, before, after = _exp_sum_block(z, m, s, BLOCK)
+            if WEIGHTED:
+                shift, shift_block = before, after
+                if REF:
+                    z = _load(ref_ptr, ref_bias_ptr, col, v, temperature, REF_BIAS, SCALED)
+                    m_ref, s_ref, w_ref, _, _, before_ref, after_ref = _exp_sum_block(z, m_ref, s_ref, BLOCK)
+                    w -= w_ref
+                    shift -= before_ref
+                    shift_block -= after_ref
+                u_block = tl.sum(e * w, 0) + shift_block * total_block
+                u = tl.exp(before) * (u + shift * total) + tl.exp(after) * u_block
+        tl.store(state_ptr, m)
+        tl.store(state_ptr + state_stride, s)
+        tl.store(state_ptr + 2 * state_stride, u)
+        tl.store(state_ptr + 4 * state_stride, m_ref)
+        tl.store(state_ptr + 5 * state_stride, s_ref)
+        if TARGETS:
+            target = tl.load(targets_ptr + row)
+            if (target >= 0) & (target < v):
+                tl.store(state_ptr + 3 * state_stride, _load(z_ptr, bias_ptr, target, v, temperature, BIAS, SCALED))
+
+    @triton.jit
+    def _gradient_kernel(
+        z_ptr, z_stride, ref_ptr, ref_stride, bias_ptr, ref_bias_ptr, targets_ptr, factors_ptr, factors_stride, v,
+        temperature, g_ptr, g_stride,
+        WEIGHTED: tl.constexpr, BIAS: tl.constexpr, REF_BIAS: tl.constexpr, TARGETS: tl.constexpr, REF: tl.constexpr,
+        SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        factors_ptr += row
+        x = _load(z_ptr + row * z_stride, bias_ptr, col, v, temperature, BIAS, SCALED) - tl.load(factors_ptr)
+        f = tl.load(factors_ptr + factors_stride)
+        if WEIGHTED:
+            w = tl.maximum(x, -1e30)
+            if REF:
+                z = _load(ref_ptr + row * ref_stride, ref_bias_ptr, col, v, temperature, REF_BIAS, SCALED)
+                w -= tl.maximum(z - tl.load(factors_ptr + 4 * factors_stride), -1e30)
+            f += tl.load(factors_ptr + 2 * factors_stride) * w
+        g = f * tl.exp(x)
+        if TARGETS:
+            g = tl.where(col == tl.load(targets_ptr + row), tl.load(factors_ptr + 3 * factors_stride), g)
+        tl.store(g_ptr + row * g_stride + col, g, mask=col < v)

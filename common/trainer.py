@@ -30,10 +30,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from common import data  # noqa: F401  (registers the "packed" attention)
 from common.data import InputError, TokenBatch
 from common.logprobs import linear_logprobs
+
+transformers_logging.disable_progress_bar()  # shards read and written: noise beside a training bar
 
 # ------------------------------------------------------------------------------------- command line, launch
 
@@ -71,8 +74,10 @@ def launch(main, args) -> None:
         rank = os.environ.get("RANK", "0")
         print(f"[rank {rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()  # nobody leaves while another may still talk to it
+        sys.stdout.flush()
+        os._exit(0)  # tearing the interpreter down with gloo's threads alive aborts now and then
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -97,9 +102,10 @@ def init_world(timeout_minutes: float = 30.0) -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    else:
-        # torchrun gives every rank one thread unless told otherwise: share the cores out instead
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    elif "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun sets OMP_NUM_THREADS to 1 for each rank: share the cores out instead
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_size))
     if not dist.is_initialized():
         alone = "RANK" not in os.environ
         dist.init_process_group(
@@ -390,7 +396,7 @@ class Metrics:
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
             path.with_suffix(".partial").write_text("".join(line + "\n" for line in kept))
             os.replace(path.with_suffix(".partial"), path)
-            self.files[name] = open(path, "a")
+            self.files[name] = open(path, "a")  # noqa: SIM115 (open until close())
         self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", dynamic_ncols=True)
         if getattr(args, "tensorboard", False):
             from torch.utils.tensorboard import SummaryWriter
@@ -466,7 +472,7 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]], path: Path) -> N
         axis.set_title(" and ".join(names) if len(names) < 3 else names[0].split("/")[0], fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if len(names) > 1 or len(runs) > 1:
+        if axis.lines and (len(names) > 1 or len(runs) > 1):
             axis.legend(fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")

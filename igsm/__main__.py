@@ -12,8 +12,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from igsm.problem import problems
-from igsm.tokens import SYSTEM_PROMPT
+from igsm.problem import problems, row
 
 ROWS_AT_ONCE = 10_000  # of a parquet file
 
@@ -41,8 +40,8 @@ class Args:
     n: int = 1000
     """How many problems."""
     ops: tuple[int, int] = (4, 8)
-    """Fewest and most operations of a solution. The number is exact for each problem (extra_info.ops), and the
-    smaller of two draws, so that easier problems are more frequent. `--ops 20 20` for exactly 20."""
+    """Fewest and most operations of a solution. The number is exact for each problem (extra_info.ops), and
+    the smaller of two draws, so that easier problems are more frequent. `--ops 20 20` for exactly 20."""
     seed: int = 0
     """The same seed and settings give the same file; half of --n gives the first half of it."""
     split: Literal["train", "test"] | None = None
@@ -62,26 +61,6 @@ class Args:
     """Solutions write every intermediate result: 2 + (34 + 15) = 2 + 49 = 51."""
     system_prompt: bool = False
     """Begin each prompt with BRIDGE's system message, which explains the <think> and <answer> tags."""
-
-
-def row(problem, split, system_prompt=False):
-    """A problem as a row of a data set, with LUFFY's columns."""
-    system = [{"role": "system", "content": SYSTEM_PROMPT}] if system_prompt else []
-    return {
-        "data_source": f"igsm-{problem.style}",
-        "prompt": [*system, {"role": "user", "content": problem.question}],
-        "target": [{"role": "assistant", "content": problem.solution}],
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
-        "extra_info": {
-            "split": split,
-            "index": problem.index,
-            "ops": problem.ops,
-            "seed": problem.seed,
-            "template": problem.template,
-            "modulus": problem.modulus,
-        },
-    }
 
 
 def write_jsonl(path, rows):

@@ -168,21 +168,29 @@ def _draw_structure(rnd, target, max_params):
 
 
 def _draw_dependencies(rng, structure, target):
-    """The parameters of the solution, leaves first and the asked one last, and what each depends on.
+    """The parameters of the solution, leaves first and the asked one last, and the parents of each.
 
-    None if this draw led nowhere. Costs exactly `target` operations.
+    They cost exactly `target` operations. None if this draw led nowhere.
     """
-    rnd = rng.random
     edges, abstract = structure.edges, structure.abstract
-    num_instance = len(edges)
     parents = [[] for _ in edges] + [[p for term in terms for p in term] for _, _, _, terms in abstract]
+    chosen = _choose(rng.random, structure, parents, target)
+    order = _order(rng, chosen, parents, len(edges))
+    if order is None or not _draw_parents(rng.random, order, parents, len(edges), target):
+        return None
+    return order, parents
 
-    # abstract parameters with all that they sum over, the highest level first, while the budget lasts
+
+def _choose(rnd, structure, parents, target):
+    """The parameters of the solution, in no order; for their links to come, some operations are left over."""
+    num_instance = len(structure.edges)
     op1 = max(1 + int(rnd() * target), 1 + int(rnd() * target))
     op2 = op1 + int(rnd() * (target - op1 + 1))
+
+    # abstract parameters with all that they sum over, the highest level first, up to op1 operations
     chosen, in_chosen, cost = [], bytearray(len(parents)), 0
     waiting = [[] for _ in structure.layer_sizes]  # by level
-    for param, (_, _, level, _) in enumerate(abstract, num_instance):
+    for param, (_, _, level, _) in enumerate(structure.abstract, num_instance):
         waiting[level].append(param)
     level = len(waiting) - 1
     while level:
@@ -203,14 +211,22 @@ def _draw_dependencies(rng, structure, target):
                 level = len(waiting)
         level -= 1
 
-    # plain instance parameters
+    # plain instance parameters, up to op2
     others = [param for param in range(num_instance) if not in_chosen[param]]
     while others and cost < op2:
         chosen.append(others.pop(int(rnd() * len(others))))
         cost += 1
+    return chosen
 
-    # An order from the asked parameter down to the leaves. Where the walk would stop it adds a dependency,
-    # and sometimes one more elsewhere: in the end everything is needed for the first.
+
+def _order(rng, chosen, parents, num_instance):
+    """An order of the chosen in which parents come first and everything is needed for the last; None if none.
+
+    Walks from the asked parameter down to the leaves, always to a parent of what it has seen, one whose other
+    uses it has seen too. Where there is none, the parameter just taken gets a parent; sometimes it gets one
+    all the same. Adds at most one parent to an instance parameter.
+    """
+    rnd = rng.random
     uses = [0] * len(parents)
     for param in chosen:
         for p in parents[param]:
@@ -254,15 +270,18 @@ def _draw_dependencies(rng, structure, target):
         if not uses[p]:
             fronts.append(p)
     order.reverse()
+    return order
 
-    # operations until they are exactly as many as asked for, then parents to match
+
+def _draw_parents(rnd, order, parents, num_instance, target):
+    """Gives instance nodes parents until the operations are exactly `target`; False if they cannot be."""
     spend = [max(1, len(parents[v]) - 1) for v in order]
     most = [0 if v >= num_instance else min(MAX_PARENTS - 1, max(1, i)) for i, v in enumerate(order)]
     missing = target - sum(spend)
     open_ = [i for i in range(len(order)) if spend[i] < most[i]]
     for _ in range(missing):
         if not open_:
-            return None
+            return False
         i = open_[int(rnd() * len(open_))]
         spend[i] += 1
         if spend[i] == most[i]:
@@ -288,7 +307,7 @@ def _draw_dependencies(rng, structure, target):
             pool.append(LITERAL)
         for _ in range(wanted):
             mine.append(pool.pop(int(rnd() * len(pool))))
-    return order, parents
+    return True
 
 
 def _draw_formulas(rnd, structure, order, parents, max_value, modulus, max_literal):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from igsm.graph import Node, draw_problem
 from igsm.text import STYLES, draw_letters, question_text, solution_text
+from igsm.tokens import SYSTEM_PROMPT
 
 
 @dataclass(slots=True)
@@ -104,6 +105,26 @@ def problems(
         )
 
     return map(make, range(start, start + n))
+
+
+def row(problem, split, system_prompt=False):
+    """A problem as a row of a data set, with LUFFY's columns (data_source, prompt, target, ...)."""
+    system = [{"role": "system", "content": SYSTEM_PROMPT}] if system_prompt else []
+    return {
+        "data_source": f"igsm-{problem.style}",
+        "prompt": [*system, {"role": "user", "content": problem.question}],
+        "target": [{"role": "assistant", "content": problem.solution}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
+        "extra_info": {
+            "split": split,
+            "index": problem.index,
+            "ops": problem.ops,
+            "seed": problem.seed,
+            "template": problem.template,
+            "modulus": problem.modulus,
+        },
+    }
 
 
 def _check(n, ops, split, style, modulus, max_params, max_value, max_literal, start):

@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: tests never wait for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small only wait for each other's threads
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)  # models this small only wait for each other's threads
-
 NANO = dict(
     model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
@@ -22,9 +26,7 @@ NANO = dict(
 def world():
     from common.trainer import init_world
 
-    world = init_world()
-    torch.set_num_threads(1)
-    return world
+    return init_world()
 
 
 @pytest.fixture
@@ -39,9 +41,8 @@ def run_script(*words, ranks: int = 1, check: bool = True, timeout: float = 300,
     launcher = [sys.executable]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     result = subprocess.run(
-        [*launcher, *map(str, words)], cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True,
+        [*launcher, *map(str, words)], cwd=ROOT, timeout=timeout, capture_output=True, text=True,
         **options,
     )
     if check:

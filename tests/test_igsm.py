@@ -4,6 +4,7 @@ The vectors are problems of the two published generators (BRIDGE's and Meta's) w
 malformed solutions."""
 
 import gzip
+import hashlib
 import json
 import random
 import re
@@ -350,6 +351,16 @@ def test_the_same_seed_gives_the_same_text_in_another_process():
     assert len(texts) == 1
 
 
+def test_a_seed_names_the_same_data_forever():
+    """Change this on purpose only: data sets, base models and results refer to seeds."""
+    texts = [
+        p.question + p.solution for style in STYLES for p in problems(50, ops=(2, 20), seed=0, style=style)
+    ]
+    texts += [p.question + p.solution for p in problems(50, modulus=23, max_params=8, split="test", seed=1)]
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    assert digest.startswith("d736a260ff20bb52")
+
+
 @pytest.mark.parametrize("max_params", range(1, 13))
 def test_any_max_params_works(max_params):
     for p in problems(40, ops=(1, 2), max_params=max_params, modulus=23):
@@ -552,6 +563,16 @@ def test_decode_of_encode_is_the_text(style):
         assert tok.unk_token_id not in ids
     assert len({tok.pad_token_id, tok.eos_token_id, tok.unk_token_id}) == 3
     assert len(tok) == {"symbolic": 54, "natural": 512, "define": 512}[style]
+
+
+def test_with_a_modulus_every_number_is_one_token():
+    tok = tokenizer("symbolic", modulus=23)
+    assert len(tok) == 54 + 13
+    for p in problems(150, ops=(1, 6), style="symbolic", modulus=23):
+        text = p.question + p.solution
+        ids = tok.encode(text, add_special_tokens=False)
+        assert tok.decode(ids) == text and tok.unk_token_id not in ids
+        assert sum(tok.decode([i]).isdigit() for i in ids) == len(re.findall(r"\d+", text))
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -1,0 +1,67 @@
+"""Run by test_luffy_runs.py under torchrun: the gradient of one update on fixed rows, written by rank 0."""
+
+import dataclasses
+import json
+import random
+import sys
+
+import torch
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, ".")
+from common.trainer import init_world, launch, load_policy  # noqa: E402
+from luffy import METHODS, Args, Row, accumulate_gradient, policy_logps  # noqa: E402
+from tests.conftest import NANO  # noqa: E402
+
+
+def fixed_rows() -> list[Row]:
+    """Rows of mixed lengths, own and teacher's, with advantages whose sum is not zero."""
+    rng = random.Random(5)
+
+    def ids(n):
+        return [rng.randrange(2, 61) for _ in range(n)]
+
+    rows = []
+    for i in range(13):
+        response = ids(rng.randint(1, 30))
+        teacher = i % 4 == 0
+        rows.append(
+            Row(ids(rng.randint(1, 20)), response, i // 4, teacher, None if teacher else [-1.0] * len(response),
+                advantage=rng.uniform(-1, 1))
+        )  # fmt: skip
+    return rows
+
+
+def gradient(world, method: str, micro_batch_tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The whole gradient and the metrics of an update whose behaviour policy is a little different."""
+    args = dataclasses.replace(
+        Args(method=method, max_response_tokens=30, micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01),
+        **{k: v for k, v in METHODS.get(method, {}).items() if k in ("clip",)},
+    )
+    policy = load_policy("nano", world, from_config=NANO, seed=3)
+    rows = fixed_rows()
+    if method == "grpo":
+        for row in rows:
+            row.teacher = False
+    old = [logp - 0.1 for logp in policy_logps(policy, rows, args, world)]
+    metrics = accumulate_gradient(policy, rows, old, args, world)
+    grads = {}
+    for name, p in policy.named_parameters():
+        grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+    return grads, metrics
+
+
+def main(out: str) -> None:
+    world = init_world()
+    torch.set_num_threads(1)
+    for method in ("luffy", "grpo", "rl_sft", "sft"):
+        for tokens in (32, 100, 10_000):
+            grads, metrics = gradient(world, method, tokens)
+            if world.main:
+                torch.save(grads, f"{out}/{method}-{tokens}.pt")
+                with open(f"{out}/{method}-{tokens}.json", "w") as file:
+                    json.dump(metrics, file)
+
+
+if __name__ == "__main__":
+    launch(main, sys.argv[1])

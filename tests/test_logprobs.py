@@ -1,0 +1,499 @@
+"""Every claim of common/logprobs.py, against full logits in float64.
+
+The Triton kernels run under the interpreter (TRITON_INTERPRET=1, set in conftest.py) where there is no CUDA device, and
+compiled where there is one.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import logprobs
+from common.logprobs import linear_kl, linear_logprobs, logprobs_from_logits
+
+INTERPRETED = logprobs.triton is not None and logprobs.INTERPRETED
+PLACES = {
+    "torch": ("torch", "cpu", None),
+    "triton-interpreted": ("triton", "cpu", None if INTERPRETED else "needs triton and TRITON_INTERPRET=1, set by "
+                           "conftest.py where there is no CUDA device"),
+    "triton-cuda": ("triton", "cuda", None if torch.cuda.is_available() else "needs a CUDA device"),
+    "torch-cuda": ("torch", "cuda", None if torch.cuda.is_available() else "needs a CUDA device"),
+}  # fmt: skip
+
+
+def place_params(*names):
+    for name in names or PLACES:
+        backend, device, missing = PLACES[name]
+        marks = [pytest.mark.skipif(missing is not None, reason=missing or "")]
+        marks += [pytest.mark.cuda] if device == "cuda" else []
+        yield pytest.param((backend, device), id=name, marks=marks)
+
+
+everywhere = pytest.mark.parametrize("place", place_params())
+with_kernels = pytest.mark.parametrize("place", place_params("triton-interpreted", "triton-cuda"))
+
+
+def from_logits(z, targets, temperature=1.0):
+    """Full logits, as anyone would write it: the yardstick in float32, the truth in float64."""
+    logp = (z / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def full(hidden, weight, targets, temperature=1.0, bias=None, dtype=torch.float32):
+    z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    return from_logits(z.to(dtype), targets, temperature)
+
+
+def full_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, dtype=torch.float32):
+    logp = ((hidden @ weight.T).to(dtype) / temperature).log_softmax(-1)
+    ref_logp = ((ref_hidden @ ref_weight.T).to(dtype) / temperature).log_softmax(-1)
+    return (logp.exp() * (logp - ref_logp)).sum(-1)
+
+
+def problem(case, n=24, h=16, v=200, seed=0):
+    """hidden [n, h], weight [v, h], targets [n]"""
+    random = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(n, h, generator=random), torch.randn(v, h, generator=random) / h**0.5
+    targets = torch.randint(0, v, (n,), generator=random)
+    match case:
+        case "one huge logit":
+            weight[v // 2] *= 50
+        case "all equal":
+            weight = weight[:1].repeat(v, 1)
+        case "logits of 1e4":
+            signs = torch.randn(v, 1, generator=random).sign()
+            hidden, weight = 100 + hidden, signs * 100 / h + weight / 100
+        case "target in the tail":
+            hidden, weight, targets = 10 * hidden, 10 * weight, (hidden @ weight.T).argmin(1)
+        case "target on top":
+            hidden, weight, targets = 10 * hidden, 10 * weight, (hidden @ weight.T).argmax(1)
+        case "tiny logits":
+            hidden, weight = hidden / 1e3, weight / 1e3
+    return hidden, weight, targets
+
+
+CASES = ["random", "one huge logit", "all equal", "logits of 1e4", "target in the tail", "target on top", "tiny logits"]
+
+
+def compare(pooled, keys, ours, yardstick, truth):
+    """Adds three results' errors against truth to those pooled by key."""
+    for key, a, b, c in zip(keys, ours, yardstick, truth):
+        row = [(a.double() - c).abs().flatten(), (b.double() - c).abs().flatten(), c.abs().flatten()]
+        pooled[key] = [torch.cat(pair) for pair in zip(pooled.get(key, row), row)]
+
+
+def check(pooled, factor, *norms):
+    """The mean error, and the largest where it is not a matter of luck: matrix products round differently by shape."""
+    for key, errors in pooled.items():
+        for norm in ("mean", *norms) if not key.startswith("grad") else ("mean",):
+            mine, yardstick, size = (getattr(e, norm)().item() for e in errors)
+            allowed = factor * yardstick + 2**-24 * size  # the result's own rounding is no error
+            assert mine <= allowed, f"{norm} error of {key}: {mine:.3g} > {allowed:.3g}, yardstick {yardstick:.3g}"
+
+
+def leaves(*tensors, dtype=None, device=None):
+    return [t.detach().to(device=device, dtype=dtype).clone().requires_grad_() for t in tensors]
+
+
+VALUES = ("logp", "entropy", "grad_hidden", "grad_weight")
+MANY = dict(chunk_size=7, tile_size=64)
+
+
+def values(function, hidden, weight, targets, **options):
+    """logp, entropy and the gradients of a random sum of both."""
+    h, w = leaves(hidden, weight)
+    out = function(h, w, targets, **options)
+    upstream = torch.randn(2, len(h), generator=torch.Generator().manual_seed(0)).to(h.device)
+    return *(x.detach() for x in out), *torch.autograd.grad((torch.stack(out) * upstream).sum(), (h, w))
+
+
+@everywhere
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("case", CASES)
+def test_errors_in_float32_are_at_most_1_1_times_those_of_full_logits(place, case, temperature):
+    backend, device = place
+    one, many = {}, {}
+    for seed in range(8 if backend == "torch" else 1):
+        hidden, weight, targets = (x.to(device) for x in problem(case, seed=seed, n=24 if backend == "torch" else 8))
+        yardstick = values(full, hidden, weight, targets, temperature=temperature)
+        truth = values(full, hidden.double(), weight.double(), targets, temperature=temperature, dtype=torch.float64)
+        for pooled, tiles in ((one, {}), (many, MANY)):
+            if backend == "torch" or pooled is one:
+                options = dict(temperature=temperature, entropy=True, backend=backend, **tiles)
+                ours = values(linear_logprobs, hidden, weight, targets, **options)
+                assert all(x.dtype == torch.float32 for x in ours)
+                compare(pooled, VALUES, ours, yardstick, truth)
+    check(one, 1.1, "max")
+    check(many, 1.1)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_errors_in_half_precision_are_at_most_those_of_full_logits_in_that_precision(place, case, dtype):
+    backend, device = place
+    pooled = {}
+    for seed in range(8 if backend == "torch" else 1):
+        hidden, weight, targets = (x.to(device) for x in problem(case, seed=seed, n=24 if backend == "torch" else 8))
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        ours = values(linear_logprobs, hidden, weight, targets, entropy=True, backend=backend, **MANY)
+        assert [x.dtype for x in ours] == [torch.float32, torch.float32, dtype, dtype]
+        yardstick = values(full, hidden, weight, targets)
+        truth = values(full, hidden.double(), weight.double(), targets, dtype=torch.float64)
+        compare(pooled, VALUES, ours, yardstick, truth)
+    if case == "logits of 1e4":  # full logits of these are off by 40 in bf16 and beyond float16
+        pooled = {key: errors for key, errors in pooled.items() if errors[1].isfinite().all()}
+    check(pooled, 1.0, "max")
+
+
+@everywhere
+@pytest.mark.parametrize("case", CASES)
+def test_errors_of_kl_are_at_most_1_1_times_those_of_full_logits(place, case):
+    backend, device = place
+    pooled = {}
+    for seed in range(8 if backend == "torch" else 1):
+        hidden, weight, _ = problem(case, seed=seed, n=24 if backend == "torch" else 8)
+        noise = torch.Generator().manual_seed(seed)
+        near = [x + s * torch.randn(x.shape, generator=noise) for x, s in ((hidden, 0.1), (weight, 0.01))]
+        results = []
+        for function, dtype in ((linear_kl, torch.float32), (full_kl, torch.float32), (full_kl, torch.float64)):
+            h, w = leaves(hidden, weight, dtype=dtype, device=device)
+            ref_h, ref_w = (x.to(device, dtype) for x in near)
+            options = dict(backend=backend) if function is linear_kl else dict(dtype=dtype)
+            kl = function(h, w, ref_h, ref_w, temperature=0.7, **options)
+            results.append((kl.detach(), *torch.autograd.grad(kl.sum(), (h, w))))
+        compare(pooled, ("kl", "grad_hidden", "grad_weight"), *results)
+    check(pooled, 1.1, "max")
+
+
+@pytest.mark.parametrize("tiles", [{}, dict(chunk_size=2, tile_size=3)], ids=["one tile", "many tiles"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_gradcheck_in_float64(tiles, temperature):
+    torch.manual_seed(0)
+    h, w, b, ref_h, ref_w = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (7, 3), (7,), (5, 4), (7, 4))
+    )
+    targets = torch.tensor([0, 6, 3, 3, 2])
+    options = dict(temperature=temperature, **tiles)
+    both = dict(entropy=True, **options)
+    check = torch.autograd.gradcheck
+    check(lambda h, w, b: linear_logprobs(h, w, targets, bias=b, **both), (h, w, b))
+    check(lambda h, w: linear_logprobs(h, w, targets, **both)[1], (h, w))
+    check(lambda h, w: linear_logprobs(h, w, targets, **options), (h, w))
+    check(lambda h, w, b: linear_kl(h, w, ref_h.detach(), ref_w.detach(), bias=b, **options), (h, w, b))
+    both.pop("tile_size", None)
+    check(lambda z: logprobs_from_logits(z, targets, **both), (torch.randn(5, 7).double().requires_grad_(),))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 9), h=st.integers(1, 9), v=st.sampled_from([1, 2, 37, 64, 1000]), seed=st.integers(0, 99),
+    chunk_size=st.none() | st.integers(1, 11), tile_size=st.none() | st.integers(20, 1100),
+    temperature=st.sampled_from([1.0, 0.5, 3.0]), biased=st.booleans(), entropy=st.booleans(),
+    strided=st.booleans(),
+)  # fmt: skip
+def test_any_shape_and_any_tiling_give_the_same(
+    n, h, v, seed, chunk_size, tile_size, temperature, biased, entropy, strided
+):
+    check_shape(
+        "torch", "cpu", torch.float64, n, h, v, seed, chunk_size, tile_size, temperature, biased, entropy, strided
+    )
+
+
+def check_shape(backend, device, dtype, n, h, v, seed, chunk_size, tile_size, temperature, biased, entropy, strided):
+    torch.manual_seed(seed)
+    hidden, weight = torch.randn(h, n).T, torch.randn(h, v).T  # rows lie apart
+    if not strided:
+        hidden, weight = hidden.contiguous(), weight.contiguous()
+    bias = torch.randn(v) if biased else torch.zeros(v)
+    ref = torch.randn(n, h + 1).to(device, dtype), torch.randn(v, h + 1).to(device, dtype)
+    targets, upstream = torch.randint(0, v, (n,)).to(device), torch.randn(3, n, dtype=torch.float64).to(device)
+    options = dict(temperature=temperature, chunk_size=chunk_size, backend=backend)
+    results = []
+    for ours, to in ((True, dtype), (False, torch.float64)):
+        a, b, c, z = leaves(hidden, weight, bias, hidden @ weight.T, dtype=to, device=device)
+        if ours:
+            first = linear_logprobs(
+                a, b, targets, entropy=entropy, bias=c if biased else None, tile_size=tile_size, **options
+            )
+            second = logprobs_from_logits(z, targets, entropy=entropy, **options)
+            first, second = (first, second) if entropy else ((first,), (second,))
+            third = linear_kl(a, b, *ref, tile_size=tile_size, **options)
+        else:
+            first, second = full(a, b, targets, temperature, c, to), from_logits(z, targets, temperature)
+            first, second = first[: 1 + entropy], second[: 1 + entropy]
+            third = full_kl(a, b, *(x.double() for x in ref), temperature, to)
+        loss = sum((x * u).sum() for x, u in zip((*first, *second, third), (*upstream[:2], *upstream)))
+        inputs = (a, b, c, z) if biased else (a, b, z)
+        results.append([*first, *second, third, *torch.autograd.grad(loss, inputs)])
+    tolerance = dict(atol=1e-10, rtol=1e-10) if dtype == torch.float64 else dict(atol=2e-4, rtol=2e-4)
+    for mine, truth in zip(*results):
+        torch.testing.assert_close(mine.double(), truth.double(), **tolerance)
+
+
+@with_kernels
+@pytest.mark.parametrize("n, v, chunk_size, tile_size", [
+    (0, 10, None, None), (1, 1, None, None), (5, 37, 2, 20), (3, 1000, None, 300), (2, 5000, None, None),
+])  # fmt: skip
+@pytest.mark.parametrize("temperature, biased, strided", [(1.0, False, False), (0.5, True, True)])
+def test_kernels_at_any_shape_and_tiling(place, n, v, chunk_size, tile_size, temperature, biased, strided):
+    for entropy in (False, True):
+        check_shape(*place, torch.float32, n, 6, v, 0, chunk_size, tile_size, temperature, biased, entropy, strided)
+
+
+@everywhere
+def test_a_vocabulary_of_151936(place):
+    backend, device = place
+    n = 3 if backend == "torch" else 2
+    hidden, weight, targets = (x.to(device) for x in problem("random", n=n, h=8, v=151936))
+    for tile_size in (None, 50_000):
+        ours = linear_logprobs(hidden, weight, targets, entropy=True, backend=backend, tile_size=tile_size)
+        for mine, truth in zip(ours, full(hidden.double(), weight.double(), targets, dtype=torch.float64)):
+            torch.testing.assert_close(mine.double(), truth, atol=1e-6, rtol=1e-6)
+
+
+@everywhere
+def test_a_very_confident_token_keeps_the_relative_accuracy_of_logp_entropy_and_gradient(place):
+    backend, device = place
+    gaps = torch.tensor([20.0, 30.0, 60.0], device=device)  # 1 - p from 2e-9 to 9e-27; float32 sees 1 - 6e-8 at best
+    hidden, weight = gaps[:, None].clone().requires_grad_(), torch.tensor([[0.0], [1.0]], device=device)
+    targets = torch.ones(3, dtype=torch.int64, device=device)
+    for tiles in (dict(tile_size=1), {}):
+        logp, entropy = linear_logprobs(hidden, weight, targets, entropy=True, backend=backend, **tiles)
+        rest = (-gaps.double()).exp()  # log p = -log1p(rest), 1 - p = rest / (1 + rest)
+        torch.testing.assert_close(logp.double(), -rest.log1p(), rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(entropy.double(), rest * gaps.double() + rest, rtol=1e-6, atol=0.0)
+        (grad,) = torch.autograd.grad(logp.sum(), hidden, retain_graph=True)
+        torch.testing.assert_close(grad[:, 0].double(), rest, rtol=1e-6, atol=0.0)
+        (grad,) = torch.autograd.grad(entropy.sum(), hidden)
+        torch.testing.assert_close(grad[:, 0].double(), -rest * gaps.double(), rtol=1e-6, atol=0.0)
+
+
+@everywhere
+def test_logits_of_minus_infinity_are_words_that_cannot_be(place):
+    backend, device = place
+    hidden, weight, targets = (x.to(device) for x in problem("random", n=4, v=12))
+    bias = torch.zeros(12, device=device)
+    bias[3:9] = -torch.inf  # a whole tile of them
+    targets = targets % 3
+    inside = [0, 1, 2, 9, 10, 11]
+    h, w = leaves(hidden, weight)
+    logp, entropy = linear_logprobs(h, w, targets, entropy=True, bias=bias, tile_size=3, backend=backend)
+    kl = linear_kl(h, w, hidden + 1, weight, bias=bias, ref_bias=bias, tile_size=3, backend=backend)
+    expected = full(hidden, weight[inside], targets)
+    torch.testing.assert_close(torch.stack((logp, entropy)), torch.stack(expected))
+    torch.testing.assert_close(kl, full_kl(hidden, weight[inside], hidden + 1, weight[inside]), atol=1e-5, rtol=1e-5)
+    for gradient in torch.autograd.grad((logp + entropy + kl).sum(), (h, w)):
+        assert gradient.isfinite().all()
+    assert (gradient[3:9] == 0).all()
+
+
+@everywhere
+def test_no_tokens_give_no_values_and_zero_gradients(place):
+    backend, device = place
+    h, w, b = leaves(torch.zeros(0, 4), torch.randn(9, 4), torch.randn(9), device=device)
+    targets = torch.zeros(0, dtype=torch.int64, device=device)
+    logp, entropy = linear_logprobs(h, w, targets, bias=b, entropy=True, backend=backend)
+    kl = linear_kl(h, w, h.detach(), w.detach(), backend=backend)
+    assert logp.shape == entropy.shape == kl.shape == (0,)
+    gradients = torch.autograd.grad(logp.sum() + entropy.sum() + kl.sum(), (h, w, b))
+    assert [g.shape for g in gradients] == [(0, 4), (9, 4), (9,)]
+    assert all((g == 0).all() for g in gradients)
+
+
+class Operations(TorchDispatchMode):
+    """Counts matrix products, and the elements of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        if isinstance(result, torch.Tensor) and result._base is None:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "hidden", "weight", "both"])
+def test_what_is_frozen_costs_nothing_and_no_tensor_is_larger_than_a_tile_or_a_gradient(frozen):
+    hidden, weight, targets = problem("random", n=40, h=4, v=600)
+    hidden.requires_grad_(frozen not in ("hidden", "both"))
+    weight.requires_grad_(frozen not in ("weight", "both"))
+    tiles = 4 * 6
+    for function in (
+        lambda **tiles: linear_logprobs(hidden, weight, targets, entropy=True, **tiles)[1],
+        lambda **tiles: linear_kl(hidden, weight, hidden.detach() + 1, weight.detach(), **tiles),
+    ):
+        heads = 1 + (function.__code__.co_names[0] == "linear_kl")
+        with Operations() as seen:
+            value = function(chunk_size=10, tile_size=100)
+            assert seen.products == tiles * heads
+            if frozen != "both":
+                seen.products = 0
+                value.sum().backward()
+                assert seen.products == tiles * (heads + hidden.requires_grad + weight.requires_grad)
+        assert (hidden.grad is None) == (not hidden.requires_grad)
+        assert (weight.grad is None) == (not weight.requires_grad)
+        assert seen.largest <= max(weight.numel(), 10 * 100) < hidden.shape[0] * weight.shape[0]
+
+
+def test_backward_may_run_twice():
+    hidden, weight, targets = problem("random")
+    for tiles in ({}, dict(chunk_size=10, tile_size=70)):
+        h, w = leaves(hidden, weight)
+        logp = linear_logprobs(h, w, targets, **tiles)
+        first = torch.autograd.grad(logp.sum(), (h, w), retain_graph=True)
+        second = torch.autograd.grad(logp.sum(), (h, w))
+        for a, b in zip(first, second):
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@everywhere
+def test_inplace_writes_the_gradient_over_the_logits(place):
+    backend, device = place
+    torch.manual_seed(0)
+    z, targets = torch.randn(5, 30, device=device), torch.randint(0, 30, (5,), device=device)
+    gradients, memory = [], []
+    for inplace in (False, True):
+        (leaf,) = leaves(z)
+        logits = leaf * 2
+        logp, entropy = logprobs_from_logits(logits, targets, entropy=True, inplace=inplace, backend=backend)
+        logits.register_hook(lambda g: memory.append(g.data_ptr()))
+        (logp.sum() - entropy.sum()).backward()
+        gradients.append(leaf.grad)
+        memory[-1] = memory[-1] == logits.data_ptr()
+    assert memory == [False, True]
+    torch.testing.assert_close(*gradients)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_of_any_precision_and_stride(place, dtype):
+    backend, device = place
+    torch.manual_seed(0)
+    z = (3 * torch.randn(70, 6)).to(device, dtype).T  # columns are contiguous, rows are not
+    targets = torch.randint(0, 70, (12,)).to(device)[::2]
+    (leaf,), (truth,) = leaves(z), leaves(z, dtype=torch.float64)
+    ours = logprobs_from_logits(leaf, targets, entropy=True, temperature=0.9, backend=backend, chunk_size=4)
+    expected = from_logits(truth, targets, 0.9)
+    torch.testing.assert_close(torch.stack(ours).double(), torch.stack(expected), atol=2e-6, rtol=2e-6)
+    (ours[0] + ours[1]).sum().backward()
+    (expected[0] + expected[1]).sum().backward()
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(leaf.grad.double(), truth.grad, atol=tolerance, rtol=tolerance)
+
+
+def test_kl_of_a_policy_with_itself_is_zero_and_its_reference_gets_no_gradient():
+    hidden, weight, _ = problem("target on top")
+    h, w, ref_h, ref_w = leaves(hidden, weight, hidden, weight)
+    kl = linear_kl(h, w, ref_h, ref_w, tile_size=30)
+    assert kl.abs().max() == 0
+    kl.sum().backward()
+    assert ref_h.grad is None and ref_w.grad is None
+    assert h.grad.abs().max() < 1e-6 and w.grad.abs().max() < 1e-6
+
+
+@pytest.mark.skipif(not logprobs.ONEDNN, reason="needs AVX-512 and a torch with oneDNN")
+def test_large_products_on_a_cpu_round_no_worse_than_torch_mm():
+    torch.manual_seed(0)
+    for a, b in ((torch.randn(500, 800), torch.randn(800, 700)), (torch.randn(800, 500).T, torch.randn(700, 800).T)):
+        out, truth = torch.ones(500, 700), a.double() @ b.double()
+        logprobs._mm(a, b, out)
+        yardstick = (a @ b - truth).pow(2).mean()
+        assert (out - truth).pow(2).mean() <= 1.05**2 * yardstick
+        logprobs._mm(a, b, out, accumulate=True)
+        assert (out / 2 - truth).pow(2).mean() <= 1.1**2 * yardstick
+
+
+def test_one_clear_message_for_what_cannot_be():
+    hidden, weight, targets = problem("random")
+    with pytest.raises(IndexError, match="targets from .* to 200 in a vocabulary of 200"):
+        linear_logprobs(hidden, weight, targets.index_fill(0, torch.tensor([3]), 200))
+    with pytest.raises(IndexError, match="targets from -100"):
+        logprobs_from_logits(hidden @ weight.T, targets.index_fill(0, torch.tensor([3]), -100))
+    with pytest.raises(ValueError, match="temperature"):
+        linear_logprobs(hidden, weight, targets, temperature=0.0)
+    with pytest.raises(ValueError, match="H"):
+        linear_logprobs(hidden[:, 1:], weight, targets)
+    with pytest.raises(ValueError, match="backend"):
+        linear_logprobs(hidden, weight, targets, backend="cuda")
+    with pytest.raises(ValueError, match="float32"):
+        linear_logprobs(hidden.double(), weight.double(), targets, backend="triton")
+    with pytest.raises(ValueError, match="policy and reference"):
+        linear_kl(hidden, weight, hidden[:3], weight)
+
+
+class Tower(torch.nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(61, 16)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(2))
+        self.head = torch.nn.Linear(16, 61, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids, targets, function):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return function(x, self.head.weight, targets)
+
+
+def shard_and_compare(rank, port):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    ids, targets = 3 * torch.arange(13) % 61, 7 * torch.arange(13) % 61
+    for tied in (False, True):
+        gradients = []
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            model = Tower(tied)
+            if sharded:
+                for module in (*model.layers, model):
+                    fully_shard(module)
+                with pytest.raises(TypeError, match="DTensor"):
+                    linear_logprobs(torch.zeros(13, 16), model.head.weight, targets)
+            for tiles in ({}, dict(chunk_size=5, tile_size=16)) if sharded else (None, None):
+                ours = lambda h, w, y, tiles=tiles: linear_logprobs(h, w, y, entropy=True, **tiles)  # noqa: E731
+                logp, entropy = model(ids, targets, ours if sharded else full)
+                (logp.sum() + entropy.sum()).backward()
+            gradients.append([p.grad.full_tensor() if sharded else p.grad for p in model.parameters()])
+        for a, b in zip(*gradients):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    dist.destroy_process_group()
+
+
+def test_a_head_sharded_by_fsdp2_tied_or_not():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(shard_and_compare, (port,), nprocs=2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offsets_beyond_2_to_the_31():
+    n, v = 15_000, 151_936
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GB")
+    logits = torch.zeros(n, v, dtype=torch.bfloat16, device="cuda")
+    logits[-1, -1] = 5.0
+    targets = torch.full((n,), v - 1, device="cuda")
+    logits.requires_grad_()
+    logp = logprobs_from_logits(logits, targets, inplace=True)
+    logp[-1].backward()
+    expected = 5.0 - torch.tensor(v - 1 + 5.0, dtype=torch.float64).exp().log()
+    del expected
+    last = torch.zeros(v, dtype=torch.float64)
+    last[-1] = 5.0
+    torch.testing.assert_close(logp[-1].item(), last.log_softmax(0)[-1].item(), rtol=1e-5, atol=1e-5)
+    assert logits.grad[-1, -1].item() == pytest.approx(1 - last.softmax(0)[-1].item(), rel=1e-2)

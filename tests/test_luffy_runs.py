@@ -1,0 +1,206 @@
+"""luffy.py from end to end on models that train in seconds: methods, ranks, a crash, bad input."""
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import luffy
+from common.data import InputError
+from common.trainer import parse_args, read_metrics
+from tests import ranks
+from tests.conftest import ROOT, run_script
+
+SMALL = [
+    "--preset", "tiny", "--model", "scratch", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4",
+    "--group_size", "4", "--max_response_tokens", "40", "--steps", "3", "--eval_data", "igsm:1-2", "--eval_limit",
+    "6", "--eval_every", "2", "--save_every", "0", "--lr", "1e-3",
+]  # fmt: skip
+
+
+def settings(*words, **changes):
+    args = parse_args(luffy.Args, [*SMALL, *words], method=luffy.METHODS, preset=luffy.PRESETS)
+    return dataclasses.replace(args, **changes)
+
+
+@pytest.mark.parametrize("method", ["luffy", "grpo", "rl_sft", "sft"])
+def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
+    luffy.main(settings("--method", method, "--out", str(tmp_path / "run")))
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert {"eval/mean", "optim/grad_norm", "policy/entropy", "seconds/step", "memory/peak_gb"} <= rows[-1].keys()
+    assert ("reward/own" in rows[-1]) == (method != "sft")
+    assert ("teacher/logp" in rows[-1]) == (method != "grpo")
+    if method != "sft":
+        assert max(row.get("mismatch/max", 0) for row in rows) < 1e-4
+    if method in ("luffy", "rl_sft"):
+        assert all(row["reward/teacher"] == 1 for row in rows[1:])
+    for name in ("args.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
+        assert (tmp_path / "run" / name).exists()
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
+    assert {"step", "who", "reward", "advantage", "gold", "prompt", "response"} == sample.keys()
+
+
+def test_the_trained_model_loads_as_the_model_of_a_second_run(tmp_path):
+    """The paper's SFT+RL: `sft`, then `grpo --model` of it."""
+    luffy.main(settings("--method", "sft", "--out", str(tmp_path / "sft"), "--steps", "2"))
+    luffy.main(
+        settings("--method", "grpo", "--model", str(tmp_path / "sft" / "model"), "--out", str(tmp_path / "rl"))
+    )
+    assert len(read_metrics(tmp_path / "rl")) == 4
+
+
+def test_the_gradient_is_the_same_for_one_and_two_ranks_and_any_micro_batches(tmp_path, world):
+    run_script("tests/ranks.py", tmp_path, ranks=2)
+    for method in ("luffy", "grpo", "rl_sft", "sft"):
+        expected, metrics = ranks.gradient(world, method, 10_000)
+        size = max(g.abs().max().item() for g in expected.values())
+        for tokens in (32, 100, 10_000):
+            one, one_metrics = ranks.gradient(world, method, tokens)
+            two = torch.load(tmp_path / f"{method}-{tokens}.pt")
+            two_metrics = json.loads((tmp_path / f"{method}-{tokens}.json").read_text())
+            for name, value in expected.items():
+                torch.testing.assert_close(one[name], value, rtol=0, atol=2e-6 * size)
+                torch.testing.assert_close(two[name], value, rtol=0, atol=2e-6 * size)
+            assert one_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+            assert two_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_two_ranks_log_what_one_rank_logs(tmp_path):
+    """Rows are drawn from streams of their own, so the same seed gives the same rows on any number of ranks."""
+    words = ["luffy.py", *SMALL, "--out"]
+    run_script(*words, tmp_path / "two", ranks=2)
+    run_script(*words, tmp_path / "one")
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    skip = ("seconds/", "memory/", "speed/", "mismatch/")
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if not name.startswith(skip):
+                assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), (a["step"], name)
+
+
+def test_after_kill_minus_9_the_same_command_ends_with_the_same_bits(tmp_path):
+    words = [sys.executable, "luffy.py", *SMALL, "--steps", "8", "--save_every", "3", "--eval_every", "0", "--out"]
+    victim = subprocess.Popen([*words, tmp_path / "killed"], cwd=ROOT)
+    log = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (log.exists() and '"step": 4,' in log.read_text()):
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)  # in the middle of step 5; the checkpoint is of step 3
+    victim.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    for name in ("killed", "whole"):
+        subprocess.run([*words, tmp_path / name], cwd=ROOT, check=True, capture_output=True)
+    a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("killed", "whole"))
+    assert a == b
+    a, b = (read_metrics(tmp_path / name) for name in ("killed", "whole"))
+    timed = ("seconds/", "memory/", "speed/")
+    assert [{k: v for k, v in row.items() if not k.startswith(timed)} for row in a] == [
+        {k: v for k, v in row.items() if not k.startswith(timed)} for row in b
+    ]
+    assert (tmp_path / "killed" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
+def test_stale_weights_in_the_sampler_stop_the_run(tmp_path, monkeypatch):
+    from common.rollout import EmbeddedSampler
+
+    real = EmbeddedSampler.sync
+
+    def forgetful(self, policy, version):
+        if version == 0:
+            real(self, policy, version)
+
+    monkeypatch.setattr(EmbeddedSampler, "sync", forgetful)
+    with pytest.raises(RuntimeError, match="step 2: the sampler's log-probs differ"):
+        luffy.main(settings("--out", str(tmp_path / "run"), "--lr", "1e-2", "--eval_every", "0"))
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+def toy_rows(n=8, **changes):
+    return [
+        {"prompt": [{"role": "user", "content": "a=5\na?"}], "data_source": "toy",
+         "target": [{"role": "assistant", "content": "<think>\na=5\n</think>\n\\boxed{5}"}],
+         "reward_model": {"ground_truth": "5"}} | changes for _ in range(n)
+    ]  # fmt: skip
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"),
+        (["--data", "no-such-user/no-such-data"], "neither a local file or folder nor a Hub dataset"),
+        (["--data", "igsm:lots"], "igsm:LO-HI"),
+        (["--batch_size", "5"], "--batch_size 5 does not divide into --updates_per_step 2"),
+        (["--batch_size", "400"], "40 rows are fewer than --batch_size 400"),
+        (["--teacher_rows", "4"], "--teacher_rows 4 must be under --group_size 4"),
+        (["--model", "no/such/model"], "--model no/such/model"),
+        (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
+        (["--max_prompt_tokens", "3"], "no row is left of 40"),
+        (["--max_response_tokens", "3"], "no row is left of 40 .*40 traces over"),
+        (["--steps", "-1"], "--steps must be positive"),
+    ],
+)
+def test_bad_settings_get_one_message_before_anything_is_written(tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        luffy.main(settings(*words, "--out", str(tmp_path / "run")))
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (toy_rows(target=None), "the trace .* is empty"),
+        ([{"a": 1}], "column 'prompt' is missing \\(found: a\\)"),
+        ([], "no rows"),
+    ],
+)
+def test_bad_data_gets_one_message(tmp_path, rows, message):
+    data = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=message):
+        luffy.main(settings("--data", data, "--out", str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_model_folder_without_chat_template_is_named(tmp_path):
+    luffy.main(settings("--method", "sft", "--out", str(tmp_path / "sft"), "--steps", "1"))
+    (tmp_path / "sft" / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="no chat template: pass --chat_template"):
+        luffy.main(settings("--model", str(tmp_path / "sft" / "model"), "--out", str(tmp_path / "run")))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    words = ["--method", "sft", "--out", str(tmp_path / "run"), "--steps", "1", "--save_every", "1"]
+    luffy.main(settings(*words))
+    with pytest.raises(InputError, match="--lr 0.001 there, 0.5 here"):
+        luffy.main(settings(*words, "--lr", "0.5"))
+
+
+def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line():
+    result = run_script("luffy.py", *SMALL, "--data", "no/such.jsonl", check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == "luffy.py: error: no/such.jsonl: no such file or folder"
+    assert "Traceback" not in result.stderr
+    result = run_script("luffy.py", "--learning_rate", "1", check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_an_error_on_one_rank_ends_all_of_them(tmp_path):
+    started = time.time()
+    result = run_script("luffy.py", *SMALL, "--model", "no/such", ranks=2, check=False, timeout=100)
+    assert result.returncode != 0 and time.time() - started < 90
+    assert "--model no/such" in result.stderr
