@@ -89,6 +89,8 @@ class Args:
     """Held-out rows, likewise (Hub names: their test split; igsm: problems of other templates)."""
     igsm_problems: int = 20000
     """How many problems igsm:LO-HI makes."""
+    igsm_subgoals: bool = True
+    """Their traces work sums out one operation at a time, not each in one go."""
     out: str = "runs/luffy"
     """Run folder. Running the same command again goes on from its last checkpoint."""
     chat_template: str = ""
@@ -189,17 +191,18 @@ PRESETS = {
         eval_limit=128, save_every=20, micro_batch_tokens=16384, gradient_checkpointing=False,
     ),
     "tiny_base": dict(
-        model="scratch", data="igsm:1-4", igsm_problems=160000, eval_data=("igsm:1-6",), out="runs/tiny_base",
-        verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, steps=5000, batch_size=64, lr=1.5e-3,
-        warmup=0.02, lr_floor=0.02, betas=(0.9, 0.99), eval_every=500, eval_limit=300, eval_temperature=0.0,
-        save_every=500, log_samples=0, micro_batch_tokens=16384, gradient_checkpointing=False,
+        model="scratch", data="igsm:1-4", igsm_problems=160000, igsm_subgoals=False, eval_data=("igsm:3-4",),
+        out="runs/tiny_base", verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, steps=3500,
+        batch_size=64, lr=1.5e-3, warmup=0.02, lr_floor=0.02, betas=(0.9, 0.99), weight_decay=0.1, eval_every=500,
+        eval_limit=300, eval_temperature=0.0, save_every=500, log_samples=0, micro_batch_tokens=16384,
+        gradient_checkpointing=False,
     ),
 }
 SCRATCH = dict(
     model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
 )
-IGSM = dict(style="symbolic", modulus=23, max_params=5, max_literal=9, subgoals=True)
+IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False)
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
@@ -325,10 +328,11 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         with torch.no_grad():
-            p, own = logp.exp(), ~teacher
+            own, p = ~teacher, logp[teacher].exp()
+            shaped = p / (p + args.shaping_gamma) if args.shaping_gamma else p
             ratio = (logp - old)[own].exp()
             sums[1:] += torch.stack([
-                entropy.sum(), logp[teacher].sum(), (p / (p + (args.shaping_gamma or 1.0)))[teacher].sum(),
+                entropy.sum(), logp[teacher].sum(), shaped.sum(),
                 ((ratio - 1).abs() > (args.clip or math.inf)).sum(), own.sum(), (old - logp)[own].sum(),
             ]).double().cpu()
             drawn = [x for row in mine for x in (row.sampler_logps or [math.nan] * len(row.response))]
@@ -363,12 +367,12 @@ def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tenso
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str, limit: int = 0):
+def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str, limit: int = 0, progress=False):
     """Examples of a data flag, and the counts of what was left out."""
     if source.startswith("igsm:"):
         try:
             lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
-            problems = igsm.problems(limit or args.igsm_problems, ops=(lo, hi), split=split, **IGSM)
+            problems = igsm.problems(limit or args.igsm_problems, ops=(lo, hi), split=split, subgoals=args.igsm_subgoals, **IGSM)
             rows = [igsm.row(problem, split) for problem in problems]
         except ValueError as error:
             raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
@@ -377,7 +381,7 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
     return make_examples(
         rows, tokenizer, source=source, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
         max_response_tokens=args.max_response_tokens, empty_trace=args.empty_trace, long_trace=args.long_trace,
-        template=Path(args.chat_template).read_text() if args.chat_template else None,
+        template=Path(args.chat_template).read_text() if args.chat_template else None, progress=progress,
     )
 
 
@@ -428,7 +432,8 @@ def main(args: Args) -> None:
     scratch = args.model == "scratch"
     tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"]) if scratch else load_tokenizer(args.model)
     examples, left_out = read_examples(
-        args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored"
+        args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored",
+        progress=world.main,
     )
     held_out = [
         example
@@ -534,7 +539,7 @@ def main(args: Args) -> None:
             sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        row_log = {k: sum(log[k] for log in logs) / len(logs) for k in logs[0]}
+        row_log = {k: sum(log[k] for log in logs) / len(logs) for k in logs[0]}  # means over the step's updates
         row_log |= describe(rows)
         if held_out and args.eval_every and (step % args.eval_every == 0 or step == steps):
             with clock("evaluate"):

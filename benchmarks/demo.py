@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -39,8 +40,8 @@ class Demo:
     """Answers to each."""
     methods: tuple[str, ...] = ("grpo", "luffy")
     """What to train, each for the same number of steps."""
-    extra: tuple[str, ...] = ()
-    """More flags for every run, as in --extra --steps 20."""
+    extra: str = ""
+    """More flags for every run, as in --extra="--steps 20"."""
 
 
 def solve_rates(model: str, demo: Demo, name: str) -> list[float]:
@@ -79,7 +80,7 @@ def main(demo: Demo) -> dict:
     for method in demo.methods:
         run = out / method
         command = [sys.executable, "luffy.py", "--preset", "tiny", "--method", method, "--model", base]
-        command += ["--seed", str(demo.seed), "--out", str(run.absolute()), *demo.extra]
+        command += ["--seed", str(demo.seed), "--out", str(run.absolute()), *shlex.split(demo.extra)]
         print("\n$", " ".join(["python", *command[1:]]), flush=True)
         subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         rates[method] = solve_rates(str(run / "model"), demo, method)

@@ -25,6 +25,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -128,9 +129,12 @@ def render_prompt(tokenizer, messages: list[dict], template: str | None = None) 
         raise InputError(
             "the model folder's tokenizer has no chat template: pass --chat_template FILE with a Jinja template"
         )
-    return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except jinja2.TemplateError as error:  # a broken template, or one that refuses these roles
+        raise InputError(f"the chat template cannot render {[m['role'] for m in messages]} turns ({error})") from error
 
 
 def trace_text(prompt_text: str, trace: str) -> str:

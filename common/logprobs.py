@@ -130,7 +130,7 @@ def _tiling(hidden, weight, chunk_size, tile_size):
     """Chunks of tokens and tiles of vocabulary, as slices."""
     # A CPU's 4 MB stay in cache; a GPU's 128 MB keep all of it busy for a while.
     chunk, size = (8192, 2**25) if hidden.is_cuda else (1024, 2**20)
-    chunk = max(1, min(len(hidden), chunk_size or chunk))
+    chunk = max(1, min(len(hidden), chunk_size or max(chunk, size // len(weight))))
     return _slices(len(hidden), chunk), _slices(len(weight), tile_size or max(1, size // chunk))
 
 

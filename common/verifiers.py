@@ -334,8 +334,9 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
 
     verifier: a name in VERIFIERS; a function (response, gold) -> float that a fresh process can import;
     "module:function". workers: processes; None: the cores this process may use over the ranks of the machine.
-    timeout: seconds for one item, after which its worker is killed and replaced. The call ends within
-    ceil(items / workers) * (timeout + a start); the verdicts do not depend on the number of workers.
+    timeout: seconds for one item, after which its worker is killed and replaced. Time in which others had the
+    cores does not count, up to twice as much: a busy machine shall not make a right answer wrong. So the call
+    ends within ceil(items / workers) * (3 * timeout + a start). Verdicts do not depend on `workers`.
     Raises ValueError (lengths differ, no such verifier), TypeError (a response is not a string), ImportError
     (the verifier's module does not import), RuntimeError (a worker does not start).
     """
@@ -370,7 +371,7 @@ _lock = threading.RLock()
 atexit.register(close)
 
 
-def _forget():  # a forked child, such as a DataLoader's, must not write into its parent's sockets
+def _forget():  # a forked child (a DataLoader's) must neither use nor keep open what leads to our workers
     global _lock
     _lock = threading.RLock()
     _pools.clear()
@@ -407,7 +408,7 @@ def _run(spec, responses, golds, workers, timeout):
         left = min(worker.deadline for worker in waiting) - time.monotonic()
         answered = wait([worker.sock for worker in waiting], timeout=max(0.0, left))
         for worker in waiting:
-            if worker.sock in answered or time.monotonic() >= worker.deadline:
+            if worker.sock in answered or worker.late():
                 item, verdict = worker.item, worker.take(worker.sock in answered)
                 if item is not None:
                     verdicts[item] = verdict
@@ -443,13 +444,30 @@ class _Worker:
             )
         self.spec, self.ready, self.item = spec, False, None
         self.lines = self.sock.makefile("r", encoding="ascii")
-        self.deadline = time.monotonic() + START_TIMEOUT
+        self.start_clock(START_TIMEOUT)
 
     def alive(self):
         return self.item is not None or self.process.poll() is None
 
+    def start_clock(self, timeout):
+        self.since, self.timeout, self.starved_before = time.monotonic(), timeout, self.starved()
+        self.deadline = self.since + timeout
+
+    def late(self):
+        if time.monotonic() >= self.deadline:
+            starved = self.starved() - self.starved_before
+            self.deadline = self.since + self.timeout + min(starved, 2 * self.timeout)
+        return time.monotonic() >= self.deadline
+
+    def starved(self):
+        """Seconds in which the process was ready to run and had no core; 0 where there is no /proc."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.process.pid}/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+        return 0.0
+
     def give(self, item, response, gold, timeout):
-        self.item, self.deadline = item, time.monotonic() + timeout
+        self.item = item
+        self.start_clock(timeout)
         self.sock.settimeout(timeout)
         with contextlib.suppress(OSError):  # it died or does not read: `take` will tell
             self.sock.sendall(json.dumps([response, gold]).encode() + b"\n")

@@ -59,6 +59,8 @@ class Args:
     """Numbers given in the question are 1 to this; None for 9, or modulus - 1 if there is a modulus."""
     subgoals: bool = False
     """Solutions write every intermediate result: 2 + (34 + 15) = 2 + 49 = 51."""
+    shuffle: bool = True
+    """Conditions in random order. --no-shuffle: in the order of the solution, unneeded ones in between."""
     system_prompt: bool = False
     """Begin each prompt with BRIDGE's system message, which explains the <think> and <answer> tags."""
 

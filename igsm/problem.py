@@ -54,6 +54,7 @@ def problems(
     max_value=1000,
     max_literal=None,
     subgoals=False,
+    shuffle=True,
     start=0,
 ):
     """An iterator over n problems, the ones numbered start, start + 1, ... of this seed.
@@ -68,6 +69,7 @@ def problems(
     max_literal: literals and multipliers are 1..max_literal; None for 9, or modulus - 1 if there is a
     modulus.
     subgoals: solutions write every intermediate result.
+    shuffle: conditions in random order; False: in the solution's order, unneeded ones in between, which is easier.
 
     Problem i depends on (seed, i) and the settings only, not on n: any part of a set can be made on its own,
     and structure and values do not depend on style or subgoals.
@@ -85,7 +87,7 @@ def problems(
         )
         rng = random.Random(f"igsm {seed} {index} text")
         letters = draw_letters(len(nodes), style, rng)
-        question = question_text(nodes, num_necessary, style, rng, letters)
+        question = question_text(nodes, num_necessary, style, rng, letters, shuffle=shuffle)
         solution = solution_text(
             nodes, num_necessary, style, rng, letters, modulus=modulus, subgoals=subgoals
         )

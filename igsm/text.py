@@ -38,13 +38,15 @@ UNKNOWN = (
 )
 
 
-def question_text(nodes, num_necessary, style, rng, letters):
-    """The conditions in random order, then what is asked for."""
+def question_text(nodes, num_necessary, style, rng, letters, *, shuffle=True):
+    """The conditions in random order, then what is asked for.
+
+    Without `shuffle` they stand in the order of the solution, with those that it does not need strewn in between.
+    """
     asked = nodes[num_necessary - 1]
     if style == "symbolic":
         lines = [f"{letter}={formula_text(node, letters, '')}" for node, letter in zip(nodes, letters)]
-        rng.shuffle(lines)
-        lines.append(f"{letters[num_necessary - 1]}?")
+        needed = num_necessary
     else:
         names = [node.name for node in nodes]
         lines = [
@@ -52,9 +54,23 @@ def question_text(nodes, num_necessary, style, rng, letters):
             for node in nodes
             if not node.abstract
         ]
-        rng.shuffle(lines)
+        needed = sum(not node.abstract for node in nodes[:num_necessary])
+    lines = _ordered(lines, needed, rng, shuffle)
+    if style == "symbolic":
+        lines.append(f"{letters[num_necessary - 1]}?")
+    else:
         lines.append(f"How many {asked.thing} does each {asked.owner} have?")
     return "\n".join(lines)
+
+
+def _ordered(lines, needed, rng, shuffle):
+    """The lines, of which the first `needed` are the solution's in its order, in the question's order."""
+    order = list(range(len(lines)))
+    rng.shuffle(order)
+    if not shuffle:  # the same places for the unneeded ones; the needed ones fill the rest in their order
+        in_order = iter(range(needed))
+        order = [next(in_order) if i < needed else i for i in order]
+    return [lines[i] for i in order]
 
 
 def solution_text(nodes, num_necessary, style, rng, letters, *, modulus=None, subgoals=False):

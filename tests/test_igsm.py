@@ -547,6 +547,19 @@ def test_checker_is_quick_with_endless_nonsense():
     assert time.process_time() - start < 20
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_without_shuffle_the_conditions_stand_in_the_solutions_order(style):
+    settings = dict(ops=(3, 8), seed=3, style=style, max_params=8)
+    for plain, ordered in zip(problems(40, **settings), problems(40, **settings, shuffle=False), strict=True):
+        assert sorted(plain.question.split("\n")) == sorted(ordered.question.split("\n"))
+        assert plain.solution == ordered.solution
+        assert solve(ordered.question) == ordered.answer
+        if style == "symbolic":
+            left_sides = [line.split("=")[0] for line in ordered.question.split("\n")]
+            solved = [line.split("=")[0] for line in ordered.solution.split("\n")[1:-2]]
+            assert [name for name in left_sides if name in solved] == solved
+
+
 # tokenizers
 
 
