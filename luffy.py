@@ -186,8 +186,8 @@ METHODS = {
 }
 PRESETS = {
     "tiny": dict(
-        model="models/tiny", data="igsm:5-6", eval_data=("igsm:5-6",), out="runs/tiny", verifier="boxed",
-        max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=10,
+        model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny", verifier="boxed",
+        max_prompt_tokens=160, max_response_tokens=160, steps=80, batch_size=16, lr=2e-4, eval_every=20,
         eval_limit=128, save_every=20, micro_batch_tokens=16384, gradient_checkpointing=False,
     ),
     "tiny_base": dict(
@@ -372,8 +372,8 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
     if source.startswith("igsm:"):
         try:
             lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
-            problems = igsm.problems(limit or args.igsm_problems, ops=(lo, hi), split=split, subgoals=args.igsm_subgoals, **IGSM)
-            rows = [igsm.row(problem, split) for problem in problems]
+            settings = dict(IGSM, ops=(lo, hi), split=split, subgoals=args.igsm_subgoals)
+            rows = [igsm.row(problem, split) for problem in igsm.problems(limit or args.igsm_problems, **settings)]
         except ValueError as error:
             raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
     else:

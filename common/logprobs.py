@@ -98,10 +98,13 @@ def linear_kl(
     _check(ref_hidden, ref_weight, None, temperature, backend)
     if (len(hidden), len(weight)) != (len(ref_hidden), len(ref_weight)):
         raise ValueError(
-            f"policy and reference differ: N {len(hidden)}, {len(ref_hidden)}, V {len(weight)}, {len(ref_weight)}"
+            f"policy and reference differ: N {len(hidden)} {len(ref_hidden)} V {len(weight)} {len(ref_weight)}"
         )
-    tiling = _tiling(hidden, weight, chunk_size, tile_size)
-    return _Linear.apply(hidden, weight, bias, None, ref_hidden, ref_weight, ref_bias, settings, tiling)[1]
+    tiling, nowhere = (
+        _tiling(hidden, weight, chunk_size, tile_size),
+        torch.full_like(hidden[:, 0], -1, dtype=torch.int64),
+    )
+    return _Linear.apply(hidden, weight, bias, nowhere, ref_hidden, ref_weight, ref_bias, settings, tiling)[1]
 
 
 def _check(hidden, weight, targets, temperature, backend):
@@ -112,6 +115,8 @@ def _check(hidden, weight, targets, temperature, backend):
         raise ValueError(f"not [N, H] and [V, H]: {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not above 0")
+    if targets is not None and targets.shape != hidden.shape[:1]:
+        raise ValueError(f"{len(hidden)} tokens and targets of shape {tuple(targets.shape)}")
     if targets is not None and len(targets) and targets.device.type == "cpu":
         low, high = targets.aminmax()
         v = hidden.shape[1] if weight is None else len(weight)
@@ -188,7 +193,6 @@ class _Grads:
         head, first, last = self.head, r.start == 0, r.stop == len(self.head.hidden)
         if self.bias is not None:
             self.bias[c] += g.sum(0, dtype=head.sum_dtype)
-        g = g.to(head.dtype)
         if self.hidden is not None:
             _mm(g, head.weight[c].to(head.dtype), self.hidden[r], accumulate=True)
         if self.weight is not None:
@@ -203,36 +207,29 @@ class _Grads:
                     tile.copy_(self.sum)
 
     def finish(self):
-        hidden, weight, bias = self.hidden, self.weight, self.bias
-        return (
-            None if hidden is None else hidden.to(self.head.hidden.dtype),
-            weight,
-            None if bias is None else bias.to(self.head.bias.dtype),
-        )
+        pairs = (self.hidden, self.head.hidden), (self.weight, self.head.weight), (self.bias, self.head.bias)
+        return [None if grad is None else grad.to(value.dtype) for grad, value in pairs]
 
 
 class _Linear(torch.autograd.Function):
-    """(logp, entropy or None) of targets; or, with a reference, (None, kl)."""
+    """(logp, entropy or None) of targets; or, with a reference and targets nowhere, (NaN, kl)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, settings, tiling):
         head, kept, (rows, cols) = _Head(hidden, weight, bias), None, tiling
         ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, ref_bias)
+        small = ref is None and len(rows) == len(cols) == 1 and len(hidden) * len(weight) <= KEPT
         state = _new_state(hidden)
         for c in cols:
             for r in rows:
                 tiles = [head.tile(r, c)] if ref is None else [head.tile(r, c), ref.tile(r, c)]
-                if (
-                    len(rows) == len(cols) == len(tiles) == 1
-                    and tiles[0][0].numel() <= KEPT
-                    and any(ctx.needs_input_grad)
-                ):
+                if small and any(ctx.needs_input_grad):
                     kept = tiles[0][0].clone()
-                _absorb(tiles, None if targets is None else targets[r] - c.start, state[:, r], *settings)
+                _absorb(tiles, targets[r] - c.start, state[:, r], *settings)
         ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, state, kept)
         ctx.settings, ctx.tiling = settings, tiling
         ctx.set_materialize_grads(False)
-        return _outputs(state, targets, settings[-1], head.sum_dtype)
+        return _outputs(state, -1 if ref is None else 1, settings[-1], head.sum_dtype)
 
     @staticmethod
     @once_differentiable
@@ -242,15 +239,13 @@ class _Linear(torch.autograd.Function):
         head, (rows, cols) = _Head(hidden, weight, bias), ctx.tiling
         ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, ref_bias)
         grads = _Grads(head, ctx.needs_input_grad)
-        factors = _factors(state, targets, grad_logp, grad_other, temperature, head.sum_dtype)
+        factors = _factors(state, grad_logp, grad_other, -1 if ref is None else 1, temperature, head.sum_dtype)
         for c in cols:
             for r in rows:
                 tiles = [head.tile(r, c) if kept is None else (kept.clone(), bias)]
                 tiles += [] if ref is None else [ref.tile(r, c)]
-                z = tiles[0][0]
-                g = z if z.dtype == head.dtype else torch.empty_like(z, dtype=head.dtype)
-                here = None if targets is None else targets[r] - c.start
-                _gradient(tiles, g, here, factors[:, r], fused, temperature, grad_other is not None)
+                g = tiles[0][0] if head.dtype == head.sum_dtype else torch.empty_like(tiles[0][0], dtype=head.dtype)
+                _gradient(tiles, g, targets[r] - c.start, factors[:, r], fused, temperature, grad_other is not None)
                 grads.add(g, r, c)
         return *grads.finish(), None, None, None, None, None, None
 
@@ -267,7 +262,7 @@ class _FromLogits(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, state)
         ctx.settings, ctx.chunk_size, ctx.inplace = settings, chunk_size, inplace
         ctx.set_materialize_grads(False)
-        return _outputs(state, targets, entropy, torch.promote_types(logits.dtype, torch.float32))
+        return _outputs(state, -1, entropy, torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable
@@ -276,7 +271,7 @@ class _FromLogits(torch.autograd.Function):
         fused, temperature, _ = ctx.settings
         dtype = torch.promote_types(logits.dtype, torch.float32)
         grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        factors = _factors(state, targets, grad_logp, grad_entropy, temperature, dtype)
+        factors = _factors(state, grad_logp, grad_entropy, -1, temperature, dtype)
         for r, z in _FromLogits.chunks(logits, ctx.chunk_size, fused):
             _gradient([(z, None)], grad[r], targets[r], factors[:, r], fused, temperature, grad_entropy is not None)
         return grad, None, None, None, None
@@ -291,7 +286,8 @@ class _FromLogits(torch.autograd.Function):
 
 # The token side: what is known of every token, and how a tile of logits adds to it or becomes its gradient.
 # tiles: [(z [n, v], bias [v] or None)] of the policy and, for the KL, of the reference. targets: [n], indices in the
-# tile, whose target is elsewhere if outside of [0, v). weighted: whether u, or the gradient through it, is wanted.
+# tile, or elsewhere when outside of [0, v). weighted: whether u, or the gradient through it, is wanted. sign: of the
+# KL's form, u / (1 + s) - log1p(s) + log1p(s'), in the second output: -1 makes it the entropy, where s' is 0.
 
 
 def _new_state(hidden):
@@ -302,26 +298,23 @@ def _new_state(hidden):
     return state
 
 
-def _outputs(state, targets, weighted, dtype):
+def _outputs(state, sign, weighted, dtype):
     m, s, u, z_y, _, s_ref = state
-    logp = None if targets is None else ((z_y - m) - s.log1p()).to(dtype)
-    if not weighted:
-        return logp, None
-    kl = u / (1 + s) - s.log1p() + s_ref.log1p()
-    return logp, (kl if targets is None else -kl).to(dtype)  # s' is 0 for the entropy
+    logp, other = (z_y - m) - s.log1p(), sign * (u / (1 + s) - s.log1p() + s_ref.log1p())
+    return logp.to(dtype), other.to(dtype) if weighted else None
 
 
-def _factors(state, targets, grad_logp, grad_other, temperature, dtype):
+def _factors(state, grad_logp, grad_other, sign, temperature, dtype):
     """m, f0, f1, g_y, m' [5, N] such that g_j = exp(z_j - m) (f0 + f1 w_j), but g_y for the target."""
     m, s, u, z_y, m_ref, _ = state
-    total, mean, x_y = 1 + s, u / (1 + s), z_y - m
-    logp = x_y - s.log1p()
+    x_y, total = z_y - m, 1 + s
+    logp, mean = x_y - s.log1p(), u / total
     f0 = f1 = g_y = torch.zeros_like(m)
     if grad_logp is not None:
         f0, g_y = -grad_logp / total, -grad_logp * logp.expm1()
     if grad_other is not None:
-        c = grad_other if targets is None else -grad_other
-        f0, f1, g_y = f0 - c / total * mean, c / total, g_y + c * logp.exp() * (x_y - mean)
+        f1 = sign * grad_other / total
+        f0, g_y = f0 - f1 * mean, g_y + f1 * x_y.exp() * (x_y - mean)
     return torch.stack((m, f0 / temperature, f1 / temperature, g_y / temperature, m_ref)).to(dtype)
 
 
@@ -357,9 +350,8 @@ def _absorb(tiles, targets, state, fused, temperature, weighted):
         return _launch(_absorb_kernel, tiles, targets, state, temperature, WEIGHTED=weighted)
     m, s, u, z_y, m_ref, s_ref = state
     x, total = _finish(*tiles[0], temperature), 1 + s
-    if targets is not None:
-        here, index = _locate(targets, x.shape[1])
-        z_y.copy_(torch.where(here, x.gather(1, index), z_y[:, None])[:, 0])
+    here, index = _locate(targets, x.shape[1])
+    z_y.copy_(torch.where(here, x.gather(1, index), z_y[:, None])[:, 0])
     e, total_tile, before, after = _exp_sum(x, m, s)
     if weighted:
         w, shift, shift_tile = x.clamp_(min=LOWEST), before, after
@@ -384,9 +376,8 @@ def _gradient(tiles, g, targets, factors, fused, temperature, weighted):
         torch.addcmul(f0, w, f1, out=x).mul_(e)
     else:
         x.exp_().mul_(f0)
-    if targets is not None:
-        here, index = _locate(targets, x.shape[1])
-        x.scatter_(1, index, torch.where(here, g_y, x.gather(1, index)))
+    here, index = _locate(targets, x.shape[1])
+    x.scatter_(1, index, torch.where(here, g_y, x.gather(1, index)))
     if g is not x:
         g.copy_(x)
 
@@ -399,8 +390,8 @@ def _launch(kernel, tiles, targets, per_token, temperature, *g, **flags):
     (n, v), (z, bias), (z_ref, ref_bias) = tiles[0][0].shape, tiles[0], tiles[-1]
     block = min(4096, triton.next_power_of_2(v))
     pointers = [x if x is None else x.contiguous() for x in (bias, ref_bias, targets)]
-    flags |= {"BIAS": bias is not None, "REF_BIAS": ref_bias is not None, "TARGETS": targets is not None}
-    flags |= {"REF": len(tiles) == 2, "SCALED": temperature != 1.0, "BLOCK": block, "num_warps": max(1, block // 512)}
+    flags |= {"BIAS": bias is not None, "REF_BIAS": ref_bias is not None, "REF": len(tiles) == 2}
+    flags |= {"SCALED": temperature != 1.0, "BLOCK": block, "num_warps": max(1, block // 512)}
     with torch.cuda.device_of(z):
         kernel[(n, triton.cdiv(v, block) if g else 1)](
             z, z.stride(0), z_ref, z_ref.stride(0), *pointers, per_token, per_token.stride(0), v, float(temperature),
@@ -437,8 +428,8 @@ if triton is not None:
     def _absorb_kernel(
         z_ptr, z_stride, ref_ptr, ref_stride, bias_ptr, ref_bias_ptr, targets_ptr, state_ptr, state_stride, v,
         temperature,
-        WEIGHTED: tl.constexpr, BIAS: tl.constexpr, REF_BIAS: tl.constexpr, TARGETS: tl.constexpr, REF: tl.constexpr,
-        SCALED: tl.constexpr, BLOCK: tl.constexpr,
+        WEIGHTED: tl.constexpr, BIAS: tl.constexpr, REF_BIAS: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         z_ptr += row * z_stride
@@ -469,17 +460,16 @@ if triton is not None:
         tl.store(state_ptr + 2 * state_stride, u)
         tl.store(state_ptr + 4 * state_stride, m_ref)
         tl.store(state_ptr + 5 * state_stride, s_ref)
-        if TARGETS:
-            target = tl.load(targets_ptr + row)
-            if (target >= 0) & (target < v):
-                tl.store(state_ptr + 3 * state_stride, _load(z_ptr, bias_ptr, target, v, temperature, BIAS, SCALED))
+        target = tl.load(targets_ptr + row)
+        if (target >= 0) & (target < v):
+            tl.store(state_ptr + 3 * state_stride, _load(z_ptr, bias_ptr, target, v, temperature, BIAS, SCALED))
 
     @triton.jit
     def _gradient_kernel(
         z_ptr, z_stride, ref_ptr, ref_stride, bias_ptr, ref_bias_ptr, targets_ptr, factors_ptr, factors_stride, v,
         temperature, g_ptr, g_stride,
-        WEIGHTED: tl.constexpr, BIAS: tl.constexpr, REF_BIAS: tl.constexpr, TARGETS: tl.constexpr, REF: tl.constexpr,
-        SCALED: tl.constexpr, BLOCK: tl.constexpr,
+        WEIGHTED: tl.constexpr, BIAS: tl.constexpr, REF_BIAS: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -492,7 +482,6 @@ if triton is not None:
                 z = _load(ref_ptr + row * ref_stride, ref_bias_ptr, col, v, temperature, REF_BIAS, SCALED)
                 w -= tl.maximum(z - tl.load(factors_ptr + 4 * factors_stride), -1e30)
             f += tl.load(factors_ptr + 2 * factors_stride) * w
-        g = f * tl.exp(x)
-        if TARGETS:
-            g = tl.where(col == tl.load(targets_ptr + row), tl.load(factors_ptr + 3 * factors_stride), g)
+        g_y = tl.load(factors_ptr + 3 * factors_stride)
+        g = tl.where(col == tl.load(targets_ptr + row), g_y, f * tl.exp(x))
         tl.store(g_ptr + row * g_stride + col, g, mask=col < v)

@@ -29,7 +29,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from common import data  # noqa: F401  (registers the "packed" attention)
@@ -159,7 +160,11 @@ class Policy(nn.Module):
 def load_tokenizer(path: str, *, trust_remote_code: bool = False):
     """The tokenizer of a model folder or Hub name. Raises InputError where there is none, or it has no eos."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # AutoTokenizer goes by the model's type: a Qwen2 folder gets Qwen2's own pre-tokenizer, even where its
+        # tokenizer.json is another one and says so by naming no class of its own
+        generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+        tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise many types here; all mean: no tokenizer
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--model {path}: no tokenizer there ({reason})") from error

@@ -4,6 +4,13 @@ The Triton kernels run under the interpreter (TRITON_INTERPRET=1, set in conftes
 compiled where there is one.
 """
 
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -416,6 +423,8 @@ def test_one_clear_message_for_what_cannot_be():
         linear_logprobs(hidden, weight, targets.index_fill(0, torch.tensor([3]), 200))
     with pytest.raises(IndexError, match="targets from -100"):
         logprobs_from_logits(hidden @ weight.T, targets.index_fill(0, torch.tensor([3]), -100))
+    with pytest.raises(ValueError, match="24 tokens and targets of shape"):
+        linear_logprobs(hidden, weight, targets[:3])
     with pytest.raises(ValueError, match="temperature"):
         linear_logprobs(hidden, weight, targets, temperature=0.0)
     with pytest.raises(ValueError, match="H"):
@@ -426,6 +435,54 @@ def test_one_clear_message_for_what_cannot_be():
         linear_logprobs(hidden.double(), weight.double(), targets, backend="triton")
     with pytest.raises(ValueError, match="policy and reference"):
         linear_kl(hidden, weight, hidden[:3], weight)
+
+
+@with_kernels
+def test_an_update_of_luffy_is_the_same_with_the_kernels(place, world, monkeypatch):
+    from common import trainer
+    from tests.ranks import gradient
+
+    if world.device.type != place[1]:
+        pytest.skip("the world of these tests is on another device")
+    results = []
+    for backend in ("torch", place[0]):
+        monkeypatch.setattr(trainer, "linear_logprobs", functools.partial(linear_logprobs, backend=backend))
+        results.append(gradient(world, "luffy", 64))
+    (gradients, metrics), (gradients_of_kernels, metrics_of_kernels) = results
+    assert metrics_of_kernels == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    for name, value in gradients.items():
+        torch.testing.assert_close(gradients_of_kernels[name], value, atol=1e-6, rtol=1e-4)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from common import logprobs
+
+types = dict(v="i32", temperature="fp32", targets_ptr="*i64", state_ptr="*fp64", g_ptr="*bf16", z_ptr="*fp32")
+for kernel in (logprobs._absorb_kernel, logprobs._gradient_kernel):
+    for flag in (False, True):
+        constants = {name: flag for name in kernel.arg_names if name.isupper()} | {"BLOCK": 4096}
+        if not flag:
+            constants |= {"bias_ptr": None, "ref_bias_ptr": None}
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "i32" if "stride" in name else "*fp32")
+            for name in kernel.arg_names
+        }
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        assert compiled.asm["cubin"]
+"""
+
+
+@pytest.mark.skipif(logprobs.triton is None, reason="needs triton")
+def test_the_kernels_compile_for_an_h200_where_there_is_none(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 class Tower(torch.nn.Module):
@@ -471,8 +528,6 @@ def shard_and_compare(rank, port):
 
 
 def test_a_head_sharded_by_fsdp2_tied_or_not():
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

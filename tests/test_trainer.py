@@ -109,7 +109,11 @@ def test_an_exported_model_is_the_model(policy, world, tmp_path, tied):
     export(policy, igsm.tokenizer("symbolic"), tmp_path / "model", world)
     again = load_policy(str(tmp_path / "model"), world)
     assert weights_digest(again) == weights_digest(policy)
-    assert load_tokenizer(str(tmp_path / "model")).chat_template
+    [problem] = igsm.generate(1, ops=(4, 4), style="symbolic")
+    text = f"{problem.question}<think>{problem.solution}"  # AutoTokenizer would take a Qwen2's own pre-tokenizer
+    loaded, made = load_tokenizer(str(tmp_path / "model")), igsm.tokenizer("symbolic")
+    assert loaded.chat_template == made.chat_template
+    assert loaded(text)["input_ids"] == made(text)["input_ids"] and loaded.decode(made(text)["input_ids"]) == text
     assert not list(tmp_path.glob("*.partial"))
     assert (tmp_path / "model" / "model.safetensors").exists()
 
