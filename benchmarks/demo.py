@@ -110,4 +110,4 @@ def main(demo: Demo) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Demo))
+    main(tyro.cli(Demo, use_underscores=True))

@@ -57,7 +57,7 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
             elif word.startswith(f"--{flag}="):
                 chosen = word.split("=", 1)[1]
         values |= table.get(chosen, {}) | ({flag: chosen} if chosen in table else {})
-    return tyro.cli(args_type, args=argv, default=args_type(**values))
+    return tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True)
 
 
 def launch(main, args) -> None:
@@ -403,16 +403,19 @@ class Metrics:
             os.replace(path.with_suffix(".partial"), path)
             self.files[name] = open(path, "a")  # noqa: SIM115 (open until close())
         self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", dynamic_ncols=True)
-        if getattr(args, "tensorboard", False):
-            from torch.utils.tensorboard import SummaryWriter
+        try:
+            if getattr(args, "tensorboard", False):
+                from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(out)
-            self.sinks.append(lambda step, v: [writer.add_scalar(k, x, step) for k, x in v.items()])
-        if getattr(args, "wandb", ""):
-            import wandb
+                writer = SummaryWriter(out)
+                self.sinks.append(lambda step, v: [writer.add_scalar(k, x, step) for k, x in v.items()])
+            if getattr(args, "wandb", ""):
+                import wandb
 
-            run = wandb.init(project=args.wandb, name=out.name, config=dataclasses.asdict(args), dir=out)
-            self.sinks.append(lambda step, v: run.log(v, step=step))
+                run = wandb.init(project=args.wandb, name=out.name, config=dataclasses.asdict(args), dir=out)
+                self.sinks.append(lambda step, v: run.log(v, step=step))
+        except ImportError as error:
+            raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
 
     def log(self, step: int, values: dict[str, float], show: list[str]) -> None:
         """One row of metrics; `show` names those that the progress bar prints."""
