@@ -95,17 +95,17 @@ def last_boxed(text: str) -> str | None:
     Boxes with a comma, "and" or "or" alone between them are one answer: `\boxed{1} and \boxed{2}` is "1,2".
     """
     found, end = collections.deque(), len(text)
-    for box in reversed(list(BOX.finditer(text))):
+    for start, inside in reversed([box.span() for box in BOX.finditer(text)]):
         depth, close = 1, None
-        for brace in BRACE.finditer(text, box.end(), end) if box[0].endswith("{") else ():
+        for brace in BRACE.finditer(text, inside, end) if text[inside - 1] == "{" else ():
             depth += 1 if brace[0] == "{" else -1
             if depth == 0:
                 close = brace.start()
                 break
         if close is None or (found and not JOIN.fullmatch(text, close + 1, end)):
             break
-        found.appendleft(text[box.end() : close].strip())
-        end = box.start()
+        found.appendleft(text[inside:close].strip())
+        end = start
     return ",".join(found) if found else None
 
 

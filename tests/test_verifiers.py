@@ -359,7 +359,7 @@ def test_hostile_texts_end_by_the_deadline_and_change_no_honest_verdict():
     mixed = [(item, n) for n, item in enumerate(honest + hostile)]
     rng.shuffle(mixed)
     start = time.monotonic()
-    verdicts = grade([r for (r, _), _ in mixed], [g for (_, g), _ in mixed], workers=2, timeout=3)
+    verdicts = grade([r for (r, _), _ in mixed], [g for (_, g), _ in mixed], workers=2, timeout=2)
     took = time.monotonic() - start
     by_item = {n: verdict for (_, n), verdict in zip(mixed, verdicts, strict=True)}
     assert [by_item[n] for n in range(len(honest))] == [
@@ -367,7 +367,7 @@ def test_hostile_texts_end_by_the_deadline_and_change_no_honest_verdict():
     ]
     assert all(by_item[n].reward == 0 for n in range(len(honest), len(mixed)))
     assert Counter(by_item[len(honest) + n].status for n in range(len(STUCK))) == {"timeout": len(STUCK)}
-    assert took < len(hostile) * (3 + 4)
+    assert took < len(hostile) * (3 * 2 + 4)
 
 
 @pytest.mark.parametrize("name", sorted(verifiers.IN_PROCESS))
@@ -387,9 +387,9 @@ def test_rules_on_text_are_linear_and_start_no_worker(name):
         "#" * 10**6,
         r"\boxed{1}," * 100_000 + "{" * 10**6,
     ]
-    start = time.monotonic()
+    start = time.process_time()
     grade(texts, ["1"] * len(texts), verifier=name)
-    assert time.monotonic() - start < 10 and not verifiers._pools
+    assert time.process_time() - start < 5 and not verifiers._pools
 
 
 def test_a_stuck_worker_is_killed_and_the_others_go_on(users):
