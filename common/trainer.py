@@ -9,7 +9,6 @@
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -520,11 +519,3 @@ def peak_memory_gb(world: World) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def weights_digest(policy: Policy) -> str:
-    """SHA-256 over all weights: equal for bit-equal models."""
-    digest = hashlib.sha256()
-    for name, value in full_parameters(policy):
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Shared by the tests: a model of a few thousand parameters, and ways to run scripts as a user does."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -51,3 +52,13 @@ def run_script(*words, ranks: int = 1, check: bool = True, timeout: float = 300,
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
+
+
+def weights_digest(policy) -> str:
+    """SHA-256 over all weights: equal for bit-equal models."""
+    from common.trainer import full_parameters
+
+    digest = hashlib.sha256()
+    for name, value in full_parameters(policy):
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

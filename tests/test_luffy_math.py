@@ -21,7 +21,7 @@ def f64(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def close(actual, expected, tolerance=1e-9):
+def assert_equal(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, f64(expected), rtol=0, atol=tolerance)
 
 
@@ -39,10 +39,10 @@ def test_group_advantages_are_the_published_ones(case):
     names = case.get("uid", ["p"] * len(rewards))
     groups = torch.tensor([sorted(set(names)).index(name) for name in names])
     if "grpo" in case:
-        close(group_advantages(rewards, groups, std=case.get("use_std", False)), row_values(case["grpo"]))
+        assert_equal(group_advantages(rewards, groups, std=case.get("use_std", False)), row_values(case["grpo"]))
     if "grpo_split" in case:
         own = torch.arange(len(rewards)) > 0
-        close(
+        assert_equal(
             group_advantages(rewards, groups, std=case.get("use_std", False), baseline=own),
             row_values(case["grpo_split"]),
         )
@@ -50,19 +50,19 @@ def test_group_advantages_are_the_published_ones(case):
 
 def test_std_is_the_unbiased_one_plus_epsilon():
     rewards, groups = f64([1, 0, 0, 0]), torch.zeros(4, dtype=torch.long)
-    close(group_advantages(rewards, groups, std=True), ((rewards - 0.25) / (0.5 + 1e-6)).tolist())
+    assert_equal(group_advantages(rewards, groups, std=True), ((rewards - 0.25) / (0.5 + 1e-6)).tolist())
     assert group_advantages(f64([1, 1]), torch.zeros(2, dtype=torch.long), std=True).abs().max() == 0
 
 
 def test_a_zero_std_of_the_baseline_rows_counts_as_one():
     rewards, groups = f64([1, 0, 0]), torch.zeros(3, dtype=torch.long)
     own = torch.tensor([False, True, True])
-    close(group_advantages(rewards, groups, std=True, baseline=own), [1 / (1 + 1e-6), 0, 0])
+    assert_equal(group_advantages(rewards, groups, std=True, baseline=own), [1 / (1 + 1e-6), 0, 0])
 
 
 def test_a_group_of_one_has_mean_zero():
-    close(group_advantages(f64([1, 0]), torch.tensor([3, 9])), [1, 0])
-    close(group_advantages(f64([1]), torch.tensor([5]), std=True), [1 / (1 + 1e-6)])
+    assert_equal(group_advantages(f64([1, 0]), torch.tensor([3, 9])), [1, 0])
+    assert_equal(group_advantages(f64([1]), torch.tensor([5]), std=True), [1 / (1 + 1e-6)])
 
 
 @pytest.mark.parametrize("right", range(8))
@@ -99,8 +99,8 @@ def test_token_losses_and_gradients_are_the_published_ones(name, settings):
     # the published sum is divided by the width of the response tensor (5), the token mean by the tokens
     total = (loss * mask).sum() / (mask.sum() if name == "LUFFY_token_mean" else loss.shape[1])
     total.backward()
-    close(total.detach(), case["outputs"]["pg_loss"])
-    close(logp.grad * mask, case["grad_wrt_log_prob"])
+    assert_equal(total.detach(), case["outputs"]["pg_loss"])
+    assert_equal(logp.grad * mask, case["grad_wrt_log_prob"])
 
 
 @pytest.mark.parametrize("name", ["clip_dr", "noclip_dr"])
@@ -109,8 +109,8 @@ def test_own_tokens_alone_give_the_plain_policy_loss(name):
     logp, loss, mask = token_losses(gamma=None, clip=0.2 if name == "clip_dr" else None, all_own=True)
     total = (loss * mask).sum() / loss.shape[1]
     total.backward()
-    close(total.detach(), case["pg_loss"])
-    close(logp.grad * mask, case["grad_wrt_log_prob"])
+    assert_equal(total.detach(), case["pg_loss"])
+    assert_equal(logp.grad * mask, case["grad_wrt_log_prob"])
 
 
 @pytest.mark.parametrize("gamma", [0.1, 0.3, 0.5, None])
@@ -122,7 +122,7 @@ def test_the_gradient_of_a_teachers_token_is_shaped(gamma):
         logp, torch.zeros_like(logp), torch.ones_like(logp), torch.ones_like(logp).bool(), gamma=gamma
     ).sum().backward()
     name = "no_reshape" if gamma is None else f"p_div_p_{gamma}"
-    close(-logp.grad, table["table"][name]["minus_grad_wrt_logp_times_width"])
+    assert_equal(-logp.grad, table["table"][name]["minus_grad_wrt_logp_times_width"])
 
 
 def test_a_probability_near_zero_in_the_branch_not_taken_makes_no_nan():
@@ -174,7 +174,7 @@ def test_an_update_of_luffy_is_the_published_one_whatever_the_micro_batches(micr
     case, rows, args = integration("luffy_one_minibatch_one_micro_sgd_noclip", "luffy", micro_batch_tokens)
     policy = Bigram(case["W_before"])
     metrics = accumulate_gradient(policy, rows, None, args, ONE_RANK)
-    close((policy.table - case["lr"] * policy.table.grad).detach(), case["W_after"])
+    assert_equal((policy.table - case["lr"] * policy.table.grad).detach(), case["W_after"])
     assert metrics["policy/entropy"] == pytest.approx(case["metrics"]["actor/entropy_loss"][0])
     assert metrics["teacher/shaped_ratio"] == pytest.approx(case["metrics"]["actor/off_ratio_mean"][0])
 
@@ -185,14 +185,14 @@ def test_two_updates_of_on_policy_rl_are_the_published_ones(micro_batch_tokens):
     case, rows, args = integration("on_policy_script_clip_all_rows_on", "grpo", micro_batch_tokens)
     policy = Bigram(case["W_before"])
     with torch.no_grad():
-        close(policy_logps(policy, rows[:1], args, ONE_RANK)[0], case["old_log_probs"][0])
+        assert_equal(policy_logps(policy, rows[:1], args, ONE_RANK)[0], case["old_log_probs"][0])
     old = policy_logps(policy, rows[4:], args, ONE_RANK)
     for update, old_logps in ((rows[:4], None), (rows[4:], old)):
         accumulate_gradient(policy, update, old_logps, args, ONE_RANK)
         with torch.no_grad():
             policy.table -= case["lr"] * policy.table.grad
         policy.table.grad = None
-    close(policy.table.detach(), case["W_after"])
+    assert_equal(policy.table.detach(), case["W_after"])
 
 
 def test_rl_with_sft_loss_is_the_published_one():
@@ -203,7 +203,7 @@ def test_rl_with_sft_loss_is_the_published_one():
     teacher = torch.tensor(INPUTS["prefix_mask"]).any(1)
     groups = torch.tensor([uid == "q" for uid in INPUTS["uid"]]).long()
     advantages = group_advantages(rewards, groups, baseline=~teacher)
-    close(advantages, row_values(case["advantages_split"]))
+    assert_equal(advantages, row_values(case["advantages_split"]))
     rows = [
         Row([0], list(range(length)), int(g), bool(t), advantage=a)
         for length, g, t, a in zip(INPUTS["lengths"], groups, teacher, advantages.tolist(), strict=True)
@@ -219,7 +219,7 @@ def test_rl_with_sft_loss_is_the_published_one():
 
     old = torch.cat([f64(INPUTS["old_log_prob"])[i, : INPUTS["lengths"][i]] for i in order])
     accumulate_gradient(Given(), rows, [old], args, ONE_RANK)
-    close(logp.grad * mask, case["whole_batch"]["grad_wrt_log_prob"], 1e-7)
+    assert_equal(logp.grad * mask, case["whole_batch"]["grad_wrt_log_prob"], 1e-7)
 
 
 def test_the_published_number_of_micro_batches_follows_the_rows_length():

@@ -20,9 +20,8 @@ from common.trainer import (
     optimizer_step,
     parse_args,
     read_metrics,
-    weights_digest,
 )
-from tests.conftest import NANO
+from tests.conftest import NANO, weights_digest
 
 
 @dataclasses.dataclass
