@@ -36,6 +36,7 @@ SHAPES = {
 
 
 def full_logits(hidden, weight, targets):
+    """Log-probs from the whole [N, V] tensor of logits: what everything here is compared with."""
     return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
@@ -159,6 +160,7 @@ def child(name, shapes, modes, device, repeats):
 
 
 def spawn(name, shapes, modes, device, repeats):
+    """Run one variant in a process of its own; -> its RESULT rows."""
     words = [json.dumps(x) for x in (name, shapes, modes, device, repeats)]
     process = subprocess.run([sys.executable, __file__, "--child", *words], capture_output=True, text=True)
     lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
@@ -189,6 +191,7 @@ def collect(rows):
 
 
 def table(rows):
+    """The rows as a markdown table, with each time over the floor's."""
     lines = ["| N, H, V | mode | variant | time | of the floor | peak | extra |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         where = f"| {row['n']}, {row['h']}, {row['v']} | {row['mode']} | {row['variant']} | "
@@ -206,6 +209,7 @@ def table(rows):
 
 
 def plot(rows, path, title):
+    """Time and peak memory of every variant, a pair of bars for forward and forward + backward."""
     import matplotlib
 
     matplotlib.use("Agg")
