@@ -1,6 +1,7 @@
 """luffy.py from end to end on models that train in seconds: methods, ranks, a crash, bad input."""
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import luffy
+from common import logprobs, trainer
 from common.data import InputError
 from common.trainer import parse_args, read_metrics
 from tests import ranks
@@ -46,6 +48,21 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
         assert (tmp_path / "run" / name).exists()
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
     assert {"step", "who", "reward", "advantage", "gold", "prompt", "response"} == sample.keys()
+
+
+@pytest.mark.skipif(logprobs.triton is None or not logprobs.INTERPRETED, reason="needs triton and TRITON_INTERPRET=1")
+def test_losses_are_the_same_with_the_kernels_under_the_interpreter(tmp_path, monkeypatch):
+    rows, short = {}, ["--steps", "2", "--batch_size", "2", "--group_size", "3", "--temperature", "0.8"]
+    short += ["--max_response_tokens", "16", "--long_trace", "cut"]  # the interpreter takes its time
+    for backend in ("torch", "triton"):
+        one_backend = functools.partial(logprobs.linear_logprobs, backend=backend)
+        monkeypatch.setattr(trainer, "linear_logprobs", one_backend)
+        luffy.main(settings("--out", str(tmp_path / backend), *short))
+        rows[backend] = read_metrics(tmp_path / backend)
+    assert len(rows["torch"]) == 3
+    for ours, theirs in zip(rows["torch"], rows["triton"], strict=True):
+        for name in ours.keys() - {n for n in ours if n.startswith(("seconds", "speed", "memory", "mismatch"))}:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6), name
 
 
 def test_the_trained_model_loads_as_the_model_of_a_second_run(tmp_path):
