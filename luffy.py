@@ -50,7 +50,7 @@ import torch
 
 import igsm
 from common.data import InputError, batch_indices, load_rows, make_examples, pack, plan_micro_batches
-from common.rollout import EmbeddedSampler, Sampling
+from common.rollout import Sampling, make_sampler
 from common.trainer import (
     Checkpoints,
     Clock,
@@ -77,7 +77,7 @@ class Args:
     """What to train; the defaults below follow it."""
     preset: Literal["paper", "tiny", "tiny_base"] = "paper"
     """paper: the published run. tiny: a Qwen2 of under a million parameters on symbolic iGSM, for a laptop.
-    tiny_base: how the base model of tiny was made (with --method sft)."""
+    tiny_base: how the base model of tiny was made (with --method sft; models/tiny/make.py)."""
 
     # what
     model: str = "Elliott/Qwen2.5-Math-7B-16k-think"
@@ -89,8 +89,6 @@ class Args:
     """Held-out rows, likewise (Hub names: their test split; igsm: problems of other templates)."""
     igsm_problems: int = 20000
     """How many problems igsm:LO-HI makes."""
-    igsm_subgoals: bool = True
-    """Their traces work sums out one operation at a time, not each in one go."""
     out: str = "runs/luffy"
     """Run folder. Running the same command again goes on from its last checkpoint."""
     chat_template: str = ""
@@ -126,6 +124,9 @@ class Args:
     """gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0 trains on p itself (mixed policy, no shaping)."""
     clip: float = 0.0
     """PPO clip of the own tokens' ratio; 0 for none (published: none for luffy, 0.2 for grpo)."""
+    tis_cap: float = 0.0
+    """Weigh own tokens by min(p_trainer / p_sampler, this): truncated importance sampling, for a sampler in
+    lower precision than the trainer; 0 for none (published)."""
     std: bool = False
     """Divide advantages by the group's standard deviation (the paper's Eq. 4; the published code does not)."""
     entropy_coef: float = 0.001
@@ -156,6 +157,12 @@ class Args:
     """Tokens of a packed micro-batch on each rank; memory, never the gradient, depends on it."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
+    rollout: str = "auto"
+    """Where answers are sampled. embedded: in this process. vllm: by a vLLM server that the script starts (one a
+    GPU; on CPU one in all). http://HOST:PORT[,...]: by running servers (docs/rollout.md). auto: vllm on CUDA
+    where it is installed, else embedded."""
+    rollout_gpu_memory: float = 0.5
+    """Share of each GPU's memory for its vLLM server, which sleeps while the trainer updates."""
     sampler_tokens: int = 65536
     """Rows x (prompt + response) tokens that the embedded sampler decodes at once."""
     max_mismatch: float = 0.0
@@ -187,12 +194,12 @@ METHODS = {
 PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny", verifier="boxed",
-        max_prompt_tokens=160, max_response_tokens=160, steps=80, batch_size=16, lr=2e-4, eval_every=20,
+        max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
         eval_limit=128, save_every=20, micro_batch_tokens=16384, gradient_checkpointing=False,
     ),
     "tiny_base": dict(
-        model="scratch", data="igsm:1-4", igsm_problems=160000, igsm_subgoals=False, eval_data=("igsm:3-4",),
-        out="runs/tiny_base", verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, steps=3500,
+        model="scratch", data="igsm:2-8", igsm_problems=200000, eval_data=("igsm:5-8",),
+        out="runs/tiny_base", verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, steps=3000,
         batch_size=64, lr=1.5e-3, warmup=0.02, lr_floor=0.02, betas=(0.9, 0.99), weight_decay=0.1, eval_every=500,
         eval_limit=300, eval_temperature=0.0, save_every=500, log_samples=0, micro_batch_tokens=16384,
         gradient_checkpointing=False,
@@ -202,7 +209,7 @@ SCRATCH = dict(
     model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
 )
-IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False)
+IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
@@ -255,6 +262,18 @@ def luffy_token_loss(logp, old_logp, advantages, off_policy, *, gamma: float | N
     if clip is not None:
         on_loss = torch.maximum(on_loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
     return torch.where(off_policy, off_loss, on_loss)
+
+
+def truncated_importance(old_logp, sampler_logp, cap: float):
+    """w = min(p_old / p_sampler, cap), elementwise; 1 where there is no sampler (NaN: the teacher's tokens).
+
+    p_old and p_sampler are the same weights as two programs compute them (TIS: Yao et al. 2025). No gradient.
+
+    >>> truncated_importance(torch.log(torch.tensor([0.2, 0.9])), torch.log(torch.tensor([0.2, 0.1])), 2.0).tolist()
+    [1.0, 2.0]
+    """
+    weight = (old_logp - sampler_logp).detach().exp().clamp(max=cap)
+    return torch.where(sampler_logp.isnan(), 1.0, weight)
 
 
 def published_micro_batches(tokens_per_row: float) -> int:
@@ -311,12 +330,16 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         old = logp.detach() if old_logps is None else old_logps[i]
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
+        drawn = [x for row in mine for x in (row.sampler_logps or [math.nan] * len(row.response))]
+        sampler_logp = torch.tensor(drawn, device=logp.device)  # [N]
         if args.method == "sft":
             loss = -logp.sum() / n_tokens
         else:
             token_loss = luffy_token_loss(
                 logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
             )
+            if args.tis_cap:
+                token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
             if args.method == "rl_sft":
                 token_loss = torch.where(teacher, 0.0, token_loss)
             loss = token_loss.sum() * row_scale
@@ -335,8 +358,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
                 entropy.sum(), logp[teacher].sum(), shaped.sum(),
                 ((ratio - 1).abs() > (args.clip or math.inf)).sum(), own.sum(), (old - logp)[own].sum(),
             ]).double().cpu()
-            drawn = [x for row in mine for x in (row.sampler_logps or [math.nan] * len(row.response))]
-            mismatch.append((old.cpu() - torch.tensor(drawn))[own.cpu()])
+            mismatch.append((old - sampler_logp)[own].cpu())
     total = dict(zip(names, sum_over_ranks(sums, world).tolist(), strict=True))
     own_tokens, teacher_tokens = max(1, total.pop("own_tokens")), max(1, n_teacher_tokens)
     metrics = {"loss/pg": total["pg_loss"], "policy/entropy": total["entropy"] / n_tokens}
@@ -372,7 +394,7 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
     if source.startswith("igsm:"):
         try:
             lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
-            settings = dict(IGSM, ops=(lo, hi), split=split, subgoals=args.igsm_subgoals)
+            settings = dict(IGSM, ops=(lo, hi), split=split)
             rows = [igsm.row(problem, split) for problem in igsm.problems(limit or args.igsm_problems, **settings)]
         except ValueError as error:
             raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
@@ -396,6 +418,8 @@ def check(args: Args) -> None:
         )
     if not 0 <= args.teacher_rows < max(args.group_size, 2):
         raise InputError(f"--teacher_rows {args.teacher_rows} must be under --group_size {args.group_size}")
+    if args.tis_cap and args.tis_cap < 1:
+        raise InputError(f"--tis_cap must be 1 or more, or 0 for none, not {args.tis_cap}")
     if args.steps < 0:
         raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
     if args.chat_template and not Path(args.chat_template).is_file():
@@ -460,7 +484,10 @@ def main(args: Args) -> None:
         checkpoints.check_space(policy)
     also_stop = policy.lm.generation_config.eos_token_id or []
     stop_ids = [tokenizer.eos_token_id, *(also_stop if isinstance(also_stop, list) else [also_stop])]
-    sampler = EmbeddedSampler(policy, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens)
+    sampler = make_sampler(
+        args.rollout, policy, world, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens,
+        max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,
+    )
     sampler.sync(policy, version=start)
     max_mismatch = args.max_mismatch or (0.1 if world.device.type == "cuda" else 0.001)
     teacher_verdicts: dict[int, tuple[float, str]] = {}  # by example: a trace is graded once
@@ -515,6 +542,7 @@ def main(args: Args) -> None:
 
         # 4. update
         with clock("update"):
+            sampler.sleep()  # its memory is the trainer's until the sync
             per_update = args.batch_size // args.updates_per_step
             updates = [[r for r in rows if r.group // per_update == u] for u in range(args.updates_per_step)]
             old = [None] + [policy_logps(policy, u, args, world) for u in updates[1:]]
@@ -556,6 +584,7 @@ def main(args: Args) -> None:
         if args.save_every and (step % args.save_every == 0 or step == steps):
             checkpoints.save(step, policy, optimizer, world)
     export(policy, tokenizer, out / "model", world)
+    sampler.close()
     metrics.close()
 
 

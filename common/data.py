@@ -45,6 +45,14 @@ def load_rows(source: str, *, split: str = "train", limit: int | None = None) ->
     """Rows of a local .parquet / .json / .jsonl file, of a folder of such files, or of a Hub dataset.
 
     `split` is used for Hub names only. Raises InputError if there is no such thing or it holds no rows."""
+    rows = list(iter_rows(source, split=split, limit=limit))
+    if not rows:
+        raise InputError(f"{source}: no rows")
+    return rows
+
+
+def iter_rows(source: str, *, split: str = "train", limit: int | None = None):
+    """The same one at a time, for more rows than fit in memory (.json and .jsonl files are read whole)."""
     import datasets
 
     path = Path(source)
@@ -64,11 +72,9 @@ def load_rows(source: str, *, split: str = "train", limit: int | None = None) ->
             raise InputError(
                 f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({reason})"
             ) from error
-        return [dict(row) for row in rows.select(range(min(limit, len(rows))) if limit else range(len(rows)))]
-    rows = [row for file in files for row in itertools.islice(_read_file(file), limit)]
-    if not rows:
-        raise InputError(f"{source}: no rows")
-    return rows[:limit] if limit else rows
+        yield from map(dict, itertools.islice(rows, limit))
+        return
+    yield from itertools.islice((row for file in files for row in _read_file(file)), limit)
 
 
 def _read_file(path: Path):
@@ -76,7 +82,8 @@ def _read_file(path: Path):
         import pyarrow.parquet
 
         try:
-            yield from pyarrow.parquet.read_table(path).to_pylist()
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+                yield from batch.to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{path}: not a readable parquet file ({error})") from error
         return

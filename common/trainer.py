@@ -28,13 +28,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from common import data  # noqa: F401  (registers the "packed" attention)
 from common.data import InputError, TokenBatch
-from common.logprobs import linear_logprobs
+from common.logprobs import linear_kl, linear_logprobs
 
 transformers_logging.disable_progress_bar()  # shards read and written: noise beside a training bar
 
@@ -45,9 +51,10 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
     """Parse argv into the dataclass `args_type` with tyro, where some flags choose the defaults of others.
 
     `parse_args(Args, argv, preset=PRESETS, method=METHODS)`: the values of PRESETS[--preset] and then of
-    METHODS[--method] stand in for the dataclass's own defaults, and --help shows them; what is typed wins."""
+    METHODS[--method] stand in for the dataclass's own defaults, and --help shows them; what is typed wins.
+    What holds for one value of an earlier flag only is nested under it: {"tiny": {"stage": {"sft": {"lr": 1e-3}}}}."""
     argv = sys.argv[1:] if argv is None else argv
-    values = {field.name: field.default for field in dataclasses.fields(args_type)}
+    values, selected = {field.name: field.default for field in dataclasses.fields(args_type)}, {}
     for flag, table in defaults.items():
         chosen = values[flag]
         for i, word in enumerate(argv):
@@ -55,7 +62,10 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
                 chosen = argv[i + 1]
             elif word.startswith(f"--{flag}="):
                 chosen = word.split("=", 1)[1]
-        values |= table.get(chosen, {}) | ({flag: chosen} if chosen in table else {})
+        selected[flag] = chosen
+        values |= {flag: chosen} if chosen in table else {}
+        for name, value in table.get(chosen, {}).items():
+            values |= value.get(selected[name], {}) if isinstance(value, dict) else {name: value}
     return tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True)
 
 
@@ -142,18 +152,54 @@ class Policy(nn.Module):
 
     The head is applied inside forward, where FSDP2 has its weight whole."""
 
+    auto = AutoModelForCausalLM
+
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False):
-        """-> log-probs [N], float32; with `entropy` also the entropies [N], both of softmax(logits / T)."""
-        hidden = self.lm.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
-        ).last_hidden_state[0]  # [T, H]
-        hidden = hidden.index_select(0, batch.predictors)  # [N, H]
-        head = self.lm.get_output_embeddings()
-        return linear_logprobs(hidden, head.weight, batch.targets, temperature=temperature, entropy=entropy)
+    def forward(
+        self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False, reference=None, raw: bool = False
+    ):
+        """-> log-probs [N], float32; with `entropy` also the entropies [N], both of softmax(logits / T).
+
+        With `reference`, a frozen Policy: (log-probs, the reference's log-probs, KL(self || reference) over the
+        whole vocabulary), [N] each. With `raw`: hidden states [N, H] and the head's weight [V, H]."""
+        hidden, weight = predictor_states(self.lm, batch), self.lm.get_output_embeddings().weight
+        if raw:
+            return hidden, weight
+        out = linear_logprobs(hidden, weight, batch.targets, temperature=temperature, entropy=entropy)
+        if reference is None:
+            return out
+        with torch.no_grad():
+            ref_hidden, ref_weight = reference(batch, raw=True)  # FSDP2 leaves a root's own weights whole
+            ref_logp = linear_logprobs(ref_hidden, ref_weight, batch.targets, temperature=temperature)
+        return out, ref_logp, linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=temperature)
+
+
+class ValueModel(nn.Module):
+    """A language model's body with a linear head: forward returns the value of a state, one number, float32.
+
+    On disk it is a sequence-classification folder with one label. A language model's folder gets a head of
+    zeros, so every value starts at 0."""
+
+    auto = AutoModelForSequenceClassification
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: TokenBatch):
+        """-> values [N]: the n-th is that of the text which the n-th response token follows."""
+        return self.lm.score(predictor_states(self.lm, batch).float())[:, 0]
+
+
+def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Final hidden states [N, H] at the positions whose next token is a response token."""
+    hidden = lm.get_decoder()(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
+    ).last_hidden_state[0]  # [T, H]
+    return hidden.index_select(0, batch.predictors)
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False):
@@ -180,25 +226,43 @@ def load_policy(
     seed: int = 0,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    kind: type = Policy,
+    lora: int = 0,
+    edit_config=None,
 ) -> Policy:
     """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
     float32 reduction on CUDA). Only rank 0 reads the weights; the others receive their shards from it.
 
     from_config: settings of a `Qwen2Config` for a model with random weights from `seed`, instead of `path`.
-    Raises InputError if there is no model at `path` or its head needs more than `hidden @ weight.T`."""
+    kind: Policy, or ValueModel. lora: rank (and alpha) of adapters on every linear layer of the body; the body's
+    own weights are then frozen, a value's head is not. edit_config: called with the configuration before the model
+    is built (such as RoPE's theta); what it sets is saved with the model.
+    Raises InputError if there is no such model at `path` or its head needs more than `hidden @ weight.T`."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
+    flag = "--model" if kind is Policy else "--value"
+    labels = {} if kind is Policy else {"num_labels": 1}
+    verbosity = transformers_logging.get_verbosity()
     try:
-        config = AutoConfig.for_model(**from_config) if from_config else AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code
+        config = AutoConfig.for_model(**from_config, **labels) if from_config else AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, **labels
         )
+        if edit_config:
+            edit_config(config)
+        has_value_head = "ForSequenceClassification" in str(config.architectures)
+        if has_value_head and kind is Policy:
+            raise ValueError("it is a value model, not a language model")
+        if not has_value_head and kind is ValueModel:
+            transformers_logging.set_verbosity_error()  # it would report the head that is missing
         if world.main and not from_config:
-            lm = AutoModelForCausalLM.from_pretrained(path, **options)
+            lm = kind.auto.from_pretrained(path, config=config, **options)
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
                 torch.manual_seed(seed)
-                lm = AutoModelForCausalLM.from_config(config, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+                lm = kind.auto.from_config(config, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{flag} {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1.0):
             raise InputError(f"--model {path}: config.{name} changes the logits, which is not supported")
@@ -206,9 +270,28 @@ def load_policy(
     if getattr(head, "bias", None) is not None:
         raise InputError(f"--model {path}: an output layer with a bias is not supported")
     lm.saved_dtype = config.dtype or torch.float32  # what export writes
+    if lora:
+        _add_lora(lm, lora, seed)
+    if kind is ValueModel:
+        lm.score.requires_grad_(True)
+        if not has_value_head:
+            nn.init.zeros_(lm.score.weight)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return _shard(Policy(lm), world)
+    return _shard(kind(lm), world)
+
+
+def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
+    """Adapters W + (alpha / rank) B A, alpha = rank, on the body's linear layers, which alone are then trained."""
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("LoRA needs its package: pip install peft") from error
+    body = lm.requires_grad_(False).get_decoder()
+    linear = {name.rsplit(".")[-1] for name, module in body.named_modules() if isinstance(module, nn.Linear)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(linear)), body)
 
 
 def _shard(policy: Policy, world: World) -> Policy:
@@ -223,6 +306,8 @@ def _shard(policy: Policy, world: World) -> Policy:
     buffers = dict(policy.named_buffers()) if world.main else {}
     for layer in policy.lm.get_decoder().layers:
         fully_shard(layer, **how)
+    if isinstance(policy, ValueModel):
+        fully_shard(policy.lm.score, mesh=how["mesh"])  # in float32 also where the rest computes in bf16
     fully_shard(policy, **how)
     policy.to_empty(device=world.device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
@@ -236,10 +321,23 @@ def _shard(policy: Policy, world: World) -> Policy:
 
 
 def full_parameters(policy: Policy):
-    """Yield (name within the language model, whole tensor), one at a time, on every rank (a collective)."""
-    for name, parameter in policy.lm.named_parameters():
+    """Yield (name within the language model, whole tensor), one at a time, on every rank (a collective).
+
+    LoRA is added to the weights that it adapts: names and shapes are those of the model without it."""
+
+    def whole(parameter):
         value = parameter.detach()
-        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    parameters = dict(policy.lm.named_parameters())
+    for name, parameter in parameters.items():
+        if ".lora_" in name:
+            continue
+        value = whole(parameter)
+        if name.endswith(".base_layer.weight"):
+            a, b = (name.replace("base_layer", f"lora_{x}.default") for x in "AB")
+            value = value + whole(parameters[b]) @ whole(parameters[a])
+        yield name.replace(".base_layer.", "."), value
 
 
 def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
@@ -249,8 +347,9 @@ def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
     whole = {name: p.to("cpu", dtype) if world.main else None for name, p in full_parameters(policy)}
     if world.main:
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(policy.lm.config, dtype=dtype, attn_implementation="sdpa")
-        empty.generation_config = policy.lm.generation_config
+            empty = policy.auto.from_config(policy.lm.config, dtype=dtype, attn_implementation="sdpa")
+        if policy.lm.can_generate():
+            empty.generation_config = policy.lm.generation_config
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         empty.save_pretrained(partial, state_dict=whole)
@@ -264,10 +363,15 @@ def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
 
 
 def make_optimizer(policy: nn.Module, *, lr: float, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8):
-    """AdamW over every parameter (float32 states, sharded as the parameters are)."""
-    return torch.optim.AdamW(
-        policy.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=True
-    )
+    """AdamW over every parameter that is trained (float32 states, sharded as the parameters are)."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=True)
+    # AdamW makes its states at the first step, and a checkpoint of an optimizer without any would take that step
+    # with a gradient of zero: Adam's count would be one too high ever after
+    for p in trained:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def learning_rate(step: int, *, lr: float, steps: int, schedule: str, warmup: float = 0.0, floor=0.0) -> float:
@@ -305,7 +409,9 @@ class Checkpoints:
     """Checkpoints of a run under `folder`, each complete or absent: written beside, then renamed into place.
 
     A checkpoint is model and optimizer (torch.distributed.checkpoint, so that another number of ranks can
-    load it) and state.json: the step, the settings that made it, and what else the algorithm keeps."""
+    load it) and state.json: the step, the settings that made it, and what else the algorithm keeps.
+    `more` names further pairs that an algorithm trains: {"value": (model, optimizer)}, or {"sft": (policy, its
+    second optimizer)}; a model that comes twice is saved once."""
 
     # settings that may change between two starts of one run
     FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "wandb", "tensorboard", "rollout"}
@@ -338,10 +444,12 @@ class Checkpoints:
             )
         return state
 
-    def check_space(self, policy: nn.Module) -> None:
+    def check_space(self, policy: nn.Module, more: dict | None = None) -> None:
         """Raise InputError if the disk cannot hold `keep` checkpoints, the one being written and the model."""
-        numbers = sum(p.numel() for p in policy.parameters())
-        need = numbers * 4 * (3 * (self.keep + 1) + 1)  # weights and two moments each, and the exported model
+        models = [policy, *(model for model, _ in (more or {}).values())]
+        sizes = {model: 4 * sum(p.numel() for p in model.parameters()) for model in models}
+        checkpoint = sum(sizes.values()) + sum(2 * sizes[model] for model in models)  # two moments an optimizer
+        need = checkpoint * (self.keep + 1) + sizes[policy]
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < need:
@@ -350,13 +458,26 @@ class Checkpoints:
                 f"{need / 1e9:.1f} GB: free some, choose another --out, or --save_every 0"
             )
 
-    def load(self, policy: nn.Module, optimizer) -> None:
-        """Load model and optimizer in place, on any number of ranks."""
-        model, optim = dcp_state.get_state_dict(policy, optimizer)
-        dcp.load({"model": model, "optim": optim}, checkpoint_id=self.latest())
-        dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+    @staticmethod
+    def _tensors(pairs: dict) -> dict:
+        """{"model", "optim"} of the pair named "", "model-NAME" and "optim-NAME" of the others; each model once."""
+        first = {model: name for name, (model, _) in reversed(pairs.items())}
+        tensors = {f"model{name}": dcp_state.get_model_state_dict(model) for model, name in first.items()}
+        for name, (model, optimizer) in pairs.items():
+            tensors[f"optim{name}"] = dcp_state.get_optimizer_state_dict(model, optimizer)
+        return tensors
 
-    def save(self, step: int, policy: nn.Module, optimizer, world: World, **extra) -> None:
+    def load(self, policy: nn.Module, optimizer, more: dict | None = None) -> None:
+        """Load model and optimizer, and `more`, in place, on any number of ranks."""
+        pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
+        tensors = self._tensors(pairs)
+        dcp.load(tensors, checkpoint_id=self.latest())
+        for name, (model, optimizer) in pairs.items():
+            if f"model{name}" in tensors:
+                dcp_state.set_model_state_dict(model, tensors[f"model{name}"])
+            dcp_state.set_optimizer_state_dict(model, optimizer, tensors[f"optim{name}"])
+
+    def save(self, step: int, policy: nn.Module, optimizer, world: World, more: dict | None = None, **extra) -> None:
         """Write the checkpoint of `step`; `extra` (plain JSON) comes back from state()."""
         final = self.folder / f"step-{step:08d}"
         partial = final.with_suffix(".partial")
@@ -364,8 +485,8 @@ class Checkpoints:
             for stale in self.folder.glob("*.partial"):
                 shutil.rmtree(stale)
         dist.barrier()
-        model, optim = dcp_state.get_state_dict(policy, optimizer)
-        dcp.save({"model": model, "optim": optim}, checkpoint_id=partial)
+        pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
+        dcp.save(self._tensors(pairs), checkpoint_id=partial)
         if world.main:
             with open(partial / "state.json", "w") as file:
                 json.dump({"step": step, "settings": self.settings, **extra}, file)

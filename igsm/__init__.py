@@ -2,8 +2,8 @@
 every step of a solution. `python -m igsm --help` tells how to write data sets; docs/igsm.md explains."""
 
 from igsm.checker import Check, check_solution
-from igsm.problem import Problem, generate, problems, row
+from igsm.problem import Problem, generate, problems, retell, row
 from igsm.solver import solve
 from igsm.tokens import tokenizer
 
-__all__ = ["Check", "Problem", "check_solution", "generate", "problems", "row", "solve", "tokenizer"]
+__all__ = ["Check", "Problem", "check_solution", "generate", "problems", "retell", "row", "solve", "tokenizer"]

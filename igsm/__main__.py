@@ -1,4 +1,4 @@
-"""`python -m igsm`: writes a file of problems with the columns that LUFFY's data has."""
+"""`python -m igsm`: writes a file of problems with the columns that LUFFY's data has, or draws a problem."""
 
 import contextlib
 import itertools
@@ -33,10 +33,18 @@ class Args:
     The same for a model of under a million parameters: letters only, numbers mod 23:
 
         python -m igsm --n 100000 --style symbolic --modulus 23 --max_params 8 --out train.jsonl
+
+    BRIDGE's three behaviours in the solutions; one problem drawn as a graph:
+
+        python -m igsm --n 2000 --ops 15 20 --subgoals --reflection 0.1 --analysis table --out bridge.jsonl
+
+        python -m igsm --ops 7 8 --max_params 6 --start 355 --draw problem.svg
     """
 
-    out: Path
+    out: Path | None = None
     """File to write, .jsonl or .parquet; an existing one is replaced."""
+    draw: Path | None = None
+    """Instead of --out, or besides: draw the first problem as a graph into this .svg or .png file, and print it."""
     n: int = 1000
     """How many problems."""
     ops: tuple[int, int] = (4, 8)
@@ -44,6 +52,8 @@ class Args:
     the smaller of two draws, so that easier problems are more frequent. `--ops 20 20` for exactly 20."""
     seed: int = 0
     """The same seed and settings give the same file; half of --n gives the first half of it."""
+    start: int = 0
+    """Number of the first problem of this seed."""
     split: Literal["train", "test"] | None = None
     """Problems whose solution's template hashes to this side; None for both. Train is 16 of 23 bins."""
     style: Literal["natural", "define", "symbolic"] = "natural"
@@ -59,6 +69,17 @@ class Args:
     """Numbers given in the question are 1 to this; None for 9, or modulus - 1 if there is a modulus."""
     subgoals: bool = False
     """Solutions write every intermediate result: 2 + (34 + 15) = 2 + 49 = 51."""
+    reflection: float = 0.0
+    """Chance of a look-ahead before a line: "we don't know ... yet", and back to it later (BRIDGE: 0.1)."""
+    analysis: str = "0"
+    """Chance that a line says the question's sentence once more, or "table": the more likely the more parents
+    (BRIDGE's code)."""
+    retry: float = 0.0
+    """Chance, again and again, that a line is preceded by one that cannot be computed yet, "BACK" (Meta's)."""
+    question_variant: int = 0
+    """1, 2, ...: the same problems with their conditions in other orders (BRIDGE's PP-Aug)."""
+    solution_variant: int = 0
+    """1, 2, ...: the same problems, solved in other orders and words (RC-Aug)."""
     shuffle: bool = True
     """Conditions in random order. --no-shuffle: in the order of the solution, unneeded ones in between."""
     system_prompt: bool = False
@@ -107,26 +128,46 @@ def write_parquet(path, rows):
         writer.write_table(pa.Table.from_pylist(batch, schema))
 
 
+def _chance(text):
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f'--analysis must be a chance from 0 to 1 or "table", got {text}') from None
+
+
 def main(argv=None):
     """Writes the file; returns the exit code: 2 with one line on stderr where the settings cannot be met."""
     args = tyro.cli(Args, args=argv, prog="python -m igsm", use_underscores=True)
-    write = {".jsonl": write_jsonl, ".parquet": write_parquet}.get(args.out.suffix)
-    half = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    half = Path(f".{os.getpid()}") if args.out is None else args.out.with_name(f".{args.out.name}.{os.getpid()}")
     try:
         if args.n < 1:
             raise ValueError(f"--n must be 1 or more, got {args.n}")
-        if write is None:
-            raise ValueError(f"--out must end in .jsonl or .parquet, got {args.out}")
-        if not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
-        if args.out.is_dir():
-            raise ValueError(f"--out {args.out} is a folder")
-        settings = {
-            name: value for name, value in vars(args).items() if name not in ("out", "n", "system_prompt")
-        }
+        if args.out is None and args.draw is None:
+            raise ValueError("--out FILE or --draw FILE is needed")
+        for flag, path, endings in (("out", args.out, [".jsonl", ".parquet"]), ("draw", args.draw, [".svg", ".png"])):
+            if path is None:
+                continue
+            if path.suffix not in endings:
+                raise ValueError(f"--{flag} must end in {' or '.join(endings)}, got {path}")
+            if not path.parent.is_dir():
+                raise ValueError(f"--{flag} {path}: there is no folder {path.parent}")
+            if path.is_dir():
+                raise ValueError(f"--{flag} {path} is a folder")
+        other = ("out", "draw", "n", "system_prompt")
+        settings = {name: value for name, value in vars(args).items() if name not in other}
+        settings["analysis"] = args.analysis if args.analysis == "table" else _chance(args.analysis)
+        if args.draw:
+            from igsm.draw import draw
+
+            [problem] = problems(1, **settings)
+            draw(problem, args.draw)
+            print(f"{problem.question}\n\n{problem.solution}\n")
+        if args.out is None:
+            return 0
         made = problems(args.n, **settings)
         made = itertools.chain([next(made)], made)  # if there is no such problem, say so before anything else
         rows = (row(problem, args.split or "all", args.system_prompt) for problem in made)
+        write = {".jsonl": write_jsonl, ".parquet": write_parquet}[args.out.suffix]
         write(half, tqdm(rows, total=args.n, unit=" problems", desc=args.out.name))
         os.replace(half, args.out)
     except (ValueError, OSError) as error:

@@ -2,7 +2,8 @@ r"""Checks every step of a solution against its question: a right answer for a w
 
 A step of any style comes down to: which parameter, which letter for it, and then one of
  - a chain of equal members: the formula in letters, the same with values, intermediate results, the value;
- - a statement that it cannot be computed yet, because of these parents (a *reflection*).
+ - a statement that it cannot be computed yet, because of these parents (a *reflection*);
+ - nothing more: it is left at that (a *retry*).
 
     - Next, let u represent the number of each A's B.    letter and parameter
       We know that it equals 2 times each C's D.         an *analysis*: the question's sentence once more
@@ -11,7 +12,7 @@ A step of any style comes down to: which parameter, which letter for it, and the
 A chain is right if all parents were computed before, its first member is the question's formula (the order of
 a sum or a product is free), its second member is the first with the letters' values put in, and all members
 are worth the same as the true value. A reflection is right if the parents it names are exactly those not
-computed.
+computed, a retry if there are such parents. How each behaviour looks in each style: text.py.
 """
 
 import re
@@ -27,7 +28,7 @@ class Check:
     """What a solution is worth.
 
     errors: all that is wrong, each as "step 3: wrong formula: ..."; the kinds are "unreadable", "letter",
-    "bad reflection", "bad analysis", "solved twice", "parents unsolved", "wrong formula",
+    "bad reflection", "bad retry", "bad analysis", "solved twice", "parents unsolved", "wrong formula",
     "wrong substitution", "arithmetic", "wrong value", and, of no step, "form", "question not solved",
     "wrong answer".
     """
@@ -35,13 +36,14 @@ class Check:
     correct: bool = False  # every step, and the answer
     answer_correct: bool = False  # what a reward for the answer alone would say
     errors: list[str] = field(default_factory=list)
-    steps: int = 0  # lines that compute or reflect
+    steps: int = 0  # lines that compute, reflect or retry
     solved: int = 0  # parameters computed
     redundant: int = 0  # of these, not needed for the answer
     reflections: int = 0
     remembered: int = 0  # steps that come back to a letter given earlier
     analyses: int = 0  # steps that quote the question's sentence
     subgoals: int = 0  # chains that write intermediate results
+    retries: int = 0  # begun and left
 
 
 def check_solution(question, solution, categories=None, *, modulus=None):
@@ -87,6 +89,7 @@ class _Step:
     unknown: list | None = None  # parents that a reflection names
     analysis: str | None = None
     remembered: bool = False
+    retry: bool = False
 
 
 class _State:
@@ -105,11 +108,19 @@ class _State:
         """Adds one step and what is wrong with it. Raises ValueError if it cannot be judged at all."""
         check, asked, param, wrong = self.check, self.asked, step.name, self.wrong
         check.steps += 1
+        formula = asked.formula(param)
+        asked.value(param)
+        unsolved = [parent for parent in dict.fromkeys(parents(formula)) if parent not in self.solved]
+        if step.retry:
+            check.retries += 1
+            if param in self.solved or not unsolved:
+                wrong("bad retry", f"{param!r} could be computed, or was")
+            return
+        if asked.style == "symbolic":  # letters are the question's, so there is nothing to say
+            step.remembered = param in self.letter_of
         check.reflections += step.unknown is not None
         check.remembered += step.remembered
         check.analyses += step.analysis is not None
-        formula = asked.formula(param)
-        asked.value(param)
         if step.remembered:
             if self.letter_of.get(param) != step.letter:
                 wrong("letter", f"{step.letter} was not given to {param!r} before")
@@ -120,7 +131,6 @@ class _State:
         self.letter_of.setdefault(param, step.letter)
         self.param_of.setdefault(step.letter, param)
 
-        unsolved = [parent for parent in dict.fromkeys(parents(formula)) if parent not in self.solved]
         if step.unknown is not None:
             if param in self.solved:
                 wrong("bad reflection", f"{param!r} is called unknown but was computed")
@@ -135,7 +145,8 @@ class _State:
             self.solved.add(param)  # even if wrongly: what follows from it is judged for itself
         if step.analysis is not None:
             said = asked.said.get(param)
-            if said is None or canonical(asked.parse_description(step.analysis)) != canonical(said):
+            read = parse_expression if asked.style == "symbolic" else asked.parse_description
+            if said is None or canonical(read(step.analysis)) != canonical(said):
                 wrong("bad analysis", f"the question does not say that {param!r} equals {step.analysis!r}")
 
     def _check_chain(self, step, formula):
@@ -222,7 +233,7 @@ def _read(style, solution, check):
     return steps, answers, box
 
 
-SYMBOLIC_FORM = re.compile(r"(?:<think>\n)?(?:[a-z]+=.+\n)*</think>\n\\boxed\{([^}]*)\}")
+SYMBOLIC_FORM = re.compile(r"(?:<think>\n)?(?:[a-z]+[=(?].*\n)*</think>\n\\boxed\{([^}]*)\}")
 NATURAL_FORM = re.compile(
     f"(?:<think>\n)?{re.escape(text.HEAD.removeprefix('<think>' + chr(10)))}(?:(?:- |Define ).*\n)*"
     r"Thus, the answer is (-?\d+)\.\n</think>\n<answer>\nThe final answer is \\boxed\{([^}]*)\}\.\n</answer>"
@@ -263,6 +274,7 @@ UNKNOWN = [
     *_patterns(text.UNKNOWN[2:], "names", "letter"),
 ]
 EQUATION = _patterns(["Then {} = {}.", "So {} = {}."], "letter", "chain")
+RETRY = _patterns([text.RETRY], "name")
 
 
 def _read_line(line):
@@ -282,6 +294,10 @@ def _read_line(line):
             raise ValueError(f"cannot parse {rest!r} in {line!r}")
         return {}
 
+    if begun := take(RETRY, wanted=False):
+        if rest:
+            raise ValueError(f"cannot parse {rest!r} in {line!r}")
+        return _Step(begun["name"], "", retry=True)
     seen = take(GIVEN + FIND + DEFINE)
     remembered = False
     if "letter" not in seen:
@@ -305,12 +321,25 @@ def _read_line(line):
 
 
 def _read_symbolic_line(line):
-    letter, *chain = line.split("=")
-    return _Step(letter, letter, chain)
+    """`v=5*b=5*2=10`, with an analysis `v(5*b)=5*b=5*2=10`; a reflection `v?b?c`; a retry `v?`."""
+    match = re.fullmatch(r"([a-z]+)(?:\(([^=?]*)\))?([=?])(.*)", line)
+    if not match:
+        raise ValueError(f"cannot parse {line!r}")
+    letter, analysis, kind, rest = match.groups()
+    if kind == "=":
+        return _Step(letter, letter, rest.split("="), analysis=analysis)
+    if not rest and analysis is None:
+        return _Step(letter, letter, retry=True)
+    if not re.fullmatch(r"[a-z]+(?:\?[a-z]+)*", rest):
+        raise ValueError(f"cannot parse {line!r}")
+    return _Step(letter, letter, unknown=rest.split("?"), analysis=analysis)
 
 
 def _read_meta_step(line):
-    """`Define A's B as N; r = v - t = 18 - 0 = 18; so N = 7 * r = 7 * 18 = 11.`: one operator at a time."""
+    """`Define A's B as N; r = v - t = 18 - 0 = 18; so N = 7 * r = 7 * 18 = 11.`: one operator at a time.
+    `Define A's B as BACK.` is a retry."""
+    if match := re.fullmatch(r"Define (.+?) as BACK\.", line):
+        return _Step(match[1], "", retry=True)
     match = re.fullmatch(rf"Define (.+?) as ({VARIABLE}); ((?:{VARIABLE} = [^;]+; )*)so \2 = ([^;]+)\.", line)
     if not match:
         raise ValueError(f"cannot parse {line!r}")

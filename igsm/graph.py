@@ -439,7 +439,8 @@ def _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, 
 def _template(formulas, order):
     """What is left of a solution without its names and numbers: (hash, "train" or "test").
 
-    >>> "x0 = 5; x1 = 3 * x0; x2 = x1 - x0"  becomes  "#;#*0;1-0"
+    "x0 = 5; x1 = 3 * x0; x2 = x1 - x0"  becomes  "#;#*0;1-0"
+
     Formulas of instance and abstract parameters look alike here, so that the split holds for the symbolic
     style too, where they cannot be told apart.
     """

@@ -1,10 +1,11 @@
 """Problems as a caller sees them, and where their randomness comes from."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from igsm.behaviors import plan_steps, reordered
 from igsm.graph import Node, draw_problem
-from igsm.text import STYLES, draw_letters, question_text, solution_text
+from igsm.text import STYLES, draw_letters, draw_phrases, question_text, solution_text
 from igsm.tokens import SYSTEM_PROMPT
 
 
@@ -24,6 +25,8 @@ class Problem:
     categories: dict  # {category: [item, ...]} from top to bottom, as `solve` takes them
     nodes: list[Node]
     num_necessary: int
+    letters: list[str] = field(default_factory=list, repr=False)  # a variable for each node
+    phrases: list[int] = field(default_factory=list, repr=False)  # which words tell of it
 
     @property
     def necessary(self):
@@ -56,6 +59,11 @@ def problems(
     subgoals=False,
     shuffle=True,
     start=0,
+    reflection=0.0,
+    analysis=0.0,
+    retry=0.0,
+    question_variant=0,
+    solution_variant=0,
 ):
     """An iterator over n problems, the ones numbered start, start + 1, ... of this seed.
 
@@ -70,15 +78,19 @@ def problems(
     modulus.
     subgoals: solutions write every intermediate result.
     shuffle: conditions in random order; False: in the solution's order, unneeded ones in between, which is easier.
+    reflection, analysis, retry, question_variant, solution_variant: as for `retell`.
 
     Problem i depends on (seed, i) and the settings only, not on n: any part of a set can be made on its own,
-    and structure and values do not depend on style or subgoals.
+    and structure and values do not depend on style, subgoals, behaviours or variants.
 
     Raises ValueError at once where a setting makes no sense, and on the way where no problem fits them all.
     """
     if max_literal is None:
         max_literal = 9 if modulus is None else modulus - 1
     _check(n, ops, split, style, modulus, max_params, max_value, max_literal, start)
+    telling = dict(subgoals=subgoals, reflection=reflection, analysis=analysis, retry=retry,
+                   question_variant=question_variant, solution_variant=solution_variant)  # fmt: skip
+    _check_telling(style, **telling)
 
     def make(index):
         rng = random.Random(f"igsm {seed} {index} problem")
@@ -88,12 +100,9 @@ def problems(
         rng = random.Random(f"igsm {seed} {index} text")
         letters = draw_letters(len(nodes), style, rng)
         question = question_text(nodes, num_necessary, style, rng, letters, shuffle=shuffle)
-        solution = solution_text(
-            nodes, num_necessary, style, rng, letters, modulus=modulus, subgoals=subgoals
-        )
-        return Problem(
+        problem = Problem(
             question=question,
-            solution=solution,
+            solution="",
             answer=nodes[num_necessary - 1].value,
             ops=num_ops,
             style=style,
@@ -104,9 +113,63 @@ def problems(
             categories=categories,
             nodes=nodes,
             num_necessary=num_necessary,
+            letters=letters,
+            phrases=draw_phrases(len(nodes), rng),
         )
+        return retell(problem, **telling)
 
     return map(make, range(start, start + n))
+
+
+def retell(
+    problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, question_variant=0, solution_variant=0
+):
+    """The same problem in the same style with other behaviours (behaviors.py), many times faster than drawn anew.
+
+    subgoals: the solution writes every intermediate result.
+    reflection: chance of a look-ahead before a line (BRIDGE: 0.1).
+    analysis: chance that a line says the question's sentence once more, or "table": by its number of parents,
+    0.1, 0.4, 0.8, 1 (BRIDGE's code; its text says 0.1).
+    retry: chance, again and again, that a line is preceded by a parameter that cannot be computed yet (Meta's).
+    question_variant: 0, or the number of a random order of the conditions (BRIDGE's PP-Aug has 1, 2, 3).
+    solution_variant: 0, or the number of another order of the steps, told with other letters and words
+    (RC-Aug has 1, 2, 3); letters stay in the symbolic style, where they are the question's.
+
+    Each behaviour draws from a stream of its own, made of the problem's seed, its index and the variant.
+    Raises ValueError for what is no chance, and for behaviours in the style "define", which has no words for
+    them.
+
+    >>> [p] = generate(1, style="symbolic", modulus=23, max_params=4, max_literal=9, seed=3)
+    >>> p.solution.split("\\n")[1:-2]
+    ['a=9', 'x=8*a=8*9=3', 'n=x=3', 'p=9*(x+n+a)=9*(3+3+9)=20']
+    >>> retell(p, subgoals=True, analysis=1.0).solution.split("\\n")[1:-2]
+    ['a=9', 'x(8*a)=8*a=8*9=3', 'n=x=3', 'p(9*(x+n+a))=9*(x+n+a)=9*(3+3+9)=9*(6+9)=9*15=20']
+    """
+    _check_telling(problem.style, subgoals, reflection, analysis, retry, question_variant, solution_variant)
+    nodes, num_necessary = problem.nodes, problem.num_necessary
+    letters, phrases, order = problem.letters, problem.phrases, range(num_necessary)
+
+    def stream(name, variant=solution_variant):
+        return random.Random(f"igsm {problem.seed} {problem.index} {name} {variant or ''}")
+
+    question = problem.question
+    if question_variant:
+        *conditions, asked = question.split("\n")
+        stream("question", question_variant).shuffle(conditions)
+        question = "\n".join([*conditions, asked])
+    if solution_variant:
+        rng = stream("solution")
+        order = reordered(nodes, num_necessary, rng)
+        if problem.style != "symbolic":
+            letters = draw_letters(len(nodes), problem.style, rng)
+        phrases = draw_phrases(len(nodes), rng)
+    steps = plan_steps(
+        nodes, num_necessary, order, reflection=reflection, analysis=analysis, retry=retry, stream=stream
+    )
+    solution = solution_text(
+        steps, nodes, problem.answer, problem.style, letters, phrases, modulus=problem.modulus, subgoals=subgoals
+    )
+    return replace(problem, question=question, solution=solution)
 
 
 def row(problem, split, system_prompt=False):
@@ -146,3 +209,16 @@ def _check(n, ops, split, style, modulus, max_params, max_value, max_literal, st
         raise ValueError(
             f"max_literal must be at least 1 and below max_value ({max_value}), got {max_literal}"
         )
+
+
+def _check_telling(style, subgoals, reflection, analysis, retry, question_variant, solution_variant):
+    if not 0 <= reflection <= 1:
+        raise ValueError(f"reflection must be a chance from 0 to 1, got {reflection}")
+    if analysis != "table" and (isinstance(analysis, str) or not 0 <= analysis <= 1):
+        raise ValueError(f'analysis must be a chance from 0 to 1 or "table", got {analysis!r}')
+    if not 0 <= retry < 1:
+        raise ValueError(f"retry must be a chance from 0 to below 1, got {retry}")
+    if style == "define" and (reflection or analysis or retry):
+        raise ValueError("the style 'define' has no words for reflection, analysis and retry: use 'natural'")
+    if question_variant < 0 or solution_variant < 0:
+        raise ValueError(f"variants are numbered from 0, got {question_variant} and {solution_variant}")

@@ -9,7 +9,12 @@
                solution  v=5*b=5*2=10
 
 The symbolic style has no names from which to see what an abstract parameter sums over, so these sums stand
-among its conditions.
+among its conditions. Behaviours (behaviors.py) look like this:
+
+               natural                                                          symbolic
+    analysis   We know that it equals 5 times each Oak Crate's Apple.           v(5*b)=5*b=5*2=10
+    reflection However, we don't know the number of ..., thus we cannot ...     v?b
+    retry      Define the number of each Sloop's Oak Crate as BACK.             v?
 
 What is chosen at random here (order of sentences, letters, phrases) comes from a stream of its own: the
 problem is the same in every style. Phrases are drawn for each parameter, used or not, so that a solution with
@@ -36,6 +41,7 @@ UNKNOWN = (
     "However, we don't know the number of {}, thus we cannot calculate it now.",
     "But we haven't calculated the number of {} yet, thus the value of {} is still unknown.",
 )
+RETRY = "Define the number of {} as BACK."
 
 
 def question_text(nodes, num_necessary, style, rng, letters, *, shuffle=True):
@@ -73,40 +79,68 @@ def _ordered(lines, needed, rng, shuffle):
     return [lines[i] for i in order]
 
 
-def solution_text(nodes, num_necessary, style, rng, letters, *, modulus=None, subgoals=False):
-    """One line for each needed parameter, in an order in which everything is computed before it is used.
+def draw_phrases(count, rng):
+    """Which words to use for each parameter."""
+    return [int(rng.random() * 12) for _ in range(count)]
+
+
+def solution_text(steps, nodes, answer, style, letters, phrases, *, modulus=None, subgoals=False):
+    """One line for each step (behaviors.Step), in an order in which everything is computed before it is used.
 
     With `subgoals` every intermediate result is written: `2 + (34 + 15) = 2 + 49 = 51`.
     """
-    phrases = [int(rng.random() * 12) for _ in nodes]
     values = [str(node.value) for node in nodes]
+    tell = _symbolic_line if style == "symbolic" else _define_line if style == "define" else _natural_line
+    space = "" if style == "symbolic" else " "
     lines = []
-    for i in range(num_necessary):
-        node, letter = nodes[i], letters[i]
-        if style == "symbolic":
-            chain = chain_of(node, letters, nodes, values, subgoals, modulus, "")
-            lines.append(f"{letter}={'='.join(chain)}\n")
-            continue
-        chain = " = ".join(chain_of(node, letters, nodes, values, subgoals, modulus, " "))
-        if style == "define":
-            lines.append(f"Define {node.name} as {letter}. So {letter} = {chain}.\n")
-        elif not node.terms:
-            given, denote = GIVEN[phrases[i] % 2], DENOTE[phrases[i] % 3]
-            lines.append(
-                f"- {given.format(node.name, chain)} {denote.format(letter)} So {letter} = {chain}.\n"
-            )
-        elif phrases[i] < 6:
-            find, denote = FIND[phrases[i] % 2], DENOTE[phrases[i] % 3]
-            lines.append(f"- {find.format(node.name)} {denote.format(letter)} Then {letter} = {chain}.\n")
-        else:
-            lines.append(f"- {DEFINE[phrases[i] % 3].format(node.name, letter)} Then {letter} = {chain}.\n")
-    answer = values[num_necessary - 1]
+    for step in steps:
+        solves = not (step.missing or step.retry)
+        chain = chain_of(nodes[step.node], letters, nodes, values, subgoals, modulus, space) if solves else []
+        lines.append(tell(step, nodes, letters, phrases, chain))
     if style == "symbolic":
         return f"<think>\n{''.join(lines)}</think>\n\\boxed{{{answer}}}"
     return (
         f"{HEAD}{''.join(lines)}Thus, the answer is {answer}.\n</think>\n"
         f"<answer>\nThe final answer is \\boxed{{{answer}}}.\n</answer>"
     )
+
+
+def _symbolic_line(step, nodes, letters, phrases, chain):
+    letter = letters[step.node]
+    if step.retry:
+        return f"{letter}?\n"
+    said = f"({formula_text(nodes[step.node], letters, '')})" if step.analysis else ""
+    if step.missing:
+        return f"{letter}{said}?{'?'.join([letters[p] for p in step.missing])}\n"
+    return f"{letter}{said}={'='.join(chain)}\n"
+
+
+def _define_line(step, nodes, letters, phrases, chain):
+    letter = letters[step.node]
+    return f"Define {nodes[step.node].name} as {letter}. So {letter} = {' = '.join(chain)}.\n"
+
+
+def _natural_line(step, nodes, letters, phrases, chain):
+    node, letter, phrase = nodes[step.node], letters[step.node], phrases[step.node]
+    if step.retry:
+        return f"- {RETRY.format(node.name)}\n"
+    if not node.terms:
+        begun = f"{GIVEN[phrase % 2].format(node.name, node.value)} {DENOTE[phrase % 3].format(letter)}"
+        return f"- {begun} So {letter} = {node.value}.\n"
+    if step.again:
+        begun = f"{FIND[phrase % 2].format(node.name)} {REMEMBER.format(letter)}"
+    elif phrase < 6:
+        begun = f"{FIND[phrase % 2].format(node.name)} {DENOTE[phrase % 3].format(letter)}"
+    else:
+        begun = DEFINE[phrase % 3].format(node.name, letter)
+    if step.analysis:
+        names = {p: nodes[p].name for p in node.parents}
+        begun = f"{begun} {ANALYSIS.format(described(node, names))}"
+    if step.missing:
+        names = ", ".join([nodes[p].name for p in step.missing])
+        be_or_letter = letter if step.phrase == 2 else "is" if len(step.missing) == 1 else "are"
+        return f"- {begun} {UNKNOWN[step.phrase].format(names, be_or_letter)}\n"
+    return f"- {begun} Then {letter} = {' = '.join(chain)}.\n"
 
 
 def draw_letters(count, style, rng):

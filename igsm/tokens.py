@@ -48,10 +48,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer(style, *, modulus=None):
+def tokenizer(style, *, modulus=None, retry=False):
     """The tokenizer for a style: a PreTrainedTokenizerFast with a chat template; eos and pad are two tokens.
 
     modulus (symbolic style, at most 100): numbers below it are one token each, which tiny models learn faster.
+
+    retry: with " BACK", the one word that Meta's retries need beyond the natural style's (a type more).
 
     What a style never says becomes <|unk|>. A system message is rendered if there is one and never made up.
     """
@@ -67,7 +69,7 @@ def tokenizer(style, *, modulus=None):
         types = [*SPECIAL, *_symbolic_types(modulus if whole else 10)]
     else:
         pattern = PIECES["natural"]
-        types = [*SPECIAL, *_natural_types(pattern)]
+        types = [*SPECIAL, *_natural_types(pattern), *([" BACK"] if retry else [])]
     core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(types)}, unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     core.decoder = decoders.Fuse()

@@ -1,13 +1,25 @@
-"""common/rollout.py: what is drawn, from which weights, and that it depends on nothing else."""
+"""common/rollout.py: what is drawn, from which weights, and that it depends on nothing else; which sampler is taken;
+that no server outlives its trainer (with a stand-in for vLLM; the real one is in test_sidecar.py)."""
 
+import dataclasses
+import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.data import pack
-from common.rollout import EmbeddedSampler, Sampling, draw
+import luffy
+from common import rollout
+from common.data import InputError, pack
+from common.rollout import EmbeddedSampler, Sampling, Sidecar, draw, make_sampler
+from tests import ranks
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
 KEYS = [3, 1, 4, 5, 9]
@@ -142,3 +154,201 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
     assert support(0.6) == {0, 1}
     assert support(0.81) == {0, 1, 2}
     assert support(1.0) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("size", [64, 100, 1 << 20])
+def test_a_buffer_of_weights_holds_all_of_them_in_order(size):
+    weights = [(f"w{i}", torch.randn(shape).bfloat16()) for i, shape in enumerate([(4, 8), (3,), (5, 2), (32,), ()])]
+    buffer, seen = torch.zeros(size, dtype=torch.uint8), []
+    for names, shapes, sizes in rollout.fill(buffer, weights):
+        parts = buffer[: sum(sizes)].split(sizes)
+        seen += [(n, p.clone().view(torch.bfloat16).view(s)) for n, s, p in zip(names, shapes, parts, strict=True)]
+    assert [name for name, _ in seen] == [name for name, _ in weights]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, weights, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- which sampler
+
+
+def test_on_a_cpu_the_embedded_sampler_is_the_default_and_the_log_says_so(policy, world, capsys):
+    sampler = make_sampler("auto", policy, world, stop_ids=[1], max_tokens=50)
+    assert isinstance(sampler, EmbeddedSampler) or torch.cuda.is_available()
+    assert capsys.readouterr().out.startswith("rollout: embedded (no CUDA)") or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("vlm", "--rollout vlm: expected auto, embedded, vllm or http://HOST:PORT"),
+        ("http://", "--rollout http://: expected http://HOST:PORT"),
+        ("ftp://host:1", "--rollout ftp://host:1: expected http://HOST:PORT"),
+        ("vllm", "--rollout vllm: .*/nowhere has no vLLM; pip install vllm"),
+    ],
+)
+def test_a_rollout_that_cannot_be_gets_one_message(policy, world, monkeypatch, tmp_path, flag, message):
+    monkeypatch.setenv("ROLLOUT_PYTHON", str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=message):
+        make_sampler(flag, policy, world, stop_ids=[1], max_tokens=50)
+
+
+def test_a_url_without_a_server_is_an_error_that_names_it(policy, world):
+    with pytest.raises(RuntimeError, match="--rollout http://127.0.0.1:9: no vLLM server answers there"):
+        rollout.VLLMSampler(policy, world, stop_ids=[1], max_tokens=50, urls=["http://127.0.0.1:9"], patience=1)
+
+
+# --------------------------------------------------------------------------------- processes, by a stand-in
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Runs Python code in vLLM's place; PORT is the port that it shall serve at."""
+
+    def install(code: str) -> None:
+        path = tmp_path / "python"
+        lines = f"#!{sys.executable} -I\nimport sys\nPORT = int(sys.argv[sys.argv.index('--port') + 1])\n"
+        path.write_text(lines + textwrap.dedent(code))
+        path.chmod(0o755)
+        monkeypatch.setenv("ROLLOUT_PYTHON", str(path))
+
+    return install
+
+
+SERVES = """
+import subprocess
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+children = [subprocess.Popen(["sleep", "1000"]) for _ in range(2)]
+HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+"""
+
+
+def gone(group: int, seconds: float = 15.0) -> bool:
+    """True if no process of the group runs any more, at the latest after so many seconds."""
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        rows = subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True).stdout.split("\n")[1:]
+        if not any(row.split()[0] == str(group) and "Z" not in row.split()[1] for row in rows if row.split()):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_when_the_trainer_is_killed_its_server_goes_too(policy, stand_in, tmp_path):
+    stand_in(SERVES)
+    trainer = os.fork()
+    if trainer == 0:
+        sidecar = Sidecar(policy.lm.config, patience=5, max_tokens=50)
+        sidecar.start()
+        (tmp_path / "started").write_text(f"{sidecar.process.pid} {sidecar.folder}")
+        time.sleep(1000)
+    while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+        time.sleep(0.05)
+    group, folder = (tmp_path / "started").read_text().split()
+    assert os.path.exists(folder) and not gone(int(group), 0.3)
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    assert gone(int(group)) and not os.path.exists(folder)
+
+
+def test_a_stopped_server_is_ended_and_started_anew_with_another_key(policy, stand_in):
+    stand_in(SERVES)
+    sidecar = Sidecar(policy.lm.config, patience=5, max_tokens=50)
+    sidecar.start()
+    group, key = sidecar.process.pid, sidecar.key
+    os.killpg(group, signal.SIGSTOP)
+    os.kill(group, signal.SIGCONT)  # the keeper goes on
+    sidecar.abandon()
+    assert gone(group, 1) and not sidecar.healthy()
+    sidecar.start()
+    assert sidecar.healthy() and sidecar.key != key
+    sidecar.stop()
+    assert gone(sidecar.process.pid, 1) and not sidecar.folder.exists()
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_cause_and_the_end_of_its_log(policy, stand_in):
+    stand_in("print('loading')\nraise MemoryError('no room for the weights')")
+    sidecar = Sidecar(policy.lm.config, patience=5, max_tokens=50)
+    with pytest.raises(RuntimeError) as error:
+        sidecar.start()
+    assert "Its first error: MemoryError: no room for the weights" in str(error.value)
+    assert "The end of its log:" in str(error.value) and "the server ended with exit code 1" in str(error.value)
+    assert gone(sidecar.process.pid, 1) and not sidecar.folder.exists()
+
+
+def test_a_taken_port_is_left_for_another_one_three_times_at_most(policy, stand_in, monkeypatch):
+    stand_in("if PORT < 1000: raise OSError('[Errno 98] Address already in use')\n" + SERVES)
+    real, ports = rollout.free_port, [997, 998]
+    monkeypatch.setattr(rollout, "free_port", lambda: ports.pop() if ports else real())
+    sidecar = Sidecar(policy.lm.config, patience=5, max_tokens=50)
+    sidecar.start()
+    assert not ports and sidecar.healthy()
+    sidecar.stop()
+    ports += [995, 996, 997, 998]
+    with pytest.raises(RuntimeError, match="Address already in use"):
+        sidecar.start()
+    assert len(ports) == 1
+
+
+def test_a_server_for_others_needs_a_key_and_ends_with_its_process(policy, stand_in, tmp_path, monkeypatch):
+    stand_in(SERVES)
+    policy.lm.config.save_pretrained(tmp_path / "model")
+    port = rollout.free_port()
+    words = [str(tmp_path / "model"), "--port", str(port), "--max-model-len", "50"]
+    monkeypatch.delenv("ROLLOUT_API_KEY", raising=False)
+    with pytest.raises(SystemExit) as refused:
+        rollout.serve(words)
+    assert refused.value.code == 2
+    monkeypatch.setenv("ROLLOUT_API_KEY", "secret")
+    process = os.fork()
+    if process == 0:
+        try:
+            rollout.serve(words)
+        finally:
+            os._exit(0)
+    server = rollout.Server(f"http://127.0.0.1:{port}", "secret", patience=30)
+    server.start()
+    rows = subprocess.run(["ps", "-wweo", "pgid,args"], capture_output=True, text=True).stdout.split("\n")
+    [group] = {row.split()[0] for row in rows if f"--port {port}" in row}
+    os.kill(process, signal.SIGTERM)
+    os.waitpid(process, 0)
+    assert gone(group, 1)
+
+
+# -------------------------------------------------------------------- truncated importance sampling (--tis_cap)
+
+
+def test_truncated_importance_is_the_capped_ratio_and_1_without_a_sampler():
+    old = torch.tensor([0.2, 0.9, 0.5, 0.5], dtype=torch.float64).log().requires_grad_()
+    sampler = torch.tensor([0.4, 0.1, 0.5, math.nan], dtype=torch.float64).log()
+    weight = luffy.truncated_importance(old, sampler, 2.0)
+    torch.testing.assert_close(weight, torch.tensor([0.5, 2.0, 1.0, 1.0], dtype=torch.float64))
+    assert not weight.requires_grad
+
+
+def test_tis_cap_scales_the_own_tokens_loss_and_leaves_the_teachers(world, policy):
+    args = luffy.Args(method="luffy", max_response_tokens=30, entropy_coef=0.0)
+
+    def gradient(tis_cap, factor, own):
+        """With a sampler that gave every own token `factor` times the trainer's probability."""
+        rows = ranks.fixed_rows()
+        for row in rows:
+            if not row.teacher:
+                logp = policy(pack([(row.prompt, row.response)])).detach()
+                row.sampler_logps = (logp + math.log(factor)).tolist()
+                row.advantage *= own
+        policy.zero_grad()
+        luffy.accumulate_gradient(policy, rows, None, dataclasses.replace(args, tis_cap=tis_cap), world)
+        return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    same = dict(rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradient(2.0, factor=4.0, own=1.0), gradient(0.0, factor=4.0, own=0.25), **same)
+    torch.testing.assert_close(gradient(2.0, factor=0.1, own=1.0), gradient(0.0, factor=0.1, own=2.0), **same)
+    assert (gradient(2.0, factor=4.0, own=1.0) - gradient(0.0, factor=4.0, own=1.0)).abs().max() > 1e-4
+
+
+def test_a_cap_below_1_is_refused():
+    with pytest.raises(InputError, match="--tis_cap must be 1 or more"):
+        luffy.check(luffy.Args(tis_cap=0.5))

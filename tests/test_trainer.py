@@ -162,6 +162,43 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(policy, world, tmp_path)
     assert weights_digest(again) == weights_digest(policy)
 
 
+def second_pair(kind, policy, world, seed):
+    """What ReLIFT keeps (a second optimizer of the policy), or OREO (a second model and its optimizer)."""
+    model = policy if kind == "sft" else load_policy("nano", world, from_config=NANO, seed=seed)
+    return model, make_optimizer(model, lr=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["sft", "value"])
+def test_a_second_optimizer_or_model_comes_back_from_a_checkpoint_bit_for_bit(policy, world, tmp_path, kind):
+    def train(policy, optimizer, second, second_optimizer, seed):
+        train_a_little(policy, optimizer, 1, seed=seed)
+        train_a_little(second, second_optimizer, 2, seed=seed + 1)
+
+    optimizer, second = make_optimizer(policy, lr=1e-2), second_pair(kind, policy, world, 7)
+    train(policy, optimizer, *second, seed=1)
+    checkpoint(tmp_path).save(1, policy, optimizer, world, more={kind: second})
+    train(policy, optimizer, *second, seed=5)
+
+    again = load_policy("nano", world, from_config=NANO, seed=99)
+    its_optimizer, its_second = make_optimizer(again, lr=1e-2), second_pair(kind, again, world, 98)
+    checkpoint(tmp_path).load(again, its_optimizer, more={kind: its_second})
+    train(again, its_optimizer, *its_second, seed=5)
+    assert weights_digest(again) == weights_digest(policy)
+    assert weights_digest(its_second[0]) == weights_digest(second[0])
+
+
+def test_saving_an_optimizer_that_has_not_stepped_changes_nothing(policy, world, tmp_path):
+    """Adam's count of steps stays 0, in the run that goes on and in the one that loads the checkpoint."""
+    optimizer, second = make_optimizer(policy, lr=1e-2), make_optimizer(policy, lr=1e-2)
+    train_a_little(policy, optimizer, 1)
+    checkpoint(tmp_path).save(1, policy, optimizer, world, more={"sft": (policy, second)})
+    again = load_policy("nano", world, from_config=NANO, seed=99)
+    its_optimizer, its_second = make_optimizer(again, lr=1e-2), make_optimizer(again, lr=1e-2)
+    checkpoint(tmp_path).load(again, its_optimizer, more={"sft": (again, its_second)})
+    for steps, expected in ((optimizer, 1), (second, 0), (its_optimizer, 1), (its_second, 0)):
+        assert {state["step"].item() for state in steps.state.values()} == {expected}
+
+
 def test_only_the_newest_checkpoints_are_kept_and_partial_ones_do_not_count(policy, world, tmp_path):
     optimizer = make_optimizer(policy, lr=1e-2)
     train_a_little(policy, optimizer, 1)

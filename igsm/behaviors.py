@@ -1,0 +1,109 @@
+"""Behaviours: the same problem solved in other steps. What BRIDGE (arXiv 2505.18917) injects before RL.
+
+    reflection   looks ahead at a parameter, says which of its parents are missing, comes back to it later
+    analysis     says the question's sentence once more before using it
+    subgoals     writes every intermediate result of an equation (text.py, `chain_of`)
+    retry        Meta's nearest rival (arXiv 2408.16293): begins a parameter that cannot be computed yet, "BACK"
+
+A solution is planned here as a list of steps and told in text.py. Nothing planned here is ever wrong: a
+reflection or a retry says only that something is not known yet, and it is not. Each behaviour draws from a
+random stream of its own (problem.py), so that the same look-aheads are in a solution with and without
+analyses, and all arms of an experiment share their problems.
+"""
+
+from typing import NamedTuple
+
+# BRIDGE's level 2: chance of an analysis by the number of parents, a literal counted; beyond it, 1
+ANALYSIS_TABLE = (0.0, 0.1, 0.4, 0.8)
+
+
+class Step(NamedTuple):
+    """A line of a solution. It computes `node`, unless something is `missing` or it is a `retry`."""
+
+    node: int
+    missing: tuple = ()  # parents not computed yet: the line is a reflection on them
+    analysis: bool = False
+    retry: bool = False
+    again: bool = False  # an earlier reflection has denoted the node already
+    phrase: int = 0  # which of the words for what is missing
+
+
+def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, retry=0.0, stream):
+    """The steps of a solution that computes the necessary nodes in `order`, with its behaviours.
+
+    nodes: graph.Node; order: a topological order of the necessary ones, asked last. stream(name) gives the
+    random.Random of a behaviour.
+
+    reflection: before each line but the first and the last, the chance to look at another parameter first:
+    with 0.3 a redundant one, else a later one of the order. If all its parents are known it is simply
+    computed, early or needlessly; if not, the line is a reflection, and the next line follows the order again.
+    The last line computes what is asked (BRIDGE's code could go on with something redundant).
+    analysis: a chance for each line of an instance parameter with parents, or "table" for ANALYSIS_TABLE.
+    retry: before each line the chance, again and again, to begin a parameter that cannot be computed yet.
+    """
+    if not (reflection or analysis or retry):
+        return [Step(v) for v in order]
+    ahead, back, quote = stream("reflection"), stream("retry"), stream("analysis")
+    # a coin for each node, used or not: its line is analysed or not whatever else is in the solution
+    coins = [quote.random() for _ in nodes]
+    solved, denoted, steps = set(), set(), []
+    place, straight = 0, False  # straight: the last line was no reflection
+    while order[-1] not in solved:
+        if straight and 0 < place < num_necessary - 1 and reflection and ahead.random() < reflection:
+            if num_necessary < len(nodes) and ahead.random() < 0.3:
+                v = num_necessary + int(ahead.random() * (len(nodes) - num_necessary))
+            else:
+                v = order[place + 1 + int(ahead.random() * (num_necessary - place - 1))]
+            if v in solved:
+                continue
+        else:
+            v = order[place]
+            place += 1
+            if v in solved:
+                continue
+        while retry and back.random() < retry:
+            begun = [u for u in range(len(nodes)) if u not in denoted and _missing(nodes[u], solved)]
+            if not begun:
+                break
+            steps.append(Step(begun[int(back.random() * len(begun))], retry=True))
+        missing = _missing(nodes[v], solved)
+        coin = quote.random() if missing else coins[v]
+        analysed = bool(analysis) and coin < _analysis_chance(nodes[v], analysis)
+        phrase = int(ahead.random() * 3) if missing else 0
+        steps.append(Step(v, missing, analysed, False, v in denoted, phrase))
+        denoted.add(v)
+        straight = not missing
+        if straight:
+            solved.add(v)
+    return steps
+
+
+def _missing(node, solved):
+    return tuple(dict.fromkeys([p for p in node.parents if p not in solved]))
+
+
+def _analysis_chance(node, analysis):
+    if node.abstract or not node.terms:
+        return 0.0  # no sentence to say once more, or nothing in it but a number
+    if analysis != "table":
+        return analysis
+    parents = len(node.parents) + (node.const is not None)
+    return ANALYSIS_TABLE[parents] if parents < len(ANALYSIS_TABLE) else 1.0
+
+
+def reordered(nodes, num_necessary, rng):
+    """Another topological order of the necessary nodes, the asked one last: each time one that is computable."""
+    waiting = [len(set(node.parents)) for node in nodes[:num_necessary]]
+    uses = [[] for _ in range(num_necessary)]
+    for v in range(num_necessary):
+        for p in set(nodes[v].parents):
+            uses[p].append(v)
+    ready, order = [v for v in range(num_necessary) if not waiting[v]], []
+    while ready:
+        v = ready.pop(int(rng.random() * len(ready)))
+        order.append(v)
+        for u in uses[v]:
+            waiting[u] -= 1
+            if not waiting[u]:
+                ready.append(u)
+    return order

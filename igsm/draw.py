@@ -1,0 +1,101 @@
+"""A problem as a picture: who owns what, and which number is needed for which."""
+
+from igsm.text import formula_text
+
+LEGEND = {"instance": "#cfe3f5", "abstract": "#fbe0b5", "asked for": "#f3b7b0", "redundant": "#e8e8e8"}
+
+
+def draw(problem, path):
+    """Write the problem's structure graph and dependency graph to `path`, .svg or .png.
+
+    An arrow of the left graph reads "has", of the right one "is needed for". A box of the right graph gives the
+    parameter, its letter and formula, its value and its operations; leaves are at the top.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
+
+    nodes, asked = problem.nodes, problem.num_necessary - 1
+    levels = _levels(nodes)
+    widest = max(len(level) for level in levels)
+    layers = list(problem.categories.items())
+    left = max(len(items) for _, items in layers)
+    svg = str(path).endswith(".svg")
+    with matplotlib.rc_context({"svg.hashsalt": "igsm", "svg.fonttype": "none"}):
+        figure, (structure, dependencies) = plt.subplots(
+            1, 2, figsize=(1.35 * left + 2.5 * widest, 1.4 * max(len(layers), len(levels)) + 1),
+            width_ratios=[1.35 * left, 2.5 * widest], layout="constrained", dpi=72 if svg else 110,
+        )  # fmt: skip
+
+        def box(axis, x, y, text, color, style="-"):
+            return axis.text(x, y, text, ha="center", va="center", fontsize=8, zorder=2, linespacing=1.35,
+                             bbox=dict(boxstyle="round,pad=0.4", fc=color, ec="#555555", ls=style))  # fmt: skip
+
+        def arrow(axis, start, end, color, bend=0.0):
+            axis.annotate("", end.get_position(), start.get_position(), zorder=1, arrowprops=dict(
+                arrowstyle="-|>", color=color, lw=1, shrinkA=0, shrinkB=1, connectionstyle=f"arc3,rad={bend}",
+                patchA=start.get_bbox_patch(), patchB=end.get_bbox_patch(),
+            ))  # fmt: skip
+
+        places = {}
+        for row, (category, items) in enumerate(layers):
+            structure.text(-0.75, -row, category, ha="right", va="center", fontsize=9, style="italic")
+            for i, item in enumerate(items):
+                x = (i + 0.5) * left / len(items) - 0.5
+                places[item] = box(structure, x, -row, item.replace(" ", "\n"), "white")
+        for node in nodes:
+            if not node.abstract:
+                arrow(structure, places[node.owner], places[node.thing], "#777777")
+
+        depth_of = {v: depth for depth, level in enumerate(levels) for v in level}
+        boxes = []
+        for v, node in enumerate(nodes):
+            level = levels[depth_of[v]]
+            x = (level.index(v) + 0.5) * widest / len(level)
+            kind = "asked for" if v == asked else "abstract" if node.abstract else "instance"
+            formula = f" = {formula_text(node, problem.letters)}" if node.terms else ""
+            line = f"{problem.letters[v]}{formula} = {node.value}"
+            if v <= asked:
+                line += f"   [{node.ops} op{'s' * (node.ops > 1)}]"
+            title = node.name.removeprefix("each ")
+            boxes.append(box(
+                dependencies, x, -depth_of[v], f"{title}\n{line}", LEGEND["redundant" if v > asked else kind],
+                "--" if v > asked else "-",
+            ))  # fmt: skip
+            for p in dict.fromkeys(node.parents):
+                span = depth_of[v] - depth_of[p]
+                around = span > 1 and boxes[p].get_position()[0] == x  # the boxes in between
+                arrow(dependencies, boxes[p], boxes[v], "#bbbbbb" if v > asked else "#444444", around * 1.6 / span)
+        modulus = f", modulo {problem.modulus}" if problem.modulus else ""
+        structure.set_title("who has what", fontsize=10)
+        dependencies.set_title(f"what is needed for what: {problem.ops} operations{modulus}", fontsize=10)
+        dependencies.legend(
+            handles=[Patch(fc=color, ec="#555555", label=kind) for kind, color in LEGEND.items()], ncols=4,
+            loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, fontsize=8,
+        )  # fmt: skip
+        bottom = 0.5 - max(len(layers), len(levels))
+        structure.set(xlim=(-1.6, left), ylim=(bottom, 0.5))
+        dependencies.set(xlim=(-0.1, widest + 0.1), ylim=(bottom, 0.5))
+        for axis in (structure, dependencies):
+            axis.axis("off")
+        figure.draw_without_rendering()  # the boxes get their sizes, at which arrows end
+        figure.savefig(path, dpi="figure", metadata={"Date": None} if svg else None)
+        plt.close(figure)
+
+
+def _levels(nodes):
+    """Node indices by depth: leaves, then what needs leaves alone, ...; each near what it needs."""
+    depth, levels = [], []
+    for v, node in enumerate(nodes):
+        depth.append(1 + max((depth[p] for p in node.parents), default=-1))
+        while len(levels) <= depth[v]:
+            levels.append([])
+        levels[depth[v]].append(v)
+    x = {}
+    for level in levels:
+        level.sort(key=lambda v: sum(x[p] for p in nodes[v].parents) / max(1, len(nodes[v].parents)))
+        for i, v in enumerate(level):
+            x[v] = (i + 0.5) / len(level)
+    return levels

@@ -1,0 +1,298 @@
+"""A real vLLM server on CPU: what it draws, from which weights, and what happens when it fails."""
+
+import copy
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from common import rollout
+from common.data import pack
+from common.rollout import EmbeddedSampler, Sampling, Sidecar, VLLMSampler
+from common.trainer import load_policy, read_metrics
+from tests.conftest import NANO, ROOT, run_script
+
+if rollout.vllm_version() is None or torch.cuda.is_available():
+    pytest.skip("needs vLLM for CPU: `make vllm`, or an interpreter in ROLLOUT_PYTHON", allow_module_level=True)
+
+CONFIG = NANO | {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # its heads are 32 or wider
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
+KEYS = [3, 1, 4, 5, 9]
+
+
+def make_policy(world, **changes):
+    return load_policy("nano", world, from_config=CONFIG | changes, seed=3)
+
+
+@pytest.fixture(scope="module")
+def policy(world):
+    return make_policy(world)
+
+
+@pytest.fixture(scope="module")
+def taken_port():
+    """A port on which another program listens: the server's first choice."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def sampler(world, policy, taken_port):
+    real, ports = rollout.free_port, [taken_port]
+    rollout.free_port = lambda: ports.pop() if ports else real()
+    sampler = VLLMSampler(policy, world, stop_ids=[1], max_tokens=100)
+    rollout.free_port = real
+    yield sampler
+    sampler.close()
+
+
+@pytest.fixture
+def synced(sampler, policy):
+    sampler.sync(policy, version=0)
+    return sampler
+
+
+def ids(groups):
+    return [[c.ids for c in group] for group in groups]
+
+
+def gap(policy, groups, prompts=PROMPTS, temperature=1.0):
+    """Largest difference between reported log-probs and the trainer's."""
+    pairs = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
+    logp = policy(pack([(p, c.ids) for p, c in pairs]), temperature=temperature).detach()
+    return (logp - torch.tensor([x for _, c in pairs for x in c.logps])).abs().max().item()
+
+
+def processes(group: int) -> list[int]:
+    """Processes of a group that still run."""
+    rows = subprocess.run(["ps", "-eo", "pid,pgid,stat"], capture_output=True, text=True).stdout.split("\n")[1:]
+    return [int(r.split()[0]) for r in rows if r.split() and r.split()[1] == str(group) and "Z" not in r.split()[2]]
+
+
+def gone(group: int, seconds: float = 10.0) -> bool:
+    deadline = time.time() + seconds
+    while processes(group) and time.time() < deadline:
+        time.sleep(0.05)
+    return not processes(group)
+
+
+def test_a_taken_port_is_left_for_another_one(sampler, taken_port):
+    assert sampler.owned[0].url != f"http://127.0.0.1:{taken_port}"
+    assert sampler.owned[0].healthy()
+
+
+def test_greedy_tokens_are_the_embedded_samplers(policy, synced):
+    embedded = EmbeddedSampler(policy, stop_ids=[1])
+    embedded.sync(policy, 0)
+    how = dict(n=1, keys=KEYS, seed=0, sampling=Sampling(30, temperature=0.0))
+    assert ids(synced.generate(PROMPTS, **how)) == ids(embedded.generate(PROMPTS, **how))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_reported_log_probs_are_the_trainers(policy, synced, temperature):
+    groups = synced.generate(PROMPTS, n=6, keys=KEYS, seed=0, sampling=Sampling(20, temperature))
+    assert gap(policy, groups, temperature=temperature) < 1e-4
+
+
+def test_a_completion_ends_at_its_first_stop_id_or_at_the_limit(synced):
+    groups = synced.generate(PROMPTS, n=40, keys=KEYS, seed=0, sampling=Sampling(30))
+    seen = set()
+    for completion in (c for group in groups for c in group):
+        assert len(completion.ids) == len(completion.logps)
+        assert 1 not in completion.ids[:-1]
+        assert completion.finish == ("stop" if completion.ids[-1] == 1 else "length")
+        assert completion.finish == "stop" or len(completion.ids) == 30
+        seen.add(completion.finish)
+    assert seen == {"stop", "length"}
+
+
+def test_what_is_drawn_does_not_depend_on_the_batch(synced, monkeypatch):
+    together = ids(synced.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(25)))
+    assert len({tuple(c) for group in together for c in group}) == 25
+    monkeypatch.setattr(rollout, "ROWS_A_REQUEST", 2)
+    order = random.Random(0).sample(range(len(PROMPTS)), len(PROMPTS))
+    shuffled = synced.generate(
+        [PROMPTS[i] for i in order], n=5, keys=[KEYS[i] for i in order], seed=7, sampling=Sampling(25)
+    )
+    assert [together[i] for i in order] == ids(shuffled)
+    ragged = synced.generate(PROMPTS, n=[1, 2, 3, 0, 5], keys=KEYS, seed=7, sampling=Sampling(25))
+    assert ids(ragged) == [group[:n] for group, n in zip(together, [1, 2, 3, 0, 5], strict=True)]
+    assert ids(synced.generate(PROMPTS, n=5, keys=KEYS, seed=8, sampling=Sampling(25))) != together
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_after_each_of_five_syncs_the_server_has_the_new_weights(world, sampler, tied):
+    policy = make_policy(world, tie_word_embeddings=tied)
+    how = dict(n=2, keys=KEYS, sampling=Sampling(10))
+    sampler.sync(policy, 0)
+    for version in range(1, 6):
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_(torch.randn_like(p) * 0.05)
+        assert gap(policy, sampler.generate(PROMPTS, seed=version, **how)) > 1e-2
+        sampler.sync(policy, version)
+        assert gap(policy, sampler.generate(PROMPTS, seed=version, **how)) < 1e-4
+
+
+def test_a_sync_without_the_output_matrix_is_detected_at_once(world, sampler, monkeypatch):
+    """What happens where the server's output matrix is tied to its embeddings: the old one stays."""
+    policy = make_policy(world, tie_word_embeddings=True)
+    sampler.sync(policy, 0)
+    whole = sampler._weights
+    monkeypatch.setattr(sampler, "_weights", lambda: (item for item in whole() if item[0] != "lm_head.weight"))
+    with torch.no_grad():
+        policy.lm.get_input_embeddings().weight.add_(0.1 * torch.randn(61, 64))
+    with pytest.raises(RuntimeError, match="the weights did not arrive .*: after sync 1"):
+        sampler.sync(policy, 1)
+    with pytest.raises(RuntimeError, match="call sync"):
+        sampler.generate(PROMPTS, n=1, keys=KEYS, seed=0, sampling=Sampling(4))
+
+
+def test_a_skipped_sync_is_detected_at_once(policy, synced, monkeypatch):
+    monkeypatch.setattr(synced, "send", lambda: [])  # a sync that sends nothing
+    with pytest.raises(RuntimeError, match=r"drew with the weights \w+:0, not \w+:1"):
+        synced.sync(policy, 1)
+    monkeypatch.undo()
+    synced.sync(policy, 1)
+    synced.sleep()
+    with pytest.raises(RuntimeError, match="call sync"):
+        synced.generate(PROMPTS, n=1, keys=KEYS, seed=0, sampling=Sampling(4))
+
+
+def test_a_prompt_without_room_for_its_completion_is_refused(synced):
+    with pytest.raises(ValueError, match="prompt 1 has 91 tokens: with max_tokens 10 that is more than the 100"):
+        synced.generate([[5], [5] * 91], n=1, keys=[0, 1], seed=0, sampling=Sampling(10))
+    with pytest.raises(ValueError, match="empty prompt"):
+        synced.generate([[5], []], n=1, keys=[0, 1], seed=0, sampling=Sampling(4))
+    [[completion]] = synced.generate([[5] * 90], n=1, keys=[1], seed=0, sampling=Sampling(10))
+    assert len(completion.ids) <= 10
+
+
+def test_every_route_asks_for_the_key_and_only_this_machine_reaches_it(synced):
+    [server] = synced.owned
+    stranger = rollout.Server(server.url, "guessed", 10)
+    for path, body in [("/health", None), ("/metrics", None), ("/collective_rpc", {"method": "get_model"}),
+                       ("/inference/v1/generate", {"token_ids": [5], "sampling_params": {}})]:  # fmt: skip
+        with pytest.raises(RuntimeError, match="401"):
+            stranger.request(path, body, timeout=10)
+    command = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True).stdout
+    assert server.key not in command
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect(("192.0.2.1", 1))
+        outside = s.getsockname()[0]
+    if not outside.startswith("127."):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((outside, int(server.url.rsplit(":")[-1])), timeout=5)
+
+
+# ------------------------------------------------------------------------------------------------- faults
+
+
+def interrupt(server, act):
+    """Run `act` as soon as the server works on requests."""
+
+    def watch():
+        while "vllm:num_requests_running" not in (text := server.request("/metrics", timeout=30)) or all(
+            line.endswith(" 0.0") for line in text.splitlines() if line.startswith("vllm:num_requests_running{")
+        ):
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_a_server_killed_during_generation_is_replaced_and_no_answer_is_missing(world, synced, policy):
+    [server] = synced.owned
+    group, how = server.process.pid, dict(n=30, keys=KEYS, seed=5, sampling=Sampling(90))
+    keeper, victim, *_ = sorted(processes(group))
+    thread = interrupt(server, lambda: os.kill(victim, signal.SIGKILL))
+    groups = synced.generate(PROMPTS, **how)
+    thread.join()
+    assert synced.restarts == 1 and server.process.pid != group and gone(group)
+    assert [len(g) for g in groups] == [30] * 5
+    assert gap(policy, groups) < 1e-4
+    assert ids(groups) == ids(synced.generate(PROMPTS, **how))
+
+
+def test_a_hanging_server_is_noticed_and_one_of_someone_else_waited_for(world, synced, policy, monkeypatch):
+    [server] = synced.owned
+    monkeypatch.setenv("ROLLOUT_API_KEY", server.key)
+    guest = VLLMSampler(policy, world, stop_ids=[1], max_tokens=100, urls=[server.url], patience=3)
+    guest.sync(policy, 3)
+    rows = subprocess.run(["ps", "-eo", "pid,pgid,comm"], capture_output=True, text=True).stdout.split("\n")
+    group = [int(r.split()[0]) for r in rows if f" {server.process.pid} VLLM::" in " ".join(r.split())]  # its engine
+    assert group
+
+    def hang():
+        for pid in group:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(7)
+        for pid in group:
+            os.kill(pid, signal.SIGCONT)
+
+    thread = interrupt(server, hang)
+    groups = guest.generate(PROMPTS, n=30, keys=KEYS, seed=5, sampling=Sampling(90))
+    thread.join()
+    assert guest.restarts >= 1
+    assert [len(g) for g in groups] == [30] * 5 and gap(policy, groups) < 1e-4
+    guest.close()
+    assert server.healthy()  # someone else's server is left alone
+    with pytest.raises(RuntimeError, match=r"drew with the weights \w+:3, not \w+:0"):  # and another's weights noticed
+        synced.generate(PROMPTS, n=1, keys=KEYS, seed=5, sampling=Sampling(5))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_ranks_share_a_server_and_a_fault_of_one_is_known_to_both(sampler, tied, tmp_path):
+    [server] = sampler.owned
+    environment = os.environ | {"URL": server.url, "ROLLOUT_API_KEY": server.key}
+    config = json.dumps(CONFIG | {"tie_word_embeddings": tied})
+    run_script("tests/sidecar_ranks.py", config, tmp_path / "out.json", ranks=2, env=environment)
+    one, two = json.loads((tmp_path / "out.json").read_text())
+    assert [r["rows"] for r in one] == [8, 8, 8] and [r["rows"] for r in two] == [8, 8, 0]
+    assert [r["restarts"] for r in one] == [r["restarts"] for r in two] == [0, 1, 1]
+    assert max(r["gap"] for r in one + two) < 1e-4
+
+
+def test_a_model_that_vllm_cannot_run_is_an_error_with_its_cause(policy):
+    config = copy.deepcopy(policy.lm.config)
+    config.architectures = ["NoSuchForCausalLM"]
+    sidecar = Sidecar(config, patience=60, max_tokens=50, flags=["--model-impl", "vllm"])
+    with pytest.raises(RuntimeError, match="does not start; .* Its first error: .*ValidationError") as error:
+        sidecar.start()
+    assert "Model architectures ['NoSuchForCausalLM'] are not supported" in str(error.value)
+    assert "The end of its log:" in str(error.value)
+    assert gone(sidecar.process.pid) and not sidecar.folder.exists()
+
+
+def test_two_ranks_train_with_one_server_and_killing_them_leaves_nothing(tmp_path):
+    words = ["luffy.py", "--preset", "tiny", "--model", "scratch", "--data", "igsm:1-2", "--igsm_problems", "40",
+             "--batch_size", "4", "--group_size", "4", "--max_response_tokens", "40", "--steps", "1000",
+             "--eval_every", "0", "--save_every", "0", "--rollout", "vllm", "--out", str(tmp_path / "run")]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    before = set(subprocess.run(["ps", "-eo", "pid"], capture_output=True, text=True).stdout.split())
+    run = subprocess.Popen([*launcher, *words], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while time.time() < deadline and run.poll() is None and len(read_metrics(tmp_path / "run")) < 3:
+        time.sleep(0.2)
+    rows = subprocess.run(["ps", "-wweo", "pid,pgid,args"], capture_output=True, text=True).stdout.split("\n")
+    [server] = {int(r.split()[1]) for r in rows if "--served-model-name policy" in r and r.split()[0] not in before}
+    ranks = [int(r.split()[0]) for r in rows if "luffy.py --preset tiny" in r and r.split()[0] not in before]
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    assert gone(server)
+    run.wait()
+    metrics = read_metrics(tmp_path / "run")
+    assert len(metrics) >= 3
+    assert all(row["mismatch/max"] < 1e-4 for row in metrics)
