@@ -230,13 +230,23 @@ MAX_RESTARTS = 3  # of one generate or sync
 IN_FLIGHT = 256  # requests at once, from each rank
 ROWS_A_REQUEST = 32
 SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
-TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
 
 # Parent of the server, in a process group with all that it starts: when the trainer is gone, however it went, or asks
 # for it, or the server is gone, nothing of it stays, and its folder goes. SIGTERM first: its processes then release
 # the shared memory that they hold.
 KEEPER = """
-import os, shutil, signal, subprocess, sys, time
+import glob, os, shutil, signal, subprocess, sys, time
+
+def alone():
+    for path in set(glob.glob("/proc/[0-9]*/stat")) - {f"/proc/{os.getpid()}/stat"}:
+        try:
+            state, _, group = open(path).read().rsplit(")", 1)[1].split()[:3]
+        except OSError:
+            continue
+        if int(group) == os.getpgid(0) and state != "Z":
+            return False
+    return True
+
 trainer, folder, *command = sys.argv[1:]
 server, asked = subprocess.Popen(command), []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
@@ -249,9 +259,8 @@ else:
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 os.killpg(0, signal.SIGTERM)
 deadline = time.monotonic() + 5
-while server.poll() is None and time.monotonic() < deadline:
+while not alone() and time.monotonic() < deadline:
     time.sleep(0.1)
-time.sleep(1)
 os.killpg(0, signal.SIGKILL)
 """
 
@@ -481,9 +490,10 @@ def server_command(config, host: str, port: int, key: str, *, max_tokens: int, c
         "--middleware", "rollout_guard.Guard", "--disable-uvicorn-access-log",
         "--dtype", "bfloat16" if cuda else "float32", "--max-model-len", str(max_tokens),
     ]  # fmt: skip
-    torchrun = {k for k in os.environ if k.startswith("TORCHELASTIC_")}
-    torchrun |= TORCHRUN if torchrun else set()
-    environment = {k: v for k, v in os.environ.items() if k not in torchrun} | {
+    launchers = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launchers.add("OMP_NUM_THREADS")  # torchrun's 1 is meant for each of its ranks
+    environment = {k: v for k, v in os.environ.items() if k not in launchers and "TORCHELASTIC" not in k} | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])),
         "VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": "1",  # the routes that change weights
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",

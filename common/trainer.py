@@ -191,7 +191,7 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: TokenBatch):
         """-> values [N]: the n-th is that of the text which the n-th response token follows."""
-        return self.lm.score(predictor_states(self.lm, batch).float())[:, 0]
+        return self.lm.score(predictor_states(self.lm, batch).float())[:, 0].clone()  # FSDP2 warns of views
 
 
 def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:

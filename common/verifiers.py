@@ -109,13 +109,13 @@ def last_boxed(text: str) -> str | None:
     return ",".join(found) if found else None
 
 
-def _after_think(response):
+def after_think(response):
     """What follows </think>, up to a second one; the whole text if there is no tag."""
     return response.split("</think>", 2)[min(1, response.count("</think>"))]
 
 
 def _exact(response, gold):
-    text = _after_think(response)
+    text = after_think(response)
     answer = last_boxed(text)
     if answer is None:
         answer = text.rpartition("####")[2]
@@ -125,7 +125,7 @@ def _exact(response, gold):
 
 
 def _mcq(response, gold):
-    text = _after_think(response)[-MAX_CHARS:]
+    text = after_think(response)[-MAX_CHARS:]
     box = last_boxed(text)
     if box is not None:
         label = _label(re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$]", "", box))
@@ -164,7 +164,7 @@ def math_reward(response: str, gold: str, *, think_gate: bool = True) -> float:
 def _math(response, gold):
     if "</think>" not in response:
         raise NoAnswer("no </think>")
-    return _compare(_after_think(response), gold)
+    return _compare(after_think(response), gold)
 
 
 def _full(response, gold):
@@ -172,7 +172,7 @@ def _full(response, gold):
 
 
 def _strict_box(response, gold):
-    box = last_boxed(_after_think(response))
+    box = last_boxed(after_think(response))
     if not box:
         raise NoAnswer("no closed box")
     return box == str(gold).strip() or _compare(r"\boxed{" + box.replace("\n", " ") + "}", gold)

@@ -23,7 +23,7 @@ def draw(problem, path):
     layers = list(problem.categories.items())
     left = max(len(items) for _, items in layers)
     svg = str(path).endswith(".svg")
-    with matplotlib.rc_context({"svg.hashsalt": "igsm", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "igsm"}):
         figure, (structure, dependencies) = plt.subplots(
             1, 2, figsize=(1.35 * left + 2.5 * widest, 1.4 * max(len(layers), len(levels)) + 1),
             width_ratios=[1.35 * left, 2.5 * widest], layout="constrained", dpi=72 if svg else 110,

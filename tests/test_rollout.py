@@ -1,15 +1,16 @@
 """common/rollout.py: what is drawn, from which weights, and that it depends on nothing else; which sampler is taken;
 that no server outlives its trainer (with a stand-in for vLLM; the real one is in test_sidecar.py)."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,12 +226,23 @@ HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
 """
 
 
+def processes() -> list[tuple[int, int, str]]:
+    """(id, process group, command line) of all processes that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, group, *_ = (path / "stat").read_text().rsplit(")", 1)[1].split()
+            if state != "Z":
+                words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found.append((int(path.name), int(group), words))
+    return found
+
+
 def gone(group: int, seconds: float = 15.0) -> bool:
     """True if no process of the group runs any more, at the latest after so many seconds."""
     deadline = time.time() + seconds
     while time.time() < deadline:
-        rows = subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True).stdout.split("\n")[1:]
-        if not any(row.split()[0] == str(group) and "Z" not in row.split()[1] for row in rows if row.split()):
+        if all(group != other for _, other, _ in processes()):
             return True
         time.sleep(0.05)
     return False
@@ -310,8 +322,7 @@ def test_a_server_for_others_needs_a_key_and_ends_with_its_process(policy, stand
             os._exit(0)
     server = rollout.Server(f"http://127.0.0.1:{port}", "secret", patience=30)
     server.start()
-    rows = subprocess.run(["ps", "-wweo", "pgid,args"], capture_output=True, text=True).stdout.split("\n")
-    [group] = {row.split()[0] for row in rows if f"--port {port}" in row}
+    [group] = {group for _, group, words in processes() if f"--port {port} " in words}
     os.kill(process, signal.SIGTERM)
     os.waitpid(process, 0)
     assert gone(group, 1)

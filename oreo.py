@@ -1,0 +1,1118 @@
+"""OREO: offline reasoning optimization (Wang et al., arXiv 2412.16145).
+
+DPO learns from pairs of whole answers, and rejection sampling from right answers alone. OREO learns from single
+answers, right or wrong, of which only the end is graded, and finds out by itself which tokens mattered: a value
+model V is trained beside the policy pi so that both agree with the reward R on every state of every answer,
+
+    V(s_t) = R - beta * S_t,      S_t = sum_{i >= t} log pi(a_i | s_i) / pi_ref(a_i | s_i)     (Eq. 6, soft Bellman)
+
+which only the optimum of  E[R] - beta * KL(pi || pi_ref)  fulfils. s_t is the text before token a_t. Masks choose the
+actions (what the model wrote) and the states (where the equation is asked for); sg stops the gradient:
+
+    L_V  = mean_rows mean_t (V_t - R + beta sg(S_t))^2                                              (Eq. 8)
+    L_pi = mean_rows mean_t (sg(V_t) - R + beta (log pi_t / ref_t + sg(S_{t+1})))^2                 (Eq. 9, "token")
+         + alpha * mean_rows mean_t KL(pi(. | s_t) || pi_ref(. | s_t))          over the actions and the vocabulary
+
+--variant step takes the starts of steps as states and a step as an action (the gradient reaches its tokens, and is
+stopped at the next step's start); response takes the answer as one action (Eq. 10), while V is trained on every state.
+At test time V guides a search over steps, which needs no verifier.
+
+--stage picks what to do, each with its published settings:
+  sft        worked solutions, 3 epochs: where everything starts
+  collect    sample answers to the problems and grade them: rows of prompt, response and reward
+  oreo       the above, on rows; without --rows it collects them first
+  rejection, dpo, kto    the paper's comparisons, on the same rows
+  iterate    oreo for three rounds, each on new rows of the round before it (--rounds also works for the others)
+  search     answer held-out problems greedily, or by beam, best_of_n, best_of_k with the value
+
+Where this file departs from the paper or from its published code, and why:
+- An answer's ids are what the sampler drew, and its eos is the last action. The published rows were text, tokenised
+  again with " " and eos put behind it. (Rows of text are read too, and get an eos.)
+- A row that is too long is rejected and counted; the published code cut it, kept the reward and lost the eos
+  (--long_response cut).
+- A step ends with a token that holds a delimiter: the same rule in training and in search, on ids. The published code
+  split text on "\n", for MATH also on ". " and ".$ "; where a token holds two newlines it put the state before it.
+- Search reads the value after the last token of a step, and of an answer before its eos: where training has states.
+  The published script read it a token early.
+- Policy and reference are read once a batch; the published code read the policy twice.
+- The schedule ends with the last step; the published one had epochs^2 as many. Rewards are 0 and 1, as in every
+  published script and not as in the code's defaults (+1 and -1: --reward_scale 2 --reward_shift -1).
+- Not here: one-step PCL, hinge, log-ratio clipping, forward or sampled KL, adaptive alpha: not in the paper.
+Open in the paper: which model a round of iterate starts from and which is its reference (--round_init,
+--round_reference), and KTO's beta (0.1 here, as DPO's).
+
+Commands:
+  python oreo.py --preset tiny                                         a laptop: collects, trains, evaluates
+  python oreo.py --preset tiny --stage search --model runs/tiny-oreo/model --value runs/tiny-oreo/value --width 5
+  python oreo.py --stage sft --data train.jsonl; python oreo.py --data train.jsonl      one GPU
+  torchrun --nproc_per_node 8 oreo.py --data train.jsonl                                the paper's run
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+import igsm
+from common.data import (
+    InputError,
+    batch_indices,
+    load_rows,
+    make_examples,
+    pack,
+    plan_micro_batches,
+    render_prompt,
+)
+from common.rollout import Sampling, make_sampler
+from common.trainer import (
+    Checkpoints,
+    Clock,
+    Metrics,
+    ValueModel,
+    export,
+    gather_lists,
+    init_world,
+    launch,
+    learning_rate,
+    load_policy,
+    load_tokenizer,
+    make_optimizer,
+    optimizer_step,
+    parse_args,
+    peak_memory_gb,
+    plot_curves,
+    sum_over_ranks,
+)
+from common.verifiers import grade
+
+
+@dataclass
+class Args:
+    stage: Literal["sft", "collect", "oreo", "rejection", "dpo", "kto", "iterate", "search"] = "oreo"
+    """What to do; the defaults below follow it."""
+    variant: Literal["token", "step", "response"] = "token"
+    """OREO's policy loss; --kl_coef follows it."""
+    preset: Literal["paper", "tiny"] = "paper"
+    """paper: the published run of 1.5B. tiny: the repository's model on symbolic iGSM, for a laptop."""
+
+    # what
+    model: str = "runs/oreo-sft/model"
+    """Model folder or Hub name: what is trained, or collects, or searches."""
+    value: str = ""
+    """Value model to start from, or to search with; empty starts from the model's body and a head of zeros."""
+    reference: str = ""
+    """Frozen reference of oreo, dpo and kto; empty takes --model."""
+    data: str = "gsm8k/train.jsonl"
+    """Problems to collect answers to (with worked solutions, for sft): a .parquet / .json / .jsonl file, a folder, a
+    Hub name (LUFFY's columns or GSM8K's), or igsm:LO-HI for symbolic iGSM problems, made on the spot."""
+    rows: str = ""
+    """Graded rows to train on: what collect wrote, or lines of {prompt, response, reward} or {conversations, reward}
+    (docs/oreo.md). Empty collects them into OUT/rows.jsonl."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out problems, like --data (Hub names: their test split; igsm: problems of other templates)."""
+    igsm_problems: int = 20000
+    """How many problems igsm:LO-HI makes."""
+    out: str = "runs/oreo"
+    """Run folder. Running the same command again goes on where it stopped."""
+    chat_template: str = ""
+    """File with a Jinja chat template; empty takes the tokenizer's own."""
+    verifier: str = "full"
+    """How answers are graded: full (Math-Verify), math (LUFFY's: what follows </think>), boxed, exact, ... or
+    "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
+    max_prompt_tokens: int = 1024
+    """Rows with longer prompts are left out and counted."""
+    max_response_tokens: int = 1024
+    """Tokens to sample at most, and the longest response (prompt and response together: 2048, as published)."""
+    long_response: Literal["reject", "cut"] = "reject"
+    """A response longer than that: leave the row out, or cut it as the published code did."""
+    skip_turns: int = 0
+    """First assistant turns of a conversation that are context and not trained (ALFWorld: 1)."""
+    step_delimiters: tuple[str, ...] = ("\n",)
+    """A step ends with a token that holds one of these."""
+
+    # how: the published run
+    samples: int = 10
+    """Answers to collect for each problem (published: 10; 7B: 16)."""
+    balance: int = 0
+    """Keep at most so many right and so many wrong answers of each problem, and no more right than wrong ones (but
+    one): 4 in the published 7B run; 0 keeps all."""
+    temperature: float = 1.0
+    """Sampling temperature of collect and search."""
+    top_p: float = 1.0
+    """Nucleus of collect and search (the published sampling tool: 0.95; whether collection used it is not stated)."""
+    reward_scale: float = 1.0
+    """R = reward * scale + shift (published: 1, 0)."""
+    reward_shift: float = 0.0
+    """See --reward_scale."""
+    beta: float = 0.03
+    """Strength of the KL in the objective (published; dpo: 0.1)."""
+    kl_coef: float = 0.01
+    """alpha, the weight of the KL regulariser (published: 0.01 token, 0.1 step, 0.3 response)."""
+    rounds: int = 1
+    """Collect and train again so many times in all."""
+    round_init: Literal["last", "first"] = "last"
+    """Policy and value that a round trains: those of the round before, or those of the command line."""
+    round_reference: Literal["last", "first"] = "last"
+    """A round's reference: the policy that collected its rows, or --reference."""
+    pairs_per_question: int = 6
+    """dpo: pairs of right and wrong answers to a question, drawn from all (published: 6; 7B: 10; ALFWorld: 5)."""
+    steps: int = 0
+    """Optimizer updates; 0 follows --epochs."""
+    epochs: float = 1.0
+    """Passes over the rows (published: 1; sft 3)."""
+    batch_size: int = 128
+    """Rows (dpo: pairs) an update; collect: problems between two writes."""
+    lr: float = 5e-6
+    """Peak learning rate of the policy's AdamW (published: sft 2e-5, dpo 5e-7, kto 5e-8)."""
+    value_lr: float = 5e-6
+    """Peak learning rate of the value model's (published; 7B: 1e-4 with LoRA)."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup: float = 0.03
+    """Share of the updates over which the rate rises linearly."""
+    lr_floor: float = 0.0
+    """Where linear and cosine end, as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Gradient norm to clip to, of policy and value each."""
+    policy_lora: int = 0
+    """Train the policy by LoRA of this rank on every linear layer (needs peft); 0 trains all weights."""
+    value_lora: int = 0
+    """The same for the value model, whose head is trained whole (published for 7B: 64)."""
+    seed: int = 0
+    """Seeds data order, sampling and random weights."""
+
+    # search
+    search: Literal["greedy", "beam", "best_of_n", "best_of_k"] = "beam"
+    """greedy needs no value. beam: --width states, as many next steps of each, the best go on. best_of_n: --width
+    answers, the best is taken. best_of_k: --width next steps of one state, the best is taken."""
+    width: int = 5
+    """See --search (published: 3, 5, 7)."""
+    max_steps: int = 20
+    """Steps of beam and best_of_k at most (published)."""
+
+    # machinery
+    micro_batch_tokens: int = 16384
+    """Tokens of a packed micro-batch on each rank; memory, never the gradient, depends on it."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    rollout: str = "auto"
+    """Where answers are sampled. embedded: in this process. vllm: by a vLLM server that the script starts (one a
+    GPU; on CPU one in all). http://HOST:PORT[,...]: by running servers (docs/rollout.md). auto: vllm on CUDA
+    where it is installed, else embedded."""
+    rollout_gpu_memory: float = 0.5
+    """Share of each GPU's memory for its vLLM server, which sleeps while the trainer updates."""
+    sampler_tokens: int = 65536
+    """Rows x (prompt + response) tokens that the embedded sampler decodes at once."""
+    eval_every: int = 50
+    """Evaluate every so many steps, and before the first and after the last; 0 never."""
+    eval_temperature: float = 0.0
+    """Temperature of evaluation; 0 is greedy (published)."""
+    eval_limit: int = 0
+    """Rows of each evaluation file at most; 0 for all."""
+    save_every: int = 50
+    """Checkpoint every so many steps; 0 never."""
+    keep: int = 1
+    """Checkpoints to keep."""
+    log_samples: int = 2
+    """Rows a step to write to samples.jsonl."""
+    tensorboard: bool = False
+    """Also log to TensorBoard (in the run folder)."""
+    wandb: str = ""
+    """Also log to this Weights & Biases project."""
+
+
+STAGES = {
+    "sft": dict(model="Qwen/Qwen2.5-Math-1.5B", out="runs/oreo-sft", lr=2e-5, epochs=3.0),
+    "dpo": dict(lr=5e-7, beta=0.1),
+    "kto": dict(lr=5e-8, beta=0.1),
+    "iterate": dict(rounds=3),
+}
+VARIANTS = {"step": dict(kl_coef=0.1), "response": dict(kl_coef=0.3)}
+PRESETS = {
+    "tiny": dict(
+        model="models/tiny", data="igsm:5-8", igsm_problems=500, eval_data=("igsm:5-8",), out="runs/tiny-oreo",
+        verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, samples=8, batch_size=64, lr=1e-4,
+        value_lr=1e-3, eval_every=20, eval_limit=128, save_every=20, max_steps=40, micro_batch_tokens=16384,
+        gradient_checkpointing=False,
+        stage={
+            "sft": dict(out="runs/tiny-oreo-sft", lr=5e-4, epochs=3.0), "dpo": dict(lr=2e-5), "kto": dict(lr=2e-5),
+        },
+    ),
+}
+IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)
+
+
+# ------------------------------------------------------------------------------------------ the mathematics
+
+
+def oreo_losses(logp, ref_logp, values, action_mask, state_mask, rewards, *, beta: float, variant: str = "token"):
+    """-> (policy loss, value loss), scalars: the means over the rows of `oreo_row_losses`."""
+    policy, value = oreo_row_losses(
+        logp, ref_logp, values, action_mask, state_mask, rewards, beta=beta, variant=variant
+    )
+    return policy.mean(), value.mean()
+
+
+def oreo_row_losses(logp, ref_logp, values, action_mask, state_mask, rewards, *, beta: float, variant: str = "token"):
+    """Each row's policy loss (without the KL regulariser) and value loss (Eq. 8), [B] each.
+
+    Index t stands for the prediction of token t + 1: logp, ref_logp [B, T] are its log-probs, action_mask [B, T]
+    says whether the model chose it, values [B, T] is V of the text up to token t, and state_mask [B, T] whether the
+    equation is asked for there. rewards [B]. Padding, on either side, has both masks 0.
+
+    variant   the policy loss is the mean over a row's states of (sg(V_t) - R + beta * x_t)^2, with x_t equal to S_t
+    token     S_t = d_t + sg(S_{t+1}),             d_t = log pi_t / ref_t of an action, 0 of any other token
+    step      S_t = d_t + .. + d_{u-1} + sg(S_u),  u the row's next state
+    response  S_t, at the row's first state alone
+
+    Raises ValueError for other shapes, an unknown variant, or a row without a state.
+
+    >>> nan = float("nan")  # a prompt of two tokens, an answer of two: wrong, and its last token got likelier
+    >>> logp, ref = torch.tensor([[nan, -1.0, -1.0]]), torch.tensor([[nan, -1.0, -2.0]])
+    >>> mask, values = torch.tensor([[0, 1, 1]]), torch.tensor([[9.0, 0.5, 0.0]])
+    >>> policy, value = oreo_row_losses(logp, ref, values, mask, mask, torch.zeros(1), beta=0.5)
+    >>> value.tolist()  # ((0.5 + 0.5)^2 + (0 + 0.5)^2) / 2
+    [0.625]
+    """
+    shapes = [tuple(x.shape) for x in (logp, ref_logp, values, action_mask, state_mask)]
+    if len(set(shapes)) > 1 or logp.dim() != 2 or rewards.shape != logp.shape[:1]:
+        raise ValueError(f"not five [B, T] and one [B]: {shapes} and {tuple(rewards.shape)}")
+    state = state_mask.bool()
+    if not state.any(1).all():
+        raise ValueError(f"rows without a state: {(~state.any(1)).nonzero()[:, 0].tolist()}")
+    d = torch.where(action_mask.bool(), logp - ref_logp, 0.0)  # [B, T]
+    suffix = d.flip(1).cumsum(1).flip(1)  # [B, T], S_t
+    reward = rewards[:, None].to(d.dtype)
+    states = state.sum(1)  # [B]
+
+    def row_mean(residual):  # a value where no state is may be anything
+        return torch.where(state, residual, 0.0).square().sum(1) / states
+
+    value_loss = row_mean(values - reward + beta * suffix.detach())
+    if variant == "token":
+        x = d + F.pad(suffix[:, 1:], (0, 1)).detach()
+    elif variant == "step":
+        after = F.pad(suffix, (0, 1)).gather(1, next_state(state))  # [B, T], S_u; 0 after the last state
+        x = suffix - after + after.detach()
+    elif variant == "response":
+        x = suffix
+        first = state.int().argmax(1, keepdim=True)
+        state, states = torch.zeros_like(state).scatter(1, first, True), torch.ones_like(states)
+    else:
+        raise ValueError(f"variant {variant!r}: token, step or response")
+    return row_mean(values.detach() - reward + beta * x), value_loss
+
+
+def next_state(state):
+    """state [B, T] bool -> [B, T]: the smallest index above t that is a state, T if there is none.
+
+    >>> next_state(torch.tensor([[0, 1, 0, 1, 0]]).bool()).tolist()
+    [[1, 3, 3, 5, 5]]
+    """
+    width = state.shape[1]
+    index = torch.where(state, torch.arange(width, device=state.device), width)  # [B, T]
+    at_or_after = index.flip(1).cummin(1).values.flip(1)
+    return F.pad(at_or_after[:, 1:], (0, 1), value=width)
+
+
+def dpo_loss(
+    chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta: float, label_smoothing: float = 0.0
+):
+    """- log sigmoid(beta h), h = log p(right) / ref(right) - log p(wrong) / ref(wrong), for each pair: [B] -> [B].
+
+    All four are sums of log-probs. label_smoothing e: (1 - e) of that and e of the same with -h."""
+    h = beta * ((chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp))
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+def kto_loss(log_ratio, right, baseline, *, beta: float):
+    """1 - sigmoid(beta (r - z)) of a right answer, 1 - sigmoid(beta (z - r)) of a wrong one (Ethayarajh et al. 2024).
+
+    r: log_ratio [B], log pi / ref summed over the answer; right [B] bool; z: `baseline`, the KL(pi || ref) that
+    `kto_baseline` estimates; both answers' weights are 1. -> [B]
+    """
+    gain = log_ratio - baseline
+    return 1 - torch.sigmoid(beta * torch.where(right, gain, -gain))
+
+
+def balanced(rewards: list[float], most: int) -> list[int]:
+    """Which answers of a question to keep: `most` right and `most` wrong ones at most, and no more right than wrong
+    ones (but one where none is wrong). The first ones that were drawn; most 0 keeps all.
+
+    >>> balanced([1, 1, 0, 1, 0, 0], 2), balanced([1, 1, 1], 4), balanced([0, 1, 1], 4)
+    ([0, 1, 2, 4], [0], [0, 1])
+    """
+    right, wrong = ([i for i, r in enumerate(rewards) if (r > 0) == side] for side in (True, False))
+    if not most:
+        return sorted(right + wrong)
+    return sorted(right[: min(most, max(len(wrong), 1))] + wrong[:most])
+
+
+def dpo_pairs(rows: list["Row"], limit: int, seed: int) -> list[list["Row"]]:
+    """Up to `limit` of the pairs [right, wrong] of each question's answers, drawn without replacement."""
+    questions: dict[int, list[Row]] = {}
+    for row in rows:
+        questions.setdefault(row.group, []).append(row)
+    pairs = []
+    for question, answers in questions.items():
+        both = [[a, b] for a in answers if a.reward > 0 for b in answers if b.reward <= 0]
+        pairs += random.Random(f"{seed} {question}").sample(both, min(limit, len(both)))
+    return pairs
+
+
+def select_beam(values: list[float], finished: list[bool], width: int, *, compete: bool = False):
+    """One question's candidates -> indices of those that go on, best first, and of its new answers.
+
+    Finished candidates are answers and take no place: the `width` best of the others go on. With `compete` they
+    do take places: of the `width` best, those that are finished are answers, and the rest of all is dropped.
+
+    >>> select_beam([0.2, 0.9, 0.7, 0.5], [False, True, False, False], 2)
+    ([2, 3], [1])
+    >>> select_beam([0.2, 0.9, 0.7, 0.5], [False, True, False, False], 2, compete=True)
+    ([2], [1])
+    """
+    best = sorted(range(len(values)), key=lambda i: -values[i])
+    if compete:
+        best = best[:width]
+    going = [i for i in best if not finished[i]]
+    return going[:width], sorted(i for i in best if finished[i])
+
+
+@dataclass
+class Candidate:
+    """A state of the search: a question's response so far."""
+
+    response: list[int]
+    finished: bool = False
+    value: float = 0.0
+
+
+def beam_search(questions: int, sample, score, *, width: int, max_steps: int, compete: bool = False):
+    """Step-level beam search: -> each question's answers, as a list of Candidates that may be empty.
+
+    sample(states, step): the next steps of every state (question, Candidate), as lists of Candidates.
+    score(states): their values. A state starts as the empty response, so the first step has the fewest candidates.
+    """
+    beams, answers = [[Candidate([])] for _ in range(questions)], [[] for _ in range(questions)]
+    for step in range(max_steps):
+        states = [(q, state) for q, beam in enumerate(beams) for state in beam]
+        if not states:
+            break
+        new = [(q, c) for (q, _), group in zip(states, sample(states, step), strict=True) for c in group]
+        for (_, candidate), value in zip(new, score(new), strict=True):
+            candidate.value = value
+        for q in range(questions):
+            mine = [candidate for p, candidate in new if p == q]
+            kept, done = select_beam([c.value for c in mine], [c.finished for c in mine], width, compete=compete)
+            beams[q] = [mine[i] for i in kept]
+            answers[q] += [mine[i] for i in done]
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------- graded rows
+
+
+@dataclass
+class Row:
+    """A graded answer as ids. In a conversation the response is all that follows the first trained turn's start."""
+
+    prompt: list[int]
+    response: list[int]
+    actions: list[bool]  # [response]: the model chose this token
+    steps: list[bool]  # [response]: the text before this token is a state of the step variant
+    reward: float = 1.0
+    group: int = 0  # which question
+    index: int = 0  # row number in the data
+    # as of its last update: log pi and log pi / ref summed over the actions, their mean KL, and V at the starts of
+    # steps and before the last token
+    logp: float = 0.0
+    log_ratio: float = 0.0
+    kl: float = 0.0
+    values: list[float] = field(default_factory=list)
+    last_value: float = 0.0
+
+
+def step_ids(tokenizer, delimiters: tuple[str, ...]) -> frozenset[int]:
+    """Ids of the tokens that end a step: those whose text holds a delimiter."""
+    ids = list(range(len(tokenizer)))
+    texts = tokenizer.batch_decode([[i] for i in ids])
+    return frozenset(i for i, text in zip(ids, texts, strict=True) if any(d in text for d in delimiters))
+
+
+def step_starts(response: list[int], ends: frozenset[int]) -> list[bool]:
+    """Where a step starts: at the first token, and after every one that ends a step (also an empty line's).
+
+    >>> step_starts([7, 8, 2, 2, 9], frozenset([2]))
+    [True, False, False, True, True]
+    """
+    return [i == 0 or response[i - 1] in ends for i in range(len(response))]
+
+
+def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip_turns: int):
+    """A conversation -> (prompt ids, response ids, action mask of the response).
+
+    Every assistant turn after the first `skip_turns` is an action, with the eos that the template puts behind it;
+    what stands between two turns is not. Piece by piece, so that ids are those that the sampler would have seen:
+
+        user  assistant  user  assistant
+        p p p r r r r    r r r r r r
+        actions 1 1 1 1  0 0 0 1 1 1
+
+    Raises InputError where the template shows earlier turns otherwise than when they were said."""
+    text, ids, actions = "", [], []
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"][skip_turns:]
+    if not turns:
+        raise InputError(f"no action: {len(messages)} turns, none of them an assistant's after --skip_turns")
+    for turn in turns:
+        before = render_prompt(tokenizer, messages[:turn], template)
+        after = tokenizer.apply_chat_template(messages[: turn + 1], chat_template=template, tokenize=False)
+        if not (before.startswith(text) and after.startswith(before)):
+            raise InputError(
+                f"the chat template shows turn {turn} or what is before it otherwise than when it was said; "
+                "pass a --chat_template that keeps the history as it is"
+            )
+        said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
+        for piece, action in ((before[len(text) :], False), (said + eos, True)):
+            piece_ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+            ids += piece_ids
+            actions += [action] * len(piece_ids)
+        text = before + said + eos
+    first = actions.index(True) if any(actions) else len(ids)
+    return ids[:first], ids[first:], actions[first:]
+
+
+def row_ids(row: dict, tokenizer, template: str | None, args: Args) -> tuple[list[int], list[int], list | None]:
+    """(prompt ids, response ids, action mask; None for a response that is all the model's) of a row in a file."""
+    if row.get("response_ids") is not None:
+        return row["prompt_ids"], row["response_ids"], row.get("actions")
+    if row.get("conversations") is not None:
+        return conversation_ids(row["conversations"], tokenizer, template, args.skip_turns)
+    prompt, response = row["prompt"], row["response"]
+    if not isinstance(prompt, str):
+        prompt = render_prompt(tokenizer, prompt, template)
+    prompt, response = tokenizer([prompt, response], add_special_tokens=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return prompt, response if response[-1:] in ([], [eos]) else [*response, eos], None
+
+
+def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, int]]:
+    """Graded rows of a file, and the counts of what was left out. Raises InputError naming the row."""
+    template = Path(args.chat_template).read_text() if args.chat_template else None
+    ends = step_ids(tokenizer, args.step_delimiters)
+    rows, questions, count = [], {}, {"rows": 0, "prompt_too_long": 0, "response_too_long": 0}
+    for index, row in enumerate(load_rows(source)):
+        where = f"{source}, row {index}"
+        count["rows"] += 1
+        try:
+            reward = float(row["reward"])
+            prompt, response, mask = row_ids(row, tokenizer, template, args)
+            actions = [True] * len(response) if mask is None else [bool(a) for a in mask]
+            known = all(0 <= i < len(tokenizer) for i in (*prompt, *response))
+            question = str(row["question"]) if "question" in row else tuple(prompt)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{where}: expected {{prompt, response, reward}}, {{conversations, reward}} or what collect writes "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if not known or len(actions) != len(response) or not math.isfinite(reward):
+            raise InputError(f"{where}: ids of another tokenizer, a mask of another length, or a reward of {reward}")
+        if len(prompt) > args.max_prompt_tokens:
+            count["prompt_too_long"] += 1
+            continue
+        if len(response) > args.max_response_tokens:
+            count["response_too_long"] += 1
+            if args.long_response == "reject":
+                continue
+            response, actions = response[: args.max_response_tokens], actions[: args.max_response_tokens]
+        if not prompt or not any(actions):
+            raise InputError(f"{where}: no prompt, or no action token; remove the row")
+        # in a conversation a step is a turn
+        steps = step_starts(response, ends) if mask is None else [
+            a and not before for before, a in itertools.pairwise([False, *actions])
+        ]
+        group = questions.setdefault(question, len(questions))
+        rows.append(Row(prompt, response, actions, steps, reward, group, index))
+    if not rows:
+        raise InputError(
+            f"{source}: no row is left of {count['rows']} ({count['prompt_too_long']} prompts over "
+            f"--max_prompt_tokens {args.max_prompt_tokens}, {count['response_too_long']} responses over "
+            f"--max_response_tokens {args.max_response_tokens})"
+        )
+    return rows, count | {"kept": len(rows), "right": sum(row.reward > 0 for row in rows)}
+
+
+def training_units(tokenizer, args: Args, progress: bool) -> tuple[list[list[Row]], dict[str, int]]:
+    """What an update draws from: lists of rows that stay together, one row or a pair; and the counts."""
+    if args.stage == "sft":
+        examples, count = read_examples(args.data, tokenizer, args, split="train", traces="needed", progress=progress)
+        masks = [[True] * len(e.trace) for e in examples]
+        return [[Row(e.prompt, e.trace, m, m, index=e.index)] for e, m in zip(examples, masks, strict=True)], count
+    rows, count = read_rows(args.rows, tokenizer, args)
+    rewards = {row.reward for row in rows}
+    if args.stage != "rejection" and len(rewards) == 1:
+        raise InputError(
+            f"--rows {args.rows}: all {len(rows)} rewards are {rewards.pop():g}, so there is nothing to tell apart: "
+            "collect more --samples, at a higher --temperature, or to other problems"
+        )
+    if args.stage == "dpo":
+        units = dpo_pairs(rows, args.pairs_per_question, args.seed)
+        lacks = "no question has a right and a wrong answer"
+    else:
+        units = [[row] for row in rows if args.stage != "rejection" or row.reward > 0]
+        lacks = "no answer is right"
+    if not units:
+        raise InputError(f"--rows {args.rows}: {lacks}: --stage {args.stage} has nothing to learn from")
+    return units, count | {"units": len(units)}
+
+
+# ----------------------------------------------------------------------------------------------- one update
+
+
+def micro_batches(units: list[list[Row]], args: Args, world):
+    """This rank's packed micro-batches of an update: (token batch, its rows). As many on every rank."""
+    lengths = [sum(len(row.prompt) + len(row.response) - 1 for row in unit) for unit in units]
+    for shares in plan_micro_batches(lengths, world.size, args.micro_batch_tokens):
+        mine = [row for i in shares[world.rank] for row in units[i]]
+        yield pack([(row.prompt, row.response) for row in mine], world.device), mine
+
+
+def on_grid(values, lengths: list[int]):
+    """[N], the response tokens of packed rows -> [B, T], right-padded with zeros. Differentiable."""
+    inside = torch.arange(max(lengths, default=1)) < torch.tensor(lengths)[:, None]  # [B, T]
+    return values.new_zeros(inside.shape).masked_scatter(inside.to(values.device), values)
+
+
+def row_sums(values, batch, rows: int):
+    """[N] -> [B]: the sum over each row's tokens."""
+    return values.new_zeros(rows).index_add(0, batch.sequence, values)
+
+
+def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: Args, world) -> dict[str, float]:
+    """Forward and backward of one update, summed over ranks and micro-batches; gradients are left in .grad, and what
+    was measured of every row, of all ranks, in the rows. -> the losses.
+
+    Every denominator is counted over the whole update before the first backward, so the gradient is the same for
+    any number of ranks and any micro_batch_tokens. oreo's policy loss takes the values as they are before the
+    update, and its value loss the log-probs: of the two steps that follow, either may be first."""
+    every = {row.index: row for unit in units for row in unit}
+    n_actions = sum(sum(row.actions) for unit in units for row in unit)
+    baseline = kto_baseline(policy, reference, units, args, world) if args.stage == "kto" else 0.0
+    losses, measured = torch.zeros(2, dtype=torch.float64), []
+    for batch, mine in micro_batches(units, args, world):
+        lengths, n = [len(row.response) for row in mine], len(mine)
+        action = per_token([row.actions for row in mine], world).float()  # [N]
+        kl, values = torch.zeros_like(action), None
+        if args.stage in ("sft", "rejection"):
+            logp = ref_logp = policy(batch)  # [N]
+            loss = -(logp * action).sum() / n_actions
+        elif args.stage in ("dpo", "kto"):
+            logp = policy(batch)  # [N]
+            with torch.no_grad():
+                ref_logp = reference(batch)
+            p, ref = (row_sums(x * action, batch, n) for x in (logp, ref_logp))  # [B], [B]
+            if args.stage == "dpo":
+                row_losses = dpo_loss(p[::2], p[1::2], ref[::2], ref[1::2], beta=args.beta)
+            else:
+                right = torch.tensor([row.reward > 0 for row in mine], dtype=torch.bool, device=world.device)
+                row_losses = kto_loss(p - ref, right, baseline, beta=args.beta)
+            loss = row_losses.sum() / len(units)
+        else:
+            logp, ref_logp, kl = policy(batch, reference=reference)  # [N] each
+            values = value(batch)  # [N]
+            state = per_token([row.steps for row in mine], world) if args.variant == "step" else action
+            reward = torch.tensor([row.reward * args.reward_scale + args.reward_shift for row in mine])
+            policy_losses, value_losses = oreo_row_losses(
+                *(on_grid(x, lengths) for x in (logp, ref_logp, values, action, state)), reward.to(world.device),
+                beta=args.beta, variant=args.variant,
+            )  # fmt: skip
+            value_loss = value_losses.sum() / len(units)
+            (value_loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+            losses[1] += value_loss.item()
+            mean_kl = row_sums(kl * action, batch, n) / row_sums(action, batch, n)  # [B]
+            loss = (policy_losses.sum() + args.kl_coef * mean_kl.sum()) / len(units)
+        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+        losses[0] += loss.item()
+
+        sums = torch.stack([logp * action, (logp - ref_logp) * action, kl * action, action]).detach()  # [4, N]
+        sums = [row_sums(x, batch, n).tolist() for x in sums]
+        measured += zip([row.index for row in mine], *sums, values_of(mine, values), strict=True)
+    for index, logp_sum, log_ratio, kl_sum, n, (at_steps, last) in gather_lists(measured, world):
+        row = every[index]
+        row.logp, row.log_ratio, row.kl, row.values, row.last_value = logp_sum, log_ratio, kl_sum / n, at_steps, last
+    policy_loss, value_loss = sum_over_ranks(losses, world).tolist()
+    return {"loss/policy": policy_loss} | ({"loss/value": value_loss} if value else {})
+
+
+def per_token(lists: list[list], world) -> torch.Tensor:
+    """One list a row, of one entry for each response token -> [N]."""
+    return torch.tensor([x for values in lists for x in values], device=world.device)
+
+
+def values_of(rows: list[Row], values) -> list[tuple[list[float], float]]:
+    """Of each row: V at the starts of its steps, and before its last token."""
+    if values is None:
+        return [([], 0.0)] * len(rows)
+    by_row = [part.tolist() for part in values.detach().split([len(row.response) for row in rows])]
+    return [(list(itertools.compress(vs, row.steps)), vs[-1]) for vs, row in zip(by_row, rows, strict=True)]
+
+
+@torch.no_grad()
+def kto_baseline(policy, reference, units: list[list[Row]], args: Args, world) -> float:
+    """z of an update: the mean of log pi / ref over its answers, each behind another row's prompt, not below 0."""
+    rows = [row for unit in units for row in unit]
+    others = [[dataclasses.replace(row, prompt=rows[i - 1].prompt)] for i, row in enumerate(rows)]
+    total = torch.zeros(1, dtype=torch.float64)
+    for batch, mine in micro_batches(others, args, world):
+        action = per_token([row.actions for row in mine], world).float()  # [N]
+        total += ((policy(batch) - reference(batch)) * action).sum().double().cpu()
+    return max(0.0, sum_over_ranks(total, world).item() / len(rows))
+
+
+# -------------------------------------------------------------------------------------------------- search
+
+
+@torch.no_grad()
+def state_values(value, states: list[list[int]], args: Args, world) -> list[float]:
+    """V of each text as it stands; every rank passes all texts, computes its share and gets all values."""
+    found = []
+    for shares in plan_micro_batches([len(ids) for ids in states], world.size, args.micro_batch_tokens):
+        mine = shares[world.rank]
+        batch = pack([(states[i], [0]) for i in mine], world.device)  # the token that is predicted is never read
+        found += zip(mine, value(batch).tolist(), strict=True)
+    return [v for _, v in sorted(gather_lists(found, world))]
+
+
+def search_answers(policy, value, tokenizer, examples, args: Args, world) -> list[list[Candidate]]:
+    """The answers that --search finds to each example, [examples][answers]; the best has the highest value."""
+    full = args.max_response_tokens
+    # a state is a prompt with a response so far
+    sampler = open_sampler(
+        policy, tokenizer, dataclasses.replace(args, max_prompt_tokens=args.max_prompt_tokens + full), world
+    )
+    eos, whole = set(map(int, sampler.stop_ids)), args.search in ("greedy", "best_of_n")
+    stops = () if whole else tuple(sorted(step_ids(tokenizer, args.step_delimiters)))
+    n, temperature = (1, 0.0) if args.search == "greedy" else (args.width, args.temperature)
+
+    def sample(states, step):
+        mine = range(world.rank, len(states), world.size)
+        groups = sampler.generate(
+            [examples[states[i][0]].prompt + states[i][1].response for i in mine], n=n,
+            keys=[examples[states[i][0]].index * 1000 + i % 1000 for i in mine],  # a question's states: consecutive i
+            seed=args.seed * 1_000_003 + step, sampling=Sampling(full, temperature, args.top_p, stops),
+            progress=f"step {step + 1}" if world.main else None,
+        )
+        drawn = sorted(gather_lists([(i, [c.ids for c in g]) for i, g in zip(mine, groups, strict=True)], world))
+        longer = [[(state.response + ids)[:full] for ids in steps]
+                  for (_, state), (_, steps) in zip(states, drawn, strict=True)]  # fmt: skip
+        return [[Candidate(r, r[-1] in eos or len(r) == full) for r in responses] for responses in longer]
+
+    def score(states):
+        if value is None:
+            return [0.0] * len(states)
+        texts = [examples[q].prompt + (c.response[:-1] if c.response[-1] in eos else c.response) for q, c in states]
+        return state_values(value, texts, args, world)
+
+    answers = beam_search(
+        len(examples), sample, score, width=1 if args.search == "best_of_k" else n,
+        max_steps=1 if whole else args.max_steps, compete=args.search == "best_of_k",
+    )
+    sampler.close()
+    return answers
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str, limit: int = 0, progress=False):
+    """Examples of a data flag, and the counts of what was left out."""
+    if source.startswith("igsm:"):
+        try:
+            lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
+            settings = dict(IGSM, ops=(lo, hi), split=split)
+            rows = [igsm.row(problem, split) for problem in igsm.problems(limit or args.igsm_problems, **settings)]
+        except ValueError as error:
+            raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
+    else:
+        rows = load_rows(source, split=split, limit=limit or None)
+    return make_examples(
+        rows, tokenizer, source=source, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
+        max_response_tokens=args.max_response_tokens, empty_trace="error", long_trace=args.long_response,
+        template=Path(args.chat_template).read_text() if args.chat_template else None, progress=progress,
+    )
+
+
+def check(args: Args) -> None:
+    """Raise InputError for settings that cannot work together."""
+    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "epochs", "samples", "rounds", "width",
+                 "max_steps", "pairs_per_question", "beta"):  # fmt: skip
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
+    if args.steps < 0:
+        raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
+    if args.temperature <= 0 and args.search != "greedy":
+        raise InputError(f"--temperature {args.temperature}: answers that shall differ need a positive one")
+    if args.rounds > 1 and (args.rows or args.stage == "sft"):
+        raise InputError("--rounds collects rows of its own: it goes with oreo, rejection, dpo, kto and without --rows")
+    if args.stage == "search" and not args.eval_data:
+        raise InputError("--stage search needs --eval_data")
+    if args.stage == "search" and args.search != "greedy" and not args.value:
+        raise InputError(f"--search {args.search} needs --value, a value model that --stage oreo wrote")
+    if args.model.startswith("runs/") and not Path(args.model).exists():
+        raise InputError(f"--model {args.model}: not there; --stage sft makes it, or name another")
+    if args.chat_template and not Path(args.chat_template).is_file():
+        raise InputError(f"--chat_template {args.chat_template}: no such file")
+
+
+def load_value(args: Args, policy, world):
+    """The value model of --value, or of --model's body with a head of zeros."""
+    value = load_policy(
+        args.value or args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
+        kind=ValueModel, lora=args.value_lora,
+    )
+    mine, its = value.lm.config.vocab_size, policy.lm.config.vocab_size
+    if mine != its:
+        raise InputError(f"--value {args.value}: a vocabulary of {mine} does not fit --model's of {its}")
+    return value
+
+
+def open_sampler(policy, tokenizer, args: Args, world):
+    """A sampler with the policy's weights."""
+    also_stop = policy.lm.generation_config.eos_token_id or []
+    stop_ids = [tokenizer.eos_token_id, *(also_stop if isinstance(also_stop, list) else [also_stop])]
+    sampler = make_sampler(
+        args.rollout, policy, world, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens,
+        max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,
+    )
+    sampler.sync(policy, version=0)
+    return sampler
+
+
+def held_out_examples(tokenizer, args: Args) -> list:
+    """The examples of --eval_data."""
+    return [
+        example
+        for source in args.eval_data
+        for example in read_examples(
+            source, tokenizer, args, split="test", traces="ignored", limit=args.eval_limit
+        )[0]
+    ]
+
+
+def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float]:
+    """Accuracy on held-out examples, by data source and their unweighted mean; shared out over the ranks."""
+    mine = examples[world.rank :: world.size]
+    groups = sampler.generate(
+        [e.prompt for e in mine], n=1, keys=[e.index for e in mine], seed=args.seed + 1,
+        sampling=Sampling(args.max_response_tokens, args.eval_temperature),
+        progress="evaluate" if world.main else None,
+    )
+    texts = [tokenizer.decode(g[0].ids) for g in groups]
+    verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
+    results = gather_lists(
+        [(e.source, v.reward, g[0].truncated) for e, v, g in zip(mine, verdicts, groups, strict=True)], world
+    )
+    by_source = {s: [r for source, r, _ in results if source == s] for s in sorted({r[0] for r in results})}
+    accuracy = {f"eval/{source}": sum(r) / len(r) for source, r in by_source.items()}
+    mean = sum(accuracy.values()) / len(accuracy)
+    return accuracy | {"eval/mean": mean, "eval/truncated": sum(r[2] for r in results) / len(results)}
+
+
+def collect(args: Args) -> str:
+    """Sample answers to the problems of --data, grade and keep them -> OUT/rows.jsonl, complete or absent.
+
+    Killed and started again, it goes on after the last batch of problems that was written whole."""
+    world = init_world()
+    final, partial = Path(args.out) / "rows.jsonl", Path(args.out) / "rows.partial.jsonl"
+    names = ("model", "data", "igsm_problems", "chat_template", "verifier", "max_prompt_tokens",
+             "max_response_tokens", "samples", "balance", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
+    settings = {name: getattr(args, name) for name in names}
+    described = Path(args.out) / "collect.json"
+    if described.exists():
+        before = json.loads(described.read_text())["settings"]
+        changed = [f"--{name} {before[name]!r} there, {settings[name]!r} here" for name in names
+                   if before.get(name) != settings[name]]  # fmt: skip
+        if changed:
+            raise InputError(f"{args.out} holds rows of other settings ({'; '.join(changed)}): choose another --out")
+        if final.exists():
+            return str(final)
+
+    tokenizer = load_tokenizer(args.model)
+    examples, left_out = read_examples(
+        args.data, tokenizer, args, split="train", traces="ignored", progress=world.main
+    )
+    written = partial.read_text().split("\n")[:-1] if partial.exists() else []
+    done = max((json.loads(line)["step"] for line in written), default=1) - 1  # the last batch may not be whole
+    policy = load_policy(args.model, world)
+    sampler = open_sampler(policy, tokenizer, args, world)
+    if world.main:
+        print(f"{args.data}: {left_out}; {args.samples} answers each; {done} batches are there already")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        described.write_text(json.dumps({"settings": settings}) + "\n")
+        kept = [line + "\n" for line in written if json.loads(line)["step"] <= done]
+        partial.with_suffix(".tmp").write_text("".join(kept))
+        os.replace(partial.with_suffix(".tmp"), partial)
+
+    for step in range(done + 1, math.ceil(len(examples) / args.batch_size) + 1):
+        batch = examples[(step - 1) * args.batch_size : step * args.batch_size]
+        mine = batch[world.rank :: world.size]
+
+        # 1. sample
+        groups = sampler.generate(
+            [e.prompt for e in mine], n=args.samples, keys=[e.index for e in mine], seed=args.seed,
+            sampling=Sampling(args.max_response_tokens, args.temperature, args.top_p),
+            progress=f"collect, batch {step}" if world.main else None,
+        )
+
+        # 2. reward
+        texts = [[tokenizer.decode(c.ids) for c in group] for group in groups]
+        verdicts = iter(grade(
+            [text for group in texts for text in group], [e.gold for e in mine for _ in range(args.samples)],
+            verifier=args.verifier,
+        ))  # fmt: skip
+        rows = []
+        for e, group, group_texts in zip(mine, groups, texts, strict=True):
+            judged = [next(verdicts) for _ in group]
+            rows += [
+                {"step": step, "question": e.index, "source": e.source, "gold": e.gold, "prompt": e.text,
+                 "response": group_texts[i], "reward": judged[i].reward, "status": judged[i].status,
+                 "truncated": group[i].truncated, "prompt_ids": e.prompt, "response_ids": group[i].ids}
+                for i in balanced([v.reward for v in judged], args.balance)
+            ]  # fmt: skip
+        rows = sorted(gather_lists(rows, world), key=lambda row: row["question"])
+        if world.main:
+            with open(partial, "a") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    sampler.close()
+    if world.main:
+        rows = [json.loads(line) for line in partial.read_text().split("\n") if line]
+        by_question: dict[int, list[float]] = {}
+        for row in rows:
+            by_question.setdefault(row["question"], []).append(row["reward"])
+        statuses = [row["status"] for row in rows]
+        about = {
+            "questions": len(by_question), "rows": len(rows), "right": sum(row["reward"] > 0 for row in rows),
+            "all_right": sum(min(r) > 0 for r in by_question.values()),
+            "all_wrong": sum(max(r) <= 0 for r in by_question.values()),
+            "truncated": sum(row["truncated"] for row in rows),
+            "verifier": {status: statuses.count(status) for status in sorted(set(statuses))},
+        }
+        described.write_text(json.dumps({"settings": settings} | about, indent=2) + "\n")
+        print(f"{final}: {about}")
+        os.replace(partial, final)
+    gather_lists([], world)  # nobody reads the file before it is there
+    return str(final)
+
+
+def train(args: Args) -> None:
+    """sft, oreo, rejection, dpo or kto: model/ (and oreo's value/) in the run folder."""
+    world = init_world()
+    out = Path(args.out)
+    checkpoints = Checkpoints(out / "checkpoint", args, keep=args.keep)
+    state = checkpoints.state()
+    start = state["step"] if state else 0
+
+    tokenizer = load_tokenizer(args.model)
+    units, left_out = training_units(tokenizer, args, world.main)
+    held_out = held_out_examples(tokenizer, args)
+    if len(units) < args.batch_size:
+        raise InputError(
+            f"{args.rows or args.data}: {len(units)} to train on are fewer than --batch_size {args.batch_size}"
+        )
+    steps = args.steps or max(1, int(args.epochs * len(units) / args.batch_size))
+    if world.main:
+        print(f"{args.rows or args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size}")
+
+    policy = load_policy(
+        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, lora=args.policy_lora
+    )
+    optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    value = load_value(args, policy, world) if args.stage == "oreo" else None
+    value_optimizer = value and make_optimizer(
+        value, lr=args.value_lr, betas=args.betas, weight_decay=args.weight_decay
+    )
+    reference = load_policy(args.reference or args.model, world) if args.stage in ("oreo", "dpo", "kto") else None
+    if reference:
+        reference.requires_grad_(False)
+    more = {"value": (value, value_optimizer)} if value else {}
+    if state:
+        checkpoints.load(policy, optimizer, more)
+    elif args.save_every:
+        checkpoints.check_space(policy, more)
+    sampler = open_sampler(policy, tokenizer, args, world) if held_out and args.eval_every else None
+
+    curves = [["eval/mean"], ["loss/policy"], ["loss/value"], ["value/right", "value/wrong"], ["policy/kl"],
+              ["log_ratio/right", "log_ratio/wrong"], ["optim/grad_norm", "optim/value_grad_norm"]]  # fmt: skip
+    metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
+    clock = Clock()
+    if start == 0 and sampler:
+        metrics.log(0, evaluate(sampler, tokenizer, held_out, args, world), show=["eval/mean"])
+
+    for step in range(start + 1, steps + 1):
+        batch = [units[i] for i in batch_indices(len(units), args.batch_size, step - 1, args.seed)]
+        rows = [row for unit in batch for row in unit]
+        evaluates = sampler and (step % args.eval_every == 0 or step == steps)
+
+        # 1. sample, 2. reward: offline, collect has done both; 3. advantages: the residuals, in the loss
+
+        # 4. update
+        with clock("update"):
+            if sampler:
+                sampler.sleep()  # its memory is the trainer's until the sync
+            schedule = dict(steps=steps, schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor)
+            row_log = accumulate_gradient(policy, value, reference, batch, args, world)
+            try:
+                if value:
+                    row_log["optim/value_grad_norm"] = optimizer_step(
+                        value, value_optimizer, lr=learning_rate(step - 1, lr=args.value_lr, **schedule),
+                        max_grad_norm=args.max_grad_norm,
+                    )  # fmt: skip
+                lr = learning_rate(step - 1, lr=args.lr, **schedule)
+                norm = optimizer_step(policy, optimizer, lr=lr, max_grad_norm=args.max_grad_norm)
+            except FloatingPointError as error:
+                where = f"rows {', '.join(str(row.index) for row in rows)} of {args.rows or args.data}"
+                raise FloatingPointError(f"step {step}: {error}; {where}") from error
+
+        # 5. sync
+        with clock("sync"):
+            if evaluates:
+                sampler.sync(policy, version=step)
+
+        # 6. log, evaluate, save
+        row_log |= describe(rows, args) | {"optim/grad_norm": norm, "optim/lr": lr}
+        if evaluates:
+            with clock("evaluate"):
+                row_log |= evaluate(sampler, tokenizer, held_out, args, world)
+        seconds = clock.flush()
+        tokens = sum(len(row.prompt) + len(row.response) for row in rows)
+        row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
+        metrics.log(
+            step, row_log | {"memory/peak_gb": peak_memory_gb(world)},
+            show=["eval/mean", "loss/policy", "value/right", "value/wrong", "policy/kl"],
+        )
+        shown = random.Random(step).sample(rows, min(args.log_samples, len(rows)))
+        metrics.samples(step, [sample_row(row, tokenizer) for row in shown])
+        if args.save_every and (step % args.save_every == 0 or step == steps):
+            checkpoints.save(step, policy, optimizer, world, more)
+    if value:
+        export(value, tokenizer, out / "value", world)
+    export(policy, tokenizer, out / "model", world)  # last: it says that the run is complete
+    if sampler:
+        sampler.close()
+    metrics.close()
+
+
+def describe(rows: list[Row], args: Args) -> dict[str, float]:
+    """What a practitioner looks at in the rows of a step."""
+
+    def mean(values) -> float | None:
+        values = list(values)
+        return sum(values) / len(values) if values else None
+
+    right, wrong = [r for r in rows if r.reward > 0], [r for r in rows if r.reward <= 0]
+    log = {"policy/logp": mean(r.logp / sum(r.actions) for r in rows), "length": mean(len(r.response) for r in rows)}
+    if args.stage in ("oreo", "dpo", "kto"):
+        log["log_ratio/right"], log["log_ratio/wrong"] = (mean(r.log_ratio for r in side) for side in (right, wrong))
+    if args.stage == "oreo":
+        log |= {
+            "policy/kl": mean(r.kl for r in rows), "value/first": mean(r.values[0] for r in rows if r.values),
+            "value/right": mean(r.last_value for r in right), "value/wrong": mean(r.last_value for r in wrong),
+        }
+    return log
+
+
+def sample_row(row: Row, tokenizer) -> dict:
+    """A row as text, for samples.jsonl: its steps, and the value of the state before each."""
+    starts = [i for i, start in enumerate(row.steps) if start]
+    steps = [tokenizer.decode(row.response[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
+    return {
+        "row": row.index, "reward": row.reward, "log_ratio": row.log_ratio, "prompt": tokenizer.decode(row.prompt),
+        "steps": steps, "values": [round(v, 4) for v in row.values],
+    }
+
+
+def iterate(args: Args) -> None:
+    """--rounds times: collect with the policy so far, train on what it wrote. Rounds that are there are not redone."""
+    last = args
+    for number in range(1, args.rounds + 1):
+        out = Path(args.out) / f"round-{number}"
+        setting = dataclasses.replace(args, out=str(out), rounds=1, seed=args.seed + 1000 * number)
+        if not (out / "model").exists():
+            rows = collect(dataclasses.replace(setting, model=last.model))
+            init = last if args.round_init == "last" else args
+            reference = last.model if args.round_reference == "last" else args.reference or args.model
+            train(dataclasses.replace(setting, rows=rows, model=init.model, value=init.value, reference=reference))
+        value = str(out / "value") if args.stage == "oreo" else ""
+        last = dataclasses.replace(setting, model=str(out / "model"), value=value)
+    if init_world().main:
+        rounds = {f"round {n}": Path(args.out) / f"round-{n}" for n in range(1, args.rounds + 1)}
+        plot_curves(rounds, [["eval/mean"], ["policy/kl"], ["loss/policy"]], Path(args.out) / "curves.png")
+
+
+def search(args: Args) -> dict:
+    """Answer the problems of --eval_data by --search; writes OUT/search-NAME.json and the answers beside it."""
+    world = init_world()
+    tokenizer = load_tokenizer(args.model)
+    examples = held_out_examples(tokenizer, args)
+    policy = load_policy(args.model, world)
+    value = None if args.search == "greedy" else load_value(args, policy, world)
+    found = search_answers(policy, value, tokenizer, examples, args, world)
+    best = [max(answers, key=lambda c: c.value, default=None) for answers in found]
+    texts = [tokenizer.decode(c.response) if c else "" for c in best]
+    verdicts = grade(texts, [e.gold for e in examples], verifier=args.verifier)
+    rewards: dict[str, list[float]] = {}
+    for e, verdict in zip(examples, verdicts, strict=True):
+        rewards.setdefault(e.source, []).append(verdict.reward)
+    result = {f"eval/{source}": sum(r) / len(r) for source, r in rewards.items()}
+    result |= {
+        "eval/mean": sum(result.values()) / len(result), "search": args.search, "width": args.width,
+        "questions": len(examples), "no_answer": best.count(None),
+        "answers": sum(len(answers) for answers in found) / len(examples),
+        "model": args.model, "value": args.value, "seed": args.seed,
+    }
+    if world.main:
+        name = args.search + ("" if args.search == "greedy" else f"-{args.width}")
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / f"search-{name}.jsonl", "w") as file:
+            for e, answers, c, v in zip(examples, found, best, verdicts, strict=True):
+                row = {"prompt": e.text, "gold": e.gold, "response": tokenizer.decode(c.response) if c else None,
+                       "reward": v.reward, "status": v.status, "values": [round(a.value, 4) for a in answers]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        (out / f"search-{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{name}: {result}")
+    return result
+
+
+def main(args: Args) -> None:
+    check(args)
+    if args.stage == "search":
+        search(args)
+    elif args.stage == "collect":
+        collect(args)
+    else:
+        args = dataclasses.replace(args, stage="oreo") if args.stage == "iterate" else args
+        if args.rounds > 1:
+            iterate(args)
+        else:
+            needs_rows = args.stage != "sft" and not args.rows
+            train(dataclasses.replace(args, rows=collect(args)) if needs_rows else args)
+
+
+if __name__ == "__main__":
+    args = parse_args(Args, None, stage=STAGES, variant=VARIANTS, preset=PRESETS)
+    launch(main, args)

@@ -1,0 +1,490 @@
+"""OREO's agents: a model plays text games; its episodes are rows for oreo.py, whose value then chooses its actions.
+
+An episode is a conversation (Wang et al., arXiv 2412.16145, as in their ALFWorld experiments):
+
+    user       what the game is, and how to answer            context: no action, no loss
+    assistant  OK
+    user       <the task and the first observation>
+    assistant  Thought: ...                                   an action: all its tokens, eos included; the game gets
+               Action: take key from table                    what follows the first "Action: "
+    user       Observation: You take the key.                 context
+    assistant  ...
+
+and its reward, 1 or 0, says whether the game was won, in at most 40 actions. An answer without an action, or one that
+does not end, loses. The ids of an episode are those that the sampler read and drew: only what is new is tokenised.
+
+--stage picks what to do:
+  make      generate TextWorld games by seeds (a folder; training and test games are other seeds)
+  expert    play every game by its walkthrough: right episodes to start from, for oreo.py --stage rejection.
+            --model scratch also makes a small model of random weights with one token for each of their words
+  collect   play every game --repeat times with the model, at temperature 1: graded rows, for oreo.py
+  evaluate  play every game once, greedily, or with --value: draw --candidates answers at each turn and give the one
+            whose end V values highest (best-of-K). Success rate = won games / games
+
+--games is a folder of TextWorld games (.z8), or alfworld:train | alfworld:eval_in_distribution |
+alfworld:eval_out_of_distribution for the games that `alfworld-download` puts under $ALFWORLD_DATA.
+
+  pip install -r requirements-agents.txt
+  python oreo_agents.py --stage make --games runs/games/train --count 200
+  python oreo_agents.py --stage make --games runs/games/test --count 50 --first_seed 100000
+  python oreo_agents.py --stage expert --games runs/games/train --model scratch --out runs/agent
+  python oreo.py --stage rejection --model runs/agent/model --rows runs/agent/rows.jsonl --out runs/agent-sft ...
+  python oreo_agents.py --stage collect --games runs/games/train --model runs/agent-sft/model --out runs/agent-rows
+  python oreo.py --model runs/agent-sft/model --rows runs/agent-rows/rows.jsonl --out runs/agent-oreo ...
+  python oreo_agents.py --stage evaluate --games runs/games/test --model runs/agent-oreo/model \\
+      --value runs/agent-oreo/value --candidates 5 --out runs/agent-test
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common.data import InputError, pack, plan_micro_batches, render_prompt
+from common.rollout import Sampling, make_sampler
+from common.trainer import (
+    ValueModel,
+    export,
+    gather_lists,
+    init_world,
+    launch,
+    load_policy,
+    load_tokenizer,
+    parse_args,
+)
+
+
+@dataclass
+class Args:
+    stage: Literal["make", "expert", "collect", "evaluate"] = "evaluate"
+    """What to do."""
+    games: str = "runs/games/train"
+    """Folder of TextWorld games, or alfworld:SPLIT."""
+    model: str = ""
+    """The policy's folder or Hub name; for --stage expert also "scratch"."""
+    value: str = ""
+    """A value model of oreo.py, to choose among --candidates."""
+    out: str = "runs/agent"
+    """Where rows.jsonl and results.json go."""
+    chat_template: str = ""
+    """File with a Jinja chat template; empty takes the tokenizer's own."""
+
+    # how
+    repeat: int = 5
+    """Episodes of each game that collect plays (published: 5)."""
+    candidates: int = 5
+    """Answers that evaluate draws at each turn where there is a --value (published: 3, up to 5)."""
+    temperature: float = 1.0
+    """Of collect, and of evaluate's candidates; without a --value evaluate is greedy."""
+    max_turns: int = 40
+    """Actions of an episode at most (published)."""
+    max_turn_tokens: int = 128
+    """Tokens of an answer at most; one that does not end in them loses."""
+    max_episode_tokens: int = 4096
+    """Tokens of an episode at most (published); one that needs more is lost and counted."""
+    parallel: int = 32
+    """Episodes that each rank plays at a time."""
+    seed: int = 0
+    """Seeds sampling."""
+
+    # stage make
+    count: int = 100
+    """Games to generate."""
+    first_seed: int = 0
+    """Seed of the first."""
+    rooms: int = 1
+    """Rooms of a game."""
+    objects: int = 4
+    """Objects in it."""
+    quest_length: int = 2
+    """Actions that win it."""
+
+    # machinery
+    rollout: str = "auto"
+    """Where answers are sampled. embedded: in this process. vllm: by a vLLM server that the script starts (one a
+    GPU; on CPU one in all). http://HOST:PORT[,...]: by running servers (docs/rollout.md). auto: vllm on CUDA
+    where it is installed, else embedded."""
+    rollout_gpu_memory: float = 0.5
+    """Share of each GPU's memory for its vLLM server."""
+    sampler_tokens: int = 65536
+    """Rows x (prompt + response) tokens that the embedded sampler decodes at once."""
+    micro_batch_tokens: int = 16384
+    """Tokens that the value model reads at once on each rank."""
+
+
+SCRATCH = dict(
+    model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False,
+)
+TEXTWORLD = (
+    "You play a text game: you are told what to do and what you see. Answer with one line 'Action: ' and a command, "
+    "after a line 'Thought: ' if you want to think first. Commands are like: look, inventory, go north, "
+    "examine box, open box, take key from table, put key on table, insert key into box, unlock box with key."
+)
+ALFWORLD = (
+    "You are in a household and have a task to do. At each turn you are told what you see. Answer with a line "
+    "'Thought: ' and a line 'Action: ' with one command: look, inventory, go to {place}, open {place}, close {place}, "
+    "take {object} from {place}, move {object} to {place}, put {object} in/on {place}, use {lamp}, "
+    "examine {object}, clean {object} with {place}, heat {object} with {place}, cool {object} with {place}, "
+    "slice {object} with {object}. 'Nothing happens' says that a command was not possible."
+)
+
+
+# ------------------------------------------------------------------------------------------ the protocol
+
+
+def parse_action(answer: str) -> str | None:
+    """The command of an answer: the rest of the line after the first "Action: "; None where there is none.
+
+    >>> parse_action("Thought: it is locked\\nAction: unlock box with key"), parse_action("open box")
+    ('unlock box with key', None)
+    """
+    found = re.search(r"Action: *(.*)", answer)
+    return found[1].strip() or None if found else None
+
+
+class Episode:
+    """One game as it is played: the conversation, its ids, and which of them are actions."""
+
+    def __init__(self, name: str, number: int, game, tokenizer, template: str | None):
+        self.name, self.number, self.game, self.tokenizer, self.template = name, number, game, tokenizer, template
+        self.messages = [{"role": "user", "content": game.rules}, {"role": "assistant", "content": "OK"}]
+        self.text, self.ids, self.actions = "", [], []  # text: what the ids stand for, as the template shows it
+        self.end = ""  # won | lost | max_turns | no_action | too_long
+        self.turns = 0
+        self.hear(game.reset())
+
+    def hear(self, content: str) -> None:
+        """What the game says; the ids then end where the model's answer begins."""
+        self.messages.append({"role": "user", "content": content})
+        shown = render_prompt(self.tokenizer, self.messages, self.template)
+        if not shown.startswith(self.text):
+            raise InputError(
+                "the chat template shows earlier turns otherwise than when they were said: pass a --chat_template "
+                "that keeps the history as it is"
+            )
+        new = self.tokenizer(shown[len(self.text) :], add_special_tokens=False)["input_ids"]
+        self.ids, self.actions, self.text = self.ids + new, self.actions + [0] * len(new), shown
+
+    def say(self, ids: list[int]) -> None:
+        """The model's answer, eos included, and what the game makes of it."""
+        self.turns += 1
+        self.ids, self.actions = self.ids + ids, self.actions + [1] * len(ids)
+        eos = self.tokenizer.eos_token_id
+        answer = self.tokenizer.decode(ids[:-1] if ids[-1] == eos else ids)
+        self.messages.append({"role": "assistant", "content": answer})
+        shown = self.tokenizer.apply_chat_template(self.messages, chat_template=self.template, tokenize=False)
+        said, mark, _ = shown[len(self.text) :].partition(self.tokenizer.eos_token)
+        self.text += said + mark
+        action = parse_action(answer) if ids[-1] == eos else None
+        if action is None:
+            self.end = "no_action"
+            return
+        observation, done, won = self.game.act(action)
+        if done:
+            self.end = "won" if won else "lost"
+        else:
+            self.hear(f"Observation: {observation}")
+
+    def row(self) -> dict:
+        """The episode as a row for oreo.py: what follows the last action is left out."""
+        first = self.actions.index(1) if self.turns else len(self.ids)
+        last = len(self.ids) - self.actions[::-1].index(1) if self.turns else first
+        return {
+            "question": self.name, "reward": float(self.end == "won"), "end": self.end, "turns": self.turns,
+            "prompt_ids": self.ids[:first], "response_ids": self.ids[first:last], "actions": self.actions[first:last],
+            "conversations": self.messages if self.messages[-1]["role"] == "assistant" else self.messages[:-1],
+        }
+
+
+# ---------------------------------------------------------------------------------------------- the games
+
+
+class TextWorldGame:
+    """A generated TextWorld game (a .z8 file). Its walkthrough is a list of commands that wins it."""
+
+    rules = TEXTWORLD
+
+    def __init__(self, path: str):
+        import textworld
+
+        wanted = textworld.EnvInfos(won=True, objective=True, description=True, extras=["walkthrough"])
+        self.env = textworld.start(path, request_infos=wanted)
+
+    def reset(self) -> str:
+        state = self.env.reset()
+        self.walkthrough = state["extra.walkthrough"]
+        return f"{tidy(state.objective)}\n{tidy(state.description)}"
+
+    def act(self, command: str) -> tuple[str, bool, bool]:
+        """-> what is seen, whether the game is over, whether it is won."""
+        state, _, done = self.env.step(command)
+        return tidy(state.feedback.partition("\n>")[0]), done, bool(state.won)
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class AlfworldGame:
+    """A game of ALFWorld (a game.tw-pddl file), by the package's own TextWorld environment."""
+
+    rules = ALFWORLD
+
+    def __init__(self, path: str):
+        import textworld
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+
+        self.env = textworld.start(path, textworld.EnvInfos(won=True), wrappers=[AlfredDemangler])
+        self.walkthrough = json.loads(Path(path).read_text()).get("walkthrough", [])
+
+    def reset(self) -> str:
+        return re.sub(r"^-= Welcome to TextWorld, ALFRED! =-\s*", "", self.env.reset().feedback.strip())
+
+    def act(self, command: str) -> tuple[str, bool, bool]:
+        """-> what is seen, whether the game is over, whether it is won."""
+        state, _, done = self.env.step(command)
+        seen = re.sub(r"^You arrive at [^.]*\. ", "", state.feedback.strip())
+        return seen, done or bool(state.won), bool(state.won)
+
+    def close(self) -> None:
+        self.env.close()
+
+
+def tidy(text: str) -> str:
+    """TextWorld's text without blank lines and runs of spaces."""
+    return "\n".join(" ".join(line.split()) for line in text.strip().splitlines() if line.strip())
+
+
+def find_games(source: str) -> list[tuple[str, str, type]]:
+    """(name, path, class) of each game of --games, in order of their names."""
+    if not source.startswith("alfworld:"):
+        kind, paths = TextWorldGame, sorted(Path(source).glob("*.z8"))
+        remedy = "--stage make generates some"
+    else:
+        splits = {"train": "train", "eval_in_distribution": "valid_seen", "eval_out_of_distribution": "valid_unseen"}
+        split = source.removeprefix("alfworld:")
+        if split not in splits:
+            raise InputError(f"--games {source}: expected alfworld: and one of {', '.join(splits)}")
+        data = Path(os.environ.get("ALFWORLD_DATA", Path.home() / ".cache" / "alfworld")) / "json_2.1.1"
+        # as ALFWorld does: tasks with movable receptacles or slices are not supported, some games have no solution
+        kind, remedy = AlfworldGame, "pip install alfworld, then alfworld-download (it sets $ALFWORLD_DATA)"
+        paths = [
+            path for path in sorted((data / splits[split]).rglob("game.tw-pddl"))
+            if "movable" not in str(path.parent) and "Sliced" not in str(path.parent)
+            and json.loads(path.read_text()).get("solvable")
+        ]  # fmt: skip
+    if not paths:
+        raise InputError(f"--games {source}: no games there; {remedy}")
+    names = [path.stem if kind is TextWorldGame else str(path.parent) for path in paths]
+    return [(name, str(path), kind) for name, path in zip(names, paths, strict=True)]
+
+
+def make_games(args: Args) -> None:
+    """Generate TextWorld games; those that are there already are left alone."""
+    import textworld
+    from tqdm import tqdm
+
+    Path(args.games).mkdir(parents=True, exist_ok=True)
+    for seed in tqdm(range(args.first_seed, args.first_seed + args.count), desc="make", unit="game"):
+        path = Path(args.games) / f"seed-{seed:06d}.z8"
+        if path.exists():
+            continue
+        options = textworld.GameOptions()
+        options.seeds, options.path = seed, str(path)
+        options.nb_rooms, options.nb_objects = args.rooms, args.objects
+        options.chaining.min_length = options.chaining.max_length = options.chaining.max_depth = args.quest_length
+        options.grammar.theme = "house"
+        textworld.make(options)
+
+
+# -------------------------------------------------------------------------------------------------- play
+
+
+@torch.no_grad()
+def state_values(value, states: list[list[int]], args: Args, world) -> list[float]:
+    """V of each text as it stands; every rank passes all texts, computes its share and gets all values."""
+    found = []
+    for shares in plan_micro_batches([len(ids) for ids in states], world.size, args.micro_batch_tokens):
+        mine = shares[world.rank]
+        batch = pack([(states[i], [0]) for i in mine], world.device)  # the token that is predicted is never read
+        found += zip(mine, value(batch).tolist(), strict=True)
+    return [v for _, v in sorted(gather_lists(found, world))]
+
+
+def choose(groups: list[list], episodes: list[Episode], value, tokenizer, args: Args, world) -> list[list[int]]:
+    """Of each episode's candidate answers the one that leads to the text of the highest value (a collective)."""
+    eos = tokenizer.eos_token_id
+    texts = [
+        episode.ids + (c.ids[:-1] if c.ids[-1] == eos else c.ids)
+        for episode, group in zip(episodes, groups, strict=True) for c in group
+    ]  # fmt: skip
+    counts = gather_lists([len(texts)], world)
+    values = state_values(value, gather_lists(texts, world), args, world)[sum(counts[: world.rank]) :]
+    chosen = []
+    for group in groups:
+        mine, values = values[: len(group)], values[len(group) :]
+        chosen.append(group[mine.index(max(mine))].ids)
+    return chosen
+
+
+def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]:
+    """Every game `repeat` times -> rows, of all ranks. Ranks play their own games, turn by turn together."""
+    template = Path(args.chat_template).read_text() if args.chat_template else None
+    jobs = [(game, r) for game in find_games(args.games) for r in range(repeat)]
+    numbers = range(world.rank, len(jobs), world.size)
+    eos = tokenizer.eos_token_id
+    sampler = make_sampler(
+        args.rollout, policy, world, stop_ids=[eos], max_batch_tokens=args.sampler_tokens,
+        max_tokens=args.max_episode_tokens, gpu_memory=args.rollout_gpu_memory,
+    )
+    sampler.sync(policy, version=0)
+    n, temperature = (args.candidates, args.temperature) if value else (1, args.temperature)
+    if args.stage == "evaluate" and not value:
+        temperature = 0.0
+    rows, waves = [], -(-len(jobs) // (world.size * args.parallel))
+    for wave in range(waves):
+        episodes = []
+        for number in numbers[wave * args.parallel : (wave + 1) * args.parallel]:
+            (name, path, kind), _ = jobs[number]
+            episodes.append(Episode(name, number, kind(path), tokenizer, template))
+        for turn in range(args.max_turns + 1):
+            for e in episodes:
+                if not e.end and turn == args.max_turns:
+                    e.end = "max_turns"
+                elif not e.end and len(e.ids) + args.max_turn_tokens > args.max_episode_tokens:
+                    e.end = "too_long"
+            live = [e for e in episodes if not e.end]
+            if not any(gather_lists([len(live)], world)):
+                break
+            groups = sampler.generate(
+                [e.ids for e in live], n=n, keys=[e.number for e in live], seed=args.seed * 1_000_003 + turn,
+                sampling=Sampling(args.max_turn_tokens, temperature),
+                progress=f"wave {wave + 1} of {waves}, turn {turn + 1}" if world.main else None,
+            )
+            said = choose(groups, live, value, tokenizer, args, world) if value else [g[0].ids for g in groups]
+            for e, ids in zip(live, said, strict=True):
+                e.say(ids)
+        for e in episodes:
+            e.game.close()
+        rows += [(e.number, e.row()) for e in episodes]
+    sampler.close()
+    return [row for _, row in sorted(gather_lists(rows, world), key=lambda row: row[0])]
+
+
+def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
+    """Every game by its walkthrough -> rows. Raises InputError for one that does not win."""
+    template = Path(args.chat_template).read_text() if args.chat_template else None
+    rows = []
+    for name, path, kind in find_games(args.games):
+        episode = Episode(name, 0, kind(path), tokenizer, template)
+        for command in episode.game.walkthrough:
+            if not episode.end:
+                answer = f"Action: {command}{tokenizer.eos_token}"
+                episode.say(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        episode.game.close()
+        if episode.end != "won":
+            raise InputError(f"--games {args.games}: the walkthrough of {name} does not win it")
+        rows.append(episode.row())
+    return rows
+
+
+def words_of_games(args: Args) -> list[str]:
+    """All that is said when every game is played by its walkthrough."""
+    texts = ["OK", "Observation: ", "Thought: ", "Action: "]
+    for _, path, kind in find_games(args.games):
+        game = kind(path)
+        texts += [kind.rules, game.reset()]
+        for command in game.walkthrough:
+            texts += [f" {command}", f" {game.act(command)[0]}"]
+        game.close()
+    return texts
+
+
+def word_tokenizer(texts: list[str]):
+    """A tokenizer with one token for each word of the texts, with the space before it; others are <|unk|>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pattern = r" ?[A-Za-z]+|\d|[\s\S]"
+    words = sorted({piece for text in texts for piece in re.findall(pattern, text)})
+    special = ["<|pad|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>"]
+    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate([*special, *words])}, unk_token="<|unk|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|eos|>", unk_token="<|unk|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"], clean_up_tokenization_spaces=False,
+        chat_template="{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    )
+
+
+def scratch_model(args: Args, world) -> str:
+    """A Qwen2 of random weights in OUT/model, with a token for each word of the games' walkthroughs."""
+    tokenizer, path = word_tokenizer(words_of_games(args)), Path(args.out) / "model"
+    config = dict(SCRATCH, vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    export(load_policy("scratch", world, from_config=config, seed=args.seed), tokenizer, path, world)
+    return str(path)
+
+
+def check(args: Args) -> None:
+    """Raise InputError for settings that cannot work together."""
+    for name in ("repeat", "candidates", "max_turns", "max_turn_tokens", "parallel", "count", "quest_length"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
+    if args.stage != "make" and not args.model:
+        raise InputError(f"--stage {args.stage} needs --model")
+    if args.temperature <= 0 and (args.stage == "collect" or args.value):
+        raise InputError(f"--temperature {args.temperature}: answers that shall differ need a positive one")
+    if args.chat_template and not Path(args.chat_template).is_file():
+        raise InputError(f"--chat_template {args.chat_template}: no such file")
+
+
+def main(args: Args) -> dict | None:
+    check(args)
+    try:
+        if args.stage == "make":
+            return make_games(args)
+        world = init_world()
+        if args.stage == "expert":
+            if world.size > 1:
+                raise InputError("--stage expert runs in one process")
+            model = scratch_model(args, world) if args.model == "scratch" else args.model
+            rows = play_walkthroughs(args, load_tokenizer(model))
+        else:
+            tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, world)
+            value = load_policy(args.value, world, kind=ValueModel) if args.value else None
+            rows = play(args, tokenizer, policy, value, world, args.repeat if args.stage == "collect" else 1)
+    except ModuleNotFoundError as error:
+        if error.name not in ("textworld", "alfworld"):
+            raise
+        raise InputError(f"{args.games} needs {error.name}: pip install -r requirements-agents.txt") from error
+    ends = [row["end"] for row in rows]
+    result = {
+        "success": ends.count("won") / len(rows), "episodes": len(rows),
+        "ends": {end: ends.count(end) for end in sorted(set(ends))},
+        "turns": sum(row["turns"] for row in rows) / len(rows),
+        "games": args.games, "model": args.model, "value": args.value,
+        "candidates": args.candidates if args.value else 1, "seed": args.seed,
+    }
+    if world.main:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        partial = out / "rows.partial.jsonl"
+        played = [row for row in rows if row["turns"]]  # the others' first observation is too long for an answer
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in played))
+        os.replace(partial, out / "rows.jsonl")
+        (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{out}/rows.jsonl: {result}")
+    gather_lists([], world)  # nobody leaves before the file is there
+    return result
+
+
+if __name__ == "__main__":
+    launch(main, parse_args(Args, None))

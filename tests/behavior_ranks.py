@@ -1,0 +1,73 @@
+"""Run by test_behavior_runs.py under torchrun: gradients on fixed rows, and an influence run, written by rank 0."""
+
+import dataclasses
+import json
+import random
+import sys
+
+import torch
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, ".")
+import behavior_injection as bridge  # noqa: E402
+from behavior_injection import Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
+from common.trainer import init_world, launch, load_policy  # noqa: E402
+from common.verifiers import Verdict  # noqa: E402
+from tests.conftest import NANO  # noqa: E402
+
+
+def odd_length(responses, golds, **_):
+    """A verifier by which even an untrained model is right half of the time."""
+    return [Verdict(float(len(response) % 2), "ok") for response in responses]
+
+
+def fixed_rows() -> list[Row]:
+    rng = random.Random(5)
+
+    def ids(n):
+        return [rng.randrange(2, 61) for _ in range(n)]
+
+    rows = []
+    for i in range(13):
+        prompt, response = ids(rng.randint(1, 20)), ids(rng.randint(1, 30))
+        rows.append(Row(prompt, response, i // 4, [-1.0] * len(response), advantage=rng.uniform(-1, 1)))
+    return rows
+
+
+def gradient(world, what: str, micro_batch_tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The whole gradient and the metrics of an update: of RL, of RL with a KL mask, or of SFT."""
+    args = dataclasses.replace(
+        Args(), micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01, kl_coef=0.3, sft_rows_per_mean=4,
+        kl_mask=0.01 if what == "masked" else 0.0,
+    )
+    policy = load_policy("nano", world, from_config=NANO, seed=3)
+    rows = fixed_rows()
+    if what == "sft":
+        metrics = accumulate_sft_gradient(policy, rows, args, world)
+    else:
+        old = [logp - 0.1 for logp in policy_logps(policy, rows, args, world)]
+        reference = load_policy("nano", world, from_config=NANO, seed=4).requires_grad_(False)
+        metrics = accumulate_gradient(policy, rows, old, policy_logps(reference, rows, args, world), args, world)
+    grads = {}
+    for name, p in policy.named_parameters():
+        grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+    return grads, metrics
+
+
+def main(out: str, *settings: str) -> None:
+    world = init_world()
+    torch.set_num_threads(1)
+    for what in ("rl", "masked", "sft"):
+        for tokens in (32, 10_000):
+            grads, metrics = gradient(world, what, tokens)
+            if world.main:
+                torch.save(grads, f"{out}/{what}-{tokens}.pt")
+                with open(f"{out}/{what}-{tokens}.json", "w") as file:
+                    json.dump(metrics, file)
+    bridge.grade = odd_length
+    args = bridge.parse_args(Args, list(settings), preset=bridge.PRESETS)
+    bridge.influence(bridge.settings_of(args, "influence", "bridge"), world)
+
+
+if __name__ == "__main__":
+    launch(lambda words: main(*words), sys.argv[1:])

@@ -1,0 +1,100 @@
+"""Run by test_oreo_runs.py under torchrun: the gradients of one update on fixed rows, written by rank 0, and a whole
+run: collect, train, search."""
+
+import dataclasses
+import json
+import random
+import sys
+
+import torch
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, ".")
+import oreo  # noqa: E402
+from common.trainer import ValueModel, init_world, launch, load_policy, parse_args  # noqa: E402
+from oreo import PRESETS, STAGES, VARIANTS, Args, Row, accumulate_gradient, state_values  # noqa: E402
+from tests.conftest import NANO  # noqa: E402
+
+SMALL = [
+    "--preset", "tiny", "--data", "igsm:1-2", "--igsm_problems", "12", "--eval_data", "igsm:1-2", "--eval_limit", "4",
+    "--max_response_tokens", "40", "--batch_size", "8", "--steps", "3", "--samples", "4", "--eval_every", "2",
+    "--save_every", "0", "--lr", "1e-3", "--verifier", "tests.oreo_ranks:even_length",
+]  # fmt: skip
+KINDS = ("oreo-token", "oreo-step", "oreo-response", "rejection", "dpo", "kto")
+MICRO_BATCHES = (32, 90, 10_000)
+
+
+def even_length(response: str, gold: str) -> float:
+    """A verifier that a model of random weights satisfies now and then."""
+    return float(len(response) % 2 == 0)
+
+
+def fixed_units(kind: str) -> list[list[Row]]:
+    """Rows of mixed lengths, some with tokens of an environment in them; pairs for dpo."""
+    rng = random.Random(5)
+    rows = []
+    for i in range(12):
+        response = [rng.randrange(2, 61) for _ in range(rng.randint(1, 30))]
+        actions = [True] + [rng.random() < 0.8 for _ in response[1:]]
+        steps = [k == 0 or (a and rng.random() < 0.3) for k, a in enumerate(actions)]
+        prompt = [rng.randrange(2, 61) for _ in range(rng.randint(1, 20))]
+        rows.append(Row(prompt, response, actions, steps, float(i % 2 == 0), i // 4, i))
+    return [rows[i : i + 2] for i in range(0, 12, 2)] if kind == "dpo" else [[row] for row in rows]
+
+
+def gradients(world, kind: str, micro_batch_tokens: int):
+    """({name: gradient} of policy and value, losses, what was measured of the rows) of an update in which the policy
+    is not the reference and the value's head not zero."""
+    stage, _, variant = kind.partition("-")
+    words = ["--stage", stage, *(["--variant", variant] if variant else []), "--beta", "0.3", "--kl_coef", "0.3"]
+    args = parse_args(Args, [*words, "--micro_batch_tokens", str(micro_batch_tokens)], stage=STAGES, variant=VARIANTS)
+    policy, reference = (load_policy("nano", world, from_config=NANO, seed=seed) for seed in (3, 4))
+    value = load_policy("nano", world, from_config=NANO, seed=5, kind=ValueModel)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in value.named_parameters():
+        if name.endswith("score.weight"):
+            head = torch.randn(1, NANO["hidden_size"], generator=generator)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            rows = head if world.rank == 0 else head[:0]  # one row: it is rank 0's
+            local.data.copy_(rows[: len(local)])
+    units = fixed_units(kind)
+    losses = accumulate_gradient(policy, value, reference.requires_grad_(False), units, args, world)
+    grads = {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for model in (policy, value) for name, p in model.named_parameters() if p.grad is not None
+    }  # fmt: skip
+    rows = [row for unit in units for row in unit]
+    measured = [[row.logp, row.log_ratio, row.kl, row.last_value, *(row.values or [])] for row in rows]
+    values = state_values(value, [row.prompt for row in rows], args, world)
+    return grads, {"losses": losses, "measured": measured, "values": values}
+
+
+def settings(model: str, *words) -> Args:
+    """Those of a run of seconds."""
+    words = [*SMALL, "--model", model, *map(str, words)]
+    return parse_args(Args, words, stage=STAGES, variant=VARIANTS, preset=PRESETS)
+
+
+def run(model: str, out: str) -> None:
+    """Collect and train, then search with what came of it."""
+    args = settings(model, "--out", out)
+    oreo.main(args)
+    searching = dict(stage="search", model=f"{out}/model", value=f"{out}/value", width=2)
+    oreo.main(dataclasses.replace(args, **searching))
+
+
+def main(out: str, model: str) -> None:
+    world = init_world()
+    torch.set_num_threads(1)
+    for kind in KINDS:
+        for tokens in MICRO_BATCHES:
+            grads, results = gradients(world, kind, tokens)
+            if world.main:
+                torch.save(grads, f"{out}/{kind}-{tokens}.pt")
+                with open(f"{out}/{kind}-{tokens}.json", "w") as file:
+                    json.dump(results, file)
+    run(model, f"{out}/run")
+
+
+if __name__ == "__main__":
+    launch(lambda words: main(*words), sys.argv[1:])

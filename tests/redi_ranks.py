@@ -1,0 +1,61 @@
+"""Run by test_redi_runs.py under torchrun: gradients of one update on fixed pairs, written by rank 0."""
+
+import random
+import sys
+from array import array
+
+import torch
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, ".")
+from common.trainer import init_world, launch, load_policy  # noqa: E402
+from redi import Args, Pair, accumulate_gradient  # noqa: E402
+from tests.conftest import NANO  # noqa: E402
+
+CASES = ("sft", "redi", "redi-single", "dpo", "simpo")
+TOKENS = (32, 100, 10_000)  # of a micro-batch
+
+
+def fixed_pairs(case: str) -> list[Pair]:
+    """Pairs of mixed lengths and weights; in redi-single a third has no right and a third no wrong trace."""
+    rng = random.Random(5)
+
+    def ids(low, high):
+        return array("i", [rng.randrange(2, 61) for _ in range(rng.randint(low, high))])
+
+    pairs = []
+    for i in range(7):
+        pair = Pair(ids(1, 20), ids(1, 30), ids(1, 30), rng.uniform(0.5, 2), i, (-50.0 - i, -60.0))
+        if case == "sft" or (case == "redi-single" and i % 3 == 1):
+            pair.rejected = array("i")
+        elif case == "redi-single" and i % 3 == 2:
+            pair.chosen = array("i")
+        pairs.append(pair)
+    return pairs
+
+
+def gradient(world, case: str, micro_batch_tokens: int):
+    """The whole gradient of an update, and what it found out about each pair."""
+    stage, loss = ("sft", "redi") if case == "sft" else ("redi", case.split("-")[0])
+    args = Args(stage=stage, loss=loss, beta=0.3, micro_batch_tokens=micro_batch_tokens)
+    policy = load_policy("nano", world, from_config=NANO, seed=3)
+    pairs = fixed_pairs(case)
+    accumulate_gradient(policy, pairs, args, world)
+    grads = {}
+    for name, p in policy.named_parameters():
+        grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+    return grads, [(p.loss, *p.logp, *p.entropy) for p in pairs]
+
+
+def main(out: str) -> None:
+    world = init_world()
+    torch.set_num_threads(1)
+    for case in CASES:
+        for tokens in TOKENS:
+            result = gradient(world, case, tokens)
+            if world.main:
+                torch.save(result, f"{out}/{case}-{tokens}.pt")
+
+
+if __name__ == "__main__":
+    launch(main, sys.argv[1])

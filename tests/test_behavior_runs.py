@@ -1,0 +1,250 @@
+"""behavior_injection.py from end to end on models that train in seconds: stages, ranks, a crash, bad input."""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import behavior_injection as bridge
+from common.data import InputError, batch_indices
+from common.trainer import load_tokenizer, parse_args, read_metrics
+from tests import behavior_ranks as ranks
+from tests.conftest import ROOT, run_script
+
+SMALL = [
+    "--preset", "tiny", "--arms", "vanilla", "bridge", "--base_problems", "80", "--base_steps", "2",
+    "--sft_problems", "12", "--sft_batch_size", "4", "--sft_steps", "2", "--rl_problems", "20", "--eval_problems", "6",
+    "--ops", "1", "3", "--val_ops", "2", "2", "--test_ops", "2", "3", "--base_ops", "1", "2", "--batch_size", "4",
+    "--group_size", "4", "--max_response_tokens", "50", "--steps", "2", "--eval_every", "2", "--save_every", "0",
+    "--influence_queries", "6", "--influence_group", "4", "--kernel_queries", "4",
+]  # fmt: skip
+
+
+def settings(*words, **changes):
+    return dataclasses.replace(parse_args(bridge.Args, [*SMALL, *map(str, words)], preset=bridge.PRESETS), **changes)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Everything in one command, with a verifier that makes half of the answers right; a folder not to be changed."""
+    out = tmp_path_factory.mktemp("pipeline") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bridge, "grade", ranks.odd_length)
+        bridge.main(settings("--out", out))
+    return out
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path):
+    """A copy to work in."""
+    return shutil.copytree(pipeline, tmp_path / "run")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_command_makes_data_models_influence_and_a_table(pipeline):
+    results = json.loads((pipeline / "results.json").read_text())
+    assert results.keys() == {"base", "vanilla", "bridge"}
+    for arm in ("vanilla", "bridge"):
+        for stage, n in (("sft", [1, 2]), ("rl", [0, 1, 2])):
+            rows = read_metrics(pipeline / arm / stage)
+            assert [row["step"] for row in rows] == n
+            assert all(math.isfinite(value) for row in rows for value in row.values())
+            assert (pipeline / arm / stage / "model" / "model.safetensors").exists()
+            tests = results[arm][stage]
+            for test in ("test_id", "test_ood"):
+                assert {"accuracy", "chain", "accuracy_other", "reflections", "truncated"} <= tests[test].keys()
+                assert tests[test]["questions"] == 6
+        assert rows[-1]["mismatch/max"] < 1e-4 and rows[1]["policy/kl_ref"] < 1e-9 < rows[2]["policy/kl_ref"]
+        responses = read(pipeline / arm / "rl" / "samples.jsonl")
+        assert {"step", "reward", "advantage", "gold", "prompt", "response"} == responses[0].keys()
+        assert rows[-1]["tokens/sampled"] == sum(16 * row["length/own"] for row in rows[1:])
+        found = results[arm]["influence"]
+        queries = read(pipeline / arm / "influence" / "queries.jsonl")
+        assert found["queries"] == len(queries) == 6 == sum(group["queries"] for group in found["by_right"])
+        assert found["never"] + found["sometimes"] + found["always"] == pytest.approx(1)
+        assert found["dJ"] == pytest.approx(sum(q["dJ"] for q in queries) / 6)
+        assert all(q["dJ"] == 0 for q in queries if q["right"] in (0, 4))
+        assert any(q["dJ"] for q in queries) and all(abs(q["cosine"]) <= 1 for q in queries)
+    for name in ("curves.png", "influence.png", "bridge/influence/influence.png", "bridge/rl/curves.png"):
+        assert (pipeline / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_arms_tell_the_same_problems(tmp_path, world):
+    arms = list(bridge.arms_of(settings()))
+    bridge.make_data(settings("--out", tmp_path, "--arms", *arms), world)
+    told = {arm: read(tmp_path / "data" / f"sft_{arm}.jsonl") for arm in arms}
+    assert {arm: len(rows) for arm, rows in told.items()} == {arm: 48 if "aug" in arm else 12 for arm in arms}
+    vanilla, injected, augmented = told["vanilla"], told["bridge"], told["pp_aug"]
+    assert [row["prompt"] for row in vanilla] == [row["prompt"] for row in injected]
+    assert [row["target"] for row in vanilla] != [row["target"] for row in injected]
+    for i, row in enumerate(vanilla):
+        copies = augmented[4 * i : 4 * i + 4]
+        assert copies[0] == row and all(copy["target"] == row["target"] for copy in copies)
+        lines = [sorted(copy["prompt"][0]["content"].split("\n")) for copy in copies]
+        assert lines == [lines[0]] * 4
+    templates = [{row["extra_info"]["template"] for row in read(tmp_path / "data" / f"{name}.jsonl")}
+                 for name in ("sft_vanilla", "rl", "influence", "base", "val", "test_id", "test_ood")]  # fmt: skip
+    assert not set.union(*templates[:4]) & set.union(*templates[4:])
+
+
+def test_the_same_command_again_keeps_the_data_and_ends_with_the_same_bits(folder, world):
+    model = folder / "bridge" / "sft" / "model" / "model.safetensors"
+    before, data = model.read_bytes(), {path: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
+    model.unlink()
+    bridge.make_data(settings("--out", folder), world)
+    bridge.main(settings("--out", folder, "--stage", "sft", "--arms", "bridge"))
+    assert model.read_bytes() == before
+    assert data == {path: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
+
+
+def test_the_gradient_and_the_influence_are_the_same_for_one_and_two_ranks(pipeline, folder, tmp_path, world):
+    run_script("tests/behavior_ranks.py", tmp_path, *SMALL, "--out", folder, ranks=2)
+    for what in ("rl", "masked", "sft"):
+        expected, metrics = ranks.gradient(world, what, 10_000)
+        if what != "sft":
+            assert (0 < metrics["policy/masked"] < 1) == (what == "masked")
+        size = max(g.abs().max().item() for g in expected.values())
+        for tokens in (32, 10_000):
+            one, one_metrics = ranks.gradient(world, what, tokens)
+            two = torch.load(tmp_path / f"{what}-{tokens}.pt")
+            two_metrics = json.loads((tmp_path / f"{what}-{tokens}.json").read_text())
+            for name, value in expected.items():
+                torch.testing.assert_close(one[name], value, rtol=0, atol=2e-6 * size)
+                torch.testing.assert_close(two[name], value, rtol=0, atol=2e-6 * size)
+            assert one_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+            assert two_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    one, two = (read(at / "bridge/influence/queries.jsonl") for at in (pipeline, folder))
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-6)
+    one, two = (json.loads((at / "bridge/influence/influence.json").read_text()) for at in (pipeline, folder))
+    for pair, values in one["kernel"].items():
+        assert two["kernel"][pair] == pytest.approx(values, rel=1e-3, abs=1e-5)
+
+
+def test_the_difference_along_g_agrees_with_the_inner_product_of_gradients(pipeline):
+    for arm in ("vanilla", "bridge"):
+        assert json.loads((pipeline / arm / "influence" / "influence.json").read_text())["relative_error"] < 2e-3
+
+
+def test_the_own_influence_is_in_the_papers_form_only(folder, world, monkeypatch):
+    monkeypatch.setattr(bridge, "grade", ranks.odd_length)
+    for own in (True, False):
+        args = settings("--out", folder, influence_self=own, kernel_dims=200_000)
+        bridge.influence(bridge.settings_of(args, "influence", "bridge"), world)
+        found = json.loads((folder / "bridge" / "influence" / "influence.json").read_text())
+        queries = read(folder / "bridge" / "influence" / "queries.jsonl")
+        # G of the queries themselves: mean dJ = <mean grad J(q), G> = |G|^2
+        squared = pytest.approx(found["G_norm"] ** 2, rel=0.01)
+        assert (sum(q["dJ_inner"] for q in queries) / 6 == squared) == own
+    assert found["kernel_dJ"]["with own answers"] > found["kernel_dJ"]["without"]
+
+
+@pytest.mark.parametrize("prompt_loss", [True, False])
+def test_sft_trains_on_prompts_and_solutions_or_on_solutions_alone(folder, world, prompt_loss):
+    """The logged loss of the first step is that of a plain Transformers model on the whole texts."""
+    args = settings("--out", folder, prompt_loss=prompt_loss, sft_steps=1, sft_rows_per_mean=0)
+    tokenizer = load_tokenizer(str(folder / "base" / "model"))
+    lm = AutoModelForCausalLM.from_pretrained(folder / "base" / "model")
+    examples, _, _ = bridge.read_examples("sft_bridge", tokenizer, args, traces="needed")
+    losses = []
+    for i in batch_indices(len(examples), 4, 0, args.seed):
+        example = examples[i]
+        ids = torch.tensor(example.prompt + example.trace)
+        assert tokenizer.decode(ids).endswith("<|eos|>")
+        logp = lm(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        losses.append(-(logp if prompt_loss else logp[len(example.prompt) - 1 :]))
+    bridge.train(bridge.settings_of(args, "sft", "bridge"), world)
+    [row] = read_metrics(folder / "bridge" / "sft")
+    assert row["sft/loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+
+
+def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder):
+    tokenizer = load_tokenizer(str(folder / "base" / "model"))
+    before = bridge.read_examples("rl", tokenizer, settings("--out", folder))[0][0]
+    assert before.text.count("<think>") == 1
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "")
+    after = bridge.read_examples("rl", tokenizer, settings("--out", folder))[0][0]
+    assert after.text == before.text and after.text.endswith("<think>\n") and after.prompt == before.prompt
+
+
+def test_after_kill_minus_9_the_same_command_ends_with_the_same_bits(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "whole")
+    words = [sys.executable, "behavior_injection.py", *SMALL, "--arms", "bridge", "--stage", "rl", "--steps", "6",
+             "--save_every", "2", "--eval_every", "0", "--out"]  # fmt: skip
+    for at in (folder, tmp_path / "whole"):
+        shutil.rmtree(at / "bridge" / "rl")
+    victim = subprocess.Popen([*words, folder], cwd=ROOT)
+    log = folder / "bridge" / "rl" / "metrics.jsonl"
+    deadline = time.time() + 200
+    while time.time() < deadline and not (log.exists() and '"step": 3,' in log.read_text()):
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)  # in the middle of step 4; the checkpoint is of step 2
+    victim.wait()
+    assert not (folder / "bridge" / "rl" / "model").exists()
+    for at in (folder, tmp_path / "whole"):
+        subprocess.run([*words, at], cwd=ROOT, check=True, capture_output=True)
+    a, b = ((at / "bridge/rl/model/model.safetensors").read_bytes() for at in (folder, tmp_path / "whole"))
+    assert a == b
+    timed = ("seconds/", "memory/", "speed/")
+    a, b = (
+        [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(at / "bridge" / "rl")]
+        for at in (folder, tmp_path / "whole")
+    )
+    assert a == b and len(a) == 6
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--arms", "bridge", "oops"], "--arms oops: no such arm; there are vanilla, bridge"),
+        (["--analysis", "often"], '--analysis must be a chance from 0 to 1 or "table", not often'),
+        (["--reflection", "2"], "problems of sft: reflection must be a chance"),
+        (["--base_problems", "0"], "--model scratch and --base_problems 0"),
+        (["--batch_size", "5", "--updates_per_step", "2"], "--batch_size 5 does not divide into --updates_per_step 2"),
+        (["--steps", "0"], "--steps must be positive"),
+        (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
+        (["--ops", "40", "40"], "problems of sft: no problem of 40 to 40 operations"),
+        (["--stage", "sft"], "sft_vanilla.jsonl is missing: run --stage data first"),
+        (["--stage", "rl", "--sft_model", "no/such"], "--sft_model no/such is the model of one arm"),
+        (["--stage", "rl", "--sft_model", "no/such", "--arms", "bridge"], "--model no/such: no tokenizer there"),
+        (["--stage", "eval"], "no model there; run --stage sft and --stage rl first"),
+    ],
+)
+def test_bad_settings_get_one_message(tmp_path, words, message, pipeline):
+    if words[1] == "sft":  # a base model is there, the data are not
+        shutil.copytree(pipeline / "base", tmp_path / "run" / "base")
+    with pytest.raises(InputError, match=message):
+        bridge.main(settings("--out", tmp_path / "run", *words))
+    assert not list(tmp_path.rglob("metrics.jsonl")) or words[1] == "sft"
+
+
+def test_too_few_rows_and_other_settings_are_named(folder, world):
+    with pytest.raises(InputError, match="rl.jsonl: 20 rows are fewer than a batch of 32"):
+        bridge.train(bridge.settings_of(settings("--out", folder, "--batch_size", "32"), "rl", "bridge"), world)
+    with pytest.raises(InputError, match="12 questions fit, 40 are needed"):
+        args = settings("--out", folder, "--influence_queries", "20")
+        bridge.influence(bridge.settings_of(args, "influence", "bridge"), world)
+    args = settings("--out", folder, "--save_every", "1", "--steps", "1", "--eval_every", "0")
+    bridge.train(bridge.settings_of(args, "rl", "bridge"), world)
+    with pytest.raises(InputError, match="--kl_coef 0.001 there, 0.5 here"):
+        bridge.train(bridge.settings_of(dataclasses.replace(args, kl_coef=0.5), "rl", "bridge"), world)
+
+
+def test_bad_input_exits_with_code_2_and_one_line():
+    result = run_script("behavior_injection.py", *SMALL, "--arms", "oops", check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("behavior_injection.py: error: --arms oops: no such arm")

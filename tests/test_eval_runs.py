@@ -1,0 +1,185 @@
+"""eval.py end to end on the repository's tiny model: files, ranks, killed and resumed, other graders, bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import eval as evaluation
+import igsm
+from common.data import InputError
+from tests.conftest import ROOT, run_script
+
+MODEL = str(ROOT / "models/tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two small benchmarks; of the first every row comes twice."""
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    symbolic = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False)
+    rows = []
+    for name, ops, repeats, seed in (("short", (1, 2), 2, 1), ("long", (3, 4), 1, 2)):
+        problems = [igsm.row(p, "test") for p in igsm.problems(6, ops=ops, seed=seed, **symbolic)]
+        rows += [row | {"data_source": name} for row in problems] * repeats
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def args(data, out, **settings):
+    settings = dict(n=3, max_tokens=48, temperature=1.0, sampler_tokens=450, rollout="embedded") | settings
+    return evaluation.Args(model=MODEL, data=(data,), out=str(out), verifier=("boxed", "exact"), **settings)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of one process that nothing interrupted."""
+    out = tmp_path_factory.mktemp("finished")
+    evaluation.main(args(data, out))
+    return out
+
+
+def command(data, out):
+    """The same run as a command."""
+    settings = ["-n", "3", "--max_tokens", "48", "--temperature", "1.0", "--sampler_tokens", "450"]
+    settings += ["--rollout", "embedded", "--verifier", "boxed", "exact"]
+    return ["eval.py", "--model", MODEL, "--data", data, "--out", str(out), *settings]
+
+
+def test_a_run_leaves_numbers_samples_and_tables(finished, data):
+    results = json.loads((finished / "results.json").read_text())
+    assert list(results) == ["short", "long", "average"]
+    assert (results["short"]["rows"], results["short"]["questions"], results["short"]["answers"]) == (12, 6, 18)
+    assert (results["long"]["rows"], results["long"]["questions"]) == (6, 6)
+    assert results["average"] == pytest.approx((results["short"]["pass@1"] + results["long"]["pass@1"]) / 2)
+    assert sum(results["short"]["verifier"].values()) == 18
+    records = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert [r["benchmark"] for r in records] == ["short"] * 6 + ["long"] * 6
+    tokens = [a["tokens"] for r in records[:6] for a in r["answers"]]
+    assert results["short"]["mean_tokens"] == pytest.approx(sum(tokens) / 18)
+    assert max(tokens) <= 48 and all(a["truncated"] <= (a["tokens"] == 48) for r in records for a in r["answers"])
+    assert not any("<|" in a["text"] for r in records for a in r["answers"] if not a["truncated"])  # no stop token
+    assert "| short" in (finished / "results.md").read_text() and (finished / "results.png").stat().st_size > 5000
+    assert not list(finished.glob("*part*"))
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_alike(finished, data, tmp_path):
+    process = subprocess.Popen([sys.executable, *command(data, tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    part, deadline = tmp_path / "samples.part-0.jsonl", time.monotonic() + 120
+    while not (part.exists() and part.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < part.read_bytes().count(b"\n") < 12, "it was to be killed while it samples"
+    evaluation.main(args(data, tmp_path))
+    for name in ("samples.jsonl", "results.json", "results.md"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize("left", [0, 0.3, 0.6])
+def test_whatever_a_killed_run_left_nothing_is_lost_or_doubled(finished, data, tmp_path, left):
+    whole = (finished / "samples.jsonl").read_bytes()
+    shutil.copy(finished / "args.json", tmp_path)
+    (tmp_path / "samples.jsonl").write_bytes(whole[: whole.index(b"\n") + 1])  # a merge was completed, parts remain
+    (tmp_path / "samples.part-0.jsonl").write_bytes(whole[: int(left * len(whole))])
+    (tmp_path / "samples.part-3.jsonl").write_bytes(b'{"id": "cut')
+    evaluation.main(args(data, tmp_path))
+    assert (tmp_path / "samples.jsonl").read_bytes() == whole
+    assert not list(tmp_path.glob("*part*"))
+
+
+def test_two_ranks_share_the_questions_and_draw_the_same(finished, data, tmp_path):
+    run_script(*command(data, tmp_path), ranks=2)
+    for name in ("samples.jsonl", "results.json"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_other_graders_grade_what_is_there_and_nothing_is_sampled(finished, data, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "again")
+    monkeypatch.setattr(evaluation, "load_policy", None)
+    changed = args(data, tmp_path / "again")
+    changed.verifier = ("mcq", "boxed")
+    evaluation.main(changed)
+    results = json.loads((tmp_path / "again/results.json").read_text())
+    before = json.loads((finished / "results.json").read_text())
+    assert results["short"]["graders"]["boxed"] == before["short"]["pass@1"]
+    assert set(results["short"]["graders"]) == {"mcq", "boxed"}
+
+
+def test_other_settings_other_data_or_other_weights_need_another_folder(finished, data, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    with pytest.raises(InputError, match="temperature 1.0 there, 0.5 here"):
+        evaluation.main(args(data, out, temperature=0.5))
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1000:] = bytes(1000)
+    (model / "model.safetensors").write_bytes(weights)
+    moved = args(data, out)
+    moved.model = str(model)
+    settings = json.loads((out / "args.json").read_text()) | {"model": str(model)}
+    (out / "args.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="weights_digest"):
+        evaluation.main(moved)
+
+
+def test_difficulty_is_that_of_another_run(finished, data, tmp_path):
+    evaluation.main(args(data, tmp_path, n=1, temperature=0, limit=3, buckets=str(finished)))
+    results = json.loads((tmp_path / "results.json").read_text())
+    buckets = results["short"]["by_difficulty"]
+    assert sum(b["questions"] for b in buckets.values()) == results["short"]["questions"] == 3
+    assert results["short"]["answers"] == 3 and "## By difficulty" in (tmp_path / "results.md").read_text()
+
+
+def test_comparing_uses_the_questions_that_all_runs_have(finished, data, tmp_path, capsys):
+    evaluation.main(args(data, tmp_path / "greedy", temperature=0, limit=4))
+    out = tmp_path / "out"
+    runs = (str(finished), str(tmp_path / "greedy"))
+    evaluation.main(evaluation.Args(compare=runs, out=str(out), verifier=("boxed",)))
+    assert "4 questions were not asked in all runs" in capsys.readouterr().out
+    text = (out / "comparison.md").read_text()
+    assert "| average" in text and "| temperature" in text and (out / "comparison.png").exists()
+    assert (out / "comparison.csv").read_text().count("\n") == 1 + 3 * 2
+    with pytest.raises(InputError, match="without a verdict of full"):
+        evaluation.main(evaluation.Args(compare=(str(finished),) * 2, out=str(out), verifier=("full",)))
+
+
+def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsys):
+    evaluation.main(args(data, tmp_path / "out", dry_run=True))
+    said = capsys.readouterr().out
+    assert "short: 12 rows, 6 questions, 18 answers to draw" in said and "ids (" in said and "gold: " in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(n=0), "--n must be positive"), (dict(top_p=0), "--top_p 0"), (dict(temperature=-1), "--temperature -1"),
+        (dict(max_tokens=5000), "--max_tokens .* or less fits"), (dict(stop_tokens=("<|im_end|>",)), "--stop_tokens"),
+        (dict(buckets="nowhere"), "nowhere: no evaluation there"), (dict(compare=("one",)), "two or more"),
+        (dict(template="no-such"), "--template no-such"), (dict(rollout="nobody"), "--rollout nobody"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused(data, tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        evaluation.main(args(data, tmp_path, **settings))
+
+
+def test_an_unknown_grader_is_refused_before_anything_is_sampled(data, tmp_path):
+    wrong = args(data, tmp_path)
+    wrong.verifier = ("boxed", "no_such_module:reward")
+    with pytest.raises(InputError, match="--verifier no_such_module:reward"):
+        evaluation.main(wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_error_is_one_line_and_exit_code_2():
+    result = run_script("eval.py", "--model", MODEL, "--data", "missing.parquet", check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == "eval.py: error: missing.parquet: no such file or folder"

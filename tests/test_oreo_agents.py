@@ -1,0 +1,255 @@
+"""oreo_agents.py: the protocol, episodes as rows, choosing by value; and the real games where they are installed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import oreo
+import oreo_agents
+from common.data import InputError
+from common.rollout import Completion
+from common.trainer import ValueModel, load_policy
+from oreo_agents import Args, Episode, parse_action, play, word_tokenizer
+from tests.conftest import NANO
+
+
+class Door:
+    """Open the door, then go: two commands win it; "jump" loses it."""
+
+    rules = "Open the door and go."
+    walkthrough = ["open door", "go out"]
+
+    def __init__(self, path):
+        self.open = False
+
+    def reset(self):
+        return "A door."
+
+    def act(self, command):
+        if command == "open door":
+            self.open = True
+            return "The door is open.", False, False
+        over = command == "jump" or (command == "go out" and self.open)
+        return "It is over." if over else "Nothing happens.", over, over and self.open
+
+    def close(self):
+        pass
+
+
+TOKENIZER = word_tokenizer([
+    "OK", "Observation: ", "Thought: ", "Action: ", "Open the door and go.", "A door.", " open door go out jump I wait",
+    " The door is open. It is over. Nothing happens.\n",
+])  # fmt: skip
+
+CONFIG = dict(NANO, vocab_size=len(TOKENIZER), max_position_embeddings=512)
+
+
+def ids(text):
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.fixture
+def games(monkeypatch):
+    monkeypatch.setattr(oreo_agents, "find_games", lambda source: [(f"door-{i}", "", Door) for i in range(3)])
+
+
+@pytest.fixture
+def agent(world):
+    """Policy of random weights; its answers come from a script instead."""
+    return load_policy("nano", world, from_config=CONFIG, seed=3)
+
+
+def scripted(monkeypatch, answer):
+    """Let `answer(prompt text, episode's number, candidate)` be what the sampler draws."""
+
+    class Sampler:
+        def sync(self, policy, version):
+            pass
+
+        def generate(self, prompts, *, n, keys, seed, sampling, progress):
+            return [[Completion(ids(answer(TOKENIZER.decode(p), k, i)), [], "stop") for i in range(n)]
+                    for p, k in zip(prompts, keys, strict=True)]  # fmt: skip
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(oreo_agents, "make_sampler", lambda *args, **options: Sampler())
+
+
+@pytest.mark.parametrize(
+    ("answer", "command"),
+    [
+        ("Thought: closed\nAction: open door", "open door"),
+        ("Action: open door\nAction: go out", "open door"),
+        ("Action:  take key from table \n", "take key from table"),
+        ("open door", None),
+        ("Action: ", None),
+        ("Action: \nAction: go", None),
+    ],
+)
+def test_the_action_is_the_rest_of_the_first_action_line(answer, command):
+    assert parse_action(answer) == command
+
+
+def test_an_episode_is_a_row_of_the_ids_that_were_drawn_with_the_answers_as_actions():
+    episode = Episode("door", 0, Door(""), TOKENIZER, None)
+    for answer in ("Thought: I wait\nAction: open door<|eos|>", "Action: go out<|eos|>"):
+        episode.say(ids(answer))
+    row = episode.row()
+    assert (row["reward"], row["end"], row["turns"]) == (1.0, "won", 2)
+    shown = TOKENIZER.decode(row["prompt_ids"])
+    assert shown == "<|user|>Open the door and go.<|assistant|>OK<|eos|><|user|>A door.<|assistant|>"
+    spans = [TOKENIZER.decode([t for t, a in zip(row["response_ids"], row["actions"], strict=True) if a == side])
+             for side in (1, 0)]  # fmt: skip
+    assert spans[0] == "Thought: I wait\nAction: open door<|eos|>Action: go out<|eos|>"
+    assert spans[1] == "<|user|>Observation: The door is open.<|assistant|>"
+    # the same as the conversation's text gives, its "OK" being context
+    prompt, response, actions = oreo.conversation_ids(row["conversations"], TOKENIZER, None, skip_turns=1)
+    assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
+
+
+def test_every_end_of_an_episode_is_told_apart(games, agent, world, monkeypatch):
+    says = ["Action: open door<|eos|>", "Action: jump<|eos|>", "I wait<|eos|>"]
+    scripted(monkeypatch, lambda text, number, _: says[number])
+    args = Args(stage="collect", max_turns=4, max_turn_tokens=16, parallel=2)
+    rows = play(args, TOKENIZER, agent, None, world, 1)
+    assert [(row["question"], row["end"], row["turns"]) for row in rows] == [
+        ("door-0", "max_turns", 4), ("door-1", "lost", 1), ("door-2", "no_action", 1),
+    ]  # fmt: skip
+    assert [row["reward"] for row in rows] == [0, 0, 0]
+    rows = play(Args(stage="collect", max_turn_tokens=16, max_episode_tokens=60), TOKENIZER, agent, None, world, 1)
+    assert rows[0]["end"] == "too_long" and rows[0]["turns"] > 1
+    rows = play(Args(stage="collect", max_turn_tokens=16, max_episode_tokens=20), TOKENIZER, agent, None, world, 1)
+    assert {(row["end"], row["turns"]) for row in rows} == {("too_long", 0)}
+
+
+def test_an_answer_that_does_not_end_loses(games, agent, world, monkeypatch):
+    scripted(monkeypatch, lambda text, number, _: "Action: open door")
+    assert {row["end"] for row in play(Args(stage="collect"), TOKENIZER, agent, None, world, 1)} == {"no_action"}
+
+
+class Counts(torch.nn.Module):
+    """The value of a text: how often one token is in it."""
+
+    def __init__(self, token):
+        super().__init__()
+        self.token = token
+
+    def forward(self, batch):
+        counts = (batch.input_ids[0] == self.token).cumsum(0)
+        starts = batch.predictors[:-1] + 1
+        return (counts[batch.predictors] - torch.cat([counts.new_zeros(1), counts[starts - 1]])).float()
+
+
+def test_the_value_chooses_among_the_candidates(games, agent, world, monkeypatch):
+    """Of three answers one opens the door, and once it is open one goes out: a value that likes both words wins."""
+    says = ["Action: wait<|eos|>", "Action: open door<|eos|>", "Action: go out<|eos|>"]
+    scripted(monkeypatch, lambda text, number, i: says[i])
+    [opens] = ids(" open")
+    [out] = ids(" out")
+
+    class OpenThenOut(torch.nn.Module):
+        def forward(self, batch):
+            opened = Counts(opens)(batch)
+            return opened.clamp(max=2) + Counts(out)(batch) * (opened >= 2)
+
+    args = Args(stage="evaluate", candidates=3, max_turns=3)
+    rows = play(args, TOKENIZER, agent, OpenThenOut(), world, 1)  # "is open" is the second one
+    assert {(row["end"], row["turns"]) for row in rows} == {("won", 2)}
+    rows = play(args, TOKENIZER, agent, Counts(ids(" wait")[0]), world, 1)
+    assert {row["end"] for row in rows} == {"max_turns"}
+
+
+def test_episodes_train_policy_and_value(games, agent, world, monkeypatch, tmp_path):
+    says = ["Action: open door<|eos|>", "Action: go out<|eos|>"]
+    scripted(monkeypatch, lambda text, number, _: says["is open" in text and number != 1])
+    rows = play(Args(stage="collect", max_turns=3), TOKENIZER, agent, None, world, 2)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read, count = oreo.read_rows(str(path), TOKENIZER, oreo.Args())
+    assert count["kept"] == 6 and count["right"] == 5
+    assert [sum(row.steps) for row in read] == [row["turns"] for row in rows]
+    value = load_policy("nano", world, from_config=CONFIG, kind=ValueModel)
+    reference = load_policy("nano", world, from_config=CONFIG, seed=3).requires_grad_(False)
+    args = oreo.Args(variant="step")
+    losses = oreo.accumulate_gradient(agent, value, reference, [[row] for row in read], args, world)
+    assert losses["loss/value"] == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(games="no/such/folder"), "no games there; --stage make generates some"),
+        (dict(games="alfworld:test"), "expected alfworld: and one of train, eval_in_distribution"),
+        (dict(games="alfworld:train"), "no games there; pip install alfworld, then alfworld-download"),
+        (dict(model=""), "--stage evaluate needs --model"),
+        (dict(candidates=0), "--candidates must be positive"),
+        (dict(stage="collect", temperature=0.0), "answers that shall differ need a positive one"),
+    ],
+)
+def test_bad_settings_get_one_message(changes, message, agent, tmp_path, monkeypatch, world):
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    monkeypatch.setattr(oreo_agents, "load_tokenizer", lambda path: TOKENIZER)
+    monkeypatch.setattr(oreo_agents, "load_policy", lambda path, world, **options: agent)
+    with pytest.raises(InputError, match=message):
+        oreo_agents.main(Args(**{"model": "m", "out": str(tmp_path / "out")} | changes))
+
+
+# ----------------------------------------------------------------------------------------- the real games
+
+
+def test_a_generated_textworld_game_is_won_by_its_walkthrough_and_seeds_differ(tmp_path, world):
+    pytest.importorskip("textworld", reason="needs requirements-agents.txt")
+    args = Args(stage="make", games=str(tmp_path / "games"), count=2, out=str(tmp_path / "out"), model="scratch")
+    oreo_agents.main(args)
+    games = oreo_agents.find_games(args.games)
+    first = [kind(path).reset() for _, path, kind in games]
+    assert len(games) == 2 and first[0] != first[1]
+    assert all("$" not in text and "\n\n" not in text for text in first)  # no banner
+    args.stage = "expert"
+    result = oreo_agents.main(args)
+    assert result["success"] == 1 and result["turns"] == 2
+    args.stage, args.model, args.max_turns, args.max_turn_tokens = "collect", str(tmp_path / "out" / "model"), 2, 12
+    args.out, args.repeat = str(tmp_path / "played"), 2
+    result = oreo_agents.main(args)
+    assert result["episodes"] == 4 and result["success"] == 0  # random weights
+
+
+PROBLEM = """(define (problem p) (:domain alfred)
+ (:objects agent1 - agent  loc_bar_0 loc_bar_1 loc_bar_2 - location  desk_bar_1 drawer_bar_1 - receptacle
+  mug_bar_1 - object  MugType ButterKnifeType KnifeType - otype
+  DeskType DrawerType SinkBasinType MicrowaveType FridgeType - rtype)
+ (:init (= (total-cost) 0) (atLocation agent1 loc_bar_0) (receptacleAtLocation desk_bar_1 loc_bar_1)
+  (receptacleAtLocation drawer_bar_1 loc_bar_2) (receptacleType desk_bar_1 DeskType)
+  (receptacleType drawer_bar_1 DrawerType) (openable drawer_bar_1) (inReceptacle mug_bar_1 drawer_bar_1)
+  (objectAtLocation mug_bar_1 loc_bar_2) (objectType mug_bar_1 MugType) (pickupable mug_bar_1)
+  (canContain DeskType MugType) (canContain DrawerType MugType))
+ (:goal (and (exists (?r - receptacle ?o - object)
+  (and (inReceptacle ?o ?r) (receptacleType ?r DeskType) (objectType ?o MugType))))))"""
+
+
+def test_alfworlds_own_engine_plays_a_game_in_the_layout_of_its_data(tmp_path, monkeypatch):
+    """A small game written here with ALFWorld's rules and grammar: its data is not downloaded."""
+    info = pytest.importorskip("alfworld.info", reason="needs requirements-agents.txt")
+    domain, grammar = (Path(path).read_text() for path in (info.ALFRED_PDDL_PATH, info.ALFRED_TWL2_PATH))
+    commands = ["go to drawer 1", "open drawer 1", "take mug 1 from drawer 1", "go to desk 1", "move mug 1 to desk 1"]
+    game = dict(pddl_domain=domain, pddl_problem=PROBLEM, grammar=grammar.replace("UNKNOWN GOAL", "put a mug on desk"),
+                solvable=True, walkthrough=commands)  # fmt: skip
+    for kind, solvable in (("Mug", True), ("movable", True), ("Cup", False)):
+        folder = tmp_path / "json_2.1.1" / "valid_unseen" / f"pick-{kind}" / "trial"
+        folder.mkdir(parents=True)
+        (folder / "game.tw-pddl").write_text(json.dumps(game | {"solvable": solvable}))
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    [(name, path, kind)] = oreo_agents.find_games("alfworld:eval_out_of_distribution")
+    assert "pick-Mug" in name
+    a, b = kind(path), kind(path)
+    first = a.reset()
+    assert first.startswith("You are in the middle of a room.") and first.endswith("task is to: put a mug on desk.")
+    b.reset()
+    assert a.act("dance") == ("Nothing happens.", False, False)
+    seen = [a.act(command) for command in commands]
+    assert seen[0] == ("The drawer 1 is closed.", False, False) and "You arrive" not in seen[3][0]
+    assert [over for _, over, _ in seen] == [won for *_, won in seen] == [False] * 4 + [True]
+    assert b.act("open drawer 1")[0] == "Nothing happens."  # b is a game of its own: still in the middle of the room

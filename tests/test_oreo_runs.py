@@ -1,0 +1,365 @@
+"""oreo.py from end to end on models that train in seconds: stages, ranks, a crash, search, bad input."""
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import igsm
+import oreo
+from common.data import InputError
+from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args, read_metrics
+from tests import oreo_ranks
+from tests.conftest import NANO, ROOT, run_script
+from tests.oreo_ranks import SMALL, settings
+
+
+@pytest.fixture(scope="session")
+def nano(world, tmp_path_factory):
+    """A model folder of a few thousand random weights, with the tokenizer of symbolic iGSM."""
+    folder = tmp_path_factory.mktemp("nano") / "model"
+    tokenizer = igsm.tokenizer("symbolic", modulus=oreo.IGSM["modulus"])
+    config = dict(NANO, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                  pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    export(load_policy("nano", world, from_config=config, seed=3), tokenizer, folder, world)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """A file of worked solutions, every second of which has a wrong answer."""
+    lines = []
+    for i, problem in enumerate(igsm.problems(12, **oreo.IGSM, ops=(1, 2))):
+        row = igsm.row(problem, "train")
+        right = row["target"][0]["content"].removeprefix("<think>\n")
+        wrong = right.replace("\\boxed{", "\\boxed{1")
+        lines += [{"prompt": row["prompt"], "response": text, "reward": reward, "question": i}
+                  for text, reward in ((right, 1), (wrong, 0))]  # fmt: skip
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def untimed(out):
+    timed = ("seconds/", "memory/", "speed/")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(out)]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rejection", "dpo", "kto", "oreo", "oreo-step", "oreo-response"])
+def test_every_stage_trains_and_leaves_a_run_folder(stage, nano, rows, tmp_path):
+    stage, _, variant = stage.partition("-")
+    source = [] if stage == "sft" else ["--rows", rows]
+    oreo.main(settings(nano, "--stage", stage, "--variant", variant or "token", *source, "--out", tmp_path / "run"))
+    log = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in log] == [0, 1, 2, 3]
+    assert all(math.isfinite(v) for row in log for v in row.values())
+    assert {"eval/mean", "loss/policy", "optim/grad_norm", "policy/logp", "seconds/step"} <= log[-1].keys()
+    assert ("log_ratio/right" in log[-1]) == (stage in ("dpo", "kto", "oreo"))
+    assert ("value/right" in log[-1]) == ("optim/value_grad_norm" in log[-1]) == (stage == "oreo")
+    for name in ("args.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
+        assert (tmp_path / "run" / name).exists()
+    assert (tmp_path / "run" / "value").exists() == (stage == "oreo")
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
+    assert {"step", "row", "reward", "log_ratio", "prompt", "steps", "values"} == sample.keys()
+    assert len(sample["values"]) == (len(sample["steps"]) if stage == "oreo" else 0)
+
+
+def test_before_the_first_update_values_are_zero_and_policy_and_reference_agree(nano, rows, tmp_path):
+    oreo.main(settings(nano, "--rows", rows, "--reward_scale", "2", "--reward_shift", "-1", "--out", tmp_path / "run"))
+    first = read_metrics(tmp_path / "run")[1]
+    assert first["value/first"] == first["value/right"] == first["policy/kl"] == first["log_ratio/right"] == 0
+    assert first["loss/value"] == first["loss/policy"] == pytest.approx(1)  # (0 - R)^2 with R = +1 or -1
+
+
+@pytest.fixture(scope="session")
+def two_ranks(nano, tmp_path_factory):
+    """What tests/oreo_ranks.py writes under torchrun."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_script("tests/oreo_ranks.py", folder, nano, ranks=2)
+    return folder
+
+
+def test_the_gradient_is_the_same_for_one_and_two_ranks_and_any_micro_batches(two_ranks, world):
+    for kind in oreo_ranks.KINDS:
+        expected, results = oreo_ranks.gradients(world, kind, 10_000)
+        assert any("score" in name for name in expected) == kind.startswith("oreo")
+        assert all(g.abs().max() > 0 for g in expected.values())
+        size = max(g.abs().max().item() for g in expected.values())
+        flat = [x for row in results["measured"] for x in row] + [*results["losses"].values(), *results["values"]]
+        for tokens in oreo_ranks.MICRO_BATCHES:
+            one, one_results = oreo_ranks.gradients(world, kind, tokens)
+            two = torch.load(two_ranks / f"{kind}-{tokens}.pt")
+            two_results = json.loads((two_ranks / f"{kind}-{tokens}.json").read_text())
+            for name, value in expected.items():
+                torch.testing.assert_close(one[name], value, rtol=0, atol=3e-6 * size)
+                torch.testing.assert_close(two[name], value, rtol=0, atol=3e-6 * size)
+            for other in (one_results, two_results):
+                its = [x for row in other["measured"] for x in row] + [*other["losses"].values(), *other["values"]]
+                assert its == pytest.approx(flat, rel=1e-4, abs=1e-5)
+
+
+def test_two_ranks_collect_train_and_search_as_one_does(two_ranks, nano, tmp_path, world):
+    oreo_ranks.run(nano, str(tmp_path / "run"))
+    one, two = tmp_path / "run", two_ranks / "run"
+    assert (one / "rows.jsonl").read_text() == (two / "rows.jsonl").read_text()
+    for a, b in zip(untimed(one), untimed(two), strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
+    for kind, name in ((ValueModel, "value"), (Policy, "model")):
+        models = [load_policy(str(folder / name), world, kind=kind) for folder in (one, two)]
+        for a, b in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    found = [(folder / "search-beam-2.jsonl").read_text().splitlines() for folder in (one, two)]
+    assert [json.loads(x)["response"] for x in found[0]] == [json.loads(x)["response"] for x in found[1]]
+
+
+def test_after_kill_minus_9_the_same_command_ends_with_the_same_bits_of_both_models(nano, rows, tmp_path):
+    words = ["--rows", rows, "--steps", "8", "--save_every", "3", "--eval_every", "0", "--out"]
+    command = [sys.executable, "oreo.py", *SMALL, "--model", nano, *words, str(tmp_path / "killed")]
+    victim = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (log.exists() and '"step": 4,' in log.read_text()):
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)  # in the middle of step 5; the checkpoint is of step 3
+    victim.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    for name in ("killed", "whole"):
+        oreo.main(settings(nano, *words, tmp_path / name))
+    for model in ("model", "value"):
+        a, b = ((tmp_path / name / model / "model.safetensors").read_bytes() for name in ("killed", "whole"))
+        assert a == b
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
+
+
+def test_a_collection_that_was_cut_short_goes_on_and_is_the_same(nano, tmp_path):
+    words = ("--stage", "collect", "--batch_size", "4", "--out")
+    oreo.main(settings(nano, *words, tmp_path / "whole"))
+    whole = (tmp_path / "whole" / "rows.jsonl").read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert len(rows) == 48 and {row["step"] for row in rows} == {1, 2, 3}
+    about = json.loads((tmp_path / "whole" / "collect.json").read_text())
+    assert about["rows"] == 48 and about["right"] == sum(row["reward"] for row in rows)
+
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "collect.json").write_text(json.dumps({"settings": about["settings"]}))
+    (cut / "rows.partial.jsonl").write_text("".join(line + "\n" for line in whole.split("\n")[:27]) + '{"step": 2, "qu')
+    oreo.main(settings(nano, *words, cut))
+    assert (cut / "rows.jsonl").read_text() == whole and not (cut / "rows.partial.jsonl").exists()
+    with pytest.raises(InputError, match="--samples 4 there, 5 here"):
+        oreo.main(settings(nano, *words, cut, "--samples", "5"))
+
+
+def test_collected_ids_are_trained_as_they_were_drawn(nano, tmp_path):
+    args = settings(nano, "--stage", "collect", "--out", tmp_path / "run", "--balance", "1")
+    oreo.main(args)
+    rows, count = oreo.read_rows(str(tmp_path / "run" / "rows.jsonl"), load_tokenizer(nano), args)
+    written = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert [(r.prompt, r.response) for r in rows] == [(w["prompt_ids"], w["response_ids"]) for w in written]
+    assert count["kept"] == len(written) and all(all(row.actions) for row in rows)
+    kinds = [(row.group, row.reward) for row in rows]
+    assert len(kinds) == len(set(kinds))  # --balance 1: one right and one wrong answer of a question
+
+
+def test_three_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatch):
+    seen = []
+    real = oreo.train
+    monkeypatch.setattr(oreo, "train", lambda args: (seen.append(args), real(args)))
+    words = ["--stage", "iterate", "--igsm_problems", "8", "--samples", "3", "--eval_every", "0", "--steps", "1"]
+    oreo.main(settings(nano, *words, "--out", tmp_path / "run"))
+    model = [str(tmp_path / "run" / f"round-{n}" / "model") for n in (1, 2, 3)]
+    assert [args.model for args in seen] == [args.reference for args in seen] == [nano, *model[:2]]
+    assert [args.value for args in seen] == ["", *(m[: -len("model")] + "value" for m in model[:2])]
+    rows = [(tmp_path / "run" / f"round-{n}" / "rows.jsonl").read_text() for n in (1, 2, 3)]
+    assert len(set(rows)) == 3
+    assert len(seen) == 3
+    oreo.main(settings(nano, *words, "--out", tmp_path / "run"))  # done: nothing is trained again
+    assert len(seen) == 3
+
+    seen.clear()
+    first = ["--rounds", "2", "--round_init", "first", "--round_reference", "first", *words[2:]]
+    oreo.main(settings(nano, *first, "--stage", "dpo", "--out", tmp_path / "first"))
+    assert [(args.model, args.reference) for args in seen] == [(nano, nano)] * 2
+
+
+def test_lora_trains_adapters_and_the_values_head_and_saves_whole_models(nano, rows, tmp_path, world):
+    pytest.importorskip("peft")
+    words = ["--rows", rows, "--policy_lora", "4", "--value_lora", "4", "--save_every", "2", "--out", tmp_path / "run"]
+    oreo.main(settings(nano, *words))
+    log = read_metrics(tmp_path / "run")
+    assert log[1]["policy/kl"] == 0 and log[3]["policy/kl"] > 0 and log[3]["value/first"] != 0
+    for name, kind in (("model", Policy), ("value", ValueModel)):
+        before, after = (load_policy(path, world, kind=kind) for path in (nano, str(tmp_path / "run" / name)))
+        changed = {n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not a.equal(b)}
+        assert changed and all("proj" in n or "score" in n for n in changed)
+    oreo.main(settings(nano, *words, "--steps", "4"))  # goes on from a checkpoint with adapters
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_lora_without_its_package_says_how_to_get_it(nano, rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match="LoRA needs its package: pip install peft"):
+        oreo.main(settings(nano, "--rows", rows, "--value_lora", "4", "--out", tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("kind", ["greedy", "best_of_n", "best_of_k", "beam"])
+def test_search_answers_every_question(kind, nano, tmp_path):
+    words = ["--stage", "search", "--search", kind, "--width", "3", "--max_steps", "60", "--out", tmp_path / "run"]
+    oreo.main(settings(nano, *words, *([] if kind == "greedy" else ["--value", nano])))
+    name = "greedy" if kind == "greedy" else f"{kind}-3"
+    result = json.loads((tmp_path / "run" / f"search-{name}.json").read_text())
+    assert result["questions"] == 4 and result["no_answer"] == 0 and 0 <= result["eval/mean"] <= 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / f"search-{name}.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert all(len(row["values"]) == (3 if kind == "best_of_n" else 1) or kind == "beam" for row in rows)
+
+
+class Likes(torch.nn.Module):
+    """A value model that counts a token in the text."""
+
+    def __init__(self, token):
+        super().__init__()
+        self.token = token
+
+    def forward(self, batch):
+        counts = (batch.input_ids[0] == self.token).cumsum(0)
+        starts = batch.predictors[:-1] + 1
+        before = torch.cat([counts.new_zeros(1), counts[starts - 1]])
+        return (counts[batch.predictors] - before).float()
+
+
+def test_search_takes_the_answer_of_the_highest_value_and_wider_is_higher(nano, tmp_path, world):
+    tokenizer = load_tokenizer(nano)
+    args = settings(nano, "--stage", "search", "--value", nano, "--out", tmp_path, "--max_steps", "60")
+    examples, policy = oreo.held_out_examples(tokenizer, args), load_policy(nano, world)
+    likes = tokenizer("=", add_special_tokens=False)["input_ids"][0]
+    heights = {}
+    for kind, width in (("greedy", 1), ("best_of_n", 8), ("beam", 1), ("beam", 3), ("beam", 5), ("best_of_k", 5)):
+        searching = dataclasses.replace(args, search=kind, width=width)
+        value = None if kind == "greedy" else Likes(likes)
+        found = oreo.search_answers(policy, value, tokenizer, examples, searching, world)
+        best = [max(answers, key=lambda c: c.value) for answers in found]
+        if value is not None:  # eos is not read, and the prompt's are counted
+            for e, c in zip(examples, best, strict=True):
+                assert c.value == (e.prompt + c.response).count(likes)
+        heights[kind, width] = sum(c.response.count(likes) for c in best)
+    assert heights["beam", 1] < heights["beam", 3] < heights["beam", 5]
+    assert heights["greedy", 1] < heights["best_of_n", 8]
+    assert heights["beam", 1] < heights["best_of_k", 5]
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", "no/such.jsonl"], "no/such.jsonl: no such file"),
+        (["--eval_data", "igsm:lots"], "igsm:LO-HI"),
+        (["--model", "no/such/model"], "--model no/such/model"),
+        (["--model", "runs/no-such/model"], "--model runs/no-such/model: not there; --stage sft makes it"),
+        (["--batch_size", "400"], "24 to train on are fewer than --batch_size 400"),
+        (["--max_prompt_tokens", "3"], "no row is left of 24 .24 prompts over"),
+        (["--max_response_tokens", "3"], "no row is left of 24 .*24 responses over"),
+        (["--steps", "-1"], "--steps must be positive"),
+        (["--beta", "0"], "--beta must be positive"),
+        (["--temperature", "0"], "--temperature 0.0: answers that shall differ"),
+        (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
+        (["--stage", "iterate"], "--rounds collects rows of its own"),
+        (["--stage", "search"], "--search beam needs --value"),
+        (["--value", "no/such/value"], "--value no/such/value: cannot be loaded"),
+    ],
+)
+def test_bad_settings_get_one_message_before_anything_is_written(nano, rows, tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        oreo.main(settings(nano, "--rows", rows, "--out", tmp_path / "run", *words))
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+GOOD = {"prompt": "a=1\na?", "response": "a=1\n\\boxed{1}", "reward": 1}
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "message"),
+    [
+        ([GOOD] * 9, [], "all 9 rewards are 1, so there is nothing to tell apart"),
+        ([GOOD | {"reward": 0}] * 9, ["--stage", "rejection"], "no answer is right"),
+        ([GOOD, GOOD | {"prompt": "b=1\na?", "reward": 0}], ["--stage", "dpo"], "no question has a right and a wrong"),
+        ([GOOD, GOOD | {"response": ""}], [], "row 1: no prompt, or no action token"),
+        ([GOOD, GOOD | {"prompt": ""}], [], "row 1: no prompt, or no action token"),
+        ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: expected .* .KeyError: 'reward'"),
+        ([GOOD, GOOD | {"reward": "good"}], [], "row 1: expected .*could not convert"),
+        ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: .* a reward of nan"),
+        ([[1, 2]], [], "row 0: expected"),
+        ([GOOD | {"prompt_ids": [5], "response_ids": [9999]}], [], "row 0: ids of another tokenizer"),
+        ([GOOD | {"prompt_ids": [5], "response_ids": [6, 7], "actions": [1]}], [], "a mask of another length"),
+        ([GOOD | {"prompt_ids": [5], "response_ids": [6, 7], "actions": [0, 0]}], [], "row 0: no prompt, or no action"),
+        ([{"conversations": [{"role": "user", "content": "x"}], "reward": 1}], [], "row 0: no action: 1 turns"),
+    ],
+)  # fmt: skip
+def test_bad_rows_get_one_message_that_names_the_row(nano, tmp_path, lines, words, message):
+    data = write(tmp_path / "rows.jsonl", lines)
+    with pytest.raises(InputError, match=message):
+        oreo.main(settings(nano, "--rows", data, "--batch_size", "1", "--out", tmp_path / "run", *words))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_value_checkpoint_that_does_not_fit_is_refused(nano, rows, tmp_path, world):
+    tokenizer = load_tokenizer(nano)
+    other = load_policy("nano", world, from_config=dict(NANO, vocab_size=50), kind=ValueModel)
+    export(other, tokenizer, tmp_path / "value", world)
+    words = ["--rows", rows, "--out", tmp_path / "run"]
+    with pytest.raises(InputError, match="a vocabulary of 50 does not fit --model's of"):
+        oreo.main(settings(nano, *words, "--value", tmp_path / "value"))
+    config = json.loads((tmp_path / "value" / "config.json").read_text())
+    (tmp_path / "value" / "config.json").write_text(json.dumps(config | {"hidden_size": 16}))
+    with pytest.raises(InputError, match="--value .*value: cannot be loaded"):
+        oreo.main(settings(nano, *words, "--value", tmp_path / "value"))
+    with pytest.raises(InputError, match="--model .*value: cannot be loaded .it is a value model"):
+        oreo.main(settings(str(tmp_path / "value"), *words))
+
+
+def test_long_responses_are_counted_and_left_out_or_cut(nano, rows, tmp_path):
+    args = settings(nano, "--rows", rows, "--max_response_tokens", "14")
+    kept, count = oreo.read_rows(rows, load_tokenizer(nano), args)
+    assert 0 < count["response_too_long"] < 24 and len(kept) == 24 - count["response_too_long"] == count["kept"]
+    cut, count = oreo.read_rows(rows, load_tokenizer(nano), dataclasses.replace(args, long_response="cut"))
+    assert len(cut) == 24 and max(len(row.response) for row in cut) == 14 and count["response_too_long"] > 0
+
+
+def test_conversations_train_on_assistant_turns_alone(nano, tmp_path):
+    said = (("user", "a=1\na?"), ("assistant", "<think>\na=1"), ("user", "b?"), ("assistant", "<think>\nb=2"))
+    turns = [{"role": role, "content": content} for role, content in said]
+    data = write(tmp_path / "rows.jsonl", [{"conversations": turns, "reward": i % 2} for i in range(8)])
+    args = settings(nano, "--rows", data, "--out", tmp_path / "run")
+    tokenizer = load_tokenizer(nano)
+    [row, *_], _ = oreo.read_rows(data, tokenizer, args)
+    spans = [tokenizer.decode([t for t, a in zip(row.response, row.actions, strict=True) if a == side])
+             for side in (True, False)]  # fmt: skip
+    assert spans == ["a=1<|eos|>b=2<|eos|>", "<|user|>b?<|assistant|><think>\n"]
+    assert sum(row.steps) == 2
+    oreo.main(args)
+    assert len(read_metrics(tmp_path / "run")) == 4
+
+
+def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(nano):
+    result = run_script("oreo.py", *SMALL, "--model", nano, "--rows", "no/such.jsonl", check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == "oreo.py: error: no/such.jsonl: no such file or folder"
+    assert "Traceback" not in result.stderr
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(oreo.Args, ["--learning_rate", "1"])
