@@ -1,15 +1,15 @@
-"""OREO: offline reasoning optimization (Wang et al., arXiv 2412.16145).
+r"""OREO: offline reasoning optimization (Wang et al., arXiv 2412.16145).
 
 DPO learns from pairs of whole answers, and rejection sampling from right answers alone. OREO learns from single
 answers, right or wrong, of which only the end is graded, and finds out by itself which tokens mattered: a value
 model V is trained beside the policy pi so that both agree with the reward R on every state of every answer,
 
-    V(s_t) = R - beta * S_t,      S_t = sum_{i >= t} log pi(a_i | s_i) / pi_ref(a_i | s_i)     (Eq. 6, soft Bellman)
+    V(s_t) = R - beta * S_t,      S_t = sum_{i >= t} log pi(a_i | s_i) / pi_ref(a_i | s_i)           (soft Bellman)
 
 which only the optimum of  E[R] - beta * KL(pi || pi_ref)  fulfils. s_t is the text before token a_t. Masks choose the
 actions (what the model wrote) and the states (where the equation is asked for); sg stops the gradient:
 
-    L_V  = mean_rows mean_t (V_t - R + beta sg(S_t))^2                                              (Eq. 8)
+    L_V  = mean_rows mean_t (V_t - R + beta sg(S_t))^2
     L_pi = mean_rows mean_t (sg(V_t) - R + beta (log pi_t / ref_t + sg(S_{t+1})))^2                 (Eq. 9, "token")
          + alpha * mean_rows mean_t KL(pi(. | s_t) || pi_ref(. | s_t))          over the actions and the vocabulary
 
@@ -42,7 +42,8 @@ Open in the paper: which model a round of iterate starts from and which is its r
 --round_reference), and KTO's beta (0.1 here, as DPO's).
 
 Commands:
-  python oreo.py --preset tiny                                         a laptop: collects, trains, evaluates
+  python oreo.py --preset tiny --stage sft                                       a laptop, a minute, nothing downloaded
+  python oreo.py --preset tiny --model runs/tiny-oreo-sft/model                         collects, trains, evaluates
   python oreo.py --preset tiny --stage search --model runs/tiny-oreo/model --value runs/tiny-oreo/value --width 5
   python oreo.py --stage sft --data train.jsonl; python oreo.py --data train.jsonl      one GPU
   torchrun --nproc_per_node 8 oreo.py --data train.jsonl                                the paper's run
@@ -247,7 +248,8 @@ PRESETS = {
         value_lr=1e-3, eval_every=20, eval_limit=128, save_every=20, max_steps=40, micro_batch_tokens=16384,
         gradient_checkpointing=False,
         stage={
-            "sft": dict(out="runs/tiny-oreo-sft", lr=5e-4, epochs=3.0), "dpo": dict(lr=2e-5), "kto": dict(lr=2e-5),
+            "sft": dict(out="runs/tiny-oreo-sft", igsm_problems=4000, steps=40, lr=5e-4), "dpo": dict(lr=2e-5),
+            "kto": dict(lr=2e-5),
         },
     ),
 }
@@ -266,7 +268,7 @@ def oreo_losses(logp, ref_logp, values, action_mask, state_mask, rewards, *, bet
 
 
 def oreo_row_losses(logp, ref_logp, values, action_mask, state_mask, rewards, *, beta: float, variant: str = "token"):
-    """Each row's policy loss (without the KL regulariser) and value loss (Eq. 8), [B] each.
+    """Each row's policy loss (without the KL regulariser) and value loss, [B] each.
 
     Index t stands for the prediction of token t + 1: logp, ref_logp [B, T] are its log-probs, action_mask [B, T]
     says whether the model chose it, values [B, T] is V of the text up to token t, and state_mask [B, T] whether the
@@ -783,10 +785,15 @@ def load_value(args: Args, policy, world):
         args.value or args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
         kind=ValueModel, lora=args.value_lora,
     )
-    mine, its = value.lm.config.vocab_size, policy.lm.config.vocab_size
-    if mine != its:
-        raise InputError(f"--value {args.value}: a vocabulary of {mine} does not fit --model's of {its}")
+    check_fit(f"--value {args.value}", value, policy)
     return value
+
+
+def check_fit(which: str, model, policy) -> None:
+    """Raise InputError where the models cannot read the same ids."""
+    mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
+    if mine != its:
+        raise InputError(f"{which}: a vocabulary of {mine} does not fit --model's of {its}")
 
 
 def open_sampler(policy, tokenizer, args: Args, world):
@@ -831,6 +838,12 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
     return accuracy | {"eval/mean": mean, "eval/truncated": sum(r[2] for r in results) / len(results)}
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The file is as it was or has all of the text, whenever this is killed."""
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def collect(args: Args) -> str:
     """Sample answers to the problems of --data, grade and keep them -> OUT/rows.jsonl, complete or absent.
 
@@ -843,7 +856,7 @@ def collect(args: Args) -> str:
     described = Path(args.out) / "collect.json"
     if described.exists():
         before = json.loads(described.read_text())["settings"]
-        changed = [f"--{name} {before[name]!r} there, {settings[name]!r} here" for name in names
+        changed = [f"--{name} {before.get(name)!r} there, {settings[name]!r} here" for name in names
                    if before.get(name) != settings[name]]  # fmt: skip
         if changed:
             raise InputError(f"{args.out} holds rows of other settings ({'; '.join(changed)}): choose another --out")
@@ -861,10 +874,8 @@ def collect(args: Args) -> str:
     if world.main:
         print(f"{args.data}: {left_out}; {args.samples} answers each; {done} batches are there already")
         final.parent.mkdir(parents=True, exist_ok=True)
-        described.write_text(json.dumps({"settings": settings}) + "\n")
-        kept = [line + "\n" for line in written if json.loads(line)["step"] <= done]
-        partial.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(partial.with_suffix(".tmp"), partial)
+        write_whole(described, json.dumps({"settings": settings}) + "\n")
+        write_whole(partial, "".join(line + "\n" for line in written if json.loads(line)["step"] <= done))
 
     for step in range(done + 1, math.ceil(len(examples) / args.batch_size) + 1):
         batch = examples[(step - 1) * args.batch_size : step * args.batch_size]
@@ -905,13 +916,14 @@ def collect(args: Args) -> str:
             by_question.setdefault(row["question"], []).append(row["reward"])
         statuses = [row["status"] for row in rows]
         about = {
-            "questions": len(by_question), "rows": len(rows), "right": sum(row["reward"] > 0 for row in rows),
+            "questions": len(by_question), "sampled": len(examples) * args.samples, "rows": len(rows),
+            "right": sum(row["reward"] > 0 for row in rows),
             "all_right": sum(min(r) > 0 for r in by_question.values()),
             "all_wrong": sum(max(r) <= 0 for r in by_question.values()),
             "truncated": sum(row["truncated"] for row in rows),
             "verifier": {status: statuses.count(status) for status in sorted(set(statuses))},
         }
-        described.write_text(json.dumps({"settings": settings} | about, indent=2) + "\n")
+        write_whole(described, json.dumps({"settings": settings} | about, indent=2) + "\n")
         print(f"{final}: {about}")
         os.replace(partial, final)
     gather_lists([], world)  # nobody reads the file before it is there
@@ -947,7 +959,7 @@ def train(args: Args) -> None:
     )
     reference = load_policy(args.reference or args.model, world) if args.stage in ("oreo", "dpo", "kto") else None
     if reference:
-        reference.requires_grad_(False)
+        check_fit(f"--reference {args.reference}", reference.requires_grad_(False), policy)
     more = {"value": (value, value_optimizer)} if value else {}
     if state:
         checkpoints.load(policy, optimizer, more)

@@ -1,7 +1,7 @@
 """What OREO claims, in small: from one collected dataset it ends above rejection sampling, DPO and KTO; the value
 guides a search that adds to it; and collecting and training again adds more.
 
-    sft             the base of everything: --model, as it is
+    sft             the base of everything: --model after `oreo.py --preset tiny --stage sft`
     rejection, dpo, kto, oreo-token, oreo-step, oreo-response      one run each for every seed, on the same rows
     search          oreo-token's policy by beams of width 1, 3, 5, 7 with its value; best_of_n as wide, for comparison
     iterations      two further rounds of oreo-token, rejection and dpo, from their first
@@ -63,7 +63,7 @@ class Bench:
     widths: tuple[int, ...] = (1, 3, 5, 7)
     """Of the searches."""
     model: str = "models/tiny"
-    """The base of all runs."""
+    """What is fine-tuned on worked solutions first."""
     data: str = "igsm:5-8"
     """Training problems of all runs, and with other templates the held-out ones."""
     problems: int = 300
@@ -73,7 +73,7 @@ class Bench:
     lr: tuple[str, ...] = ()
     """ARM=RATE: other learning rates than the preset's."""
     extra: str = ""
-    """More flags for every run, as in --extra="--steps 20"."""
+    """More flags for every run but sft, as in --extra="--steps 20"."""
 
 
 def answers(model: str, bench: Bench, temperature: float, tries: int) -> list[float]:
@@ -104,15 +104,14 @@ def measure(model: str, bench: Bench) -> dict[str, float]:
         return json.loads(kept.read_text())["accuracy"]
     rates = {"greedy": answers(model, bench, 0.0, 1), "sampled": answers(model, bench, 1.0, TRIES)}
     accuracy = {name: sum(rate) / len(rate) for name, rate in rates.items()}
-    if model != bench.model:
-        kept.write_text(json.dumps({"settings": settings, "accuracy": accuracy}) + "\n")
+    kept.write_text(json.dumps({"settings": settings, "accuracy": accuracy}) + "\n")
     return accuracy
 
 
 def run(words: list[str], out: Path, done: Path, bench: Bench) -> None:
     """oreo.py with these flags, unless `done` is there."""
     command = [sys.executable, "oreo.py", "--preset", "tiny", *words, "--data", bench.data, "--eval_data", bench.data]
-    command += ["--out", str(out.absolute()), *shlex.split(bench.extra)]
+    command += ["--out", str(out.absolute()), *([] if "sft" in words else shlex.split(bench.extra))]
     if not done.exists():
         print("\n$", " ".join(["python", *command[1:]]), flush=True)
         subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -122,8 +121,8 @@ def train(arm: str, seed: int, rows: Path, bench: Bench) -> list[Path]:
     """The folders of an arm's first run and its further rounds."""
     rates = dict(word.split("=") for word in bench.lr)
     words = [*ARMS[arm], "--seed", str(seed), *(["--lr", rates[arm]] if arm in rates else [])]
-    first = (Path(bench.out) / f"{arm}-{seed}").absolute()
-    run([*words, "--model", bench.model, "--rows", str(rows)], first, first / "model", bench)
+    first, base = (Path(bench.out) / f"{arm}-{seed}").absolute(), (Path(bench.out) / "sft" / "model").absolute()
+    run([*words, "--model", str(base), "--rows", str(rows)], first, first / "model", bench)
     if arm not in bench.iterated or not bench.rounds:
         return [first]
     further = Path(f"{first}-more")
@@ -239,15 +238,16 @@ def main(bench: Bench) -> dict:
     if unknown := set(bench.arms) - set(ARMS):
         raise SystemExit(f"--arms: {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
     started = time.time()
-    collected = (Path(bench.out) / "collect").absolute()
+    sft, collected = ((Path(bench.out) / name).absolute() for name in ("sft", "collect"))
     rows = collected / "rows.jsonl"
-    run(["--stage", "collect", "--model", bench.model], collected, rows, bench)
+    run(["--stage", "sft", "--model", bench.model], sft, sft / "model", bench)
+    run(["--stage", "collect", "--model", str(sft / "model")], collected, rows, bench)
     about = json.loads((collected / "collect.json").read_text())
     results: dict = {
         "command": " ".join(["python", "benchmarks/oreo.py", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "problems": bench.problems, "tries": TRIES, "collected": {k: v for k, v in about.items() if k != "settings"},
-        "base": measure(bench.model, bench), "runs": {}, "search": {}, "rounds": {},
+        "base": measure(str(sft / "model"), bench), "runs": {}, "search": {}, "rounds": {},
     }
     for seed in bench.seeds:
         for arm in bench.arms:

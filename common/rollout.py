@@ -915,6 +915,7 @@ class VLLMSampler:
                 "n": count, "seed": seed, "temperature": sampling.temperature, "top_p": sampling.top_p,
                 "max_tokens": sampling.max_tokens, "logprobs": 0, "detokenize": False,
                 "stop_token_ids": [*self.stop_ids, *sampling.stop_ids],
+                "ignore_eos": True,  # the config's: those that are to end a completion are in stop_ids
             },
         }  # fmt: skip
         answer = json.loads(server.request("/inference/v1/generate", body, timeout=None))

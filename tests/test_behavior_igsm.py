@@ -11,7 +11,7 @@ import pytest
 
 from igsm import check_solution, generate, problems, retell, row, solve, tokenizer
 from igsm.__main__ import main
-from igsm.behaviors import ANALYSIS_TABLE, plan_steps
+from igsm.behaviors import plan_steps
 from igsm.graph import Node
 from igsm.solver import Question, parents
 from tests.conftest import run_script
@@ -114,6 +114,9 @@ def test_the_words_of_each_behaviour():
     assert "Let's denote it as c. We know that it equals 3 times the sum of" not in lines[6]
     assert "as c. We know that it equals 3 times the sum of each Dogwood's Robin, each Elder" in lines[6]
     assert lines[6].endswith("Then c = 3 * (r + Z + C) = 3 * (3 + 3 + 3) = 3 * (6 + 3) = 3 * 9 = 27.")
+    for told in problems(50, ops=(10, 15), reflection=0.4):
+        for names, be in re.findall(r"Wait, the number of (.+) (is|are) unknown", told.solution):
+            assert (be == "are") == (names.count("each ") > 1)
     assert "- Define the number of each Dogwood's Robin as BACK." in retell(p, retry=0.3).solution.split("\n")
     [p] = generate(1, ops=(7, 8), max_params=6, start=355, style="symbolic")
     steps = retell(p, **dict(BRIDGE, reflection=0.3)).solution.split("\n")[1:-2]
@@ -143,10 +146,18 @@ def test_analyses_follow_the_table_or_the_flat_chance():
         flat += sum(step.analysis for step in steps)
         seen += sum(not p.nodes[step.node].abstract and bool(p.nodes[step.node].terms) for step in steps)
     assert told[0] == 0 and told[4] == of[4] > 300
-    for kind in (1, 2, 3):
-        chance = ANALYSIS_TABLE[kind]
+    for kind, chance in ((1, 0.1), (2, 0.4), (3, 0.8)):
         assert abs(told[kind] / of[kind] - chance) < 4 * sqrt(chance * (1 - chance) / of[kind])
     assert abs(flat / seen - 0.1) < 4 * sqrt(0.09 / seen)
+
+
+def test_a_behaviour_draws_from_a_stream_of_its_own():
+    for p in problems(30, ops=(10, 20), seed=3):
+        alone = planned(p, reflection=0.4)
+        together = [step for step in planned(p, reflection=0.4, analysis=0.5, retry=0.4) if not step.retry]
+        assert [step._replace(analysis=False) for step in together] == alone
+        lines = {step.node: step.analysis for step in planned(p, analysis=0.5)}
+        assert all(lines[step.node] == step.analysis for step in together if not step.missing and step.node in lines)
 
 
 def test_retries_come_before_every_line_but_the_last_with_their_chance():

@@ -167,25 +167,26 @@ def test_collected_ids_are_trained_as_they_were_drawn(nano, tmp_path):
     assert len(kinds) == len(set(kinds))  # --balance 1: one right and one wrong answer of a question
 
 
-def test_three_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatch):
+def test_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatch):
     seen = []
     real = oreo.train
     monkeypatch.setattr(oreo, "train", lambda args: (seen.append(args), real(args)))
-    words = ["--stage", "iterate", "--igsm_problems", "8", "--samples", "3", "--eval_every", "0", "--steps", "1"]
-    oreo.main(settings(nano, *words, "--out", tmp_path / "run"))
-    model = [str(tmp_path / "run" / f"round-{n}" / "model") for n in (1, 2, 3)]
-    assert [args.model for args in seen] == [args.reference for args in seen] == [nano, *model[:2]]
-    assert [args.value for args in seen] == ["", *(m[: -len("model")] + "value" for m in model[:2])]
-    rows = [(tmp_path / "run" / f"round-{n}" / "rows.jsonl").read_text() for n in (1, 2, 3)]
-    assert len(set(rows)) == 3
-    assert len(seen) == 3
-    oreo.main(settings(nano, *words, "--out", tmp_path / "run"))  # done: nothing is trained again
-    assert len(seen) == 3
+    words = ["--igsm_problems", "8", "--samples", "3", "--eval_every", "0", "--steps", "1", "--rounds", "2"]
+    oreo.main(settings(nano, "--stage", "iterate", *words, "--out", tmp_path / "run"))
+    model, value = (str(tmp_path / "run" / "round-1" / name) for name in ("model", "value"))
+    assert [args.model for args in seen] == [args.reference for args in seen] == [nano, model]
+    assert [args.value for args in seen] == ["", value]
+    rows = [(tmp_path / "run" / f"round-{n}" / "rows.jsonl").read_text() for n in (1, 2)]
+    assert rows[0] != rows[1]
+    assert (tmp_path / "run" / "round-2" / "value").exists() and len(seen) == 2
+    oreo.main(settings(nano, "--stage", "iterate", *words, "--out", tmp_path / "run"))
+    assert len(seen) == 2  # what is done is not done again
 
     seen.clear()
-    first = ["--rounds", "2", "--round_init", "first", "--round_reference", "first", *words[2:]]
-    oreo.main(settings(nano, *first, "--stage", "dpo", "--out", tmp_path / "first"))
+    first = ["--stage", "dpo", "--round_init", "first", "--round_reference", "first", *words]
+    oreo.main(settings(nano, *first, "--out", tmp_path / "first"))
     assert [(args.model, args.reference) for args in seen] == [(nano, nano)] * 2
+    assert len({args.rows for args in seen}) == 2
 
 
 def test_lora_trains_adapters_and_the_values_head_and_saves_whole_models(nano, rows, tmp_path, world):
@@ -325,6 +326,9 @@ def test_a_value_checkpoint_that_does_not_fit_is_refused(nano, rows, tmp_path, w
     words = ["--rows", rows, "--out", tmp_path / "run"]
     with pytest.raises(InputError, match="a vocabulary of 50 does not fit --model's of"):
         oreo.main(settings(nano, *words, "--value", tmp_path / "value"))
+    export(load_policy("nano", world, from_config=dict(NANO, vocab_size=50)), tokenizer, tmp_path / "model", world)
+    with pytest.raises(InputError, match="--reference .*model: a vocabulary of 50 does not fit --model's of"):
+        oreo.main(settings(nano, *words, "--reference", tmp_path / "model"))
     config = json.loads((tmp_path / "value" / "config.json").read_text())
     (tmp_path / "value" / "config.json").write_text(json.dumps(config | {"hidden_size": 16}))
     with pytest.raises(InputError, match="--value .*value: cannot be loaded"):

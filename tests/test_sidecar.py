@@ -107,6 +107,14 @@ def test_a_completion_ends_at_its_first_stop_id_or_at_the_limit(synced):
     assert seen == {"stop", "length"}
 
 
+def test_nothing_but_a_stop_id_ends_a_completion(synced, monkeypatch):
+    """Not the config's eos either, which is 1."""
+    monkeypatch.setattr(synced, "stop_ids", [])
+    groups = synced.generate(PROMPTS, n=20, keys=KEYS, seed=0, sampling=Sampling(30))
+    assert {len(c.ids) for group in groups for c in group} == {30}
+    assert any(1 in c.ids for group in groups for c in group)
+
+
 def test_what_is_drawn_does_not_depend_on_the_batch(synced, monkeypatch):
     together = ids(synced.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(25)))
     assert len({tuple(c) for group in together for c in group}) == 25
