@@ -695,7 +695,8 @@ def train(args: Args, world) -> None:
 
     scratch = args.stage == "base"
     model = model_of(args, "base" if args.stage == "sft" else "sft", arm)
-    tokenizer = igsm.tokenizer(args.style, modulus=args.modulus or None) if scratch else load_tokenizer(model)
+    made = igsm.tokenizer(args.style, modulus=args.modulus or None, retry=True) if scratch else None
+    tokenizer = made or load_tokenizer(model)
     data = {"base": "base", "sft": f"sft_{arm}", "rl": "rl"}[args.stage]
     examples, _, left_out = read_examples(
         data, tokenizer, args, traces="needed" if sft else "ignored", progress=world.main

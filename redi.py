@@ -716,15 +716,13 @@ def make_data(args: Args, world) -> dict[str, int]:
     if not both:
         raise InputError(f"{args.data}: no pair is left ({funnel}); --own_answers samples wrong ones of --model")
 
-    def row(problem: Problem, **traces) -> dict:
+    def row(problem: Problem, **traces: Trace) -> dict:
         gold = {"style": "rule", "ground_truth": problem.gold}
-        return {"data_source": problem.source, "prompt": problem.prompt, **traces, "reward_model": gold}
+        row = {"data_source": problem.source, "prompt": problem.prompt, "reward_model": gold}
+        row |= {name: text for name, (text, _) in traces.items()}
+        return row | {f"{name}_ids": ids for name, (_, ids) in traces.items() if ids is not None}
 
-    rows = [
-        row(p, chosen=p.chosen[0], rejected=p.rejected[0])
-        | {f"{name}_ids": t[1] for name, t in (("chosen", p.chosen), ("rejected", p.rejected)) if t[1] is not None}
-        for p in both
-    ]
+    rows = [row(p, chosen=p.chosen, rejected=p.rejected) for p in both]
     measured = replace(args, stage="redi", bad_rows="drop")
     pairs, count = make_pairs(rows, tokenizer, measured, source=args.data, progress=world.main)
     funnel |= {name.replace("_", " "): -count[name] for name in count if name not in ("rows", "kept")}
@@ -732,7 +730,8 @@ def make_data(args: Args, world) -> dict[str, int]:
     if world.main:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        targets = [row(p, target=[{"role": "assistant", "content": p.chosen[0]}]) for p in positives]
+        # 'target' for LUFFY's readers; 'chosen' where ids must be kept too
+        targets = [row(p, target=p.chosen) if p.chosen[1] is None else row(p, chosen=p.chosen) for p in positives]
         write_lines(out / "positives.jsonl", targets)
         write_lines(out / "pairs.jsonl", [rows[pair.index] for pair in pairs])
         write_lines(out / "funnel.json", [funnel])

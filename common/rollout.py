@@ -509,6 +509,8 @@ def server_command(config, host: str, port: int, key: str, *, max_tokens: int, c
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         command += ["--enforce-eager", "--max-num-seqs", str(IN_FLIGHT)]
         command += ["--kv-cache-memory-bytes", str(max(min(IN_FLIGHT * row, memory // 4), 64 << 20))]
+        # a prompt that is read in parts kills the engine if it has a seed ("CPU Generator does not use offset")
+        command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(max_tokens, 8192))]
     return folder, command, environment
 
 

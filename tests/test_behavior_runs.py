@@ -125,8 +125,9 @@ def test_the_gradient_and_the_influence_are_the_same_for_one_and_two_ranks(pipel
             assert one_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
             assert two_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     one, two = (read(at / "bridge/influence/queries.jsonl") for at in (pipeline, folder))
+    size = max(abs(row["dJ"]) for row in one)  # a central difference in float32 is exact to its largest value only
     for a, b in zip(one, two, strict=True):
-        assert b == pytest.approx(a, rel=1e-3, abs=1e-6)
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-3 * size)
     one, two = (json.loads((at / "bridge/influence/influence.json").read_text()) for at in (pipeline, folder))
     for pair, values in one["kernel"].items():
         assert two["kernel"][pair] == pytest.approx(values, rel=1e-3, abs=1e-5)

@@ -93,6 +93,25 @@ def test_data_then_sft_then_redi_on_a_models_own_wrong_answers(settings, tmp_pat
     redi.main(sft)
 
 
+def test_what_a_model_drew_keeps_its_ids_in_both_files(settings, tmp_path, monkeypatch):
+    tokenizer = igsm.tokenizer("symbolic", modulus=23)
+    drawn = [*tokenizer("a=")["input_ids"], *tokenizer("2")["input_ids"] * 2, tokenizer.eos_token_id]
+    assert drawn[:-1] != tokenizer("a=22")["input_ids"]  # as text it would be one token less
+
+    def answer(problems, *_):
+        for problem in problems:
+            problem.chosen = problem.chosen or (tokenizer.decode(drawn[:-1]), drawn)
+
+    monkeypatch.setattr(redi, "add_own_answers", answer)
+    graded = [{"prompt": "a=22\na?", "responses": ["a=6"], "rewards": [0], "answer": "22"}]
+    data = write(tmp_path / "rows.jsonl", graded)
+    redi.main(settings("--stage", "data", "--data", data, "--out", tmp_path / "data"))
+    for stage, name in (("sft", "positives"), ("redi", "pairs")):
+        [row] = [json.loads(line) for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
+        [pair], _ = redi.make_pairs([row], tokenizer, settings("--stage", stage), source=name)
+        assert list(pair.chosen) == drawn
+
+
 def test_the_funnel_counts_every_row_once(settings, tmp_path, capsys):
     def row(right="a=5", wrong="a=6", prompt="a=5\na?", **more):
         return {"prompt": prompt, "responses": [wrong, right, "other"], "rewards": [0, 1, 0], **more}

@@ -115,6 +115,13 @@ def test_nothing_but_a_stop_id_ends_a_completion(synced, monkeypatch):
     assert any(1 in c.ids for group in groups for c in group)
 
 
+def test_more_prompts_than_the_server_reads_at_once_are_read_one_after_the_other(policy, synced):
+    prompts = [[7 + i, *LONG] for i in range(50)]  # 10,050 tokens
+    groups = synced.generate(prompts, n=2, keys=range(50), seed=0, sampling=Sampling(3))
+    assert synced.restarts == 0
+    assert gap(policy, groups, prompts) < 1e-4
+
+
 def test_what_is_drawn_does_not_depend_on_the_batch(synced, monkeypatch):
     together = ids(synced.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(25)))
     assert len({tuple(c) for group in together for c in group}) == 25
@@ -244,7 +251,7 @@ def test_a_server_killed_during_generation_is_replaced_and_no_answer_is_missing(
 def test_a_hanging_server_is_noticed_and_one_of_someone_else_waited_for(world, synced, policy, monkeypatch):
     [server] = synced.owned
     monkeypatch.setenv("ROLLOUT_API_KEY", server.key)
-    guest = VLLMSampler(policy, world, stop_ids=[1], max_tokens=300, urls=[server.url], patience=3)
+    guest = VLLMSampler(policy, world, stop_ids=[1], max_tokens=300, urls=[server.url], patience=5)
     guest.sync(policy, 3)
     engine = [pid for pid, group, words in processes() if group == server.process.pid and words.startswith("VLLM::")]
     assert engine  # what answers HTTP goes on
@@ -252,7 +259,7 @@ def test_a_hanging_server_is_noticed_and_one_of_someone_else_waited_for(world, s
     def hang():
         for pid in engine:
             os.kill(pid, signal.SIGSTOP)
-        time.sleep(7)
+        time.sleep(10)
         for pid in engine:
             os.kill(pid, signal.SIGCONT)
 
