@@ -39,8 +39,8 @@ def place_params(*names):
         yield pytest.param((backend, device), id=name, marks=marks)
 
 
-everywhere = pytest.mark.parametrize("place", place_params())
-with_kernels = pytest.mark.parametrize("place", place_params("triton-interpreted", "triton-cuda"))
+everywhere = pytest.mark.parametrize("place", list(place_params()))
+with_kernels = pytest.mark.parametrize("place", list(place_params("triton-interpreted", "triton-cuda")))
 
 
 def from_logits(z, targets, temperature=1.0):
