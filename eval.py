@@ -50,7 +50,7 @@ from fractions import Fraction
 from pathlib import Path
 from statistics import fmean as mean
 from statistics import variance
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -60,7 +60,8 @@ from transformers import AutoConfig
 
 from common.data import InputError, gsm8k_row, load_rows, read_row, render_prompt
 from common.rollout import EmbeddedSampler, Sampling, make_sampler
-from common.trainer import gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
+from common.search import search_answers, step_ids
+from common.trainer import ValueModel, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
 from common.verifiers import after_think, grade, last_boxed
 
 
@@ -93,6 +94,17 @@ class Args:
     """Tokens that end an answer besides the model's own, as in <|im_end|> for a base model that is asked in ChatML."""
     seed: int = 0
     """Seed of the sampling."""
+    search: Literal["none", "beam", "best_of_n", "best_of_k"] = "none"
+    """Let a value model (--value; oreo.py trains one) choose: one answer a question. beam: --width states, as many next
+    steps of each, the best go on. best_of_n: --width answers. best_of_k: --width next steps of one state."""
+    value: str = ""
+    """The value model of --search."""
+    width: int = 5
+    """See --search (OREO: 3, 5, 7)."""
+    max_steps: int = 20
+    """Steps of beam and best_of_k at most (OREO: 20); a question without an answer by then is answered by nothing."""
+    step_delimiters: tuple[str, ...] = ("\n",)
+    """A step ends with a token that holds one of these."""
     limit: int = 0
     """Questions of each benchmark at most, the first ones; 0 for all."""
     dry_run: bool = False
@@ -347,7 +359,7 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
             if template:
                 turns = [{"role": r, "content": text.replace("{question}", question.text)} for r, text in template]
             question.prompt_text = render_prompt(tokenizer, turns, jinja)
-        question.n = max(args.n, question.rows) if args.temperature > 0 else 1
+        question.n = max(args.n, question.rows) if args.temperature > 0 and args.search == "none" else 1
     # a chat template writes the bos token itself; plain text gets the tokens that the tokenizer puts around text
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=plain)["input_ids"]
     for question, ids in zip(questions, encoded, strict=True):
@@ -361,8 +373,8 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
 
 def fingerprint(args: Args, questions: list[Question]) -> dict[str, str]:
     """Digests of the weights (a sample of their bytes) and of all prompts, to notice when one of them changed."""
-    weights, folder = hashlib.sha256(), Path(args.model)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("config.json")]):
+    weights, folders = hashlib.sha256(), [Path(name) for name in (args.model, args.value) if name]
+    for path in sorted(p for f in folders for kind in ("*.safetensors", "*.bin", "config.json") for p in f.glob(kind)):
         size = path.stat().st_size
         weights.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -371,7 +383,7 @@ def fingerprint(args: Args, questions: list[Question]) -> dict[str, str]:
                 weights.update(file.read(4096))
     asked = json.dumps([[q.id, q.prompt, q.n] for q in questions])
     return {
-        "weights_digest": weights.hexdigest()[:16] if folder.is_dir() else "",
+        "weights_digest": weights.hexdigest()[:16] if all(f.is_dir() for f in folders) else "",
         "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }
 
@@ -436,13 +448,14 @@ def chunks(questions: list[Question], args: Args, *, embedded: bool) -> list[lis
     is done already: batches of other shapes round differently, and a draw could tip."""
     result: list[list[Question]] = []
     answers = width = 0
+    each = 1 if args.search == "none" else args.width**2  # drawn at once for one of a question's answers
     for question in questions:
-        answers += question.n
+        answers += question.n * each
         width = max(width, len(question.prompt) + args.max_tokens)
         full = answers * width > args.sampler_tokens if embedded else answers > args.write_every
         if not result or full:
             result.append([])
-            answers, width = question.n, len(question.prompt) + args.max_tokens
+            answers, width = question.n * each, len(question.prompt) + args.max_tokens
         result[-1].append(question)
     return result
 
@@ -452,31 +465,52 @@ def sample(questions: list[Question], tokenizer, args: Args, world, done: dict[s
     if all(q.id in done for q in questions):
         return
     policy = load_policy(args.model, world)
+    longest = max(len(q.prompt) for q in questions) + args.max_tokens
+    if args.search != "none":
+        longest += args.max_tokens  # a state is a prompt with an answer so far
+        value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
+        if value.lm.config.vocab_size != policy.lm.config.vocab_size:
+            raise InputError(f"--value {args.value}: its vocabulary is not --model's")
     sampler = make_sampler(
-        args.rollout, policy, world, stop_ids=stop_ids(policy, tokenizer, args),
-        max_tokens=max(len(q.prompt) for q in questions) + args.max_tokens, max_batch_tokens=args.sampler_tokens,
+        args.rollout, policy, world, stop_ids=stop_ids(policy, tokenizer, args), max_tokens=longest,
+        max_batch_tokens=args.sampler_tokens,
     )
     sampler.sync(policy, version=0)
     del policy
     embedded = isinstance(sampler, EmbeddedSampler)
     todo = [c for c in chunks(questions, args, embedded=embedded) if not all(q.id in done for q in c)]
-    mine = todo[world.rank :: world.size]
-    mine += [[]] * (-(-len(todo) // world.size) - len(mine))  # as many calls on every rank
+    mine = todo[world.rank :: world.size] if args.search == "none" else todo  # all ranks search together
+    if args.search == "none":
+        mine += [[]] * (-(-len(todo) // world.size) - len(mine))  # as many calls on every rank
     answers = sum(q.n for chunk in mine for q in chunk)
     with (
         open(Path(args.out) / f"samples.part-{world.rank}.jsonl", "a", encoding="utf-8") as file,
         tqdm(total=answers, desc=args.model, unit="answer", disable=not world.main, smoothing=0.1) as bar,
     ):
         for chunk in mine:
-            groups = sampler.generate(
-                [q.prompt for q in chunk], n=[q.n for q in chunk], keys=[int(q.id[:8], 16) for q in chunk],
-                seed=args.seed, sampling=Sampling(args.max_tokens, args.temperature, args.top_p),
-                progress="batch" if world.main else None,
-            )
-            lines = [json.dumps(make_record(q, g, tokenizer)) + "\n" for q, g in zip(chunk, groups, strict=True)]
-            file.write("".join(lines))
-            file.flush()
-            bar.update(sum(map(len, groups)))
+            prompts, keys = [q.prompt for q in chunk], [int(q.id[:8], 16) for q in chunk]
+            if args.search == "none":
+                groups = sampler.generate(
+                    prompts, n=[q.n for q in chunk], keys=keys, seed=args.seed,
+                    sampling=Sampling(args.max_tokens, args.temperature, args.top_p),
+                    progress="batch" if world.main else None,
+                )
+                lines = [
+                    make_record(q, [make_answer(c.ids, c.truncated, tokenizer) for c in g])
+                    for q, g in zip(chunk, groups, strict=True)
+                ]
+            else:
+                found = search_answers(
+                    args.search, sampler, value, prompts, keys, world, width=args.width, max_steps=args.max_steps,
+                    max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, step_ends=ends,
+                    micro_batch_tokens=max(longest, args.sampler_tokens // 4), seed=args.seed,
+                )
+                best = [best_answer(candidates, sampler, tokenizer) for candidates in found]
+                lines = [make_record(q, [one]) for q, one in zip(chunk, best, strict=True)]
+            if args.search == "none" or world.main:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.flush()
+            bar.update(sum(q.n for q in chunk))
     sampler.close()
 
 
@@ -491,16 +525,23 @@ def stop_ids(policy, tokenizer, args: Args) -> list[int]:
     return stop
 
 
-def make_record(question: Question, group, tokenizer) -> dict:
+def make_answer(ids: list[int], truncated: bool, tokenizer) -> dict:
+    """An answer of a line of samples.jsonl."""
+    text = tokenizer.decode(ids if truncated else ids[:-1])  # without the token that ended it
+    return {"text": text, "tokens": len(ids), "truncated": truncated}
+
+
+def best_answer(found, sampler, tokenizer) -> dict:
+    """Of the answers that a search found the one of the highest value; an empty one where it found none."""
+    if not found:
+        return {"text": "", "tokens": 0, "truncated": True, "found": 0}
+    best = max(found, key=lambda candidate: candidate.value)
+    ended = best.response[-1] in set(map(int, sampler.stop_ids))
+    return make_answer(best.response, not ended, tokenizer) | {"found": len(found), "value": round(best.value, 6)}
+
+
+def make_record(question: Question, answers: list[dict]) -> dict:
     """A line of samples.jsonl: a question and its answers."""
-    answers = [
-        {
-            "text": tokenizer.decode(c.ids if c.truncated else c.ids[:-1]),  # without the token that ended it
-            "tokens": len(c.ids),
-            "truncated": c.truncated,
-        }
-        for c in group
-    ]
     return {
         "id": question.id, "benchmark": question.benchmark, "rows": question.rows, "question": question.text,
         "gold": question.gold, "prompt": question.prompt_text, "answers": answers,
@@ -655,6 +696,8 @@ def results_tables(results: dict, records: list[dict], args: Args) -> str:
         ])
     rows.append(["average", "", "", "", percent(results["average"]), *[""] * 7])
     drawn = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, top_p {args.top_p}"
+    if args.search != "none":
+        drawn = f"{args.search} of width {args.width} by {args.value}, {drawn}"
     text = (f"# {args.model}\n\nTemplate {args.template}, {drawn}, at most {args.max_tokens} tokens, "
             f"graded by {args.verifier[0]}. Percent.\n\n{table(rows)}")
     if len(args.verifier) > 1:
@@ -921,11 +964,17 @@ def check(args: Args) -> None:
         raise InputError("--compare needs two or more folders of evaluations")
     if not args.compare and not (args.model and args.data):
         raise InputError("--model and --data are needed (or --compare)")
-    for name in ("n", "max_tokens", "sampler_tokens", "write_every"):
+    for name in ("n", "max_tokens", "sampler_tokens", "write_every", "width", "max_steps"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature {args.temperature} must not be negative, --top_p {args.top_p} be in (0, 1]")
+    if args.search != "none" and not args.value:
+        raise InputError(f"--search {args.search} needs --value, a value model that oreo.py wrote")
+    if args.value and args.search == "none":
+        raise InputError(f"--value {args.value} is for --search beam, best_of_n or best_of_k")
+    if args.search != "none" and args.temperature == 0:
+        raise InputError(f"--search {args.search}: answers that shall differ need a positive --temperature")
     if not args.verifier:
         raise InputError("--verifier needs at least one name")
     for name in args.verifier if not args.compare else ():

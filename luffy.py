@@ -43,6 +43,7 @@ Commands:
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -52,9 +53,11 @@ import igsm
 from common.data import InputError, batch_indices, load_rows, make_examples, pack, plan_micro_batches
 from common.rollout import Sampling, make_sampler
 from common.trainer import (
+    BadBatches,
     Checkpoints,
     Clock,
     Metrics,
+    check_finite,
     export,
     gather_lists,
     init_world,
@@ -66,6 +69,7 @@ from common.trainer import (
     optimizer_step,
     parse_args,
     peak_memory_gb,
+    replay,
     sum_over_ranks,
 )
 from common.verifiers import grade
@@ -176,8 +180,15 @@ class Args:
     """Rows of each evaluation file at most; 0 for all."""
     save_every: int = 50
     """Checkpoint every so many steps; 0 never."""
-    keep: int = 1
-    """Checkpoints to keep."""
+    keep: int = 2
+    """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    skip_bad_updates: bool = False
+    """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
+    written to OUT/bad/step-N."""
+    replay: str = ""
+    """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
+    timeout_minutes: float = 30.0
+    """End the run if a rank has not answered the others for so long."""
     log_samples: int = 4
     """Rows a step to write to samples.jsonl."""
     tensorboard: bool = False
@@ -380,6 +391,11 @@ def compare_logps(difference: torch.Tensor, world) -> dict[str, float]:
     return {"mismatch/mean_abs": sums[1].item() / n, "mismatch/kl": sums[2].item() / n, "mismatch/max": largest}
 
 
+def replayed(rows: list[Row], old_logps, args: Args, world, policy) -> dict[str, float]:
+    """The update of --replay."""
+    return accumulate_gradient(policy, rows, old_logps, args, world)
+
+
 @torch.no_grad()
 def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tensor]:
     """Log-probs of the rows' tokens under the policy as it is, a tensor for each micro-batch of this rank."""
@@ -446,8 +462,10 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
 
 
 def main(args: Args) -> None:
+    if args.replay:
+        return replay(args.replay, Args, Row, replayed)
     check(args)
-    world = init_world()
+    world = init_world(args.timeout_minutes)
     out = Path(args.out)
     checkpoints = Checkpoints(out / "checkpoint", args, keep=args.keep)
     state = checkpoints.state()
@@ -495,6 +513,7 @@ def main(args: Args) -> None:
     curves = [["eval/mean"], ["reward/own", "reward/teacher"], ["group/solve_all", "group/solve_none"],
               ["policy/entropy"], ["teacher/logp"], ["length/own"], ["loss/pg"], ["optim/grad_norm"],
               ["mismatch/mean_abs"]]
+    bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
     clock = Clock()
     if start == 0 and held_out and args.eval_every:
@@ -552,22 +571,25 @@ def main(args: Args) -> None:
                     (step - 1) * args.updates_per_step + u, lr=args.lr, steps=steps * args.updates_per_step,
                     schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor,
                 )
-                log = accumulate_gradient(policy, update, old[u], args, world)
-                if log.get("mismatch/mean_abs", 0.0) > max_mismatch:
-                    raise RuntimeError(
-                        f"step {step}: the sampler's log-probs differ from the trainer's by "
-                        f"{log['mismatch/mean_abs']:.4f} a token (--max_mismatch {max_mismatch}): the weights did "
-                        "not arrive in the sampler, or it does not run the same model"
-                    )
-                log["optim/grad_norm"] = optimizer_step(policy, optimizer, lr=lr, max_grad_norm=args.max_grad_norm)
-                logs.append(log | {"optim/lr": lr})
+                texts = partial(sample_rows, update, batch, tokenizer)
+                with bad_batches(step, update, models, texts, old[u]):
+                    log = accumulate_gradient(policy, update, old[u], args, world)
+                    check_finite(log, policy, world)
+                    if log.get("mismatch/mean_abs", 0.0) > max_mismatch:
+                        raise RuntimeError(
+                            f"step {step}: the sampler's log-probs differ from the trainer's by "
+                            f"{log['mismatch/mean_abs']:.4f} a token (--max_mismatch {max_mismatch}): the weights did "
+                            "not arrive in the sampler, or it does not run the same model"
+                        )
+                    log["optim/grad_norm"] = optimizer_step(policy, optimizer, lr=lr, max_grad_norm=args.max_grad_norm)
+                    logs.append(log | {"optim/lr": lr})
 
         # 5. sync
         with clock("sync"):
             sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        row_log = {k: sum(log[k] for log in logs) / len(logs) for k in logs[0]}  # means over the step's updates
+        row_log = {k: sum(log[k] for log in logs) / len(logs) for k in (logs or [{}])[0]}  # means over the updates
         row_log |= describe(rows)
         if held_out and args.eval_every and (step % args.eval_every == 0 or step == steps):
             with clock("evaluate"):
@@ -576,13 +598,14 @@ def main(args: Args) -> None:
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
         metrics.log(
-            step, row_log | {"memory/peak_gb": peak_memory_gb(world)},
+            step, row_log | {"memory/peak_gb": peak_memory_gb(world), "update/skipped": bad_batches.skipped or None},
             show=["reward/own", "eval/mean", "policy/entropy", "teacher/logp"],
         )
         shown = random.Random(step).sample(rows, min(args.log_samples, len(rows)))
-        metrics.samples(step, [sample_row(row, batch[row.group], tokenizer) for row in shown])
+        metrics.samples(step, sample_rows(shown, batch, tokenizer))
         if args.save_every and (step % args.save_every == 0 or step == steps):
             checkpoints.save(step, policy, optimizer, world)
+    checkpoints.wait()
     export(policy, tokenizer, out / "model", world)
     sampler.close()
     metrics.close()
@@ -610,12 +633,15 @@ def describe(rows: list[Row]) -> dict[str, float]:
     } | {f"verifier/{s}": mean(r.status == s for r in rows) for s in statuses}
 
 
-def sample_row(row: Row, example, tokenizer) -> dict:
-    """A row as text, for samples.jsonl."""
-    return {
-        "who": "teacher" if row.teacher else "own", "reward": row.reward, "advantage": row.advantage,
-        "gold": example.gold, "prompt": example.text, "response": tokenizer.decode(row.response),
-    }
+def sample_rows(rows: list[Row], batch, tokenizer) -> list[dict]:
+    """Rows as text, for samples.jsonl; batch: the step's examples."""
+    return [
+        {
+            "who": "teacher" if row.teacher else "own", "reward": row.reward, "advantage": row.advantage,
+            "gold": batch[row.group].gold, "prompt": batch[row.group].text, "response": tokenizer.decode(row.response),
+        }
+        for row in rows
+    ]
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ import math
 import os
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -73,13 +74,17 @@ from common.data import (
     render_prompt,
 )
 from common.rollout import Sampling, make_sampler
+from common.search import Candidate, search_answers, step_ids
 from common.trainer import (
+    BadBatches,
     Checkpoints,
     Clock,
     Metrics,
     ValueModel,
+    check_finite,
     export,
     gather_lists,
+    gradient_norm,
     init_world,
     launch,
     learning_rate,
@@ -90,6 +95,7 @@ from common.trainer import (
     parse_args,
     peak_memory_gb,
     plot_curves,
+    replay,
     sum_over_ranks,
 )
 from common.verifiers import grade
@@ -224,8 +230,15 @@ class Args:
     """Rows of each evaluation file at most; 0 for all."""
     save_every: int = 50
     """Checkpoint every so many steps; 0 never."""
-    keep: int = 1
-    """Checkpoints to keep."""
+    keep: int = 2
+    """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    skip_bad_updates: bool = False
+    """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
+    written to OUT/bad/step-N."""
+    replay: str = ""
+    """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
+    timeout_minutes: float = 30.0
+    """End the run if a rank has not answered the others for so long."""
     log_samples: int = 2
     """Rows a step to write to samples.jsonl."""
     tensorboard: bool = False
@@ -374,55 +387,6 @@ def dpo_pairs(rows: list["Row"], limit: int, seed: int) -> list[list["Row"]]:
     return pairs
 
 
-def select_beam(values: list[float], finished: list[bool], width: int, *, compete: bool = False):
-    """One question's candidates -> indices of those that go on, best first, and of its new answers.
-
-    Finished candidates are answers and take no place: the `width` best of the others go on. With `compete` they
-    do take places: of the `width` best, those that are finished are answers, and the rest of all is dropped.
-
-    >>> select_beam([0.2, 0.9, 0.7, 0.5], [False, True, False, False], 2)
-    ([2, 3], [1])
-    >>> select_beam([0.2, 0.9, 0.7, 0.5], [False, True, False, False], 2, compete=True)
-    ([2], [1])
-    """
-    best = sorted(range(len(values)), key=lambda i: -values[i])
-    if compete:
-        best = best[:width]
-    going = [i for i in best if not finished[i]]
-    return going[:width], sorted(i for i in best if finished[i])
-
-
-@dataclass
-class Candidate:
-    """A state of the search: a question's response so far."""
-
-    response: list[int]
-    finished: bool = False
-    value: float = 0.0
-
-
-def beam_search(questions: int, sample, score, *, width: int, max_steps: int, compete: bool = False):
-    """Step-level beam search: -> each question's answers, as a list of Candidates that may be empty.
-
-    sample(states, step): the next steps of every state (question, Candidate), as lists of Candidates.
-    score(states): their values. A state starts as the empty response, so the first step has the fewest candidates.
-    """
-    beams, answers = [[Candidate([])] for _ in range(questions)], [[] for _ in range(questions)]
-    for step in range(max_steps):
-        states = [(q, state) for q, beam in enumerate(beams) for state in beam]
-        if not states:
-            break
-        new = [(q, c) for (q, _), group in zip(states, sample(states, step), strict=True) for c in group]
-        for (_, candidate), value in zip(new, score(new), strict=True):
-            candidate.value = value
-        for q in range(questions):
-            mine = [candidate for p, candidate in new if p == q]
-            kept, done = select_beam([c.value for c in mine], [c.finished for c in mine], width, compete=compete)
-            beams[q] = [mine[i] for i in kept]
-            answers[q] += [mine[i] for i in done]
-    return answers
-
-
 # ---------------------------------------------------------------------------------------------- graded rows
 
 
@@ -444,13 +408,6 @@ class Row:
     kl: float = 0.0
     values: list[float] = field(default_factory=list)
     last_value: float = 0.0
-
-
-def step_ids(tokenizer, delimiters: tuple[str, ...]) -> frozenset[int]:
-    """Ids of the tokens that end a step: those whose text holds a delimiter."""
-    ids = list(range(len(tokenizer)))
-    texts = tokenizer.batch_decode([[i] for i in ids])
-    return frozenset(i for i, text in zip(ids, texts, strict=True) if any(d in text for d in delimiters))
 
 
 def step_starts(response: list[int], ends: frozenset[int]) -> list[bool]:
@@ -659,6 +616,11 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
     return {"loss/policy": policy_loss} | ({"loss/value": value_loss} if value else {})
 
 
+def replayed(units: list[list[Row]], _, args: Args, world, policy, value=None, reference=None) -> dict[str, float]:
+    """The update of --replay."""
+    return accumulate_gradient(policy, value, reference, units, args, world)
+
+
 def per_token(lists: list[list], world) -> torch.Tensor:
     """One list a row, of one entry for each response token -> [N]."""
     return torch.tensor([x for values in lists for x in values], device=world.device)
@@ -682,58 +644,6 @@ def kto_baseline(policy, reference, units: list[list[Row]], args: Args, world) -
         action = per_token([row.actions for row in mine], world).float()  # [N]
         total += ((policy(batch) - reference(batch)) * action).sum().double().cpu()
     return max(0.0, sum_over_ranks(total, world).item() / len(rows))
-
-
-# -------------------------------------------------------------------------------------------------- search
-
-
-@torch.no_grad()
-def state_values(value, states: list[list[int]], args: Args, world) -> list[float]:
-    """V of each text as it stands; every rank passes all texts, computes its share and gets all values."""
-    found = []
-    for shares in plan_micro_batches([len(ids) for ids in states], world.size, args.micro_batch_tokens):
-        mine = shares[world.rank]
-        batch = pack([(states[i], [0]) for i in mine], world.device)  # the token that is predicted is never read
-        found += zip(mine, value(batch).tolist(), strict=True)
-    return [v for _, v in sorted(gather_lists(found, world))]
-
-
-def search_answers(policy, value, tokenizer, examples, args: Args, world) -> list[list[Candidate]]:
-    """The answers that --search finds to each example, [examples][answers]; the best has the highest value."""
-    full = args.max_response_tokens
-    # a state is a prompt with a response so far
-    sampler = open_sampler(
-        policy, tokenizer, dataclasses.replace(args, max_prompt_tokens=args.max_prompt_tokens + full), world
-    )
-    eos, whole = set(map(int, sampler.stop_ids)), args.search in ("greedy", "best_of_n")
-    stops = () if whole else tuple(sorted(step_ids(tokenizer, args.step_delimiters)))
-    n, temperature = (1, 0.0) if args.search == "greedy" else (args.width, args.temperature)
-
-    def sample(states, step):
-        mine = range(world.rank, len(states), world.size)
-        groups = sampler.generate(
-            [examples[states[i][0]].prompt + states[i][1].response for i in mine], n=n,
-            keys=[examples[states[i][0]].index * 1000 + i % 1000 for i in mine],  # a question's states: consecutive i
-            seed=args.seed * 1_000_003 + step, sampling=Sampling(full, temperature, args.top_p, stops),
-            progress=f"step {step + 1}" if world.main else None,
-        )
-        drawn = sorted(gather_lists([(i, [c.ids for c in g]) for i, g in zip(mine, groups, strict=True)], world))
-        longer = [[(state.response + ids)[:full] for ids in steps]
-                  for (_, state), (_, steps) in zip(states, drawn, strict=True)]  # fmt: skip
-        return [[Candidate(r, r[-1] in eos or len(r) == full) for r in responses] for responses in longer]
-
-    def score(states):
-        if value is None:
-            return [0.0] * len(states)
-        texts = [examples[q].prompt + (c.response[:-1] if c.response[-1] in eos else c.response) for q, c in states]
-        return state_values(value, texts, args, world)
-
-    answers = beam_search(
-        len(examples), sample, score, width=1 if args.search == "best_of_k" else n,
-        max_steps=1 if whole else args.max_steps, compete=args.search == "best_of_k",
-    )
-    sampler.close()
-    return answers
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -848,7 +758,7 @@ def collect(args: Args) -> str:
     """Sample answers to the problems of --data, grade and keep them -> OUT/rows.jsonl, complete or absent.
 
     Killed and started again, it goes on after the last batch of problems that was written whole."""
-    world = init_world()
+    world = init_world(args.timeout_minutes)
     final, partial = Path(args.out) / "rows.jsonl", Path(args.out) / "rows.partial.jsonl"
     names = ("model", "data", "igsm_problems", "chat_template", "verifier", "max_prompt_tokens",
              "max_response_tokens", "samples", "balance", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
@@ -932,7 +842,7 @@ def collect(args: Args) -> str:
 
 def train(args: Args) -> None:
     """sft, oreo, rejection, dpo or kto: model/ (and oreo's value/) in the run folder."""
-    world = init_world()
+    world = init_world(args.timeout_minutes)
     out = Path(args.out)
     checkpoints = Checkpoints(out / "checkpoint", args, keep=args.keep)
     state = checkpoints.state()
@@ -969,6 +879,8 @@ def train(args: Args) -> None:
 
     curves = [["eval/mean"], ["loss/policy"], ["loss/value"], ["value/right", "value/wrong"], ["policy/kl"],
               ["log_ratio/right", "log_ratio/wrong"], ["optim/grad_norm", "optim/value_grad_norm"]]  # fmt: skip
+    bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
+    models |= {name: model for name, model in (("value", value), ("reference", reference)) if model}
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
     clock = Clock()
     if start == 0 and sampler:
@@ -986,18 +898,19 @@ def train(args: Args) -> None:
             if sampler:
                 sampler.sleep()  # its memory is the trainer's until the sync
             schedule = dict(steps=steps, schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor)
-            row_log = accumulate_gradient(policy, value, reference, batch, args, world)
-            try:
+            row_log = {}
+            with bad_batches(step, batch, models, partial(sample_rows, rows, tokenizer)):
+                log = accumulate_gradient(policy, value, reference, batch, args, world) | describe(rows, args)
+                check_finite(log, policy, world)
                 if value:
-                    row_log["optim/value_grad_norm"] = optimizer_step(
+                    gradient_norm(policy)  # raises before one of the two has taken its step
+                    log["optim/value_grad_norm"] = optimizer_step(
                         value, value_optimizer, lr=learning_rate(step - 1, lr=args.value_lr, **schedule),
                         max_grad_norm=args.max_grad_norm,
                     )  # fmt: skip
                 lr = learning_rate(step - 1, lr=args.lr, **schedule)
                 norm = optimizer_step(policy, optimizer, lr=lr, max_grad_norm=args.max_grad_norm)
-            except FloatingPointError as error:
-                where = f"rows {', '.join(str(row.index) for row in rows)} of {args.rows or args.data}"
-                raise FloatingPointError(f"step {step}: {error}; {where}") from error
+                row_log = log | {"optim/grad_norm": norm, "optim/lr": lr}
 
         # 5. sync
         with clock("sync"):
@@ -1005,7 +918,6 @@ def train(args: Args) -> None:
                 sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        row_log |= describe(rows, args) | {"optim/grad_norm": norm, "optim/lr": lr}
         if evaluates:
             with clock("evaluate"):
                 row_log |= evaluate(sampler, tokenizer, held_out, args, world)
@@ -1013,13 +925,14 @@ def train(args: Args) -> None:
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
         metrics.log(
-            step, row_log | {"memory/peak_gb": peak_memory_gb(world)},
+            step, row_log | {"memory/peak_gb": peak_memory_gb(world), "update/skipped": bad_batches.skipped or None},
             show=["eval/mean", "loss/policy", "value/right", "value/wrong", "policy/kl"],
         )
         shown = random.Random(step).sample(rows, min(args.log_samples, len(rows)))
-        metrics.samples(step, [sample_row(row, tokenizer) for row in shown])
+        metrics.samples(step, sample_rows(shown, tokenizer))
         if args.save_every and (step % args.save_every == 0 or step == steps):
             checkpoints.save(step, policy, optimizer, world, more)
+    checkpoints.wait()
     if value:
         export(value, tokenizer, out / "value", world)
     export(policy, tokenizer, out / "model", world)  # last: it says that the run is complete
@@ -1047,14 +960,17 @@ def describe(rows: list[Row], args: Args) -> dict[str, float]:
     return log
 
 
-def sample_row(row: Row, tokenizer) -> dict:
-    """A row as text, for samples.jsonl: its steps, and the value of the state before each."""
-    starts = [i for i, start in enumerate(row.steps) if start]
-    steps = [tokenizer.decode(row.response[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
-    return {
-        "row": row.index, "reward": row.reward, "log_ratio": row.log_ratio, "prompt": tokenizer.decode(row.prompt),
-        "steps": steps, "values": [round(v, 4) for v in row.values],
-    }
+def sample_rows(rows: list[Row], tokenizer) -> list[dict]:
+    """Rows as text, for samples.jsonl: their steps, and the value of the state before each."""
+    found = []
+    for row in rows:
+        starts = [i for i, start in enumerate(row.steps) if start]
+        steps = [tokenizer.decode(row.response[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
+        found.append({
+            "row": row.index, "reward": row.reward, "log_ratio": row.log_ratio, "prompt": tokenizer.decode(row.prompt),
+            "steps": steps, "values": [round(v, 4) for v in row.values],
+        })
+    return found
 
 
 def iterate(args: Args) -> None:
@@ -1075,14 +991,30 @@ def iterate(args: Args) -> None:
         plot_curves(rounds, [["eval/mean"], ["policy/kl"], ["loss/policy"]], Path(args.out) / "curves.png")
 
 
+def find_answers(policy, value, tokenizer, examples, args: Args, world) -> list[list[Candidate]]:
+    """The answers that --search finds to each example, [examples][answers]; the best has the highest value."""
+    full = args.max_response_tokens
+    # a state is a prompt with a response so far
+    sampler = open_sampler(
+        policy, tokenizer, dataclasses.replace(args, max_prompt_tokens=args.max_prompt_tokens + full), world
+    )
+    found = search_answers(
+        args.search, sampler, value, [e.prompt for e in examples], [e.index for e in examples], world,
+        width=args.width, max_steps=args.max_steps, max_tokens=full, temperature=args.temperature, top_p=args.top_p,
+        step_ends=step_ids(tokenizer, args.step_delimiters), micro_batch_tokens=args.micro_batch_tokens, seed=args.seed,
+    )
+    sampler.close()
+    return found
+
+
 def search(args: Args) -> dict:
     """Answer the problems of --eval_data by --search; writes OUT/search-NAME.json and the answers beside it."""
-    world = init_world()
+    world = init_world(args.timeout_minutes)
     tokenizer = load_tokenizer(args.model)
     examples = held_out_examples(tokenizer, args)
     policy = load_policy(args.model, world)
     value = None if args.search == "greedy" else load_value(args, policy, world)
-    found = search_answers(policy, value, tokenizer, examples, args, world)
+    found = find_answers(policy, value, tokenizer, examples, args, world)
     best = [max(answers, key=lambda c: c.value, default=None) for answers in found]
     texts = [tokenizer.decode(c.response) if c else "" for c in best]
     verdicts = grade(texts, [e.gold for e in examples], verifier=args.verifier)
@@ -1111,6 +1043,8 @@ def search(args: Args) -> dict:
 
 
 def main(args: Args) -> None:
+    if args.replay:
+        return replay(args.replay, Args, Row, replayed)
     check(args)
     if args.stage == "search":
         search(args)

@@ -42,10 +42,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from common.data import InputError, pack, plan_micro_batches, render_prompt
+from common.data import InputError, render_prompt
 from common.rollout import Sampling, make_sampler
+from common.search import state_values
 from common.trainer import (
     ValueModel,
     export,
@@ -304,17 +303,6 @@ def make_games(args: Args) -> None:
 # -------------------------------------------------------------------------------------------------- play
 
 
-@torch.no_grad()
-def state_values(value, states: list[list[int]], args: Args, world) -> list[float]:
-    """V of each text as it stands; every rank passes all texts, computes its share and gets all values."""
-    found = []
-    for shares in plan_micro_batches([len(ids) for ids in states], world.size, args.micro_batch_tokens):
-        mine = shares[world.rank]
-        batch = pack([(states[i], [0]) for i in mine], world.device)  # the token that is predicted is never read
-        found += zip(mine, value(batch).tolist(), strict=True)
-    return [v for _, v in sorted(gather_lists(found, world))]
-
-
 def choose(groups: list[list], episodes: list[Episode], value, tokenizer, args: Args, world) -> list[list[int]]:
     """Of each episode's candidate answers the one that leads to the text of the highest value (a collective)."""
     eos = tokenizer.eos_token_id
@@ -323,7 +311,8 @@ def choose(groups: list[list], episodes: list[Episode], value, tokenizer, args: 
         for episode, group in zip(episodes, groups, strict=True) for c in group
     ]  # fmt: skip
     counts = gather_lists([len(texts)], world)
-    values = state_values(value, gather_lists(texts, world), args, world)[sum(counts[: world.rank]) :]
+    values = state_values(value, gather_lists(texts, world), world, args.micro_batch_tokens)
+    values = values[sum(counts[: world.rank]) :]
     chosen = []
     for group in groups:
         mine, values = values[: len(group)], values[len(group) :]

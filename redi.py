@@ -54,6 +54,7 @@ import os
 import random
 from array import array
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -79,9 +80,11 @@ from common.data import (
 )
 from common.rollout import Sampling, make_sampler
 from common.trainer import (
+    BadBatches,
     Checkpoints,
     Clock,
     Metrics,
+    check_finite,
     export,
     full_parameters,
     gather_lists,
@@ -95,6 +98,7 @@ from common.trainer import (
     parse_args,
     peak_memory_gb,
     read_metrics,
+    replay,
 )
 from common.verifiers import grade
 
@@ -205,8 +209,15 @@ class Args:
     """Rows of each evaluation file at most; 0 for all."""
     save_every: int = 200
     """Checkpoint every so many steps; 0 never."""
-    keep: int = 1
-    """Checkpoints to keep."""
+    keep: int = 2
+    """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    skip_bad_updates: bool = False
+    """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
+    written to OUT/bad/step-N."""
+    replay: str = ""
+    """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
+    timeout_minutes: float = 30.0
+    """End the run if a rank has not answered the others for so long."""
     log_samples: int = 4
     """Rows a step to write to samples.jsonl."""
     tensorboard: bool = False
@@ -377,6 +388,12 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> None:
     for p in pairs:
         p.loss, means = results[p.index]
         p.logp, p.entropy = (means[0], means[1]), (means[2], means[3])
+
+
+def replayed(pairs: list[Pair], _, args: Args, world, policy) -> dict[str, float]:
+    """The update of --replay."""
+    accumulate_gradient(policy, pairs, args, world)
+    return describe(pairs, args)
 
 
 @torch.no_grad()
@@ -812,8 +829,10 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
 
 
 def main(args: Args) -> None:
+    if args.replay:
+        return replay(args.replay, Args, Pair, replayed)
     check(args)
-    world = init_world()
+    world = init_world(args.timeout_minutes)
     if args.stage == "data":
         make_data(args, world)
         return
@@ -870,6 +889,7 @@ def main(args: Args) -> None:
 
     curves = [["logp/chosen", "logp/rejected"], ["logp/gap"], ["pair/accuracy"], ["entropy/chosen", "entropy/rejected"],
               ["eval/mean"], ["loss/mean"], ["optim/grad_norm"], ["optim/lr"]]  # fmt: skip
+    bad_batches = BadBatches(out, args, world, skip=args.skip_bad_updates)
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
     chosen_logps = [row["logp/chosen"] for row in read_metrics(out) if "logp/chosen" in row] if world.main else []
     clock = Clock()
@@ -889,12 +909,13 @@ def main(args: Args) -> None:
             lr = learning_rate(
                 step - 1, lr=args.lr, steps=steps, schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor
             )
-            accumulate_gradient(policy, batch, args, world)
-            try:
+            row_log = {}
+            with bad_batches(step, batch, {"policy": policy}, partial(sample_rows, batch, tokenizer)):
+                accumulate_gradient(policy, batch, args, world)
+                row_log = describe(batch, args)
+                check_finite(row_log, policy, world)
                 norm = optimizer_step(policy, optimizer, lr=lr, max_grad_norm=args.max_grad_norm)
-            except FloatingPointError as error:
-                rows = ", ".join(str(p.index) for p in batch)
-                raise FloatingPointError(f"step {step}: {error}; rows {rows} of {args.data}") from error
+                row_log |= {"optim/grad_norm": norm, "optim/lr": lr}
 
         # 5. sync
         with clock("sync"):
@@ -902,8 +923,7 @@ def main(args: Args) -> None:
                 sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        row_log = describe(batch, args) | {"optim/grad_norm": norm, "optim/lr": lr}
-        chosen_logps += [row_log["logp/chosen"]] if row_log["logp/chosen"] is not None else []
+        chosen_logps += [row_log["logp/chosen"]] if math.isfinite(row_log.get("logp/chosen") or math.nan) else []
         row_log["alarm/collapsed_at"] = collapsed_at(chosen_logps, args.collapse_margin)
         if world.main and row_log["alarm/collapsed_at"] == len(chosen_logps):
             tqdm.write(
@@ -918,13 +938,14 @@ def main(args: Args) -> None:
         tokens = sum(len(p.prompt) + len(trace) for p in batch for trace in (p.chosen, p.rejected) if trace)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
         metrics.log(
-            step, row_log | {"memory/peak_gb": peak_memory_gb(world)},
+            step, row_log | {"memory/peak_gb": peak_memory_gb(world), "update/skipped": bad_batches.skipped or None},
             show=["logp/chosen", "logp/rejected", "eval/mean"],
         )
         shown = random.Random(step).sample(batch, min(args.log_samples, len(batch)))
-        metrics.samples(step, [sample_row(p, tokenizer) for p in shown])
+        metrics.samples(step, sample_rows(shown, tokenizer))
         if args.save_every and (step % args.save_every == 0 or step == steps):
             checkpoints.save(step, policy, optimizer, world)
+    checkpoints.wait()
     export(policy, tokenizer, out / "model", world)
     check_context(out / "model", args)
     if sampler:
@@ -974,12 +995,13 @@ def describe(pairs: list[Pair], args: Args) -> dict[str, float]:
     return row
 
 
-def sample_row(pair: Pair, tokenizer) -> dict:
-    """A pair as text, for samples.jsonl."""
-    return {
-        "row": pair.index, "loss": pair.loss, "chosen_logp": pair.logp[0], "rejected_logp": pair.logp[1],
-        "weight": pair.weight,
-    } | {name: tokenizer.decode(list(getattr(pair, name))) for name in ("prompt", "chosen", "rejected")}
+def sample_rows(pairs: list[Pair], tokenizer) -> list[dict]:
+    """Pairs as text, for samples.jsonl."""
+    return [
+        {"row": p.index, "loss": p.loss, "chosen_logp": p.logp[0], "rejected_logp": p.logp[1], "weight": p.weight}
+        | {name: tokenizer.decode(list(getattr(p, name))) for name in ("prompt", "chosen", "rejected")}
+        for p in pairs
+    ]
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -71,23 +73,36 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
 
 def launch(main, args) -> None:
     """Run main(args) as a program: an InputError is one line and exit code 2; any other error ends this rank
-    at once with its traceback, so that torchrun ends the others instead of leaving them in a collective."""
+    at once with its traceback, so that torchrun ends the others instead of leaving them in a collective. Of several
+    ranks that fail the first one shows its error; the others fail because it is gone."""
     try:
         main(args)
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if _first_to_fail():
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     except KeyboardInterrupt:
         os._exit(130)
     except BaseException:
-        rank = os.environ.get("RANK", "0")
-        print(f"[rank {rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        if _first_to_fail():
+            print(f"[rank {os.environ.get('RANK', 0)}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()  # nobody leaves while another may still talk to it
         sys.stdout.flush()
         os._exit(0)  # tearing the interpreter down with gloo's threads alive aborts now and then
+
+
+def _first_to_fail() -> bool:
+    """Whether no other rank has failed before this one."""
+    rank = os.environ.get("RANK", "0")
+    if not dist.is_initialized():
+        return rank == "0"
+    try:
+        store = dist.distributed_c10d._get_default_store()  # outlives the ranks: torchrun's agent holds it
+        return store.compare_set("first to fail", "", rank).decode() == rank
+    except Exception:  # the store is gone with the rank that held it
+        return True
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -126,12 +141,12 @@ def init_world(timeout_minutes: float = 30.0) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_size, device)
 
 
-def gather_lists(items: list, world: World) -> list:
+def gather_lists(items: list, world: World, group=None) -> list:
     """Concatenate a list of plain objects over the ranks, in rank order, for every rank."""
     if world.size == 1:
         return items
     parts: list = [None] * world.size
-    dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items, group=group)
     return [item for part in parts for item in part]
 
 
@@ -157,6 +172,7 @@ class Policy(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
+        self.bad_logps = 0  # how many were NaN or above 0 since check_finite asked
 
     def forward(
         self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False, reference=None, raw: bool = False
@@ -169,6 +185,8 @@ class Policy(nn.Module):
         if raw:
             return hidden, weight
         out = linear_logprobs(hidden, weight, batch.targets, temperature=temperature, entropy=entropy)
+        logp = out[0] if entropy else out
+        self.bad_logps = self.bad_logps + (~(logp.detach() <= 0)).sum()
         if reference is None:
             return out
         with torch.no_grad():
@@ -387,14 +405,20 @@ def learning_rate(step: int, *, lr: float, steps: int, schedule: str, warmup: fl
     return lr * (floor + (1 - floor) * shape)
 
 
+def gradient_norm(policy: nn.Module, *, clip: float = math.inf) -> float:
+    """The global norm of the gradient, which is then clipped to `clip`. FloatingPointError if it is not finite."""
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), clip, foreach=True)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    return norm
+
+
 def optimizer_step(policy: nn.Module, optimizer, *, lr: float, max_grad_norm: float) -> float:
     """Clip the global gradient norm, set the rate, step, clear. Returns the norm before clipping.
 
     Raises FloatingPointError on a norm that is not finite; the weights are then untouched."""
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm, foreach=True)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}")
+    norm = gradient_norm(policy, clip=max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -402,34 +426,160 @@ def optimizer_step(policy: nn.Module, optimizer, *, lr: float, max_grad_norm: fl
     return norm
 
 
+# ---------------------------------------------------------------------------------------------- bad numbers
+
+
+def check_finite(log: dict[str, float], policy: Policy, world: World) -> None:
+    """Raise FloatingPointError if a number of an update's log is NaN or infinite, or a log-prob was NaN or above 0.
+
+    A collective; every rank holds the same log: all raise, or none."""
+    bad = sum_over_ranks(torch.tensor([float(policy.bad_logps)], dtype=torch.float64), world).item()
+    policy.bad_logps = 0
+    if bad:
+        raise FloatingPointError(f"{bad:.0f} log-probs are NaN or above 0")
+    for name, value in log.items():
+        if value is not None and not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value}")
+
+
+class BadBatches:
+    """What becomes of an update whose numbers are not finite: `with bad_batches(step, rows, models): ...`
+
+    On a FloatingPointError inside (of every rank) the weights are untouched. The batch, the weights that it met and
+    the settings are written to OUT/bad/step-N, for --replay, and the run stops; with `skip` it goes on without that
+    update, and `skipped` counts them."""
+
+    def __init__(self, out: Path, args, world: World, *, skip: bool):
+        self.out, self.args, self.world, self.skip, self.skipped = out, args, world, skip, 0
+
+    @contextlib.contextmanager
+    def __call__(self, step: int, rows: list, models: dict[str, nn.Module], texts, old_logps=None):
+        """rows: dataclasses, or lists of them. texts(): what a person wants to see of them, for rows.jsonl.
+        old_logps: this rank's tensors, one for each micro-batch."""
+        try:
+            yield
+        except FloatingPointError as error:
+            for model in models.values():
+                model.zero_grad(set_to_none=True)
+            folder = self.out / "bad" / f"step-{step:08d}"
+            weights = {name: dcp_state.get_model_state_dict(model) for name, model in models.items()}
+            dcp.save(weights, checkpoint_id=folder / "weights")
+            old = gather_lists([old_logps and [x.cpu() for x in old_logps]], self.world)
+            if self.world.main:
+                torch.save({"old_logps": old}, folder / "old_logps.pt")
+                plain = [[dataclasses.asdict(r) for r in row] if isinstance(row, list) else dataclasses.asdict(row)
+                         for row in rows]  # fmt: skip
+                (folder / "rows.json").write_text(json.dumps(plain, default=list))
+                lines = [json.dumps(text, ensure_ascii=False) + "\n" for text in texts()]
+                (folder / "rows.jsonl").write_text("".join(lines))
+                config = {name: model.lm.config.to_dict() for name, model in models.items()}
+                about = {"step": step, "error": str(error), "config": config, "args": dataclasses.asdict(self.args)}
+                (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+            dist.barrier()
+            message = f"step {step}: {error}. The batch is in {folder}; see it again with --replay {folder}"
+            if not self.skip:
+                raise FloatingPointError(message) from error
+            self.skipped += 1
+            if self.world.main:
+                tqdm.write(f"{message}. Its update is skipped (--skip_bad_updates)", file=sys.stderr)
+
+
+def replay(folder: str, args_type, row_type, accumulate) -> None:
+    """Show what a batch that BadBatches wrote does: each row alone, then all of them, with the weights it met.
+
+    accumulate(rows, old_logps, args, world, **models) -> the update's log."""
+    path = Path(folder)
+    if not (path / "about.json").is_file():
+        raise InputError(f"--replay {folder}: no about.json there; it names a folder OUT/bad/step-N of a run")
+    about, world = json.loads((path / "about.json").read_text()), init_world()
+    args = args_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["args"].items()})
+    models = {
+        name: load_policy("", world, from_config=config, kind=ValueModel if name == "value" else Policy)
+        for name, config in about["config"].items()
+    }
+    weights = {name: dcp_state.get_model_state_dict(model) for name, model in models.items()}
+    dcp.load(weights, checkpoint_id=path / "weights")
+    for name, model in models.items():
+        dcp_state.set_model_state_dict(model, weights[name])
+    rows = [[row_type(**r) for r in row] if isinstance(row, list) else row_type(**row)
+            for row in json.loads((path / "rows.json").read_text())]  # fmt: skip
+    old = torch.load(path / "old_logps.pt", weights_only=True)["old_logps"]
+    if old[0] is not None and len(old) != world.size:
+        raise InputError(f"--replay {folder}: this batch was made by {len(old)} ranks, and replays with as many")
+    if world.main:
+        print(f"{path}: {about['error']}\n\n   row  gradient norm  loss")
+    for i, some in enumerate([*([row] for row in rows), rows]):
+        log = accumulate(some, old[world.rank] if some is rows else None, args, world, **models)
+        norm, odd = math.nan, ""
+        try:
+            check_finite(log, models["policy"], world)
+            norm = max(gradient_norm(model) for model in models.values())
+        except FloatingPointError as error:
+            odd = f"  <- {error}"
+        for model in models.values():
+            model.zero_grad(set_to_none=True)
+        if world.main:
+            loss = next((value for name, value in log.items() if "loss" in name), math.nan)
+            print(f"{'all' if some is rows else i:>6} {norm:14.6g}  {loss:.6g}{odd}")
+
+
 # ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def _to_disk(path: Path) -> None:
+    """Return when what was written to a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 class Checkpoints:
     """Checkpoints of a run under `folder`, each complete or absent: written beside, then renamed into place.
 
     A checkpoint is model and optimizer (torch.distributed.checkpoint, so that another number of ranks can
-    load it) and state.json: the step, the settings that made it, and what else the algorithm keeps.
+    load it), state.json (the step, the settings that made it, and what else the algorithm keeps) and SHA256SUMS
+    (`sha256sum -c` reads it). One that does not fit its sums is set aside, with a warning, for the one before.
     `more` names further pairs that an algorithm trains: {"value": (model, optimizer)}, or {"sft": (policy, its
-    second optimizer)}; a model that comes twice is saved once."""
+    second optimizer)}; a model that comes twice is saved once.
+
+    On CUDA a checkpoint is copied to the host's memory and written while training goes on; wait() for the last."""
 
     # settings that may change between two starts of one run
-    FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "wandb", "tensorboard", "rollout"}
+    FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "wandb", "tensorboard", "rollout",
+            "timeout_minutes", "replay"}  # fmt: skip
 
-    def __init__(self, folder: Path, args, *, keep: int = 1):
+    def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
+        """background: write while training goes on; None: on CUDA."""
         self.folder, self.keep = folder, keep
         self.settings = json.loads(json.dumps(dataclasses.asdict(args)))
+        self.background = torch.cuda.is_available() if background is None else background
+        self._writer: threading.Thread | None = None
+        self._failed: BaseException | None = None
+        self._group = dist.new_group(backend="gloo") if self.background else None  # apart from the training's
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
-        return max((p for p in self.folder.glob("step-*") if p.suffix != ".partial"), default=None)
+        return max((p for p in self.folder.glob("step-*") if not p.suffix), default=None)
 
     def state(self) -> dict | None:
-        """state.json of the newest checkpoint, after checking that this run may go on from it.
+        """state.json of the newest intact checkpoint, after checking that this run may go on from it. Collective.
 
-        Raises InputError if it was made with other settings."""
-        path = self.latest()
+        Raises InputError if it was made with other settings, or if there are checkpoints and none is intact."""
+        world = World(dist.get_rank(), dist.get_world_size(), 1, torch.device("cpu"))
+        damaged: list[str] = []
+        while (path := self.latest()) and (damage := self._damage(path, world)):
+            dist.barrier()  # all have looked
+            damaged.append(f"{path}: {damage}")
+            if world.main:
+                os.replace(path, path.with_suffix(".damaged"))
+                print(f"WARNING: {damaged[-1]}; it is set aside, and the checkpoint before it is used", file=sys.stderr)
+            dist.barrier()
         if path is None:
+            if damaged:
+                raise InputError(
+                    f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start anew, or "
+                    "choose another --out"
+                )
             return None
         state = json.loads((path / "state.json").read_text())
         changed = [
@@ -442,7 +592,35 @@ class Checkpoints:
                 f"{path} was made with other settings ({'; '.join(changed)}): "
                 "use the same ones to go on, or another --out to start anew"
             )
+        if world.main and state["ranks"] != world.size:
+            print(
+                f"{path} was made by {state['ranks']} ranks and goes on with {world.size}: sums are rounded in another "
+                "order, so that the run is not bit for bit the one it would have been",
+                file=sys.stderr,
+            )
         return state
+
+    def _sums(self, path: Path, world: World, group=None) -> dict[str, str]:
+        """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
+        names = sorted(p.name for p in path.iterdir() if p.name != "SHA256SUMS")
+        mine = []
+        for name in names[world.rank :: world.size]:
+            with open(path / name, "rb") as file:
+                mine.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
+        return dict(sorted(gather_lists(mine, world, group)))
+
+    def _damage(self, path: Path, world: World) -> str | None:
+        """What is wrong with a checkpoint, or None. Collective; the same answer on every rank."""
+        listed = path / "SHA256SUMS"
+        expected = {}
+        if listed.is_file():
+            lines = listed.read_text(errors="replace").splitlines()
+            expected = {line[66:]: line[:64] for line in lines}
+        found = self._sums(path, world)
+        if missing := sorted(expected.keys() - found.keys()):
+            return f"{missing[0]} is missing"
+        wrong = [name for name, digest in found.items() if expected.get(name) != digest]
+        return f"{wrong[0]} is damaged (its checksum differs)" if wrong else None
 
     def check_space(self, policy: nn.Module, more: dict | None = None) -> None:
         """Raise InputError if the disk cannot hold `keep` checkpoints, the one being written and the model."""
@@ -478,27 +656,79 @@ class Checkpoints:
             dcp_state.set_optimizer_state_dict(model, optimizer, tensors[f"optim{name}"])
 
     def save(self, step: int, policy: nn.Module, optimizer, world: World, more: dict | None = None, **extra) -> None:
-        """Write the checkpoint of `step`; `extra` (plain JSON) comes back from state()."""
-        final = self.folder / f"step-{step:08d}"
-        partial = final.with_suffix(".partial")
+        """Write the checkpoint of `step`; `extra` (plain JSON) comes back from state().
+
+        Raises RuntimeError if it cannot be written (a full disk); the checkpoints before it are intact then."""
+        self.wait()
+        partial = self.folder / f"step-{step:08d}.partial"
         if world.main:
-            for stale in self.folder.glob("*.partial"):
+            for stale in [*self.folder.glob("*.partial"), *self.folder.glob("*.damaged")]:
                 shutil.rmtree(stale)
         dist.barrier()
         pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
-        dcp.save(self._tensors(pairs), checkpoint_id=partial)
+        state = {"step": step, "ranks": world.size, "settings": self.settings, **extra}
+        start, tensors = time.perf_counter(), self._tensors(pairs)
+        with self._explain(step):
+            if not self.background:
+                dcp.save(tensors, checkpoint_id=partial)
+                return self._commit(partial, state, world, start)
+            copied = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group)
+
+        def write():
+            try:
+                copied.result()
+                self._commit(partial, state, world, start)
+            except BaseException as error:  # raised again by wait(), in the training's thread
+                self._failed = error
+
+        self._writer = threading.Thread(target=write, name=f"checkpoint of step {step}")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is complete; raises what kept it from that."""
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+            if self._failed:
+                with self._explain(None):
+                    raise self._failed
+
+    @contextlib.contextmanager
+    def _explain(self, step: int | None):
+        try:
+            yield
+        except Exception as error:
+            last, reason = self.latest(), getattr(error, "failures", None)
+            reason = next(iter(reason.values())) if reason else error  # torch wraps each rank's own error
+            reason = reason[0] if isinstance(reason, tuple) else reason
+            raise RuntimeError(
+                f"the checkpoint{f' of step {step}' if step else ''} in {self.folder} could not be written ({reason}). "
+                + (f"{last.name} is intact: the same command goes on from it" if last else "There is none before it")
+            ) from error
+
+    def _commit(self, partial: Path, state: dict, world: World, start: float) -> None:
+        """Make a written checkpoint the newest one, then forget the oldest ones."""
         if world.main:
             with open(partial / "state.json", "w") as file:
-                json.dump({"step": step, "settings": self.settings, **extra}, file)
+                json.dump(state, file)
+        dist.barrier(self._group)
+        sums = self._sums(partial, world, self._group)
+        if world.main:
+            (partial / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+            size = sum(p.stat().st_size for p in partial.iterdir())
             for path in [*partial.iterdir(), partial]:
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+                _to_disk(path)
+            final = partial.with_suffix("")
             os.replace(partial, final)
-            complete = sorted(p for p in self.folder.glob("step-*") if p.suffix != ".partial")
+            _to_disk(self.folder)
+            complete = sorted(p for p in self.folder.glob("step-*") if not p.suffix)
             for old in complete[: -self.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+                # renamed first: half a checkpoint must not look like one
+                os.replace(old, old.with_suffix(".partial"))
+                shutil.rmtree(old.with_suffix(".partial"))
+            seconds = time.perf_counter() - start
+            tqdm.write(f"{final}: {size / 1e6:,.1f} MB in {seconds:.1f} s", file=sys.stderr)
+        dist.barrier(self._group)
 
 
 # -------------------------------------------------------------------------------------------------- metrics
@@ -518,7 +748,7 @@ class Metrics:
         for name in ("metrics", "samples"):
             path = out / f"{name}.jsonl"
             # after a crash: what was logged beyond the checkpoint will be done and logged again
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
+            kept = [line for line in _lines(path) if start and json.loads(line)["step"] <= start]
             path.with_suffix(".partial").write_text("".join(line + "\n" for line in kept))
             os.replace(path.with_suffix(".partial"), path)
             self.files[name] = open(path, "a")  # noqa: SIM115 (open until close())

@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
 import oreo  # noqa: E402
+from common.search import state_values  # noqa: E402
 from common.trainer import ValueModel, init_world, launch, load_policy, parse_args  # noqa: E402
-from oreo import PRESETS, STAGES, VARIANTS, Args, Row, accumulate_gradient, state_values  # noqa: E402
+from oreo import PRESETS, STAGES, VARIANTS, Args, Row, accumulate_gradient  # noqa: E402
 from tests.conftest import NANO  # noqa: E402
 
 SMALL = [
@@ -65,7 +66,7 @@ def gradients(world, kind: str, micro_batch_tokens: int):
     }  # fmt: skip
     rows = [row for unit in units for row in unit]
     measured = [[row.logp, row.log_ratio, row.kl, row.last_value, *(row.values or [])] for row in rows]
-    values = state_values(value, [row.prompt for row in rows], args, world)
+    values = state_values(value, [row.prompt for row in rows], world, args.micro_batch_tokens)
     return grads, {"losses": losses, "measured": measured, "values": values}
 
 

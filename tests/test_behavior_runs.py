@@ -4,10 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -17,7 +13,7 @@ import behavior_injection as bridge
 from common.data import InputError, batch_indices
 from common.trainer import load_tokenizer, parse_args, read_metrics
 from tests import behavior_ranks as ranks
-from tests.conftest import ROOT, run_script
+from tests.conftest import run_script
 
 SMALL = [
     "--preset", "tiny", "--arms", "vanilla", "bridge", "--base_problems", "80", "--base_steps", "2",
@@ -177,32 +173,6 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder):
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "")
     after = bridge.read_examples("rl", tokenizer, settings("--out", folder))[0][0]
     assert after.text == before.text and after.text.endswith("<think>\n") and after.prompt == before.prompt
-
-
-def test_after_kill_minus_9_the_same_command_ends_with_the_same_bits(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "whole")
-    words = [sys.executable, "behavior_injection.py", *SMALL, "--arms", "bridge", "--stage", "rl", "--steps", "6",
-             "--save_every", "2", "--eval_every", "0", "--out"]  # fmt: skip
-    for at in (folder, tmp_path / "whole"):
-        shutil.rmtree(at / "bridge" / "rl")
-    victim = subprocess.Popen([*words, folder], cwd=ROOT)
-    log = folder / "bridge" / "rl" / "metrics.jsonl"
-    deadline = time.time() + 200
-    while time.time() < deadline and not (log.exists() and '"step": 3,' in log.read_text()):
-        time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)  # in the middle of step 4; the checkpoint is of step 2
-    victim.wait()
-    assert not (folder / "bridge" / "rl" / "model").exists()
-    for at in (folder, tmp_path / "whole"):
-        subprocess.run([*words, at], cwd=ROOT, check=True, capture_output=True)
-    a, b = ((at / "bridge/rl/model/model.safetensors").read_bytes() for at in (folder, tmp_path / "whole"))
-    assert a == b
-    timed = ("seconds/", "memory/", "speed/")
-    a, b = (
-        [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(at / "bridge" / "rl")]
-        for at in (folder, tmp_path / "whole")
-    )
-    assert a == b and len(a) == 6
 
 
 # -------------------------------------------------------------------------------------------------- bad input

@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 
 import eval as evaluation
 import igsm
 from common.data import InputError
+from common.trainer import ValueModel, export, init_world, load_policy, load_tokenizer
 from tests.conftest import ROOT, run_script
 
 MODEL = str(ROOT / "models/tiny")
@@ -65,6 +67,39 @@ def test_a_run_leaves_numbers_samples_and_tables(finished, data):
     assert not any("<|" in a["text"] for r in records for a in r["answers"] if not a["truncated"])  # no stop token
     assert "| short" in (finished / "results.md").read_text() and (finished / "results.png").stat().st_size > 5000
     assert not list(finished.glob("*part*"))
+
+
+@pytest.fixture(scope="module")
+def value(tmp_path_factory):
+    """A value model with a random head, as oreo.py writes one."""
+    world, path = init_world(), tmp_path_factory.mktemp("value") / "value"
+    model = load_policy(MODEL, world, kind=ValueModel)
+    torch.nn.init.normal_(model.lm.score.weight, generator=torch.Generator().manual_seed(0))
+    export(model, load_tokenizer(MODEL), path, world)
+    return str(path)
+
+
+def searched(data, out, value, search, width, **settings):
+    """The only answer to each question."""
+    evaluation.main(args(data, out, search=search, value=value, width=width, max_steps=30, **settings))
+    records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(records) == 12 and all(len(r["answers"]) == 1 for r in records)
+    return [r["answers"][0] for r in records]
+
+
+def test_search_answers_with_what_the_value_prefers(data, tmp_path, value):
+    one, five = (searched(data, tmp_path / str(n), value, "best_of_n", n) for n in (1, 5))
+    assert [a["found"] for a in one + five] == [1] * 12 + [5] * 12
+    assert all(wide["value"] >= narrow["value"] for narrow, wide in zip(one, five, strict=True))
+    assert sum(wide["text"] != narrow["text"] for narrow, wide in zip(one, five, strict=True)) > 3
+    beam = searched(data, tmp_path / "beam", value, "beam", 2)
+    assert any(a["found"] > 1 for a in beam)
+    shutil.copytree(tmp_path / "beam", tmp_path / "again")
+    lines = (tmp_path / "beam" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "again" / "samples.jsonl").write_text("".join(lines[:7]))  # as if killed: the rest is searched again
+    assert searched(data, tmp_path / "again", value, "beam", 2) == beam
+    with pytest.raises(InputError, match="--search beam needs --value"):
+        evaluation.main(args(data, tmp_path / "none", search="beam"))
 
 
 def test_a_run_that_is_killed_goes_on_and_ends_alike(finished, data, tmp_path):

@@ -4,9 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,7 +14,7 @@ from common import logprobs, trainer
 from common.data import InputError
 from common.trainer import parse_args, read_metrics
 from tests import ranks
-from tests.conftest import ROOT, run_script
+from tests.conftest import run_script
 
 SMALL = [
     "--preset", "tiny", "--model", "scratch", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4",
@@ -102,28 +99,6 @@ def test_two_ranks_log_what_one_rank_logs(tmp_path):
         for name in a:
             if not name.startswith(skip):
                 assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), (a["step"], name)
-
-
-def test_after_kill_minus_9_the_same_command_ends_with_the_same_bits(tmp_path):
-    words = [sys.executable, "luffy.py", *SMALL, "--steps", "8", "--save_every", "3", "--eval_every", "0", "--out"]
-    victim = subprocess.Popen([*words, tmp_path / "killed"], cwd=ROOT)
-    log = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (log.exists() and '"step": 4,' in log.read_text()):
-        time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)  # in the middle of step 5; the checkpoint is of step 3
-    victim.wait()
-    assert not (tmp_path / "killed" / "model").exists()
-    for name in ("killed", "whole"):
-        subprocess.run([*words, tmp_path / name], cwd=ROOT, check=True, capture_output=True)
-    a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("killed", "whole"))
-    assert a == b
-    a, b = (read_metrics(tmp_path / name) for name in ("killed", "whole"))
-    timed = ("seconds/", "memory/", "speed/")
-    assert [{k: v for k, v in row.items() if not k.startswith(timed)} for row in a] == [
-        {k: v for k, v in row.items() if not k.startswith(timed)} for row in b
-    ]
-    assert (tmp_path / "killed" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
 def test_stale_weights_in_the_sampler_stop_the_run(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 import oreo
 from common.data import InputError
 from common.logprobs import linear_kl, logprobs_from_logits
+from common.search import Candidate, beam_search, select_beam, step_ids
 from common.trainer import World, learning_rate, make_optimizer, optimizer_step
 from common.verifiers import grade
 from oreo import Args, Row, accumulate_gradient, oreo_losses, oreo_row_losses
@@ -348,7 +349,7 @@ def test_a_token_that_holds_a_delimiter_ends_a_step():
         def batch_decode(self, rows):
             return [self.texts[i] for [i] in rows]
 
-    ends = oreo.step_ids(Tokens(), ("\n",))
+    ends = step_ids(Tokens(), ("\n",))
     assert ends == {1, 2, 4}
     assert oreo.step_starts([0, 2, 3, 1, 1, 0], ends) == [True, False, True, False, True, True]
 
@@ -390,7 +391,7 @@ def test_the_beam_keeps_the_published_candidates():
         case["inputs"]["next_states"], case["inputs"]["values"],
         case["outputs"]["kept_states"], case["outputs"]["answers"], strict=True,
     ):
-        going, done = oreo.select_beam(values, [s["stop_reason"] is None for s in states], case["flags"]["K"])
+        going, done = select_beam(values, [s["stop_reason"] is None for s in states], case["flags"]["K"])
         assert [states[i]["text"] + states[i]["stop_reason"] for i in going] == kept
         assert [states[i] for i in done] == answers
 
@@ -402,12 +403,12 @@ def search_tree(width, *, candidates, max_steps=10, compete=False, ends=3):
     def sample(states, step):
         asked.append(len(states))
         longer = [[[*c.response, k] for k in range(candidates)] for _, c in states]
-        return [[oreo.Candidate(response, len(response) == ends) for response in group] for group in longer]
+        return [[Candidate(response, len(response) == ends) for response in group] for group in longer]
 
     def score(states):
         return [float(sum(c.response)) for _, c in states]
 
-    return oreo.beam_search(2, sample, score, width=width, max_steps=max_steps, compete=compete), asked
+    return beam_search(2, sample, score, width=width, max_steps=max_steps, compete=compete), asked
 
 
 def test_beam_search_keeps_width_states_and_pools_the_answers():

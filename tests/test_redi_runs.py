@@ -4,10 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ import redi
 from common.data import InputError
 from common.trainer import load_policy, parse_args, read_metrics
 from tests import redi_ranks
-from tests.conftest import NANO, ROOT, run_script
+from tests.conftest import NANO, run_script
 
 SMALL = [
     "--preset", "tiny", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4", "--steps", "3",
@@ -157,29 +153,6 @@ def test_two_ranks_log_what_one_rank_logs(settings, model, tmp_path):
     assert a.name == b.name  # named after weights and pairs, not after ranks
     for x, y in zip(json.loads(a.read_text()), json.loads(b.read_text()), strict=True):
         assert y == pytest.approx(x, rel=1e-5)
-
-
-def test_after_kill_minus_9_the_same_command_ends_with_the_same_bits(settings, model, tmp_path):
-    words = ["--model", model, "--loss", "dpo", "--steps", "8", "--save_every", "3", "--eval_every", "0",
-             "--reference_cache", tmp_path / "reference", "--out"]  # fmt: skip
-    victim = subprocess.Popen([sys.executable, "redi.py", *SMALL, *words, tmp_path / "killed"], cwd=ROOT)
-    log = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (log.exists() and '"step": 4,' in log.read_text()):
-        time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)  # in the middle of step 5; the checkpoint is of step 3
-    victim.wait()
-    assert not (tmp_path / "killed" / "model").exists()
-    for name in ("killed", "whole"):
-        redi.main(settings(*words, tmp_path / name))
-    a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("killed", "whole"))
-    assert a == b
-    a, b = (read_metrics(tmp_path / name) for name in ("killed", "whole"))
-    timed = ("seconds/", "memory/", "speed/")
-    assert [{k: v for k, v in row.items() if not k.startswith(timed)} for row in a] == [
-        {k: v for k, v in row.items() if not k.startswith(timed)} for row in b
-    ]
-    assert (tmp_path / "killed" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
 # ----------------------------------------------------------------------------------- reference, alarm, context

@@ -2,10 +2,6 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ from common.data import InputError
 from common.trainer import read_metrics
 from common.verifiers import Verdict
 from tests import relift_ranks
-from tests.conftest import ROOT, run_script
+from tests.conftest import run_script
 from tests.relift_ranks import SMALL, TOKENS, VECTORS, settings
 from tests.test_luffy_runs import toy_rows, write
 
@@ -185,31 +181,6 @@ def test_two_ranks_log_what_one_rank_logs_and_one_rank_goes_on_from_their_checkp
 
 
 # --------------------------------------------------------------------------------------------------- a crash
-
-
-def test_after_kill_minus_9_the_same_command_ends_with_the_same_bits_buffer_included(tmp_path):
-    words = ["--steps", "6", "--save_every", "3"]
-    command = [sys.executable, "relift.py", *SMALL, *words, "--out"]
-    victim = subprocess.Popen([*command, tmp_path / "killed"], cwd=ROOT)
-    log = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (log.exists() and '"step": 4,' in log.read_text()):
-        time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)  # in the middle of step 5; the checkpoint is of step 3
-    victim.wait()
-    assert not (tmp_path / "killed" / "model").exists()
-    state = json.loads((tmp_path / "killed" / "checkpoint" / "step-00000003" / "state.json").read_text())
-    assert len(state["buffer"]["questions"]) == 5 and state["demonstrations"] == 7  # held over the crash
-    for name in ("killed", "whole"):
-        relift.main(settings(*words, "--out", tmp_path / name))
-    a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("killed", "whole"))
-    assert a == b
-    a, b = (read_metrics(tmp_path / name) for name in ("killed", "whole"))
-    timed = ("seconds/", "memory/", "speed/")
-    assert [{k: v for k, v in row.items() if not k.startswith(timed)} for row in a] == [
-        {k: v for k, v in row.items() if not k.startswith(timed)} for row in b
-    ]
-    assert (tmp_path / "killed" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- bad input

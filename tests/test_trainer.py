@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import subprocess
 
 import pytest
 import torch
@@ -205,11 +207,11 @@ def test_only_the_newest_checkpoints_are_kept_and_partial_ones_do_not_count(poli
     saved = checkpoint(tmp_path)
     for step in (1, 2, 3):
         saved.save(step, policy, optimizer, world)
-    assert [p.name for p in saved.folder.iterdir()] == ["step-00000003"]
+    assert sorted(p.name for p in saved.folder.iterdir()) == ["step-00000002", "step-00000003"]
     (saved.folder / "step-00000009.partial").mkdir()  # what a crash while saving leaves
     assert saved.latest().name == "step-00000003"
     saved.save(4, policy, optimizer, world)
-    assert [p.name for p in saved.folder.iterdir()] == ["step-00000004"]
+    assert sorted(p.name for p in saved.folder.iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(policy, world, tmp_path, monkeypatch):
@@ -222,9 +224,88 @@ def test_a_failed_save_leaves_the_last_checkpoint(policy, world, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer.json, "dump", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RuntimeError, match=r"step 2 .* could not be written .*No space.* step-00000001 is intact"):
         saved.save(2, policy, optimizer, world)
-    assert saved.latest().name == "step-00000001"
+    assert saved.state()["step"] == 1
+
+
+@pytest.mark.parametrize("damage", ["flip a bit", "cut", "remove", "flip state.json"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, policy, world, tmp_path, capsys):
+    optimizer, saved = make_optimizer(policy, lr=1e-2), checkpoint(tmp_path)
+    for step in (1, 2):
+        train_a_little(policy, optimizer, 1)
+        saved.save(step, policy, optimizer, world)
+    path = saved.folder / "step-00000002" / ("state.json" if "state" in damage else "__0_0.distcp")
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    assert saved.state()["step"] == 1
+    assert "WARNING" in (said := capsys.readouterr().err) and path.name in said
+    saved.load(policy, optimizer)
+    saved.save(2, policy, optimizer, world)  # the run comes by again
+    assert sorted(p.name for p in saved.folder.iterdir()) == ["step-00000001", "step-00000002"]
+    assert saved.state()["step"] == 2
+
+
+def test_without_an_intact_checkpoint_a_run_does_not_start_anew_in_silence(policy, world, tmp_path):
+    saved = checkpoint(tmp_path)
+    saved.save(1, policy, make_optimizer(policy, lr=1e-2), world)
+    (saved.folder / "step-00000001" / "SHA256SUMS").unlink()
+    with pytest.raises(InputError, match="no intact checkpoint is left.*start anew"):
+        saved.state()
+
+
+def test_sha256sum_reads_the_checksums(policy, world, tmp_path):
+    saved = checkpoint(tmp_path)
+    saved.save(1, policy, make_optimizer(policy, lr=1e-2), world)
+    subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=saved.latest(), check=True, capture_output=True)
+
+
+def test_a_checkpoint_written_in_the_background_is_that_of_its_moment(policy, world, tmp_path):
+    optimizer = make_optimizer(policy, lr=1e-2)
+    train_a_little(policy, optimizer, 1)
+    saved = trainer.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
+    then = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    saved.save(1, policy, optimizer, world, mark=7)
+    train_a_little(policy, optimizer, 3)  # while it is written
+    saved.wait()
+    assert saved.state()["mark"] == 7
+    saved.load(policy, optimizer)
+    assert all(torch.equal(p, then[name]) for name, p in policy.named_parameters())
+
+
+def test_what_goes_wrong_in_the_background_is_not_lost(policy, world, tmp_path, monkeypatch):
+    saved = trainer.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.json, "dump", full)
+    saved.save(2, policy, make_optimizer(policy, lr=1e-2), world)
+    with pytest.raises(RuntimeError, match="could not be written .*No space.*There is none before it"):
+        saved.wait()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_named(bad, policy, world):
+    trainer.check_finite({"loss/pg": 1.0, "eval": None}, policy, world)
+    with pytest.raises(FloatingPointError, match="loss/pg is"):
+        trainer.check_finite({"entropy": 0.0, "loss/pg": bad}, policy, world)
+
+
+def test_log_probs_that_are_not_numbers_are_counted(policy, world):
+    batch = pack([([1, 2], [3, 4]), ([1], [5])], torch.device("cpu"))
+    policy(batch)
+    trainer.check_finite({}, policy, world)
+    with torch.no_grad():
+        next(policy.parameters()).fill_(math.nan)
+    policy(batch)
+    with pytest.raises(FloatingPointError, match="3 log-probs are NaN or above 0"):
+        trainer.check_finite({}, policy, world)
+    trainer.check_finite({}, policy, world)  # told once
 
 
 def test_another_configuration_is_refused_and_the_difference_named(policy, world, tmp_path):

@@ -1,0 +1,127 @@
+"""Search at test time, guided by a value model: a text that is not finished can be judged before there is an answer.
+
+    found = search_answers("beam", sampler, value, prompts, keys, world, width=5, ...)      [questions][answers]
+
+greedy       one answer, greedily; needs no value
+best_of_n    `width` whole answers; the value chooses one
+beam         from each of `width` states as many next steps; the value chooses the states that go on, and the answer
+best_of_k    `width` next steps of one state; the value chooses each of them
+
+The value is that of the text so far, for a finished answer without its eos: the states that a value model is trained on
+(oreo.py). Steps end with a token that holds a delimiter, such as a newline.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from common.data import pack, plan_micro_batches
+from common.rollout import Sampling
+from common.trainer import gather_lists
+
+KINDS = ("greedy", "beam", "best_of_n", "best_of_k")
+
+
+@dataclass
+class Candidate:
+    """A state of the search: a question's response so far."""
+
+    response: list[int]
+    finished: bool = False
+    value: float = 0.0
+
+
+def select_beam(values: list[float], finished: list[bool], width: int, *, compete: bool = False):
+    """One question's candidates -> indices of those that go on, best first, and of its new answers.
+
+    Finished candidates are answers and take no place: the `width` best of the others go on. With `compete` they
+    do take places: of the `width` best, those that are finished are answers, and the rest of all is dropped.
+
+    >>> select_beam([0.2, 0.9, 0.7, 0.5], [False, True, False, False], 2)
+    ([2, 3], [1])
+    >>> select_beam([0.2, 0.9, 0.7, 0.5], [False, True, False, False], 2, compete=True)
+    ([2], [1])
+    """
+    best = sorted(range(len(values)), key=lambda i: -values[i])
+    if compete:
+        best = best[:width]
+    going = [i for i in best if not finished[i]]
+    return going[:width], sorted(i for i in best if finished[i])
+
+
+def beam_search(questions: int, sample, score, *, width: int, max_steps: int, compete: bool = False):
+    """Step-level beam search: -> each question's answers, as a list of Candidates that may be empty.
+
+    sample(states, step): the next steps of every state (question, Candidate), as lists of Candidates.
+    score(states): their values. A state starts as the empty response, so the first step has the fewest candidates.
+    """
+    beams, answers = [[Candidate([])] for _ in range(questions)], [[] for _ in range(questions)]
+    for step in range(max_steps):
+        states = [(q, state) for q, beam in enumerate(beams) for state in beam]
+        if not states:
+            break
+        new = [(q, c) for (q, _), group in zip(states, sample(states, step), strict=True) for c in group]
+        for (_, candidate), value in zip(new, score(new), strict=True):
+            candidate.value = value
+        for q in range(questions):
+            mine = [candidate for p, candidate in new if p == q]
+            kept, done = select_beam([c.value for c in mine], [c.finished for c in mine], width, compete=compete)
+            beams[q] = [mine[i] for i in kept]
+            answers[q] += [mine[i] for i in done]
+    return answers
+
+
+def step_ids(tokenizer, delimiters: tuple[str, ...]) -> frozenset[int]:
+    """Ids of the tokens that end a step: those whose text holds a delimiter."""
+    ids = list(range(len(tokenizer)))
+    texts = tokenizer.batch_decode([[i] for i in ids])
+    return frozenset(i for i, text in zip(ids, texts, strict=True) if any(d in text for d in delimiters))
+
+
+@torch.no_grad()
+def state_values(value, states: list[list[int]], world, micro_batch_tokens: int) -> list[float]:
+    """V of each text (ids) as it stands; every rank passes all texts, computes its share and gets all values."""
+    found = []
+    for shares in plan_micro_batches([len(ids) for ids in states], world.size, micro_batch_tokens):
+        mine = shares[world.rank]
+        batch = pack([(states[i], [0]) for i in mine], world.device)  # the token that is predicted is never read
+        found += zip(mine, value(batch).tolist(), strict=True)
+    return [v for _, v in sorted(gather_lists(found, world))]
+
+
+def search_answers(
+    kind: str, sampler, value, prompts: list[list[int]], keys: list[int], world, *, width: int, max_steps: int,
+    max_tokens: int, step_ends: frozenset[int], micro_batch_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+    seed: int = 0,
+) -> list[list[Candidate]]:  # fmt: skip
+    """The answers that a search finds to each prompt, [prompts][answers]; the best has the highest value.
+
+    A collective: every rank passes all prompts and gets all answers. keys: an int for each prompt that its draws
+    depend on. step_ends: see step_ids. value may be None for "greedy". No answer within max_steps: an empty list."""
+    eos, whole = set(map(int, sampler.stop_ids)), kind in ("greedy", "best_of_n")
+    stops = () if whole else tuple(sorted(step_ends))
+    n, temperature = (1, 0.0) if kind == "greedy" else (width, temperature)
+
+    def sample(states, step):
+        mine = range(world.rank, len(states), world.size)
+        groups = sampler.generate(
+            [prompts[states[i][0]] + states[i][1].response for i in mine], n=n,
+            keys=[keys[states[i][0]] * 1000 + i % 1000 for i in mine],  # a question's states: consecutive i
+            seed=seed * 1_000_003 + step, sampling=Sampling(max_tokens, temperature, top_p, stops),
+            progress=f"step {step + 1}" if world.main else None,
+        )  # fmt: skip
+        drawn = sorted(gather_lists([(i, [c.ids for c in g]) for i, g in zip(mine, groups, strict=True)], world))
+        longer = [[(state.response + ids)[:max_tokens] for ids in steps]
+                  for (_, state), (_, steps) in zip(states, drawn, strict=True)]  # fmt: skip
+        return [[Candidate(r, r[-1] in eos or len(r) == max_tokens) for r in responses] for responses in longer]
+
+    def score(states):
+        if value is None:
+            return [0.0] * len(states)
+        texts = [prompts[q] + (c.response[:-1] if c.response[-1] in eos else c.response) for q, c in states]
+        return state_values(value, texts, world, micro_batch_tokens)
+
+    return beam_search(
+        len(prompts), sample, score, width=1 if kind == "best_of_k" else n, max_steps=1 if whole else max_steps,
+        compete=kind == "best_of_k",
+    )  # fmt: skip
