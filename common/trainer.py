@@ -132,12 +132,15 @@ def init_world(timeout_minutes: float = 30.0) -> World:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_size))
     if not dist.is_initialized():
-        alone = "RANK" not in os.environ
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            **(dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}),
-        )
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if "RANK" not in os.environ:
+            store, rank, size = dist.HashStore(), 0, 1
+        else:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            # torchrun --max_restarts may keep its store: the addresses of ranks that died must not be found there
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), local_size, device)
 
 

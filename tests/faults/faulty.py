@@ -1,0 +1,28 @@
+"""luffy.py with a fault in rank 1's second step: FAULT=raise, kill, stop; it happens once if ONCE names a file."""
+
+import os
+import signal
+import sys
+
+sys.path.insert(0, ".")
+import luffy  # noqa: E402
+from common.trainer import launch, parse_args  # noqa: E402
+
+real, steps = luffy.describe, []
+
+
+def describe(rows):
+    steps.append(1)
+    once = os.environ.get("ONCE")
+    if os.environ["RANK"] == "1" and len(steps) == 2 and not (once and os.path.exists(once)):
+        if once:
+            open(once, "w").close()
+        if os.environ["FAULT"] == "raise":
+            raise ValueError("a deliberate fault")
+        os.kill(os.getpid(), signal.SIGKILL if os.environ["FAULT"] == "kill" else signal.SIGSTOP)
+    return real(rows)
+
+
+luffy.describe = describe
+if __name__ == "__main__":
+    launch(luffy.main, parse_args(luffy.Args, None, method=luffy.METHODS, preset=luffy.PRESETS))

@@ -1,0 +1,93 @@
+"""A NaN stops a run or is skipped and counted, its batch is kept, and --replay shows which rows made it."""
+
+import importlib
+import json
+import math
+
+import pytest
+import torch
+
+from common import trainer
+from common.trainer import parse_args, read_metrics
+from tests.faults.harness import RUNS
+
+TABLES = {
+    "luffy": ("method", "preset"), "relift": ("method", "preset"), "redi": ("stage", "loss", "preset"),
+    "oreo": ("stage", "variant", "preset"), "behavior_injection": ("preset",),
+}  # fmt: skip
+POISON = 23  # where this token is predicted, a poisoned log-prob is NaN
+real = trainer.linear_logprobs
+
+
+def run(name, *words):
+    """The script's main, in this process."""
+    module = importlib.import_module(name)
+    tables = {flag: getattr(module, {"loss": "LOSSES"}.get(flag, f"{flag}s".upper())) for flag in TABLES[name]}
+    module.main(parse_args(module.Args, [*RUNS[name][1:], *map(str, words)], **tables))
+
+
+def poison(monkeypatch, calls):
+    """Make the log-probs of one token NaN in those forwards with gradient whose numbers are in `calls`; None: all."""
+    made = []
+
+    def poisoned(hidden, weight, targets, **options):
+        out = real(hidden, weight, targets, **options)
+        made.append(torch.is_grad_enabled())
+        if calls is not None and (not made[-1] or sum(made) not in calls):
+            return out
+        logp = torch.where(targets == POISON, math.nan, out[0] if options.get("entropy") else out)
+        return (logp, out[1]) if options.get("entropy") else logp
+
+    monkeypatch.setattr(trainer, "linear_logprobs", poisoned)
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_a_bad_batch_is_kept_and_replay_names_its_rows(name, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, range(3, 100))
+    with pytest.raises(FloatingPointError, match=r"step \d: .*log-probs are NaN.*--replay"):
+        run(name, "--out", tmp_path / "run", "--save_every", "0", "--eval_every", "0")
+    [folder] = (tmp_path / "run").glob("**/bad/step-*")
+    rows = json.loads((folder / "rows.json").read_text())
+    texts = (folder / "rows.jsonl").read_text().splitlines()
+    assert len(rows) == len(texts) > 0
+    assert "NaN" in json.loads((folder / "about.json").read_text())["error"]
+
+    poison(monkeypatch, None)
+    capsys.readouterr()
+    run(name, "--replay", folder)
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line[:6].strip().isdigit()]
+    assert len(lines) == len(rows) and said[-1].split()[0] == "all" and "<-" in said[-1]
+    traces = [[t for part in (row if isinstance(row, list) else [row]) for key in ("response", "chosen", "rejected")
+               for t in part.get(key, [])] for row in rows]  # fmt: skip
+    assert ["<-" in line for line in lines] == [POISON in trace for trace in traces]
+    assert 0 < sum(POISON in trace for trace in traces) < len(rows)
+
+
+def test_a_bad_update_can_be_skipped_and_is_counted(tmp_path, monkeypatch):
+    words = ["--save_every", "0", "--eval_every", "0", "--steps", "4", "--updates_per_step", "1"]
+    run("luffy", "--out", tmp_path / "whole", *words)
+    poison(monkeypatch, {3})
+    run("luffy", "--out", tmp_path / "run", *words, "--skip_bad_updates")
+    rows, whole = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
+    assert [row.get("update/skipped", 0) for row in rows] == [0, 0, 1, 1]
+    assert "loss/pg" not in rows[2] and "reward/own" in rows[2]
+    assert [row["reward/own"] for row in rows[:3]] == [row["reward/own"] for row in whole[:3]]
+    assert math.isfinite(rows[3]["optim/grad_norm"]) and (tmp_path / "run" / "model").exists()
+
+
+def test_replay_reproduces_a_finite_batch(tmp_path, monkeypatch, capsys):
+    """The numbers of --replay are those of the run: weights, rows and old log-probs are all there."""
+    seen = []
+
+    def checked(log, policy, world):
+        seen.append(log["loss/pg"])
+        if len(seen) == 4:  # the second update of the second step: its ratio is not 1
+            raise FloatingPointError("for the test")
+
+    monkeypatch.setattr("luffy.check_finite", checked)
+    with pytest.raises(FloatingPointError):
+        run("luffy", "--out", tmp_path / "run", "--save_every", "0", "--eval_every", "0")
+    monkeypatch.undo()
+    run("luffy", "--replay", tmp_path / "run" / "bad" / "step-00000002")
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[2]) == pytest.approx(seen[-1], rel=1e-4)
