@@ -58,7 +58,7 @@ import tyro
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from common.data import InputError, gsm8k_row, load_rows, read_row, render_prompt
+from common.data import InputError, gsm8k_row, load_rows, read_row, render_prompt, text_of
 from common.rollout import EmbeddedSampler, Sampling, make_sampler
 from common.search import search_answers, step_ids
 from common.trainer import ValueModel, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
@@ -257,6 +257,7 @@ class Question:
     text: str  # the question alone
     turns: list[dict]  # as its row asks it: what "own" renders
     gold: str
+    where: str  # file and row, for messages
     rows: int = 1  # how often the files have it
     n: int = 1  # answers to draw
     prompt_text: str = ""
@@ -270,13 +271,14 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
     questions: dict[str, Question] = {}
     for source in sources:
         for index, row in enumerate(load_rows(source, split="test")):
-            benchmark, text, turns, gold = read_benchmark_row(row, f"{source}, row {index}")
+            where = f"{source}, row {index}"
+            benchmark, text, turns, gold = read_benchmark_row(row, where)
             benchmark = benchmark or Path(source).stem
             key = hashlib.sha256(json.dumps([benchmark, turns, gold]).encode()).hexdigest()[:16]
             if key in questions:
                 questions[key].rows += 1
             else:
-                questions[key] = Question(key, benchmark, text, turns, gold)
+                questions[key] = Question(key, benchmark, text, turns, gold, where)
     kept, seen = [], Counter()
     for question in questions.values():
         seen[question.benchmark] += 1
@@ -313,10 +315,11 @@ def read_benchmark_row(row: dict, where: str) -> tuple[str, str, list[dict], str
             gold = row["answer"] if row.get("answer") is not None else last_boxed(row["solution"])
             if gold is None:
                 raise InputError(f"{where}: no 'answer', and no closed box in 'solution'")
-        if not isinstance(text, str):
-            raise TypeError("the question is not text")
-        benchmark = str(row.get("data_source") or "")
-        return benchmark, text, [{"role": "user", "content": f"{text}\n\n{BOX}"}], str(gold)
+        if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
+            raise TypeError("the gold answer is neither text nor a number")
+        text, gold = text_of(text, "the question"), text_of(str(gold), "the gold answer")
+        benchmark = text_of(row.get("data_source") or "", "'data_source'")
+        return benchmark, text, [{"role": "user", "content": f"{text}\n\n{BOX}"}], gold
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -365,7 +368,7 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
     for question, ids in zip(questions, encoded, strict=True):
         question.prompt = ids
         if not ids:
-            raise InputError(f"--template {args.template}: the prompt of question {question.id} has no tokens")
+            raise InputError(f"{question.where}: its prompt has no tokens under --template {args.template}")
 
 
 # -------------------------------------------------------------------------------------------------- the samples

@@ -72,6 +72,8 @@ from common.data import (
     pack,
     plan_micro_batches,
     render_prompt,
+    text_of,
+    turns_of,
 )
 from common.rollout import Sampling, make_sampler
 from common.search import Candidate, search_answers, step_ids
@@ -455,12 +457,16 @@ def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip
 def row_ids(row: dict, tokenizer, template: str | None, args: Args) -> tuple[list[int], list[int], list | None]:
     """(prompt ids, response ids, action mask; None for a response that is all the model's) of a row in a file."""
     if row.get("response_ids") is not None:
+        for name in ("prompt_ids", "response_ids"):
+            if not (isinstance(row[name], list) and all(type(i) is int for i in row[name])):
+                raise TypeError(f"'{name}' is not a list of token ids")
         return row["prompt_ids"], row["response_ids"], row.get("actions")
     if row.get("conversations") is not None:
-        return conversation_ids(row["conversations"], tokenizer, template, args.skip_turns)
-    prompt, response = row["prompt"], row["response"]
+        return conversation_ids(turns_of(row["conversations"]), tokenizer, template, args.skip_turns)
+    prompt, response = row["prompt"], text_of(row["response"], "'response'")
     if not isinstance(prompt, str):
-        prompt = render_prompt(tokenizer, prompt, template)
+        prompt = render_prompt(tokenizer, turns_of(prompt), template)
+    text_of(prompt, "'prompt'")
     prompt, response = tokenizer([prompt, response], add_special_tokens=False)["input_ids"]
     eos = tokenizer.eos_token_id
     return prompt, response if response[-1:] in ([], [eos]) else [*response, eos], None

@@ -76,7 +76,9 @@ from common.data import (
     plan_micro_batches,
     read_row,
     render_prompt,
+    text_of,
     trace_text,
+    turns_of,
 )
 from common.rollout import Sampling, make_sampler
 from common.trainer import (
@@ -484,9 +486,16 @@ def read_traces(row: dict, where: str) -> tuple[list[dict], Trace | None, Trace 
         value = row.get(column)
         if isinstance(value, list) and value and isinstance(value[-1], dict):
             value = value[-1].get("content")
-        if value is not None and not isinstance(value, str):
-            raise InputError(f"{where}: '{column}' must be a text or [{{role, content}}, ...]")
-        return None if value is None else (value, row.get(f"{column}_ids"))
+        if value is None:
+            return None
+        ids = row.get(f"{column}_ids")
+        try:
+            text_of(value, f"'{column}' (a text or [{{role, content}}, ...])")
+            if ids is not None and not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
+                raise TypeError(f"'{column}_ids' is not a list of token ids")
+        except TypeError as error:
+            raise InputError(f"{where}: {error}") from error
+        return value, ids
 
     if row.get("label") is not None or row.get("response") is not None:
         if row.get("label") not in (0, 1):
@@ -512,16 +521,14 @@ def read_prompt(row: dict, where: str) -> list[dict]:
     prompt = row.get("prompt")
     if prompt is None and isinstance(row.get("chosen"), list):
         prompt = row["chosen"][:-1]
-    if isinstance(prompt, str) and prompt:
-        return [{"role": "user", "content": prompt}]
     try:
-        messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
-        if messages and all(isinstance(m["content"], str) for m in messages):
-            return messages
-    except (KeyError, TypeError):
-        pass
+        return turns_of([{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt)
+    except (KeyError, TypeError) as error:
+        reason = error
     found = ", ".join(map(str, row))
-    raise InputError(f"{where}: 'prompt' must be a text or [{{role, content}}, ...] (columns found: {found})")
+    raise InputError(
+        f"{where}: 'prompt' must be a text or [{{role, content}}, ...] ({reason}; columns found: {found})"
+    )
 
 
 def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress=False):

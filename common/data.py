@@ -22,6 +22,7 @@ is several sequences packed into one row of tokens. Nothing is padded, and no ma
 
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def _read_file(path: Path):
         try:
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
                 yield from batch.to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not a readable parquet file ({error})") from error
         return
     try:
@@ -102,9 +103,28 @@ def _read_file(path: Path):
                 raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
 
 
+def text_of(value, name: str) -> str:
+    """`value`, which must be text that a tokenizer takes. Raises TypeError naming it."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is not text")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise TypeError(f"{name} holds half a character (a lone surrogate)")
+    return value
+
+
+def turns_of(value) -> list[dict]:
+    """`value`, which must be [{role, content}, ...], with these two alone. Raises TypeError or KeyError naming it."""
+    if not isinstance(value, list) or not value:
+        raise TypeError("there are no turns")
+    return [{name: text_of(turn[name], f"a turn's {name}") for name in ("role", "content")} for turn in value]
+
+
 def gsm8k_row(row: dict) -> dict:
-    """GSM8K's {question, answer: "reasoning #### 18"} in LUFFY's schema; the reasoning becomes the trace."""
-    reasoning, _, gold = row["answer"].rpartition("####")
+    """GSM8K's {question, answer: "reasoning #### 18"} in LUFFY's schema; the reasoning becomes the trace.
+
+    Raises TypeError where they are not text."""
+    text_of(row["question"], "'question'")
+    reasoning, _, gold = text_of(row["answer"], "'answer'").rpartition("####")
     gold = gold.strip().replace(",", "")
     instruction = "Please reason step by step, and put your final answer within \\boxed{}."
     return {
@@ -223,17 +243,20 @@ def read_row(row: dict, where: str, *, needs_trace: bool) -> tuple[str, str, lis
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     if "prompt" not in row and {"question", "answer"} <= row.keys():
-        row = gsm8k_row(row)
+        try:
+            row = gsm8k_row(row)
+        except TypeError as error:
+            raise InputError(f"{where}: {error}") from error
     for column in ("prompt", "reward_model", *(("target",) if needs_trace else ())):
         if column not in row:
             raise InputError(f"{where}: column '{column}' is missing (found: {', '.join(map(str, row))})")
     try:
-        messages = [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
-        if not messages or not all(isinstance(m["content"], str) for m in messages):
-            raise TypeError("'prompt' has no turns, or a turn whose content is not text")
-        target = row.get("target") or ""  # a string, or one assistant turn
-        trace = target if isinstance(target, str) else (target[0]["content"] or "")
-        return str(row.get("data_source") or ""), str(row["reward_model"]["ground_truth"]), messages, trace
+        target, gold = row.get("target") or "", row["reward_model"]["ground_truth"]
+        if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
+            raise TypeError("the gold answer is neither text nor a number")
+        trace = target if isinstance(target, str) else target[0]["content"] or ""  # a text, or one assistant turn
+        trace, gold = text_of(trace, "'target'"), text_of(str(gold), "the gold answer")
+        return text_of(row.get("data_source") or "", "'data_source'"), gold, turns_of(row["prompt"]), trace
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(
             f"{where}: 'prompt' must be [{{role, content}}, ...], 'target' [{{role, content}}] or text, "
