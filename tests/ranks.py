@@ -1,7 +1,6 @@
-"""Run by test_luffy_runs.py under torchrun: the gradient of one update on fixed rows, written by rank 0."""
+"""Fixed rows and the gradient of one update of luffy.py on them; used by faults/equality.py and relift_ranks.py."""
 
 import dataclasses
-import json
 import random
 import sys
 
@@ -9,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
-from common.trainer import init_world, launch, load_policy  # noqa: E402
+from common.trainer import load_policy  # noqa: E402
 from luffy import METHODS, Args, Row, accumulate_gradient, policy_logps  # noqa: E402
 from tests.conftest import NANO  # noqa: E402
 
@@ -49,19 +48,3 @@ def gradient(world, method: str, micro_batch_tokens: int) -> tuple[dict[str, tor
     for name, p in policy.named_parameters():
         grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
     return grads, metrics
-
-
-def main(out: str) -> None:
-    world = init_world()
-    torch.set_num_threads(1)
-    for method in ("luffy", "grpo", "rl_sft", "sft"):
-        for tokens in (32, 100, 10_000):
-            grads, metrics = gradient(world, method, tokens)
-            if world.main:
-                torch.save(grads, f"{out}/{method}-{tokens}.pt")
-                with open(f"{out}/{method}-{tokens}.json", "w") as file:
-                    json.dump(metrics, file)
-
-
-if __name__ == "__main__":
-    launch(main, sys.argv[1])

@@ -1,14 +1,13 @@
-"""Run by test_redi_runs.py under torchrun: gradients of one update on fixed pairs, written by rank 0."""
+"""Fixed pairs and the gradient of one update of redi.py on them; used by faults/equality.py."""
 
 import random
 import sys
 from array import array
 
-import torch
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
-from common.trainer import init_world, launch, load_policy  # noqa: E402
+from common.trainer import load_policy  # noqa: E402
 from redi import Args, Pair, accumulate_gradient  # noqa: E402
 from tests.conftest import NANO  # noqa: E402
 
@@ -45,17 +44,3 @@ def gradient(world, case: str, micro_batch_tokens: int):
     for name, p in policy.named_parameters():
         grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
     return grads, [(p.loss, *p.logp, *p.entropy) for p in pairs]
-
-
-def main(out: str) -> None:
-    world = init_world()
-    torch.set_num_threads(1)
-    for case in CASES:
-        for tokens in TOKENS:
-            result = gradient(world, case, tokens)
-            if world.main:
-                torch.save(result, f"{out}/{case}-{tokens}.pt")
-
-
-if __name__ == "__main__":
-    launch(main, sys.argv[1])

@@ -123,21 +123,6 @@ def test_the_funnel_counts_every_row_once(settings, tmp_path, capsys):
     }  # fmt: skip
 
 
-def test_the_gradient_is_the_same_for_one_and_two_ranks_and_any_micro_batches(tmp_path, world):
-    run_script("tests/redi_ranks.py", tmp_path, ranks=2)
-    for case in redi_ranks.CASES:
-        expected, about = redi_ranks.gradient(world, case, 10_000)
-        size = max(g.abs().max().item() for g in expected.values())
-        for tokens in redi_ranks.TOKENS:
-            one, one_about = redi_ranks.gradient(world, case, tokens)
-            two, two_about = torch.load(tmp_path / f"{case}-{tokens}.pt")
-            for name, value in expected.items():
-                torch.testing.assert_close(one[name], value, rtol=0, atol=2e-6 * size)
-                torch.testing.assert_close(two[name], value, rtol=0, atol=2e-6 * size)
-            for a, b, c in zip(about, one_about, two_about, strict=True):
-                assert b == pytest.approx(a, rel=1e-4, abs=1e-6) and c == pytest.approx(a, rel=1e-4, abs=1e-6)
-
-
 def test_two_ranks_log_what_one_rank_logs(settings, model, tmp_path):
     """With dpo: its reference is computed without gradients before the first update, which must leave no trace."""
     words = ["--model", model, "--loss", "dpo", "--reference_cache"]
