@@ -2,6 +2,7 @@
 # make test    the same for every test
 # make vllm    vLLM for a CPU, in .venv-vllm, for --rollout vllm (make test does it too); then the demo samples from it
 #              with .venv/bin/python benchmarks/demo.py --extra="--rollout vllm"
+# make soak    kill runs at any moment, 20 times each; 2,000 steps, and 200 with vLLM, that must not grow (an hour)
 # make lint    ruff;   make clean   removes the environments, the demo's runs and caches
 #
 # The environment is .venv here; the system's Python is never touched. Use another interpreter with
@@ -14,7 +15,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SERVER := .venv-vllm
 
-.PHONY: demo test vllm lint clean
+.PHONY: demo test vllm soak lint clean
 
 # torch comes first and pinned, so that no other package pulls a build of its own
 $(VENV)/.run: requirements.txt
@@ -48,6 +49,11 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test $(SERVER)/.done
 	$(BIN)/python -m pytest tests -rs
+
+soak: $(VENV)/.test $(SERVER)/.done
+	$(BIN)/python -m tests.faults.harness --kills 20
+	$(BIN)/python -m tests.faults.soak --steps 2000 --results benchmarks/results/soak-embedded.json
+	$(BIN)/python -m tests.faults.soak --steps 200 --rollout vllm --results benchmarks/results/soak-vllm.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
