@@ -137,8 +137,10 @@ def init_world(timeout_minutes: float = 30.0) -> World:
             store, rank, size = dist.HashStore(), 0, 1
         else:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            # torchrun --max_restarts may keep its store: the addresses of ranks that died must not be found there
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+                # torchrun --max_restarts keeps its store: the addresses of ranks that died must not be found there.
+                # (Hosts count their own restarts; for several of them see docs/scale.md.)
+                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), local_size, device)
