@@ -551,7 +551,7 @@ class Checkpoints:
 
     # settings that may change between two starts of one run
     FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "wandb", "tensorboard", "rollout",
-            "timeout_minutes", "replay"}  # fmt: skip
+            "timeout_minutes", "replay", "skip_bad_updates"}  # fmt: skip
 
     def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
         """background: write while training goes on; None: on CUDA."""
