@@ -1,9 +1,15 @@
 """Shared by the tests: a model of a few thousand parameters, and ways to run scripts as a user does."""
 
+import atexit
+import contextlib
+import functools
 import hashlib
 import os
+import signal
+import socket
 import subprocess
-import sys
+import tempfile
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: tests never wait for a network
@@ -37,18 +43,46 @@ def policy(world):
     return load_policy("nano", world, from_config=NANO, seed=3)
 
 
-def run_script(*words, ranks: int = 1, check: bool = True, timeout: float = 300, **options):
-    """Run a script of the repository as a user does; -> CompletedProcess with text output."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    result = subprocess.run(
-        [*launcher, *map(str, words)], cwd=ROOT, timeout=timeout, capture_output=True, text=True,
-        **options,
-    )
+@functools.lru_cache(1)
+def zygote():
+    """The process that forks scripts."""
+    from tests.zygote import Zygote
+
+    started = Zygote()
+    atexit.register(started.close)
+    return started
+
+
+def run_script(*words, ranks: int = 1, check: bool = True, timeout: float = 300, **env):
+    """Run a script of the repository, as `python` or `torchrun` do, with `env` besides; -> CompletedProcess.
+
+    (tests/faults/test_ranks.py uses torchrun itself.)"""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        joint = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+        listener.close()
+        joint |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        pids = []
+        for rank in range(ranks):
+            ours = joint | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            pids.append(zygote().start(words, f"{folder}/out-{rank}", f"{folder}/err-{rank}", **ours, **env))
+        deadline, codes = time.monotonic() + timeout, dict.fromkeys(pids)
+        while None in codes.values():
+            codes = {pid: zygote().poll(pid) for pid in pids}
+            failed = any(codes.values())
+            if failed:
+                deadline = min(deadline, time.monotonic() + 10)  # as torchrun: one is gone, the others must go too
+            if time.monotonic() > deadline:
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
+                assert failed, f"{words[0]} hangs"
+            time.sleep(0.005)
+        out, err = ("".join(Path(f"{folder}/{name}-{r}").read_text() for r in range(ranks)) for name in ("out", "err"))
+    code = next((code for code in codes.values() if code), 0)
     if check:
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result
+        assert code == 0, out[-2000:] + err[-4000:]
+    return subprocess.CompletedProcess(words, code, out, err)
 
 
 def weights_digest(policy) -> str:

@@ -8,7 +8,7 @@ from tests.conftest import run_script
 def test_the_demo_compares_both_methods_with_the_base_on_equal_terms(tmp_path):
     result = run_script(
         "benchmarks/demo.py", "--out", tmp_path / "demo", "--problems", 12, "--tries", 2,
-        "--extra=--steps 2 --eval_limit 8 --batch_size 4",
+        "--extra=--steps 2 --eval_limit 8 --batch_size 4 --igsm_problems 200",
     )
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     models = results["models"]

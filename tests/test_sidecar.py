@@ -276,9 +276,9 @@ def test_a_hanging_server_is_noticed_and_one_of_someone_else_waited_for(world, s
 
 def test_two_ranks_share_a_server_and_a_fault_of_one_is_known_to_both(sampler, tmp_path):
     [server] = sampler.owned
-    environment = os.environ | {"URL": server.url, "ROLLOUT_API_KEY": server.key}
     config = json.dumps(CONFIG | {"tie_word_embeddings": True})
-    run_script("tests/sidecar_ranks.py", config, tmp_path / "out.json", ranks=2, env=environment)
+    its = {"URL": server.url, "ROLLOUT_API_KEY": server.key}
+    run_script("tests/sidecar_ranks.py", config, tmp_path / "out.json", ranks=2, **its)
     one, two = json.loads((tmp_path / "out.json").read_text())
     assert [r["rows"] for r in one] == [8, 8, 8] and [r["rows"] for r in two] == [8, 8, 0]
     assert [r["restarts"] for r in one] == [r["restarts"] for r in two] == [0, 1, 1]

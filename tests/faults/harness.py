@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from common.trainer import read_metrics
-from tests.faults.zygote import Zygote
+from tests.zygote import Zygote
 
 ONLINE = [
     "--preset", "tiny", "--model", "scratch", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4",

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from tests.faults import harness
-from tests.faults.zygote import Zygote
+from tests.zygote import Zygote
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """A process that has imported everything and forks: a script starts in a fraction of a second, many times over.
 
-    zygote = Zygote();  pid = zygote.start(["luffy.py", "--out", ...], log);  zygote.wait(pid) -> exit status
+    zygote = Zygote();  pid = zygote.start(["luffy.py", "--out", ...], out, err);  zygote.wait(pid) -> exit status
 
-What runs in the fork is the script as `python luffy.py ...` runs it, in a session of its own."""
+What runs in the fork is the script as `python luffy.py ...` (or `-m igsm`) runs it, in a session of its own."""
 
 import json
 import os
@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.conftest import ROOT
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Zygote:
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.zygote"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "tests.zygote"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         self.process.stdout.readline()  # everything is imported
@@ -29,18 +29,21 @@ class Zygote:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, words, log: Path) -> int:
-        """Run a script; its output goes to `log`. -> process id, also of its group."""
-        return self._ask(words=[str(word) for word in words], log=str(log))
+    def start(self, words, out: Path, err: Path | None = None, **env: str) -> int:
+        """Run a script; what it writes is appended to the files `out` and `err` (None: out). -> process id."""
+        return self._ask(words=[str(word) for word in words], out=str(out), err=str(err or out), env=env)
 
     def poll(self, pid: int) -> int | None:
         """Exit status (negative: the signal), or None while it runs."""
         return self._ask(poll=pid)
 
     def wait(self, pid: int, timeout: float = 300) -> int:
+        """Its exit status; after `timeout` seconds it is killed, and AssertionError raised."""
         deadline = time.monotonic() + timeout
         while (status := self.poll(pid)) is None:
-            assert time.monotonic() < deadline, "the script hangs"
+            if time.monotonic() > deadline:
+                os.killpg(pid, signal.SIGKILL)
+                raise AssertionError("the script hangs")
             time.sleep(0.005)
         return status
 
@@ -79,26 +82,39 @@ def serve() -> None:
         else:
             reply = os.fork()
             if reply == 0:
-                os.setsid()
-                log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                null = os.open(os.devnull, os.O_RDONLY)
-                for source, target in ((null, 0), (log, 1), (log, 2)):
-                    os.dup2(source, target)
-                sys.stdout = os.fdopen(os.dup(1), "w")
-                sys.argv, status = request["words"], 0
-                try:
-                    runpy.run_path(sys.argv[0], run_name="__main__")
-                except SystemExit as stop:
-                    status = stop.code or 0
-                except BaseException:
-                    import traceback
-
-                    traceback.print_exc()
-                    status = 1
-                sys.stdout.flush()
-                os._exit(status)
+                run(request)
         answer.write(json.dumps(reply) + "\n")
         answer.flush()
+
+
+def run(request: dict) -> None:
+    """In the fork: become the script."""
+    import atexit
+    import traceback
+
+    os.setsid()
+    for target, path in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if target else 0), 0o644), target)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+    os.environ.update(request["env"])
+    words, status = request["words"], 0
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
