@@ -1,0 +1,102 @@
+"""Memory and time of a training step by arithmetic, for Qwen2.5's shapes and any number of GPUs.
+
+    python benchmarks/scale.py                                 the tables of docs/scale.md
+    python benchmarks/scale.py --ranks 16 --tokens 16384       another machine
+
+Every formula is checked against a measured small model by tests/test_scale.py. What is not counted: the allocator's
+slack, NCCL's buffers, gradients of activations (a few of the widest ones at a time). A step's time is that of its
+matrix products at --tflops, the most that one GPU can do: a lower bound.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_width: int  # key-value heads x their width
+    vocab: int
+    tied: bool = False
+
+    @property
+    def layer(self) -> int:
+        """Weights of a layer's matrix products."""
+        h = self.hidden
+        return 2 * h * h + 2 * h * self.kv_width + 3 * h * self.intermediate
+
+    @property
+    def parameters(self) -> int:
+        """All of them: with the products' biases (of q, k, v), the norms, embeddings and output matrix."""
+        small = self.hidden + 2 * self.kv_width + 2 * self.hidden
+        heads = (1 if self.tied else 2) * self.vocab * self.hidden
+        return self.layers * (self.layer + small) + self.hidden + heads
+
+
+MODELS = {
+    "1.5B": Shape(28, 1536, 8960, 12, 256, 151936, tied=True),
+    "7B": Shape(28, 3584, 18944, 28, 512, 152064),
+    "32B": Shape(64, 5120, 27648, 40, 1024, 152064),
+}
+
+
+def state_bytes(shape: Shape, ranks: int) -> float:
+    """Weights, gradients and AdamW's two moments in float32, on each rank."""
+    return 16 * shape.parameters / ranks
+
+
+def gathered_bytes(shape: Shape) -> float:
+    """What FSDP2 holds whole in bf16: two layers (one ahead), and embeddings and output matrix."""
+    heads = (1 if shape.tied else 2) * shape.vocab * shape.hidden
+    return 2 * (2 * shape.layer + heads)
+
+
+def activation_bytes(shape: Shape, tokens: int, *, checkpointing: bool, element: int = 2) -> float:
+    """What the backward pass of `tokens` tokens of a micro-batch keeps, for elements of `element` bytes (2: bf16).
+
+    With checkpointing: the input of every layer, and all of the one that is being computed again."""
+    e, h, f = element, shape.hidden, shape.intermediate
+    # norms: 2 x (their input and its normalisation, in float32 and in e) ...; MLP: gate, silu, up, product
+    inside = (6 * e + 8) * h + 2 * e * shape.kv_width + 4 * e * f + 4 * shape.heads + 8
+    return tokens * (shape.layers * e * h + inside if checkpointing else shape.layers * inside)
+
+
+def update_flops(shape: Shape, tokens: int, responses: int, *, checkpointing: bool = True) -> float:
+    """Operations of an update's matrix products: the body forward, again (but for each layer's last product) and
+    backward, and the head's on the response tokens, twice too. Without attention's own, which grows with the lengths."""
+    again = 2 * (shape.layer - shape.hidden * shape.intermediate) if checkpointing else 0
+    return shape.layers * (6 * shape.layer + again) * tokens + 8 * responses * shape.vocab * shape.hidden
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="of a micro-batch")
+    parser.add_argument("--rows", type=int, default=1024, help="sequences of an update")
+    parser.add_argument("--tflops", type=float, default=989, help="dense bf16 of one GPU (H100, H200: 989)")
+    options = parser.parse_args()
+    print("| model | GPUs | states | gathered | " + " | ".join(f"activations, {t:,} tokens" for t in options.tokens)
+          + " | sum (GB) |")
+    print("|---|---|---|---|" + "---|" * (len(options.tokens) + 1))
+    for name, shape in MODELS.items():
+        for ranks in options.ranks:
+            parts = [state_bytes(shape, ranks), gathered_bytes(shape) if ranks > 1 else 2 * shape.parameters]
+            activations = [activation_bytes(shape, t, checkpointing=True) for t in options.tokens]
+            sums = " / ".join(f"{(sum(parts) + a) / 1e9:.0f}" for a in activations)
+            cells = " | ".join(f"{x / 1e9:.1f}" for x in (*parts, *activations))
+            print(f"| {name} | {ranks} | {cells} | {sums} |")
+    print(f"\n| model | tokens a sequence | operations of an update of {options.rows:,} sequences | "
+          + " | ".join(f"{r} GPUs" for r in options.ranks) + " |")
+    print("|---|---|---|" + "---|" * len(options.ranks))
+    for name, shape in MODELS.items():
+        for length in options.tokens:
+            work = update_flops(shape, options.rows * length, options.rows * length)
+            seconds = " | ".join(f"{work / (r * options.tflops * 1e12):,.0f} s" for r in options.ranks)
+            print(f"| {name} | {length:,} | {work:.1e} | {seconds} |")
+
+
+if __name__ == "__main__":
+    main()
