@@ -4,7 +4,7 @@
     python benchmarks/scale.py --ranks 16 --tokens 16384       another machine
 
 Every formula is checked against a measured small model by tests/test_scale.py. What is not counted: the allocator's
-slack, NCCL's buffers, gradients of activations (a few of the widest ones at a time). A step's time is that of its
+slack, NCCL's buffers, gradients of activations and of whole layers (a few at a time). A step's time is that of its
 matrix products at --tflops, the most that one GPU can do: a lower bound.
 """
 
@@ -66,7 +66,8 @@ def activation_bytes(shape: Shape, tokens: int, *, checkpointing: bool, element:
 
 def update_flops(shape: Shape, tokens: int, responses: int, *, checkpointing: bool = True) -> float:
     """Operations of an update's matrix products: the body forward, again (but for each layer's last product) and
-    backward, and the head's on the response tokens, twice too. Without attention's own, which grows with the lengths."""
+    backward, and the head's on the response tokens, twice too. Attention's own, which grow with the lengths, are not
+    in it."""
     again = 2 * (shape.layer - shape.hidden * shape.intermediate) if checkpointing else 0
     return shape.layers * (6 * shape.layer + again) * tokens + 8 * responses * shape.vocab * shape.hidden
 
@@ -83,7 +84,7 @@ def main() -> None:
     print("|---|---|---|---|" + "---|" * (len(options.tokens) + 1))
     for name, shape in MODELS.items():
         for ranks in options.ranks:
-            parts = [state_bytes(shape, ranks), gathered_bytes(shape) if ranks > 1 else 2 * shape.parameters]
+            parts = [state_bytes(shape, ranks), gathered_bytes(shape)]
             activations = [activation_bytes(shape, t, checkpointing=True) for t in options.tokens]
             sums = " / ".join(f"{(sum(parts) + a) / 1e9:.0f}" for a in activations)
             cells = " | ".join(f"{x / 1e9:.1f}" for x in (*parts, *activations))
