@@ -3,9 +3,9 @@
     python benchmarks/scale.py                                 the tables of docs/scale.md
     python benchmarks/scale.py --ranks 16 --tokens 16384       another machine
 
-Every formula is checked against a measured small model by tests/test_scale.py. What is not counted: the allocator's
-slack, NCCL's buffers, gradients of activations and of whole layers (a few at a time). A step's time is that of its
-matrix products at --tflops, the most that one GPU can do: a lower bound.
+States, activations and operations are checked against measured small models by tests/test_scale.py. Not counted: the
+allocator's slack, NCCL's buffers, gradients of activations and of whole layers (a few at a time). A step's time is that
+of its matrix products at --tflops, the most that one GPU can do: a lower bound.
 """
 
 import argparse
