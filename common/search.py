@@ -104,9 +104,11 @@ def search_answers(
 
     def sample(states, step):
         mine = range(world.rank, len(states), world.size)
+        first: dict[int, int] = {}  # a question's states are neighbours
+        place = [i - first.setdefault(question, i) for i, (question, _) in enumerate(states)]
         groups = sampler.generate(
             [prompts[states[i][0]] + states[i][1].response for i in mine], n=n,
-            keys=[keys[states[i][0]] * 1000 + i % 1000 for i in mine],  # a question's states: consecutive i
+            keys=[keys[states[i][0]] * 1000 + place[i] for i in mine],  # draws do not depend on the other questions
             seed=seed * 1_000_003 + step, sampling=Sampling(max_tokens, temperature, top_p, stops),
             progress=f"step {step + 1}" if world.main else None,
         )  # fmt: skip

@@ -90,7 +90,8 @@ def searched(data, out, value, search, width, **settings):
 def test_search_answers_with_what_the_value_prefers(data, tmp_path, value):
     one, five = (searched(data, tmp_path / str(n), value, "best_of_n", n) for n in (1, 5))
     assert [a["found"] for a in one + five] == [1] * 12 + [5] * 12
-    assert all(wide["value"] >= narrow["value"] for narrow, wide in zip(one, five, strict=True))
+    # the first of the five is the one, but for rounding
+    assert all(wide["value"] > narrow["value"] - 1e-4 for narrow, wide in zip(one, five, strict=True))
     assert sum(wide["text"] != narrow["text"] for narrow, wide in zip(one, five, strict=True)) > 3
     beam = searched(data, tmp_path / "beam", value, "beam", 2)
     assert any(a["found"] > 1 for a in beam)

@@ -181,7 +181,7 @@ def test_a_collapse_raises_the_alarm_once_with_its_step(settings, tmp_path, caps
     assert capsys.readouterr().out.count("logp/chosen has fallen from") == 1
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_naming_step_and_rows(settings, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_the_run_and_its_rows_are_kept(settings, tmp_path, monkeypatch):
     real = redi.accumulate_gradient
 
     def spoiled(policy, pairs, args, world):
@@ -189,8 +189,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_naming_step_and_rows(settin
         next(policy.parameters()).grad[0] = math.nan
 
     monkeypatch.setattr(redi, "accumulate_gradient", spoiled)
-    with pytest.raises(FloatingPointError, match="step 1: the gradient's norm is nan; rows \\d+, \\d+, \\d+, \\d+ of"):
+    with pytest.raises(FloatingPointError, match="step 1: the gradient's norm is nan. The batch is in .*--replay"):
         redi.main(settings("--out", tmp_path / "run", "--eval_every", 0))
+    lines = (tmp_path / "run" / "bad" / "step-00000001" / "rows.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["row"] for line in lines}) == 4
 
 
 def test_rope_theta_and_positions_act_in_training_and_are_saved_for_the_next_stage(settings, tmp_path, world, model):

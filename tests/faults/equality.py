@@ -38,7 +38,7 @@ def main(out: str) -> None:
     world = init_world()
     torch.set_num_threads(1)
     for loss in TABLE:
-        for tokens in TOKENS:
+        for tokens in TOKENS if world.size == 4 else TOKENS[1:2]:
             found = update(world, loss, tokens)
             if world.main:
                 torch.save(found, f"{out}/{loss}-{world.size}-{tokens}.pt")

@@ -92,11 +92,12 @@ def disturbed(name: str, out: Path, zygote: Zygote, seconds: float, kills: int, 
             assert zygote.wait(pid) == 0, log.read_text()[-3000:]
             return killed
         moment = MOMENTS[len(killed) % len(MOMENTS)] if kills < 8 else rng.choice(MOMENTS)
-        deadline = time.monotonic() + rng.uniform(0.1, 0.8) * seconds
+        deadline = time.monotonic() + rng.uniform(0.1, 0.8 if not killed else 0.4) * seconds
         while True:
-            if moment == "any time" and time.monotonic() > deadline or reached(moment, out):
+            seen = reached(moment, out)
+            if seen or time.monotonic() > deadline:  # a moment of milliseconds may have been missed
                 zygote.kill(pid)
-                killed.append(moment)
+                killed.append(moment if seen else "any time")
                 break
             if (status := zygote.poll(pid)) is not None:
                 assert status == 0, log.read_text()[-3000:]

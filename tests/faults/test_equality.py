@@ -21,7 +21,8 @@ def test_the_gradient_does_not_depend_on_ranks_or_micro_batches(loss, folder, wo
     size = expected.abs().max()
     for tokens in TOKENS:
         found = {1: update(world, loss, tokens)}
-        found |= {n: torch.load(folder / f"{loss}-{n}-{tokens}.pt") for n in (2, 4)}
+        paths = {n: folder / f"{loss}-{n}-{tokens}.pt" for n in (2, 4)}
+        found |= {n: torch.load(path) for n, path in paths.items() if n == 4 or tokens == TOKENS[1]}
         for n, (gradient, numbers) in found.items():
             residual = (gradient - expected) / size
             where = f"{n} ranks, {tokens} tokens a micro-batch"
