@@ -813,12 +813,14 @@ def read_metrics(out: Path) -> list[dict]:
 
 
 def plot_curves(runs: dict[str, Path], panels: list[list[str]], path: Path) -> None:
-    """One panel for each list of metric names, a line for each run and name, over steps."""
+    """One panel for each list of metric names that a run has, a line for each run and name, over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    found = {name for out in runs.values() for row in read_metrics(out) for name in row}
+    panels = [names for names in panels if found & set(names)] or panels[:1]
     columns = min(3, len(panels))
     figure, axes = plt.subplots(
         math.ceil(len(panels) / columns), columns, figsize=(5 * columns, 3.2 * math.ceil(len(panels) / columns)),
