@@ -58,7 +58,7 @@ import tyro
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from common.data import InputError, gsm8k_row, load_rows, read_row, render_prompt, text_of
+from common.data import InputError, gold_of, gsm8k_row, load_rows, read_row, render_prompt, text_of
 from common.rollout import EmbeddedSampler, Sampling, make_sampler
 from common.search import search_answers, step_ids
 from common.trainer import ValueModel, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
@@ -315,9 +315,7 @@ def read_benchmark_row(row: dict, where: str) -> tuple[str, str, list[dict], str
             gold = row["answer"] if row.get("answer") is not None else last_boxed(row["solution"])
             if gold is None:
                 raise InputError(f"{where}: no 'answer', and no closed box in 'solution'")
-        if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
-            raise TypeError("the gold answer is neither text nor a number")
-        text, gold = text_of(text, "the question"), text_of(str(gold), "the gold answer")
+        text, gold = text_of(text, "the question"), gold_of(gold)
         benchmark = text_of(row.get("data_source") or "", "'data_source'")
         return benchmark, text, [{"role": "user", "content": f"{text}\n\n{BOX}"}], gold
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:

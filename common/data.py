@@ -119,6 +119,13 @@ def turns_of(value) -> list[dict]:
     return [{name: text_of(turn[name], f"a turn's {name}") for name in ("role", "content")} for turn in value]
 
 
+def gold_of(value) -> str:
+    """A gold answer as text; it must be text or a number. Raises TypeError if it is not."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError("the gold answer is neither text nor a number")
+    return text_of(str(value), "the gold answer")
+
+
 def gsm8k_row(row: dict) -> dict:
     """GSM8K's {question, answer: "reasoning #### 18"} in LUFFY's schema; the reasoning becomes the trace.
 
@@ -251,12 +258,10 @@ def read_row(row: dict, where: str, *, needs_trace: bool) -> tuple[str, str, lis
         if column not in row:
             raise InputError(f"{where}: column '{column}' is missing (found: {', '.join(map(str, row))})")
     try:
-        target, gold = row.get("target") or "", row["reward_model"]["ground_truth"]
-        if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
-            raise TypeError("the gold answer is neither text nor a number")
+        target, gold = row.get("target") or "", gold_of(row["reward_model"]["ground_truth"])
         trace = target if isinstance(target, str) else target[0]["content"] or ""  # a text, or one assistant turn
-        trace, gold = text_of(trace, "'target'"), text_of(str(gold), "the gold answer")
-        return text_of(row.get("data_source") or "", "'data_source'"), gold, turns_of(row["prompt"]), trace
+        source = text_of(row.get("data_source") or "", "'data_source'")
+        return source, gold, turns_of(row["prompt"]), text_of(trace, "'target'")
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(
             f"{where}: 'prompt' must be [{{role, content}}, ...], 'target' [{{role, content}}] or text, "

@@ -19,8 +19,6 @@ from common.data import pack, plan_micro_batches
 from common.rollout import Sampling
 from common.trainer import gather_lists
 
-KINDS = ("greedy", "beam", "best_of_n", "best_of_k")
-
 
 @dataclass
 class Candidate:

@@ -564,7 +564,11 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
-        return max((p for p in self.folder.glob("step-*") if not p.suffix), default=None)
+        return max(self._complete(), default=None)
+
+    def _complete(self) -> list[Path]:
+        """All complete checkpoints, the oldest first."""
+        return sorted(p for p in self.folder.glob("step-*") if not p.suffix)
 
     def state(self) -> dict | None:
         """state.json of the newest intact checkpoint, after checking that this run may go on from it. Collective.
@@ -726,8 +730,7 @@ class Checkpoints:
             final = partial.with_suffix("")
             os.replace(partial, final)
             _to_disk(self.folder)
-            complete = sorted(p for p in self.folder.glob("step-*") if not p.suffix)
-            for old in complete[: -self.keep]:
+            for old in self._complete()[: -self.keep]:
                 # renamed first: half a checkpoint must not look like one
                 os.replace(old, old.with_suffix(".partial"))
                 shutil.rmtree(old.with_suffix(".partial"))
@@ -819,7 +822,8 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]], path: Path) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = {name for out in runs.values() for row in read_metrics(out) for name in row}
+    metrics = {label: read_metrics(out) for label, out in runs.items()}
+    found = {name for rows in metrics.values() for row in rows for name in row}
     panels = [names for names in panels if found & set(names)] or panels[:1]
     columns = min(3, len(panels))
     figure, axes = plt.subplots(
@@ -827,8 +831,7 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]], path: Path) -> N
         squeeze=False, layout="constrained",
     )
     for axis, names in zip(axes.flat, panels, strict=False):
-        for label, out in runs.items():
-            rows = read_metrics(out)
+        for label, rows in metrics.items():
             for name in names:
                 points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
                 if points:

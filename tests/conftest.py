@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -57,10 +56,10 @@ def run_script(*words, ranks: int = 1, check: bool = True, timeout: float = 300,
     """Run a script of the repository, as `python` or `torchrun` do, with `env` besides; -> CompletedProcess.
 
     (tests/faults/test_ranks.py uses torchrun itself.)"""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        joint = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
-        listener.close()
+    from common.rollout import free_port
+
+    with tempfile.TemporaryDirectory() as folder:
+        joint = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         joint |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         pids = []
         for rank in range(ranks):

@@ -5,21 +5,14 @@ import random
 
 import pytest
 
+from tests.conftest import zygote
 from tests.faults import harness
-from tests.zygote import Zygote
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    started = Zygote()
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("name", harness.SHORT)
-def test_a_killed_run_goes_on_bit_for_bit(name, zygote, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    seconds = harness.undisturbed(name, whole, zygote)
-    moments = harness.disturbed(name, killed, zygote, seconds, 4, random.Random(name))
+    seconds = harness.undisturbed(name, whole, zygote())
+    moments = harness.disturbed(name, killed, zygote(), seconds, 4, random.Random(name))
     assert len(moments) >= 2, "it was to be killed more often"
     assert harness.assert_equal(whole, killed) > 8

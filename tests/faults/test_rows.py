@@ -4,12 +4,10 @@ exception, never a row that is gone without being counted."""
 import copy
 import json
 import random
-import types
 from pathlib import Path
 
 import pytest
 
-import behavior_injection
 import eval as evaluation
 import oreo
 import redi
@@ -41,9 +39,6 @@ ARC = {"question": "x?", "choices": {"label": ["A", "B"], "text": ["1", "2"]}, "
 MMLU = {"question": "x?", "options": ["1", "2", "3"], "answer": "B", "answer_index": 1}
 GPQA = {"Question": "x?", "Correct Answer": "1", "Incorrect Answer 1": "2", "Incorrect Answer 2": "3",
         "Incorrect Answer 3": "4"}  # fmt: skip
-OPEN_R1 = {"problem": "x=1 x=?", "generations": ["x=1", "x=2"], "correctness": "[True, False]", "answer": "1",
-           "problem_is_valid": "Yes", "source": "a"}  # fmt: skip
-ANSWERS = {"prompt": TURNS, "responses": ["z=3", "z=4"], "rewards": [1, 0]}
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +83,12 @@ def examples(path, tokenizer):
     return len(rows), count["kept"] + count["prompt_too_long"] + count["trace_too_long"]
 
 
-def pairs(path, tokenizer, **changes):
+def pairs(path, tokenizer):
     args = parse_args(redi.Args, ["--data", path, "--max_prompt_tokens", "500", "--max_response_tokens", "500"],
                       stage=redi.STAGES, loss=redi.LOSSES, preset=redi.PRESETS)  # fmt: skip
     rows = list(redi.read_rows(path, args, split="train"))
     kept, count = redi.make_pairs(rows, tokenizer, args, source=path)
-    return len(rows), len(kept) + sum(v for k, v in count.items() if k not in ("rows", "kept", "pairs", "single"))
+    return len(rows), len(kept) + sum(v for k, v in count.items() if k not in ("rows", "kept"))
 
 
 def graded(path, tokenizer):
@@ -109,13 +104,6 @@ def benchmark(path, tokenizer):
     questions = evaluation.read_questions([path])
     evaluation.make_prompts(questions, tokenizer, evaluation.Args(template="no"))
     return len(load_rows(path)), sum(q.rows for q in questions)
-
-
-def sets(path, tokenizer):
-    args = types.SimpleNamespace(out=str(path), max_prompt_tokens=500, max_response_tokens=500, chat_template="",
-                                 system_prompt=False)  # fmt: skip
-    found, _, count = behavior_injection.read_examples("rows", tokenizer, args, traces="needed")
-    return count["rows"], len(found) + count["prompt_too_long"] + count["trace_too_long"]
 
 
 CASES = [
