@@ -251,6 +251,8 @@ class Args:
     """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
+    profile: int = 0
+    """Trace so many steps, after the first: OUT/profile, and where their time went on the terminal."""
     log_samples: int = 4
     """Rows a step to write to samples.jsonl."""
     tensorboard: bool = False
@@ -756,7 +758,7 @@ def train(args: Args, world) -> None:
     if reference:
         models["reference"] = reference
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    clock = Clock()
+    clock = Clock(args.profile, out)
     if start == 0 and held_out:
         first = evaluate(sampler, tokenizer, held_out, args, world) | {"tokens/sampled": 0}
         metrics.log(0, first, show=["eval/mean"])
@@ -829,6 +831,7 @@ def train(args: Args, world) -> None:
         seconds = clock.flush()
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
+        row_log["speed/useful_share"] = policy.useful_share()
         metrics.log(
             step, row_log | {"memory/peak_gb": peak_memory_gb(world), "update/skipped": bad_batches.skipped or None},
             show=["sft/loss", "reward/own", "eval/mean", "policy/entropy", "policy/kl_ref"],

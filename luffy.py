@@ -42,6 +42,7 @@ Commands:
 
 import math
 import random
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,7 @@ import torch
 
 import igsm
 from common.data import InputError, batch_indices, load_rows, make_examples, pack, plan_micro_batches
-from common.rollout import Sampling, make_sampler
+from common.rollout import Completion, Sampling, make_sampler
 from common.trainer import (
     BadBatches,
     Checkpoints,
@@ -72,7 +73,7 @@ from common.trainer import (
     replay,
     sum_over_ranks,
 )
-from common.verifiers import grade
+from common.verifiers import grade, grade_later
 
 
 @dataclass
@@ -189,6 +190,8 @@ class Args:
     """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
+    profile: int = 0
+    """Trace so many steps, after the first: OUT/profile, and where their time went on the terminal."""
     log_samples: int = 4
     """Rows a step to write to samples.jsonl."""
     tensorboard: bool = False
@@ -323,20 +326,30 @@ def per_token(batch, values: list) -> torch.Tensor:
     return torch.tensor(values, device=batch.targets.device)[batch.sequence] if values else batch.targets.new_empty(0)
 
 
+def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
+    """Rows that the gradient depends on: without an entropy bonus, an advantage of 0 leaves nothing to compute.
+    One row at least, so that there is a gradient (of zeros)."""
+    if args.method == "sft" or args.entropy_coef:
+        return rows
+    return [row for row in rows if row.advantage or (row.teacher and args.method == "rl_sft")] or rows[:1]
+
+
 def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: Args, world) -> dict[str, float]:
     """Forward and backward of one update, summed over ranks and micro-batches; the gradient is left in .grad.
 
     Every denominator is counted over the whole update before the first backward, so the gradient is the same
     for any number of ranks and any micro_batch_tokens. old_logps: the behaviour policy's log-probs, a tensor
-    for each micro-batch; None where it is the policy as it is now (then the ratio is exactly 1)."""
+    for each micro-batch; None where it is the policy as it is now (then the ratio is exactly 1).
+    Metrics of tokens are means over `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
     n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
     n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    names = ("pg_loss", "entropy", "teacher_logp", "teacher_shaped", "clipped", "own_tokens", "kl_old")
+    names = ("pg_loss", "entropy", "teacher_logp", "teacher_shaped", "clipped", "kl_old")
     sums = torch.zeros(len(names), dtype=torch.float64)
     mismatch: list[torch.Tensor] = []  # trainer's minus sampler's log-prob of own tokens
-    for i, (batch, mine) in enumerate(micro_batches(rows, args, world)):
+    counted = rows_with_gradient(rows, args)
+    for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
@@ -358,7 +371,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             if args.method == "rl_sft" and n_teacher_tokens:
                 nll = -torch.where(teacher, logp, 0.0).sum() / n_teacher_tokens
                 loss = loss + args.sft_coef * n_micro * nll
-        loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         with torch.no_grad():
@@ -367,17 +381,17 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             ratio = (logp - old)[own].exp()
             sums[1:] += torch.stack([
                 entropy.sum(), logp[teacher].sum(), shaped.sum(),
-                ((ratio - 1).abs() > (args.clip or math.inf)).sum(), own.sum(), (old - logp)[own].sum(),
+                ((ratio - 1).abs() > (args.clip or math.inf)).sum(), (old - logp)[own].sum(),
             ]).double().cpu()
             mismatch.append((old - sampler_logp)[own].cpu())
     total = dict(zip(names, sum_over_ranks(sums, world).tolist(), strict=True))
-    own_tokens, teacher_tokens = max(1, total.pop("own_tokens")), max(1, n_teacher_tokens)
-    metrics = {"loss/pg": total["pg_loss"], "policy/entropy": total["entropy"] / n_tokens}
-    if n_teacher_tokens:
+    own_tokens, teacher_tokens = (sum(len(r.response) for r in counted if r.teacher == t) for t in (False, True))
+    metrics = {"loss/pg": total["pg_loss"], "policy/entropy": total["entropy"] / (own_tokens + teacher_tokens)}
+    if teacher_tokens:
         metrics["teacher/logp"] = total["teacher_logp"] / teacher_tokens
         metrics["teacher/shaped_ratio"] = total["teacher_shaped"] / teacher_tokens
     if args.method != "sft":
-        metrics |= {"policy/clipped": total["clipped"] / own_tokens, "policy/kl_old": total["kl_old"] / own_tokens}
+        metrics |= {f"policy/{name}": total[name] / max(1, own_tokens) for name in ("clipped", "kl_old")}
         metrics |= compare_logps(torch.cat(mismatch), world)
     return metrics
 
@@ -398,8 +412,16 @@ def replayed(rows: list[Row], old_logps, args: Args, world, policy) -> dict[str,
 
 @torch.no_grad()
 def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tensor]:
-    """Log-probs of the rows' tokens under the policy as it is, a tensor for each micro-batch of this rank."""
-    return [policy(batch, temperature=args.temperature) for batch, _ in micro_batches(rows, args, world)]
+    """Log-probs of the rows' tokens under the policy as it is, a tensor for each micro-batch of this rank; 0 for the
+    teacher's, of which nobody asks them."""
+    logps = []
+    for batch, mine in micro_batches(rows_with_gradient(rows, args), args, world):
+        own = pack([(row.prompt, row.response) for row in mine if not row.teacher], world.device)
+        own_logp = policy(own, temperature=args.temperature)
+        logp = own_logp.new_zeros(len(batch.targets))
+        logp[~per_token(batch, [row.teacher for row in mine]).bool()] = own_logp
+        logps.append(logp)
+    return logps
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -421,6 +443,12 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
         max_response_tokens=args.max_response_tokens, empty_trace=args.empty_trace, long_trace=args.long_trace,
         template=Path(args.chat_template).read_text() if args.chat_template else None, progress=progress,
     )
+
+
+def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
+    """The verdicts on rows of a step, in the background."""
+    texts = [tokenizer.decode(row.response) for row in rows]
+    return grade_later(texts, [batch[row.group].gold for row in rows], verifier=args.verifier)
 
 
 def check(args: Args) -> None:
@@ -508,14 +536,14 @@ def main(args: Args) -> None:
     )
     sampler.sync(policy, version=start)
     max_mismatch = args.max_mismatch or (0.1 if world.device.type == "cuda" else 0.001)
-    teacher_verdicts: dict[int, tuple[float, str]] = {}  # by example: a trace is graded once
+    teacher_verdicts: dict[int, Future] = {}  # by example: a trace is graded once
 
     curves = [["eval/mean"], ["reward/own", "reward/teacher"], ["group/solve_all", "group/solve_none"],
               ["policy/entropy"], ["teacher/logp"], ["length/own"], ["loss/pg"], ["optim/grad_norm"],
               ["mismatch/mean_abs"]]
     bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    clock = Clock()
+    clock = Clock(args.profile, out)
     if start == 0 and held_out and args.eval_every:
         metrics.log(0, evaluate(sampler, tokenizer, held_out, args, world), show=["eval/mean"])
 
@@ -523,32 +551,36 @@ def main(args: Args) -> None:
         batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step - 1, args.seed)]
         mine = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
 
-        # 1. sample
+        # 1. sample; the answers to a question are graded while others are still being written
         with clock("sample"):
             teachers = [args.teacher_rows if e.trace else 0 for e in batch]
             rows = [Row(batch[g].prompt, batch[g].trace, g, True) for g in mine for _ in range(teachers[g])]
+            own_verdicts: list[tuple[list[Row], Future]] = []
+
+            def answered(i: int, group: list[Completion], rows=rows, batch=batch, mine=mine, grading=own_verdicts):
+                g = mine[i]
+                own = [Row(batch[g].prompt, c.ids, g, False, c.logps, c.truncated) for c in group]
+                rows.extend(own)
+                grading.append((own, grade_rows(own, batch, tokenizer, args)))
+
             if args.method != "sft":
-                groups = sampler.generate(
+                for row in [r for r in rows if batch[r.group].index not in teacher_verdicts]:
+                    teacher_verdicts[batch[row.group].index] = grade_rows([row], batch, tokenizer, args)
+                sampler.generate(
                     [batch[g].prompt for g in mine], n=[args.group_size - teachers[g] for g in mine],
                     keys=[batch[g].index for g in mine], seed=args.seed * 1_000_003 + step,
                     sampling=Sampling(args.max_response_tokens, args.temperature),
                     progress="sample" if world.main and args.max_response_tokens > 1000 else None,
+                    drawn=answered,
                 )
-                for g, group in zip(mine, groups, strict=True):
-                    rows += [Row(batch[g].prompt, c.ids, g, False, c.logps, c.truncated) for c in group]
 
         # 2. reward
         with clock("reward"):
-            ungraded = [r for r in rows if not (r.teacher and batch[r.group].index in teacher_verdicts)]
             if args.method != "sft":
-                texts = [tokenizer.decode(row.response) for row in ungraded]
-                golds = [batch[row.group].gold for row in ungraded]
-                for row, verdict in zip(ungraded, grade(texts, golds, verifier=args.verifier), strict=True):
-                    row.reward, row.status = verdict.reward, verdict.status
-                    if row.teacher:
-                        teacher_verdicts[batch[row.group].index] = verdict.reward, verdict.status
-                for row in (r for r in rows if r.teacher):
-                    row.reward, row.status = teacher_verdicts[batch[row.group].index]
+                teacher = [([r], teacher_verdicts[batch[r.group].index]) for r in rows if r.teacher]
+                for graded, verdicts in own_verdicts + teacher:
+                    for row, verdict in zip(graded, verdicts.result(), strict=True):
+                        row.reward, row.status = verdict.reward, verdict.status
             rows = sorted(gather_lists(rows, world), key=lambda row: row.group)  # every rank has all rows now
 
         # 3. advantages
@@ -597,6 +629,7 @@ def main(args: Args) -> None:
         seconds = clock.flush()
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
+        row_log["speed/useful_share"] = policy.useful_share()
         metrics.log(
             step, row_log | {"memory/peak_gb": peak_memory_gb(world), "update/skipped": bad_batches.skipped or None},
             show=["reward/own", "eval/mean", "policy/entropy", "teacher/logp"],

@@ -220,6 +220,8 @@ class Args:
     """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
+    profile: int = 0
+    """Trace so many steps, after the first: OUT/profile, and where their time went on the terminal."""
     log_samples: int = 4
     """Rows a step to write to samples.jsonl."""
     tensorboard: bool = False
@@ -899,7 +901,7 @@ def main(args: Args) -> None:
     bad_batches = BadBatches(out, args, world, skip=args.skip_bad_updates)
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
     chosen_logps = [row["logp/chosen"] for row in read_metrics(out) if "logp/chosen" in row] if world.main else []
-    clock = Clock()
+    clock = Clock(args.profile, out)
     if start == 0 and sampler:
         metrics.log(0, evaluate(sampler, tokenizer, held_out, args, world), show=["eval/mean"])
     if sampler:
@@ -944,6 +946,7 @@ def main(args: Args) -> None:
         seconds = clock.flush()
         tokens = sum(len(p.prompt) + len(trace) for p in batch for trace in (p.chosen, p.rejected) if trace)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
+        row_log["speed/useful_share"] = policy.useful_share()
         metrics.log(
             step, row_log | {"memory/peak_gb": peak_memory_gb(world), "update/skipped": bad_batches.skipped or None},
             show=["logp/chosen", "logp/rejected", "eval/mean"],

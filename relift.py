@@ -50,6 +50,7 @@ Commands:
 
 import math
 import random
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,7 @@ import torch
 
 import igsm
 from common.data import InputError, batch_indices, load_rows, make_examples, pack, plan_micro_batches
-from common.rollout import Sampling, make_sampler
+from common.rollout import Completion, Sampling, make_sampler
 from common.trainer import (
     BadBatches,
     Checkpoints,
@@ -80,7 +81,7 @@ from common.trainer import (
     replay,
     sum_over_ranks,
 )
-from common.verifiers import grade
+from common.verifiers import grade, grade_later
 
 
 @dataclass
@@ -213,6 +214,8 @@ class Args:
     """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
+    profile: int = 0
+    """Trace so many steps, after the first: OUT/profile, and where their time went on the terminal."""
     log_samples: int = 4
     """Rows a step to write to samples.jsonl."""
     tensorboard: bool = False
@@ -402,19 +405,27 @@ def per_token(batch, values: list) -> torch.Tensor:
     return torch.tensor(values, device=batch.targets.device)[batch.sequence] if values else batch.targets.new_empty(0)
 
 
+def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
+    """Rows that the RL gradient depends on: without an entropy bonus, an advantage of 0 leaves nothing to compute.
+    One row at least, so that there is a gradient (of zeros)."""
+    return rows if args.entropy_coef else [row for row in rows if row.advantage] or rows[:1]
+
+
 def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: Args, world) -> dict[str, float]:
     """Forward and backward of one RL update, summed over ranks and micro-batches; the gradient is left in .grad.
 
     Every denominator is counted over the whole update before the first backward, so the gradient is the same
     for any number of ranks and any micro_batch_tokens. old_logps: the behaviour policy's log-probs, a tensor
-    for each micro-batch; None where it is the policy as it is now (then the ratio is exactly 1)."""
+    for each micro-batch; None where it is the policy as it is now (then the ratio is exactly 1).
+    Metrics of tokens are means over `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
     n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
     names = ("pg_loss", "entropy", "clipped", "kl_old")
     sums = torch.zeros(len(names), dtype=torch.float64)
     mismatch: list[torch.Tensor] = []  # trainer's minus sampler's log-prob
-    for i, (batch, mine) in enumerate(micro_batches(rows, args, world)):
+    counted = rows_with_gradient(rows, args)
+    for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
@@ -425,7 +436,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
         loss = token_loss.sum() * row_scale
         sums[0] += loss.item()
-        loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         with torch.no_grad():
@@ -435,8 +447,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             ]).double().cpu()
             mismatch.append((old - sampler_logp).cpu())
     total = dict(zip(names, sum_over_ranks(sums, world).tolist(), strict=True))
-    metrics = {"loss/pg": total["pg_loss"]}
-    metrics |= {f"policy/{name}": total[name] / n_tokens for name in ("entropy", "clipped", "kl_old")}
+    metrics, n_counted = {"loss/pg": total["pg_loss"]}, sum(len(row.response) for row in counted)
+    metrics |= {f"policy/{name}": total[name] / n_counted for name in ("entropy", "clipped", "kl_old")}
     return metrics | compare_logps(torch.cat(mismatch), world)
 
 
@@ -481,7 +493,8 @@ def replayed(rows: list[Row], old_logps, args: Args, world, policy) -> dict[str,
 @torch.no_grad()
 def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tensor]:
     """Log-probs of the rows' tokens under the policy as it is, a tensor for each micro-batch of this rank."""
-    return [policy(batch, temperature=args.temperature) for batch, _ in micro_batches(rows, args, world)]
+    batches = micro_batches(rows_with_gradient(rows, args), args, world)
+    return [policy(batch, temperature=args.temperature) for batch, _ in batches]
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -509,6 +522,12 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
         if example.trace and example.trace[-1] != tokenizer.eos_token_id:  # it was too long, and is cut
             example.trace = [*example.trace[:-1], tokenizer.eos_token_id] if args.long_trace == "cut" else None
     return examples, left_out
+
+
+def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
+    """The verdicts on rows of a step, in the background."""
+    texts = [tokenizer.decode(row.response) for row in rows]
+    return grade_later(texts, [batch[row.group].gold for row in rows], verifier=args.verifier)
 
 
 def check(args: Args) -> None:
@@ -685,7 +704,7 @@ def main(args: Args) -> None:
               ["mismatch/mean_abs"]]
     bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    clock = Clock()
+    clock = Clock(args.profile, out)
     if start == 0 and held_out and args.eval_every:
         metrics.log(0, evaluate(sampler, tokenizer, held_out, buckets, args, world), show=["eval/mean"])
 
@@ -694,25 +713,30 @@ def main(args: Args) -> None:
         batch = [examples[i] for i in indices]
         mine = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
 
-        # 1. sample
+        # 1. sample; the answers to a question are graded while others are still being written
         with clock("sample"):
             rows = [Row(batch[g].prompt, batch[g].trace, g, True) for g in mine] if args.method == "sft" else []
+            grading: list[tuple[list[Row], Future]] = []
+
+            def answered(i: int, group: list[Completion], rows=rows, batch=batch, mine=mine, grading=grading):
+                g = mine[i]
+                own = [Row(batch[g].prompt, c.ids, g, False, c.logps, c.truncated) for c in group]
+                rows.extend(own)
+                grading.append((own, grade_rows(own, batch, tokenizer, args)))
+
             if args.method != "sft":
-                groups = sampler.generate(
+                sampler.generate(
                     [batch[g].prompt for g in mine], n=args.group_size,
                     keys=[batch[g].index for g in mine], seed=args.seed * 1_000_003 + step,
                     sampling=Sampling(args.max_response_tokens, args.temperature),
                     progress="sample" if world.main and args.max_response_tokens > 1000 else None,
+                    drawn=answered,
                 )
-                for g, group in zip(mine, groups, strict=True):
-                    rows += [Row(batch[g].prompt, c.ids, g, False, c.logps, c.truncated) for c in group]
 
         # 2. reward
         with clock("reward"):
-            if args.method != "sft":
-                texts = [tokenizer.decode(row.response) for row in rows]
-                golds = [batch[row.group].gold for row in rows]
-                for row, verdict in zip(rows, grade(texts, golds, verifier=args.verifier), strict=True):
+            for graded, verdicts_of_group in grading:
+                for row, verdict in zip(graded, verdicts_of_group.result(), strict=True):
                     row.reward, row.status = verdict.reward, verdict.status
             rows = sorted(gather_lists(rows, world), key=lambda row: row.group)  # every rank has all rows now
 
@@ -790,6 +814,7 @@ def main(args: Args) -> None:
         seconds = clock.flush()
         tokens = sum(len(row.prompt) + len(row.response) for row in rows + taught)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
+        row_log["speed/useful_share"] = policy.useful_share()
         metrics.log(
             step, row_log | {"memory/peak_gb": peak_memory_gb(world), "update/skipped": bad_batches.skipped or None},
             show=["reward/own", "eval/mean", "policy/entropy", "buffer/size", "sft/demonstrations"],

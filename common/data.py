@@ -18,6 +18,8 @@ is several sequences packed into one row of tokens. Nothing is padded, and no ma
     predictors     ^   ^ ^      ^   ^                      positions whose next token is a response token  [N]
     targets        r   r r      r   r                                                                     [N]
     sequence       0   0 0      1   1                      which sequence each of the N tokens belongs to [N]
+
+Sequences that begin with the same prompt, as the answers of a group do, share its tokens: it is read once.
 """
 
 import itertools
@@ -282,17 +284,25 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------- packing
 
 
+BLOCK = 0.94  # rows of a block of attention are at least so long, as a share of its longest
+
+
 @dataclass
 class Packing:
-    """Where the tokens of B packed sequences lie in a right-padded [B, L] grid; what attention needs.
+    """How attention lays the T packed tokens out: blocks of right-padded rows, one row a sequence, longest first.
 
-    slots [T]: the cell b * L + t of every packed token. Causal attention over right-padded rows needs no
-    mask: a token never sees what comes after it, and what the padding cells compute is thrown away."""
+    Causal attention over right-padded rows needs no mask: a token never sees what comes after it, and what the
+    padding cells compute is not read. A prompt's tokens stand in the row of every sequence that they begin."""
 
-    slots: torch.Tensor
-    rows: int
-    width: int
-    dense: bool  # all sequences are equally long: packed and padded are one and the same
+    blocks: list[tuple[int, int]]  # rows and width of each block; C cells in all
+    cells: torch.Tensor  # [C] the token in each cell (padding: any token)
+    home: torch.Tensor  # [T] the cell whose result is the token's
+    copies: torch.Tensor  # [D] further cells of tokens that stand in several rows
+    dense: bool  # the cells are the tokens, in order
+
+    @property
+    def width(self) -> int:
+        return self.blocks[0][1]
 
 
 @dataclass
@@ -309,57 +319,82 @@ class TokenBatch:
 
 def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBatch:
     """(prompt ids, response ids) pairs -> one packed batch. An empty list gives one token that predicts nothing,
-    so that a rank without work still takes part in every collective. Raises ValueError on an empty prompt."""
-    tokens, positions, slots, predictors, targets, owner = [], [], [], [], [], []
-    width = max((len(p) + len(r) - 1 for p, r in sequences), default=1)
+    so that a rank without work still takes part in every collective. Raises ValueError on an empty prompt.
+
+    Equal prompts are read once, by all sequences that begin with them: the answers of a group share one."""
+    tokens, positions, predictors, targets, owner = [], [], [], [], []
+    prompts: dict[tuple[int, ...], range] = {}
+    rows: list[list[int]] = []  # the tokens of each sequence, as indices
     for b, (prompt, response) in enumerate(sequences):
         if not prompt or not response:
             raise ValueError(f"sequence {b}: a prompt and a response of at least one token each are needed")
-        start, length = len(tokens), len(prompt) + len(response) - 1
-        tokens += prompt + response[:-1]
-        positions += range(length)
-        slots += range(b * width, b * width + length)
-        predictors += range(start + len(prompt) - 1, start + length)
+        if (key := tuple(prompt)) not in prompts:
+            prompts[key] = range(len(tokens), len(tokens) + len(prompt))
+            tokens += prompt
+            positions += range(len(prompt))
+        start = len(tokens)
+        tokens += response[:-1]
+        positions += range(len(prompt), len(prompt) + len(response) - 1)
+        rows.append([*prompts[key], *range(start, len(tokens))])
+        predictors += rows[-1][len(prompt) - 1 :]
         targets += response
         owner += [b] * len(response)
     if not sequences:
-        tokens, positions, slots = [0], [0], [0]
+        tokens, positions, rows = [0], [0], [[0]]
+
+    blocks: list[tuple[int, int]] = []
+    cells: list[int] = []
+    home, copies = [-1] * len(tokens), []
+    for row in sorted(rows, key=len, reverse=True):
+        if not blocks or len(row) < BLOCK * blocks[-1][1]:
+            blocks.append((0, len(row)))
+        count, width = blocks[-1]
+        blocks[-1] = (count + 1, width)
+        for cell, token in enumerate(row, len(cells)):
+            if home[token] < 0:
+                home[token] = cell
+            else:
+                copies.append(cell)
+        cells += row + [row[0]] * (width - len(row))
 
     def tensor(values):
         return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
 
-    rows = max(len(sequences), 1)
-    packing = Packing(tensor(slots), rows, width, dense=len(tokens) == rows * width)
+    packing = Packing(blocks, tensor(cells), tensor(home), tensor(copies), dense=cells == list(range(len(tokens))))
     return TokenBatch(
         tensor(tokens)[None], tensor(positions)[None], packing, tensor(predictors), tensor(targets), tensor(owner)
     )
 
 
 class _ToGrid(torch.autograd.Function):
-    """[T, ...] -> [rows * width, ...], zeros where there is no token. Its transpose is a gather."""
+    """[T, ...] -> [C, ...]: every cell's token. Plain indexing would do, but its backward adds C rows up one by one."""
 
     @staticmethod
     def forward(ctx, x, packing):
         ctx.packing = packing
-        return x.new_zeros(packing.rows * packing.width, *x.shape[1:]).index_copy_(0, packing.slots, x)
+        return x.index_select(0, packing.cells)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.index_select(0, ctx.packing.slots), None
+        home, copies = ctx.packing.home, ctx.packing.copies
+        out = grad.index_select(0, home)
+        if len(copies):  # in float32: a prompt's gradient is a sum over its answers
+            out = out.float().index_add_(0, ctx.packing.cells[copies], grad[copies].float()).to(grad.dtype)
+        return out, None
 
 
 class _FromGrid(torch.autograd.Function):
-    """[rows * width, ...] -> [T, ...]: the inverse. Plain indexing would do, but its backward accumulates."""
+    """[C, ...] -> [T, ...]: every token's result."""
 
     @staticmethod
     def forward(ctx, x, packing):
         ctx.packing = packing
-        return x.index_select(0, packing.slots)
+        return x.index_select(0, packing.home)
 
     @staticmethod
     def backward(ctx, grad):
-        cells = ctx.packing.rows * ctx.packing.width
-        return grad.new_zeros(cells, *grad.shape[1:]).index_copy_(0, ctx.packing.slots, grad), None
+        packing = ctx.packing
+        return grad.new_zeros(len(packing.cells), *grad.shape[1:]).index_copy_(0, packing.home, grad), None
 
 
 def packed_attention(module, query, key, value, attention_mask, *, packing: Packing, scaling=None, **kwargs):
@@ -368,18 +403,21 @@ def packed_attention(module, query, key, value, attention_mask, *, packing: Pack
     window = getattr(module, "sliding_window", None)
     if window is not None and packing.width > window:
         raise ValueError(f"sequences of {packing.width} tokens exceed the model's sliding window of {window}")
+    sizes = [rows * width for rows, width in packing.blocks]
 
-    def grid(x):  # [1, heads, T, d] -> [rows, heads, width, d]
+    def grid(x):  # [1, heads, T, d] -> [rows, heads, width, d] for each block
         x = x[0].transpose(0, 1)  # [T, heads, d]
         x = x if packing.dense else _ToGrid.apply(x, packing)
-        return x.reshape(packing.rows, packing.width, *x.shape[1:]).transpose(1, 2)
+        parts = zip(packing.blocks, x.split(sizes), strict=True)
+        return [part.reshape(*block, *x.shape[1:]).transpose(1, 2) for block, part in parts]
 
-    out = F.scaled_dot_product_attention(
-        grid(query), grid(key), grid(value), is_causal=True, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    out = out.transpose(1, 2).flatten(0, 1)  # [rows * width, heads, d]
-    return (out if packing.dense else _FromGrid.apply(out, packing))[None], None
+    out = torch.cat([
+        F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        ).transpose(1, 2).flatten(0, 1)
+        for q, k, v in zip(grid(query), grid(key), grid(value), strict=True)
+    ])  # fmt: skip
+    return (out if packing.dense else _FromGrid.apply(out, packing))[None], None  # [1, T, heads, d]
 
 
 AttentionInterface.register("packed", packed_attention)  # no mask function of that name: none is made

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,10 @@ class EmbeddedSampler:
         seed: int,
         sampling: Sampling,
         progress: str | None = None,
+        drawn: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """n (or n[i]) completions of each prompt, in order. keys: one int a prompt, naming its random stream.
+        drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
 
         Raises RuntimeError before the first sync, ValueError on an empty prompt."""
         if self.version is None:
@@ -120,15 +123,18 @@ class EmbeddedSampler:
         groups: list[list[Completion]] = [[] for _ in prompts]
         bar = tqdm(total=sum(counts), desc=progress, unit="answer", leave=False, disable=progress is None)
         # prompts of like length go together, and as many rows as the budget of tokens allows
-        batch: list[int] = []
-        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        batches: list[list[int]] = []
+        for i in sorted(filter(counts.__getitem__, range(len(prompts))), key=lambda i: -len(prompts[i])):
+            batch = batches[-1] if batches else []
             width = len(prompts[batch[0] if batch else i]) + sampling.max_tokens
-            if batch and (sum(counts[j] for j in batch) + counts[i]) * width > self.max_batch_tokens:
-                self._generate_batch(batch, prompts, counts, keys, seed, sampling, groups, bar)
-                batch = []
-            batch.append(i)
-        if batch:
+            if not batch or (sum(counts[j] for j in batch) + counts[i]) * width > self.max_batch_tokens:
+                batches.append([])
+            batches[-1].append(i)
+        for batch in batches:
             self._generate_batch(batch, prompts, counts, keys, seed, sampling, groups, bar)
+            for i in batch:
+                if drawn:
+                    drawn(i, groups[i])
         bar.close()
         return groups
 
@@ -793,13 +799,15 @@ class VLLMSampler:
         length = max(1, min(8, self.max_tokens // 2))
         prompts = [rng.integers(vocabulary, size=length).tolist() for _ in self.servers]
         sampling = Sampling(length, temperature=0.5)
-        drawn, faults = self._draw([(prompt, 0, 1) for prompt in prompts], sampling)
+        drawn: dict[int, list[Completion]] = {}
+        faults = self._draw([(prompt, 0, 1) for prompt in prompts], sampling, drawn.__setitem__)
         faults = gather_lists(faults, self.world)
         if faults:
             return faults
-        rows = [(prompt, c.ids) for prompt, [c] in zip(prompts, drawn, strict=True)]
+        completions = [drawn[k][0] for k in range(len(prompts))]
+        rows = [(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
         logp = self.policy(pack(rows, self.world.device), temperature=0.5).cpu()
-        gap = (logp - torch.tensor([x for [c] in drawn for x in c.logps])).abs().mean().item()
+        gap = (logp - torch.tensor([x for c in completions for x in c.logps])).abs().mean().item()
         limit = 0.1 if self.cuda else 1e-3
         if not gap < limit:
             raise RuntimeError(
@@ -835,8 +843,10 @@ class VLLMSampler:
         seed: int,
         sampling: Sampling,
         progress: str | None = None,
+        drawn: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """n (or n[i]) completions of each prompt, in order. keys: one int a prompt, naming its random stream.
+        drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
 
         Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt or one that is
         too long for the servers."""
@@ -855,18 +865,24 @@ class VLLMSampler:
             int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "big") for key in keys
         ]
         # vLLM's completion j of a request has the seed of the request plus j
-        jobs = [
-            (i, first, min(ROWS_A_REQUEST, count - first))
+        jobs_of = [
+            [(i, first, min(ROWS_A_REQUEST, count - first)) for first in range(0, count, ROWS_A_REQUEST)]
             for i, count in enumerate(counts)
-            for first in range(0, count, ROWS_A_REQUEST)
         ]
+        jobs = [job for of_prompt in jobs_of for job in of_prompt]
         done: dict[tuple[int, int, int], list[Completion]] = {}
         bar = tqdm(total=sum(counts), desc=progress, unit="answer", leave=False, disable=progress is None)
         for attempt in range(MAX_RESTARTS + 1):
             missing = [job for job in jobs if job not in done]
             requests = [(prompts[i], streams[i] + first, count) for i, first, count in missing]
-            drawn, faults = self._draw(requests, sampling, bar)
-            done |= {job: completions for job, completions in zip(missing, drawn, strict=True) if completions}
+
+            def take(k: int, completions: list[Completion], missing=missing) -> None:
+                done[missing[k]] = completions
+                i = missing[k][0]
+                if drawn and all(job in done for job in jobs_of[i]):
+                    drawn(i, [c for job in jobs_of[i] for c in done[job]])
+
+            faults = self._draw(requests, sampling, take, bar)
             faults = gather_lists(faults, self.world)
             if not faults:
                 break
@@ -874,14 +890,11 @@ class VLLMSampler:
             self._revive(faults, attempt)
             self.sync(self.policy, version)
         bar.close()
-        groups: list[list[Completion]] = [[] for _ in prompts]
-        for job in jobs:
-            groups[job[0]] += done[job]
-        return groups
+        return [[c for job in jobs_of[i] for c in done[job]] for i in range(len(prompts))]
 
-    def _draw(self, requests, sampling: Sampling, bar=None):
-        """(prompt, seed, count) each -> completions of each, None where it failed; and a fault of each server."""
-        results: list[list[Completion] | None] = [None] * len(requests)
+    def _draw(self, requests, sampling: Sampling, take, bar=None) -> list[ServerFault]:
+        """(prompt, seed, count) each; take(k, completions) as those of request k come in. -> a fault of each server
+        that has one: what is missing was not taken."""
         faults: dict[str, ServerFault] = {}
         pool = ThreadPoolExecutor(IN_FLIGHT)
         futures = {
@@ -896,11 +909,13 @@ class VLLMSampler:
                 finished, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in finished:
                     try:
-                        results[futures[future]] = future.result()
-                        if bar is not None:
-                            bar.update(len(future.result()))
+                        completions = future.result()
                     except ServerFault as fault:
                         faults.setdefault(fault.url, fault)
+                        continue
+                    take(futures[future], completions)
+                    if bar is not None:
+                        bar.update(len(completions))
                 for server in self.servers if waiting else []:
                     if server.abandoned or server.stalls():
                         what = f"it hangs: no progress in {server.patience:.0f} s"
@@ -908,7 +923,7 @@ class VLLMSampler:
                         server.abandon()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        return results, list(faults.values())
+        return list(faults.values())
 
     def _ask(self, server: Server, prompt, seed: int, count: int, sampling: Sampling) -> list[Completion]:
         body = {

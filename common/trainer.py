@@ -6,6 +6,7 @@
     start = checkpoint.load(...)            goes on where the last complete checkpoint left off
 """
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -178,6 +179,7 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.bad_logps = 0  # how many were NaN or above 0 since check_finite asked
+        self.cells = self.useful = 0  # of attention, since useful_share asked
 
     def forward(
         self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False, reference=None, raw: bool = False
@@ -187,6 +189,8 @@ class Policy(nn.Module):
         With `reference`, a frozen Policy: (log-probs, the reference's log-probs, KL(self || reference) over the
         whole vocabulary), [N] each. With `raw`: hidden states [N, H] and the head's weight [V, H]."""
         hidden, weight = predictor_states(self.lm, batch), self.lm.get_output_embeddings().weight
+        self.cells += len(batch.packing.cells)
+        self.useful += len(batch.packing.home) + len(batch.packing.copies)
         if raw:
             return hidden, weight
         out = linear_logprobs(hidden, weight, batch.targets, temperature=temperature, entropy=entropy)
@@ -198,6 +202,12 @@ class Policy(nn.Module):
             ref_hidden, ref_weight = reference(batch, raw=True)  # FSDP2 leaves a root's own weights whole
             ref_logp = linear_logprobs(ref_hidden, ref_weight, batch.targets, temperature=temperature)
         return out, ref_logp, linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=temperature)
+
+    def useful_share(self) -> float | None:
+        """Share of the cells of attention on this rank that were no padding, since the last call; everything else
+        in the model computes tokens alone."""
+        cells, useful, self.cells, self.useful = self.cells, self.useful, 0, 0
+        return useful / cells if cells else None
 
 
 class ValueModel(nn.Module):
@@ -551,7 +561,7 @@ class Checkpoints:
 
     # settings that may change between two starts of one run
     FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "wandb", "tensorboard", "rollout",
-            "timeout_minutes", "replay", "skip_bad_updates"}  # fmt: skip
+            "timeout_minutes", "replay", "skip_bad_updates", "profile"}  # fmt: skip
 
     def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
         """background: write while training goes on; None: on CUDA."""
@@ -849,18 +859,24 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]], path: Path) -> N
 
 
 class Clock:
-    """Seconds by act: `with clock("sample"): ...`, then clock.flush() -> {"seconds/sample": 1.2, ...}."""
+    """Seconds by act: `with clock("sample"): ...`, then clock.flush() -> {"seconds/sample": 1.2, ...}.
 
-    def __init__(self):
+    With `profile`, steps 2 to 1 + profile of this run are traced: the trace (for ui.perfetto.dev) goes to
+    out/profile, and rank 0 prints the seconds by act and the costliest operations."""
+
+    def __init__(self, profile: int = 0, out: Path = Path()):
         self.seconds: dict[str, float] = {}
         self.since = time.perf_counter()
+        self.steps, self.profile, self.out = 0, profile, out
+        self.profiler, self.profiled = None, collections.Counter()
 
     @contextlib.contextmanager
     def __call__(self, act: str):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
-        yield
+        with torch.profiler.record_function(act) if self.profiler else contextlib.nullcontext():
+            yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[act] = self.seconds.get(act, 0.0) + time.perf_counter() - start
@@ -869,8 +885,32 @@ class Clock:
         """Seconds by act since the last flush, and the whole step's."""
         now = time.perf_counter()
         row = {f"seconds/{act}": s for act, s in self.seconds.items()} | {"seconds/step": now - self.since}
-        self.seconds, self.since = {}, now
+        self.steps += 1
+        if self.profiler:
+            self.profiled.update(self.seconds | {"step": row["seconds/step"]})
+            if self.steps == 1 + self.profile:
+                self._report()
+        elif self.profile and self.steps == 1:  # the first step warms everything up
+            self.profiler = torch.profiler.profile()  # of all that is there: CPU, CUDA
+            self.profiler.start()
+        self.seconds, self.since = {}, time.perf_counter()
         return row
+
+    def _report(self) -> None:
+        """End the trace, write it, print where the time went."""
+        self.profiler.stop()
+        rank, total = os.environ.get("RANK", "0"), self.profiled.pop("step")
+        path = self.out / "profile" / f"rank-{rank}.json.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.profiler.export_chrome_trace(str(path))
+        if rank == "0":
+            self.profiled["the rest"] = total - sum(self.profiled.values())
+            lines = [f"  {act:9} {s / self.profile:8.3f} s a step  {s / total:6.1%}"
+                     for act, s in self.profiled.most_common()]  # fmt: skip
+            by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            lines += ["", self.profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)]
+            tqdm.write("\n".join([f"\n{self.profile} steps in {total:.2f} s while traced ({path}):", *lines]))
+        self.profiler = None
 
 
 def peak_memory_gb(world: World) -> float:

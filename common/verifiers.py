@@ -28,6 +28,7 @@ Traps
 import ast
 import atexit
 import collections
+import concurrent.futures
 import contextlib
 import fcntl
 import functools
@@ -359,6 +360,14 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
             raise
 
 
+def grade_later(responses, golds, **how) -> concurrent.futures.Future:
+    """`grade` in the background: .result() is what it returns, or raises. Calls are worked off one after another."""
+    global _background
+    if _background is None:
+        _background = concurrent.futures.ThreadPoolExecutor(1, "grade")
+    return _background.submit(grade, responses, golds, **how)
+
+
 def close() -> None:
     """Stop all workers; the next `grade` starts new ones. At exit it happens by itself."""
     for worker in [worker for pool in _pools.values() for worker in pool]:
@@ -368,12 +377,13 @@ def close() -> None:
 
 _pools: dict[str, list["_Worker"]] = {}  # by verifier; workers live until `close`
 _lock = threading.RLock()
+_background: concurrent.futures.ThreadPoolExecutor | None = None
 atexit.register(close)
 
 
 def _forget():  # a forked child (a DataLoader's) must neither use nor keep open what leads to our workers
-    global _lock
-    _lock = threading.RLock()
+    global _lock, _background
+    _lock, _background = threading.RLock(), None
     _pools.clear()
 
 

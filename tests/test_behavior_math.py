@@ -230,8 +230,8 @@ class Toy(torch.nn.Module):
         self.phi = torch.tensor(TOY["phi"], dtype=torch.float64)
 
     def forward(self, batch, **_):
-        starts = (batch.position_ids[0] == 0).nonzero()[:, 0]
-        question = batch.input_ids[0, starts][batch.sequence]  # [N]: a row's prompt is its question
+        starts = batch.predictors[batch.position_ids[0, batch.predictors] == 0]
+        question = batch.input_ids[0, starts][batch.sequence]  # [N]: a row's prompt is its question, one token
         place = batch.position_ids[0, batch.predictors]
         return (self.phi[question, place] @ self.theta).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
 

@@ -189,12 +189,15 @@ def test_pack_lays_tokens_out_as_its_docstring_shows():
     assert batch.sequence.tolist() == [0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("equal_lengths", [False, True])
-def test_packed_log_probs_and_gradients_are_those_of_separate_sequences(policy, equal_lengths):
+@pytest.mark.parametrize("lengths", ["ragged", "equal", "groups"])
+def test_packed_log_probs_and_gradients_are_those_of_separate_sequences(policy, lengths):
     rng = random.Random(0)
     sequences = random_sequences(rng, 7)
-    if equal_lengths:
+    if lengths == "equal":
         sequences = [((p * 5)[:5], (r * 6)[:6]) for p, r in sequences]
+    if lengths == "groups":  # answers to three questions, one of a single token, as they come and as they are sorted
+        prompts = [sequences[0][0], sequences[1][0] * 2, sequences[1][0]]
+        sequences = [(prompts[i % 3], r) for i, (_, r) in enumerate(sequences)] + [(prompts[0], [5])]
     logp = policy(pack(sequences))
     (logp * torch.arange(1, len(logp) + 1)).sum().backward()
     packed = {name: p.grad.clone() for name, p in policy.named_parameters()}
@@ -225,6 +228,30 @@ def test_the_mask_comes_from_lengths_when_pad_is_eos(policy):
     batch = pack([([1, 0, 1], [0, 1, 0, 1]), ([0], [1])])
     assert batch.targets.tolist() == [0, 1, 0, 1, 1]
     assert policy(batch).shape == (5,)
+
+
+def test_a_prompt_is_read_once_by_all_its_answers():
+    batch = pack([([7, 8, 9], [1, 2]), ([7], [3]), ([7, 8, 9], [4, 5, 6])])
+    assert batch.input_ids.tolist() == [[7, 8, 9, 1, 7, 4, 5]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 3, 4]]
+    assert batch.predictors.tolist() == [2, 3, 4, 2, 5, 6]
+    assert batch.targets.tolist() == [1, 2, 3, 4, 5, 6]
+    # rows 7 8 9 4 5 | 7 8 9 1 | 7: no row is much shorter than its block's longest, so no cell is padding
+    assert batch.packing.blocks == [(1, 5), (1, 4), (1, 1)]
+    assert batch.packing.cells.tolist() == [0, 1, 2, 5, 6, 0, 1, 2, 3, 4]
+    assert batch.packing.copies.tolist() == [5, 6, 7]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 90)), min_size=1, max_size=40))
+def test_little_of_the_attention_is_padding(sizes):
+    packing = pack([(list(range(100, 100 + p)), [1] * r) for p, r in sizes]).packing
+    lengths = [p + r - 1 for p, r in sizes]
+    assert sum(rows for rows, _ in packing.blocks) == len(lengths)
+    assert len(packing.cells) == len(packing.home) + len(packing.copies) + sum(
+        rows * width for rows, width in packing.blocks
+    ) - sum(lengths)
+    assert sum(lengths) >= 0.94 * len(packing.cells)
 
 
 @pytest.mark.parametrize("sequence", [([], [1]), ([1], [])])

@@ -208,11 +208,11 @@ def test_rl_with_sft_loss_is_the_published_one():
         Row([0], list(range(length)), int(g), bool(t), advantage=a)
         for length, g, t, a in zip(INPUTS["lengths"], groups, teacher, advantages.tolist(), strict=True)
     ]
-    args = dataclasses.replace(Args(), method="rl_sft", max_response_tokens=5, entropy_coef=0.0, loss_rows=8)
+    args = dataclasses.replace(Args(), method="rl_sft", max_response_tokens=5, loss_rows=8)
 
     [[order]] = plan_micro_batches(INPUTS["lengths"], 1, 1000)  # the one micro-batch's rows, in its order
 
-    class Given(torch.nn.Module):  # returns the vectors' log-probs
+    class Given(torch.nn.Module):  # returns the vectors' log-probs, and entropies of 0
         def forward(self, batch, **_):
             values = torch.cat([logp[i, : INPUTS["lengths"][i]] for i in order])
             return values, torch.zeros_like(values)
@@ -220,6 +220,41 @@ def test_rl_with_sft_loss_is_the_published_one():
     old = torch.cat([f64(INPUTS["old_log_prob"])[i, : INPUTS["lengths"][i]] for i in order])
     accumulate_gradient(Given(), rows, [old], args, ONE_RANK)
     assert_equal(logp.grad * mask, case["whole_batch"]["grad_wrt_log_prob"], 1e-7)
+
+
+def test_rows_without_an_advantage_are_left_out_where_nothing_else_needs_them(monkeypatch):
+    """Two updates without an entropy bonus: the gradients are those of all rows, and fewer tokens are read."""
+    case, rows, args = integration("luffy_one_minibatch_one_micro_sgd_noclip", "luffy", 1000)
+    assert luffy.rows_with_gradient(rows, args) == rows  # the entropy bonus needs them
+    args = dataclasses.replace(args, entropy_coef=0.0)
+    for row in rows[:5]:
+        row.advantage = 0.0
+    assert luffy.rows_with_gradient(rows, args) == rows[5:]
+    assert luffy.rows_with_gradient(rows[:5], args) == rows[:1]  # a gradient of zeros all the same
+
+    def gradient():
+        policy = Bigram(case["W_before"])
+        accumulate_gradient(policy, rows, [x - 0.1 for x in policy_logps(policy, rows, args, ONE_RANK)], args, ONE_RANK)
+        return policy.table.grad
+
+    fewer = gradient()
+    monkeypatch.setattr(luffy, "rows_with_gradient", lambda rows, args: rows)
+    assert_equal(fewer, gradient())
+    assert fewer.abs().max() > 0
+
+
+def test_nobody_reads_the_teachers_trace_for_its_behaviour_log_probs():
+    case, rows, args = integration("luffy_one_minibatch_one_micro_sgd_noclip", "luffy", 1000)
+    read = []
+
+    class Counting(Bigram):
+        def forward(self, batch, **how):
+            read.append(len(batch.targets))
+            return super().forward(batch, **how)
+
+    logps = torch.cat(policy_logps(Counting(case["W_before"]), rows, args, ONE_RANK))
+    teacher = sum(len(row.response) for row in rows if row.teacher)
+    assert teacher and sum(read) == len(logps) - teacher == (logps != 0).sum()
 
 
 def test_the_published_number_of_micro_batches_follows_the_rows_length():

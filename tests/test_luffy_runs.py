@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import gzip
 import json
 import math
+import re
 
 import pytest
 
@@ -42,6 +44,23 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
         assert (tmp_path / "run" / name).exists()
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
     assert {"step", "who", "reward", "advantage", "gold", "prompt", "response"} == sample.keys()
+
+
+def test_profile_traces_the_steps_after_the_first_and_says_where_their_time_went(tmp_path, capsys):
+    luffy.main(settings("--out", str(tmp_path / "run"), "--profile", "1"))
+    said = capsys.readouterr().out
+    assert "1 steps in" in said and "aten::mm" in said
+    for act in ("sample", "reward", "update", "sync", "the rest"):
+        assert re.search(rf"^  {act} +\d+\.\d{{3}} s a step +\d+\.\d%$", said, re.MULTILINE), act
+    with gzip.open(tmp_path / "run" / "profile" / "rank-0.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"sample", "update", "aten::mm"} <= names
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_attention_pads_little_and_the_metrics_say_how_much(tmp_path):
+    luffy.main(settings("--out", str(tmp_path / "run")))
+    assert all(row["speed/useful_share"] > 0.97 for row in read_metrics(tmp_path / "run")[1:])
 
 
 @pytest.mark.skipif(logprobs.triton is None or not logprobs.INTERPRETED, reason="needs triton and TRITON_INTERPRET=1")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import relift
-from common import trainer
+from common import trainer, verifiers
 from common.data import InputError
 from common.trainer import read_metrics
 from common.verifiers import Verdict
@@ -28,6 +28,11 @@ def mixed(texts, golds, *, verifier):
 def picky(texts, golds, *, verifier):
     """A verifier that every other demonstration fails, and every own answer."""
     return [Verdict(float(f"\\boxed{{{gold}}}" in text and int(gold) % 2), "ok") for text, gold in zip(texts, golds)]
+
+
+def grade_by(monkeypatch, verifier):
+    for module in (relift, verifiers):  # the latter is where grade_later finds it
+        monkeypatch.setattr(module, "grade", verifier)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +66,7 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
 
 
 def test_the_buffer_takes_what_fails_and_gives_it_to_sft(tmp_path, monkeypatch):
-    monkeypatch.setattr(relift, "grade", mixed)
+    grade_by(monkeypatch, mixed)
     rows = run(tmp_path, *FEW, "--steps", "6", "--batch_size", "8", "--sft_data_size", "6")
     held = 0
     for row in rows:
@@ -75,7 +80,7 @@ def test_the_buffer_takes_what_fails_and_gives_it_to_sft(tmp_path, monkeypatch):
 
 
 def test_without_sft_updates_the_run_is_plain_rl_and_needs_no_demonstration(tmp_path, monkeypatch):
-    monkeypatch.setattr(relift, "grade", mixed)
+    grade_by(monkeypatch, mixed)
     data = write(tmp_path / "rows.jsonl", [{k: v for k, v in row.items() if k != "target"} for row in toy_rows()])
     rows = run(tmp_path, *FEW, "--sft_data_size", "-1", "--data", data)
     assert not any(name.startswith(("buffer/", "sft/l")) for row in rows for name in row)
@@ -91,7 +96,7 @@ def test_without_sft_updates_the_run_is_plain_rl_and_needs_no_demonstration(tmp_
     ],
 )
 def test_the_ablations_choose_other_questions_or_another_rhythm(tmp_path, monkeypatch, words, fired):
-    monkeypatch.setattr(relift, "grade", mixed)
+    grade_by(monkeypatch, mixed)
     rows = run(tmp_path, *FEW, "--sft_data_size", "4", *words)
     assert [row["sft/fired"] for row in rows] == fired
     assert rows[-1]["sft/demonstrations"] == 4 * sum(fired)  # with --sft_every too: sft_data_size at most
@@ -99,7 +104,7 @@ def test_the_ablations_choose_other_questions_or_another_rhythm(tmp_path, monkey
 
 def test_random_questions_are_as_many_as_the_hardest_but_others(tmp_path, monkeypatch):
     """The same step, with the same rollouts, buffers other questions."""
-    monkeypatch.setattr(relift, "grade", mixed)
+    grade_by(monkeypatch, mixed)
     held = []
     for sft_on in ("hardest", "random"):
         words = ["--steps", "1", "--save_every", "1", "--batch_size", "8", "--sft_data_size", "40", "--sft_on", sft_on]
@@ -113,7 +118,7 @@ def test_random_questions_are_as_many_as_the_hardest_but_others(tmp_path, monkey
 
 
 def test_a_rejected_demonstration_is_skipped_and_counted_unless_none_is_verified(tmp_path, monkeypatch):
-    monkeypatch.setattr(relift, "grade", picky)
+    grade_by(monkeypatch, picky)
     rows = run(tmp_path, *FEW)
     rejected, kept = sum(r["buffer/rejected"] for r in rows), rows[-1]["buffer/size"] + rows[-1]["sft/demonstrations"]
     assert rejected > 0 and kept > 0 and rejected + kept == 12

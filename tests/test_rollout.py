@@ -86,6 +86,27 @@ def test_what_is_drawn_does_not_depend_on_the_batch(policy, sampler):
     assert ids(ragged) == [group[:n] for group, n in zip(together, [1, 2, 3, 0, 5], strict=True)]
 
 
+def test_a_prompts_completions_are_announced_once_before_later_batches_are_drawn(policy, sampler):
+    for batch_tokens, batches in ((65536, 1), (1, 3)):
+        one = EmbeddedSampler(policy, stop_ids=[1], max_batch_tokens=batch_tokens)
+        one.sync(policy, version=0)
+        seen, widths = [], []
+        hidden = one._hidden
+
+        def watch(ids, *rest, hidden=hidden, seen=seen, widths=widths):
+            if ids.shape[1] > 1:  # a batch of prompts is read
+                widths.append(len(seen))
+            return hidden(ids, *rest)
+
+        one._hidden = watch
+        groups = one.generate(
+            [[2, 3], [4, 5, 6], [7, 8], [9, 9]], n=[2, 3, 0, 1], keys=[0, 1, 2, 3], seed=3, sampling=Sampling(6),
+            drawn=lambda i, group, seen=seen: seen.append((i, group)),
+        )
+        assert sorted(seen, key=lambda pair: pair[0]) == [(i, group) for i, group in enumerate(groups) if group]
+        assert len(widths) >= batches and (batches == 1 or widths[2] >= 1)
+
+
 def test_seeds_keys_and_places_name_different_streams(sampler):
     def first(seed, keys):
         return ids(sampler.generate([[5, 6]] * len(keys), n=2, keys=keys, seed=seed, sampling=Sampling(25)))

@@ -131,7 +131,11 @@ def test_what_is_drawn_does_not_depend_on_the_batch(synced, monkeypatch):
         [PROMPTS[i] for i in order], n=5, keys=[KEYS[i] for i in order], seed=7, sampling=Sampling(25)
     )
     assert [together[i] for i in order] == ids(shuffled)
-    ragged = synced.generate(PROMPTS, n=[1, 2, 3, 0, 5], keys=KEYS, seed=7, sampling=Sampling(25))
+    seen = []
+    ragged = synced.generate(
+        PROMPTS, n=[1, 2, 3, 0, 5], keys=KEYS, seed=7, sampling=Sampling(25), drawn=lambda *pair: seen.append(pair)
+    )
+    assert sorted(seen, key=lambda pair: pair[0]) == [(i, group) for i, group in enumerate(ragged) if group]
     assert ids(ragged) == [group[:n] for group, n in zip(together, [1, 2, 3, 0, 5], strict=True)]
     assert ids(synced.generate(PROMPTS, n=5, keys=KEYS, seed=8, sampling=Sampling(25))) != together
 

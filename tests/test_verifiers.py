@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import verifiers
-from common.verifiers import Verdict, boxed_reward, grade, last_boxed, math_reward
+from common.verifiers import Verdict, boxed_reward, grade, grade_later, last_boxed, math_reward
 
 VECTORS = Path(__file__).parent / "vectors"
 ROOT = Path(__file__).parent.parent
@@ -477,6 +477,18 @@ def test_grade_from_several_threads(users):
     for thread in threads:
         thread.join()
     assert results == {n: [n / 2] * 20 for n in range(4)}
+
+
+def test_grading_later_gives_the_same_verdicts_and_leaves_the_caller_free(users):
+    start = time.monotonic()
+    jobs = [grade_later(["</think>\\boxed{2}"] * n, [2] * n) for n in (3, 0, 1)]
+    slow = grade_later(["deaf"], ["1"], verifier=users.hang, timeout=1.0)
+    failing = grade_later(["2"], ["2"], verifier="nonsense")
+    assert time.monotonic() - start < 0.5
+    assert [job.result() for job in jobs] == [[Verdict(1.0, "ok")] * n for n in (3, 0, 1)]
+    assert slow.result()[0].status == "timeout"
+    with pytest.raises(ValueError, match="nonsense"):
+        failing.result()
 
 
 def test_an_interrupted_call_leaves_no_answer_to_the_next(users, monkeypatch):
