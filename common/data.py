@@ -411,12 +411,13 @@ def packed_attention(module, query, key, value, attention_mask, *, packing: Pack
         parts = zip(packing.blocks, x.split(sizes), strict=True)
         return [part.reshape(*block, *x.shape[1:]).transpose(1, 2) for block, part in parts]
 
-    out = torch.cat([
+    parts = [
         F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         ).transpose(1, 2).flatten(0, 1)
         for q, k, v in zip(grid(query), grid(key), grid(value), strict=True)
-    ])  # fmt: skip
+    ]  # fmt: skip
+    out = torch.cat(parts) if len(parts) > 1 else parts[0]  # [C, heads, d]
     return (out if packing.dense else _FromGrid.apply(out, packing))[None], None  # [1, T, heads, d]
 
 
