@@ -271,7 +271,7 @@ PRESETS = {
         system_prompt=False, max_prompt_tokens=160, max_response_tokens=240, ops=(5, 8), val_ops=(5, 8),
         test_ops=(8, 10), eval_problems=300, base_problems=160000, sft_steps=75, sft_lr=5e-4, prompt_loss=False,
         steps=80, batch_size=16, group_size=8, lr=2e-4, influence_queries=200, eval_every=20, save_every=40,
-        micro_batch_tokens=16384, gradient_checkpointing=False,
+        micro_batch_tokens=4096, gradient_checkpointing=False,
     ),
 }
 SCRATCH = dict(

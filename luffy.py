@@ -209,13 +209,13 @@ PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
-        eval_limit=128, save_every=20, micro_batch_tokens=16384, gradient_checkpointing=False,
+        eval_limit=128, save_every=20, micro_batch_tokens=4096, gradient_checkpointing=False,
     ),
     "tiny_base": dict(
         model="scratch", data="igsm:2-8", igsm_problems=200000, eval_data=("igsm:5-8",),
         out="runs/tiny_base", verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, steps=3000,
         batch_size=64, lr=1.5e-3, warmup=0.02, lr_floor=0.02, betas=(0.9, 0.99), weight_decay=0.1, eval_every=500,
-        eval_limit=300, eval_temperature=0.0, save_every=500, log_samples=0, micro_batch_tokens=16384,
+        eval_limit=300, eval_temperature=0.0, save_every=500, log_samples=0, micro_batch_tokens=4096,
         gradient_checkpointing=False,
     ),
 }

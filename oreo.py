@@ -262,7 +262,7 @@ PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", igsm_problems=500, eval_data=("igsm:5-8",), out="runs/tiny-oreo",
         verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, samples=8, batch_size=64, lr=1e-4,
-        value_lr=1e-3, eval_every=20, eval_limit=128, save_every=20, max_steps=40, micro_batch_tokens=16384,
+        value_lr=1e-3, eval_every=20, eval_limit=128, save_every=20, max_steps=40, micro_batch_tokens=4096,
         gradient_checkpointing=False,
         stage={
             "sft": dict(out="runs/tiny-oreo-sft", igsm_problems=4000, steps=40, lr=5e-4), "dpo": dict(lr=2e-5),

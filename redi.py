@@ -246,7 +246,7 @@ PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny-redi", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, rope_theta=0.0, max_positions=0, lr=1e-5, eval_every=50,
-        eval_limit=128, save_every=50, micro_batch_tokens=16384, gradient_checkpointing=False,
+        eval_limit=128, save_every=50, micro_batch_tokens=4096, gradient_checkpointing=False,
         stage={
             "sft": dict(out="runs/tiny-sft", lr=5e-4, epochs=3.0, batch_size=64),
             "data": dict(out="runs/tiny-data", own_answers=4),

@@ -233,7 +233,7 @@ PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny_relift", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, sft_data_size=16,
-        sft_lr=2e-4, eval_every=20, eval_limit=128, buckets=True, save_every=20, micro_batch_tokens=16384,
+        sft_lr=2e-4, eval_every=20, eval_limit=128, buckets=True, save_every=20, micro_batch_tokens=4096,
         gradient_checkpointing=False,
     ),
 }

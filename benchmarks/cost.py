@@ -47,7 +47,7 @@ class Update:
         )  # fmt: skip
         self.policy = load_policy("", world, from_config=config)
         self.optimizer = make_optimizer(self.policy, lr=1e-6)
-        words = ["--method", "grpo", "--max_response_tokens", "256"]
+        words = ["--method", "grpo", "--max_response_tokens", "256", "--micro_batch_tokens", "4096"]
         self.args = luffy.parse_args(luffy.Args, words, method=luffy.METHODS, preset=luffy.PRESETS)
 
     def rows(self, questions: int, group: int, prompt: int, response: tuple[int, int]) -> list[luffy.Row]:
@@ -148,7 +148,7 @@ def child(which: str, rounds: int) -> None:
     world = init_world()
     torch.set_num_threads(1)
     update = Update(Shape(4, 512, 1536, 8, 512, 2048), world)
-    rows = update.rows(questions=2, group=8, prompt=32, response=(16, 240))
+    rows = update.rows(questions=8, group=8, prompt=32, response=(16, 240))
     seconds = [update.seconds(rows) for _ in range(rounds + 1)][1:]
     if world.main:
         print(update.tokens(rows)[0] / statistics.median(seconds), flush=True)

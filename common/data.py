@@ -430,8 +430,9 @@ AttentionInterface.register("packed", packed_attention)  # no mask function of t
 def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
     """Share sequences out: plan[round][rank] = indices of the sequences of that micro-batch.
 
-    Every micro-batch holds at most max_tokens tokens (or one longer sequence) of similar lengths, ranks get
-    nearly equal numbers of tokens, and every rank has the same number of rounds: empty lists fill up.
+    Every micro-batch holds at most max_tokens tokens (or one longer sequence), ranks get nearly equal numbers of
+    tokens, and every rank has the same number of rounds: empty lists fill up. A rank's sequences stay in order, so
+    that those with the same prompt come together and share it.
 
     >>> plan_micro_batches([5, 4, 4, 3, 2], ranks=2, max_tokens=9)
     [[[0, 3], [1, 2]], [[4], []]]
@@ -447,7 +448,7 @@ def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[
     for rank, share in enumerate(shares):
         batches: list[list[int]] = []
         room = 0
-        for i in share:  # in order of length, so that a micro-batch's sequences are alike
+        for i in sorted(share):
             if not batches or lengths[i] > room:
                 batches.append([])
                 room = max_tokens

@@ -44,6 +44,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from common.data import InputError, pack
 from common.trainer import Policy, World, full_parameters, gather_lists
@@ -72,6 +73,35 @@ class Completion:
     @property
     def truncated(self) -> bool:
         return self.finish == "length"
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values at the front of buffers with room for more: Transformers' own copies all of them for
+    every token that comes."""
+
+    ROOM = 64  # tokens
+    buffers: list[torch.Tensor] | None = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """[rows, heads, new, d] each -> all so far, [rows, heads, old + new, d]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old, new = self.get_seq_length(), (key_states, value_states)
+        end = old + key_states.shape[-2]
+        if self.buffers is None or end > self.buffers[0].shape[-2]:
+            self.buffers = [x.new_empty(*x.shape[:-2], end + self.ROOM, x.shape[-1]) for x in new]
+            if old:
+                for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
+                    buffer[..., :old, :] = x
+        for buffer, x in zip(self.buffers, new, strict=True):
+            buffer[..., old:end, :] = x
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Keep these rows."""
+        super().batch_select_indices(indices)  # copies them: the buffers are no longer where they are
+        self.buffers = None
 
 
 class EmbeddedSampler:
@@ -148,6 +178,7 @@ class EmbeddedSampler:
         ids, mask = ids.to(device), mask.to(device)
         position = (mask.cumsum(1) - 1).clamp(min=0)  # [b, width]
         cache = DynamicCache(config=self.lm.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         hidden = self._hidden(ids, mask, position, cache)  # each prompt is read once ...
         rows = [(i, j) for i in batch for j in range(counts[i])]
         expand = torch.tensor([b for b, i in enumerate(batch) for _ in range(counts[i])], device=device)

@@ -1,0 +1,426 @@
+"""The five papers side by side: one base model, one set of problems, one set of traces, one table.
+
+    python benchmarks/claims.py --quick                 every row at one seed, short runs
+    python benchmarks/claims.py                         three seeds, the runs of `--preset tiny`
+    python benchmarks/claims.py --only luffy grpo --seeds 0
+
+Problems: symbolic iGSM of 5 to 8 operations; tests on other templates of 5 to 8 operations and of 9 to 10 (out of
+distribution). Base: models/tiny, which could work a problem out and guesses. Traces: the generator's step-by-step
+solutions. Every online method has the same questions, steps, updates a step and answers a question; every offline
+method starts from one SFT model and its own graded answers, with the same rows a step and steps. What each cost is in
+the table: optimizer updates, sampled tokens, demonstrations read, and operations (6 P a token trained, 2 P a token
+sampled).
+
+    base, sft, grpo, sft_grpo, rl_sft, luffy, luffy_unshaped, relift           online (sft: the same traces, no answers)
+    rejection, kto, dpo, oreo_token, oreo_step, oreo_response, oreo_beam       offline, from graded answers
+    redi, symmetric, simpo                                                     offline, from right and wrong traces
+    vanilla_sft, vanilla_rl, bridge_sft, bridge_rl                             BRIDGE: what SFT data does to RL
+    bridge_luffy, bridge_relift                                                behaviours first, then a teacher
+
+A model is measured by --tries answers at temperature 1 to each test problem. Each paper's claims are checked by name:
+"yes" or "no" where the difference is over twice its standard error (over seeds; with one seed over problems), else "not
+significant". What is complete is not done again: give the same command to go on.
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import tyro  # noqa: E402
+
+import luffy  # noqa: E402
+from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
+from common.trainer import init_world, load_policy, load_tokenizer, parse_args, read_metrics  # noqa: E402
+from common.verifiers import grade  # noqa: E402
+
+TESTS = {"id": "igsm:5-8", "ood": "igsm:9-10"}
+ONLINE, OFFLINE, BRIDGE = "online", "offline", "bridge"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a row of the table comes about: a command, and the row whose model it starts from."""
+
+    kind: str
+    command: str
+    start: str = "base"
+
+
+RUNS = {
+    "sft": Run(ONLINE, "luffy.py --method sft --schedule constant --warmup 0 --lr 2e-4 --batch_size 16"),
+    "grpo": Run(ONLINE, "luffy.py --method grpo"),
+    "sft_grpo": Run(ONLINE, "luffy.py --method grpo", "sft"),
+    "rl_sft": Run(ONLINE, "luffy.py --method rl_sft"),
+    "luffy": Run(ONLINE, "luffy.py"),
+    "luffy_unshaped": Run(ONLINE, "luffy.py --shaping_gamma 0"),
+    "relift": Run(ONLINE, "relift.py"),
+    "rejection": Run(OFFLINE, "oreo.py --stage rejection", "sft"),
+    "kto": Run(OFFLINE, "oreo.py --stage kto", "sft"),
+    "dpo": Run(OFFLINE, "oreo.py --stage dpo", "sft"),
+    "oreo_token": Run(OFFLINE, "oreo.py --stage oreo", "sft"),
+    "oreo_step": Run(OFFLINE, "oreo.py --stage oreo --variant step", "sft"),
+    "oreo_response": Run(OFFLINE, "oreo.py --stage oreo --variant response", "sft"),
+    "redi": Run(OFFLINE, "redi.py --loss redi", "sft"),
+    "symmetric": Run(OFFLINE, "redi.py --loss symmetric --lr 1e-5", "sft"),
+    "simpo": Run(OFFLINE, "redi.py --loss simpo --lr 1e-5", "sft"),
+    "vanilla_sft": Run(BRIDGE, "behavior_injection.py --stage sft --arms vanilla"),
+    "vanilla_rl": Run(BRIDGE, "behavior_injection.py --stage rl --arms vanilla", "vanilla_sft"),
+    "bridge_sft": Run(BRIDGE, "behavior_injection.py --stage sft --arms bridge"),
+    "bridge_rl": Run(BRIDGE, "behavior_injection.py --stage rl --arms bridge", "bridge_sft"),
+    "bridge_luffy": Run(ONLINE, "luffy.py --max_response_tokens 240", "bridge_sft"),
+    "bridge_relift": Run(ONLINE, "relift.py --max_response_tokens 240", "bridge_sft"),
+}
+ROWS = ("base", *RUNS, "oreo_beam")
+
+
+@dataclass
+class Claims:
+    quick: bool = False
+    """One seed, a third of the steps, half of the test problems."""
+    out: str = "runs/claims"
+    """Folder for the runs."""
+    results: str = "benchmarks/results/claims"
+    """Where the numbers (.json), the table (.md) and the figure (.png) go."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of every run; problems, traces and tests stay the same."""
+    only: tuple[str, ...] = ROWS
+    """Rows of the table; what they start from is made too."""
+    problems: int = 300
+    """Test problems of each kind."""
+    tries: int = 8
+    """Answers to each."""
+    steps: int = 60
+    """Steps of every online and offline run."""
+    extra: str = ""
+    """More flags for every run."""
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def call(command: list[str]) -> None:
+    command = [sys.executable, *map(str, command)]
+    print("\n$", " ".join(["python", *command[1:]]), flush=True)
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+def model_of(name: str, seed: int, claims: Claims) -> Path:
+    """The folder of a row's model."""
+    if name == "base":
+        return ROOT / "models" / "tiny"
+    if RUNS[name].kind == BRIDGE:
+        arm, stage = name.split("_")
+        return Path(claims.out).absolute() / f"seed-{seed}" / "behaviors" / arm / stage / "model"
+    return Path(claims.out).absolute() / f"seed-{seed}" / name / "model"
+
+
+def train(name: str, seed: int, claims: Claims) -> Path:
+    """Make a row's model, and before it what it starts from; -> its folder."""
+    model = model_of(name, seed, claims)
+    if name == "base" or model.exists():
+        return model
+    run, folder = RUNS[name], Path(claims.out).absolute() / f"seed-{seed}"
+    start = train(run.start, seed, claims)
+    words = [*run.command.split(), "--preset", "tiny", "--seed", seed, "--eval_every", claims.steps]
+    if run.kind == BRIDGE:
+        behaviors = folder / "behaviors"
+        shared = ["--out", behaviors, "--model", model_of("base", seed, claims), "--base_problems", 0]
+        sizes = ["--sft_steps", max(2, claims.steps * 5 // 4), "--sft_problems", 2000, "--eval_problems", 20]
+        if not (behaviors / "data").exists():
+            call([*words[:1], "--preset", "tiny", "--stage", "data", "--arms", "vanilla", "bridge", *shared, *sizes])
+        words += [*shared, *sizes, "--steps", claims.steps]
+    else:
+        words += ["--model", start, "--out", folder / name]
+        words += ["--steps", claims.steps] if run.kind == ONLINE else offline(words[0], start, seed, claims)
+    call([*words, *shlex.split(claims.extra)])
+    return model
+
+
+def offline(script: str, start: Path, seed: int, claims: Claims) -> list:
+    """Flags for a run on the start model's own graded answers, which are drawn once for all that learn from them."""
+    folder = Path(claims.out).absolute() / f"seed-{seed}"
+    if script == "oreo.py":
+        rows = folder / "answers" / "rows.jsonl"
+        if not rows.exists():
+            call(["oreo.py", "--preset", "tiny", "--stage", "collect", "--model", start, "--out", rows.parent,
+                  "--seed", seed])  # fmt: skip
+        return ["--rows", rows, "--steps", claims.steps]
+    pairs = folder / "pairs" / "pairs.jsonl"
+    if not pairs.exists():
+        call(["redi.py", "--preset", "tiny", "--stage", "data", "--model", start, "--out", pairs.parent,
+              "--igsm_problems", 2000, "--seed", seed])  # fmt: skip
+    return ["--data", pairs, "--reference_cache", folder / "reference", "--steps", claims.steps]
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(model: Path, claims: Claims, name: str) -> dict[str, list[float]]:
+    """Share of right answers to every test problem, by test; kept beside the model."""
+    kept = model.parent / f"measured-{claims.problems}x{claims.tries}.json"
+    if name == "base":
+        kept = Path(claims.out) / kept.name
+    if kept.exists():
+        return json.loads(kept.read_text())
+    world, tokenizer = init_world(), load_tokenizer(str(model))
+    args = parse_args(luffy.Args, ["--preset", "tiny"], method=luffy.METHODS, preset=luffy.PRESETS)
+    policy = load_policy(str(model), world)
+    sampler = EmbeddedSampler(policy, stop_ids=[tokenizer.eos_token_id])
+    sampler.sync(policy, version=0)
+    rates = {}
+    for test, source in TESTS.items():
+        examples, _ = luffy.read_examples(
+            source, tokenizer, args, split="test", traces="ignored", limit=claims.problems
+        )
+        groups = sampler.generate(
+            [e.prompt for e in examples], n=claims.tries, keys=[e.index for e in examples], seed=12345,
+            sampling=Sampling(240), progress=f"measure {name} ({test})",
+        )
+        texts = [tokenizer.decode(c.ids) for group in groups for c in group]
+        verdicts = grade(texts, [e.gold for e in examples for _ in range(claims.tries)], verifier=args.verifier)
+        rewards = [v.reward for v in verdicts]
+        n = claims.tries
+        rates[test] = [sum(rewards[i : i + n]) / n for i in range(0, len(rewards), n)]
+        rates[f"{test}_length"] = [sum(len(c.ids) for c in group) / n for group in groups]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(rates) + "\n")
+    return rates
+
+
+def beam(seed: int, claims: Claims) -> dict[str, list[float]]:
+    """oreo_token's model by beam search of width 5 with its value, a verdict a problem."""
+    start, rates = model_of("oreo_token", seed, claims).parent, {}
+    for test, source in TESTS.items():
+        out = start / f"beam-{test}-{claims.problems}"
+        if not (out / "search-beam-5.jsonl").exists():
+            call(["oreo.py", "--preset", "tiny", "--stage", "search", "--search", "beam", "--width", 5, "--model",
+                  start / "model", "--value", start / "value", "--eval_data", source, "--eval_limit", claims.problems,
+                  "--out", out, "--seed", seed])  # fmt: skip
+        lines = (out / "search-beam-5.jsonl").read_text().splitlines()
+        rates[test] = [float(json.loads(line)["reward"]) for line in lines]
+    return rates
+
+
+def cost(name: str, seed: int, claims: Claims) -> dict[str, float]:
+    """What a run did, from its metrics: updates, sampled tokens, demonstrations, operations; of this run alone."""
+    if name not in RUNS:
+        return {}
+    folder = model_of(name, seed, claims).parent
+    rows, args = [r for r in read_metrics(folder) if r["step"]], json.loads((folder / "args.json").read_text())
+    config = json.loads((folder / "model" / "config.json").read_text())
+    h, f, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    weights = config["num_hidden_layers"] * (4 * h * h + 3 * h * f) + h * vocabulary
+    trained = sum(r["speed/tokens_per_second"] * r["seconds/step"] for r in rows)
+    answers = 0
+    if RUNS[name].kind == ONLINE and name != "sft" or name.endswith("_rl"):
+        answers = args["batch_size"] * (args["group_size"] - args.get("teacher_rows", 0))
+    sampled = sum(r.get("length/own", 0.0) * answers for r in rows)
+    taught = len(rows) * args["batch_size"]  # a trace of every question of every step
+    demonstrations = {"sft": taught, "rl_sft": taught, "luffy": taught, "luffy_unshaped": taught,
+                      "bridge_luffy": taught, "vanilla_sft": taught, "bridge_sft": taught}.get(name, 0)  # fmt: skip
+    if "relift" in name:
+        demonstrations = rows[-1]["sft/demonstrations"]
+    return {"updates": len(rows) * args.get("updates_per_step", 1), "sampled_tokens": round(sampled),
+            "demonstrations": round(demonstrations), "operations": weights * (6 * trained + 2 * sampled),
+            "seconds": sum(r["seconds/step"] for r in rows)}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- claims
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def error(values) -> float:
+    """Standard error of the mean; NaN for one value."""
+    values = list(values)
+    if len(values) < 2:
+        return math.nan
+    return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def verdict(values: list[float], errors: list[float]) -> dict:
+    """Of the claim that these are positive, a value a seed (with its own error, for when there is one seed)."""
+    se = error(values) if len(values) > 1 else errors[0]
+    if not se:  # exact, or nothing differs
+        word = "yes" if mean(values) > 0 else "no"
+    elif abs(mean(values)) < 2 * se or math.isnan(se):
+        word = "not significant"
+    else:
+        word = "yes" if mean(values) > 0 else "no"
+    return {"by_seed": values, "mean": mean(values), "se": se, "verdict": word}
+
+
+def paired(a: list[float], b: list[float], among: list[int] | None = None) -> tuple[float, float]:
+    """Mean difference in percent over the same problems, and its standard error over them."""
+    chosen = range(len(a)) if among is None else among
+    if not chosen:
+        return 0.0, math.nan
+    gaps = [100 * (a[i] - b[i]) for i in chosen]
+    return mean(gaps), error(gaps)
+
+
+def curve(name: str, seed: int, metric: str, claims: Claims) -> list[float]:
+    rows = read_metrics(model_of(name, seed, claims).parent)
+    return [r[metric] for r in rows if r["step"] and r.get(metric) is not None]
+
+
+def check(found: dict, claims: Claims) -> dict[str, dict]:
+    """Every claim whose rows are there: {what is claimed: by seed, mean, standard error, verdict}."""
+    seeds, checked = claims.seeds, {}
+
+    def have(*names):
+        return all(name in claims.only for name in names)
+
+    def claim(text: str, pairs) -> None:
+        values, errors = zip(*pairs, strict=True)
+        checked[text] = verdict(list(values), list(errors))
+
+    def gap(a: str, b: str, test: str = "id", never: bool = False):
+        def one(seed):
+            among = [i for i, rate in enumerate(found["base"][seeds[0]][test]) if rate == 0] if never else None
+            return paired(found[a][seed][test], found[b][seed][test], among)
+
+        return [one(seed) for seed in seeds]
+
+    for a in ("luffy", "relift"):
+        if have(a, "grpo", "base"):
+            claim(f"{a} over grpo where the base never succeeds (points)", gap(a, "grpo", never=True))
+            claim(f"{a} over grpo, out of distribution (points)", gap(a, "grpo", "ood"))
+    for a, b in (("luffy", "sft_grpo"), ("luffy", "rl_sft"), ("luffy", "luffy_unshaped"), ("relift", "luffy"),
+                 ("redi", "sft"), ("redi", "symmetric"), ("redi", "dpo"), ("oreo_token", "rejection"),
+                 ("oreo_token", "dpo"), ("oreo_token", "kto"), ("oreo_beam", "oreo_token"),
+                 ("bridge_rl", "vanilla_rl"), ("bridge_luffy", "luffy"), ("bridge_relift", "relift")):  # fmt: skip
+        if have(a, b):
+            claim(f"{a} over {b} (points)", gap(a, b))
+    if have("bridge_rl", "bridge_sft", "vanilla_rl", "vanilla_sft"):
+        gains = zip(gap("bridge_rl", "bridge_sft"), gap("vanilla_rl", "vanilla_sft"), strict=True)
+        claim("BRIDGE gains more from RL than vanilla (points)",
+              [(a - b, math.hypot(s, t)) for (a, s), (b, t) in gains])  # fmt: skip
+
+    def tail(name, seed, metric):
+        return mean(curve(name, seed, metric, claims)[-5:])
+
+    if have("luffy"):
+        exact = []
+        for seed in seeds:
+            k, a, teacher = (curve("luffy", seed, m, claims) for m in ("reward/own", "teacher/advantage",
+                                                                      "reward/teacher"))  # fmt: skip
+            off = max(abs(x - (t - y) * 7 / 8) for x, t, y in zip(a, teacher, k, strict=True))
+            exact.append((1e-5 - off, 0.0))
+        claim("the trace's advantage is (7 - k) / 8 at every step", exact)
+    if have("luffy", "luffy_unshaped"):
+        claim("shaping keeps entropy up (nats, last five steps)",
+              [(tail("luffy", s, "policy/entropy") - tail("luffy_unshaped", s, "policy/entropy"), math.nan)
+               for s in seeds])  # fmt: skip
+    if have("luffy", "rl_sft"):
+        claim("rl_sft takes the traces' length sooner than luffy (tokens, first half)",
+              [(mean(curve("rl_sft", s, "length/own", claims)[: claims.steps // 2])
+                - mean(curve("luffy", s, "length/own", claims)[: claims.steps // 2]), math.nan) for s in seeds])
+    if have("relift"):
+        def fall(seed):
+            hardest = curve("relift", seed, "group/hardest", claims)
+            third = max(1, len(hardest) // 3)
+            return mean(hardest[:third]) - mean(hardest[-third:]), math.nan
+
+        claim("relift teaches fewer questions as it goes (share, first less last third)", [fall(s) for s in seeds])
+    return checked
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def cell(values: list[float], digits: int = 1) -> str:
+    return f"{mean(values):,.{digits}f}" + (f" ± {error(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def tables(results: dict) -> str:
+    """Markdown: the rows, the claims."""
+    lines = ["| | in distribution, % | never solved by the base, % | out of distribution, % | updates | "
+             "sampled tokens | demonstrations | operations |", "| --- " * 8 + "|"]  # fmt: skip
+    for name, row in results["rows"].items():
+        cells = [cell([r[k] for r in row.values()]) for k in ("id", "never", "ood")]
+        one = next(iter(row.values()))
+        cells += [f"{one[k]:,}" if k in one else "" for k in ("updates", "sampled_tokens", "demonstrations")]
+        cells.append(f"{one['operations']:.1e}" if "operations" in one else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| claim | found | |", "| --- | --- | --- |"]
+    for text, c in results["claims"].items():
+        spread = "" if math.isnan(c["se"]) else f" ± {c['se']:.2g}"
+        lines.append(f"| {text} | {c['mean']:.3g}{spread} | {c['verdict']} |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    size = (13, 0.32 * len(results["rows"]) + 1.2)
+    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    for axis, test, title in zip(axes, ("id", "ood"), ("5 to 8 operations", "9 to 10 operations"), strict=True):
+        for i, row in enumerate(results["rows"].values()):
+            values = [r[test] for r in row.values()]
+            bar = error(values)
+            axis.barh(i, mean(values), xerr=None if math.isnan(bar) else bar, color=f"C{i % 10}", capsize=3)
+        axis.set_yticks(range(len(results["rows"])), results["rows"])
+        axis.set(title=title, xlabel="right answers, %")
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(claims: Claims) -> dict:
+    if unknown := set(claims.only) - set(ROWS):
+        raise SystemExit(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
+    if claims.quick:
+        claims.seeds, claims.steps = claims.seeds[:1], claims.steps // 3
+        claims.problems, claims.tries = claims.problems // 2, claims.tries // 2
+    started, found, costs = time.time(), {}, {}
+    for name in [name for name in ROWS if name in claims.only]:
+        for seed in claims.seeds:
+            if name == "oreo_beam":
+                train("oreo_token", seed, claims)
+                rates = beam(seed, claims)
+            else:
+                rates = measure(train(name, seed, claims), claims, name)
+            found.setdefault(name, {})[seed] = rates
+            costs.setdefault(name, {})[seed] = cost(name, seed, claims)
+    never = [i for i, rate in enumerate(measure(model_of("base", 0, claims), claims, "base")["id"]) if rate == 0]
+    results = {
+        "command": " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]]),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+        "seeds": list(claims.seeds), "steps": claims.steps, "problems": claims.problems, "tries": claims.tries,
+        "never_solved_problems": len(never),
+        "rows": {name: {str(seed): {"id": 100 * mean(rates["id"]), "ood": 100 * mean(rates["ood"]),
+                                    "never": 100 * mean([rates["id"][i] for i in never] or [0.0])} | costs[name][seed]
+                        for seed, rates in by_seed.items()} for name, by_seed in found.items()},
+        "claims": check(found, claims),
+    }  # fmt: skip
+    results["seconds"] = time.time() - started
+    path = Path(claims.results + ("-quick" if claims.quick else ""))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(tables(results) + "\n")
+    plot(results, path.with_suffix(".png"))
+    print(f"\n{tables(results)}\n\n{path}.json, {path}.md, {path}.png ({results['seconds']:.0f} s)")
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Claims, use_underscores=True))
