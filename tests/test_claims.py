@@ -1,0 +1,73 @@
+"""benchmarks/claims.py: verdicts and tables on numbers whose answer is known; runs start from what they should."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from benchmarks import claims
+from benchmarks.claims import RUNS, Claims, check, error, paired, tables, verdict
+
+
+def test_a_verdict_needs_twice_the_standard_error():
+    assert verdict([2.0, 3.0, 4.0], [9.0] * 3)["verdict"] == "yes"  # 3 +- 0.58
+    assert verdict([-2.0, -3.0, -4.0], [0.1] * 3)["verdict"] == "no"
+    assert verdict([-2.0, 3.0, 4.0], [0.1] * 3)["verdict"] == "not significant"
+    assert verdict([3.0], [1.0])["verdict"] == "yes"  # one seed: its error over problems
+    assert verdict([3.0], [2.0])["verdict"] == "not significant"
+    assert verdict([3.0], [math.nan])["verdict"] == "not significant"
+    assert verdict([1e-6], [0.0])["verdict"] == "yes"
+
+
+def test_differences_are_paired_by_problem_and_may_be_of_some_problems_alone():
+    assert paired([1.0, 0.5, 0.0], [0.5, 0.0, 0.0]) == (pytest.approx(100 / 3), pytest.approx(error([50, 50, 0])))
+    assert paired([1.0, 0.5, 0.0], [0.5, 0.0, 0.0], [2]) == (0.0, pytest.approx(math.nan, nan_ok=True))
+
+
+def test_every_run_starts_from_the_base_or_from_another_row():
+    for name, run in RUNS.items():
+        seen = {name}
+        while run.start != "base":
+            assert run.start in RUNS and run.start not in seen
+            seen.add(run.start)
+            run = RUNS[run.start]
+    assert {RUNS[name].start for name in ("oreo_token", "rejection", "dpo", "redi", "simpo")} == {"sft"}
+
+
+def log(folder, rows):
+    folder.mkdir(parents=True)
+    text = "".join(json.dumps({"step": i + 1, **row}) + "\n" for i, row in enumerate(rows))
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def test_claims_are_checked_on_the_right_rows(tmp_path):
+    settings = Claims(out=str(tmp_path), seeds=(0,), only=("base", "luffy", "grpo"))
+    own = [0.0, 0.5, 1.0]
+    log(tmp_path / "seed-0" / "luffy",
+        [{"reward/own": r, "reward/teacher": 1.0, "teacher/advantage": (1 - r) * 7 / 8} for r in own])  # fmt: skip
+    rates = {"base": [0.0, 0.0, 1.0, 1.0], "luffy": [0.5, 0.75, 1.0, 1.0], "grpo": [0.0, 0.0, 1.0, 1.0]}
+    found = {name: {0: {"id": r, "ood": r}} for name, r in rates.items()}
+    checked = check(found, settings)
+    never = checked["luffy over grpo where the base never succeeds (points)"]
+    assert never["by_seed"] == [62.5] and never["se"] == pytest.approx(12.5) and never["verdict"] == "yes"
+    assert checked["the trace's advantage is (7 - k) / 8 at every step"]["verdict"] == "yes"
+    assert not any("relift" in text or "BRIDGE" in text for text in checked)
+
+    log(tmp_path / "seed-1" / "luffy", [{"reward/own": 0.5, "reward/teacher": 1.0, "teacher/advantage": 0.4}])
+    wrong = check(found | {"luffy": {1: found["luffy"][0]}, "grpo": {1: found["grpo"][0]},
+                           "base": {1: found["base"][0]}}, dataclasses.replace(settings, seeds=(1,)))  # fmt: skip
+    assert wrong["the trace's advantage is (7 - k) / 8 at every step"]["verdict"] == "no"
+
+
+def test_the_table_has_means_over_seeds_and_what_a_run_cost():
+    row = {"id": 10.0, "never": 5.0, "ood": 1.0, "updates": 120, "sampled_tokens": 1234, "demonstrations": 0,
+           "operations": 3.2e12}  # fmt: skip
+    text = tables({"rows": {"grpo": {"0": row, "1": row | {"id": 20.0}}}, "claims": {"a > b": verdict([1.0], [0.1])}})
+    assert "| grpo | 15.0 ± 5.0 | 5.0 ± 0.0 | 1.0 ± 0.0 | 120 | 1,234 | 0 | 3.2e+12 |" in text
+    assert "| a > b | 1 ± 0.1 | yes |" in text
+
+
+def test_an_unknown_row_is_named():
+    with pytest.raises(SystemExit, match="luffi"):
+        claims.main(Claims(only=("luffi",)))
