@@ -255,9 +255,7 @@ def error(values) -> float:
 def verdict(values: list[float], errors: list[float]) -> dict:
     """Of the claim that these are positive, a value a seed (with its own error, for when there is one seed)."""
     se = error(values) if len(values) > 1 else errors[0]
-    if not se:  # exact, or nothing differs
-        word = "yes" if mean(values) > 0 else "no"
-    elif abs(mean(values)) < 2 * se or math.isnan(se):
+    if math.isnan(se) or abs(mean(values)) < 2 * se or not mean(values):
         word = "not significant"
     else:
         word = "yes" if mean(values) > 0 else "no"

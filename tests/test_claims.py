@@ -17,7 +17,8 @@ def test_a_verdict_needs_twice_the_standard_error():
     assert verdict([3.0], [1.0])["verdict"] == "yes"  # one seed: its error over problems
     assert verdict([3.0], [2.0])["verdict"] == "not significant"
     assert verdict([3.0], [math.nan])["verdict"] == "not significant"
-    assert verdict([1e-6], [0.0])["verdict"] == "yes"
+    assert verdict([1e-6], [0.0])["verdict"] == "yes"  # exact
+    assert verdict([0.0], [0.0])["verdict"] == "not significant"
 
 
 def test_differences_are_paired_by_problem_and_may_be_of_some_problems_alone():
