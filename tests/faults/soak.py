@@ -4,7 +4,7 @@
     python -m tests.faults.soak --steps 200 --rollout vllm                    and with a real sidecar
 
 Every second the run's processes are looked at: resident memory and open files of the trainer, its vLLM server and its
-verifier workers. After a warm-up of a fifth of the run a straight line is laid through each, up to the end, where the
+verifier workers. After a warm-up of a fifth of the steps a straight line is laid through each, up to the end, where the
 curves are drawn. Exit code 1 if one of them grew by more than 5 % (and 30 MB, or 3 files), or the steps slowed down by
 more than 10 %."""
 
@@ -69,15 +69,17 @@ def soak(steps: int, out: Path, *words: str) -> dict[str, dict[str, float]]:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         watched, start = [], time.monotonic()
         while process.poll() is None:
-            watched.append((time.monotonic() - start, look(process.pid)))
+            log_file = out / "metrics.jsonl"
+            done = log_file.read_text().count("\n") if log_file.exists() else 0
+            watched.append((time.monotonic() - start, done, look(process.pid)))
             time.sleep(1)
     assert process.returncode == 0, out.with_suffix(".log").read_text()[-3000:]
     rows = [row for row in read_metrics(out) if row["step"]]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
 
     report = {}
-    end = watched[-1][0]  # at the very end the curves are drawn, and matplotlib is large
-    warm = [(t, seen) for t, seen in watched if end / 5 < t < max(0.85 * end, end - 10)]
+    # at the very end the curves are drawn, and matplotlib is large
+    warm = [(t, seen) for t, done, seen in watched if steps / 5 <= done < steps]
     for kind in sorted({kind for _, seen in warm for kind in seen}):
         at = [(t, *seen[kind]) for t, seen in warm if kind in seen]
         for i, name in ((1, "MB"), (2, "files")):
