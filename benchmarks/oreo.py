@@ -196,6 +196,7 @@ def plot(bench: Bench, results: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
     bars = {"sft": [results["base"]["greedy"]]}
@@ -211,13 +212,14 @@ def plot(bench: Bench, results: dict, path: Path) -> None:
             points = [mean_and_spread([seed[kind][w] for seed in results["search"].values()]) for w in widths]
             axes[0, 1].errorbar([int(w) for w in widths], *zip(*points, strict=True), label=kind, marker=".", capsize=3)
     axes[0, 1].set_title("oreo-token with its value, by width", fontsize=10)
-    for arm, runs in results["rounds"].items():
-        points = [mean_and_spread([r["greedy"] for r in nth]) for nth in zip(*runs.values(), strict=True)]
-        axes[0, 2].errorbar(range(1, 1 + len(points)), *zip(*points, strict=True), label=arm, marker=".", capsize=3)
-    axes[0, 2].set_title("by round, greedy", fontsize=10)
-    panels = [("eval/mean", "held-out accuracy while training"), ("value/gap", "value of right minus of wrong answers"),
-              ("policy/kl", "KL to the reference")]  # fmt: skip
-    for axis, (name, title) in zip(axes[1], panels, strict=True):
+    for axis, kind in ((axes[0, 2], "greedy"), (axes[1, 0], "sampled")):
+        for arm, runs in results["rounds"].items():
+            points = [mean_and_spread([r[kind] for r in nth]) for nth in zip(*runs.values(), strict=True)]
+            axis.errorbar(range(1, 1 + len(points)), *zip(*points, strict=True), label=arm, marker=".", capsize=3)
+        axis.set_title(f"held-out accuracy by round, {kind}", fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels = [("value/gap", "value of right minus of wrong answers"), ("policy/kl", "KL to the reference")]
+    for axis, (name, title) in zip(axes[1, 1:], panels, strict=True):
         for arm in results["runs"]:
             rows = read_metrics(Path(bench.out) / f"{arm}-{bench.seeds[0]}")
             rows = [r | {"value/gap": r["value/right"] - r["value/wrong"]} if "value/wrong" in r else r for r in rows]
