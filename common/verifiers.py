@@ -33,6 +33,7 @@ import contextlib
 import fcntl
 import functools
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -361,11 +362,31 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
 
 
 def grade_later(responses, golds, **how) -> concurrent.futures.Future:
-    """`grade` in the background: .result() is what it returns, or raises. Calls are worked off one after another."""
+    """`grade` in the background: .result() is what it returns, or raises. Calls that wait for the same verifier are
+    graded as one, so that an answer that hangs holds up one of the workers and not every call behind it."""
     global _background
     if _background is None:
         _background = concurrent.futures.ThreadPoolExecutor(1, "grade")
-    return _background.submit(grade, responses, golds, **how)
+    future: concurrent.futures.Future = concurrent.futures.Future()
+    _waiting.append((responses, golds, how, future))
+    _background.submit(_grade_waiting)
+    return future
+
+
+def _grade_waiting():
+    jobs = []
+    while _waiting and (not jobs or _waiting[0][2] == jobs[0][2]):
+        jobs.append(_waiting.popleft())
+    if not jobs:  # an earlier call took them along
+        return
+    try:
+        items = [item for responses, golds, _, _ in jobs for item in zip(responses, golds, strict=True)]
+        verdicts = iter(grade([r for r, _ in items], [g for _, g in items], **jobs[0][2]))
+        for responses, _, _, future in jobs:
+            future.set_result(list(itertools.islice(verdicts, len(responses))))
+    except BaseException as error:
+        for *_, future in jobs:
+            future.set_exception(error)
 
 
 def close() -> None:
@@ -378,6 +399,7 @@ def close() -> None:
 _pools: dict[str, list["_Worker"]] = {}  # by verifier; workers live until `close`
 _lock = threading.RLock()
 _background: concurrent.futures.ThreadPoolExecutor | None = None
+_waiting: collections.deque = collections.deque()  # (responses, golds, how, future) of `grade_later`
 atexit.register(close)
 
 
@@ -385,6 +407,7 @@ def _forget():  # a forked child (a DataLoader's) must neither use nor keep open
     global _lock, _background
     _lock, _background = threading.RLock(), None
     _pools.clear()
+    _waiting.clear()
 
 
 os.register_at_fork(after_in_child=_forget)
