@@ -684,7 +684,8 @@ def read_problem(row: dict, where: str, args: Args) -> Problem | str:
 
 
 def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> None:
-    """Sample answers of --model to the problems that lack a right or a wrong trace, and take the first that fits.
+    """Sample answers of --model to the problems that lack a right or a wrong trace, and take the first that fits; what
+    was drawn is counted in own_answers.json.
 
     An answer that the limit cut short is none (it has no eos to learn from), nor is one that the verifier could not
     grade in time. A prompt over --max_prompt_tokens gets none."""
@@ -705,8 +706,9 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
     verdicts = grade(
         [tokenizer.decode(ids) for _, ids, _ in drawn], [problems[i].gold for i, _, _ in drawn], verifier=args.verifier
     )
-    count = dict.fromkeys(("right", "wrong", "cut short", "not graded (time-out or error)"), 0)
+    count, tokens = dict.fromkeys(("right", "wrong", "cut short", "not graded (time-out or error)"), 0), 0
     for (i, ids, cut), verdict in gather_lists(list(zip(drawn, verdicts, strict=True)), world):
+        tokens += len(ids)
         if cut or verdict.status in ("timeout", "error"):
             count["cut short" if cut else "not graded (time-out or error)"] += 1
             continue
@@ -717,6 +719,7 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
         else:
             problems[i].rejected = problems[i].rejected or trace
     if world.main:
+        write_lines(Path(args.out) / "own_answers.json", [count | {"tokens": tokens}])
         print("own answers:", ", ".join(f"{n} {name}" for name, n in count.items()))
 
 

@@ -9,7 +9,7 @@ distribution). Base: models/tiny, which could work a problem out and guesses. Tr
 solutions. Every online method has the same questions, steps, updates a step and answers a question; every offline
 method starts from one SFT model and its own graded answers, with the same rows a step and steps. What each cost is in
 the table: optimizer updates, sampled tokens, demonstrations read, and operations (6 P a token trained, 2 P a token
-sampled).
+sampled), of a row's own run, not of what it starts from.
 
     base, sft, grpo, sft_grpo, rl_sft, luffy, luffy_unshaped, relift           online (sft: the same traces, no answers)
     rejection, kto, dpo, oreo_token, oreo_step, oreo_response, oreo_beam       offline, from graded answers
@@ -29,8 +29,12 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,11 +42,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import tyro  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-import luffy  # noqa: E402
-from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
-from common.trainer import init_world, load_policy, load_tokenizer, parse_args, read_metrics  # noqa: E402
-from common.verifiers import grade  # noqa: E402
+from benchmarks.held_out import answers, error, mean  # noqa: E402
+from common.trainer import read_metrics  # noqa: E402
 
 TESTS = {"id": "igsm:5-8", "ood": "igsm:9-10"}
 ONLINE, OFFLINE, BRIDGE = "online", "offline", "bridge"
@@ -102,6 +105,9 @@ class Claims:
     """Answers to each."""
     steps: int = 60
     """Steps of every online and offline run."""
+    jobs: int = 0
+    """Runs made at once, with an equal share of the cores each; what they print goes to log-ROW.txt in --out. 0: one a
+    core (a tiny model does not use two), 1 on CUDA."""
     extra: str = ""
     """More flags for every run."""
 
@@ -109,10 +115,26 @@ class Claims:
 # -------------------------------------------------------------------------------------------------- training
 
 
-def call(command: list[str]) -> None:
+LOCKS: dict[Path, threading.RLock] = defaultdict(threading.RLock)  # what two rows need is made by one of them
+
+
+def call(command: list, log: Path, claims: Claims) -> None:
+    """Run a script of ours; its output goes to `log` where several run at once."""
     command = [sys.executable, *map(str, command)]
-    print("\n$", " ".join(["python", *command[1:]]), flush=True)
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    shown = " ".join(["python", *command[1:]])
+    threads = max(1, len(os.sched_getaffinity(0)) // claims.jobs)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    if claims.jobs == 1:
+        print("\n$", shown, flush=True)
+        subprocess.run(command, cwd=ROOT, check=True, env=environment)
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        print("$", shown, file=file, flush=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        last = "\n".join(log.read_text().replace("\r", "\n").splitlines()[-15:])
+        raise SystemExit(f"{shown}\nended with {done.returncode}; {log} ends with\n{last}")
 
 
 def model_of(name: str, seed: int, claims: Claims) -> Path:
@@ -128,39 +150,48 @@ def model_of(name: str, seed: int, claims: Claims) -> Path:
 def train(name: str, seed: int, claims: Claims) -> Path:
     """Make a row's model, and before it what it starts from; -> its folder."""
     model = model_of(name, seed, claims)
-    if name == "base" or model.exists():
-        return model
+    with LOCKS[model]:
+        if name != "base" and not model.exists():
+            make(name, seed, claims)
+    return model
+
+
+def make(name: str, seed: int, claims: Claims) -> None:
     run, folder = RUNS[name], Path(claims.out).absolute() / f"seed-{seed}"
-    start = train(run.start, seed, claims)
+    start, log = train(run.start, seed, claims), folder / f"log-{name}.txt"
     words = [*run.command.split(), "--preset", "tiny", "--seed", seed, "--eval_every", claims.steps]
     if run.kind == BRIDGE:
         behaviors = folder / "behaviors"
         shared = ["--out", behaviors, "--model", model_of("base", seed, claims), "--base_problems", 0]
         sizes = ["--sft_steps", max(2, claims.steps * 5 // 4), "--sft_problems", 2000, "--eval_problems", 20]
-        if not (behaviors / "data").exists():
-            call([*words[:1], "--preset", "tiny", "--stage", "data", "--arms", "vanilla", "bridge", *shared, *sizes])
+        with LOCKS[behaviors]:
+            if not (behaviors / "data").exists():
+                data = ["--stage", "data", "--arms", "vanilla", "bridge", *shared, *sizes]
+                call([*words[:1], "--preset", "tiny", *data], log, claims)
         words += [*shared, *sizes, "--steps", claims.steps]
     else:
         words += ["--model", start, "--out", folder / name]
         words += ["--steps", claims.steps] if run.kind == ONLINE else offline(words[0], start, seed, claims)
-    call([*words, *shlex.split(claims.extra)])
-    return model
+    call([*words, *shlex.split(claims.extra)], log, claims)
+    if name in ("vanilla_sft", "bridge_sft"):
+        words[words.index("--stage") + 1] = "influence"
+        call([*words, "--influence_queries", 200 if claims.steps >= 60 else 60], log, claims)
 
 
 def offline(script: str, start: Path, seed: int, claims: Claims) -> list:
     """Flags for a run on the start model's own graded answers, which are drawn once for all that learn from them."""
     folder = Path(claims.out).absolute() / f"seed-{seed}"
     if script == "oreo.py":
-        rows = folder / "answers" / "rows.jsonl"
-        if not rows.exists():
-            call(["oreo.py", "--preset", "tiny", "--stage", "collect", "--model", start, "--out", rows.parent,
-                  "--seed", seed])  # fmt: skip
-        return ["--rows", rows, "--steps", claims.steps]
-    pairs = folder / "pairs" / "pairs.jsonl"
-    if not pairs.exists():
-        call(["redi.py", "--preset", "tiny", "--stage", "data", "--model", start, "--out", pairs.parent,
-              "--igsm_problems", 2000, "--seed", seed])  # fmt: skip
-    return ["--data", pairs, "--reference_cache", folder / "reference", "--steps", claims.steps]
+        drawn, flags = folder / "answers" / "rows.jsonl", ["--stage", "collect"]
+    else:
+        drawn, flags = folder / "pairs" / "pairs.jsonl", ["--stage", "data", "--igsm_problems", 2000]
+    with LOCKS[drawn]:
+        if not drawn.exists():
+            flags += ["--preset", "tiny", "--model", start, "--out", drawn.parent, "--seed", seed]
+            call([script, *flags], folder / f"log-{drawn.parent.name}.txt", claims)
+    if script == "oreo.py":
+        return ["--rows", drawn, "--steps", claims.steps]
+    return ["--data", drawn, "--reference_cache", folder / "reference", "--steps", claims.steps]
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -173,26 +204,14 @@ def measure(model: Path, claims: Claims, name: str) -> dict[str, list[float]]:
         kept = Path(claims.out) / kept.name
     if kept.exists():
         return json.loads(kept.read_text())
-    world, tokenizer = init_world(), load_tokenizer(str(model))
-    args = parse_args(luffy.Args, ["--preset", "tiny"], method=luffy.METHODS, preset=luffy.PRESETS)
-    policy = load_policy(str(model), world)
-    sampler = EmbeddedSampler(policy, stop_ids=[tokenizer.eos_token_id])
-    sampler.sync(policy, version=0)
     rates = {}
     for test, source in TESTS.items():
-        examples, _ = luffy.read_examples(
-            source, tokenizer, args, split="test", traces="ignored", limit=claims.problems
-        )
-        groups = sampler.generate(
-            [e.prompt for e in examples], n=claims.tries, keys=[e.index for e in examples], seed=12345,
-            sampling=Sampling(240), progress=f"measure {name} ({test})",
-        )
-        texts = [tokenizer.decode(c.ids) for group in groups for c in group]
-        verdicts = grade(texts, [e.gold for e in examples for _ in range(claims.tries)], verifier=args.verifier)
-        rewards = [v.reward for v in verdicts]
-        n = claims.tries
-        rates[test] = [sum(rewards[i : i + n]) / n for i in range(0, len(rewards), n)]
-        rates[f"{test}_length"] = [sum(len(c.ids) for c in group) / n for group in groups]
+        groups = answers(
+            str(model), source, claims.problems, tries=claims.tries, max_tokens=240, name=name,
+            progress=claims.jobs == 1,
+        )  # fmt: skip
+        rates[test] = [mean([reward for reward, _ in group]) for group in groups]
+        rates[f"{test}_length"] = [mean([tokens for _, tokens in group]) for group in groups]
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(rates) + "\n")
     return rates
@@ -206,7 +225,7 @@ def beam(seed: int, claims: Claims) -> dict[str, list[float]]:
         if not (out / "search-beam-5.jsonl").exists():
             call(["oreo.py", "--preset", "tiny", "--stage", "search", "--search", "beam", "--width", 5, "--model",
                   start / "model", "--value", start / "value", "--eval_data", source, "--eval_limit", claims.problems,
-                  "--out", out, "--seed", seed])  # fmt: skip
+                  "--out", out, "--seed", seed], start.parent / "log-oreo_beam.txt", claims)  # fmt: skip
         lines = (out / "search-beam-5.jsonl").read_text().splitlines()
         rates[test] = [float(json.loads(line)["reward"]) for line in lines]
     return rates
@@ -226,6 +245,12 @@ def cost(name: str, seed: int, claims: Claims) -> dict[str, float]:
     if RUNS[name].kind == ONLINE and name != "sft" or name.endswith("_rl"):
         answers = args["batch_size"] * (args["group_size"] - args.get("teacher_rows", 0))
     sampled = sum(r.get("length/own", 0.0) * answers for r in rows)
+    drawn = Path(claims.out).absolute() / f"seed-{seed}"
+    if "rows" in args:  # oreo.py: learnt from these
+        lines = (drawn / "answers" / "rows.jsonl").read_text().splitlines()
+        sampled = sum(len(json.loads(line)["response_ids"]) for line in lines)
+    elif "alpha" in args:  # redi.py
+        sampled = json.loads((drawn / "pairs" / "own_answers.json").read_text())["tokens"]
     taught = len(rows) * args["batch_size"]  # a trace of every question of every step
     demonstrations = {"sft": taught, "rl_sft": taught, "luffy": taught, "luffy_unshaped": taught,
                       "bridge_luffy": taught, "vanilla_sft": taught, "bridge_sft": taught}.get(name, 0)  # fmt: skip
@@ -237,19 +262,6 @@ def cost(name: str, seed: int, claims: Claims) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------- claims
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def error(values) -> float:
-    """Standard error of the mean; NaN for one value."""
-    values = list(values)
-    if len(values) < 2:
-        return math.nan
-    return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
 def verdict(values: list[float], errors: list[float]) -> dict:
@@ -274,6 +286,12 @@ def paired(a: list[float], b: list[float], among: list[int] | None = None) -> tu
 def curve(name: str, seed: int, metric: str, claims: Claims) -> list[float]:
     rows = read_metrics(model_of(name, seed, claims).parent)
     return [r[metric] for r in rows if r["step"] and r.get(metric) is not None]
+
+
+def influence(name: str, seed: int, claims: Claims) -> list[float]:
+    """Per-step influence dJ of each query on the SFT model of a BRIDGE row."""
+    lines = (model_of(name, seed, claims).parent.parent / "influence" / "queries.jsonl").read_text().splitlines()
+    return [json.loads(line)["dJ"] for line in lines]
 
 
 def check(found: dict, claims: Claims) -> dict[str, dict]:
@@ -304,6 +322,12 @@ def check(found: dict, claims: Claims) -> dict[str, dict]:
                  ("bridge_rl", "vanilla_rl"), ("bridge_luffy", "luffy"), ("bridge_relift", "relift")):  # fmt: skip
         if have(a, b):
             claim(f"{a} over {b} (points)", gap(a, b))
+    if have("vanilla_sft", "bridge_sft"):
+        def influences(seed):
+            pair = [influence(arm, seed, claims) for arm in ("bridge_sft", "vanilla_sft")]
+            return mean(pair[0]) - mean(pair[1]), math.hypot(*map(error, pair))
+
+        claim("BRIDGE's per-step influence dJ is larger than vanilla's before RL", [influences(s) for s in seeds])
     if have("bridge_rl", "bridge_sft", "vanilla_rl", "vanilla_sft"):
         gains = zip(gap("bridge_rl", "bridge_sft"), gap("vanilla_rl", "vanilla_sft"), strict=True)
         claim("BRIDGE gains more from RL than vanilla (points)",
@@ -324,6 +348,12 @@ def check(found: dict, claims: Claims) -> dict[str, dict]:
         claim("shaping keeps entropy up (nats, last five steps)",
               [(tail("luffy", s, "policy/entropy") - tail("luffy_unshaped", s, "policy/entropy"), math.nan)
                for s in seeds])  # fmt: skip
+    if have("redi", "symmetric"):
+        claim("redi keeps the log-prob of right traces above symmetric's (nats a token, last five steps)",
+              [(tail("redi", s, "logp/chosen") - tail("symmetric", s, "logp/chosen"), math.nan) for s in seeds])
+    if have("grpo"):
+        claim("grpo has no gradient from groups that all fail (share of groups, first five steps)",
+              [(mean(curve("grpo", s, "group/solve_none", claims)[:5]), math.nan) for s in seeds])
     if have("luffy", "rl_sft"):
         claim("rl_sft takes the traces' length sooner than luffy (tokens, first half)",
               [(mean(curve("rl_sft", s, "length/own", claims)[: claims.steps // 2])
@@ -389,16 +419,30 @@ def main(claims: Claims) -> dict:
     if claims.quick:
         claims.seeds, claims.steps = claims.seeds[:1], claims.steps // 3
         claims.problems, claims.tries = claims.problems // 2, claims.tries // 2
-    started, found, costs = time.time(), {}, {}
-    for name in [name for name in ROWS if name in claims.only]:
-        for seed in claims.seeds:
-            if name == "oreo_beam":
-                train("oreo_token", seed, claims)
-                rates = beam(seed, claims)
-            else:
-                rates = measure(train(name, seed, claims), claims, name)
-            found.setdefault(name, {})[seed] = rates
-            costs.setdefault(name, {})[seed] = cost(name, seed, claims)
+    claims.jobs = claims.jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // claims.jobs))
+    started, found, costs = time.time(), defaultdict(dict), defaultdict(dict)
+    wanted = [(name, seed) for name in ROWS if name in claims.only for seed in claims.seeds]
+    runners, measurers = ThreadPoolExecutor(claims.jobs), ProcessPoolExecutor(claims.jobs, get_context("spawn"))
+
+    def row(name: str, seed: int) -> dict[str, list[float]]:
+        if name == "oreo_beam":
+            train("oreo_token", seed, claims)
+            return beam(seed, claims)
+        model = train(name, seed, claims)
+        with LOCKS[model]:  # the base has a row for each seed
+            return measurers.submit(measure, model, claims, name).result()
+
+    try:
+        waiting = {runners.submit(row, *which): which for which in wanted}
+        bar = tqdm(as_completed(waiting), total=len(waiting), desc="rows", disable=claims.jobs == 1)
+        for future in bar:
+            name, seed = waiting[future]
+            found[name][seed], costs[name][seed] = future.result(), cost(name, seed, claims)
+            bar.set_postfix_str(f"{name}, seed {seed}")
+    finally:
+        runners.shutdown(cancel_futures=True)
+        measurers.shutdown()
     never = [i for i, rate in enumerate(measure(model_of("base", 0, claims), claims, "base")["id"]) if rate == 0]
     results = {
         "command": " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]]),
@@ -407,7 +451,7 @@ def main(claims: Claims) -> dict:
         "never_solved_problems": len(never),
         "rows": {name: {str(seed): {"id": 100 * mean(rates["id"]), "ood": 100 * mean(rates["ood"]),
                                     "never": 100 * mean([rates["id"][i] for i in never] or [0.0])} | costs[name][seed]
-                        for seed, rates in by_seed.items()} for name, by_seed in found.items()},
+                        for seed, rates in sorted(found[name].items())} for name in ROWS if name in found},
         "claims": check(found, claims),
     }  # fmt: skip
     results["seconds"] = time.time() - started

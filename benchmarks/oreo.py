@@ -30,10 +30,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
-import oreo  # noqa: E402
-from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
-from common.trainer import init_world, load_policy, load_tokenizer, parse_args, read_metrics  # noqa: E402
-from common.verifiers import grade  # noqa: E402
+from benchmarks.held_out import mean, mean_and_spread, solve_rates  # noqa: E402
+from common.trainer import read_metrics  # noqa: E402
 
 ARMS = {
     "rejection": ["--stage", "rejection"],
@@ -76,34 +74,15 @@ class Bench:
     """More flags for every run but sft, as in --extra="--steps 20"."""
 
 
-def answers(model: str, bench: Bench, temperature: float, tries: int) -> list[float]:
-    """Share of right answers to each held-out problem, in percent."""
-    world, tokenizer = init_world(), load_tokenizer(model)
-    args = parse_args(oreo.Args, ["--preset", "tiny"], stage=oreo.STAGES, preset=oreo.PRESETS)
-    examples, _ = oreo.read_examples(
-        bench.data, tokenizer, args, split="test", traces="ignored", limit=bench.problems
-    )
-    policy = load_policy(model, world)
-    sampler = EmbeddedSampler(policy, stop_ids=[tokenizer.eos_token_id])
-    sampler.sync(policy, version=0)
-    groups = sampler.generate(
-        [e.prompt for e in examples], n=tries, keys=[e.index for e in examples], seed=12345,
-        sampling=Sampling(args.max_response_tokens, temperature), progress=f"evaluate {model}",
-    )
-    texts = [tokenizer.decode(c.ids) for group in groups for c in group]
-    golds = [e.gold for e in examples for _ in range(tries)]
-    rewards = [v.reward for v in grade(texts, golds, verifier=args.verifier)]
-    return [100 * sum(rewards[i : i + tries]) / tries for i in range(0, len(rewards), tries)]
-
-
 def measure(model: str, bench: Bench) -> dict[str, float]:
     """Greedy accuracy, and the mean over 8 sampled answers, in percent; kept beside the model."""
     kept = Path(model).parent / "measured.json"
     settings = [bench.data, bench.problems]
     if kept.exists() and json.loads(kept.read_text())["settings"] == settings:
         return json.loads(kept.read_text())["accuracy"]
-    rates = {"greedy": answers(model, bench, 0.0, 1), "sampled": answers(model, bench, 1.0, TRIES)}
-    accuracy = {name: sum(rate) / len(rate) for name, rate in rates.items()}
+    asked = (model, bench.data, bench.problems)
+    rates = {"greedy": solve_rates(*asked, tries=1, temperature=0.0), "sampled": solve_rates(*asked, tries=TRIES)}
+    accuracy = {name: 100 * mean(rate) for name, rate in rates.items()}
     kept.write_text(json.dumps({"settings": settings, "accuracy": accuracy}) + "\n")
     return accuracy
 
@@ -148,12 +127,6 @@ def search(first: Path, seed: int, bench: Bench) -> dict[str, dict[str, float]]:
             run(words, first / "search", result, bench)
             found[kind][str(width)] = 100 * json.loads(result.read_text())["eval/mean"]
     return found
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds."""
-    t = torch.tensor(values, dtype=torch.float64)
-    return t.mean().item(), t.std().item() if len(values) > 1 else 0.0
 
 
 def cell(values: list[float]) -> str:

@@ -16,14 +16,13 @@ folders; running it again goes on where it stopped.
 """
 
 import json
-import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,9 +32,8 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 import redi  # noqa: E402
-from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
-from common.trainer import init_world, load_policy, load_tokenizer, parse_args, plot_curves, read_metrics  # noqa: E402
-from common.verifiers import grade  # noqa: E402
+from benchmarks.held_out import error, mean, solve_rates  # noqa: E402
+from common.trainer import plot_curves, read_metrics  # noqa: E402
 
 
 @dataclass
@@ -97,38 +95,14 @@ def accuracies(model: Path, bench: Benchmark) -> dict[str, float]:
     kept = model.with_name(f"accuracy-{bench.validation}-{bench.problems}-{bench.tries}.json")
     if kept.exists() and model.parent != ROOT / "models":
         return json.loads(kept.read_text())
-    world, tokenizer = init_world(), load_tokenizer(str(model))
-    args = parse_args(redi.Args, ["--preset", "tiny"], stage=redi.STAGES, loss=redi.LOSSES, preset=redi.PRESETS)
-    [source] = args.eval_data
-    examples, _ = redi.read_examples(
-        source, tokenizer, replace(args, seed=0), split="test", limit=bench.validation + bench.problems
+    [source] = redi.PRESETS["tiny"]["eval_data"]
+    rates = solve_rates(
+        str(model), source, bench.validation + bench.problems, tries=bench.tries, name=model.parent.name
     )
-    policy = load_policy(str(model), world)
-    sampler = EmbeddedSampler(policy, stop_ids=[tokenizer.eos_token_id])
-    sampler.sync(policy, version=0)
-    groups = sampler.generate(
-        [e.prompt for e in examples], n=bench.tries, keys=[e.index for e in examples], seed=12345,
-        sampling=Sampling(args.max_response_tokens), progress=f"evaluate {model.parent.name}",
-    )  # fmt: skip
-    texts = [tokenizer.decode(c.ids) for group in groups for c in group]
-    golds = [e.gold for e in examples for _ in range(bench.tries)]
-    rewards = [100 * v.reward for v in grade(texts, golds, verifier=args.verifier)]
-    split = bench.validation * bench.tries
-    found = {"validation": mean(rewards[:split]), "test": mean(rewards[split:])}
+    found = {"validation": 100 * mean(rates[: bench.validation]), "test": 100 * mean(rates[bench.validation :])}
     if model.parent != ROOT / "models":
         kept.write_text(json.dumps(found))
     return found
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def error(values: list[float]) -> float | None:
-    """Standard error of the mean over seeds."""
-    if len(values) < 2:
-        return None
-    return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
 def curve_ends(out: Path) -> dict[str, float | None]:
@@ -162,7 +136,7 @@ def main(bench: Benchmark) -> dict:
     for row in table.values():
         for split in ("validation", "test"):
             values = [seed[split] for seed in row["seeds"]]
-            row[split], row[f"{split}_error"] = mean(values), error(values)
+            row[split], row[f"{split}_error"] = mean(values), error(values) if len(values) > 1 else None
         if "collapsed_at" in row["seeds"][0]:
             row["collapsed"] = sum(seed["collapsed_at"] is not None for seed in row["seeds"])
             row |= {name: mean([seed[name] for seed in row["seeds"]]) for name in row["seeds"][0] if "/" in name}

@@ -33,9 +33,8 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 import relift  # noqa: E402
-from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
-from common.trainer import init_world, load_policy, load_tokenizer, parse_args, read_metrics  # noqa: E402
-from common.verifiers import grade  # noqa: E402
+from benchmarks.held_out import answers, mean_and_spread  # noqa: E402
+from common.trainer import read_metrics  # noqa: E402
 
 ARMS = {
     "rl": ["relift.py", "--sft_data_size", "-1"],
@@ -68,29 +67,9 @@ class Bench:
     """More flags for every run, as in --extra="--steps 20"."""
 
 
-def answers(model: str, bench: Bench, seed: int) -> list[list[tuple[float, int]]]:
-    """(reward, tokens) of 8 answers at temperature 1 to each held-out problem."""
-    world, tokenizer = init_world(), load_tokenizer(model)
-    args = parse_args(relift.Args, ["--preset", "tiny"], method=relift.METHODS, preset=relift.PRESETS)
-    examples, _ = relift.read_examples(
-        bench.data, tokenizer, args, split="test", traces="ignored", limit=bench.problems
-    )
-    policy = load_policy(model, world)
-    sampler = EmbeddedSampler(policy, stop_ids=[tokenizer.eos_token_id])
-    sampler.sync(policy, version=0)
-    groups = sampler.generate(
-        [e.prompt for e in examples], n=TRIES, keys=[e.index for e in examples], seed=seed,
-        sampling=Sampling(args.max_response_tokens), progress=f"evaluate {model}",
-    )
-    texts = [tokenizer.decode(c.ids) for group in groups for c in group]
-    golds = [e.gold for e in examples for _ in range(TRIES)]
-    rewards = iter(v.reward for v in grade(texts, golds, verifier=args.verifier))
-    return [[(next(rewards), len(c.ids)) for c in group] for group in groups]
-
-
 def measure(model: str, bench: Bench, buckets: list[str]) -> dict[str, float]:
     """Accuracy in percent, in all and by bucket, and mean length of fresh answers."""
-    groups = answers(model, bench, seed=12345)
+    groups = answers(model, bench.data, bench.problems, tries=TRIES)
     rate = [100 * sum(reward for reward, _ in group) / TRIES for group in groups]
     row = {"accuracy": sum(rate) / len(rate)}
     for name in BUCKETS:
@@ -121,12 +100,6 @@ def cost(run: Path) -> dict[str, float]:
         "demonstrations": rows[-1].get("sft/demonstrations", luffy),
         "seconds": sum(row["seconds/step"] for row in rows),
     }
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds."""
-    t = torch.tensor(values, dtype=torch.float64)
-    return t.mean().item(), t.std().item() if len(values) > 1 else 0.0
 
 
 def table(results: dict) -> str:
@@ -184,7 +157,8 @@ def main(bench: Bench) -> dict:
         raise SystemExit(f"--arms: {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
     started = time.time()
     base = str(ROOT / bench.model)
-    right = [sum(reward > 0 for reward, _ in group) for group in answers(base, bench, seed=54321)]
+    first = answers(base, bench.data, bench.problems, tries=TRIES, seed=54321)
+    right = [sum(reward > 0 for reward, _ in group) for group in first]
     buckets = [relift.difficulty(count) for count in right]
     results: dict = {
         "command": " ".join(["python", "benchmarks/relift.py", *sys.argv[1:]]),

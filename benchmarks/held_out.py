@@ -1,0 +1,54 @@
+"""What the benchmarks that compare methods share: answers to held-out problems, and means over seeds."""
+
+import math
+
+import luffy
+from common.rollout import EmbeddedSampler, Sampling
+from common.trainer import init_world, load_policy, load_tokenizer, parse_args
+from common.verifiers import grade
+
+
+def answers(
+    model: str, source: str, problems: int, *, tries: int = 8, temperature: float = 1.0, max_tokens: int = 160,
+    seed: int = 12345, name: str = "", progress: bool = True,
+) -> list[list[tuple[float, int]]]:
+    """(reward, tokens) of each of `tries` answers to each of the first `problems` held-out problems of an igsm source:
+    [problems][tries]. Their solution templates occur in no training problem; the same seed asks every model with the
+    same random streams."""
+    world, tokenizer = init_world(), load_tokenizer(model)
+    args = parse_args(luffy.Args, ["--preset", "tiny"], method=luffy.METHODS, preset=luffy.PRESETS)
+    examples, _ = luffy.read_examples(source, tokenizer, args, split="test", traces="ignored", limit=problems)
+    policy = load_policy(model, world)
+    sampler = EmbeddedSampler(policy, stop_ids=[tokenizer.eos_token_id])
+    sampler.sync(policy, version=0)
+    groups = sampler.generate(
+        [e.prompt for e in examples], n=tries, keys=[e.index for e in examples], seed=seed,
+        sampling=Sampling(max_tokens, temperature), progress=f"evaluate {name or model}" if progress else None,
+    )  # fmt: skip
+    texts = [tokenizer.decode(c.ids) for group in groups for c in group]
+    golds = [e.gold for e in examples for _ in range(tries)]
+    rewards = iter(v.reward for v in grade(texts, golds, verifier=args.verifier))
+    return [[(next(rewards), len(c.ids)) for c in group] for group in groups]
+
+
+def solve_rates(model: str, source: str, problems: int, **how) -> list[float]:
+    """Share of right answers to each held-out problem, [problems]; `how` as in `answers`."""
+    return [mean([reward for reward, _ in group]) for group in answers(model, source, problems, **how)]
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def error(values) -> float:
+    """Standard error of the mean; NaN for one value."""
+    values = list(values)
+    if len(values) < 2:
+        return math.nan
+    return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation (of the sample; 0 for one value)."""
+    return mean(values), error(values) * math.sqrt(len(values)) if len(values) > 1 else 0.0
