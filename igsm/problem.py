@@ -27,6 +27,7 @@ class Problem:
     num_necessary: int
     letters: list[str] = field(default_factory=list, repr=False)  # a variable for each node
     phrases: list[int] = field(default_factory=list, repr=False)  # which words tell of it
+    told: tuple | None = field(default=None, repr=False, compare=False)  # how the solution is
 
     @property
     def necessary(self):
@@ -157,6 +158,9 @@ def retell(
         *conditions, asked = question.split("\n")
         stream("question", question_variant).shuffle(conditions)
         question = "\n".join([*conditions, asked])
+    told = (subgoals, reflection, analysis, retry, solution_variant)
+    if told == problem.told:
+        return replace(problem, question=question)
     if solution_variant:
         rng = stream("solution")
         order = reordered(nodes, num_necessary, rng)
@@ -169,7 +173,7 @@ def retell(
     solution = solution_text(
         steps, nodes, problem.answer, problem.style, letters, phrases, modulus=problem.modulus, subgoals=subgoals
     )
-    return replace(problem, question=question, solution=solution)
+    return replace(problem, question=question, solution=solution, told=told)
 
 
 def row(problem, split, system_prompt=False):
