@@ -156,10 +156,11 @@ def tables(results: dict) -> str:
     if results["rounds"]:
         n = max(len(r) for runs in results["rounds"].values() for r in runs.values())
         lines.append("")
-        row("round (greedy)", *range(1, n + 1))
+        row("round", *range(1, n + 1))
         row(*["---"] * (n + 1))
         for arm, runs in results["rounds"].items():
-            row(arm, *(cell([r["greedy"] for r in nth]) for nth in zip(*runs.values(), strict=True)))
+            for kind in ("greedy", "sampled"):
+                row(f"{arm}, {kind}", *(cell([r[kind] for r in nth]) for nth in zip(*runs.values(), strict=True)))
     return "\n".join(lines)
 
 

@@ -1,11 +1,12 @@
 """What the documents show is true: worked examples give what they say, and excerpts are in the files."""
 
 import doctest
+import json
 import re
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_script
 
 ALGORITHMS = ["luffy", "relift", "redi", "oreo", "behavior_injection"]
 
@@ -34,3 +35,50 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+RESULTS = {  # page, heading of the section -> the files that its tables are from
+    ("luffy", "Results"): ["demo-seed0.json", "demo-seed1.json", "demo-seed2.json"],
+    ("relift", "Results"): ["relift-tiny.md"],
+    ("redi", "Results"): ["redi-tiny.json"],
+    ("oreo", "Results"): ["oreo-tiny.md"],
+    ("logprobs", "Measured"): ["logprobs-cpu.json"],
+    ("performance", "Against TRL, and the bare bound"): ["vs-trl-small-cpu.json", "vs-trl-memory-wide-cpu.json"],
+    ("performance", "What an update costs"): ["cost-cpu.json"],
+}
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+
+
+@pytest.mark.parametrize(("page", "heading"), RESULTS, ids=lambda x: x)
+def test_the_numbers_of_a_table_are_in_the_results_that_it_names(page, heading):
+    """Every number in a cell without words, at the precision shown: as it is, in percent, or in GB."""
+    section = (ROOT / "docs" / f"{page}.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    known, shown = set(), []
+    for name in RESULTS[page, heading]:
+        text = (ROOT / "benchmarks" / "results" / name).read_text()
+        values = leaves(json.loads(text)) if name.endswith(".json") else map(float, re.findall(r"-?\d+\.?\d*", text))
+        if name == "logprobs-cpu.json":  # "of the floor"
+            medians = [r["median_seconds"] for r in json.loads(text)["rows"] if r["mode"] != "forward"]
+            values = [*values, *(seconds / medians[0] for seconds in medians)]
+        known |= {f"{scale * v:.{digits}f}" for v in values for scale in (1, 100, 1e-9) for digits in (0, 1, 2)}
+    for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
+        for line in table.splitlines()[2:]:
+            cells = [cell for cell in line.strip("|").split("|")[1:] if re.fullmatch(r"[-\d.,%±()sGB ]*", cell)]
+            shown += [n.replace(",", "") for cell in cells for n in re.findall(r"-?\d[\d,]*(?:\.\d+)?", cell)]
+    assert len(shown) > 5
+    assert not [number for number in shown if number not in known]
+
+
+def test_the_tables_of_scale_are_what_its_command_prints():
+    printed = run_script("benchmarks/scale.py").stdout.splitlines()
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert len(printed) > 15 and not [line for line in printed if line and line not in page.splitlines()]
