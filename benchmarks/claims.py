@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -90,7 +91,7 @@ ROWS = ("base", *RUNS, "oreo_beam")
 @dataclass
 class Claims:
     quick: bool = False
-    """One seed, a third of the steps, half of the test problems."""
+    """One seed, a third of the steps, half of the test problems and answers."""
     out: str = "runs/claims"
     """Folder for the runs."""
     results: str = "benchmarks/results/claims"
@@ -101,7 +102,7 @@ class Claims:
     """Rows of the table; what they start from is made too."""
     problems: int = 300
     """Test problems of each kind."""
-    tries: int = 8
+    tries: int = 4
     """Answers to each."""
     steps: int = 60
     """Steps of every online and offline run."""
@@ -115,6 +116,7 @@ class Claims:
 # -------------------------------------------------------------------------------------------------- training
 
 
+RUNNING: set[subprocess.Popen] = set()
 LOCKS: dict[Path, threading.RLock] = defaultdict(threading.RLock)  # what two rows need is made by one of them
 
 
@@ -131,10 +133,13 @@ def call(command: list, log: Path, claims: Claims) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         print("$", shown, file=file, flush=True)
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        RUNNING.add(process)
+        code = process.wait()
+        RUNNING.discard(process)
+    if code:
         last = "\n".join(log.read_text().replace("\r", "\n").splitlines()[-15:])
-        raise SystemExit(f"{shown}\nended with {done.returncode}; {log} ends with\n{last}")
+        raise SystemExit(f"{shown}\nended with {code}; {log} ends with\n{last}")
 
 
 def model_of(name: str, seed: int, claims: Claims) -> Path:
@@ -422,7 +427,7 @@ def main(claims: Claims) -> dict:
     claims.jobs = claims.jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // claims.jobs))
     started, found, costs = time.time(), defaultdict(dict), defaultdict(dict)
-    wanted = [(name, seed) for name in ROWS if name in claims.only for seed in claims.seeds]
+    wanted = [(name, seed) for seed in claims.seeds for name in ROWS if name in claims.only]
     runners, measurers = ThreadPoolExecutor(claims.jobs), ProcessPoolExecutor(claims.jobs, get_context("spawn"))
 
     def row(name: str, seed: int) -> dict[str, list[float]]:
@@ -433,6 +438,7 @@ def main(claims: Claims) -> dict:
         with LOCKS[model]:  # the base has a row for each seed
             return measurers.submit(measure, model, claims, name).result()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         waiting = {runners.submit(row, *which): which for which in wanted}
         bar = tqdm(as_completed(waiting), total=len(waiting), desc="rows", disable=claims.jobs == 1)
@@ -440,8 +446,10 @@ def main(claims: Claims) -> dict:
             name, seed = waiting[future]
             found[name][seed], costs[name][seed] = future.result(), cost(name, seed, claims)
             bar.set_postfix_str(f"{name}, seed {seed}")
-    finally:
-        runners.shutdown(cancel_futures=True)
+    finally:  # an interruption ends the runs too; the next call goes on from their checkpoints
+        runners.shutdown(wait=False, cancel_futures=True)
+        for process in list(RUNNING):
+            process.terminate()
         measurers.shutdown()
     never = [i for i, rate in enumerate(measure(model_of("base", 0, claims), claims, "base")["id"]) if rate == 0]
     results = {
@@ -454,13 +462,15 @@ def main(claims: Claims) -> dict:
                         for seed, rates in sorted(found[name].items())} for name in ROWS if name in found},
         "claims": check(found, claims),
     }  # fmt: skip
-    results["seconds"] = time.time() - started
+    times = os.times()  # of this process and of all that it waited for
+    results["seconds"], results["processor_seconds"] = time.time() - started, sum(times[:4])
     path = Path(claims.results + ("-quick" if claims.quick else ""))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(results) + "\n")
     plot(results, path.with_suffix(".png"))
-    print(f"\n{tables(results)}\n\n{path}.json, {path}.md, {path}.png ({results['seconds']:.0f} s)")
+    print(f"\n{tables(results)}\n\n{path}.json, {path}.md, {path}.png ({results['seconds']:.0f} s, "
+          f"{results['processor_seconds']:.0f} s of processor time)")
     return results
 
 
