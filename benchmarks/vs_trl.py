@@ -120,7 +120,9 @@ def padded(sequences, device):
 
 
 class Ours:
-    def __init__(self, step: str, folder: Path, lengths: str):
+    """This repository's step: luffy.py's for GRPO and SFT, redi.py's for DPO."""
+
+    def __init__(self, step: str, folder: Path):
         self.step_name, self.world = step, init_world()
         if step == "dpo":
             words = ["--stage", "redi", "--loss", "dpo"]
@@ -172,7 +174,9 @@ class Ours:
 
 
 class Bare:
-    def __init__(self, step: str, folder: Path, lengths: str):
+    """The bound: Transformers' generate(), forward with all logits, backward, AdamW on padded rows."""
+
+    def __init__(self, step: str, folder: Path):
         self.step_name, self.device = step, init_world().device
         self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device)
         self.reference = copy.deepcopy(self.lm).requires_grad_(False) if step == "dpo" else None
@@ -281,7 +285,7 @@ def alternate(step: str, lengths: str, model: str, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / model
         make_model(model, 1 / 28 if step == "grpo" and lengths == "ragged" else 1e-9, folder)
-        mine = {"ours": Ours(step, folder, lengths), "bare": Bare(step, folder, lengths)}
+        mine = {"ours": Ours(step, folder), "bare": Bare(step, folder)}
         seconds: dict[str, list[float]] = {"ours": [], "trl": [], "bare": []}
         tokens: dict[str, list[int]] = {"ours": [], "bare": []}
 
@@ -328,7 +332,7 @@ def peak(step: str, lengths: str, model: str, which: str) -> dict[str, float]:
         if which == "trl":
             train_with_trl(step, folder, lengths, 2, lambda _, s: seconds.append(s))
         else:
-            stepper = {"ours": Ours, "bare": Bare}[which](step, folder, lengths)
+            stepper = {"ours": Ours, "bare": Bare}[which](step, folder)
             for i in range(2):
                 start = time.perf_counter()
                 stepper.step(make_rows(step, lengths, MODELS[model][2], i), seed=i + 1)
