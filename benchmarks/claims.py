@@ -30,6 +30,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections import defaultdict
@@ -95,7 +96,7 @@ class Claims:
     out: str = "runs/claims"
     """Folder for the runs."""
     results: str = "benchmarks/results/claims"
-    """Where the numbers (.json), the table (.md) and the figure (.png) go."""
+    """Where the numbers (.json), the tables (.md), the rows' figure (.png) and the claims' (-checked.png) go."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every run; problems, traces and tests stay the same."""
     only: tuple[str, ...] = ROWS
@@ -300,15 +301,16 @@ def influence(name: str, seed: int, claims: Claims) -> list[float]:
 
 
 def check(found: dict, claims: Claims) -> dict[str, dict]:
-    """Every claim whose rows are there: {what is claimed: by seed, mean, standard error, verdict}."""
+    """Every claim whose rows are there: {what is claimed: by seed, mean, standard error, verdict, and what its panel of
+    the figure shows: a metric of some rows}."""
     seeds, checked = claims.seeds, {}
 
     def have(*names):
         return all(name in claims.only for name in names)
 
-    def claim(text: str, pairs) -> None:
+    def claim(text: str, rows: tuple[str, ...], metric: str, pairs) -> None:
         values, errors = zip(*pairs, strict=True)
-        checked[text] = verdict(list(values), list(errors))
+        checked[text] = verdict(list(values), list(errors)) | {"rows": rows, "metric": metric}
 
     def gap(a: str, b: str, test: str = "id", never: bool = False):
         def one(seed):
@@ -319,23 +321,26 @@ def check(found: dict, claims: Claims) -> dict[str, dict]:
 
     for a in ("luffy", "relift"):
         if have(a, "grpo", "base"):
-            claim(f"{a} over grpo where the base never succeeds (points)", gap(a, "grpo", never=True))
-            claim(f"{a} over grpo, out of distribution (points)", gap(a, "grpo", "ood"))
+            three = ("base", "grpo", a)
+            claim(f"{a} over grpo where the base never succeeds (points)", three, "never", gap(a, "grpo", never=True))
+            claim(f"{a} over grpo, out of distribution (points)", three, "ood", gap(a, "grpo", "ood"))
     for a, b in (("luffy", "sft_grpo"), ("luffy", "rl_sft"), ("luffy", "luffy_unshaped"), ("relift", "luffy"),
                  ("redi", "sft"), ("redi", "symmetric"), ("redi", "dpo"), ("oreo_token", "rejection"),
                  ("oreo_token", "dpo"), ("oreo_token", "kto"), ("oreo_beam", "oreo_token"),
                  ("bridge_rl", "vanilla_rl"), ("bridge_luffy", "luffy"), ("bridge_relift", "relift")):  # fmt: skip
         if have(a, b):
-            claim(f"{a} over {b} (points)", gap(a, b))
+            claim(f"{a} over {b} (points)", (b, a), "id", gap(a, b))
     if have("vanilla_sft", "bridge_sft"):
         def influences(seed):
             pair = [influence(arm, seed, claims) for arm in ("bridge_sft", "vanilla_sft")]
             return mean(pair[0]) - mean(pair[1]), math.hypot(*map(error, pair))
 
-        claim("BRIDGE's per-step influence dJ is larger than vanilla's before RL", [influences(s) for s in seeds])
+        claim("BRIDGE's per-step influence dJ is larger than vanilla's before RL", ("vanilla_sft", "bridge_sft"), "dJ",
+              [influences(s) for s in seeds])  # fmt: skip
     if have("bridge_rl", "bridge_sft", "vanilla_rl", "vanilla_sft"):
         gains = zip(gap("bridge_rl", "bridge_sft"), gap("vanilla_rl", "vanilla_sft"), strict=True)
         claim("BRIDGE gains more from RL than vanilla (points)",
+              ("vanilla_sft", "vanilla_rl", "bridge_sft", "bridge_rl"), "id",
               [(a - b, math.hypot(s, t)) for (a, s), (b, t) in gains])  # fmt: skip
 
     def tail(name, seed, metric):
@@ -348,19 +353,22 @@ def check(found: dict, claims: Claims) -> dict[str, dict]:
                                                                       "reward/teacher"))  # fmt: skip
             off = max(abs(x - (t - y) * 7 / 8) for x, t, y in zip(a, teacher, k, strict=True))
             exact.append((1e-5 - off, 0.0))
-        claim("the trace's advantage is (7 - k) / 8 at every step", exact)
+        claim("the trace's advantage is (7 - k) / 8 at every step", ("luffy",), "teacher/advantage", exact)
     if have("luffy", "luffy_unshaped"):
-        claim("shaping keeps entropy up (nats, last five steps)",
+        claim("shaping keeps entropy up (nats, last five steps)", ("luffy", "luffy_unshaped"), "policy/entropy",
               [(tail("luffy", s, "policy/entropy") - tail("luffy_unshaped", s, "policy/entropy"), math.nan)
                for s in seeds])  # fmt: skip
     if have("redi", "symmetric"):
         claim("redi keeps the log-prob of right traces above symmetric's (nats a token, last five steps)",
+              ("redi", "symmetric"), "logp/chosen",
               [(tail("redi", s, "logp/chosen") - tail("symmetric", s, "logp/chosen"), math.nan) for s in seeds])
     if have("grpo"):
         claim("grpo has no gradient from groups that all fail (share of groups, first five steps)",
+              ("grpo",), "group/solve_none",
               [(mean(curve("grpo", s, "group/solve_none", claims)[:5]), math.nan) for s in seeds])
     if have("luffy", "rl_sft"):
         claim("rl_sft takes the traces' length sooner than luffy (tokens, first half)",
+              ("luffy", "rl_sft"), "length/own",
               [(mean(curve("rl_sft", s, "length/own", claims)[: claims.steps // 2])
                 - mean(curve("luffy", s, "length/own", claims)[: claims.steps // 2]), math.nan) for s in seeds])
     if have("relift"):
@@ -369,7 +377,8 @@ def check(found: dict, claims: Claims) -> dict[str, dict]:
             third = max(1, len(hardest) // 3)
             return mean(hardest[:third]) - mean(hardest[-third:]), math.nan
 
-        claim("relift teaches fewer questions as it goes (share, first less last third)", [fall(s) for s in seeds])
+        claim("relift teaches fewer questions as it goes (share, first less last third)", ("relift",), "group/hardest",
+              [fall(s) for s in seeds])  # fmt: skip
     return checked
 
 
@@ -415,6 +424,45 @@ def plot(results: dict, path: Path) -> None:
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_claims(results: dict, claims: Claims, path: Path) -> None:
+    """A panel for each claim: a dot a row and seed, or the curve of a metric of each row and seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    checked = results["claims"]
+    columns = min(4, len(checked))
+    figure, axes = plt.subplots(-(-len(checked) // columns), columns, squeeze=False, layout="constrained",
+                                figsize=(4.2 * columns, 3.1 * -(-len(checked) // columns)))  # fmt: skip
+    for axis, (text, found) in zip(axes.flat, checked.items(), strict=False):
+        rows, metric = found["rows"], found["metric"]
+        if dots := metric in ("id", "ood", "never", "dJ"):
+            by_row = [[influence(name, seed, claims) if metric == "dJ" else [results["rows"][name][str(seed)][metric]]
+                       for seed in claims.seeds] for name in rows]  # fmt: skip
+            for values in zip(*by_row, strict=True):
+                axis.plot(range(len(rows)), [mean(v) for v in values], "o-", color="0.6", mfc="C0", mec="C0", lw=0.8)
+            axis.set_xticks(range(len(rows)), rows, fontsize=8)
+            axis.margins(x=0.2)
+        for color, name in enumerate(rows if not dots else ()):
+            for seed in claims.seeds:
+                line = curve(name, seed, metric, claims)
+                label = name if seed == claims.seeds[0] else None
+                axis.plot(range(1, len(line) + 1), line, f"C{color}", lw=1, label=label)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_xlabel("step", fontsize=8)
+            axis.legend(fontsize=8)
+        axis.set_title(f"{textwrap.fill(text, 46)}\n{found['verdict']}", fontsize=8)
+        axis.set_ylabel("right answers, %" if dots and metric != "dJ" else metric, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(checked) :]:
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -469,7 +517,9 @@ def main(claims: Claims) -> dict:
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(results) + "\n")
     plot(results, path.with_suffix(".png"))
-    print(f"\n{tables(results)}\n\n{path}.json, {path}.md, {path}.png ({results['seconds']:.0f} s, "
+    if results["claims"]:
+        plot_claims(results, claims, path.with_name(path.name + "-checked.png"))
+    print(f"\n{tables(results)}\n\n{path}.json, {path}.md, {path}.png, {path}-checked.png ({results['seconds']:.0f} s, "
           f"{results['processor_seconds']:.0f} s of processor time)")
     return results
 
