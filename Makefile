@@ -15,6 +15,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SERVER := .venv-vllm
 
+# OpenMP's threads wait for each other by spinning, for a moment only here: on a machine that does other work a spinning
+# thread takes the core from the one it waits for, and a step takes many times as long (docs/performance.md)
+export GOMP_SPINCOUNT ?= 10000
+
 .PHONY: demo test vllm soak lint clean
 
 # torch comes first and pinned, so that no other package pulls a build of its own
