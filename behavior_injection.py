@@ -1185,7 +1185,7 @@ def main(args: Args) -> None:
             if stage in stages:
                 run(settings_of(args, stage, arm), world)
     if "eval" in stages:
-        if args.base_problems:
+        if args.base_problems or not args.arms:
             evaluate_arm(settings_of(args, "eval", "base"), world)
         if world.main:
             report(args)

@@ -3,11 +3,11 @@ the per-step influence tell before RL which they are?
 
     python benchmarks/behavior_injection.py                  three seeds of `--preset tiny` on a laptop
 
-One base model, made once. For each seed, every arm: SFT on the same problems with the same steps, influence, GRPO
+One base model for all. For each seed, every arm: SFT on the same problems with the same steps, influence, GRPO
 with the same steps and rows, both models tested on the same problems in and out of distribution. Compared with vanilla
 besides: each behaviour alone, the two augmentations, Meta's retries. As BRIDGE's answers are longer, gains are also
-compared at equal sampled tokens, on the validation problems. Everything lands in --out: results.json, claim.png, and a
-folder for each seed. A run that was cut short goes on when the same command is given again.
+compared at equal sampled tokens, on the validation problems. Everything lands in --out: results.json, results.png, and
+a folder for each seed. A run that was cut short goes on when the same command is given again.
 """
 
 import json
@@ -38,6 +38,11 @@ class Claim:
     """Seeds of training problems, data order and sampling; the base model and the tests stay the same."""
     arms: tuple[str, ...] = ("vanilla", "bridge", "subgoal", "reflection", "analysis", "pp_aug", "rc_aug", "retry")
     """Arms; vanilla and bridge must be among them."""
+    results: str = ""
+    """Where the numbers (.json) and the figure (.png) go besides --out."""
+    model: str = "models/tiny"
+    """The base of all; empty: one is trained from scratch first (stage base). That one is weaker and leaves RL little
+    to work with: after SFT it solves 9 % of the test problems, where guessing solves 4 %."""
     extra: str = "--eval_every 10"
     """More flags for every run, as in --extra="--steps 20"."""
 
@@ -94,15 +99,17 @@ def at_equal_tokens(folder: Path, arms) -> dict[str, float]:
 
 def main(claim: Claim) -> dict:
     out, started, extra = Path(claim.out).absolute(), time.time(), shlex.split(claim.extra)
-    shared = out / "base"
-    for stage in ("data", "base", "eval"):
-        run(*extra, "--stage", stage, "--out", shared, "--arms")
+    shared, start = out / "base", []
+    if claim.model:
+        start = ["--model", (ROOT / claim.model).absolute(), "--base_problems", 0]
+    for stage in ("data", "eval") if claim.model else ("data", "base", "eval"):
+        run(*extra, "--stage", stage, "--out", shared, *start, "--arms")
+    start = start or ["--model", shared / "base" / "model", "--base_problems", 0]
     base = json.loads((shared / "base" / "eval.json").read_text())["base"]
     seeds = []
     for seed in claim.seeds:
         folder = out / f"seed-{seed}"
-        run(*extra, "--seed", seed, "--out", folder, "--model", shared / "base" / "model", "--base_problems", 0,
-            "--arms", *claim.arms)  # fmt: skip
+        run(*extra, "--seed", seed, "--out", folder, *start, "--arms", *claim.arms)
         results, tokens = json.loads((folder / "results.json").read_text()), at_equal_tokens(folder, claim.arms)
         arms = {}
         for arm in claim.arms:
@@ -138,28 +145,33 @@ def main(claim: Claim) -> dict:
             "by_seed": by_seed, "verdict": verdict(known) if len(known) == len(by_seed) else "open: constant"
         }
     results = {
-        "command": f"python benchmarks/behavior_injection.py --extra={claim.extra!r}", "seconds": time.time() - started,
+        "command": "python " + shlex.join(["benchmarks/behavior_injection.py", *sys.argv[1:]]),
+        "seconds": time.time() - started, "model": claim.model,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
                    f"{'CUDA' if torch.cuda.is_available() else 'CPU'}",
         "base": base, "seeds": seeds, "claims": claims,
     }  # fmt: skip
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-
     columns = ("sft_id_accuracy", "rl_id_accuracy", "gain_id", "gain_ood", "gain_at_equal_tokens", "sometimes", "dJ")
+    results["table"] = {arm: {name: mean_and_error(over_seeds(arm, name)) for name in columns} for arm in claim.arms}
+    where = [out / "results", *([Path(claim.results)] if claim.results else [])]
+    for path in where:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nmean ± standard error over seeds {claim.seeds}; accuracies and gains in %\n")
     print(f"{'':11}" + "".join(f"{name.removesuffix('_accuracy'):>22}" for name in columns))
     for arm in claim.arms:
         line = f"{arm:11}"
         for name in columns:
-            mean, error = mean_and_error(over_seeds(arm, name))
+            mean, error = results["table"][arm][name]
             percent = name not in ("dJ", "sometimes")
             line += f"{100 * mean:14.1f} ± {100 * error:4.1f} " if percent else f"{mean:12.4f} ± {error:6.4f} "
         print(line)
     print()
     for name, found in claims.items():
         print(f"{name:55} {found['verdict']:15} {[None if x is None else round(x, 4) for x in found['by_seed']]}")
-    plot(claim, over_seeds, out / "claim.png")
-    print(f"\n{out}/results.json and claim.png ({results['seconds']:.0f} s)")
+    for path in where:
+        plot(claim, over_seeds, path.with_suffix(".png"))
+    print(f"\n{where[-1]}.json and .png ({results['seconds']:.0f} s)")
     return results
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from benchmarks import behavior_injection as bench
 from benchmarks.behavior_injection import at_equal_tokens, mean_and_error, rank_correlation, verdict
 
 
@@ -43,3 +44,35 @@ def test_gains_are_compared_where_each_arm_has_sampled_as_many_tokens(tmp_path):
         (tmp_path / arm / "rl" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     gains = at_equal_tokens(tmp_path, ["short", "long"])
     assert gains == {"short": pytest.approx(0.3), "long": pytest.approx(0.3)}
+
+
+def test_all_seeds_start_from_one_base_and_end_in_one_table(tmp_path, monkeypatch):
+    commands = []
+
+    def run(*words):  # in the place of the script: what it leaves behind
+        commands.append(words)
+        out, arms = words[words.index("--out") + 1], words[words.index("--arms") + 1 :]
+        (out / "base").mkdir(parents=True, exist_ok=True)
+        (out / "base" / "eval.json").write_text(json.dumps({"base": {"test_id": {"accuracy": 0.1}}}))
+        results = {}
+        for arm in arms:
+            gain = 0.01 * words[words.index("--seed") + 1] + (0.3 if arm == "bridge" else 0.1)
+            tests = {s: {f"test_{t}": {"accuracy": 0.2 + g, "chain": 0.1, "tokens": 50.0, "accuracy_other": 0.2}
+                         for t in ("id", "ood")} for s, g in (("sft", 0.0), ("rl", gain))}  # fmt: skip
+            measured = {k: gain for k in ("dJ", "cosine", "accuracy", "never", "sometimes", "always")}
+            results[arm] = tests | {"influence": measured}
+            (out / arm / "rl").mkdir(parents=True)
+            rows = [{"step": i, "tokens/sampled": 100 * i, "eval/mean": 0.2 + i * gain} for i in range(2)]
+            (out / arm / "rl" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr(bench, "run", run)
+    where = tmp_path / "kept" / "bridge"
+    found = bench.main(bench.Claim(out=str(tmp_path / "runs"), results=str(where), arms=("vanilla", "bridge"), extra=""))
+    assert [words[words.index("--stage") + 1] for words in commands[:2]] == ["data", "eval"]
+    assert all(words[words.index("--model") + 1] == bench.ROOT / "models" / "tiny" for words in commands)
+    assert found["table"]["bridge"]["gain_id"] == (pytest.approx(0.31), pytest.approx(0.01 / math.sqrt(3)))
+    assert found["claims"]["bridge over vanilla, gain_id"]["verdict"] == "confirmed"
+    assert found["claims"]["dJ ranks the arms by their gain"]["by_seed"] == [pytest.approx(1)] * 3
+    assert json.loads(where.with_suffix(".json").read_text())["base"] == {"test_id": {"accuracy": 0.1}}
+    assert where.with_suffix(".png").stat().st_size > 5000
