@@ -59,7 +59,7 @@ def test_all_seeds_start_from_one_base_and_end_in_one_table(tmp_path, monkeypatc
             gain = 0.01 * words[words.index("--seed") + 1] + (0.3 if arm == "bridge" else 0.1)
             tests = {s: {f"test_{t}": {"accuracy": 0.2 + g, "chain": 0.1, "tokens": 50.0, "accuracy_other": 0.2}
                          for t in ("id", "ood")} for s, g in (("sft", 0.0), ("rl", gain))}  # fmt: skip
-            measured = {k: gain for k in ("dJ", "cosine", "accuracy", "never", "sometimes", "always")}
+            measured = dict.fromkeys(("dJ", "cosine", "accuracy", "never", "sometimes", "always"), gain)
             results[arm] = tests | {"influence": measured}
             (out / arm / "rl").mkdir(parents=True)
             rows = [{"step": i, "tokens/sampled": 100 * i, "eval/mean": 0.2 + i * gain} for i in range(2)]
@@ -68,7 +68,8 @@ def test_all_seeds_start_from_one_base_and_end_in_one_table(tmp_path, monkeypatc
 
     monkeypatch.setattr(bench, "run", run)
     where = tmp_path / "kept" / "bridge"
-    found = bench.main(bench.Claim(out=str(tmp_path / "runs"), results=str(where), arms=("vanilla", "bridge"), extra=""))
+    claim = bench.Claim(out=str(tmp_path / "runs"), results=str(where), arms=("vanilla", "bridge"), extra="")
+    found = bench.main(claim)
     assert [words[words.index("--stage") + 1] for words in commands[:2]] == ["data", "eval"]
     assert all(words[words.index("--model") + 1] == bench.ROOT / "models" / "tiny" for words in commands)
     assert found["table"]["bridge"]["gain_id"] == (pytest.approx(0.31), pytest.approx(0.01 / math.sqrt(3)))
