@@ -269,9 +269,9 @@ PRESETS = {
     "tiny": dict(
         model="scratch", out="runs/tiny_bridge", style="symbolic", modulus=23, max_params=4, shuffle=False,
         system_prompt=False, max_prompt_tokens=160, max_response_tokens=240, ops=(5, 8), val_ops=(5, 8),
-        test_ops=(8, 10), eval_problems=300, base_problems=160000, sft_steps=75, sft_lr=5e-4, prompt_loss=False,
-        steps=80, batch_size=16, group_size=8, lr=2e-4, influence_queries=200, eval_every=20, save_every=40,
-        micro_batch_tokens=4096, gradient_checkpointing=False,
+        test_ops=(6, 9), eval_problems=600, eval_temperature=1.0, base_problems=160000, sft_steps=75, sft_lr=5e-4,
+        prompt_loss=False, steps=80, batch_size=16, group_size=8, lr=5e-5, influence_queries=200, eval_every=20,
+        save_every=40, micro_batch_tokens=4096, gradient_checkpointing=False,
     ),
 }
 SCRATCH = dict(
@@ -1081,7 +1081,7 @@ def plot_influence(summaries: dict[str, dict], path: Path) -> None:
 
 
 def test_model(model: str, args: Args, world) -> dict[str, dict]:
-    """A model's greedy answers to both test sets: {test: {accuracy, chain, ...}}.
+    """A model's answers to both test sets: {test: {accuracy, chain, ...}}.
 
     chain: share of answers whose every step is right (igsm.check_solution); accuracy_zero: of answers that are 0."""
     tokenizer = load_tokenizer(model)
@@ -1092,9 +1092,9 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     for name in ("test_id", "test_ood"):
         examples, questions, _ = read_examples(name, tokenizer, args)
         mine = range(world.rank, len(examples), world.size)
-        greedy = dataclasses.replace(args, temperature=args.eval_temperature, format_reward=0.0)
-        rows = sample(sampler, examples, mine, 1, args.seed + 1, greedy, world)
-        reward(rows, examples, tokenizer, greedy)
+        how = dataclasses.replace(args, temperature=args.eval_temperature, format_reward=0.0)
+        rows = sample(sampler, examples, mine, 1, args.seed + 1, how, world)
+        reward(rows, examples, tokenizer, how)
         answers = []
         for row in rows:
             found = igsm.check_solution(
