@@ -322,48 +322,50 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
     so that a rank without work still takes part in every collective. Raises ValueError on an empty prompt.
 
     Equal prompts are read once, by all sequences that begin with them: the answers of a group share one."""
-    tokens, positions, predictors, targets, owner = [], [], [], [], []
-    prompts: dict[tuple[int, ...], range] = {}
-    rows: list[list[int]] = []  # the tokens of each sequence, as indices
+    tokens: list[int] = []
+    targets: list[int] = []
+    none = torch.zeros(0, dtype=torch.long)
+    positions, predictors, rows = [none], [none], []  # tensors; of rows one a sequence: the indices of its tokens
+    prompts: dict[tuple[int, ...], torch.Tensor] = {}
     for b, (prompt, response) in enumerate(sequences):
         if not prompt or not response:
             raise ValueError(f"sequence {b}: a prompt and a response of at least one token each are needed")
         if (key := tuple(prompt)) not in prompts:
-            prompts[key] = range(len(tokens), len(tokens) + len(prompt))
+            prompts[key] = torch.arange(len(tokens), len(tokens) + len(prompt))
             tokens += prompt
-            positions += range(len(prompt))
+            positions.append(torch.arange(len(prompt)))
         start = len(tokens)
         tokens += response[:-1]
-        positions += range(len(prompt), len(prompt) + len(response) - 1)
-        rows.append([*prompts[key], *range(start, len(tokens))])
-        predictors += rows[-1][len(prompt) - 1 :]
         targets += response
-        owner += [b] * len(response)
+        positions.append(torch.arange(len(prompt), len(prompt) + len(response) - 1))
+        rows.append(torch.cat([prompts[key], torch.arange(start, len(tokens))]))
+        predictors.append(rows[-1][len(prompt) - 1 :])
     if not sequences:
-        tokens, positions, rows = [0], [0], [[0]]
+        tokens, positions, rows = [0], [torch.tensor([0])], [torch.tensor([0])]
 
     blocks: list[tuple[int, int]] = []
-    cells: list[int] = []
-    home, copies = [-1] * len(tokens), []
+    parts, real = [], []  # of the cells: a row, its padding, the next row, ...
     for row in sorted(rows, key=len, reverse=True):
         if not blocks or len(row) < BLOCK * blocks[-1][1]:
             blocks.append((0, len(row)))
         count, width = blocks[-1]
         blocks[-1] = (count + 1, width)
-        for cell, token in enumerate(row, len(cells)):
-            if home[token] < 0:
-                home[token] = cell
-            else:
-                copies.append(cell)
-        cells += row + [row[0]] * (width - len(row))
+        parts += [row, row[:1].expand(width - len(row))]
+        real += [torch.ones(len(row), dtype=torch.bool), torch.zeros(width - len(row), dtype=torch.bool)]
+    cells, filled = torch.cat(parts), torch.cat(real).nonzero()[:, 0]  # [C], which of them are no padding
+    home = torch.full((len(tokens),), len(cells)).scatter_reduce(0, cells[filled], filled, "amin")  # a token's first
+    copies = filled[home[cells[filled]] != filled]
+    dense = torch.equal(cells, torch.arange(len(tokens)))
 
     def tensor(values):
-        return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+        return torch.as_tensor(values, dtype=torch.long).to(device, non_blocking=True)
 
-    packing = Packing(blocks, tensor(cells), tensor(home), tensor(copies), dense=cells == list(range(len(tokens))))
+    sizes = torch.tensor([len(response) for _, response in sequences], dtype=torch.long)
     return TokenBatch(
-        tensor(tokens)[None], tensor(positions)[None], packing, tensor(predictors), tensor(targets), tensor(owner)
-    )
+        tensor(tokens)[None], tensor(torch.cat(positions))[None],
+        Packing(blocks, tensor(cells), tensor(home), tensor(copies), dense),
+        tensor(torch.cat(predictors)), tensor(targets), tensor(torch.arange(len(sizes)).repeat_interleave(sizes)),
+    )  # fmt: skip
 
 
 class _ToGrid(torch.autograd.Function):
