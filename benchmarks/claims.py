@@ -279,7 +279,7 @@ def verdict(values: list[float], errors: list[float]) -> dict:
         word = "not significant"
     else:
         word = "yes" if mean(values) > 0 else "no"
-    return {"by_seed": values, "mean": mean(values), "se": se, "verdict": word}
+    return {"by_seed": values, "mean": mean(values), "se": None if math.isnan(se) else se, "verdict": word}
 
 
 def paired(a: list[float], b: list[float], among: list[int] | None = None) -> tuple[float, float]:
@@ -403,7 +403,7 @@ def tables(results: dict) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| claim | found | |", "| --- | --- | --- |"]
     for text, c in results["claims"].items():
-        spread = "" if math.isnan(c["se"]) else f" ± {c['se']:.2g}"
+        spread = "" if c["se"] is None else f" ± {c['se']:.2g}"
         lines.append(f"| {text} | {c['mean']:.3g}{spread} | {c['verdict']} |")
     return "\n".join(lines)
 
