@@ -758,7 +758,6 @@ def make_data(args: Args, world) -> dict[str, int]:
     funnel |= {"pairs.jsonl": len(pairs)}
     if world.main:
         out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
         # 'target' for LUFFY's readers; 'chosen' where ids must be kept too
         targets = [row(p, target=p.chosen) if p.chosen[1] is None else row(p, chosen=p.chosen) for p in positives]
         write_lines(out / "positives.jsonl", targets)
@@ -770,6 +769,7 @@ def make_data(args: Args, world) -> dict[str, int]:
 
 def write_lines(path: Path, rows: list[dict]) -> None:
     """One JSON object a line; the file is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
