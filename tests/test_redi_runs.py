@@ -75,6 +75,8 @@ def test_data_then_sft_then_redi_on_a_models_own_wrong_answers(settings, tmp_pat
     redi.main(settings("--stage", "data", "--model", model, "--own_answers", "3", "--out", tmp_path / "data"))
     rows = [json.loads(line) for line in (tmp_path / "data" / "pairs.jsonl").read_text().splitlines()]
     [funnel] = [json.loads(line) for line in (tmp_path / "data" / "funnel.json").read_text().splitlines()]
+    drawn = json.loads((tmp_path / "data" / "own_answers.json").read_text())
+    assert sum(n for name, n in drawn.items() if name != "tokens") == 3 * 40 <= drawn["tokens"]
     assert funnel["rows"] == funnel["positives.jsonl"] == 40
     assert funnel["pairs.jsonl"] == len(rows) == 40 + sum(n for n in funnel.values() if n < 0)
     tokenizer = igsm.tokenizer("symbolic", modulus=23)
