@@ -1083,7 +1083,9 @@ def plot_influence(summaries: dict[str, dict], path: Path) -> None:
 def test_model(model: str, args: Args, world) -> dict[str, dict]:
     """A model's answers to both test sets: {test: {accuracy, chain, ...}}.
 
-    chain: share of answers whose every step is right (igsm.check_solution); accuracy_zero: of answers that are 0."""
+    chain: share of answers whose every step is right (igsm.check_solution); accuracy_zero: of answers that are 0;
+    greedy: accuracy without sampling, where the others are of sampled answers (RL can raise these by making a model
+    surer of what it would say anyway)."""
     tokenizer = load_tokenizer(model)
     policy = load_policy(model, world)
     sampler = start_sampler(policy, tokenizer, args, world)
@@ -1092,11 +1094,14 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     for name in ("test_id", "test_ood"):
         examples, questions, _ = read_examples(name, tokenizer, args)
         mine = range(world.rank, len(examples), world.size)
-        how = dataclasses.replace(args, temperature=args.eval_temperature, format_reward=0.0)
-        rows = sample(sampler, examples, mine, 1, args.seed + 1, how, world)
-        reward(rows, examples, tokenizer, how)
+        drawn = {}
+        for temperature in sorted({0.0, args.eval_temperature}):
+            how = dataclasses.replace(args, temperature=temperature, format_reward=0.0)
+            drawn[temperature] = sample(sampler, examples, mine, 1, args.seed + 1, how, world)
+            reward(drawn[temperature], examples, tokenizer, how)
+        greedy = gather_lists([row.reward for row in drawn[0.0]], world)
         answers = []
-        for row in rows:
+        for row in drawn[args.eval_temperature]:
             found = igsm.check_solution(
                 questions[row.group], answer_text(row, tokenizer), modulus=args.modulus or None
             )
@@ -1113,7 +1118,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
         zeros, rest = [a for a in answers if a["zero"]], [a for a in answers if not a["zero"]]
         results[name] = {k: mean(k, answers) for k in answers[0]} | {
             "questions": len(answers), "accuracy_zero": mean("accuracy", zeros),
-            "accuracy_other": mean("accuracy", rest),
+            "accuracy_other": mean("accuracy", rest), "greedy": sum(greedy) / len(greedy),
         }
     sampler.close()
     return results

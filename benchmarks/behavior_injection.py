@@ -117,8 +117,10 @@ def main(claim: Claim) -> dict:
             arms[arm] = {
                 f"{name}_{test}_{kind}": stage[f"test_{test}"][kind]
                 for name, stage in (("sft", sft), ("rl", rl)) for test in ("id", "ood")
-                for kind in ("accuracy", "chain")
+                for kind in ("accuracy", "chain", "greedy")
             }  # fmt: skip
+            arms[arm] |= {f"greedy_gain_{test}": arms[arm][f"rl_{test}_greedy"] - arms[arm][f"sft_{test}_greedy"]
+                          for test in ("id", "ood")}  # fmt: skip
             arms[arm] |= {f"gain_{test}": arms[arm][f"rl_{test}_accuracy"] - arms[arm][f"sft_{test}_accuracy"]
                           for test in ("id", "ood")}  # fmt: skip
             arms[arm] |= {k: measured[k] for k in ("dJ", "cosine", "accuracy", "never", "sometimes", "always")}
@@ -131,7 +133,8 @@ def main(claim: Claim) -> dict:
 
     claims = {}
     for rival in [arm for arm in claim.arms if arm != "bridge"]:
-        for name in ("gain_id", "gain_ood", "gain_at_equal_tokens", "dJ", "cosine"):
+        for name in ("gain_id", "gain_ood", "gain_at_equal_tokens", "greedy_gain_id", "greedy_gain_ood", "dJ",
+                     "cosine"):  # fmt: skip
             more = [a - b for a, b in zip(over_seeds("bridge", name), over_seeds(rival, name), strict=True)]
             mean, error = mean_and_error(more)
             claims[f"bridge over {rival}, {name}"] = {"by_seed": more, "mean": mean, "se": error,
@@ -151,7 +154,8 @@ def main(claim: Claim) -> dict:
                    f"{'CUDA' if torch.cuda.is_available() else 'CPU'}",
         "base": base, "seeds": seeds, "claims": claims,
     }  # fmt: skip
-    columns = ("sft_id_accuracy", "rl_id_accuracy", "gain_id", "gain_ood", "gain_at_equal_tokens", "sometimes", "dJ")
+    columns = ("sft_id_accuracy", "rl_id_accuracy", "gain_id", "gain_ood", "gain_at_equal_tokens", "sft_id_greedy",
+               "greedy_gain_id", "greedy_gain_ood", "sometimes", "dJ")  # fmt: skip
     results["table"] = {arm: {name: mean_and_error(over_seeds(arm, name)) for name in columns} for arm in claim.arms}
     where = [out / "results", *([Path(claim.results)] if claim.results else [])]
     for path in where:

@@ -57,7 +57,7 @@ def test_all_seeds_start_from_one_base_and_end_in_one_table(tmp_path, monkeypatc
         results = {}
         for arm in arms:
             gain = 0.01 * words[words.index("--seed") + 1] + (0.3 if arm == "bridge" else 0.1)
-            tests = {s: {f"test_{t}": {"accuracy": 0.2 + g, "chain": 0.1, "tokens": 50.0, "accuracy_other": 0.2}
+            tests = {s: {f"test_{t}": dict(accuracy=0.2 + g, greedy=0.4, chain=0.1, tokens=50.0, accuracy_other=0.2)
                          for t in ("id", "ood")} for s, g in (("sft", 0.0), ("rl", gain))}  # fmt: skip
             measured = dict.fromkeys(("dJ", "cosine", "accuracy", "never", "sometimes", "always"), gain)
             results[arm] = tests | {"influence": measured}
