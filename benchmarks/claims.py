@@ -88,7 +88,8 @@ RUNS = {
     "bridge_luffy": Run(ONLINE, "luffy.py --lr 5e-5 --max_response_tokens 240", "bridge_sft"),
     "bridge_relift": Run(ONLINE, "relift.py --lr 5e-5 --max_response_tokens 240", "bridge_sft"),
 }
-ROWS = ("base", *RUNS, "oreo_beam")
+ROWS = ["base", *RUNS]
+ROWS.insert(ROWS.index("oreo_response") + 1, "oreo_beam")
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Claims:
     """Where the numbers (.json), the tables (.md), the rows' figure (.png) and the claims' (-checked.png) go."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every run; problems, traces and tests stay the same."""
-    only: tuple[str, ...] = ROWS
+    only: tuple[str, ...] = tuple(ROWS)
     """Rows of the table; what they start from is made too."""
     problems: int = 300
     """Test problems of each kind."""
@@ -414,13 +415,19 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    def color(name: str) -> str:  # what a row is one of
+        if name not in RUNS:
+            return "0.6" if name == "base" else "C1"
+        return "C2" if "bridge" in name else {ONLINE: "C0", OFFLINE: "C1", BRIDGE: "C2"}[RUNS[name].kind]
+
     size = (13, 0.32 * len(results["rows"]) + 1.2)
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     for axis, test, title in zip(axes, ("id", "ood"), ("5 to 8 operations", "9 to 10 operations"), strict=True):
+        names = list(results["rows"])
         for i, row in enumerate(results["rows"].values()):
             values = [r[test] for r in row.values()]
             bar = error(values)
-            axis.barh(i, mean(values), xerr=None if math.isnan(bar) else bar, color=f"C{i % 10}", capsize=3)
+            axis.barh(i, mean(values), xerr=None if math.isnan(bar) else bar, color=color(names[i]), capsize=3)
         axis.set_yticks(range(len(results["rows"])), results["rows"])
         axis.set(title=title, xlabel="right answers, %")
         axis.grid(alpha=0.3, axis="x")
@@ -450,6 +457,9 @@ def plot_claims(results: dict, claims: Claims, path: Path) -> None:
                 axis.plot(range(len(rows)), [mean(v) for v in values], "o-", color="0.6", mfc="C0", mec="C0", lw=0.8)
             axis.set_xticks(range(len(rows)), rows, fontsize=8)
             axis.margins(x=0.2)
+            low, high = axis.get_ylim()
+            if metric != "dJ" and high - low < 12:  # a small difference should look like one
+                axis.set_ylim((low + high) / 2 - 6, (low + high) / 2 + 6)
         for color, name in enumerate(rows if not dots else ()):
             for seed in claims.seeds:
                 line = curve(name, seed, metric, claims)

@@ -78,6 +78,12 @@ def test_the_numbers_of_a_table_are_in_the_results_that_it_names(page, heading):
     assert not [number for number in shown if number not in known]
 
 
+def test_the_results_page_shows_the_tables_that_claims_made():
+    made = (ROOT / "benchmarks" / "results" / "claims.md").read_text().splitlines()
+    page = (ROOT / "docs" / "results.md").read_text().splitlines()
+    assert len(made) > 40 and not [line for line in made if line not in page]
+
+
 def test_the_tables_of_scale_are_what_its_command_prints():
     printed = run_script("benchmarks/scale.py").stdout.splitlines()
     page = (ROOT / "docs" / "scale.md").read_text()
