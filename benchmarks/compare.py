@@ -33,7 +33,7 @@ class Compare:
     """Run folders."""
     metrics: tuple[str, ...] = METRICS
     """Names in their metrics.jsonl; what no run has is left out."""
-    out: str = "compare.png"
+    out: str = "runs/compare.png"
     """Where the curves go."""
 
 
@@ -65,6 +65,7 @@ def main(compare: Compare) -> str:
         lines.append(f"{name:28}" + "".join(f"{f'{x[0]:.3g} -> {x[1]:.3g}' if x else '-':>24}" for x in both))
     if not found:
         raise SystemExit(f"--metrics: no run has logged {', '.join(compare.metrics)}")
+    Path(compare.out).parent.mkdir(parents=True, exist_ok=True)
     plot_curves(folders, [[name] for name in found], Path(compare.out))
     text = "\n".join(lines)
     print(f"{text}\n\n{compare.out}")
