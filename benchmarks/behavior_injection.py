@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
+from benchmarks import held_out  # noqa: E402
 from common.trainer import read_metrics  # noqa: E402
 
 
@@ -48,6 +49,7 @@ class Claim:
 
 
 def run(*words) -> None:
+    """behavior_injection.py --preset tiny with these words; raises CalledProcessError where it fails."""
     command = [sys.executable, "behavior_injection.py", "--preset", "tiny", *map(str, words)]
     print("\n$", " ".join(["python", *command[1:]]), flush=True)
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -55,10 +57,7 @@ def run(*words) -> None:
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Mean over seeds and its standard error (NaN for one seed)."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values))
+    return held_out.mean(values), held_out.error(values)
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float | None:
@@ -119,9 +118,8 @@ def main(claim: Claim) -> dict:
                 for name, stage in (("sft", sft), ("rl", rl)) for test in ("id", "ood")
                 for kind in ("accuracy", "chain", "greedy")
             }  # fmt: skip
-            arms[arm] |= {f"greedy_gain_{test}": arms[arm][f"rl_{test}_greedy"] - arms[arm][f"sft_{test}_greedy"]
-                          for test in ("id", "ood")}  # fmt: skip
-            arms[arm] |= {f"gain_{test}": arms[arm][f"rl_{test}_accuracy"] - arms[arm][f"sft_{test}_accuracy"]
+            arms[arm] |= {f"{gain}_{test}": arms[arm][f"rl_{test}_{kind}"] - arms[arm][f"sft_{test}_{kind}"]
+                          for gain, kind in (("gain", "accuracy"), ("greedy_gain", "greedy"))
                           for test in ("id", "ood")}  # fmt: skip
             arms[arm] |= {k: measured[k] for k in ("dJ", "cosine", "accuracy", "never", "sometimes", "always")}
             arms[arm] |= {"gain_at_equal_tokens": tokens[arm], "tokens_an_answer": sft["test_id"]["tokens"],

@@ -37,6 +37,7 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -130,20 +131,18 @@ def call(command: list, log: Path, claims: Claims) -> None:
     shown = " ".join(["python", *command[1:]])
     threads = max(1, len(os.sched_getaffinity(0)) // claims.jobs)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    if claims.jobs == 1:
-        print("\n$", shown, flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, env=environment)
-        return
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
+    with open(log, "a") if claims.jobs > 1 else nullcontext(sys.stdout) as file:
         print("$", shown, file=file, flush=True)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         RUNNING.add(process)
         code = process.wait()
         RUNNING.discard(process)
-    if code:
+    if code and claims.jobs > 1:
         last = "\n".join(log.read_text().replace("\r", "\n").splitlines()[-15:])
         raise SystemExit(f"{shown}\nended with {code}; {log} ends with\n{last}")
+    if code:
+        raise SystemExit(f"{shown}\nended with {code}")
 
 
 def model_of(name: str, seed: int, claims: Claims) -> Path:
@@ -166,6 +165,7 @@ def train(name: str, seed: int, claims: Claims) -> Path:
 
 
 def make(name: str, seed: int, claims: Claims) -> None:
+    """Train a row's model by its command, after what it starts from and the data that it shares with other rows."""
     run, folder = RUNS[name], Path(claims.out).absolute() / f"seed-{seed}"
     start, log = train(run.start, seed, claims), folder / f"log-{name}.txt"
     words = [*run.command.split(), "--preset", "tiny", "--seed", seed, "--eval_every", claims.steps]
@@ -293,6 +293,7 @@ def paired(a: list[float], b: list[float], among: list[int] | None = None) -> tu
 
 
 def curve(name: str, seed: int, metric: str, claims: Claims) -> list[float]:
+    """A metric of a row's run, a value for each step that logged it; of the steps alone, not of the start."""
     rows = read_metrics(model_of(name, seed, claims).parent)
     return [r[metric] for r in rows if r["step"] and r.get(metric) is not None]
 
@@ -389,6 +390,7 @@ def check(found: dict, claims: Claims) -> dict[str, dict]:
 
 
 def cell(values: list[float], digits: int = 1) -> str:
+    """Mean, and with several seeds its standard error."""
     return f"{mean(values):,.{digits}f}" + (f" ± {error(values):.{digits}f}" if len(values) > 1 else "")
 
 
@@ -410,6 +412,7 @@ def tables(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
+    """A bar a row: right answers in and out of distribution, in percent."""
     import matplotlib
 
     matplotlib.use("Agg")

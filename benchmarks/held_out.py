@@ -37,6 +37,7 @@ def solve_rates(model: str, source: str, problems: int, **how) -> list[float]:
 
 
 def mean(values) -> float:
+    """Of at least one value."""
     values = list(values)
     return sum(values) / len(values)
 
