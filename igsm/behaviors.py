@@ -2,7 +2,7 @@
 
     reflection   looks ahead at a parameter, says which of its parents are missing, comes back to it later
     analysis     says the question's sentence once more before using it
-    subgoals     writes every intermediate result of an equation (text.py, `chain_of`)
+    subgoals     writes every intermediate result of an equation (text.py, `worked`)
     retry        Meta's nearest rival (arXiv 2408.16293): begins a parameter that cannot be computed yet, "BACK"
 
 A solution is planned here as a list of steps and told in text.py. Nothing planned here is ever wrong: a
@@ -43,9 +43,12 @@ def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, ret
     """
     if not (reflection or analysis or retry):
         return [Step(v) for v in order]
-    ahead, back, quote = stream("reflection"), stream("retry"), stream("analysis")
+    ahead = stream("reflection") if reflection else None
+    back = stream("retry") if retry else None
+    quote = stream("analysis") if analysis else None
     # a coin for each node, used or not: its line is analysed or not whatever else is in the solution
-    coins = [quote.random() for _ in nodes]
+    coins = [quote.random() for _ in nodes] if analysis else None
+    parents = [node.parents for node in nodes]
     solved, denoted, steps = set(), set(), []
     place, straight = 0, False  # straight: the last line was no reflection
     while order[-1] not in solved:
@@ -62,14 +65,16 @@ def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, ret
             if v in solved:
                 continue
         while retry and back.random() < retry:
-            begun = [u for u in range(len(nodes)) if u not in denoted and _missing(nodes[u], solved)]
+            begun = [u for u in range(len(nodes)) if u not in denoted and not solved.issuperset(parents[u])]
             if not begun:
                 break
             steps.append(Step(begun[int(back.random() * len(begun))], retry=True))
-        missing = _missing(nodes[v], solved)
-        coin = quote.random() if missing else coins[v]
-        analysed = bool(analysis) and coin < _analysis_chance(nodes[v], analysis)
+        missing = tuple(dict.fromkeys([p for p in parents[v] if p not in solved]))
         phrase = int(ahead.random() * 3) if missing else 0
+        analysed = False
+        if analysis:
+            coin = quote.random() if missing else coins[v]
+            analysed = coin < _analysis_chance(nodes[v], len(parents[v]), analysis)
         steps.append(Step(v, missing, analysed, False, v in denoted, phrase))
         denoted.add(v)
         straight = not missing
@@ -78,25 +83,22 @@ def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, ret
     return steps
 
 
-def _missing(node, solved):
-    return tuple(dict.fromkeys([p for p in node.parents if p not in solved]))
-
-
-def _analysis_chance(node, analysis):
+def _analysis_chance(node, num_parents, analysis):
     if node.abstract or not node.terms:
         return 0.0  # no sentence to say once more, or nothing in it but a number
     if analysis != "table":
         return analysis
-    parents = len(node.parents) + (node.const is not None)
-    return ANALYSIS_TABLE[parents] if parents < len(ANALYSIS_TABLE) else 1.0
+    num_parents += node.const is not None
+    return ANALYSIS_TABLE[num_parents] if num_parents < len(ANALYSIS_TABLE) else 1.0
 
 
 def reordered(nodes, num_necessary, rng):
     """Another topological order of the necessary nodes, the asked one last: each time one that is computable."""
-    waiting = [len(set(node.parents)) for node in nodes[:num_necessary]]
-    uses = [[] for _ in range(num_necessary)]
-    for v in range(num_necessary):
-        for p in set(nodes[v].parents):
+    uses, waiting = [[] for _ in range(num_necessary)], []
+    for v, node in enumerate(nodes[:num_necessary]):
+        parents = set(node.parents)
+        waiting.append(len(parents))
+        for p in parents:
             uses[p].append(v)
     ready, order = [v for v in range(num_necessary) if not waiting[v]], []
     while ready:

@@ -24,6 +24,7 @@ first, then abstract ones; -1 stands for a literal number among a parameter's pa
 
 import hashlib
 import math
+from operator import mul
 from typing import NamedTuple
 
 from igsm.vocabulary import WORLDS
@@ -31,6 +32,7 @@ from igsm.vocabulary import WORLDS
 LITERAL = -1
 MAX_PARENTS = 4  # of an instance parameter, a literal included
 SPLIT_BINS, TRAIN_BINS = 23, 16  # templates hash to 23 bins: 0..15 are train, 16..22 test, as Meta's
+_WORLDS = [[(category, list(groups.values())) for category, groups in world.items()] for world in WORLDS.values()]
 SPLIT_SALT = "igsm/"  # chosen so that the only template of one operation ("equals 5") falls to train
 
 
@@ -128,9 +130,9 @@ def _draw_structure(rnd, target, max_params):
 
     sizes = [narrow] * layers
     eager = rnd()
-    while sum(sizes[1:]) < num_edges:
-        growable = [i for i in range(layers) if sizes[i] < wide]
-        enough = sum(sizes[i] * sizes[i + 1] for i in range(layers - 1)) >= num_edges
+    while sum(sizes) - sizes[0] < num_edges:
+        growable = [i for i, size in enumerate(sizes) if size < wide]
+        enough = sum(map(mul, sizes, sizes[1:])) >= num_edges
         if not growable or (enough and rnd() >= eager):
             break
         sizes[growable[int(rnd() * len(growable))]] += 1
@@ -457,13 +459,11 @@ def _template(formulas, order):
 def _name(rnd, structure, formulas, values):
     """Names for the items, and the nodes that go by them."""
     sizes = structure.layer_sizes
-    worlds = list(WORLDS.values())
-    world = list(worlds[int(rnd() * len(worlds))].items())
+    world = _WORLDS[int(rnd() * len(_WORLDS))]
     lowest = len(world) - 1 - int(rnd() * (len(world) - len(sizes) + 1))
     categories, items = [], []
     for depth, size in enumerate(sizes):
         category, groups = world[lowest - depth]
-        groups = list(groups.values())
         pool = groups[int(rnd() * len(groups))][:]
         categories.append(category)
         items.append([pool.pop(int(rnd() * len(pool))) for _ in range(size)])
@@ -479,6 +479,8 @@ def _name(rnd, structure, formulas, values):
         else:
             owner, layer, _, _ = structure.abstract[v - num_instance]
             owner, thing = flat[owner], categories[layer]
-        terms = tuple([tuple([place[p] for p in term]) for term in terms])
+        terms = tuple([
+            (place[term[0]],) if len(term) == 1 else (place[term[0]], place[term[1]]) for term in terms
+        ])  # fmt: skip
         nodes.append(Node(owner, thing, v >= num_instance, const, const_op, sign, terms, values[v]))
     return nodes, dict(zip(reversed(categories), reversed(items)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from igsm.behaviors import plan_steps, reordered
 from igsm.graph import Node, draw_problem
-from igsm.text import STYLES, draw_letters, draw_phrases, question_text, solution_text
+from igsm.text import STYLES, Memo, draw_letters, draw_phrases, question_text, solution_text
 from igsm.tokens import SYSTEM_PROMPT
 
 
@@ -28,6 +28,7 @@ class Problem:
     letters: list[str] = field(default_factory=list, repr=False)  # a variable for each node
     phrases: list[int] = field(default_factory=list, repr=False)  # which words tell of it
     told: tuple | None = field(default=None, repr=False, compare=False)  # how the solution is
+    memo: dict = field(default_factory=dict, repr=False, compare=False)  # {subgoals: Memo}, shared by retellings
 
     @property
     def necessary(self):
@@ -170,9 +171,13 @@ def retell(
     steps = plan_steps(
         nodes, num_necessary, order, reflection=reflection, analysis=analysis, retry=retry, stream=stream
     )
+    memo = problem.memo.setdefault(subgoals, Memo({}, {}))
+    if solution_variant:  # other letters and words: only the numbers are the same
+        memo = memo._replace(lines={})
     solution = solution_text(
-        steps, nodes, problem.answer, problem.style, letters, phrases, modulus=problem.modulus, subgoals=subgoals
-    )
+        steps, nodes, problem.answer, problem.style, letters, phrases,
+        modulus=problem.modulus, subgoals=subgoals, memo=memo,
+    )  # fmt: skip
     return replace(problem, question=question, solution=solution, told=told)
 
 

@@ -22,6 +22,7 @@ other steps still says the same things the same way.
 """
 
 from string import ascii_letters, ascii_lowercase, digits
+from typing import NamedTuple
 
 STYLES = ("natural", "define", "symbolic")
 
@@ -84,43 +85,64 @@ def draw_phrases(count, rng):
     return [int(rng.random() * 12) for _ in range(count)]
 
 
-def solution_text(steps, nodes, answer, style, letters, phrases, *, modulus=None, subgoals=False):
+def solution_text(steps, nodes, answer, style, letters, phrases, *, modulus=None, subgoals=False, memo=None):
     """One line for each step (behaviors.Step), in an order in which everything is computed before it is used.
 
     With `subgoals` every intermediate result is written: `2 + (34 + 15) = 2 + 49 = 51`.
+    memo: `Memo`, kept by a caller who tells the same problem in several ways; lines told before are looked up.
     """
+    lines, ends = memo or Memo({}, {})
     values = [str(node.value) for node in nodes]
     tell = _symbolic_line if style == "symbolic" else _define_line if style == "define" else _natural_line
-    space = "" if style == "symbolic" else " "
-    lines = []
+    space, equals = ("", "=") if style == "symbolic" else (" ", " = ")
+
+    def line_of(step):
+        if step.missing or step.retry:
+            return tell(step, nodes, letters, phrases, "")
+        node = nodes[step.node]
+        end = ends.get(step.node)
+        if end is None:
+            end = ends[step.node] = equals.join(worked(node, nodes, values, subgoals, modulus, space))
+        equation = f"{formula_text(node, letters, space)}{equals}{end}" if node.terms else end
+        return tell(step, nodes, letters, phrases, equation)
+
+    told = []
     for step in steps:
-        solves = not (step.missing or step.retry)
-        chain = chain_of(nodes[step.node], letters, nodes, values, subgoals, modulus, space) if solves else []
-        lines.append(tell(step, nodes, letters, phrases, chain))
+        line = lines.get(step)
+        if line is None:
+            line = lines[step] = line_of(step)
+        told.append(line)
     if style == "symbolic":
-        return f"<think>\n{''.join(lines)}</think>\n\\boxed{{{answer}}}"
+        return f"<think>\n{''.join(told)}</think>\n\\boxed{{{answer}}}"
     return (
-        f"{HEAD}{''.join(lines)}Thus, the answer is {answer}.\n</think>\n"
+        f"{HEAD}{''.join(told)}Thus, the answer is {answer}.\n</think>\n"
         f"<answer>\nThe final answer is \\boxed{{{answer}}}.\n</answer>"
     )
 
 
-def _symbolic_line(step, nodes, letters, phrases, chain):
+class Memo(NamedTuple):
+    """What was said of a problem, to be said again. Valid for one choice of `subgoals`."""
+
+    lines: dict  # {Step: its line}; valid for one choice of letters and phrases
+    ends: dict  # {node: its equation from the first number on}
+
+
+def _symbolic_line(step, nodes, letters, phrases, equation):
     letter = letters[step.node]
     if step.retry:
         return f"{letter}?\n"
     said = f"({formula_text(nodes[step.node], letters, '')})" if step.analysis else ""
     if step.missing:
         return f"{letter}{said}?{'?'.join([letters[p] for p in step.missing])}\n"
-    return f"{letter}{said}={'='.join(chain)}\n"
+    return f"{letter}{said}={equation}\n"
 
 
-def _define_line(step, nodes, letters, phrases, chain):
+def _define_line(step, nodes, letters, phrases, equation):
     letter = letters[step.node]
-    return f"Define {nodes[step.node].name} as {letter}. So {letter} = {' = '.join(chain)}.\n"
+    return f"Define {nodes[step.node].name} as {letter}. So {letter} = {equation}.\n"
 
 
-def _natural_line(step, nodes, letters, phrases, chain):
+def _natural_line(step, nodes, letters, phrases, equation):
     node, letter, phrase = nodes[step.node], letters[step.node], phrases[step.node]
     if step.retry:
         return f"- {RETRY.format(node.name)}\n"
@@ -140,7 +162,7 @@ def _natural_line(step, nodes, letters, phrases, chain):
         names = ", ".join([nodes[p].name for p in step.missing])
         be_or_letter = letter if step.phrase == 2 else "is" if len(step.missing) == 1 else "are"
         return f"- {begun} {UNKNOWN[step.phrase].format(names, be_or_letter)}\n"
-    return f"- {begun} Then {letter} = {' = '.join(chain)}.\n"
+    return f"- {begun} Then {letter} = {equation}.\n"
 
 
 def draw_letters(count, style, rng):
@@ -172,53 +194,54 @@ def described(node, names):
 
 def formula_text(node, names, space=" "):
     """The node's formula with a name (or value) for each node: `3 * (a - b)`."""
-    return _expression(
-        node.const, node.const_op, node.sign, [[names[p] for p in term] for term in node.terms], space
-    )
+    return _with_terms(node, _terms(node, names, space), space)
 
 
-def chain_of(node, letters, nodes, values, subgoals, modulus, space):
-    """The members of an equation: with letters, with values, [intermediate results,] the value.
+def worked(node, nodes, values, subgoals, modulus, space):
+    """The members of an equation after the formula: with values, [intermediate results,] the value.
 
-    ["7 + (a + b + c)", "7 + (0 + 9 + 9)", "7 + (9 + 9)", "7 + 18", "25"] with subgoals. One operator at a
+    ["7 + (0 + 9 + 9)", "7 + (9 + 9)", "7 + 18", "25"] of 7 + (a + b + c) with subgoals. One operator at a
     time: products from left to right, then sums from left to right (a bracket holds sums only), then the
     const.
     """
-    if not node.terms:
-        return [str(node.value)]
-    const, const_op, sign = node.const, node.const_op, node.sign
-    members = [
-        _expression(const, const_op, sign, [[letters[p] for p in term] for term in node.terms], space),
-        _expression(const, const_op, sign, [[values[p] for p in term] for term in node.terms], space),
-    ]
-    if subgoals:
-        numbers = [[nodes[p].value for p in term] for term in node.terms]
-
-        def state():
-            members.append(_expression(const, const_op, sign, [map(str, term) for term in numbers], space))
-
-        for term in numbers:
-            if len(term) == 2:
-                term[:] = [term[0] * term[1] if modulus is None else term[0] * term[1] % modulus]
-                state()
-        while len(numbers) > 1:
-            total = numbers[0][0] - numbers[1][0] if sign == "-" else numbers[0][0] + numbers[1][0]
-            numbers[:2] = [[total if modulus is None else total % modulus]]
-            state()
     value = str(node.value)
+    if not node.terms:
+        return [value]
+    terms = _terms(node, values, space)
+    members = [_with_terms(node, terms, space)]
+    if subgoals:
+        numbers = []
+        for i, term in enumerate(node.terms):
+            number = nodes[term[0]].value
+            if len(term) == 2:
+                number *= nodes[term[1]].value
+                number = number if modulus is None else number % modulus
+                terms[i] = str(number)
+                members.append(_with_terms(node, terms, space))
+            numbers.append(number)
+        total = numbers[0]
+        for number in numbers[1:]:
+            total = total - number if node.sign == "-" else total + number
+            total = total if modulus is None else total % modulus
+            terms[:2] = [str(total)]
+            members.append(_with_terms(node, terms, space))
     if members[-1] != value:
         members.append(value)
     return members
 
 
-def _expression(const, const_op, sign, terms, space):
+def _terms(node, names, space):
+    return [
+        names[term[0]] if len(term) == 1 else f"{names[term[0]]}{space}*{space}{names[term[1]]}"
+        for term in node.terms
+    ]
+
+
+def _with_terms(node, terms, space):
+    """The node's formula with these texts for its terms."""
     if not terms:
-        return str(const)
-    core = f"{space}{sign}{space}".join([f"{space}*{space}".join(term) for term in terms])
-    if const is None:
-        return core
-    return (
-        f"{const}{space}{const_op}{space}({core})"
-        if len(terms) > 1
-        else f"{const}{space}{const_op}{space}{core}"
-    )
+        return str(node.const)
+    if len(terms) == 1:
+        return terms[0] if node.const is None else f"{node.const}{space}{node.const_op}{space}{terms[0]}"
+    core = f"{space}{node.sign}{space}".join(terms)
+    return core if node.const is None else f"{node.const}{space}{node.const_op}{space}({core})"

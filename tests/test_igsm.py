@@ -22,7 +22,7 @@ from igsm import check_solution, generate, problems, solve, tokenizer
 from igsm.__main__ import main
 from igsm.graph import Node
 from igsm.solver import canonical, evaluate, parse_expression
-from igsm.text import STYLES, chain_of
+from igsm.text import STYLES, formula_text, worked
 from igsm.tokens import SYSTEM_PROMPT
 from igsm.vocabulary import CATEGORIES, WORLDS
 
@@ -408,7 +408,7 @@ def test_subgoals_write_one_operator_at_a_time():
     def chain(this, numbers, modulus=None):
         nodes = [node(number, const=number) for number in numbers]
         values = [str(number) for number in numbers]
-        return " = ".join(chain_of(this, "abcd", nodes, values, True, modulus, " "))
+        return " = ".join([formula_text(this, "abcd"), *worked(this, nodes, values, True, modulus, " ")])
 
     this = node(25, 7, "+", "+", ((0,), (1,), (2,)))
     assert chain(this, [0, 9, 9]) == "7 + (a + b + c) = 7 + (0 + 9 + 9) = 7 + (9 + 9) = 7 + 18 = 25"
