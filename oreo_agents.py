@@ -16,6 +16,8 @@ does not end, loses. The ids of an episode are those that the sampler read and d
 --stage picks what to do:
   make      generate TextWorld games by seeds (a folder; training and test games are other seeds)
   expert    play every game by its walkthrough: right episodes to start from, for oreo.py --stage rejection.
+            --renamed 20 plays each 20 times more with its things called as things of their kind in other games, so
+            that a small model learns to read names instead of knowing them by heart.
             --model scratch also makes a small model of random weights with one token for each of their words
   collect   play every game --repeat times with the model, at temperature 1: graded rows, for oreo.py
   evaluate  play every game once, greedily, or with --value: draw --candidates answers at each turn and give the one
@@ -37,6 +39,7 @@ alfworld:eval_out_of_distribution for the games that `alfworld-download` puts un
 
 import json
 import os
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +92,10 @@ class Args:
     """Episodes that each rank plays at a time."""
     seed: int = 0
     """Seeds sampling."""
+
+    # stage expert
+    renamed: int = 0
+    """How often to play each TextWorld game again with its things called otherwise."""
 
     # stage make
     count: int = 100
@@ -211,12 +218,13 @@ class TextWorldGame:
     def __init__(self, path: str):
         import textworld
 
-        wanted = textworld.EnvInfos(won=True, objective=True, description=True, extras=["walkthrough"])
-        self.env = textworld.start(path, request_infos=wanted)
+        wanted = dict(won=True, objective=True, description=True, typed_entities=True, extras=["walkthrough"])
+        self.env = textworld.start(path, request_infos=textworld.EnvInfos(**wanted))
 
     def reset(self) -> str:
         state = self.env.reset()
         self.walkthrough = state["extra.walkthrough"]
+        self.things = dict(state.typed_entities)  # {name: type}; a type is a letter, as c for containers
         return f"{tidy(state.objective)}\n{tidy(state.description)}"
 
     def act(self, command: str) -> tuple[str, bool, bool]:
@@ -226,6 +234,39 @@ class TextWorldGame:
 
     def close(self) -> None:
         self.env.close()
+
+
+class RenamedGame:
+    """A TextWorld game with other names for its things.
+
+    names: {name in the game: name that is said}. Rooms keep theirs, and so does a thing that the game calls by a part
+    of its name."""
+
+    def __init__(self, game: TextWorldGame, names: dict[str, str]):
+        self.game, self.rules = game, game.rules
+        self.said = names
+        self.meant = dict.fromkeys(names, "nothing") | {new: old for old, new in names.items()}
+
+    def reset(self) -> str:
+        text = replace_words(self.game.reset(), self.said)
+        self.walkthrough = [replace_words(command, self.said) for command in self.game.walkthrough]
+        return text
+
+    def act(self, command: str) -> tuple[str, bool, bool]:
+        """-> what is seen, whether the game is over, whether it is won."""
+        seen, done, won = self.game.act(replace_words(command, self.meant))
+        return replace_words(seen, self.said), done, won
+
+
+def replace_words(text: str, names: dict[str, str]) -> str:
+    """Each name in the text as `names` has it; of names that begin alike the longest.
+
+    >>> replace_words("a red box in the box", {"box": "chest", "red box": "bin"})
+    'a bin in the chest'
+    """
+    names = {old.lower(): new for old, new in names.items()}
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.sub(rf"\b({pattern})\b", lambda found: names[found[0].lower()], text, flags=re.I) if names else text
 
 
 class AlfworldGame:
@@ -366,27 +407,55 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
 
 def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
     """Every game by its walkthrough -> rows. Raises InputError for one that does not win."""
+    from tqdm import tqdm
+
     template = Path(args.chat_template).read_text() if args.chat_template else None
-    rows = []
-    for name, path, kind in find_games(args.games):
-        episode = Episode(name, 0, kind(path), tokenizer, template)
-        for command in episode.game.walkthrough:
-            if not episode.end:
-                answer = f"Action: {command}{tokenizer.eos_token}"
-                episode.say(tokenizer(answer, add_special_tokens=False)["input_ids"])
-        episode.game.close()
-        if episode.end != "won":
-            raise InputError(f"--games {args.games}: the walkthrough of {name} does not win it")
-        rows.append(episode.row())
+    games, rows, rng = find_games(args.games), [], random.Random(args.seed)
+    things = things_of_games(games) if args.renamed else {}
+    for name, path, kind in tqdm(games, desc="expert", unit="game"):
+        game = kind(path)
+        for n in range(1 + args.renamed):
+            told = game if not n else RenamedGame(game, other_names(game.things, things, rng))
+            episode = Episode(name if not n else f"{name}, renamed {n}", n, told, tokenizer, template)
+            for command in told.walkthrough:
+                if not episode.end:
+                    answer = f"Action: {command}{tokenizer.eos_token}"
+                    episode.say(tokenizer(answer, add_special_tokens=False)["input_ids"])
+            if episode.end != "won":
+                raise InputError(f"--games {args.games}: the walkthrough of {episode.name} does not win it")
+            rows.append(episode.row())
+        game.close()
     return rows
 
 
+def things_of_games(games: list[tuple[str, str, type]]) -> dict[str, list[str]]:
+    """{type: names of such things in all the games}."""
+    found: dict[str, set[str]] = {}
+    for _, path, kind in games:
+        game = kind(path)
+        game.reset()
+        for name, type_ in game.things.items():
+            found.setdefault(type_, set()).add(name)
+        game.close()
+    return {type_: sorted(names) for type_, names in found.items()}
+
+
+def other_names(mine: dict[str, str], things: dict[str, list[str]], rng: random.Random) -> dict[str, str]:
+    """For each of a game's things a name of its type, none twice and none that begins or ends another's."""
+    taken: dict[str, str] = {}
+    for name, type_ in mine.items():
+        words = {word for other in taken.values() for word in other.lower().split()}
+        free = [one for one in things[type_] if not words & set(one.lower().split())]
+        taken[name] = rng.choice(free or [name])
+    return taken
+
+
 def words_of_games(args: Args) -> list[str]:
-    """All that is said when every game is played by its walkthrough."""
+    """All that is said when every game is played by its walkthrough, and the names of its things."""
     texts = ["OK", "Observation: ", "Thought: ", "Action: "]
     for _, path, kind in find_games(args.games):
         game = kind(path)
-        texts += [kind.rules, game.reset()]
+        texts += [kind.rules, game.reset(), *(f" {thing}" for thing in getattr(game, "things", ()))]  # some are hidden
         for command in game.walkthrough:
             texts += [f" {command}", f" {game.act(command)[0]}"]
         game.close()
@@ -424,6 +493,8 @@ def scratch_model(args: Args, world) -> str:
 
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
+    if args.renamed < 0 or (args.renamed and (args.stage != "expert" or args.games.startswith("alfworld:"))):
+        raise InputError(f"--renamed {args.renamed}: a number of times, for --stage expert of TextWorld games")
     for name in ("repeat", "candidates", "max_turns", "max_turn_tokens", "parallel", "count", "quest_length"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")

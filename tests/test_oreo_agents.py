@@ -1,6 +1,7 @@
 """oreo_agents.py: the protocol, episodes as rows, choosing by value; and the real games where they are installed."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,16 @@ import oreo_agents
 from common.data import InputError
 from common.rollout import Completion
 from common.trainer import ValueModel, load_policy
-from oreo_agents import Args, Episode, parse_action, play, word_tokenizer
+from oreo_agents import (
+    Args,
+    Episode,
+    RenamedGame,
+    other_names,
+    parse_action,
+    play,
+    replace_words,
+    word_tokenizer,
+)
 from tests.conftest import NANO
 
 
@@ -178,6 +188,35 @@ def test_episodes_train_policy_and_value(games, agent, world, monkeypatch, tmp_p
     assert losses["loss/value"] == pytest.approx(5 / 6)
 
 
+def test_a_renamed_game_is_the_same_game_in_other_words():
+    game = Door("")
+    renamed = RenamedGame(game, {"door": "red gate"})
+    assert renamed.reset() == "A red gate."
+    assert renamed.walkthrough == ["open red gate", "go out"]
+    assert renamed.act("open door") == ("Nothing happens.", False, False)  # nothing there has that name
+    assert renamed.act("open red gate") == ("The red gate is open.", False, False)
+    assert renamed.act("go out") == ("It is over.", True, True)
+
+
+def test_names_are_replaced_whole_and_the_longest_first():
+    names = {"box": "chest", "red box": "bin", "key": "Henderson's key (old)"}
+    assert replace_words("Red box, box, boxes: a key.", names) == "bin, chest, boxes: a Henderson's key (old)."
+    assert replace_words("nothing", {}) == "nothing"
+
+
+def test_other_names_are_of_the_same_kind_and_share_no_word():
+    things = {"c": ["box", "red box", "chest"], "k": ["red key", "key"], "o": ["pen"]}
+    mine = {"box": "c", "key": "k", "pen": "o"}
+    seen = set()
+    for seed in range(50):
+        names = other_names(mine, things, random.Random(seed))
+        assert list(names) == list(mine) and all(new in things[mine[old]] for old, new in names.items())
+        words = [word for new in names.values() for word in new.split()]
+        assert len(words) == len(set(words))  # so each name can be told from the others
+        seen.add(tuple(names.values()))
+    assert len(seen) == 5  # all there are: 3 x 2 less the two reds together
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -186,6 +225,7 @@ def test_episodes_train_policy_and_value(games, agent, world, monkeypatch, tmp_p
         (dict(games="alfworld:train"), "no games there; pip install alfworld, then alfworld-download"),
         (dict(model=""), "--stage evaluate needs --model"),
         (dict(candidates=0), "--candidates must be positive"),
+        (dict(renamed=2), "--renamed 2: a number of times, for --stage expert of TextWorld games"),
         (dict(stage="collect", temperature=0.0), "answers that shall differ need a positive one"),
     ],
 )
@@ -208,9 +248,9 @@ def test_a_generated_textworld_game_is_won_by_its_walkthrough_and_seeds_differ(t
     first = [kind(path).reset() for _, path, kind in games]
     assert len(games) == 2 and first[0] != first[1]
     assert all("$" not in text and "\n\n" not in text for text in first)  # no banner
-    args.stage = "expert"
+    args.stage, args.renamed = "expert", 3
     result = oreo_agents.main(args)
-    assert result["success"] == 1 and result["turns"] == 2
+    assert result["success"] == 1 and result["turns"] == 2 and result["episodes"] == 8
     args.stage, args.model, args.max_turns, args.max_turn_tokens = "collect", str(tmp_path / "out" / "model"), 2, 12
     args.out, args.repeat = str(tmp_path / "played"), 2
     result = oreo_agents.main(args)

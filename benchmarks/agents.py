@@ -1,0 +1,196 @@
+"""OREO's agents on TextWorld: a policy that learnt from walkthroughs plays, learns from its own episodes, and plays
+games it never saw; then its value chooses among K answers at each turn.
+
+    sft          a model from scratch, trained on the walkthroughs of the training games
+    rejection    sft, trained further on those of its own episodes that won
+    oreo         sft, trained further by token-level OREO on all its own episodes, right and wrong
+
+    python benchmarks/agents.py                     three seeds (first: pip install -r requirements-agents.txt)
+    python benchmarks/agents.py --seeds 0 --train_games 20 --test_games 10 --extra="--steps 4"
+
+A seed draws its own episodes of the training games, the same for both arms. Every policy plays the test games, which
+have other seeds: each once greedily, and --tries times at temperature 1; OREO's also with its value, which chooses
+among K answers at each turn (K = 1 is the policy's own sampling again). What is complete is not done again.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import tyro  # noqa: E402
+
+from benchmarks.held_out import mean_and_spread  # noqa: E402
+from common.trainer import read_metrics  # noqa: E402
+
+LONG = ["--max_prompt_tokens", "1000", "--max_response_tokens", "2000", "--eval_every", "0"]
+ARMS = ("rejection", "oreo")
+
+
+@dataclass
+class Bench:
+    out: str = "runs/agents_claim"
+    """Folder for games and runs."""
+    results: str = "benchmarks/results/agents-textworld"
+    """Where the numbers (.json), the table (.md) and the plot (.png) go."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the episodes and of the training on them; games and sft stay the same."""
+    train_games: int = 200
+    """Games to learn from. TextWorld takes more than a second to compile one."""
+    test_games: int = 100
+    """Games of other seeds."""
+    renamed: int = 9
+    """How often sft sees each walkthrough again under other names."""
+    epochs: int = 3
+    """Of sft."""
+    repeat: int = 5
+    """Episodes of each training game that are collected."""
+    batch_size: int = 32
+    """Episodes of an update on them."""
+    tries: int = 3
+    """Episodes of each test game at temperature 1."""
+    candidates: tuple[int, ...] = (1, 3, 5)
+    """K: answers among which the value chooses."""
+    max_turns: int = 10
+    """Actions of an episode; the games can be won in 2."""
+    extra: str = ""
+    """More flags for the runs of rejection and oreo, as in --extra="--steps 20"."""
+
+
+def run(*words, done: Path) -> None:
+    """A script with these flags, unless `done` is there."""
+    if not done.exists():
+        print("\n$ python", *words, flush=True)
+        subprocess.run(
+            [sys.executable, *map(str, words)], cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+
+
+def success(out: Path, games: Path, bench: Bench, *words) -> float:
+    """Percent of episodes won."""
+    done = out / "results.json"
+    run("oreo_agents.py", "--games", games, "--out", out, "--max_turns", bench.max_turns, *words, done=done)
+    return 100 * json.loads(done.read_text())["success"]
+
+
+def measure(folder: Path, games: Path, seed: int, bench: Bench, values: bool = False) -> dict:
+    """Success of the policy in this run folder: greedy, sampled, and by K where it has a value."""
+    model = ["--model", folder / "model", "--seed", seed]
+    found: dict = {
+        "greedy": success(folder / "greedy", games, bench, *model),
+        "sampled": success(
+            folder / "sampled", games, bench, "--stage", "collect", "--repeat", bench.tries, *model
+        ),
+    }  # fmt: skip
+    if values:
+        found["value"] = {
+            str(k): success(
+                folder / f"value-{k}", games, bench, "--value", folder / "value", "--candidates", k, *model
+            ) for k in bench.candidates
+        }  # fmt: skip
+    return found
+
+
+def table(results: dict) -> str:
+    """Markdown: success in percent by policy and by how it plays, mean ± standard deviation over the seeds."""
+    ways = ["greedy", "sampled", *(f"best of {k} by V" for k in results["candidates"])]
+    lines = ["| | " + " | ".join(ways) + " |", "| " + " | ".join(["---"] * (1 + len(ways))) + " |"]
+    for name, runs in {"sft": [results["sft"]], **results["runs"]}.items():
+        runs = list(runs.values()) if isinstance(runs, dict) else runs
+        cells = []
+        for way, k in zip(ways, [None, None, *map(str, results["candidates"])], strict=True):
+            values = [r[way] if k is None else r.get("value", {}).get(k) for r in runs]
+            if None in values:
+                cells.append("")
+                continue
+            mean, spread = mean_and_spread(values)
+            cells.append(f"{mean:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, bench: Bench, path: Path) -> None:
+    """Success by policy, by K, and what OREO's value thinks of right and wrong episodes on the way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    bars = {"sft": [results["sft"]]} | {name: list(runs.values()) for name, runs in results["runs"].items()}
+    for i, way in enumerate(("greedy", "sampled")):
+        points = [mean_and_spread([r[way] for r in runs]) for runs in bars.values()]
+        axes[0].bar(
+            [n + 0.4 * i for n in range(len(bars))], [p[0] for p in points], 0.38, yerr=[p[1] for p in points],
+            capsize=3, label=way,
+        )  # fmt: skip
+    axes[0].set_xticks([n + 0.2 for n in range(len(bars))], bars)
+    axes[0].set_title("test games won, %", fontsize=10)
+    by_k = [[r["value"][str(k)] for r in results["runs"]["oreo"].values()] for k in results["candidates"]]
+    axes[1].errorbar(results["candidates"], *zip(*map(mean_and_spread, by_k), strict=True), marker=".", capsize=3)
+    axes[1].set_title("oreo: won when V chooses among K, %", fontsize=10)
+    axes[1].set_xlabel("K")
+    for seed in bench.seeds:
+        rows = [r for r in read_metrics(Path(bench.out) / f"oreo-{seed}") if r["step"]]
+        for name, style in (("value/right", "-"), ("value/wrong", ":")):
+            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+            axes[2].plot(*zip(*points, strict=True), f"C{seed}{style}", label=f"{name}, seed {seed}", lw=1.2)
+    axes[2].set_title("V of right and wrong episodes", fontsize=10)
+    axes[2].set_xlabel("step")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(bench: Bench) -> dict:
+    started = time.time()
+    out = Path(bench.out).absolute()
+    train, test, expert, sft = (out / name for name in ("games/train", "games/test", "expert", "sft"))
+    for games, count, first in ((train, bench.train_games, 0), (test, bench.test_games, 100_000)):
+        words = ["--stage", "make", "--games", games, "--count", count, "--first_seed", first]
+        run("oreo_agents.py", *words, done=games / f"seed-{first + count - 1:06d}.z8")
+    words = ["--stage", "expert", "--games", train, "--model", "scratch", "--renamed", bench.renamed]
+    run("oreo_agents.py", *words, "--out", expert, done=expert / "rows.jsonl")
+    words = ["--stage", "rejection", "--model", expert / "model", "--rows", expert / "rows.jsonl"]
+    words += ["--batch_size", "16", "--epochs", bench.epochs, "--lr", "1e-3", *LONG]
+    run("oreo.py", "--preset", "tiny", *words, "--out", sft, done=sft / "model")
+    results: dict = {
+        "command": " ".join(["python", "benchmarks/agents.py", *sys.argv[1:]]),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+        "candidates": list(bench.candidates), "sft": measure(sft, test, 0, bench),
+        "collected": {}, "runs": {arm: {} for arm in ARMS},
+    }  # fmt: skip
+    for seed in bench.seeds:
+        rows = out / f"collected-{seed}"
+        words = ["--stage", "collect", "--repeat", bench.repeat, "--model", sft / "model", "--seed", seed]
+        results["collected"][str(seed)] = success(rows, train, bench, *words)
+        for arm in ARMS:
+            folder = out / f"{arm}-{seed}"
+            words = ["--stage", arm, "--model", sft / "model", "--rows", rows / "rows.jsonl", "--seed", seed]
+            words += ["--batch_size", bench.batch_size, *LONG, "--out", folder, *shlex.split(bench.extra)]
+            run("oreo.py", "--preset", "tiny", *words, done=folder / "model")
+            results["runs"][arm][str(seed)] = measure(folder, test, seed, bench, values=arm == "oreo")
+    results["seconds"] = time.time() - started
+    path = Path(bench.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    path.with_suffix(".md").write_text(table(results) + "\n")
+    plot(results, bench, path.with_suffix(".png"))
+    print(f"\n{table(results)}\n\n{path}.json, {path}.md, {path}.png ({results['seconds']:.0f} s)")
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, use_underscores=True))
