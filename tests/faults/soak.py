@@ -37,7 +37,7 @@ def family(pid: int) -> dict[int, str]:
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
     kinds = {"server": "vllm", "worker": "verifiers", "keeper": "common.rollout"}
-    return {p: "trainer" if p == pid else next((k for k, mark in kinds.items() if mark in names.get(p, "")), "other")
+    return {p: "trainer" if p == pid else next((k for k, mark in kinds.items() if mark in names.get(p, "").lower()), "other")
             for p in found}  # fmt: skip
 
 
@@ -65,8 +65,11 @@ def soak(steps: int, out: Path, *words: str) -> dict[str, dict[str, float]]:
     """Run luffy.py -> for every quantity its middle and its growth after the warm-up."""
     command = [sys.executable, "luffy.py", *ONLINE, "--verifier", "math", "--eval_every", "0", "--save_every", "100"]
     command += ["--steps", str(steps), *words, "--out", str(out)]
+    # oneDNN, which vLLM computes with on CPUs, keeps a kernel for each of the last 1,024 shapes: it takes hundreds of
+    # steps of ragged batches to fill that (some 150 MB), which would hide what grows for ever
+    environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
     with open(out.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
         watched, start = [], time.monotonic()
         while process.poll() is None:
             log_file = out / "metrics.jsonl"
