@@ -37,8 +37,8 @@ def family(pid: int) -> dict[int, str]:
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
     kinds = {"server": "vllm", "worker": "verifiers", "keeper": "common.rollout"}
-    return {p: "trainer" if p == pid else next((k for k, mark in kinds.items() if mark in names.get(p, "").lower()), "other")
-            for p in found}  # fmt: skip
+    what = {p: next((k for k, mark in kinds.items() if mark in names.get(p, "").lower()), "other") for p in found}
+    return what | {pid: "trainer"}
 
 
 def look(pid: int) -> dict[str, tuple[float, int]]:
