@@ -51,6 +51,7 @@ class Update:
         self.args = luffy.parse_args(luffy.Args, words, method=luffy.METHODS, preset=luffy.PRESETS)
 
     def rows(self, questions: int, group: int, prompt: int, response: tuple[int, int]) -> list[luffy.Row]:
+        """`questions` groups of `group` rows: prompts of `prompt` random ids, answers of response[0] to [1]."""
         rng = random.Random(0)
 
         def words(n):
@@ -72,6 +73,7 @@ class Update:
         return sum(questions.values()) + answers - len(rows), answers
 
     def seconds(self, rows) -> float:
+        """Of one update: forward, backward, AdamW."""
         start = time.perf_counter()
         luffy.accumulate_gradient(self.policy, rows, None, self.args, self.world)
         optimizer_step(self.policy, self.optimizer, lr=1e-6, max_grad_norm=1.0)
@@ -115,6 +117,7 @@ def line(x: list[float], y: list[float]) -> tuple[float, float, float]:
 
 
 def tokens_sweep(rounds, world):
+    """-> what was measured, and the straight line through seconds by tokens read."""
     group = dict(group=8, prompt=32, response=(16, 240))
     found = sweep([("tokens", n, SMALL, dict(group, questions=n)) for n in (2, 4, 8, 12, 16)], rounds, world)
     a, b, residual = line([r["tokens_read"] for r in found], [r["seconds"] for r in found])
@@ -139,6 +142,7 @@ def ranks_sweep(rounds: int) -> dict:
 
 
 def child(which: str, rounds: int) -> None:
+    """One of `ranks_sweep`'s processes: prints tokens a second ("update") or FLOPs a second ("product")."""
     if which == "product":
         torch.set_num_threads(1)
         deadline, rates = time.perf_counter() + 8, []

@@ -118,6 +118,7 @@ def compare(name: str, args, world) -> list[dict]:
 
 
 def table(rows: list[dict], header: bool = True) -> str:
+    """The settings measured, a line each, as Markdown."""
     names = ["model", "rows", "tokens", "lengths", "mean", "embedded, tokens/s", "vLLM, tokens/s", "ratio", "sync"]
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"] if header else []
     for r in rows:

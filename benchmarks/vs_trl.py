@@ -191,6 +191,7 @@ class Bare:
         return (logp * trained[:, 1:]).sum(1), trained[:, 1:].sum(1)
 
     def step(self, data, seed: int) -> int:
+        """Sample (GRPO), forward, backward, AdamW, and nothing else. -> how many tokens were trained."""
         if self.step_name == "grpo":
             prompts = torch.tensor([p for p in data for _ in range(GROUP)], device=self.device)
             out = self.lm.generate(
@@ -230,6 +231,8 @@ def train_with_trl(step: str, folder: Path, lengths: str, rounds: int, between) 
     logging.set_verbosity_error()
 
     class Watch(TrainerCallback):
+        """Seconds of each of TRL's steps, to `between`."""
+
         def on_step_begin(self, *_, **__):
             self.start = time.perf_counter()
 
@@ -276,6 +279,7 @@ def train_with_trl(step: str, folder: Path, lengths: str, rounds: int, between) 
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -347,6 +351,7 @@ def peak(step: str, lengths: str, model: str, which: str) -> dict[str, float]:
 
 
 def table(rows: list[dict]) -> str:
+    """Seconds a step and their ratios, as Markdown."""
     lines = ["| step | lengths | model | ours, s | TRL, s | bare, s | ours / TRL | ours / bare |", "| --- " * 8 + "|"]
     for r in rows:
         s = r["seconds"]
@@ -356,6 +361,7 @@ def table(rows: list[dict]) -> str:
 
 
 def memory_table(rows: list[dict]) -> str:
+    """Peak memory of each side in a process of its own, as Markdown."""
     lines = ["| step | lengths | model | | ours | TRL | bare |", "| --- " * 7 + "|"]
     kinds = {"peak_gb": "peak, GB", "step_gb": "of it for the step, GB", "seconds": "seconds"}
     for r in rows:

@@ -578,6 +578,7 @@ def serve(argv: list[str] | None = None) -> None:
 
 
 def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
