@@ -16,8 +16,8 @@ does not end, loses. The ids of an episode are those that the sampler read and d
 --stage picks what to do:
   make      generate TextWorld games by seeds (a folder; training and test games are other seeds)
   expert    play every game by its walkthrough: right episodes to start from, for oreo.py --stage rejection.
-            --renamed 20 plays each 20 times more with its things called as things of their kind in other games, so
-            that a small model learns to read names instead of knowing them by heart.
+            --renamed 9 plays each 9 times more with its things called as others of their kind, so that a small model
+            learns to read a game instead of knowing it by heart.
             --model scratch also makes a small model of random weights with one token for each of their words
   collect   play every game --repeat times with the model, at temperature 1: graded rows, for oreo.py
   evaluate  play every game once, greedily, or with --value: draw --candidates answers at each turn and give the one
@@ -93,9 +93,11 @@ class Args:
     seed: int = 0
     """Seeds sampling."""
 
-    # stage expert
+    # names, in TextWorld games
+    names: int = 0
+    """Call things by this many names of each kind (at most 8), which a small model can learn; 0: as the games do."""
     renamed: int = 0
-    """How often to play each TextWorld game again with its things called otherwise."""
+    """How often expert plays each game again with its things called otherwise."""
 
     # stage make
     count: int = 100
@@ -126,6 +128,14 @@ SCRATCH = dict(
     model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False,
 )
+NAMES = {  # for --names, by TextWorld's types
+    "c": ["box", "chest", "safe", "trunk", "cabinet", "drawer", "fridge", "locker"],
+    "d": ["door", "gate", "hatch", "portal", "screen", "grate", "curtain", "panel"],
+    "f": ["apple", "cookie", "onion", "salad", "peanut", "pear", "banana", "bread"],
+    "k": ["key", "passkey", "keycard", "latchkey", "token", "card", "fob", "badge"],
+    "o": ["blanket", "broom", "laptop", "mug", "pen", "scarf", "shoe", "sponge"],
+    "s": ["bed", "bowl", "chair", "counter", "rack", "shelf", "table", "workbench"],
+}
 TEXTWORLD = (
     "You play a text game: you are told what to do and what you see. Answer with one line 'Action: ' and a command, "
     "after a line 'Thought: ' if you want to think first. Commands are like: look, inventory, go north, "
@@ -244,6 +254,7 @@ class RenamedGame:
 
     def __init__(self, game: TextWorldGame, names: dict[str, str]):
         self.game, self.rules = game, game.rules
+        self.things = {names[name]: type_ for name, type_ in getattr(game, "things", {}).items()}
         self.said = names
         self.meant = dict.fromkeys(names, "nothing") | {new: old for old, new in names.items()}
 
@@ -256,6 +267,9 @@ class RenamedGame:
         """-> what is seen, whether the game is over, whether it is won."""
         seen, done, won = self.game.act(replace_words(command, self.meant))
         return replace_words(seen, self.said), done, won
+
+    def close(self) -> None:
+        self.game.close()
 
 
 def replace_words(text: str, names: dict[str, str]) -> str:
@@ -380,7 +394,7 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
         episodes = []
         for number in numbers[wave * args.parallel : (wave + 1) * args.parallel]:
             (name, path, kind), _ = jobs[number]
-            episodes.append(Episode(name, number, kind(path), tokenizer, template))
+            episodes.append(Episode(name, number, open_game(name, path, kind, args), tokenizer, template))
         for turn in range(args.max_turns + 1):
             for e in episodes:
                 if not e.end and turn == args.max_turns:
@@ -411,9 +425,9 @@ def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
 
     template = Path(args.chat_template).read_text() if args.chat_template else None
     games, rows, rng = find_games(args.games), [], random.Random(args.seed)
-    things = things_of_games(games) if args.renamed else {}
+    things = names_of(args) or (things_of_games(games) if args.renamed else {})
     for name, path, kind in tqdm(games, desc="expert", unit="game"):
-        game = kind(path)
+        game = open_game(name, path, kind, args)
         for n in range(1 + args.renamed):
             told = game if not n else RenamedGame(game, other_names(game.things, things, rng))
             episode = Episode(name if not n else f"{name}, renamed {n}", n, told, tokenizer, template)
@@ -440,12 +454,26 @@ def things_of_games(games: list[tuple[str, str, type]]) -> dict[str, list[str]]:
     return {type_: sorted(names) for type_, names in found.items()}
 
 
+def names_of(args: Args) -> dict[str, list[str]]:
+    """{type: the first --names names of it}; empty for the games' own names."""
+    return {type_: names[: args.names] for type_, names in NAMES.items()} if args.names else {}
+
+
+def open_game(name: str, path: str, kind: type, args: Args):
+    """A game that can be played; with --names its things are called by those, in every run alike."""
+    game = kind(path)
+    if not args.names:
+        return game
+    game.reset()  # its things are known from here on
+    return RenamedGame(game, other_names(game.things, names_of(args), random.Random(name)))
+
+
 def other_names(mine: dict[str, str], things: dict[str, list[str]], rng: random.Random) -> dict[str, str]:
     """For each of a game's things a name of its type, none twice and none that begins or ends another's."""
     taken: dict[str, str] = {}
     for name, type_ in mine.items():
         words = {word for other in taken.values() for word in other.lower().split()}
-        free = [one for one in things[type_] if not words & set(one.lower().split())]
+        free = [one for one in things.get(type_, ()) if not words & set(one.lower().split())]
         taken[name] = rng.choice(free or [name])
     return taken
 
@@ -453,8 +481,9 @@ def other_names(mine: dict[str, str], things: dict[str, list[str]], rng: random.
 def words_of_games(args: Args) -> list[str]:
     """All that is said when every game is played by its walkthrough, and the names of its things."""
     texts = ["OK", "Observation: ", "Thought: ", "Action: "]
-    for _, path, kind in find_games(args.games):
-        game = kind(path)
+    texts += [f" {name}" for names in names_of(args).values() for name in names]
+    for name, path, kind in find_games(args.games):
+        game = open_game(name, path, kind, args)
         texts += [kind.rules, game.reset(), *(f" {thing}" for thing in getattr(game, "things", ()))]  # some are hidden
         for command in game.walkthrough:
             texts += [f" {command}", f" {game.act(command)[0]}"]
@@ -495,6 +524,8 @@ def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
     if args.renamed < 0 or (args.renamed and (args.stage != "expert" or args.games.startswith("alfworld:"))):
         raise InputError(f"--renamed {args.renamed}: a number of times, for --stage expert of TextWorld games")
+    if not 0 <= args.names <= len(NAMES["c"]) or (args.names and args.games.startswith("alfworld:")):
+        raise InputError(f"--names {args.names}: 0 to {len(NAMES['c'])}, for TextWorld games")
     for name in ("repeat", "candidates", "max_turns", "max_turn_tokens", "parallel", "count", "quest_length"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")

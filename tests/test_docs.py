@@ -49,6 +49,36 @@ RESULTS = {  # page, heading of the section -> the files that its tables are fro
 }
 
 
+PROSE = {  # what a sentence says: page, words of it -> result file, where in it
+    ("luffy", r"over the last five steps are the same \((0\.\d+)\)"): ("shaping.txt", r"reward/own .*-> (\S+)$"),
+    ("luffy", r"ends at\s+([\d.]+) % instead"): ("shaping.txt", r"eval/mean .*-> (\S+)$"),
+    ("luffy", r"% instead of ([\d.]+) \(each"): ("shaping.txt", r"eval/mean .*?-> (\S+)"),
+    ("luffy", r"the entropy at ([\d.]+) nats"): ("shaping.txt", r"policy/entropy .*-> (\S+)$"),
+    ("luffy", r"nats instead of ([\d.]+)"): ("shaping.txt", r"policy/entropy .*?-> (\S+)"),
+    ("scale", r"the trainer's (\d+) MB grown by"): ("soak-vllm.json", ("trainer MB", "middle")),
+    ("scale", r"its workers' ([\d,]+) MB by"): ("soak-vllm.json", ("server MB", "middle")),
+    ("scale", r"its workers' [\d,]+ MB by ([\d.]+)"): ("soak-vllm.json", ("server MB", "growth")),
+    ("scale", r"workers' (\d+) MB by [\d.]+ MB, no more"): ("soak-vllm.json", ("worker MB", "middle")),
+    ("scale", r"open, ([\d.]+) s a step, grown"): ("soak-vllm.json", ("seconds a step", "middle")),
+    ("scale", r"the trainer's memory\s+(\d+) MB"): ("soak-embedded.json", ("trainer MB", "middle")),
+}
+
+
+@pytest.mark.parametrize(("page", "words"), PROSE, ids=str)
+def test_numbers_in_sentences_are_those_of_the_results(page, words):
+    file, where = PROSE[page, words]
+    text = (ROOT / "benchmarks" / "results" / file).read_text()
+    if file.endswith(".json"):
+        value = json.loads(text)["report"]
+        for key in where:
+            value = value[key]
+    else:
+        value = float(re.search(where, text, re.MULTILINE)[1])
+    said = next(filter(None, re.search(words, (ROOT / "docs" / f"{page}.md").read_text()).groups())).replace(",", "")
+    value = value * 100 if "%" in words else value
+    assert round(value, len(said.partition(".")[2])) == float(said)
+
+
 def leaves(value):
     if isinstance(value, dict):
         value = list(value.values())

@@ -58,11 +58,12 @@ def words_of(name: str, out: Path) -> list[str]:
     return [*(word.replace("{out}", str(out)) for word in RUNS[name]), "--out", str(out)]
 
 
-def reached(moment: str, out: Path) -> bool:
-    """Whether a checkpoint is being written, and how far it is."""
+def reached(moment: str, out: Path, since: float = 0.0) -> bool:
+    """Whether a checkpoint is being written, and how far it is. One that nobody touched `since` was left by a kill."""
     for folder in ("checkpoint", "base/checkpoint", "bridge/sft/checkpoint", "bridge/rl/checkpoint"):
         try:
-            partial = next((entry for entry in os.scandir(out / folder) if entry.name.endswith(".partial")), None)
+            partials = [entry for entry in os.scandir(out / folder) if entry.name.endswith(".partial")]
+            partial = next((entry for entry in partials if entry.stat().st_mtime >= since), None)
             names = os.listdir(partial) if partial else []
         except FileNotFoundError:
             continue  # not there yet, or complete meanwhile
@@ -87,14 +88,19 @@ def disturbed(name: str, out: Path, zygote: Zygote, seconds: float, kills: int, 
     """Kill the run `kills` times, then let it end. -> at what moments it was killed."""
     log, killed = out.with_suffix(".log"), []
     while True:
+        started = time.time()
         pid = zygote.start(words_of(name, out), log)
         if len(killed) == kills:
             assert zygote.wait(pid) == 0, log.read_text()[-3000:]
             return killed
         moment = MOMENTS[len(killed) % len(MOMENTS)] if kills < 8 else rng.choice(MOMENTS)
-        deadline = time.monotonic() + rng.uniform(0.1, 0.8 if not killed else 0.4) * seconds
+        if kills < 8:
+            share = rng.uniform(0.1, 0.4 if killed else 0.8)
+        else:  # few steps between kills, so that there are checkpoints left for the later ones
+            share = rng.uniform(0.05, 0.2) if moment == "any time" else rng.uniform(0.2, 0.5)
+        deadline = time.monotonic() + share * seconds
         while True:
-            seen = reached(moment, out)
+            seen = reached(moment, out, started)
             if seen or time.monotonic() > deadline:  # a moment of milliseconds may have been missed
                 zygote.kill(pid)
                 killed.append(moment if seen else "any time")
