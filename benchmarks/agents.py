@@ -165,8 +165,9 @@ def main(bench: Bench) -> dict:
     for games, count, first in ((train, bench.train_games, 0), (test, bench.test_games, 100_000)):
         words = ["--stage", "make", "--games", games, "--count", count, "--first_seed", first]
         run("oreo_agents.py", *words, done=games / f"seed-{first + count - 1:06d}.z8")
-    words = ["--stage", "expert", "--games", train, "--model", "scratch", "--renamed", bench.renamed, "--names", bench.names]
-    run("oreo_agents.py", *words, "--out", expert, done=expert / "rows.jsonl")
+    words = ["--stage", "expert", "--games", train, "--model", "scratch", "--out", expert]
+    words += ["--renamed", bench.renamed, "--names", bench.names]
+    run("oreo_agents.py", *words, done=expert / "rows.jsonl")
     words = ["--stage", "rejection", "--model", expert / "model", "--rows", expert / "rows.jsonl"]
     words += ["--batch_size", "16", "--epochs", bench.epochs, "--lr", "1e-3", *LONG]
     run("oreo.py", "--preset", "tiny", *words, "--out", sft, done=sft / "model")

@@ -55,6 +55,12 @@ PROSE = {  # what a sentence says: page, words of it -> result file, where in it
     ("luffy", r"% instead of ([\d.]+) \(each"): ("shaping.txt", r"eval/mean .*?-> (\S+)"),
     ("luffy", r"the entropy at ([\d.]+) nats"): ("shaping.txt", r"policy/entropy .*-> (\S+)$"),
     ("luffy", r"nats instead of ([\d.]+)"): ("shaping.txt", r"policy/entropy .*?-> (\S+)"),
+    ("performance", r"results/threads.json\)\): (\d+) a second"): ("threads.json", ("beside 3 busy processes", "as it is")),
+    ("performance", r"(\d+) with 10,000 turns"): ("threads.json", ("beside 3 busy processes", "10000")),
+    ("performance", r"(\d+) without spinning"): ("threads.json", ("beside 3 busy processes", "0")),
+    ("performance", r"on an idle machine (\d+),"): ("threads.json", ("beside 0 busy processes", "as it is")),
+    ("performance", r"on an idle machine \d+, (\d+) and"): ("threads.json", ("beside 0 busy processes", "10000")),
+    ("performance", r"on an idle machine \d+, \d+ and (\d+)"): ("threads.json", ("beside 0 busy processes", "0")),
     ("scale", r"the trainer's (\d+) MB grown by"): ("soak-vllm.json", ("trainer MB", "middle")),
     ("scale", r"its workers' ([\d,]+) MB by"): ("soak-vllm.json", ("server MB", "middle")),
     ("scale", r"its workers' [\d,]+ MB by ([\d.]+)"): ("soak-vllm.json", ("server MB", "growth")),
@@ -69,7 +75,8 @@ def test_numbers_in_sentences_are_those_of_the_results(page, words):
     file, where = PROSE[page, words]
     text = (ROOT / "benchmarks" / "results" / file).read_text()
     if file.endswith(".json"):
-        value = json.loads(text)["report"]
+        results = json.loads(text)
+        value = results.get("report") or results["steps_per_second"]
         for key in where:
             value = value[key]
     else:
