@@ -55,7 +55,7 @@ PROSE = {  # what a sentence says: page, words of it -> result file, where in it
     ("luffy", r"% instead of ([\d.]+) \(each"): ("shaping.txt", r"eval/mean .*?-> (\S+)"),
     ("luffy", r"the entropy at ([\d.]+) nats"): ("shaping.txt", r"policy/entropy .*-> (\S+)$"),
     ("luffy", r"nats instead of ([\d.]+)"): ("shaping.txt", r"policy/entropy .*?-> (\S+)"),
-    ("performance", r"results/threads.json\)\): (\d+) a second"): ("threads.json", ("beside 3 busy processes", "as it is")),
+    ("performance", r"threads.json\)\): (\d+) a second"): ("threads.json", ("beside 3 busy processes", "as it is")),
     ("performance", r"(\d+) with 10,000 turns"): ("threads.json", ("beside 3 busy processes", "10000")),
     ("performance", r"(\d+) without spinning"): ("threads.json", ("beside 3 busy processes", "0")),
     ("performance", r"on an idle machine (\d+),"): ("threads.json", ("beside 0 busy processes", "as it is")),
