@@ -20,8 +20,8 @@ fine-tuned model: 60 steps of GRPO at 5e-5 took SFT's sampled answers from 43 to
     bridge_luffy, bridge_relift                                                behaviours first, then a teacher
 
 A model is measured by --tries answers at temperature 1 to each test problem. Each paper's claims are checked by name:
-"yes" or "no" where the difference is over twice its standard error (over seeds; with one seed over problems), else "not
-significant". What is complete is not done again: give the same command to go on.
+"yes" or "no" where the difference is over twice its standard error (the larger of that over seeds and that over
+problems), else "not significant". What is complete is not done again: give the same command to go on.
 """
 
 import json
@@ -274,8 +274,11 @@ def cost(name: str, seed: int, claims: Claims) -> dict[str, float]:
 
 
 def verdict(values: list[float], errors: list[float]) -> dict:
-    """Of the claim that these are positive, a value a seed (with its own error, for when there is one seed)."""
-    se = error(values) if len(values) > 1 else errors[0]
+    """Of the claim that these are positive, a value a seed, each with its own error over problems (NaN: none).
+
+    The standard error is the larger of that over seeds and that over problems: a few seeds can agree by chance."""
+    known = [e for e in (error(values), math.hypot(*errors) / len(errors)) if not math.isnan(e)]
+    se = max(known, default=math.nan)
     if math.isnan(se) or abs(mean(values)) < 2 * se or not mean(values):
         word = "not significant"
     else:

@@ -11,7 +11,9 @@ from benchmarks.claims import RUNS, Claims, check, error, paired, tables, verdic
 
 
 def test_a_verdict_needs_twice_the_standard_error():
-    assert verdict([2.0, 3.0, 4.0], [9.0] * 3)["verdict"] == "yes"  # 3 +- 0.58
+    assert verdict([2.0, 3.0, 4.0], [math.nan] * 3)["verdict"] == "yes"  # 3 +- 0.58
+    assert verdict([2.0, 3.0, 4.0], [2.0] * 3)["se"] == pytest.approx(2 / 3**0.5)  # over problems: 3 +- 1.15
+    assert verdict([3.0, 3.01], [3.0] * 2)["verdict"] == "not significant"  # two seeds that agree by chance
     assert verdict([-2.0, -3.0, -4.0], [0.1] * 3)["verdict"] == "no"
     assert verdict([-2.0, 3.0, 4.0], [0.1] * 3)["verdict"] == "not significant"
     assert verdict([3.0], [1.0])["verdict"] == "yes"  # one seed: its error over problems
