@@ -225,6 +225,8 @@ def test_other_names_are_of_the_same_kind_and_share_no_word():
         (dict(games="alfworld:train"), "no games there; pip install alfworld, then alfworld-download"),
         (dict(model=""), "--stage evaluate needs --model"),
         (dict(candidates=0), "--candidates must be positive"),
+        (dict(names=9), "--names 9: 0 to 8, for TextWorld games"),
+        (dict(names=2, games="alfworld:train"), "--names 2: 0 to 8, for TextWorld games"),
         (dict(renamed=2), "--renamed 2: a number of times, for --stage expert of TextWorld games"),
         (dict(stage="collect", temperature=0.0), "answers that shall differ need a positive one"),
     ],
@@ -251,7 +253,13 @@ def test_a_generated_textworld_game_is_won_by_its_walkthrough_and_seeds_differ(t
     args.stage, args.renamed = "expert", 3
     result = oreo_agents.main(args)
     assert result["success"] == 1 and result["turns"] == 2 and result["episodes"] == 8
-    args.stage, args.model, args.max_turns, args.max_turn_tokens = "collect", str(tmp_path / "out" / "model"), 2, 12
+    args.names = 4
+    assert oreo_agents.main(args)["success"] == 1
+    things = oreo_agents.open_game(*games[0], args).things
+    assert things and all(name in oreo_agents.NAMES[kind][:4] for name, kind in things.items())
+    assert things == oreo_agents.open_game(*games[0], args).things  # the same in every run
+    args.stage, args.renamed, args.max_turns, args.max_turn_tokens = "collect", 0, 2, 12
+    args.model = str(tmp_path / "out" / "model")
     args.out, args.repeat = str(tmp_path / "played"), 2
     result = oreo_agents.main(args)
     assert result["episodes"] == 4 and result["success"] == 0  # random weights
