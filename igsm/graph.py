@@ -24,6 +24,7 @@ first, then abstract ones; -1 stands for a literal number among a parameter's pa
 
 import hashlib
 import math
+from itertools import chain
 from operator import mul
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class Node(NamedTuple):
 
     @property
     def parents(self):
-        return [parent for term in self.terms for parent in term]
+        return list(chain.from_iterable(self.terms))
 
     @property
     def ops(self):
@@ -175,7 +176,7 @@ def _draw_dependencies(rng, structure, target):
     They cost exactly `target` operations. None if this draw led nowhere.
     """
     edges, abstract = structure.edges, structure.abstract
-    parents = [[] for _ in edges] + [[p for term in terms for p in term] for _, _, _, terms in abstract]
+    parents = [[] for _ in edges] + [list(chain.from_iterable(terms)) for _, _, _, terms in abstract]
     chosen = _choose(rng.random, structure, parents, target)
     order = _order(rng, chosen, parents, len(edges))
     if order is None or not _draw_parents(rng.random, order, parents, len(edges), target):

@@ -1,7 +1,7 @@
 """Problems as a caller sees them, and where their randomness comes from."""
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from igsm.behaviors import plan_steps, reordered
 from igsm.graph import Node, draw_problem
@@ -161,7 +161,7 @@ def retell(
         question = "\n".join([*conditions, asked])
     told = (subgoals, reflection, analysis, retry, solution_variant)
     if told == problem.told:
-        return replace(problem, question=question)
+        return _copy(problem, question, problem.solution, told)
     if solution_variant:
         rng = stream("solution")
         order = reordered(nodes, num_necessary, rng)
@@ -178,7 +178,16 @@ def retell(
         steps, nodes, problem.answer, problem.style, letters, phrases,
         modulus=problem.modulus, subgoals=subgoals, memo=memo,
     )  # fmt: skip
-    return replace(problem, question=question, solution=solution, told=told)
+    return _copy(problem, question, solution, told)
+
+
+def _copy(problem, question, solution, told):
+    """dataclasses.replace, twice as fast: it is all that is left to do where a solution is told already."""
+    copy = object.__new__(Problem)
+    for name in Problem.__slots__:
+        setattr(copy, name, getattr(problem, name))
+    copy.question, copy.solution, copy.told = question, solution, told
+    return copy
 
 
 def row(problem, split, system_prompt=False):
