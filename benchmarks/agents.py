@@ -1,17 +1,17 @@
 """OREO's agents on TextWorld: a policy that learnt from walkthroughs plays, learns from its own episodes, and plays
 games it never saw; then its value chooses among K answers at each turn.
 
-    sft          a model from scratch, trained on the walkthroughs of the training games
-    rejection    sft, trained further on those of its own episodes that won
-    oreo         sft, trained further by token-level OREO on all its own episodes, right and wrong
+    sft          a model from scratch, trained on the walkthroughs of --train_games
+    rejection    sft, trained further on those of its own episodes of --practice_games that won
+    oreo         sft, trained further by token-level OREO on all these episodes, right and wrong
 
     python benchmarks/agents.py                     three seeds (first: pip install -r requirements-agents.txt)
-    python benchmarks/agents.py --seeds 0 --train_games 20 --test_games 10 --extra="--steps 4"
+    python benchmarks/agents.py --seeds 0 --train_games 20 --practice_games 10 --test_games 10 --extra="--steps 4"
 
-A seed draws its own episodes of the training games, the same for both arms. Every policy plays the test games, which
-have other seeds: each once greedily, and --tries times at temperature 1; OREO's also with its value, which chooses
-among K answers at each turn. Things have few names, so that a model of a million weights can learn to read about them.
-What is complete is not done again.
+A seed draws its own episodes, the same for both arms; the games whose walkthroughs it has seen it would win always.
+Every policy plays the test games, which nobody has seen: each once greedily, and --tries times at temperature 1;
+OREO's also with its value, which chooses among K answers at each turn. Things have few names, so that a model of a
+million weights can learn to read about them. What is complete is not done again.
 """
 
 import json
@@ -46,17 +46,19 @@ class Bench:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the episodes and of the training on them; games and sft stay the same."""
     train_games: int = 200
-    """Games to learn from. TextWorld takes more than a second to compile one."""
+    """Games whose walkthroughs are learnt. TextWorld takes more than a second to compile one."""
+    practice_games: int = 100
+    """Games of other seeds, of which it learns by playing."""
     test_games: int = 100
-    """Games of other seeds."""
+    """Games of other seeds again, to measure by."""
     names: int = 6
     """Of each kind of thing, in all games; 0: as the games call them, which this small model does not learn to read."""
     renamed: int = 9
     """How often sft sees each walkthrough again under other names."""
-    epochs: int = 10
+    epochs: int = 5
     """Of sft."""
     repeat: int = 5
-    """Episodes of each training game that are collected."""
+    """Episodes of each practice game that are collected."""
     batch_size: int = 32
     """Episodes of an update on them."""
     tries: int = 2
@@ -161,8 +163,10 @@ def plot(results: dict, bench: Bench, path: Path) -> None:
 def main(bench: Bench) -> dict:
     started = time.time()
     out = Path(bench.out).absolute()
-    train, test, expert, sft = (out / name for name in ("games/train", "games/test", "expert", "sft"))
-    for games, count, first in ((train, bench.train_games, 0), (test, bench.test_games, 100_000)):
+    train, practice, test = (out / "games" / name for name in ("train", "practice", "test"))
+    expert, sft = out / "expert", out / "sft"
+    counts = {train: (bench.train_games, 0), practice: (bench.practice_games, 50_000), test: (bench.test_games, 100_000)}
+    for games, (count, first) in counts.items():
         words = ["--stage", "make", "--games", games, "--count", count, "--first_seed", first]
         run("oreo_agents.py", *words, done=games / f"seed-{first + count - 1:06d}.z8")
     words = ["--stage", "expert", "--games", train, "--model", "scratch", "--out", expert]
@@ -180,7 +184,7 @@ def main(bench: Bench) -> dict:
     for seed in bench.seeds:
         rows = out / f"collected-{seed}"
         words = ["--stage", "collect", "--repeat", bench.repeat, "--model", sft / "model", "--seed", seed]
-        results["collected"][str(seed)] = success(rows, train, bench, *words)
+        results["collected"][str(seed)] = success(rows, practice, bench, *words)
         for arm in ARMS:
             folder = out / f"{arm}-{seed}"
             words = ["--stage", arm, "--model", sft / "model", "--rows", rows / "rows.jsonl", "--seed", seed]

@@ -67,8 +67,9 @@ def test_both_arms_learn_from_the_same_rows_and_every_policy_plays_the_test_game
         assert Path(value_of(words, "--rows")).parent.name == f"collected-{value_of(words, '--seed')}"
     played = [words for words in commands if words[0] == "oreo_agents.py" and value_of(words, "--stage") != "make"]
     for words in played:
-        learning = value_of(words, "--stage") == "expert" or "collected-" in value_of(words, "--out")
-        assert value_of(words, "--games") == str(runs / "games" / ("train" if learning else "test"))
+        expert, own = value_of(words, "--stage") == "expert", "collected-" in value_of(words, "--out")
+        games = "train" if expert else "practice" if own else "test"
+        assert value_of(words, "--games") == str(runs / "games" / games)
         assert value_of(words, "--names") == "6"
     before = len(commands)
     main(bench)
