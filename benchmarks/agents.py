@@ -165,8 +165,8 @@ def main(bench: Bench) -> dict:
     out = Path(bench.out).absolute()
     train, practice, test = (out / "games" / name for name in ("train", "practice", "test"))
     expert, sft = out / "expert", out / "sft"
-    counts = {train: (bench.train_games, 0), practice: (bench.practice_games, 50_000), test: (bench.test_games, 100_000)}
-    for games, (count, first) in counts.items():
+    counts = {train: bench.train_games, practice: bench.practice_games, test: bench.test_games}
+    for (games, count), first in zip(counts.items(), (0, 50_000, 100_000), strict=True):
         words = ["--stage", "make", "--games", games, "--count", count, "--first_seed", first]
         run("oreo_agents.py", *words, done=games / f"seed-{first + count - 1:06d}.z8")
     words = ["--stage", "expert", "--games", train, "--model", "scratch", "--out", expert]
