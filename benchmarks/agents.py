@@ -55,8 +55,10 @@ class Bench:
     """Of each kind of thing, in all games; 0: as the games call them, which this small model does not learn to read."""
     renamed: int = 9
     """How often sft sees each walkthrough again under other names."""
-    epochs: int = 5
-    """Of sft."""
+    sft_epochs: int = 5
+    """Passes of sft over the walkthroughs."""
+    epochs: int = 4
+    """Passes of rejection and oreo over the episodes."""
     repeat: int = 5
     """Episodes of each practice game that are collected."""
     batch_size: int = 32
@@ -173,7 +175,7 @@ def main(bench: Bench) -> dict:
     words += ["--renamed", bench.renamed, "--names", bench.names]
     run("oreo_agents.py", *words, done=expert / "rows.jsonl")
     words = ["--stage", "rejection", "--model", expert / "model", "--rows", expert / "rows.jsonl"]
-    words += ["--batch_size", "16", "--epochs", bench.epochs, "--lr", "1e-3", *LONG]
+    words += ["--batch_size", "16", "--epochs", bench.sft_epochs, "--lr", "1e-3", *LONG]
     run("oreo.py", "--preset", "tiny", *words, "--out", sft, done=sft / "model")
     results: dict = {
         "command": " ".join(["python", "benchmarks/agents.py", *sys.argv[1:]]),
@@ -188,7 +190,8 @@ def main(bench: Bench) -> dict:
         for arm in ARMS:
             folder = out / f"{arm}-{seed}"
             words = ["--stage", arm, "--model", sft / "model", "--rows", rows / "rows.jsonl", "--seed", seed]
-            words += ["--batch_size", bench.batch_size, *LONG, "--out", folder, *shlex.split(bench.extra)]
+            words += ["--epochs", bench.epochs, "--batch_size", bench.batch_size, *LONG, "--out", folder]
+            words += shlex.split(bench.extra)
             run("oreo.py", "--preset", "tiny", *words, done=folder / "model")
             results["runs"][arm][str(seed)] = measure(folder, test, seed, bench, values=arm == "oreo")
     results["seconds"] = time.time() - started

@@ -41,7 +41,7 @@ RESULTS = {  # page, heading of the section -> the files that its tables are fro
     ("luffy", "Results"): ["demo-seed0.json", "demo-seed1.json", "demo-seed2.json"],
     ("relift", "Results"): ["relift-tiny.md"],
     ("redi", "Results"): ["redi-tiny.json"],
-    ("oreo", "Results"): ["oreo-tiny.md"],
+    ("oreo", "Results"): ["oreo-tiny.md", "agents-textworld.md"],
     ("behavior_injection", "Results"): ["bridge-tiny.json"],
     ("logprobs", "Measured"): ["logprobs-cpu.json"],
     ("performance", "Against TRL, and the bare bound"): ["vs-trl-small-cpu.json", "vs-trl-memory-wide-cpu.json"],
