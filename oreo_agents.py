@@ -254,7 +254,7 @@ class RenamedGame:
 
     def __init__(self, game: TextWorldGame, names: dict[str, str]):
         self.game, self.rules = game, game.rules
-        self.things = {names[name]: type_ for name, type_ in getattr(game, "things", {}).items()}
+        self.things = {names[name]: type_ for name, type_ in game.things.items()}
         self.said = names
         self.meant = dict.fromkeys(names, "nothing") | {new: old for old, new in names.items()}
 
@@ -287,6 +287,7 @@ class AlfworldGame:
     """A game of ALFWorld (a game.tw-pddl file), by the package's own TextWorld environment."""
 
     rules = ALFWORLD
+    things: dict[str, str] = {}  # not told
 
     def __init__(self, path: str):
         import textworld
@@ -484,7 +485,7 @@ def words_of_games(args: Args) -> list[str]:
     texts += [f" {name}" for names in names_of(args).values() for name in names]
     for name, path, kind in find_games(args.games):
         game = open_game(name, path, kind, args)
-        texts += [kind.rules, game.reset(), *(f" {thing}" for thing in getattr(game, "things", ()))]  # some are hidden
+        texts += [kind.rules, game.reset(), *(f" {thing}" for thing in game.things)]  # some are hidden
         for command in game.walkthrough:
             texts += [f" {command}", f" {game.act(command)[0]}"]
         game.close()

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
-from benchmarks.held_out import mean_and_spread  # noqa: E402
+from benchmarks.held_out import cell, mean_and_spread, save  # noqa: E402
 from common.trainer import read_metrics  # noqa: E402
 
 LONG = ["--max_prompt_tokens", "1000", "--max_response_tokens", "2000", "--eval_every", "0"]
@@ -120,8 +120,7 @@ def table(results: dict) -> str:
             if None in values:
                 cells.append("")
                 continue
-            mean, spread = mean_and_spread(values)
-            cells.append(f"{mean:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else ""))
+            cells.append(cell(values))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -195,10 +194,7 @@ def main(bench: Bench) -> dict:
             run("oreo.py", "--preset", "tiny", *words, done=folder / "model")
             results["runs"][arm][str(seed)] = measure(folder, test, seed, bench, values=arm == "oreo")
     results["seconds"] = time.time() - started
-    path = Path(bench.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(table(results) + "\n")
+    path = save(results, table(results), bench.results)
     plot(results, bench, path.with_suffix(".png"))
     print(f"\n{table(results)}\n\n{path}.json, {path}.md, {path}.png ({results['seconds']:.0f} s)")
     return results

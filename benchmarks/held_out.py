@@ -1,6 +1,8 @@
 """What the benchmarks that compare methods share: answers to held-out problems, and means over seeds."""
 
+import json
 import math
+from pathlib import Path
 
 import luffy
 from common.rollout import EmbeddedSampler, Sampling
@@ -53,3 +55,18 @@ def error(values) -> float:
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation (of the sample; 0 for one value)."""
     return mean(values), error(values) * math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def cell(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds, where there are some."""
+    middle, spread = mean_and_spread(values)
+    return f"{middle:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else "")
+
+
+def save(results: dict, table: str, path: str) -> Path:
+    """Write PATH.json and PATH.md -> PATH, for the plot beside them."""
+    found = Path(path)
+    found.parent.mkdir(parents=True, exist_ok=True)
+    found.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    found.with_suffix(".md").write_text(table + "\n")
+    return found

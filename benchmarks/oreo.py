@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
-from benchmarks.held_out import mean, mean_and_spread, solve_rates  # noqa: E402
+from benchmarks.held_out import cell, mean, mean_and_spread, save, solve_rates  # noqa: E402
 from common.trainer import read_metrics  # noqa: E402
 
 ARMS = {
@@ -127,12 +127,6 @@ def search(first: Path, seed: int, bench: Bench) -> dict[str, dict[str, float]]:
             run(words, first / "search", result, bench)
             found[kind][str(width)] = 100 * json.loads(result.read_text())["eval/mean"]
     return found
-
-
-def cell(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds, where there are some."""
-    mean, spread = mean_and_spread(values)
-    return f"{mean:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else "")
 
 
 def tables(results: dict) -> str:
@@ -238,10 +232,7 @@ def main(bench: Bench) -> dict:
             if arm == "oreo-token" and bench.widths:
                 results["search"][str(seed)] = search(folders[0], seed, bench)
     results["seconds"] = time.time() - started
-    path = Path(bench.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(tables(results) + "\n")
+    path = save(results, tables(results), bench.results)
     plot(bench, results, path.with_suffix(".png"))
     print(f"\n{tables(results)}\n\n{path}.json, {path}.md, {path}.png ({results['seconds']:.0f} s)")
     return results

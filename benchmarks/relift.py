@@ -33,7 +33,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 import relift  # noqa: E402
-from benchmarks.held_out import answers, mean_and_spread  # noqa: E402
+from benchmarks.held_out import answers, mean_and_spread, save  # noqa: E402
 from common.trainer import read_metrics  # noqa: E402
 
 ARMS = {
@@ -172,10 +172,7 @@ def main(bench: Bench) -> dict:
             row = measure(str(run / "model"), bench, buckets) | cost(run)
             results["runs"].setdefault(arm, {})[str(seed)] = row
     results["seconds"] = time.time() - started
-    path = Path(bench.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(table(results) + "\n")
+    path = save(results, table(results), bench.results)
     plot(bench, results, path.with_suffix(".png"))
     print(f"\n{bench.problems} held-out problems, {TRIES} answers each at temperature 1, {len(bench.seeds)} seeds "
           f"(mean ± standard deviation):\n\n{table(results)}\n\n{path}.json, .md and .png ({results['seconds']:.0f} s)")

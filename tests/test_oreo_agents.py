@@ -30,6 +30,7 @@ class Door:
 
     rules = "Open the door and go."
     walkthrough = ["open door", "go out"]
+    things = {"door": "d"}
 
     def __init__(self, path):
         self.open = False
