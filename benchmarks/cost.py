@@ -37,7 +37,7 @@ SMALL = Shape(layers=4, hidden=256, intermediate=768, heads=4, kv_width=256, voc
 class Update:
     """A model with random weights, and updates of it."""
 
-    def __init__(self, shape: Shape, world):
+    def __init__(self, shape: Shape, world, micro_batch_tokens: int = 4096):
         self.shape, self.world = shape, world
         config = dict(
             model_type="qwen2", hidden_size=shape.hidden, intermediate_size=shape.intermediate,
@@ -47,7 +47,7 @@ class Update:
         )  # fmt: skip
         self.policy = load_policy("", world, from_config=config)
         self.optimizer = make_optimizer(self.policy, lr=1e-6)
-        words = ["--method", "grpo", "--max_response_tokens", "256", "--micro_batch_tokens", "4096"]
+        words = ["--method", "grpo", "--max_response_tokens", "256", "--micro_batch_tokens", str(micro_batch_tokens)]
         self.args = luffy.parse_args(luffy.Args, words, method=luffy.METHODS, preset=luffy.PRESETS)
 
     def rows(self, questions: int, group: int, prompt: int, response: tuple[int, int]) -> list[luffy.Row]:
@@ -109,19 +109,20 @@ def sweep(cases: list[tuple], rounds: int, world) -> list[dict]:
     return found
 
 
-def line(x: list[float], y: list[float]) -> tuple[float, float, float]:
-    """Least squares of y = a + b x -> a, b, the largest |residual| as a share of y."""
+def line(x: list[float], y: list[float]) -> tuple[float, float, float, float]:
+    """Least squares of y = a + b x -> a, b, the residual's norm over that of y, the largest residual over its y."""
     t = torch.tensor([x, y], dtype=torch.float64)
     a, b = torch.linalg.lstsq(torch.stack([torch.ones_like(t[0]), t[0]], 1), t[1]).solution.tolist()
-    return a, b, ((a + b * t[0] - t[1]) / t[1]).abs().max().item()
+    off = a + b * t[0] - t[1]
+    return a, b, (off.norm() / t[1].norm()).item(), (off / t[1]).abs().max().item()
 
 
 def tokens_sweep(rounds, world):
     """-> what was measured, and the straight line through seconds by tokens read."""
     group = dict(group=8, prompt=32, response=(16, 240))
     found = sweep([("tokens", n, SMALL, dict(group, questions=n)) for n in (2, 4, 8, 12, 16)], rounds, world)
-    a, b, residual = line([r["tokens_read"] for r in found], [r["seconds"] for r in found])
-    return found, {"seconds": a, "seconds_per_token": b, "largest_residual": residual}
+    a, b, residual, largest = line([r["tokens_read"] for r in found], [r["seconds"] for r in found])
+    return found, {"seconds": a, "seconds_per_token": b, "residual": residual, "largest_residual": largest}
 
 
 def ranks_sweep(rounds: int) -> dict:
@@ -151,7 +152,7 @@ def child(which: str, rounds: int) -> None:
         return print(statistics.mean(rates))
     world = init_world()
     torch.set_num_threads(1)
-    update = Update(Shape(4, 512, 1536, 8, 512, 2048), world)
+    update = Update(Shape(4, 512, 1536, 8, 512, 2048), world, micro_batch_tokens=8192)
     rows = update.rows(questions=8, group=8, prompt=32, response=(16, 240))
     seconds = [update.seconds(rows) for _ in range(rounds + 1)][1:]
     if world.main:

@@ -1,7 +1,7 @@
 """Tokens per second of the embedded sampler and of a vLLM server, side by side in one run.
 
     python benchmarks/rollout.py                                              # into benchmarks/results/
-    python benchmarks/rollout.py --models 0.7M 135M FOLDER --rows 128 --tokens 256 --rounds 5
+    python benchmarks/rollout.py --models 0.7M 135M FOLDER --rows 128 --tokens 256 --rounds 5    # added to the file
 
 Each model is served by one vLLM server that stays for all its measurements; rounds alternate between the two samplers
 on the same prompts, so that what else the machine does falls on both. "equal": every completion has --tokens tokens;
@@ -97,7 +97,7 @@ def compare(name: str, args, world) -> list[dict]:
         embedded.sync(policy, 0)
         served.stop_ids = stop_ids
         prompts = [[rng.randrange(vocabulary) for _ in range(args.prompt)] for _ in range(rows // args.group)]
-        row = {"model": name, "parameters": sum(p.numel() for p in policy.parameters()), "rows": rows,
+        row = {"model": Path(name).name, "parameters": sum(p.numel() for p in policy.parameters()), "rows": rows,
                "tokens": tokens, "lengths": lengths}  # fmt: skip
         samplers, speeds = {"embedded": embedded, "vllm": served}, {"embedded": [], "vllm": []}
         for round_ in range(args.rounds + 1):
@@ -117,13 +117,18 @@ def compare(name: str, args, world) -> list[dict]:
     return out
 
 
+def key(row: dict) -> tuple:
+    """What a setting is known by in the file of results."""
+    return tuple(row[name] for name in ("model", "rows", "tokens", "lengths"))
+
+
 def table(rows: list[dict], header: bool = True) -> str:
     """The settings measured, a line each, as Markdown."""
     names = ["model", "rows", "tokens", "lengths", "mean", "embedded, tokens/s", "vLLM, tokens/s", "ratio", "sync"]
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"] if header else []
     for r in rows:
         lines.append(
-            f"| {Path(r['model']).name} | {r['rows']} | {r['tokens']} | {r['lengths']} | {r['mean_length']:.0f} | "
+            f"| {r['model']} | {r['rows']} | {r['tokens']} | {r['lengths']} | {r['mean_length']:.0f} | "
             f"{r['embedded_tokens_per_second']:,.0f} | {r['vllm_tokens_per_second']:,.0f} | "
             f"{r['vllm_over_embedded']:.2f} | {r['sync_seconds']:.2f} s |"
         )
@@ -150,10 +155,14 @@ def main():
     for name in args.models:
         rows += compare(name, args, world)
     args.out.mkdir(parents=True, exist_ok=True)
-    result = dict(machine=machine, torch=torch.__version__, vllm=vllm_version(), threads=torch.get_num_threads(),
-                  note=args.note, settings={k: v for k, v in vars(args).items() if k not in ("out", "note")}, rows=rows)
-    name = machine.lower().replace(" ", "-") if cuda else "cpu"
-    (args.out / f"rollout-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = args.out / f"rollout-{machine.lower().replace(' ', '-') if cuda else 'cpu'}.json"
+    about = dict(machine=machine, torch=torch.__version__, vllm=vllm_version(), threads=torch.get_num_threads(),
+                 group=args.group, prompt=args.prompt, rounds=args.rounds, batch_tokens=args.batch_tokens,
+                 note=args.note)  # fmt: skip
+    measured = {key(row) for row in rows}
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in kept if key(row) not in measured] + [row | about for row in rows]
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print(f"\n{machine}, torch {torch.__version__}, vLLM {vllm_version()}\n\n{table(rows)}")
 
 

@@ -4,6 +4,7 @@
     python benchmarks/vs_trl.py                                    # all of it, into benchmarks/results/
     python benchmarks/vs_trl.py --steps grpo --lengths ragged --rounds 5
     python benchmarks/vs_trl.py --model wide --memory              # vocabulary 151,936: peak memory, a process each
+    python benchmarks/vs_trl.py --model wide --memory --steps grpo --lengths equal --new 192 --sides ours trl
 
 All three train the same weights on the same prompts and traces with AdamW in float32 (bf16 compute on CUDA), in one
 process and in turns, so that what else the machine does falls on all; medians of seconds, and of each round's ratios.
@@ -52,6 +53,7 @@ MODELS = {  # hidden, layers, vocabulary
     "wide": (896, 2, 151936),
     "1.5B": (1536, 28, 151936),
 }
+SIDES = ["ours", "trl", "bare"]
 LR = 1e-6  # small enough for the weights, and with them the lengths of answers, to stay as they are
 PROMPT, GROUP, QUESTIONS, NEW, TOTAL, ROWS = 16, 8, 8, 64, (32, 256), 32
 
@@ -144,6 +146,7 @@ class Ours:
             groups = self.sampler.generate(
                 data, n=GROUP, keys=list(range(len(data))), seed=seed, sampling=Sampling(NEW)
             )
+            self.sampler.sleep()
             rows = [luffy.Row(data[g], c.ids, g, False, c.logps, c.truncated, reward(c.ids))
                     for g, group in enumerate(groups) for c in group]  # fmt: skip
             rewards, question = torch.tensor([r.reward for r in rows]), torch.tensor([r.group for r in rows])
@@ -360,29 +363,38 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def key(row: dict) -> tuple:
+    """What a setting is known by in the file of results."""
+    return tuple(row[name] for name in ("step", "lengths", "model", "new"))
+
+
 def memory_table(rows: list[dict]) -> str:
     """Peak memory of each side in a process of its own, as Markdown."""
-    lines = ["| step | lengths | model | | ours | TRL | bare |", "| --- " * 7 + "|"]
+    lines = [f"| step | lengths | new tokens | | {' | '.join(SIDES)} |", "| --- " * 7 + "|"]
     kinds = {"peak_gb": "peak, GB", "step_gb": "of it for the step, GB", "seconds": "seconds"}
     for r in rows:
         for kind, title in kinds.items():
-            lines.append(f"| {r['step']} | {r['lengths']} | {r['model']} | {title} | "
-                         + " | ".join(f"{r[which][kind]:.2f}" for which in ("ours", "trl", "bare")) + " |")  # fmt: skip
+            cells = [f"{r[side][kind]:.2f}" if kind in r.get(side, {}) else "" for side in SIDES]
+            lines.append(f"| {r['step']} | {r['lengths']} | {r['new']} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
+    global NEW
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", nargs="+", default=["grpo", "sft", "dpo"], choices=["grpo", "sft", "dpo"])
     parser.add_argument("--lengths", nargs="+", default=["ragged", "equal"], choices=["ragged", "equal"])
     parser.add_argument("--model", default="small", choices=list(MODELS))
     parser.add_argument("--rounds", type=int, default=7, help="medians of so many")
     parser.add_argument("--memory", action="store_true", help="peak memory instead, each in a process of its own")
+    parser.add_argument("--new", type=int, default=NEW, help="grpo: most tokens of an answer")
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES, help="with --memory: whose")
     parser.add_argument("--note", default="", help="anything a reader of the results must know about this machine")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a child: whose peak, or "turns"
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)  # a child: where to write the model
     args = parser.parse_args()
+    NEW = args.new
     step, lengths = args.steps[0], args.lengths[0]
     if args.make:
         return make_model(args.make.name, 1 / 28 if step == "grpo" and lengths == "ragged" else 1e-9, args.make)
@@ -396,11 +408,11 @@ def main() -> None:
     rows = []
     for step in args.steps:
         for lengths in args.lengths:
-            row: dict = {"step": step, "lengths": lengths, "model": args.model}
-            for which in ("ours", "trl", "bare") if args.memory else ("turns",):
+            row: dict = {"step": step, "lengths": lengths, "model": args.model, "new": args.new}
+            for which in args.sides if args.memory else ("turns",):
                 print(f"{step}, {lengths}, {args.model}: {which}", file=sys.stderr, flush=True)
                 command = [sys.executable, __file__, "--one", which, "--steps", step, "--lengths", lengths,
-                           "--model", args.model, "--rounds", str(args.rounds)]  # fmt: skip
+                           "--model", args.model, "--rounds", str(args.rounds), "--new", str(args.new)]  # fmt: skip
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found = json.loads(done.stdout.strip().splitlines()[-1])
                 row = row | ({which: found} if args.memory else found)
@@ -415,7 +427,12 @@ def main() -> None:
     name = f"vs-trl-{'memory-' if args.memory else ''}{args.model}"
     name += f"-{machine.lower().replace(' ', '-')}" if cuda else "-cpu"
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = args.out / f"{name}.json"
+    if args.memory and path.exists():  # what it has of other sides and lengths stays
+        old = {key(row): row for row in json.loads(path.read_text())["rows"]}
+        rows = [*(old | {key(row): old.get(key(row), {}) | row for row in rows}).values()]
+        result["rows"] = rows
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{machine}, torch {torch.__version__}, TRL {trl.__version__}\n")
     print((memory_table if args.memory else table)(rows))
     return None

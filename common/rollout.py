@@ -107,7 +107,7 @@ class RoomyLayer(DynamicLayer):
 class EmbeddedSampler:
     """Batched decoding with a whole copy of the policy on this rank's device: no server, nothing to install.
 
-    Ranks never wait for each other's tokens. Right for tiny models and for machines without vLLM."""
+    Ranks never wait for each other's tokens. Right for CPUs and for machines without vLLM."""
 
     def __init__(self, policy: Policy, *, stop_ids: list[int], max_batch_tokens: int = 65536):
         """stop_ids: ids that end a completion. max_batch_tokens bounds rows x (prompt + max_tokens) at once."""
@@ -120,12 +120,14 @@ class EmbeddedSampler:
         self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=self.device)
         self.max_batch_tokens = max_batch_tokens
         self.version: int | None = None
+        self.sleep()
 
     @torch.no_grad()
     def sync(self, policy: Policy, version: int) -> None:
         """Copy the policy's current weights in (a collective: shards are gathered one tensor at a time)."""
         mine = dict(self.lm.named_parameters())
         for name, value in full_parameters(policy):
+            mine[name].untyped_storage().resize_(mine[name].nbytes)
             mine[name].copy_(value)
         self.version = version
 
@@ -144,9 +146,9 @@ class EmbeddedSampler:
         """n (or n[i]) completions of each prompt, in order. keys: one int a prompt, naming its random stream.
         drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
 
-        Raises RuntimeError before the first sync, ValueError on an empty prompt."""
+        Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt."""
         if self.version is None:
-            raise RuntimeError("the sampler has no weights yet: call sync() before generate()")
+            raise RuntimeError("the sampler has no weights: call sync() before generate()")
         if not all(prompts):
             raise ValueError("an empty prompt cannot be continued")
         counts = [n] * len(prompts) if isinstance(n, int) else n
@@ -232,7 +234,10 @@ class EmbeddedSampler:
         return out.last_hidden_state[:, -1]
 
     def sleep(self) -> None:
-        """Nothing to do: the copy keeps its weights until the next sync."""
+        """Free the weights, which the update needs no copy of; until the next sync nothing can be drawn."""
+        self.version = None
+        for p in self.lm.parameters():
+            p.untyped_storage().resize_(0)
 
     def close(self) -> None:
         """Free the copy of the weights."""

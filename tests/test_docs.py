@@ -44,6 +44,7 @@ RESULTS = {  # page, heading of the section -> the files that its tables are fro
     ("oreo", "Results"): ["oreo-tiny.md", "agents-textworld.md"],
     ("behavior_injection", "Results"): ["bridge-tiny.json"],
     ("logprobs", "Measured"): ["logprobs-cpu.json"],
+    ("rollout", "Measured"): ["rollout-cpu.json"],
     ("performance", "Against TRL, and the bare bound"): ["vs-trl-small-cpu.json", "vs-trl-memory-wide-cpu.json"],
     ("performance", "What an update costs"): ["cost-cpu.json"],
 }
@@ -61,6 +62,8 @@ PROSE = {  # what a sentence says: page, words of it -> result file, where in it
     ("performance", r"on an idle machine (\d+),"): ("threads.json", ("beside 0 busy processes", "as it is")),
     ("performance", r"on an idle machine \d+, (\d+) and"): ("threads.json", ("beside 0 busy processes", "10000")),
     ("performance", r"on an idle machine \d+, \d+ and (\d+)"): ("threads.json", ("beside 0 busy processes", "0")),
+    ("performance", r"by tokens is ([\d.]+) % of them"): ("cost-cpu.json", ("tokens", "line", "residual")),
+    ("performance", r"off by at most ([\d.]+) %, the"): ("cost-cpu.json", ("tokens", "line", "largest_residual")),
     ("scale", r"the trainer's (\d+) MB grown by"): ("soak-vllm.json", ("trainer MB", "middle")),
     ("scale", r"its workers' ([\d,]+) MB by"): ("soak-vllm.json", ("server MB", "middle")),
     ("scale", r"its workers' [\d,]+ MB by ([\d.]+)"): ("soak-vllm.json", ("server MB", "growth")),
@@ -76,7 +79,7 @@ def test_numbers_in_sentences_are_those_of_the_results(page, words):
     text = (ROOT / "benchmarks" / "results" / file).read_text()
     if file.endswith(".json"):
         results = json.loads(text)
-        value = results.get("report") or results["steps_per_second"]
+        value = results.get("report") or results.get("steps_per_second") or results
         for key in where:
             value = value[key]
     else:

@@ -122,6 +122,27 @@ def test_nothing_is_drawn_before_the_first_sync(policy):
         EmbeddedSampler(policy, stop_ids=[1]).generate(PROMPTS, n=1, keys=KEYS, seed=0, sampling=Sampling(4))
 
 
+def test_asleep_it_holds_no_weights_and_draws_nothing_until_the_next_sync(policy):
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+
+    def draw():
+        return ids(sampler.generate(PROMPTS, n=2, keys=KEYS, seed=0, sampling=Sampling(10)))
+
+    def held():
+        return sum(p.untyped_storage().nbytes() for p in sampler.lm.parameters())
+
+    assert held() == 0
+    sampler.sync(policy, 0)
+    before, weights = draw(), sum(p.nbytes for p in policy.parameters())
+    assert held() == weights
+    sampler.sleep()
+    assert held() == 0
+    with pytest.raises(RuntimeError, match="sync"):
+        draw()
+    sampler.sync(policy, 1)
+    assert held() == weights and draw() == before
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_after_a_sync_the_sampler_has_the_new_weights(world, tied):
     from common.trainer import load_policy
