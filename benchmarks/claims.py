@@ -41,6 +41,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -243,7 +244,8 @@ def beam(seed: int, claims: Claims) -> dict[str, list[float]]:
 
 
 def cost(name: str, seed: int, claims: Claims) -> dict[str, float]:
-    """What a run did, from its metrics: updates, sampled tokens, demonstrations, operations; of this run alone."""
+    """What a run did, from its metrics: updates, sampled tokens, demonstrations, operations, seconds (of a step: the
+    median), peak memory; of this run alone."""
     if name not in RUNS:
         return {}
     folder = model_of(name, seed, claims).parent
@@ -267,9 +269,14 @@ def cost(name: str, seed: int, claims: Claims) -> dict[str, float]:
                       "bridge_luffy": taught, "vanilla_sft": taught, "bridge_sft": taught}.get(name, 0)  # fmt: skip
     if "relift" in name:
         demonstrations = rows[-1]["sft/demonstrations"]
+    extra = {}
+    if (measured := folder.parent / "influence" / "influence.json").exists() and name.endswith("_sft"):
+        extra["influence_seconds"] = json.loads(measured.read_text())["seconds/step"]
+    acts = {act: median(r.get(f"seconds/{act}", 0.0) for r in rows) for act in ("step", "sample", "update")}
     return {"updates": len(rows) * args.get("updates_per_step", 1), "sampled_tokens": round(sampled),
             "demonstrations": round(demonstrations), "operations": weights * (6 * trained + 2 * sampled),
-            "seconds": sum(r["seconds/step"] for r in rows)}  # fmt: skip
+            "seconds": sum(r["seconds/step"] for r in rows), "seconds_a_step": acts,
+            "peak_gb": max(r["memory/peak_gb"] for r in rows)} | extra  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- claims
@@ -400,13 +407,24 @@ def check(found: dict, claims: Claims) -> dict[str, dict]:
 # ---------------------------------------------------------------------------------------------------- report
 
 
+def cost_table(results: dict) -> str:
+    """Markdown: seconds of a step and memory of every row that trains; medians over the seeds."""
+    lines = ["| | a step, s | of it sampling | of it the update | peak memory, GB |", "| --- " * 5 + "|"]
+    for name, row in results["rows"].items():
+        if costs := [r for r in row.values() if "peak_gb" in r]:
+            cells = [median(r["seconds_a_step"][act] for r in costs) for act in ("step", "sample", "update")]
+            cells.append(median(r["peak_gb"] for r in costs))
+            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" if x else "" for x in cells) + " |")
+    return "\n".join(lines)
+
+
 def cell(values: list[float], digits: int = 1) -> str:
     """Mean, and with several seeds its standard error."""
     return f"{mean(values):,.{digits}f}" + (f" ± {error(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def tables(results: dict) -> str:
-    """Markdown: the rows, the claims."""
+    """Markdown: the rows, the claims, what a step costs."""
     lines = ["| | in distribution, % | never solved by the base, % | out of distribution, % | updates | "
              "sampled tokens | demonstrations | operations |", "| --- " * 8 + "|"]  # fmt: skip
     for name, row in results["rows"].items():
@@ -419,7 +437,7 @@ def tables(results: dict) -> str:
     for text, c in results["claims"].items():
         spread = "" if c["se"] is None else f" ± {c['se']:.2g}"
         lines.append(f"| {text} | {c['mean']:.3g}{spread} | {c['verdict']} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", cost_table(results)])
 
 
 def plot(results: dict, path: Path) -> None:

@@ -69,10 +69,15 @@ def test_claims_are_checked_on_the_right_rows(tmp_path):
 
 def test_the_table_has_means_over_seeds_and_what_a_run_cost():
     row = {"id": 10.0, "never": 5.0, "ood": 1.0, "updates": 120, "sampled_tokens": 1234, "demonstrations": 0,
-           "operations": 3.2e12}  # fmt: skip
-    text = tables({"rows": {"grpo": {"0": row, "1": row | {"id": 20.0}}}, "claims": {"a > b": verdict([1.0], [0.1])}})
+           "operations": 3.2e12, "peak_gb": 0.7,
+           "seconds_a_step": {"step": 2.0, "sample": 0.0, "update": 1.0}}  # fmt: skip
+    other = row | {"id": 20.0, "seconds_a_step": {"step": 4.0, "sample": 0.0, "update": 2.0}}
+    text = tables({"rows": {"base": {"0": {"id": 1.0, "never": 0.0, "ood": 1.0}}, "grpo": {"0": row, "1": other}},
+                   "claims": {"a > b": verdict([1.0], [0.1])}})  # fmt: skip
     assert "| grpo | 15.0 ± 5.0 | 5.0 ± 0.0 | 1.0 ± 0.0 | 120 | 1,234 | 0 | 3.2e+12 |" in text
     assert "| a > b | 1 ± 0.1 | yes |" in text
+    steps = text.split("\n\n")[2].splitlines()
+    assert steps[2:] == ["| grpo | 3.00 |  | 1.50 | 0.70 |"]
 
 
 def test_an_unknown_row_is_named():
