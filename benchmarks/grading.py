@@ -82,7 +82,7 @@ def hostile_text(rng: random.Random) -> str:
     if kind == 3:
         few = rng.choice(["(", "{", r"\frac{", "9", "[", ",", r"\boxed{", "$", "\n"])
         return few * rng.choice([10**3, 10**5, 10**6])
-    words = [r"\frac", r"\sqrt", r"\int", r"^", r"_", r"{", r"}", r"x", r"1", r"0", r"\sum", r"\left(", r"\right)", r"&", r"\\", r"!", r"="]
+    words = [r"\frac", r"\sqrt", r"\int", r"\sum", r"\left(", r"\right)", "\\\\", "&", *"^_{}x10!="]
     return r"\boxed{" + "".join(rng.choice(words) for _ in range(rng.randint(1, 200))) + "}"
 
 

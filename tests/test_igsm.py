@@ -696,3 +696,19 @@ def test_help_explains_the_flags():
         "--subgoals",
     ):
         assert flag in shown.stdout
+
+
+# What the documentation says of it.
+
+
+def test_the_benchmark_counts_problems_and_behaviors():
+    from benchmarks.igsm import STYLES, count_behaviors, count_problems, tables
+
+    counted = count_problems(40, (4, 8))
+    assert counted["solved"] == 40 and [counted[style] for style in STYLES] == [40, 40, 40]
+    assert counted["templates_in_both_splits"] == 0 and counted["largest"] < 1000 and 0 <= counted["zero"] < 20
+    told = count_behaviors(60, (10, 15))
+    assert told["accepted"] == 1 and told["lines"] > told["vanilla_lines"] >= 10 - 1
+    assert 0 < told["reflections"] < 3 and 0 < told["flat_analyses"] < told["analyses"] < told["lines"]
+    text = tables({"problems": {"4-8": counted}, "behaviors": {"10-15": told}})
+    assert "| 4-8 | 40 of 40 | 40 40 40 |" in text and "| accepted | 100 % |" in text

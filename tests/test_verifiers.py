@@ -601,3 +601,17 @@ def test_a_verifier_of_the_script_itself_is_refused_by_name(users):
         """,
     )
     assert "__main__:reward" in process.communicate(timeout=60)[0]
+
+
+def test_the_benchmark_grades_hostile_texts_among_honest_ones(tmp_path):
+    from benchmarks import grading
+
+    solutions = [{"is_correct": n % 2 == 0, "solution": f"A: {n + n % 2}"} for n in range(6)]
+    rows = [{"question": "?", "ground_truth": f"so\nA: {n}", "small": s} for n, s in enumerate(solutions)]
+    path = tmp_path / "solutions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = grading.solutions_a_second(path, "strict_box", 1)
+    assert (found["model"], found["answers"], found["verdicts_of_the_authors"]) == ("small", 6, 6)
+    found = grading.mixed(8, workers=2, timeout=1.0)
+    assert found["honest_changed"] == 0 and found["hostile_rewarded"] == 0 and not found["canary"]
+    assert sum(found["hostile_status"].values()) == 8
