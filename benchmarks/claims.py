@@ -50,7 +50,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from benchmarks.held_out import answers, error, mean  # noqa: E402
+from benchmarks.held_out import answers, error, mean, roc_area, valued  # noqa: E402
 from common.trainer import read_metrics  # noqa: E402
 
 TESTS = {"id": "igsm:5-8", "ood": "igsm:9-10"}
@@ -243,6 +243,20 @@ def beam(seed: int, claims: Claims) -> dict[str, list[float]]:
     return rates
 
 
+def judged(model: Path, claims: Claims) -> dict[str, float]:
+    """How well the value beside an OREO model tells right answers of it from wrong ones: the area under the ROC curve
+    over all answers, and over those to one problem (its mean and error); kept beside the model."""
+    kept = model.parent / f"judged-{claims.problems}.json"
+    if not kept.exists():
+        groups = valued(str(model), str(model.parent / "value"), TESTS["id"], claims.problems, max_tokens=240,
+                        name="V", progress=claims.jobs == 1)  # fmt: skip
+        within = [area for area in map(roc_area, groups) if not math.isnan(area)] or [0.5]
+        found = {"roc_all": roc_area([pair for group in groups for pair in group]),
+                 "roc_within": mean(within), "roc_within_se": error(within)}  # fmt: skip
+        kept.write_text(json.dumps(found) + "\n")
+    return json.loads(kept.read_text())
+
+
 def cost(name: str, seed: int, claims: Claims) -> dict[str, float]:
     """What a run did, from its metrics: updates, sampled tokens, demonstrations, operations, seconds (of a step: the
     median), peak memory; of this run alone."""
@@ -272,6 +286,8 @@ def cost(name: str, seed: int, claims: Claims) -> dict[str, float]:
     extra = {}
     if (measured := folder.parent / "influence" / "influence.json").exists() and name.endswith("_sft"):
         extra["influence_seconds"] = json.loads(measured.read_text())["seconds/step"]
+    if name == "oreo_token":
+        extra |= judged(model_of(name, seed, claims), claims)
     acts = {act: median(r.get(f"seconds/{act}", 0.0) for r in rows) for act in ("step", "sample", "update")}
     return {"updates": len(rows) * args.get("updates_per_step", 1), "sampled_tokens": round(sampled),
             "demonstrations": round(demonstrations), "operations": weights * (6 * trained + 2 * sampled),
@@ -351,6 +367,12 @@ def check(found: dict, claims: Claims) -> dict[str, dict]:
                  ("bridge_rl", "vanilla_rl"), ("bridge_luffy", "luffy"), ("bridge_relift", "relift")):  # fmt: skip
         if have(a, b):
             claim(f"{a} over {b} (points)", (b, a), "id", gap(a, b))
+    if have("oreo_token"):
+        known = [judged(model_of("oreo_token", s, claims), claims) for s in seeds]
+        claim("OREO's value tells right answers from wrong ones (area under the ROC curve, less 0.5)", ("oreo_token",),
+              "roc_all", [(k["roc_all"] - 0.5, math.nan) for k in known])  # fmt: skip
+        claim("... and right from wrong answers to one problem", ("oreo_token",),
+              "roc_within", [(k["roc_within"] - 0.5, k["roc_within_se"]) for k in known])  # fmt: skip
     if have("vanilla_sft", "bridge_sft"):
         def influences(seed):
             pair = [influence(arm, seed, claims) for arm in ("bridge_sft", "vanilla_sft")]
@@ -482,7 +504,8 @@ def plot_claims(results: dict, claims: Claims, path: Path) -> None:
                                 figsize=(4.2 * columns, 3.1 * -(-len(checked) // columns)))  # fmt: skip
     for axis, (text, found) in zip(axes.flat, checked.items(), strict=False):
         rows, metric = found["rows"], found["metric"]
-        if dots := metric in ("id", "ood", "never", "dJ"):
+        percent = metric in ("id", "ood", "never")
+        if dots := percent or metric in ("dJ", "roc_all", "roc_within"):
             by_row = [[influence(name, seed, claims) if metric == "dJ" else [results["rows"][name][str(seed)][metric]]
                        for seed in claims.seeds] for name in rows]  # fmt: skip
             for values in zip(*by_row, strict=True):
@@ -490,7 +513,7 @@ def plot_claims(results: dict, claims: Claims, path: Path) -> None:
             axis.set_xticks(range(len(rows)), rows, fontsize=8)
             axis.margins(x=0.2)
             low, high = axis.get_ylim()
-            if metric != "dJ" and high - low < 12:  # a small difference should look like one
+            if percent and high - low < 12:  # a small difference should look like one
                 axis.set_ylim((low + high) / 2 - 6, (low + high) / 2 + 6)
         for color, name in enumerate(rows if not dots else ()):
             for seed in claims.seeds:
@@ -501,7 +524,7 @@ def plot_claims(results: dict, claims: Claims, path: Path) -> None:
             axis.set_xlabel("step", fontsize=8)
             axis.legend(fontsize=8)
         axis.set_title(f"{textwrap.fill(text, 46)}\n{found['verdict']}", fontsize=8)
-        axis.set_ylabel("right answers, %" if dots and metric != "dJ" else metric, fontsize=8)
+        axis.set_ylabel("right answers, %" if percent else metric, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(checked) :]:
@@ -528,6 +551,8 @@ def main(claims: Claims) -> dict:
             return beam(seed, claims)
         model = train(name, seed, claims)
         with LOCKS[model]:  # the base has a row for each seed
+            if name == "oreo_token":
+                measurers.submit(judged, model, claims).result()
             return measurers.submit(measure, model, claims, name).result()
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import luffy
 from common.rollout import EmbeddedSampler, Sampling
-from common.trainer import init_world, load_policy, load_tokenizer, parse_args
+from common.search import state_values
+from common.trainer import ValueModel, init_world, load_policy, load_tokenizer, parse_args
 from common.verifiers import grade
 
 
-def answers(
+def drawn(
     model: str, source: str, problems: int, *, tries: int = 8, temperature: float = 1.0, max_tokens: int = 160,
     seed: int = 12345, name: str = "", progress: bool = True,
-) -> list[list[tuple[float, int]]]:
-    """(reward, tokens) of each of `tries` answers to each of the first `problems` held-out problems of an igsm source:
-    [problems][tries]. Their solution templates occur in no training problem; the same seed asks every model with the
-    same random streams."""
+) -> list[list[tuple[list[int], list[int], float]]]:
+    """(prompt, answer, reward) of each of `tries` answers to each of the first `problems` held-out problems of an igsm
+    source: [problems][tries], prompts and answers as ids. Their solution templates occur in no training problem; the
+    same seed asks every model with the same random streams."""
     world, tokenizer = init_world(), load_tokenizer(model)
     args = parse_args(luffy.Args, ["--preset", "tiny"], method=luffy.METHODS, preset=luffy.PRESETS)
     examples, _ = luffy.read_examples(source, tokenizer, args, split="test", traces="ignored", limit=problems)
@@ -30,7 +31,31 @@ def answers(
     texts = [tokenizer.decode(c.ids) for group in groups for c in group]
     golds = [e.gold for e in examples for _ in range(tries)]
     rewards = iter(v.reward for v in grade(texts, golds, verifier=args.verifier))
-    return [[(next(rewards), len(c.ids)) for c in group] for group in groups]
+    return [[(e.prompt, c.ids, next(rewards)) for c in group] for e, group in zip(examples, groups, strict=True)]
+
+
+def answers(model: str, source: str, problems: int, **how) -> list[list[tuple[float, int]]]:
+    """(reward, tokens) of each answer, [problems][tries]; `how` as in `drawn`."""
+    return [[(reward, len(ids)) for _, ids, reward in group] for group in drawn(model, source, problems, **how)]
+
+
+def valued(model: str, value: str, source: str, problems: int, **how) -> list[list[tuple[float, float]]]:
+    """(reward, V before the last token) of each answer, [problems][tries]; value: a value model's folder; `how` as in
+    `drawn`."""
+    groups = drawn(model, source, problems, **how)
+    states = [prompt + ids[:-1] for group in groups for prompt, ids, _ in group]
+    world = init_world()
+    values = iter(state_values(load_policy(value, world, kind=ValueModel), states, world, 16384))
+    return [[(reward, next(values)) for _, _, reward in group] for group in groups]
+
+
+def roc_area(scored: list[tuple[float, float]]) -> float:
+    """Of (reward, score): the chance that a right one has a higher score than a wrong one; ties count half. NaN where
+    all are right or none is."""
+    right, wrong = ([score for reward, score in scored if (reward > 0) == kind] for kind in (True, False))
+    if not right or not wrong:
+        return math.nan
+    return mean((a > b) + (a == b) / 2 for a in right for b in wrong)
 
 
 def solve_rates(model: str, source: str, problems: int, **how) -> list[float]:

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import claims
 from benchmarks.claims import RUNS, Claims, check, error, paired, tables, verdict
+from benchmarks.held_out import roc_area, valued
 
 
 def test_a_verdict_needs_twice_the_standard_error():
@@ -26,6 +27,18 @@ def test_a_verdict_needs_twice_the_standard_error():
 def test_differences_are_paired_by_problem_and_may_be_of_some_problems_alone():
     assert paired([1.0, 0.5, 0.0], [0.5, 0.0, 0.0]) == (pytest.approx(100 / 3), pytest.approx(error([50, 50, 0])))
     assert paired([1.0, 0.5, 0.0], [0.5, 0.0, 0.0], [2]) == (0.0, pytest.approx(math.nan, nan_ok=True))
+
+
+def test_the_area_under_the_roc_curve_counts_pairs():
+    assert roc_area([(1.0, 0.9), (1.0, 0.2), (0.0, 0.5), (0.0, 0.2)]) == (2 + 0.5) / 4
+    assert math.isnan(roc_area([(1.0, 0.9), (1.0, 0.2)])) and math.isnan(roc_area([(0.0, 0.9)]))
+
+
+def test_answers_are_valued_where_the_next_token_would_be_the_last():
+    tiny = str(claims.ROOT / "models" / "tiny")
+    groups = valued(tiny, tiny, "igsm:5-8", 3, tries=2, progress=False)  # a policy's folder: the head is 0
+    assert [len(group) for group in groups] == [2, 2, 2]
+    assert {value for group in groups for _, value in group} == {0.0}
 
 
 def test_every_run_starts_from_the_base_or_from_another_row():
