@@ -350,7 +350,8 @@ def peak(step: str, lengths: str, model: str, which: str) -> dict[str, float]:
         top = torch.cuda.max_memory_allocated() / 1e9
     else:
         top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return {"peak_gb": top, "step_gb": top - before - 4 * weights, "seconds": seconds[-1]}
+    return {"peak_gb": top, "step_gb": top - before - 4 * weights, "seconds": seconds[-1],
+            "threads": torch.get_num_threads()}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
