@@ -371,7 +371,7 @@ def check(found: dict, claims: Claims) -> dict[str, dict]:
         known = [judged(model_of("oreo_token", s, claims), claims) for s in seeds]
         claim("OREO's value tells right answers from wrong ones (area under the ROC curve, less 0.5)", ("oreo_token",),
               "roc_all", [(k["roc_all"] - 0.5, math.nan) for k in known])  # fmt: skip
-        claim("... and right from wrong answers to one problem", ("oreo_token",),
+        claim("OREO's value tells right from wrong answers to one problem (the same)", ("oreo_token",),
               "roc_within", [(k["roc_within"] - 0.5, k["roc_within_se"]) for k in known])  # fmt: skip
     if have("vanilla_sft", "bridge_sft"):
         def influences(seed):
@@ -436,7 +436,7 @@ def cost_table(results: dict) -> str:
         if costs := [r for r in row.values() if "peak_gb" in r]:
             cells = [median(r["seconds_a_step"][act] for r in costs) for act in ("step", "sample", "update")]
             cells.append(median(r["peak_gb"] for r in costs))
-            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" if x else "" for x in cells) + " |")
+            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" if x >= 0.005 else "" for x in cells) + " |")
     return "\n".join(lines)
 
 
@@ -533,6 +533,12 @@ def plot_claims(results: dict, claims: Claims, path: Path) -> None:
     plt.close(figure)
 
 
+def commit() -> str:
+    """That of this folder, where it is a clone."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def main(claims: Claims) -> dict:
     if unknown := set(claims.only) - set(ROWS):
         raise SystemExit(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
@@ -571,6 +577,7 @@ def main(claims: Claims) -> dict:
     never = never_solved(measure(model_of("base", 0, claims), claims, "base"))
     results = {
         "command": " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]]),
+        "commit": commit(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "seeds": list(claims.seeds), "steps": claims.steps, "problems": claims.problems, "tries": claims.tries,
         "never_solved_problems": len(never),
