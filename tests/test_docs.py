@@ -41,6 +41,7 @@ RESULTS = {  # page, heading of the section -> the files that its tables are fro
     ("luffy", "Results"): ["demo-seed0.json", "demo-seed1.json", "demo-seed2.json"],
     ("relift", "Results"): ["relift-tiny.md"],
     ("redi", "Results"): ["redi-tiny.json"],
+    ("redi", "Memory and time"): ["redi-gsm8k-sft.jsonl", "redi-gsm8k-redi.jsonl"],
     ("oreo", "Results"): ["oreo-tiny.md", "agents-textworld.md"],
     ("behavior_injection", "Results"): ["bridge-tiny.json"],
     ("logprobs", "Measured"): ["logprobs-cpu.json"],
