@@ -46,6 +46,7 @@ RESULTS = {  # page, heading of the section -> the files that its tables are fro
     ("behavior_injection", "Results"): ["bridge-tiny.json"],
     ("logprobs", "Measured"): ["logprobs-cpu.json"],
     ("rollout", "Measured"): ["rollout-cpu.json"],
+    ("igsm", "Measured"): ["igsm.md"],
     ("performance", "Against TRL, and the bare bound"): ["vs-trl-small-cpu.json", "vs-trl-memory-wide-cpu.json"],
     ("performance", "What an update costs"): ["cost-cpu.json"],
 }
@@ -57,6 +58,15 @@ PROSE = {  # what a sentence says: page, words of it -> result file, where in it
     ("luffy", r"% instead of ([\d.]+) \(each"): ("shaping.txt", r"eval/mean .*?-> (\S+)"),
     ("luffy", r"the entropy at ([\d.]+) nats"): ("shaping.txt", r"policy/entropy .*-> (\S+)$"),
     ("luffy", r"nats instead of ([\d.]+)"): ("shaping.txt", r"policy/entropy .*?-> (\S+)"),
+    ("eval", r"workers: (\d+) answers a second"): ("grading.json", ("solutions", "math", "per_second")),
+    ("eval", r"by `math`, (\d+) by"): ("grading.json", ("solutions", "strict_box", "per_second")),
+    ("eval", r"median ([\d.]+) ms"): ("grading.json", ("answers", "median_ms")),
+    ("eval", r"mean ([\d.]+) ms"): ("grading.json", ("answers", "mean_ms")),
+    ("eval", r"so (\d+) a second and core"): ("grading.json", ("answers", "per_second_and_core")),
+    ("eval", r"takes (\d+) % of the time"): ("grading.json", ("answers", "slowest_tenth_share")),
+    ("eval", r"reward 0 \((\d+) ok"): ("grading.json", ("mixed", "hostile_status", "ok")),
+    ("eval", r"ok, (\d+) unparsable"): ("grading.json", ("mixed", "hostile_status", "unparsable")),
+    ("eval", r"unparsable, (\d+) timeout"): ("grading.json", ("mixed", "hostile_status", "timeout")),
     ("luffy", r"step took (\d+) s, "): ("luffy-gsm8k.jsonl", r'"step": 3,.*"seconds/step": ([\d.]+)'),
     ("luffy", r"(\d+) s of it sampling; peak"): ("luffy-gsm8k.jsonl", r'"step": 3,.*"seconds/sample": ([\d.]+)'),
     ("luffy", r"peak memory ([\d.]+) GB"): ("luffy-gsm8k.jsonl", r'"step": 3,.*"memory/peak_gb": ([\d.]+)'),
@@ -113,7 +123,8 @@ def test_the_numbers_of_a_table_are_in_the_results_that_it_names(page, heading):
     known, shown = set(), []
     for name in RESULTS[page, heading]:
         text = (ROOT / "benchmarks" / "results" / name).read_text()
-        values = leaves(json.loads(text)) if name.endswith(".json") else map(float, re.findall(r"-?\d+\.?\d*", text))
+        plain = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+        values = leaves(json.loads(text)) if name.endswith(".json") else map(float, re.findall(r"-?\d+\.?\d*", plain))
         if name == "logprobs-cpu.json":  # "of the floor"
             medians = [r["median_seconds"] for r in json.loads(text)["rows"] if r["mode"] != "forward"]
             values = [*values, *(seconds / medians[0] for seconds in medians)]
