@@ -446,14 +446,15 @@ def cell(values: list[float], digits: int = 1) -> str:
 
 
 def tables(results: dict) -> str:
-    """Markdown: the rows, the claims, what a step costs."""
+    """Markdown: the rows (costs: medians over the seeds), the claims, what a step costs."""
     lines = ["| | in distribution, % | never solved by the base, % | out of distribution, % | updates | "
              "sampled tokens | demonstrations | operations |", "| --- " * 8 + "|"]  # fmt: skip
     for name, row in results["rows"].items():
         cells = [cell([r[k] for r in row.values()]) for k in ("id", "never", "ood")]
-        one = next(iter(row.values()))
-        cells += [f"{one[k]:,}" if k in one else "" for k in ("updates", "sampled_tokens", "demonstrations")]
-        cells.append(f"{one['operations']:.1e}" if "operations" in one else "")
+        costs = [r for r in row.values() if "operations" in r]
+        for k in ("updates", "sampled_tokens", "demonstrations", "operations"):
+            form = ".1e" if k == "operations" else ",.0f"
+            cells.append(format(median(r[k] for r in costs), form) if costs else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| claim | found | |", "| --- | --- | --- |"]
     for text, c in results["claims"].items():
