@@ -67,6 +67,7 @@ PROSE = {  # what a sentence says: page, words of it -> result file, where in it
     ("eval", r"reward 0 \((\d+) ok"): ("grading.json", ("mixed", "hostile_status", "ok")),
     ("eval", r"ok, (\d+) unparsable"): ("grading.json", ("mixed", "hostile_status", "unparsable")),
     ("eval", r"unparsable, (\d+) timeout"): ("grading.json", ("mixed", "hostile_status", "timeout")),
+    ("results", r"`--quick` took ([\d,]+) s"): ("claims-quick.json", ("seconds",)),
     ("luffy", r"step took (\d+) s, "): ("luffy-gsm8k.jsonl", r'"step": 3,.*"seconds/step": ([\d.]+)'),
     ("luffy", r"(\d+) s of it sampling; peak"): ("luffy-gsm8k.jsonl", r'"step": 3,.*"seconds/sample": ([\d.]+)'),
     ("luffy", r"peak memory ([\d.]+) GB"): ("luffy-gsm8k.jsonl", r'"step": 3,.*"memory/peak_gb": ([\d.]+)'),
