@@ -50,7 +50,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from benchmarks.held_out import answers, error, mean, roc_area, valued  # noqa: E402
+from benchmarks.held_out import answers, error, mean, roc_area, save, valued  # noqa: E402
 from common.trainer import read_metrics  # noqa: E402
 
 TESTS = {"id": "igsm:5-8", "ood": "igsm:9-10"}
@@ -589,10 +589,7 @@ def main(claims: Claims) -> dict:
     }  # fmt: skip
     times = os.times()  # of this process and of all that it waited for
     results["seconds"], results["processor_seconds"] = time.time() - started, sum(times[:4])
-    path = Path(claims.results + ("-quick" if claims.quick else ""))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(tables(results) + "\n")
+    path = save(results, tables(results), claims.results + ("-quick" if claims.quick else ""))
     plot(results, path.with_suffix(".png"))
     if results["claims"]:
         plot_claims(results, claims, path.with_name(path.name + "-checked.png"))

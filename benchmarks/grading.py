@@ -16,6 +16,7 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,8 @@ from common.verifiers import VERIFIERS, Verdict, close, grade  # noqa: E402
 
 PLACES = [r"\boxed{%s}", r"so it is $%s$", r"\boxed{\frac{%s}{2}}", r"\boxed{x^{%s}}", r"\boxed{\text{%s}}",
           r"\boxed{[0, %s)}", r"\boxed{\{1, %s\}}", r"\boxed{\begin{pmatrix}%s\end{pmatrix}}"]  # fmt: skip
-CODE = ['__import__("os").abort()', 'open("/tmp/canary", "w")', 'exec("1/0")', "().__class__.__mro__", "lambda: 0",
+CANARY = Path(tempfile.gettempdir()) / f"canary-{os.getpid()}"  # what code in a text would leave
+CODE = ['__import__("os").abort()', f'open("{CANARY}", "w")', 'exec("1/0")', "().__class__.__mro__", "lambda: 0",
         r"\input{/etc/passwd}", r"\immediate\write18{ls}", "%s%n{0!r:>99999999}"]  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def mixed(n: int, workers: int, timeout: float) -> dict:
     changed = sum(found[i] != Verdict(float(i % 2), "ok") for i in range(n))
     return {"hostile": n, "honest_changed": changed, "hostile_rewarded": sum(found[n + i].reward for i in range(n)),
             "hostile_status": Counter(found[n + i].status for i in range(n)), "seconds": time.perf_counter() - start,
-            "timeout": timeout, "canary": Path("/tmp/canary").exists()}  # fmt: skip
+            "timeout": timeout, "canary": CANARY.exists()}  # fmt: skip
 
 
 def main() -> None:

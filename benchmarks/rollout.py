@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,7 @@ from common.rollout import EmbeddedSampler, Sampling, VLLMSampler, vllm_version 
 from common.trainer import init_world, load_policy  # noqa: E402
 
 # hidden, layers, vocabulary; the rest follows
+SETTING = itemgetter("model", "rows", "tokens", "lengths")  # of a row of the results
 SIZES = {
     "0.7M": (128, 4, 128), "10M": (256, 8, 8192), "50M": (512, 12, 16384), "135M": (576, 30, 49152),
     "500M": (896, 24, 151936), "1.5B": (1536, 28, 151936),
@@ -117,11 +119,6 @@ def compare(name: str, args, world) -> list[dict]:
     return out
 
 
-def key(row: dict) -> tuple:
-    """What a setting is known by in the file of results."""
-    return tuple(row[name] for name in ("model", "rows", "tokens", "lengths"))
-
-
 def table(rows: list[dict], header: bool = True) -> str:
     """The settings measured, a line each, as Markdown."""
     names = ["model", "rows", "tokens", "lengths", "mean", "embedded, tokens/s", "vLLM, tokens/s", "ratio", "sync"]
@@ -159,9 +156,8 @@ def main():
     about = dict(machine=machine, torch=torch.__version__, vllm=vllm_version(), threads=torch.get_num_threads(),
                  group=args.group, prompt=args.prompt, rounds=args.rounds, batch_tokens=args.batch_tokens,
                  note=args.note)  # fmt: skip
-    measured = {key(row) for row in rows}
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in kept if key(row) not in measured] + [row | about for row in rows]
+    old = {SETTING(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    rows = [*(old | {SETTING(row): row | about for row in rows}).values()]  # what the file has of others stays
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print(f"\n{machine}, torch {torch.__version__}, vLLM {vllm_version()}\n\n{table(rows)}")
 

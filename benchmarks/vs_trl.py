@@ -4,7 +4,7 @@
     python benchmarks/vs_trl.py                                    # all of it, into benchmarks/results/
     python benchmarks/vs_trl.py --steps grpo --lengths ragged --rounds 5
     python benchmarks/vs_trl.py --model wide --memory              # vocabulary 151,936: peak memory, a process each
-    python benchmarks/vs_trl.py --model wide --memory --steps grpo --lengths equal --new 192 --sides ours trl
+    python benchmarks/vs_trl.py --model wide --memory --steps grpo --lengths equal --new 160 --sides ours trl
 
 All three train the same weights on the same prompts and traces with AdamW in float32 (bf16 compute on CUDA), in one
 process and in turns, so that what else the machine does falls on all; medians of seconds, and of each round's ratios.
@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from array import array
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,7 @@ MODELS = {  # hidden, layers, vocabulary
     "1.5B": (1536, 28, 151936),
 }
 SIDES = ["ours", "trl", "bare"]
+SETTING = itemgetter("step", "lengths", "model", "new")  # of a row of the results
 LR = 1e-6  # small enough for the weights, and with them the lengths of answers, to stay as they are
 PROMPT, GROUP, QUESTIONS, NEW, TOTAL, ROWS = 16, 8, 8, 64, (32, 256), 32
 
@@ -364,11 +366,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def key(row: dict) -> tuple:
-    """What a setting is known by in the file of results."""
-    return tuple(row[name] for name in ("step", "lengths", "model", "new"))
-
-
 def memory_table(rows: list[dict]) -> str:
     """Peak memory of each side in a process of its own, as Markdown."""
     lines = [f"| step | lengths | new tokens | | {' | '.join(SIDES)} |", "| --- " * 7 + "|"]
@@ -423,16 +420,15 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     cpu = f"{len(os.sched_getaffinity(0))}-core {torch.backends.cpu.get_cpu_capability()} CPU"
     machine = torch.cuda.get_device_name() if cuda else cpu
-    result = dict(machine=machine, torch=torch.__version__, trl=trl.__version__, note=args.note,
-                  command=" ".join(["python", "benchmarks/vs_trl.py", *sys.argv[1:]]), rows=rows)  # fmt: skip
     name = f"vs-trl-{'memory-' if args.memory else ''}{args.model}"
     name += f"-{machine.lower().replace(' ', '-')}" if cuda else "-cpu"
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}.json"
     if args.memory and path.exists():  # what it has of other sides and lengths stays
-        old = {key(row): row for row in json.loads(path.read_text())["rows"]}
-        rows = [*(old | {key(row): old.get(key(row), {}) | row for row in rows}).values()]
-        result["rows"] = rows
+        old = {SETTING(row): row for row in json.loads(path.read_text())["rows"]}
+        rows = [*(old | {SETTING(row): old.get(SETTING(row), {}) | row for row in rows}).values()]
+    result = dict(machine=machine, torch=torch.__version__, trl=trl.__version__, note=args.note,
+                  command=" ".join(["python", "benchmarks/vs_trl.py", *sys.argv[1:]]), rows=rows)  # fmt: skip
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{machine}, torch {torch.__version__}, TRL {trl.__version__}\n")
     print((memory_table if args.memory else table)(rows))
