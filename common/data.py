@@ -26,6 +26,8 @@ import itertools
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import jinja2
@@ -284,17 +286,20 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------- packing
 
 
-BLOCK = 0.94  # rows of a block of attention are at least so long, as a share of its longest
+BLOCK = {"cpu": 0.94, "cuda": 1.0}  # rows of a block of attention are at least so long, as a share of its longest
+RAGGED = (torch.bfloat16, torch.float16)  # what CUDA's kernel for rows of any length computes in
 
 
 @dataclass
 class Packing:
-    """How attention lays the T packed tokens out: blocks of right-padded rows, one row a sequence, longest first.
+    """How attention lays the T packed tokens out: one row a sequence, longest first, in blocks of rows of one width.
 
-    Causal attention over right-padded rows needs no mask: a token never sees what comes after it, and what the
-    padding cells compute is not read. A prompt's tokens stand in the row of every sequence that they begin."""
+    A prompt's tokens stand in the row of every sequence that they begin. On CUDA a kernel takes rows of any length, so
+    blocks hold rows of equal length. Elsewhere they hold rows of like length, right-padded. Causal attention over them
+    needs no mask: a token never sees what comes after it, and what the padding cells compute is not read."""
 
     blocks: list[tuple[int, int]]  # rows and width of each block; C cells in all
+    bounds: torch.Tensor  # [B + 1] int32: the cell at which each row begins, and the end
     cells: torch.Tensor  # [C] the token in each cell (padding: any token)
     home: torch.Tensor  # [T] the cell whose result is the token's
     copies: torch.Tensor  # [D] further cells of tokens that stand in several rows
@@ -343,10 +348,10 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
     if not sequences:
         tokens, positions, rows = [0], [torch.tensor([0])], [torch.tensor([0])]
 
-    blocks: list[tuple[int, int]] = []
+    like, blocks = BLOCK[torch.device(device).type], []
     parts, real = [], []  # of the cells: a row, its padding, the next row, ...
     for row in sorted(rows, key=len, reverse=True):
-        if not blocks or len(row) < BLOCK * blocks[-1][1]:
+        if not blocks or len(row) < like * blocks[-1][1]:
             blocks.append((0, len(row)))
         count, width = blocks[-1]
         blocks[-1] = (count + 1, width)
@@ -356,6 +361,7 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
     home = torch.full((len(tokens),), len(cells)).scatter_reduce(0, cells[filled], filled, "amin")  # a token's first
     copies = filled[home[cells[filled]] != filled]
     dense = torch.equal(cells, torch.arange(len(tokens)))
+    widths = torch.tensor([0, *(width for count, width in blocks for _ in range(count))])
 
     def tensor(values):
         return torch.as_tensor(values, dtype=torch.long).to(device, non_blocking=True)
@@ -363,7 +369,7 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
     sizes = torch.tensor([len(response) for _, response in sequences], dtype=torch.long)
     return TokenBatch(
         tensor(tokens)[None], tensor(torch.cat(positions))[None],
-        Packing(blocks, tensor(cells), tensor(home), tensor(copies), dense),
+        Packing(blocks, tensor(widths.cumsum(0)).int(), tensor(cells), tensor(home), tensor(copies), dense),
         tensor(torch.cat(predictors)), tensor(targets), tensor(torch.arange(len(sizes)).repeat_interleave(sizes)),
     )  # fmt: skip
 
@@ -405,22 +411,38 @@ def packed_attention(module, query, key, value, attention_mask, *, packing: Pack
     window = getattr(module, "sliding_window", None)
     if window is not None and packing.width > window:
         raise ValueError(f"sequences of {packing.width} tokens exceed the model's sliding window of {window}")
-    sizes = [rows * width for rows, width in packing.blocks]
-
-    def grid(x):  # [1, heads, T, d] -> [rows, heads, width, d] for each block
-        x = x[0].transpose(0, 1)  # [T, heads, d]
-        x = x if packing.dense else _ToGrid.apply(x, packing)
-        parts = zip(packing.blocks, x.split(sizes), strict=True)
-        return [part.reshape(*block, *x.shape[1:]).transpose(1, 2) for block, part in parts]
-
-    parts = [
-        F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        ).transpose(1, 2).flatten(0, 1)
-        for q, k, v in zip(grid(query), grid(key), grid(value), strict=True)
-    ]  # fmt: skip
-    out = torch.cat(parts) if len(parts) > 1 else parts[0]  # [C, heads, d]
+    # [1, heads, T, d] -> [C, heads, d]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x if packing.dense else _ToGrid.apply(x, packing) for x in (q, k, v))
+    if query.is_cuda and query.dtype in RAGGED:
+        out = _ragged_attention(q, k, v, packing, scaling)
+    else:
+        out = _block_attention(q, k, v, packing, scaling)
     return (out if packing.dense else _FromGrid.apply(out, packing))[None], None  # [1, T, heads, d]
+
+
+def _block_attention(q, k, v, packing: Packing, scaling):
+    """A call for each block: [C, heads, d] -> [C, heads, d]."""
+
+    def split(x):  # -> [rows, heads, width, d] for each block
+        parts = x.split([rows * width for rows, width in packing.blocks])
+        return [part.unflatten(0, block).transpose(1, 2) for part, block in zip(parts, packing.blocks, strict=True)]
+
+    gqa = q.shape[1] != k.shape[1]
+    attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=gqa)
+    blocks = zip(split(q), split(k), split(v), strict=True)
+    parts = [attend(*block).transpose(1, 2).flatten(0, 1) for block in blocks]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _ragged_attention(q, k, v, packing: Packing, scaling):
+    """The same in one call, for rows of any length without padding (torch's own flash attention)."""
+    from torch.nn.attention.varlen import varlen_attn  # takes 2 s to import
+
+    gqa = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}  # 2.11 does it unasked
+    return varlen_attn(
+        q, k, v, packing.bounds, packing.bounds, packing.width, packing.width, scale=scaling, window_size=(-1, 0), **gqa
+    )
 
 
 AttentionInterface.register("packed", packed_attention)  # no mask function of that name: none is made

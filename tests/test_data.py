@@ -1,5 +1,6 @@
 """common/data.py: rows, templates, traces, packing, balancing."""
 
+import itertools
 import json
 import random
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import igsm
+from common import data
 from common.data import (
     InputError,
     batch_indices,
@@ -189,8 +191,27 @@ def test_pack_lays_tokens_out_as_its_docstring_shows():
     assert batch.sequence.tolist() == [0, 0, 0, 1, 1]
 
 
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch documents of the CUDA kernel of this name, for causal attention."""
+    assert cu_seq_q.dtype == torch.int32 and cu_seq_q[-1] == len(query) and window_size == (-1, 0)
+    assert max_q == max_k == cu_seq_q.diff().max() and enable_gqa
+    rows = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x[start:end].transpose(0, 1) for x in (query, key, value)),
+            is_causal=True, scale=scale, enable_gqa=enable_gqa,
+        ).transpose(0, 1)
+        for start, end in itertools.pairwise(cu_seq_q.tolist())
+    ]  # fmt: skip
+    return torch.cat(rows)
+
+
 @pytest.mark.parametrize("lengths", ["ragged", "equal", "groups"])
-def test_packed_log_probs_and_gradients_are_those_of_separate_sequences(policy, lengths):
+@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+def test_packed_log_probs_and_gradients_are_those_of_separate_sequences(policy, lengths, kernel, monkeypatch):
+    if kernel == "ragged":  # CUDA's way, with a stand-in for its kernel
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+        monkeypatch.setattr(data, "_block_attention", data._ragged_attention)
+        monkeypatch.setitem(data.BLOCK, "cpu", 1.0)
     rng = random.Random(0)
     sequences = random_sequences(rng, 7)
     if lengths == "equal":
@@ -214,6 +235,26 @@ def test_packed_log_probs_and_gradients_are_those_of_separate_sequences(policy, 
     torch.testing.assert_close(logp.detach(), torch.cat(expected), rtol=0, atol=2e-6)
     for name, p in plain.named_parameters():
         torch.testing.assert_close(packed["lm." + name], p.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_cudas_attention_over_rows_of_any_length_is_that_over_blocks(kv_heads):
+    sequences = random_sequences(random.Random(0), 9, longest=300)
+    packing = pack([*sequences, (sequences[0][0], [5, 6])], "cuda").packing
+    torch.manual_seed(0)
+    qkv = [
+        torch.randn(len(packing.home), heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, kv_heads, kv_heads)
+    ]
+    upstream = torch.randn(len(packing.home), 4, 64, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for attention in (data._ragged_attention, data._block_attention):
+        out = data._FromGrid.apply(attention(*(data._ToGrid.apply(x, packing) for x in qkv), packing, None), packing)
+        found.append([out, *torch.autograd.grad(out, qkv, upstream)])
+    for ragged, block in zip(*found, strict=True):
+        torch.testing.assert_close(ragged, block, rtol=0.05, atol=0.05)
 
 
 def test_an_empty_batch_predicts_nothing_and_still_has_a_gradient(policy):
