@@ -27,7 +27,9 @@ Where this file departs from the published code, and why:
   shared 1 problem of 2000. Templates of test problems are in no training set; intermediate values are bounded.
 - Multipliers and literals begin at 1. Published: at 0, so that always answering 0 scored 27 % in distribution.
 - The RL gradient is the true mean over rows. Published: 1/8 of it (a division by 512 micro-batches of which 64
-  existed), which Adam hides, but the clip acted on the small one: a norm over 8 of the true mean.
+  existed), which Adam hides, but the clip acted on the small one: max_grad_norm is 8 times the published one.
+- Prompts are in the tokenizer's own chat template; published: Llama's bare turns. Llama-3.2's own names today's date,
+  so a run of several days wants --chat_template.
 - Prompts end with "<think>\\n", where solutions go on. Published: SFT with the newline, RL without it.
 - The response ends with the first eos. Published: generation stopped on text, and a pad was trained as an eos.
 - G is measured on other queries than those whose dJ is taken: a query's influence on itself is |grad J(q)|^2 / M,
@@ -201,8 +203,8 @@ class Args:
     """AdamW's (SFT: 0.9, 0.95)."""
     weight_decay: float = 0.01
     """AdamW's."""
-    max_grad_norm: float = 1.0
-    """Global gradient norm to clip to (SFT: 1)."""
+    max_grad_norm: float = 8.0
+    """Global gradient norm of RL to clip to (published: 1, for Llama 0.2, of an eighth of this gradient). SFT: 1."""
     seed: int = 0
     """Seeds training problems, data order, sampling and random weights. Test problems stay the same."""
 
@@ -248,7 +250,8 @@ class Args:
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
     replay: str = ""
-    """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
+    """A folder OUT/bad/step-N: show what each of its rows does to loss and gradient, with the weights it met, and
+    stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
     profile: int = 0
@@ -264,14 +267,14 @@ class Args:
 PRESETS = {
     "paper_llama": dict(
         model="meta-llama/Llama-3.2-1B-Instruct", out="runs/behavior_injection_llama", kl_coef=0.01, kl_mask=0.15,
-        entropy_coef=0.0, max_grad_norm=0.2, format_reward=0.05,
+        entropy_coef=0.0, max_grad_norm=1.6, format_reward=0.05,
     ),
     "tiny": dict(
         model="scratch", out="runs/tiny_bridge", style="symbolic", modulus=23, max_params=4, shuffle=False,
         system_prompt=False, max_prompt_tokens=160, max_response_tokens=240, ops=(5, 8), val_ops=(5, 8),
         test_ops=(6, 9), eval_problems=600, eval_temperature=1.0, base_problems=160000, sft_steps=75, sft_lr=5e-4,
-        prompt_loss=False, steps=80, batch_size=16, group_size=8, lr=5e-5, influence_queries=200, eval_every=20,
-        save_every=40, micro_batch_tokens=4096, gradient_checkpointing=False,
+        prompt_loss=False, steps=80, batch_size=16, group_size=8, lr=5e-5, max_grad_norm=1.0,
+        influence_queries=200, eval_every=20, save_every=40, micro_batch_tokens=4096, gradient_checkpointing=False,
     ),
 }
 SCRATCH = dict(
@@ -417,7 +420,7 @@ class Row:
     sampler_logps: list[float] | None = None  # sampled rows: log-probs the sampler reported
     truncated: bool = False
     reward: float = 0.0
-    status: str = "ok"  # the verifier's
+    status: str = ""  # the verifier's; empty: not graded
     advantage: float = 0.0
 
 
@@ -503,7 +506,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 
 def compare_logps(difference: torch.Tensor, world) -> dict[str, float]:
     """How far the trainer's log-probs are from the sampler's on the tokens that it drew; [tokens] -> metrics."""
-    d = difference[~difference.isnan()].double()
+    d = difference.double()
     sums = sum_over_ranks(torch.tensor([len(d), d.abs().sum(), -d.sum()], dtype=torch.float64), world)
     largest = max(gather_lists([d.abs().max().item() if len(d) else 0.0], world))
     n = max(1.0, sums[0].item())
@@ -534,7 +537,7 @@ def make_data(args: Args, world) -> None:
     folder = Path(args.out) / "data"
     seed = 1000 * args.seed
     told = dict(style=args.style, modulus=args.modulus or None, max_params=args.max_params, shuffle=args.shuffle,
-                max_literal=9)  # fmt: skip
+                max_literal=min(9, args.modulus - 1) if args.modulus else 9)  # fmt: skip
     plain = {"": [{}]}
     sets = [  # name, arms, problems, operations, split, seed
         ("sft_", {arm: arms_of(args)[arm] for arm in args.arms}, args.sft_problems, args.ops, "train", seed + 100),
@@ -548,14 +551,22 @@ def make_data(args: Args, world) -> None:
     for name, arms, n, ops, split, set_seed in sets if world.main else []:
         files = {arm: folder / f"{name}{arm}.jsonl" for arm in arms}
         settings = dict(told, ops=ops, split=split, seed=set_seed, n=n, rows=arms, system=args.system_prompt)
+        settings = json.loads(json.dumps(settings))
         made = folder / f"{name}.settings.json"  # written last: what it describes is complete
-        if not n or not arms or (made.exists() and json.loads(made.read_text()) == json.loads(json.dumps(settings))):
+        before = json.loads(made.read_text()) if made.exists() else {}
+        if before | {"rows": arms} == settings | {"rows": arms}:  # other arms tell the same problems: they stay
+            settings["rows"] = before["rows"] | settings["rows"]
+            arms = {arm: how for arm, how in arms.items() if before["rows"].get(arm) != how or not files[arm].exists()}
+        elif name == "sft_":
+            for stale in folder.glob("sft_*.jsonl"):
+                stale.unlink()
+        if not n or not arms:
             continue
         folder.mkdir(parents=True, exist_ok=True)
         made.unlink(missing_ok=True)
         try:
             with ExitStack() as stack:
-                out = {arm: stack.enter_context(open(f"{path}.partial", "w")) for arm, path in files.items()}
+                out = {arm: stack.enter_context(open(f"{files[arm]}.partial", "w")) for arm in arms}
                 problems = igsm.problems(n, ops=ops, split=split, seed=set_seed, **told)
                 for problem in tqdm(problems, total=n, desc=f"data {name}".rstrip("_"), unit="problem", leave=False):
                     for arm, variants in arms.items():
@@ -564,8 +575,8 @@ def make_data(args: Args, world) -> None:
                             out[arm].write(json.dumps(row) + "\n")
         except ValueError as error:
             raise InputError(f"problems of {name.rstrip('_')}: {error}") from error
-        for path in files.values():
-            os.replace(f"{path}.partial", path)
+        for arm in arms:
+            os.replace(f"{files[arm]}.partial", files[arm])
         made.write_text(json.dumps(settings) + "\n")
     dist.barrier()
 
@@ -574,7 +585,7 @@ def read_examples(name: str, tokenizer, args: Args, *, traces: str = "ignored", 
     """Examples of OUT/data/NAME.jsonl, their questions' texts, and the counts of what was left out."""
     path = Path(args.out) / "data" / f"{name}.jsonl"
     if not path.exists():
-        raise InputError(f"{path} is missing: run --stage data first (with --arms that name every arm)")
+        raise InputError(f"{path} is missing: run --stage data first (with --arms that name it)")
     rows = load_rows(str(path))
     template = Path(args.chat_template).read_text() if args.chat_template else tokenizer.chat_template
     if template and "<think>" not in template:
@@ -595,10 +606,18 @@ def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
     positive = ("batch_size", "sft_batch_size", "group_size", "updates_per_step", "max_response_tokens", "steps",
                 "max_prompt_tokens", "sft_problems", "rl_problems", "eval_problems", "influence_queries",
-                "influence_group", "influence_step", "kernel_queries", "kernel_dims")
+                "influence_group", "influence_step", "kernel_queries", "kernel_dims", "temperature", "sft_epochs",
+                "base_steps", "keep")
     for name in positive:
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
+    for name in ("group_size", "influence_group"):
+        if getattr(args, name) == 1:
+            raise InputError(f"--{name} 1: the only answer to a question has no advantage over others; 2 or more")
+    if args.sft_steps < 0:
+        raise InputError(f"--sft_steps must be positive, or 0 to follow --sft_epochs, not {args.sft_steps}")
+    if args.stage == "base" and not args.base_problems:
+        raise InputError("--stage base makes a base model from scratch: --model scratch --base_problems N")
     if args.batch_size % args.updates_per_step:
         raise InputError(
             f"--batch_size {args.batch_size} does not divide into --updates_per_step {args.updates_per_step}"
@@ -615,8 +634,14 @@ def check(args: Args) -> None:
     if (args.model == "scratch") != (args.base_problems > 0):
         raise InputError(f"--model {args.model} and --base_problems {args.base_problems}: a base model from scratch "
                          "is --model scratch with problems for it; any other --model needs --base_problems 0")
+    if args.sft_model and args.stage in ("all", "sft"):
+        raise InputError(f"--sft_model {args.sft_model} is what --stage rl, influence and eval start from: one of them")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise InputError(f"--chat_template {args.chat_template}: no such file")
+    try:
+        grade([""], [""], verifier=args.verifier)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--verifier {args.verifier}: {error}") from error
 
 
 def settings_of(args: Args, stage: str, arm: str) -> Args:
@@ -758,10 +783,10 @@ def train(args: Args, world) -> None:
     if reference:
         models["reference"] = reference
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    clock = Clock(args.profile, out)
     if start == 0 and held_out:
         first = evaluate(sampler, tokenizer, held_out, args, world) | {"tokens/sampled": 0}
         metrics.log(0, first, show=["eval/mean"])
+    clock = Clock(args.profile, out)
 
     for step in range(start + 1, steps + 1):
         batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step - 1, args.seed)]
@@ -871,7 +896,7 @@ def sample_rows(rows: list[Row], batch, tokenizer) -> list[dict]:
     """Rows as text, for samples.jsonl; batch: the step's examples."""
     return [
         {
-            "reward": row.reward, "advantage": row.advantage,
+            "reward": row.reward if row.status else None, "advantage": row.advantage,
             "gold": batch[row.group].gold, "prompt": batch[row.group].text, "response": tokenizer.decode(row.response),
         }
         for row in rows
@@ -927,7 +952,9 @@ def scores_along(policy, direction, rows: list[Row], args: Args, world) -> list[
 def influence(args: Args, world) -> None:
     """Measure dJ and K of an arm's SFT model; writes influence.json, queries.jsonl and influence.png.
 
-    Every rank holds the whole model in float32 and takes its share of the queries."""
+    Every rank holds the whole model in float32 and takes its share of the queries. Rewards are of right answers alone,
+    without --format_reward: a query that is never solved has no gradient."""
+    args = dataclasses.replace(args, format_reward=0.0)
     [arm] = args.arms
     alone = dataclasses.replace(world, rank=0, size=1)
     on_cpu = dataclasses.replace(alone, device=torch.device("cpu"))  # neither sharded nor in bf16
@@ -1084,8 +1111,8 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     """A model's answers to both test sets: {test: {accuracy, chain, ...}}.
 
     chain: share of answers whose every step is right (igsm.check_solution); accuracy_zero: of answers that are 0;
-    greedy: accuracy without sampling, where the others are of sampled answers (RL can raise these by making a model
-    surer of what it would say anyway)."""
+    greedy: accuracy without sampling, where the others are sampled at eval_temperature (RL can raise these by making
+    a model surer of what it would say anyway)."""
     tokenizer = load_tokenizer(model)
     policy = load_policy(model, world)
     sampler = start_sampler(policy, tokenizer, args, world)
@@ -1127,7 +1154,9 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
 def evaluate_arm(args: Args, world) -> None:
     """Test an arm's SFT and RL models; writes OUT/ARM/eval.json. The base model's is OUT/base/eval.json."""
     [arm] = args.arms
-    stages = ["base"] if arm == "base" else [s for s in ("sft", "rl") if Path(model_of(args, s, arm)).exists()]
+    given = {"sft"} if args.sft_model else set()  # a folder or a Hub name
+    trained = [stage for stage in ("sft", "rl") if stage in given or Path(model_of(args, stage, arm)).exists()]
+    stages = ["base"] if arm == "base" else trained
     if not stages:
         raise InputError(f"{args.out}/{arm}: no model there; run --stage sft and --stage rl first")
     results = {stage: test_model(model_of(args, stage, arm), args, world) for stage in stages}

@@ -95,7 +95,7 @@ def draw_problem(rng, ops, split, max_params, max_value, modulus, max_literal):
                 if drawn is None:
                     continue
                 formulas, values = drawn
-                template, side = _template(formulas, order)
+                template, side = template_of(formulas, order)
                 if split is None or side == split:
                     formulas |= _draw_redundant(
                         rnd, structure, order, parents, values, max_value, modulus, max_literal
@@ -439,10 +439,12 @@ def _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, 
     return formulas
 
 
-def _template(formulas, order):
+def template_of(formulas, order):
     """What is left of a solution without its names and numbers: (hash, "train" or "test").
 
     "x0 = 5; x1 = 3 * x0; x2 = x1 - x0"  becomes  "#;#*0;1-0"
+
+    formulas: (const, const_op, sign, terms) of each parameter in `order`.
 
     Formulas of instance and abstract parameters look alike here, so that the split holds for the symbolic
     style too, where they cannot be told apart.

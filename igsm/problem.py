@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass, field
 
 from igsm.behaviors import plan_steps, reordered
-from igsm.graph import Node, draw_problem
+from igsm.graph import Node, draw_problem, template_of
 from igsm.text import STYLES, Memo, draw_letters, draw_phrases, question_text, solution_text
 from igsm.tokens import SYSTEM_PROMPT
 
@@ -135,7 +135,8 @@ def retell(
     retry: chance, again and again, that a line is preceded by a parameter that cannot be computed yet (Meta's).
     question_variant: 0, or the number of a random order of the conditions (BRIDGE's PP-Aug has 1, 2, 3).
     solution_variant: 0, or the number of another order of the steps, told with other letters and words
-    (RC-Aug has 1, 2, 3); letters stay in the symbolic style, where they are the question's.
+    (RC-Aug has 1, 2, 3); letters stay in the symbolic style, where they are the question's. The order's template
+    is on the problem's side of the split (where no other order is: the same order).
 
     Each behaviour draws from a stream of its own, made of the problem's seed, its index and the variant.
     Raises ValueError for what is no chance, and for behaviours in the style "define", which has no words for
@@ -164,7 +165,7 @@ def retell(
         return _copy(problem, question, problem.solution, told)
     if solution_variant:
         rng = stream("solution")
-        order = reordered(nodes, num_necessary, rng)
+        order = _another_order(nodes, num_necessary, rng)
         if problem.style != "symbolic":
             letters = draw_letters(len(nodes), problem.style, rng)
         phrases = draw_phrases(len(nodes), rng)
@@ -179,6 +180,18 @@ def retell(
         modulus=problem.modulus, subgoals=subgoals, memo=memo,
     )  # fmt: skip
     return _copy(problem, question, solution, told)
+
+
+def _another_order(nodes, num_necessary, rng):
+    """An order of the necessary nodes on the same side of the split; the same one if none is found."""
+    formulas = [(node.const, node.const_op, node.sign, node.terms) for node in nodes[:num_necessary]]
+    order = range(num_necessary)
+    side = template_of(formulas, order)[1]
+    for _ in range(100):
+        other = reordered(nodes, num_necessary, rng)
+        if template_of(formulas, other)[1] == side:
+            return other
+    return order
 
 
 def _copy(problem, question, solution, told):
@@ -223,10 +236,9 @@ def _check(n, ops, split, style, modulus, max_params, max_value, max_literal, st
         raise ValueError(f"modulus must be 2 or more, got {modulus}")
     if max_params < 1:
         raise ValueError(f"max_params must be 1 or more, got {max_params}")
-    if max_literal < 1 or (modulus is None and max_literal >= max_value):
-        raise ValueError(
-            f"max_literal must be at least 1 and below max_value ({max_value}), got {max_literal}"
-        )
+    bound, name = (max_value, "max_value") if modulus is None else (modulus, "modulus")
+    if not 1 <= max_literal < bound:
+        raise ValueError(f"max_literal must be at least 1 and below {name} ({bound}), got {max_literal}")
 
 
 def _check_telling(style, subgoals, reflection, analysis, retry, question_variant, solution_variant):

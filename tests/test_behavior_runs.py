@@ -94,6 +94,20 @@ def test_all_arms_tell_the_same_problems(tmp_path, world):
     assert not set.union(*templates[:4]) & set.union(*templates[4:])
 
 
+def test_data_again_with_other_arms_adds_them_and_with_other_settings_forgets_the_rest(tmp_path, world):
+    def data(*flags):
+        bridge.make_data(settings("--out", tmp_path, *flags), world)
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data").glob("*.jsonl")}
+
+    first = data("--arms", "vanilla")
+    both = data("--arms", "bridge")
+    assert both.keys() - first.keys() == {"sft_bridge.jsonl"} and first.items() <= both.items()
+    (tmp_path / "data" / "rl.jsonl").unlink()
+    again = data("--arms", "vanilla")
+    assert again.keys() == both.keys() and again["sft_bridge.jsonl"] == both["sft_bridge.jsonl"]
+    assert data("--arms", "vanilla", "--seed", 1).keys() == both.keys() - {"sft_bridge.jsonl"}
+
+
 def test_the_same_command_again_keeps_the_data_and_ends_with_the_same_bits(folder, world):
     model = folder / "bridge" / "sft" / "model" / "model.safetensors"
     before, data = model.read_bytes(), {path: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igsm import check_solution, generate, problems, solve, tokenizer
+from igsm import check_solution, generate, problems, retell, solve, tokenizer
 from igsm.__main__ import main
 from igsm.graph import Node
 from igsm.solver import canonical, evaluate, parse_expression
@@ -314,7 +314,8 @@ def test_no_template_is_in_both_splits():
         train = generate(700, ops=ops, split="train", style="symbolic")
         test = generate(300, ops=ops, split="test", style="symbolic", seed=1)
         assert not {p.template for p in train} & {p.template for p in test}
-        assert not {skeleton(p) for p in train} & {skeleton(p) for p in test}
+        others = [retell(p, solution_variant=variant) for p in train for variant in (1, 2, 3)]
+        assert not {skeleton(p) for p in [*train, *others]} & {skeleton(p) for p in test}
         both = generate(300, ops=ops)
         assert {p.template for p in both} & {p.template for p in train} or ops == (15, 20)
     assert {p.ops for p in generate(100, ops=(1, 4), split="train")} == {1, 2, 3, 4}
@@ -388,6 +389,7 @@ def test_many_params_get_names_of_two_characters():
         (dict(max_params=0), "max_params must be"),
         (dict(max_literal=0), "max_literal must be"),
         (dict(max_literal=1000), "max_literal must be"),
+        (dict(max_literal=7, modulus=7), "max_literal must be at least 1 and below modulus"),
         (dict(start=-1), "must not be negative"),
         (dict(ops=(30, 30), max_params=3), "no problem of 30 to 30 operations was found with max_params=3"),
         (
