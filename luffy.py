@@ -13,7 +13,8 @@ advantage falls from 7/8 to 0, and the method turns into on-policy RL by itself.
 
 --method picks LUFFY or one of the paper's comparisons, each with its published settings:
   luffy    the above: no std, no clip, no KL, no length normalisation (the sum is divided by max_response_tokens)
-  grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2. After `sft`, this is the paper's SFT+RL
+  grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2. The paper's SFT+RL is this after `sft`, on
+           other questions (Elliott/Openr1-Math-48k-Complement)
   rl_sft   own answers by RL (mean over own answers, no clip) plus the mean negative log-likelihood of the trace
   sft      the trace's mean negative log-likelihood alone, 3 epochs
 
@@ -35,7 +36,7 @@ As published: the trace is graded by the same verifier as everything else (a rej
 trained; groups that are all right or all wrong stay in and get the entropy bonus only; `</think>` is needed.
 
 Commands:
-  python luffy.py --preset tiny                                              a laptop, a minute, nothing downloaded
+  python luffy.py --preset tiny                                              a laptop, 4 minutes, nothing downloaded
   python luffy.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl      one GPU
   torchrun --nproc_per_node 8 luffy.py                                       the paper's run
 """
@@ -139,7 +140,7 @@ class Args:
     sft_coef: float = 1.0
     """Weight of rl_sft's SFT term."""
     loss_rows: float = 64.0
-    """Scale of the summed loss: the rows a GPU of the published run held (see "Scale" above)."""
+    """Scale of the summed loss: the rows a GPU of the published run held (see "Scale" at the top of this file)."""
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -187,7 +188,8 @@ class Args:
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
     replay: str = ""
-    """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
+    """A folder OUT/bad/step-N: show what each of its rows does to loss and gradient, with the weights it met, and
+    stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
     profile: int = 0
@@ -309,7 +311,7 @@ class Row:
     sampler_logps: list[float] | None = None  # own rows: log-probs the sampler reported
     truncated: bool = False
     reward: float = 0.0
-    status: str = "ok"  # the verifier's
+    status: str = ""  # the verifier's; empty: not graded
     advantage: float = 0.0
 
 
@@ -345,7 +347,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
     n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    names = ("pg_loss", "entropy", "teacher_logp", "teacher_shaped", "clipped", "kl_old")
+    names = ("pg_loss", "sft_loss", "entropy", "teacher_logp", "teacher_shaped", "clipped", "kl_old")
     sums = torch.zeros(len(names), dtype=torch.float64)
     mismatch: list[torch.Tensor] = []  # trainer's minus sampler's log-prob of own tokens
     counted = rows_with_gradient(rows, args)
@@ -358,6 +360,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         sampler_logp = torch.tensor(drawn, device=logp.device)  # [N]
         if args.method == "sft":
             loss = -logp.sum() / n_tokens
+            sums[1] += loss.item()
         else:
             token_loss = luffy_token_loss(
                 logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
@@ -371,6 +374,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             if args.method == "rl_sft" and n_teacher_tokens:
                 nll = -torch.where(teacher, logp, 0.0).sum() / n_teacher_tokens
                 loss = loss + args.sft_coef * n_micro * nll
+                sums[1] += nll.item()
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
@@ -379,18 +383,21 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             own, p = ~teacher, logp[teacher].exp()
             shaped = p / (p + args.shaping_gamma) if args.shaping_gamma else p
             ratio = (logp - old)[own].exp()
-            sums[1:] += torch.stack([
+            sums[2:] += torch.stack([
                 entropy.sum(), logp[teacher].sum(), shaped.sum(),
                 ((ratio - 1).abs() > (args.clip or math.inf)).sum(), (old - logp)[own].sum(),
             ]).double().cpu()
             mismatch.append((old - sampler_logp)[own].cpu())
     total = dict(zip(names, sum_over_ranks(sums, world).tolist(), strict=True))
     own_tokens, teacher_tokens = (sum(len(r.response) for r in counted if r.teacher == t) for t in (False, True))
-    metrics = {"loss/pg": total["pg_loss"], "policy/entropy": total["entropy"] / (own_tokens + teacher_tokens)}
+    metrics = {"policy/entropy": total["entropy"] / (own_tokens + teacher_tokens)}
+    if args.method in ("sft", "rl_sft"):
+        metrics["loss/sft"] = total["sft_loss"]
     if teacher_tokens:
         metrics["teacher/logp"] = total["teacher_logp"] / teacher_tokens
         metrics["teacher/shaped_ratio"] = total["teacher_shaped"] / teacher_tokens
     if args.method != "sft":
+        metrics["loss/pg"] = total["pg_loss"]
         metrics |= {f"policy/{name}": total[name] / max(1, own_tokens) for name in ("clipped", "kl_old")}
         metrics |= compare_logps(torch.cat(mismatch), world)
     return metrics
@@ -398,7 +405,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
 def compare_logps(difference: torch.Tensor, world) -> dict[str, float]:
     """How far the trainer's log-probs are from the sampler's on the tokens that it drew; [tokens] -> metrics."""
-    d = difference[~difference.isnan()].double()
+    d = difference.double()
     sums = sum_over_ranks(torch.tensor([len(d), d.abs().sum(), -d.sum()], dtype=torch.float64), world)
     largest = max(gather_lists([d.abs().max().item() if len(d) else 0.0], world))
     n = max(1.0, sums[0].item())
@@ -453,14 +460,20 @@ def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
 
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
-    for name in ("batch_size", "group_size", "updates_per_step", "max_response_tokens", "max_prompt_tokens", "epochs"):
+    positive = ("batch_size", "group_size", "updates_per_step", "max_response_tokens", "max_prompt_tokens", "epochs",
+                "temperature", "keep")
+    for name in positive:
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     if args.batch_size % args.updates_per_step:
         raise InputError(
             f"--batch_size {args.batch_size} does not divide into --updates_per_step {args.updates_per_step}"
         )
-    if not 0 <= args.teacher_rows < max(args.group_size, 2):
+    if args.method == "sft":
+        if not args.teacher_rows or args.empty_trace == "on_policy":
+            raise InputError(f"--method sft trains on traces alone: not with --teacher_rows {args.teacher_rows} "
+                             f"--empty_trace {args.empty_trace} (error, drop)")
+    elif not 0 <= args.teacher_rows < args.group_size:
         raise InputError(f"--teacher_rows {args.teacher_rows} must be under --group_size {args.group_size}")
     if args.tis_cap and args.tis_cap < 1:
         raise InputError(f"--tis_cap must be 1 or more, or 0 for none, not {args.tis_cap}")
@@ -468,6 +481,10 @@ def check(args: Args) -> None:
         raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise InputError(f"--chat_template {args.chat_template}: no such file")
+    try:
+        grade([""], [""], verifier=args.verifier)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--verifier {args.verifier}: {error}") from error
 
 
 def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float]:
@@ -514,7 +531,7 @@ def main(args: Args) -> None:
     ]
     if len(examples) < args.batch_size:
         raise InputError(f"--data {args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
-    steps = args.steps or max(1, int(args.epochs * len(examples) / args.batch_size))
+    steps = args.steps or max(1, int(args.epochs * (len(examples) // args.batch_size)))
     if world.main:
         print(f"{args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size} questions")
 
@@ -539,13 +556,13 @@ def main(args: Args) -> None:
     teacher_verdicts: dict[int, Future] = {}  # by example: a trace is graded once
 
     curves = [["eval/mean"], ["reward/own", "reward/teacher"], ["group/solve_all", "group/solve_none"],
-              ["policy/entropy"], ["teacher/logp"], ["length/own"], ["loss/pg"], ["optim/grad_norm"],
+              ["policy/entropy"], ["teacher/logp"], ["length/own"], ["loss/pg"], ["loss/sft"], ["optim/grad_norm"],
               ["mismatch/mean_abs"]]
     bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    clock = Clock(args.profile, out)
     if start == 0 and held_out and args.eval_every:
         metrics.log(0, evaluate(sampler, tokenizer, held_out, args, world), show=["eval/mean"])
+    clock = Clock(args.profile, out)
 
     for step in range(start + 1, steps + 1):
         batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step - 1, args.seed)]
@@ -621,7 +638,8 @@ def main(args: Args) -> None:
             sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        row_log = {k: sum(log[k] for log in logs) / len(logs) for k in (logs or [{}])[0]}  # means over the updates
+        logged = {k: [log[k] for log in logs if k in log] for k in dict.fromkeys(k for log in logs for k in log)}
+        row_log = {k: sum(values) / len(values) for k, values in logged.items()}  # means over the updates
         row_log |= describe(rows)
         if held_out and args.eval_every and (step % args.eval_every == 0 or step == steps):
             with clock("evaluate"):
@@ -652,25 +670,27 @@ def describe(rows: list[Row]) -> dict[str, float]:
         return sum(values) / len(values) if values else None
 
     own, teacher = [r for r in rows if not r.teacher], [r for r in rows if r.teacher]
+    graded = [r for r in rows if r.status]  # all, or with sft none
     solved: dict[int, list[float]] = {}
     for row in own:
         solved.setdefault(row.group, []).append(row.reward)
     statuses = ("ok", "timeout", "error", "unparsable")
     return {
-        "reward/own": mean(r.reward for r in own), "reward/teacher": mean(r.reward for r in teacher),
+        "reward/own": mean(r.reward for r in own), "reward/teacher": mean(r.reward for r in graded if r.teacher),
         "group/solve_all": mean(min(g) > 0 for g in solved.values()),
         "group/solve_none": mean(max(g) <= 0 for g in solved.values()),
-        "teacher/advantage": mean(r.advantage for r in teacher),
+        "teacher/advantage": mean(r.advantage for r in graded if r.teacher),
         "length/own": mean(len(r.response) for r in own), "length/teacher": mean(len(r.response) for r in teacher),
         "length/truncated": mean(r.truncated for r in own),
-    } | {f"verifier/{s}": mean(r.status == s for r in rows) for s in statuses}
+    } | {f"verifier/{s}": mean(r.status == s for r in graded) for s in statuses}
 
 
 def sample_rows(rows: list[Row], batch, tokenizer) -> list[dict]:
     """Rows as text, for samples.jsonl; batch: the step's examples."""
     return [
         {
-            "who": "teacher" if row.teacher else "own", "reward": row.reward, "advantage": row.advantage,
+            "who": "teacher" if row.teacher else "own", "reward": row.reward if row.status else None,
+            "advantage": row.advantage,
             "gold": batch[row.group].gold, "prompt": batch[row.group].text, "response": tokenizer.decode(row.response),
         }
         for row in rows

@@ -238,7 +238,8 @@ class Args:
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
     replay: str = ""
-    """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
+    """A folder OUT/bad/step-N: show what each of its rows does to loss and gradient, with the weights it met, and
+    stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
     profile: int = 0
@@ -890,9 +891,9 @@ def train(args: Args) -> None:
     bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
     models |= {name: model for name, model in (("value", value), ("reference", reference)) if model}
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    clock = Clock(args.profile, out)
     if start == 0 and sampler:
         metrics.log(0, evaluate(sampler, tokenizer, held_out, args, world), show=["eval/mean"])
+    clock = Clock(args.profile, out)
 
     for step in range(start + 1, steps + 1):
         batch = [units[i] for i in batch_indices(len(units), args.batch_size, step - 1, args.seed)]

@@ -217,7 +217,8 @@ class Args:
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
     replay: str = ""
-    """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
+    """A folder OUT/bad/step-N: show what each of its rows does to loss and gradient, with the weights it met, and
+    stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
     profile: int = 0
@@ -904,11 +905,11 @@ def main(args: Args) -> None:
     bad_batches = BadBatches(out, args, world, skip=args.skip_bad_updates)
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
     chosen_logps = [row["logp/chosen"] for row in read_metrics(out) if "logp/chosen" in row] if world.main else []
-    clock = Clock(args.profile, out)
     if start == 0 and sampler:
         metrics.log(0, evaluate(sampler, tokenizer, held_out, args, world), show=["eval/mean"])
     if sampler:
         sampler.sleep()  # its memory is the trainer's until the sync
+    clock = Clock(args.profile, out)
 
     for step in range(start + 1, steps + 1):
         batch = [pairs[i] for i in batch_indices(len(pairs), args.batch_size, step - 1, args.seed)]

@@ -21,11 +21,12 @@ Where this file departs from the published code, and why:
 - The buffer and the SFT optimizer's states are in the checkpoint; the published run lost both.
 - A step without a hardest question is a step like any other; the published code took the length of None.
 - The SFT gradient is the true mean on any number of GPUs; the published one was that divided by their number
-  (8), which Adam hides but for the clip and epsilon.
+  (8), which Adam hides but for epsilon and the clip: sft_max_grad_norm is 8 times the published one.
 - The SFT loss was a mean over the tokens of a micro-batch of 4 rows (7B-Math; 2 elsewhere), averaged: it is that
   for `sft_rows_per_mean = 4` however rows are packed. 1 is the paper's text (1/|s| a demonstration), 0 one mean.
 - A question is in the buffer once, and moves to the front when it fails again; it was there for every failure.
-- A demonstration is verified before it is used, a rejected one counted (--no_verify_demonstrations as published).
+- relift verifies a demonstration before it uses it, and counts rejected ones (--no_verify_demonstrations as
+  published).
 - A question without a demonstration is skipped and counted; the published code trained on an eos at once.
 - So is one whose demonstration is longer than max_response_tokens; the published code cut it and wrote an eos
   over its last token (--long_trace cut).
@@ -138,7 +139,7 @@ class Args:
     entropy_coef: float = 0.001
     """Entropy bonus of the RL loss."""
     loss_rows: float = 64.0
-    """Scale of the summed loss: the rows a GPU of the published run held (see "Scale" above)."""
+    """Scale of the summed loss: the rows a GPU of the published run held (see "Scale" at the top of this file)."""
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -158,18 +159,19 @@ class Args:
     sft_data_size: int = 128
     """relift: questions of an SFT update, and how many the buffer must hold for one; -1 for RL alone."""
     sft_on: Literal["hardest", "random", "all"] = "hardest"
-    """Questions of a step to buffer: those that fail, as many at random, or all (the paper's ablations)."""
+    """Questions of a step to buffer: those that fail, as many at random (failing ones among them; the paper's ablation
+    drew from the others), or all (the paper's ablation)."""
     sft_every: int = 0
     """Fine-tune after every so many steps on what the buffer holds (its newest sft_data_size at most), full or
     not (the paper's uniform interleaving); 0 as soon as it holds sft_data_size."""
     hard_threshold: float = 0.0
     """Share of right rollouts up to which a question counts as hardest (published: 0, all fail)."""
     verify_demonstrations: bool = True
-    """Use only demonstrations that the verifier accepts (published: no)."""
+    """relift: use only demonstrations that the verifier accepts (published: no)."""
     sft_lr: float = 1e-6
-    """Learning rate of the SFT updates, constant; their AdamW has the betas and weight decay above."""
-    sft_max_grad_norm: float = 1.0
-    """Their gradient norm to clip to."""
+    """relift: learning rate of the SFT updates, constant; their AdamW has the betas and weight decay above."""
+    sft_max_grad_norm: float = 8.0
+    """relift: their gradient norm to clip to (published: 1, of an eighth of this gradient)."""
     sft_entropy_coef: float = 0.001
     """Entropy bonus of the SFT loss (every published script; the paper reports 1e-4 as best)."""
     sft_rows_per_mean: int = 4
@@ -211,7 +213,8 @@ class Args:
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
     replay: str = ""
-    """Such a folder: show what each of its rows does to loss and gradient, with the weights it met, and stop."""
+    """A folder OUT/bad/step-N: show what each of its rows does to loss and gradient, with the weights it met, and
+    stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
     profile: int = 0
@@ -233,8 +236,8 @@ PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny_relift", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, sft_data_size=16,
-        sft_lr=2e-4, eval_every=20, eval_limit=128, buckets=True, save_every=20, micro_batch_tokens=4096,
-        gradient_checkpointing=False,
+        sft_lr=2e-4, sft_max_grad_norm=1.0, eval_every=20, eval_limit=128, buckets=True, save_every=20,
+        micro_batch_tokens=4096, gradient_checkpointing=False,
     ),
 }
 SCRATCH = dict(
@@ -387,7 +390,7 @@ class Row:
     sampler_logps: list[float] | None = None  # own rows: log-probs the sampler reported
     truncated: bool = False
     reward: float = 0.0
-    status: str = "ok"  # the verifier's
+    status: str = ""  # the verifier's; empty: not graded
     advantage: float = 0.0
     mean_tokens: int = 0  # demonstrations: tokens of the mean that it is part of
 
@@ -476,7 +479,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 
 def compare_logps(difference: torch.Tensor, world) -> dict[str, float]:
     """How far the trainer's log-probs are from the sampler's on the tokens that it drew; [tokens] -> metrics."""
-    d = difference[~difference.isnan()].double()
+    d = difference.double()
     sums = sum_over_ranks(torch.tensor([len(d), d.abs().sum(), -d.sum()], dtype=torch.float64), world)
     largest = max(gather_lists([d.abs().max().item() if len(d) else 0.0], world))
     n = max(1.0, sums[0].item())
@@ -532,7 +535,9 @@ def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
 
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
-    for name in ("batch_size", "group_size", "updates_per_step", "max_response_tokens", "max_prompt_tokens", "epochs"):
+    positive = ("batch_size", "group_size", "updates_per_step", "max_response_tokens", "max_prompt_tokens", "epochs",
+                "temperature", "keep")
+    for name in positive:
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     if args.batch_size % args.updates_per_step:
@@ -552,6 +557,10 @@ def check(args: Args) -> None:
         raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise InputError(f"--chat_template {args.chat_template}: no such file")
+    try:
+        grade([""], [""], verifier=args.verifier)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--verifier {args.verifier}: {error}") from error
 
 
 def check_demonstrations(have: int, args: Args) -> None:
@@ -660,7 +669,7 @@ def main(args: Args) -> None:
     ]
     if len(examples) < args.batch_size:
         raise InputError(f"--data {args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
-    steps = args.steps or max(1, int(args.epochs * len(examples) / args.batch_size))
+    steps = args.steps or max(1, int(args.epochs * (len(examples) // args.batch_size)))
     if world.main:
         print(f"{args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size} questions")
 
@@ -704,9 +713,9 @@ def main(args: Args) -> None:
               ["mismatch/mean_abs"]]
     bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    clock = Clock(args.profile, out)
     if start == 0 and held_out and args.eval_every:
         metrics.log(0, evaluate(sampler, tokenizer, held_out, buckets, args, world), show=["eval/mean"])
+    clock = Clock(args.profile, out)
 
     for step in range(start + 1, steps + 1):
         indices = batch_indices(len(examples), args.batch_size, step - 1, args.seed)
@@ -774,7 +783,6 @@ def main(args: Args) -> None:
                 with bad_batches(step, update, models, texts, old[u]):
                     if args.method == "sft":
                         log = accumulate_sft_gradient(policy, update, args, world)
-                        demonstrations += len(update)
                     else:
                         log = accumulate_gradient(policy, update, old[u], args, world)
                     check_finite(log, policy, world)
@@ -786,27 +794,30 @@ def main(args: Args) -> None:
                         )
                     log["optim/grad_norm"] = optimizer_step(policy, optimizer, lr=lr, max_grad_norm=args.max_grad_norm)
                     logs.append(log | {"optim/lr": lr})
+                    demonstrations += len(update) if args.method == "sft" else 0
         if interleave and sft_is_due(step, len(buffer), args):
             with clock("sft"):
                 questions = buffer.take(args.sft_data_size)
                 taught = [Row(examples[q].prompt, examples[q].trace, i, True) for i, q in enumerate(questions)]
                 texts = partial(sample_rows, taught, [examples[q] for q in questions], tokenizer)
                 with bad_batches(step, taught, models, texts):
-                    sft_log = accumulate_sft_gradient(policy, taught, args, world)
-                    check_finite(sft_log, policy, world)
-                    sft_log["sft/grad_norm"] = optimizer_step(
+                    log = accumulate_sft_gradient(policy, taught, args, world)
+                    check_finite(log, policy, world)
+                    log["sft/grad_norm"] = optimizer_step(
                         policy, sft_optimizer, lr=args.sft_lr, max_grad_norm=args.sft_max_grad_norm
                     )
+                    sft_log = log
                     demonstrations += len(taught)
         if interleave:
-            buffer_log |= {"buffer/size": len(buffer), "sft/fired": float(bool(taught))}
+            buffer_log |= {"buffer/size": len(buffer), "sft/fired": float(bool(sft_log))}
 
         # 5. sync
         with clock("sync"):
             sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        row_log = {k: sum(log[k] for log in logs) / len(logs) for k in (logs or [{}])[0]}  # means over the updates
+        logged = {k: [log[k] for log in logs if k in log] for k in dict.fromkeys(k for log in logs for k in log)}
+        row_log = {k: sum(values) / len(values) for k, values in logged.items()}  # means over the updates
         row_log |= describe(rows) | buffer_log | sft_log | {"sft/demonstrations": demonstrations}
         if held_out and args.eval_every and (step % args.eval_every == 0 or step == steps):
             with clock("evaluate"):
@@ -856,7 +867,8 @@ def sample_rows(rows: list[Row], batch, tokenizer) -> list[dict]:
     """Rows as text, for samples.jsonl; batch: the step's examples."""
     return [
         {
-            "who": "teacher" if row.teacher else "own", "reward": row.reward, "advantage": row.advantage,
+            "who": "teacher" if row.teacher else "own", "reward": row.reward if row.status else None,
+            "advantage": row.advantage,
             "gold": batch[row.group].gold, "prompt": batch[row.group].text, "response": tokenizer.decode(row.response),
         }
         for row in rows

@@ -178,7 +178,7 @@ class Policy(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
-        self.bad_logps = 0  # how many were NaN or above 0 since check_finite asked
+        self.bad_logps = 0  # how many of the updates' were NaN or above 0 since check_finite asked
         self.cells = self.useful = 0  # of attention, since useful_share asked
 
     def forward(
@@ -195,7 +195,8 @@ class Policy(nn.Module):
             return hidden, weight
         out = linear_logprobs(hidden, weight, batch.targets, temperature=temperature, entropy=entropy)
         logp = out[0] if entropy else out
-        self.bad_logps = self.bad_logps + (~(logp.detach() <= 0)).sum()
+        if torch.is_grad_enabled():
+            self.bad_logps = self.bad_logps + (~(logp.detach() <= 0)).sum()
         if reference is None:
             return out
         with torch.no_grad():
@@ -461,11 +462,16 @@ class BadBatches:
     """What becomes of an update whose numbers are not finite: `with bad_batches(step, rows, models): ...`
 
     On a FloatingPointError inside (of every rank) the weights are untouched. The batch, the weights that it met and
-    the settings are written to OUT/bad/step-N, for --replay, and the run stops; with `skip` it goes on without that
-    update, and `skipped` counts them."""
+    the settings are written to OUT/bad/step-N (the second of a step to step-N-2), for --replay, and the run stops; with
+    `skip` it goes on without that update, and `skipped` counts them."""
 
     def __init__(self, out: Path, args, world: World, *, skip: bool):
-        self.out, self.args, self.world, self.skip, self.skipped = out, args, world, skip, 0
+        self.out, self.args, self.world, self.skip = out, args, world, skip
+        self.steps: list[int] = []  # of the bad ones so far
+
+    @property
+    def skipped(self) -> int:
+        return len(self.steps)
 
     @contextlib.contextmanager
     def __call__(self, step: int, rows: list, models: dict[str, nn.Module], texts, old_logps=None):
@@ -476,7 +482,9 @@ class BadBatches:
         except FloatingPointError as error:
             for model in models.values():
                 model.zero_grad(set_to_none=True)
-            folder = self.out / "bad" / f"step-{step:08d}"
+            self.steps.append(step)
+            again = f"-{self.steps.count(step)}" if self.steps.count(step) > 1 else ""
+            folder = self.out / "bad" / f"step-{step:08d}{again}"
             weights = {name: dcp_state.get_model_state_dict(model) for name, model in models.items()}
             dcp.save(weights, checkpoint_id=folder / "weights")
             old = gather_lists([old_logps and [x.cpu() for x in old_logps]], self.world)
@@ -494,7 +502,6 @@ class BadBatches:
             message = f"step {step}: {error}. The batch is in {folder}; see it again with --replay {folder}"
             if not self.skip:
                 raise FloatingPointError(message) from error
-            self.skipped += 1
             if self.world.main:
                 tqdm.write(f"{message}. Its update is skipped (--skip_bad_updates)", file=sys.stderr)
 
