@@ -720,7 +720,7 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
         sampling=Sampling(args.max_response_tokens, args.eval_temperature),
         progress="evaluate" if world.main else None,
     )
-    texts = [tokenizer.decode(g[0].ids) for g in groups]
+    texts = [tokenizer.decode(g[0].said) for g in groups]
     verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
     results = gather_lists(
         [(e.source, v.reward, g[0].truncated) for e, v, g in zip(mine, verdicts, groups, strict=True)], world

@@ -203,15 +203,17 @@ class Args:
 
 
 METHODS = {
-    "grpo": dict(teacher_rows=0, clip=0.2),
-    "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, steps=0, batch_size=64, group_size=1,
-                updates_per_step=1, entropy_coef=0.0),
+    "grpo": dict(teacher_rows=0, clip=0.2, out="runs/luffy_grpo"),
+    "rl_sft": dict(out="runs/luffy_rl_sft"),
+    "sft": dict(out="runs/luffy_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, steps=0, batch_size=64,
+                group_size=1, updates_per_step=1, entropy_coef=0.0),
 }
 PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
         eval_limit=128, save_every=20, micro_batch_tokens=4096, gradient_checkpointing=False,
+        method={name: dict(out=f"runs/tiny_{name}") for name in METHODS},
     ),
     "tiny_base": dict(
         model="scratch", data="igsm:2-8", igsm_problems=200000, eval_data=("igsm:5-8",),
@@ -453,8 +455,8 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
 
 
 def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
-    """The verdicts on rows of a step, in the background."""
-    texts = [tokenizer.decode(row.response) for row in rows]
+    """The verdicts on rows of a step, in the background; of what was said before the eos."""
+    texts = [tokenizer.decode(row.response if row.truncated else row.response[:-1]) for row in rows]
     return grade_later(texts, [batch[row.group].gold for row in rows], verifier=args.verifier)
 
 
@@ -495,7 +497,7 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
         sampling=Sampling(args.max_response_tokens, args.eval_temperature),
         progress="evaluate" if world.main else None,
     )
-    texts = [tokenizer.decode(g[0].ids) for g in groups]
+    texts = [tokenizer.decode(g[0].said) for g in groups]
     verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
     results = gather_lists(
         [(e.source, v.reward, g[0].truncated) for e, v, g in zip(mine, verdicts, groups, strict=True)], world
@@ -571,7 +573,10 @@ def main(args: Args) -> None:
         # 1. sample; the answers to a question are graded while others are still being written
         with clock("sample"):
             teachers = [args.teacher_rows if e.trace else 0 for e in batch]
-            rows = [Row(batch[g].prompt, batch[g].trace, g, True) for g in mine for _ in range(teachers[g])]
+            rows = [
+                Row(batch[g].prompt, trace, g, True, truncated=trace[-1] != tokenizer.eos_token_id)
+                for g in mine for trace in [batch[g].trace] * teachers[g]
+            ]
             own_verdicts: list[tuple[list[Row], Future]] = []
 
             def answered(i: int, group: list[Completion], rows=rows, batch=batch, mine=mine, grading=own_verdicts):

@@ -37,6 +37,9 @@ Where this file departs from the paper or from its published code, and why:
 - Policy and reference are read once a batch; the published code read the policy twice.
 - The schedule ends with the last step; the published one had epochs^2 as many. Rewards are 0 and 1, as in every
   published script and not as in the code's defaults (+1 and -1: --reward_scale 2 --reward_shift -1).
+- GSM8K's solutions are trained as <think>...</think> and a box behind a user turn; the published SFT had them as they
+  are, "#### 2" at the end, behind a system turn (rows of that form: --data with 'prompt' and 'target'; eval.py's
+  --template oreo-gsm8k asks in it). Evaluation is greedy within max_response_tokens (published: 2048).
 - Not here: one-step PCL, hinge, log-ratio clipping, forward or sampled KL, adaptive alpha: not in the paper.
 Open in the paper: which model a round of iterate starts from and which is its reference (--round_init,
 --round_reference), and KTO's beta (0.1 here, as DPO's).
@@ -434,7 +437,8 @@ def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip
         p p p r r r r    r r r r r r
         actions 1 1 1 1  0 0 0 1 1 1
 
-    Raises InputError where the template shows earlier turns otherwise than when they were said."""
+    Raises InputError where the template shows earlier turns otherwise than when they were said, or puts no eos behind
+    an answer."""
     text, ids, actions = "", [], []
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"][skip_turns:]
     if not turns:
@@ -448,6 +452,11 @@ def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip
                 "pass a --chat_template that keeps the history as it is"
             )
         said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
+        if not eos:
+            raise InputError(
+                f"the chat template ends no turn with the tokenizer's eos {tokenizer.eos_token}, so that a model would "
+                "never learn to stop; pass a --chat_template that does"
+            )
         for piece, action in ((before[len(text) :], False), (said + eos, True)):
             piece_ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
             ids += piece_ids
@@ -488,7 +497,8 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
             prompt, response, mask = row_ids(row, tokenizer, template, args)
             actions = [True] * len(response) if mask is None else [bool(a) for a in mask]
             known = all(0 <= i < len(tokenizer) for i in (*prompt, *response))
-            question = str(row["question"]) if "question" in row else tuple(prompt)
+            question = str(row.get("question")), tuple(prompt)  # files of several sources may number alike
+            text = row.get("response") if mask is None and "response_ids" in row else None
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
@@ -496,6 +506,7 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
                 f"{where}: expected {{prompt, response, reward}}, {{conversations, reward}} or what collect writes "
                 f"({type(error).__name__}: {error})"
             ) from error
+        known = known and (text is None or tokenizer.decode(response) == text)
         if not known or len(actions) != len(response) or not math.isfinite(reward):
             raise InputError(f"{where}: ids of another tokenizer, a mask of another length, or a reward of {reward}")
         if len(prompt) > args.max_prompt_tokens:
@@ -686,6 +697,12 @@ def check(args: Args) -> None:
         raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
     if args.temperature <= 0 and args.search != "greedy":
         raise InputError(f"--temperature {args.temperature}: answers that shall differ need a positive one")
+    if args.balance < 0:
+        raise InputError(f"--balance must be positive, or 0 for all answers, not {args.balance}")
+    if args.stage == "sft" and args.rows:
+        raise InputError("--stage sft trains on the solutions of --data; --rows are for the other stages")
+    if args.rounds > 1 and args.reference and args.round_reference == "last":
+        raise InputError(f"--reference {args.reference} is not used with --round_reference last: another is init")
     if args.rounds > 1 and (args.rows or args.stage == "sft"):
         raise InputError("--rounds collects rows of its own: it goes with oreo, rejection, dpo, kto and without --rows")
     if args.stage == "search" and not args.eval_data:
@@ -746,7 +763,7 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
         sampling=Sampling(args.max_response_tokens, args.eval_temperature),
         progress="evaluate" if world.main else None,
     )
-    texts = [tokenizer.decode(g[0].ids) for g in groups]
+    texts = [tokenizer.decode(g[0].said) for g in groups]
     verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
     results = gather_lists(
         [(e.source, v.reward, g[0].truncated) for e, v, g in zip(mine, verdicts, groups, strict=True)], world
@@ -808,17 +825,16 @@ def collect(args: Args) -> str:
         )
 
         # 2. reward
-        texts = [[tokenizer.decode(c.ids) for c in group] for group in groups]
+        said = [tokenizer.decode(c.said) for group in groups for c in group]
         verdicts = iter(grade(
-            [text for group in texts for text in group], [e.gold for e in mine for _ in range(args.samples)],
-            verifier=args.verifier,
+            said, [e.gold for e in mine for _ in range(args.samples)], verifier=args.verifier
         ))  # fmt: skip
         rows = []
-        for e, group, group_texts in zip(mine, groups, texts, strict=True):
+        for e, group in zip(mine, groups, strict=True):
             judged = [next(verdicts) for _ in group]
             rows += [
                 {"step": step, "question": e.index, "source": e.source, "gold": e.gold, "prompt": e.text,
-                 "response": group_texts[i], "reward": judged[i].reward, "status": judged[i].status,
+                 "response": tokenizer.decode(group[i].ids), "reward": judged[i].reward, "status": judged[i].status,
                  "truncated": group[i].truncated, "prompt_ids": e.prompt, "response_ids": group[i].ids}
                 for i in balanced([v.reward for v in judged], args.balance)
             ]  # fmt: skip
@@ -989,11 +1005,18 @@ def iterate(args: Args) -> None:
     for number in range(1, args.rounds + 1):
         out = Path(args.out) / f"round-{number}"
         setting = dataclasses.replace(args, out=str(out), rounds=1, seed=args.seed + 1000 * number)
+        init = last if args.round_init == "last" else args
+        reference = last.model if args.round_reference == "last" else args.reference or args.model
+        learner = dataclasses.replace(setting, model=init.model, value=init.value, reference=reference)
         if not (out / "model").exists():
             rows = collect(dataclasses.replace(setting, model=last.model))
-            init = last if args.round_init == "last" else args
-            reference = last.model if args.round_reference == "last" else args.reference or args.model
-            train(dataclasses.replace(setting, rows=rows, model=init.model, value=init.value, reference=reference))
+            train(dataclasses.replace(learner, rows=rows))
+        else:
+            there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(learner)))
+            changed = [f"--{name} {there.get(name)!r} there, {value!r} here" for name, value in here.items()
+                       if name not in Checkpoints.FREE | {"rows"} and there.get(name) != value]  # fmt: skip
+            if changed:
+                raise InputError(f"{out} was made with other settings ({'; '.join(changed)}): choose another --out")
         value = str(out / "value") if args.stage == "oreo" else ""
         last = dataclasses.replace(setting, model=str(out / "model"), value=value)
     if init_world().main:
@@ -1026,7 +1049,7 @@ def search(args: Args) -> dict:
     value = None if args.search == "greedy" else load_value(args, policy, world)
     found = find_answers(policy, value, tokenizer, examples, args, world)
     best = [max(answers, key=lambda c: c.value, default=None) for answers in found]
-    texts = [tokenizer.decode(c.response) if c else "" for c in best]
+    texts = [tokenizer.decode(c.response).removesuffix(tokenizer.eos_token) if c else "" for c in best]
     verdicts = grade(texts, [e.gold for e in examples], verifier=args.verifier)
     rewards: dict[str, list[float]] = {}
     for e, verdict in zip(examples, verdicts, strict=True):

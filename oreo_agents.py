@@ -71,7 +71,7 @@ class Args:
     value: str = ""
     """A value model of oreo.py, to choose among --candidates."""
     out: str = "runs/agent"
-    """Where rows.jsonl and results.json go."""
+    """Where rows.jsonl (of evaluate: episodes.jsonl) and results.json go."""
     chat_template: str = ""
     """File with a Jinja chat template; empty takes the tokenizer's own."""
 
@@ -195,6 +195,11 @@ class Episode:
         self.messages.append({"role": "assistant", "content": answer})
         shown = self.tokenizer.apply_chat_template(self.messages, chat_template=self.template, tokenize=False)
         said, mark, _ = shown[len(self.text) :].partition(self.tokenizer.eos_token)
+        if not mark:
+            raise InputError(
+                f"the chat template ends no turn with the tokenizer's eos {self.tokenizer.eos_token}: pass a "
+                "--chat_template that does"
+            )
         self.text += said + mark
         action = parse_action(answer) if ids[-1] == eos else None
         if action is None:
@@ -568,12 +573,13 @@ def main(args: Args) -> dict | None:
     if world.main:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        partial = out / "rows.partial.jsonl"
+        path = out / ("episodes.jsonl" if args.stage == "evaluate" else "rows.jsonl")
+        partial = path.with_suffix(".partial.jsonl")
         played = [row for row in rows if row["turns"]]  # the others' first observation is too long for an answer
         partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in played))
-        os.replace(partial, out / "rows.jsonl")
+        os.replace(partial, path)
         (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"{out}/rows.jsonl: {result}")
+        print(f"{path}: {result}")
     gather_lists([], world)  # nobody leaves before the file is there
     return result
 

@@ -11,7 +11,8 @@ is no reference model, no KL, no clip and no sigmoid, and the loss has no lower 
 right traces with the wrong ones (they share most of their tokens) is alpha < 1 and a small learning rate. Watch
 logp/chosen: alarm/collapsed_at is the step at which it had fallen by more than --collapse_margin.
 
---loss picks REDI or one of the paper's comparisons, each with its published settings:
+--loss picks REDI or one of the paper's comparisons, each with its published settings (the comparisons start from
+`--stage sft --epochs 3`, redi and symmetric from 5 epochs):
   redi       the above, alpha 0.8; with alpha 0 a per-trace mean of SFT
   symmetric  alpha 1 (Eq. 4), the limit of SimPO for beta -> 0; it needs a rate of 2e-7 where redi stands 1e-6
   dpo        - log sigmoid(beta [log p(right) / ref(right) - log p(wrong) / ref(wrong)]): sums, not means
@@ -36,6 +37,8 @@ Where this file departs from the published code, and why:
 - The mean is over the step's pairs (its right tokens in SFT) on all ranks; the published SFT, by its libraries'
   defaults, took a token mean over each GPU's 16 rows, then the mean over GPUs.
 - A pair of equal traces or an empty trace is an error unless --bad_rows drop.
+- Evaluation as training goes on draws at top-p 1 from max_response_tokens; the paper's tables at 0.95 from 32,768
+  (eval.py).
 - --stage data shuffles with its own generator: same rows, another order. Training draws its own order anyway.
 As published: the first right and the first wrong generation, one pair a problem; a trace is right if both verifiers
 say so, so that wrong ones include those on which they disagree; no length filter on positives.
@@ -500,6 +503,9 @@ def read_traces(row: dict, where: str) -> tuple[list[dict], Trace | None, Trace 
             raise InputError(f"{where}: {error}") from error
         return value, ids
 
+    weight = 1.0 if row.get("weight") is None else row["weight"]
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise InputError(f"{where}: 'weight' must be a number from 0 on, not {weight!r} (a wrong trace has label 0)")
     if row.get("label") is not None or row.get("response") is not None:
         if row.get("label") not in (0, 1):
             raise InputError(f"{where}: 'label' must be 1 (right) or 0 (wrong), not {row.get('label')!r}")
@@ -512,10 +518,7 @@ def read_traces(row: dict, where: str) -> tuple[list[dict], Trace | None, Trace 
             raise InputError(f"{where}: neither 'chosen' nor 'rejected' holds a trace")
     else:
         _, _, messages, text = read_row(row, where, needs_trace=True)
-        return messages, (text, None), None, 1.0
-    weight = 1.0 if row.get("weight") is None else row["weight"]
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise InputError(f"{where}: 'weight' must be a number from 0 on, not {weight!r} (a wrong trace has label 0)")
+        return messages, (text, None), None, float(weight)
     return read_prompt(row, where), chosen, rejected, float(weight)
 
 
@@ -623,7 +626,7 @@ def choose_openr1(row: dict, drop_sources=("cn_k12",)) -> tuple[int | None, int 
 
     A generation is right if both verifiers (correctness.llama_verification and .math_verify_reparsed_answer) say
     so, else wrong; a missing verdict is a no."""
-    generations, correctness = row.get("generations"), row.get("correctness") or {}
+    generations, correctness = row.get("generations"), row.get("correctness")
     if str(row.get("problem_is_valid")).strip().lower() != "yes":
         return "problem not valid"
     if row.get("source") in drop_sources:
@@ -632,6 +635,7 @@ def choose_openr1(row: dict, drop_sources=("cn_k12",)) -> tuple[int | None, int 
         return "no problem"
     if not generations:
         return "no generations"
+    correctness = correctness if isinstance(correctness, dict) else {}
     verdicts = [correctness.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
     if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
         return "not a verdict of both verifiers for each generation"
@@ -653,7 +657,10 @@ def read_problem(row: dict, where: str, args: Args) -> Problem | str:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     if "prompt" not in row and {"question", "answer"} <= row.keys():
-        row = gsm8k_row(row)
+        try:
+            row = gsm8k_row(row)
+        except TypeError as error:
+            raise InputError(f"{where}: {error}") from error
     solutions = [v for v in row.values() if isinstance(v, dict) and {"is_correct", "solution"} <= v.keys()]
     reward_model = row["reward_model"] if isinstance(row.get("reward_model"), dict) else {}
     golds = (reward_model.get("ground_truth"), row.get("answer"), row.get("ground_truth"))
@@ -704,9 +711,8 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
     )
     sampler.close()
     drawn = [(lacking[k], c.ids, c.truncated) for k, group in zip(mine, groups, strict=True) for c in group]
-    verdicts = grade(
-        [tokenizer.decode(ids) for _, ids, _ in drawn], [problems[i].gold for i, _, _ in drawn], verifier=args.verifier
-    )
+    texts = [tokenizer.decode(c.said) for group in groups for c in group]
+    verdicts = grade(texts, [problems[i].gold for i, _, _ in drawn], verifier=args.verifier)
     count, tokens = dict.fromkeys(("right", "wrong", "cut short", "not graded (time-out or error)"), 0), 0
     for (i, ids, cut), verdict in gather_lists(list(zip(drawn, verdicts, strict=True)), world):
         tokens += len(ids)
@@ -800,6 +806,8 @@ def check(args: Args) -> None:
             raise InputError(f"--{name} must not be negative, but is {getattr(args, name)}")
     if not 0 <= args.label_smoothing < 0.5:
         raise InputError(f"--label_smoothing must be from 0 to under 0.5, not {args.label_smoothing}")
+    if args.stage != "redi" and args.loss != "redi":
+        raise InputError(f"--loss {args.loss} is of --stage redi, and does nothing in --stage {args.stage}")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise InputError(f"--chat_template {args.chat_template}: no such file")
     if args.own_answers and args.stage != "data":
@@ -830,7 +838,7 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
         sampling=Sampling(args.max_response_tokens, args.eval_temperature),
         progress="evaluate" if world.main else None,
     )
-    texts = [tokenizer.decode(g[0].ids) for g in groups]
+    texts = [tokenizer.decode(g[0].said) for g in groups]
     verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
     results = gather_lists(
         [(e.source, v.reward, g[0].truncated) for e, v, g in zip(mine, verdicts, groups, strict=True)], world
@@ -904,7 +912,8 @@ def main(args: Args) -> None:
               ["eval/mean"], ["loss/mean"], ["optim/grad_norm"], ["optim/lr"]]  # fmt: skip
     bad_batches = BadBatches(out, args, world, skip=args.skip_bad_updates)
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    chosen_logps = [row["logp/chosen"] for row in read_metrics(out) if "logp/chosen" in row] if world.main else []
+    followed = [row for row in (read_metrics(out) if world.main else []) if "logp/chosen" in row]
+    followed = [(row["step"], row["logp/chosen"]) for row in followed]  # what the alarm looks at
     if start == 0 and sampler:
         metrics.log(0, evaluate(sampler, tokenizer, held_out, args, world), show=["eval/mean"])
     if sampler:
@@ -925,10 +934,10 @@ def main(args: Args) -> None:
             row_log = {}
             with bad_batches(step, batch, {"policy": policy}, partial(sample_rows, batch, tokenizer)):
                 accumulate_gradient(policy, batch, args, world)
-                row_log = describe(batch, args)
-                check_finite(row_log, policy, world)
+                log = describe(batch, args)
+                check_finite(log, policy, world)
                 norm = optimizer_step(policy, optimizer, lr=lr, max_grad_norm=args.max_grad_norm)
-                row_log |= {"optim/grad_norm": norm, "optim/lr": lr}
+                row_log = log | {"optim/grad_norm": norm, "optim/lr": lr}
 
         # 5. sync
         with clock("sync"):
@@ -936,11 +945,13 @@ def main(args: Args) -> None:
                 sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        chosen_logps += [row_log["logp/chosen"]] if math.isfinite(row_log.get("logp/chosen") or math.nan) else []
-        row_log["alarm/collapsed_at"] = collapsed_at(chosen_logps, args.collapse_margin)
-        if world.main and row_log["alarm/collapsed_at"] == len(chosen_logps):
+        if row_log.get("logp/chosen") is not None:  # not an update that was skipped, or without right traces
+            followed.append((step, row_log["logp/chosen"]))
+        fell = collapsed_at([logp for _, logp in followed], args.collapse_margin)
+        row_log["alarm/collapsed_at"] = fell and followed[fell - 1][0]
+        if world.main and row_log["alarm/collapsed_at"] == step:
             tqdm.write(
-                f"step {step}: logp/chosen has fallen from {chosen_logps[0]:.2f} to {chosen_logps[-1]:.2f}, by more "
+                f"step {step}: logp/chosen has fallen from {followed[0][1]:.2f} to {followed[-1][1]:.2f}, by more "
                 f"than --collapse_margin {args.collapse_margin}: lower --lr or --alpha"
             )
         if evaluates:

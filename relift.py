@@ -228,9 +228,9 @@ class Args:
 
 
 METHODS = {
-    "grpo": dict(clip=0.2, max_grad_norm=1.0),
-    "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, batch_size=64, group_size=1,
-                updates_per_step=1, max_grad_norm=1.0, sft_entropy_coef=0.0, sft_rows_per_mean=0),
+    "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
+    "sft": dict(out="runs/relift_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, batch_size=64,
+                group_size=1, updates_per_step=1, max_grad_norm=1.0, sft_entropy_coef=0.0, sft_rows_per_mean=0),
 }
 PRESETS = {
     "tiny": dict(
@@ -238,6 +238,7 @@ PRESETS = {
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, sft_data_size=16,
         sft_lr=2e-4, sft_max_grad_norm=1.0, eval_every=20, eval_limit=128, buckets=True, save_every=20,
         micro_batch_tokens=4096, gradient_checkpointing=False,
+        method={name: dict(out=f"runs/tiny_relift_{name}") for name in METHODS},
     ),
 }
 SCRATCH = dict(
@@ -528,8 +529,8 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
 
 
 def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
-    """The verdicts on rows of a step, in the background."""
-    texts = [tokenizer.decode(row.response) for row in rows]
+    """The verdicts on rows of a step, in the background; of what was said before the eos."""
+    texts = [tokenizer.decode(row.response if row.truncated else row.response[:-1]) for row in rows]
     return grade_later(texts, [batch[row.group].gold for row in rows], verifier=args.verifier)
 
 
@@ -584,7 +585,7 @@ def pass_counts(sampler, tokenizer, examples, args: Args, world) -> list[int]:
         [examples[i].prompt for i in mine], n=8, keys=[examples[i].index for i in mine], seed=args.seed + 2,
         sampling=Sampling(args.max_response_tokens, args.temperature), progress="buckets" if world.main else None,
     )
-    texts = [tokenizer.decode(completion.ids) for group in groups for completion in group]
+    texts = [tokenizer.decode(completion.said) for group in groups for completion in group]
     verdicts = grade(texts, [examples[i].gold for i in mine for _ in range(8)], verifier=args.verifier)
     right = [sum(v.reward > 0 for v in verdicts[8 * k : 8 * k + 8]) for k in range(len(mine))]
     return [count for _, count in sorted(gather_lists(list(zip(mine, right, strict=True)), world))]
@@ -600,7 +601,7 @@ def evaluate(sampler, tokenizer, examples, buckets: list[str], args: Args, world
         sampling=Sampling(args.max_response_tokens, args.eval_temperature),
         progress="evaluate" if world.main else None,
     )
-    texts = [tokenizer.decode(g[0].ids) for g in groups]
+    texts = [tokenizer.decode(g[0].said) for g in groups]
     verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
     names = buckets[world.rank :: world.size] or [""] * len(mine)
     results = gather_lists(
@@ -627,7 +628,7 @@ def with_demonstration(questions: list[int], examples, verdicts: dict[int, bool]
     if args.verify_demonstrations:
         new = [q for q in have if q not in verdicts]
         mine = new[world.rank :: world.size]
-        texts = [tokenizer.decode(examples[q].trace) for q in mine]
+        texts = [tokenizer.decode(examples[q].trace[:-1]) for q in mine]
         graded = grade(texts, [examples[q].gold for q in mine], verifier=args.verifier)
         verdicts |= gather_lists([(q, v.reward > 0) for q, v in zip(mine, graded, strict=True)], world)
     accepted = [q for q in have if not args.verify_demonstrations or verdicts[q]]

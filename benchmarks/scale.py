@@ -90,7 +90,7 @@ def main() -> None:
             cells = " | ".join(f"{x / 1e9:.1f}" for x in (*parts, *activations))
             print(f"| {name} | {ranks} | {cells} | {sums} |")
     print(f"\n| model | tokens a sequence | operations of an update of {options.rows:,} sequences | "
-          + " | ".join(f"{r} GPUs" for r in options.ranks) + " |")
+          + " | ".join(f"{r} GPU{'s' * (r > 1)}" for r in options.ranks) + " |")
     print("|---|---|---|" + "---|" * len(options.ranks))
     for name, shape in MODELS.items():
         for length in options.tokens:

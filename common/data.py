@@ -225,8 +225,8 @@ def make_examples(
                 if not trace.strip():
                     if empty_trace == "error":
                         raise InputError(
-                            f"{source}, row {index}: the trace ('target') is empty; remove the row or pass "
-                            "--empty_trace drop | on_policy"
+                            f"{source}, row {index}: the trace ('target') is empty; remove the row (or, with luffy.py, "
+                            "pass --empty_trace drop | on_policy)"
                         )
                     count["trace_empty"] += 1
                     if empty_trace == "drop":

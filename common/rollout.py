@@ -74,6 +74,11 @@ class Completion:
     def truncated(self) -> bool:
         return self.finish == "length"
 
+    @property
+    def said(self) -> list[int]:
+        """The ids without the one that ended it: what a verifier reads."""
+        return self.ids if self.truncated else self.ids[:-1]
+
 
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values at the front of buffers with room for more: Transformers' own copies all of them for

@@ -516,7 +516,10 @@ def replay(folder: str, args_type, row_type, accumulate) -> None:
     about, world = json.loads((path / "about.json").read_text()), init_world()
     args = args_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["args"].items()})
     models = {
-        name: load_policy("", world, from_config=config, kind=ValueModel if name == "value" else Policy)
+        name: load_policy(
+            "", world, from_config=config, kind=ValueModel if name == "value" else Policy,
+            lora=about["args"].get(f"{name}_lora", 0),
+        )
         for name, config in about["config"].items()
     }
     weights = {name: dcp_state.get_model_state_dict(model) for name, model in models.items()}
