@@ -58,7 +58,7 @@ import tyro
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from common.data import InputError, gold_of, gsm8k_row, load_rows, read_row, render_prompt, text_of
+from common.data import IN_A_BOX, InputError, gold_of, gsm8k_row, load_rows, read_row, render_prompt, text_of
 from common.rollout import EmbeddedSampler, Sampling, make_sampler
 from common.search import search_answers, step_ids
 from common.trainer import ValueModel, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
@@ -141,7 +141,6 @@ FREE = {"out", "verifier", "buckets", "rollout", "dry_run", "compare", "page_que
 QWEN = (
     "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 )
-BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 PRIME = "{question}\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
 REDI = (
     "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
@@ -151,7 +150,7 @@ REDI = (
 )
 TEMPLATES = {
     "no": "{question}",
-    "qwen": QWEN.replace("{system}", BOX),
+    "qwen": QWEN.replace("{system}", IN_A_BOX),
     "simplerl": QWEN.replace("{system}", "You are a helpful assistant.").replace(
         # the doubled braces are the published script's
         "{question}", "{question}\nPlease reason step by step, and put your final answer within\\boxed{{}}."
@@ -165,9 +164,9 @@ TEMPLATES = {
         ("system", "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'"),
         ("user", "{question}"),
     ],
-    "oreo-math": [("system", BOX), ("user", "{question}")],
+    "oreo-math": [("system", IN_A_BOX), ("user", "{question}")],
     # no newline between "assistant" and "<think>", as in the published evaluation
-    "redi": QWEN.replace("{system}", BOX).replace("{question}", REDI).removesuffix("\n") + "<think>\n",
+    "redi": QWEN.replace("{system}", IN_A_BOX).replace("{question}", REDI).removesuffix("\n") + "<think>\n",
 }
 
 
@@ -308,16 +307,25 @@ def read_benchmark_row(row: dict, where: str) -> tuple[str, str, list[dict], str
         elif "answerKey" in row:  # ARC
             choices, gold = row["choices"], row["answerKey"]
             text = with_options(row["question"], choices["label"], choices["text"])
+            if gold not in choices["label"]:
+                raise ValueError(f"answerKey {gold!r} is none of the labels {choices['label']}")
         elif "options" in row:  # MMLU-Pro
-            text, gold = with_options(row["question"], string.ascii_uppercase, row["options"]), row["answer"]
+            if not isinstance(row["options"], list):
+                raise TypeError("'options' is not a list")
+            labels, gold = string.ascii_uppercase[: len(row["options"])], row["answer"]
+            text = with_options(row["question"], labels, row["options"])
+            if not isinstance(gold, str) or len(gold) != 1 or gold not in labels:
+                raise ValueError(f"answer {gold!r} is none of the letters {labels}")
+        elif "choices" in row:
+            raise ValueError("'choices' are ARC's, with 'answerKey', or 'options' with the letter of 'answer'")
         else:  # MATH: problem and answer, or a solution with the answer in its last box
             text = row["problem"] if "problem" in row else row["question"]
             gold = row["answer"] if row.get("answer") is not None else last_boxed(row["solution"])
-            if gold is None:
+            if gold is None or not str(gold).strip():
                 raise InputError(f"{where}: no 'answer', and no closed box in 'solution'")
         text, gold = text_of(text, "the question"), gold_of(gold)
         benchmark = text_of(row.get("data_source") or "", "'data_source'")
-        return benchmark, text, [{"role": "user", "content": f"{text}\n\n{BOX}"}], gold
+        return benchmark, text, [{"role": "user", "content": f"{text}\n\n{IN_A_BOX}"}], gold
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -330,7 +338,7 @@ def read_benchmark_row(row: dict, where: str) -> tuple[str, str, list[dict], str
 
 def with_options(question: str, labels, options) -> str:
     """A multiple-choice question as LUFFY's files write it, an option a line: "A) ..."."""
-    lines = [f"{label}) {option}" for label, option in zip(labels, options, strict=False)]
+    lines = [f"{label}) {option}" for label, option in zip(labels, options, strict=True)]
     return "\n".join([question + "\n", *lines])
 
 
@@ -392,6 +400,8 @@ def fingerprint(args: Args, questions: list[Question]) -> dict[str, str]:
 def check_settings(args: Args, questions: list[Question], world) -> None:
     """Write args.json, or check that answers in --out were drawn with these settings; InputError if not."""
     path = Path(args.out) / "args.json"
+    if path.exists() and "questions_digest" not in json.loads(path.read_text()):
+        raise InputError(f"--out {args.out} is the folder of something else than an evaluation: name another")
     settings = json.loads(json.dumps(dataclasses.asdict(args) | fingerprint(args, questions)))
     old = json.loads(path.read_text()) if read_records(path.parent) else settings
     changed = [k for k in settings if k not in FREE and settings[k] != old.get(k)]
@@ -466,9 +476,8 @@ def sample(questions: list[Question], tokenizer, args: Args, world, done: dict[s
     if all(q.id in done for q in questions):
         return
     policy = load_policy(args.model, world)
-    longest = max(len(q.prompt) for q in questions) + args.max_tokens
+    longest = max(len(q.prompt) for q in questions) + tokens_ahead(args)
     if args.search != "none":
-        longest += args.max_tokens  # a state is a prompt with an answer so far
         value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
         if value.lm.config.vocab_size != policy.lm.config.vocab_size:
             raise InputError(f"--value {args.value}: its vocabulary is not --model's")
@@ -550,14 +559,21 @@ def make_record(question: Question, answers: list[dict]) -> dict:
 
 
 def grade_records(records: list[dict], verifier: str, *, progress: bool = False) -> None:
-    """Give every answer a verdict of this verifier, [reward, status], where it has none yet."""
-    todo = [(r["gold"], a) for r in records for a in r["answers"] if verifier not in a.setdefault("verdicts", {})]
+    """Give every answer a verdict of this verifier, [reward, status], where it has none yet, or the time ran out, or
+    the verifier is the user's own, which may have changed. Raises InputError on a reward that is not 0 or 1."""
+    everything = [(r["gold"], a) for r in records for a in r["answers"]]
+    todo = [
+        (gold, a) for gold, a in everything
+        if ":" in verifier or a.setdefault("verdicts", {}).get(verifier, [0, "timeout"])[1] in ("timeout", "error")
+    ]
     with tqdm(total=len(todo), desc=f"grade {verifier}", unit="answer", disable=not (progress and todo)) as bar:
         for start in range(0, len(todo), 256):
             part = todo[start : start + 256]
             verdicts = grade([a["text"] for _, a in part], [gold for gold, _ in part], verifier=verifier)
             for (_, answer), verdict in zip(part, verdicts, strict=True):
-                answer["verdicts"][verifier] = [verdict.reward, verdict.status]
+                if verdict.reward not in (0, 1):
+                    raise InputError(f"--verifier {verifier}: a reward of {verdict.reward}; here it must be 0 or 1")
+                answer.setdefault("verdicts", {})[verifier] = [verdict.reward, verdict.status]
             bar.update(len(part))
 
 
@@ -580,7 +596,7 @@ def vote(text: str) -> str | None:
     found = re.sub(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", found)
     number = re.sub(r"(?<=\d),(?=\d{3}\b)", "", found)
     if re.fullmatch(r"-?\d{1,50}(?:\.\d{0,50}|/0*[1-9]\d{0,50})?|-?\.\d{1,50}", number):
-        return str(Fraction(number.rstrip(".") if not number.startswith("-.") else number.replace("-.", "-0.")))
+        return str(Fraction(number))
     return found or None
 
 
@@ -611,7 +627,7 @@ def summarise_benchmark(records: list[dict], verifiers: tuple[str, ...], base: d
         **dict(zip(("pass@1", "pass@1_se", "pass@1_se_sampling"), mean_and_errors(rewards), strict=True)),
     }
     n = min(map(len, rewards))
-    ks = sorted({2**i for i in range(1, n.bit_length()) if 2**i <= n} | ({n} if n > 1 else set()))
+    ks = sorted({2**i for i in range(1, n.bit_length())} | {n} - {1})
     counts = [(len(r), sum(x > 0 for x in r)) for r in rewards]
     votes = [count_votes(r, first) for r in records] if ks else []
     result |= {f"pass@{k}": mean(pass_at_k(m, c, k) for m, c in counts) for k in ks}
@@ -790,8 +806,9 @@ def load_run(folder: str, verifier: str) -> Run:
 def load_runs(folders: tuple[str, ...], verifier: str) -> list[Run]:
     """Runs cut down to the questions that all of them were asked; what is left out is printed."""
     runs = [load_run(folder, verifier) for folder in folders]
+    names = Counter(run.name for run in runs)
     for i, run in enumerate(runs):
-        if [r.name for r in runs].count(run.name) > 1:
+        if names[run.name] > 1:
             run.name = f"{run.name} ({i + 1})"
     common = set.intersection(*(set(run.records) for run in runs))
     if not common:
@@ -968,6 +985,8 @@ def check(args: Args) -> None:
     for name in ("n", "max_tokens", "sampler_tokens", "write_every", "width", "max_steps"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
+    if args.limit < 0:
+        raise InputError(f"--limit must be positive, or 0 for all questions, not {args.limit}")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature {args.temperature} must not be negative, --top_p {args.top_p} be in (0, 1]")
     if args.search != "none" and not args.value:
@@ -985,17 +1004,25 @@ def check(args: Args) -> None:
             raise InputError(f"--verifier {name}: {error}") from error
 
 
+def tokens_ahead(args: Args) -> int:
+    """Tokens that the sampler must have room for after a prompt."""
+    # a state of these is a prompt with an answer so far, and a step from it may be of any length
+    return 2 * args.max_tokens if args.search in ("beam", "best_of_k") else args.max_tokens
+
+
 def check_lengths(questions: list[Question], args: Args) -> None:
-    """Raise InputError if a prompt and --max_tokens exceed the positions that the model knows."""
+    """Raise InputError if a prompt and --max_tokens (twice, in a search by steps) exceed the model's positions."""
     try:
         positions = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
         raise InputError(f"--model {args.model}: no readable config.json ({str(error).splitlines()[0]})") from error
     longest = max(len(q.prompt) for q in questions)
-    if positions and longest + args.max_tokens > positions:
+    times = tokens_ahead(args) // args.max_tokens
+    if positions and longest + times * args.max_tokens > positions:
         raise InputError(
-            f"--max_tokens {args.max_tokens}: the longest prompt has {longest} tokens and {args.model} knows "
-            f"{positions} positions; --max_tokens {positions - longest} or less fits"
+            f"--max_tokens {args.max_tokens}: the longest prompt has {longest} tokens, {args.model} knows {positions} "
+            f"positions, and --search {args.search} needs room for {times} answer{'s' * (times > 1)} behind it; "
+            f"--max_tokens {(positions - longest) // times} or less fits"
         )
 
 

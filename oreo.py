@@ -437,8 +437,8 @@ def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip
         p p p r r r r    r r r r r r
         actions 1 1 1 1  0 0 0 1 1 1
 
-    Raises InputError where the template shows earlier turns otherwise than when they were said, or puts no eos behind
-    an answer."""
+    A template that puts no eos behind a turn (the one of the paper's agents) trains none: the model learns no stop.
+    Raises InputError where the template shows earlier turns otherwise than when they were said."""
     text, ids, actions = "", [], []
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"][skip_turns:]
     if not turns:
@@ -452,11 +452,6 @@ def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip
                 "pass a --chat_template that keeps the history as it is"
             )
         said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
-        if not eos:
-            raise InputError(
-                f"the chat template ends no turn with the tokenizer's eos {tokenizer.eos_token}, so that a model would "
-                "never learn to stop; pass a --chat_template that does"
-            )
         for piece, action in ((before[len(text) :], False), (said + eos, True)):
             piece_ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
             ids += piece_ids

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface
 
 THINK = "<think>\n"
+IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 class InputError(ValueError):
@@ -133,14 +134,15 @@ def gold_of(value) -> str:
 def gsm8k_row(row: dict) -> dict:
     """GSM8K's {question, answer: "reasoning #### 18"} in LUFFY's schema; the reasoning becomes the trace.
 
-    Raises TypeError where they are not text."""
+    Raises TypeError where they are not text, or have no answer behind "####"."""
     text_of(row["question"], "'question'")
     reasoning, _, gold = text_of(row["answer"], "'answer'").rpartition("####")
     gold = gold.strip().replace(",", "")
-    instruction = "Please reason step by step, and put your final answer within \\boxed{}."
+    if not reasoning.strip() or not gold:
+        raise TypeError("'answer' is not GSM8K's: reasoning, then #### and the answer")
     return {
         "data_source": "gsm8k",
-        "prompt": [{"role": "user", "content": f"{row['question']}\n\n{instruction}"}],
+        "prompt": [{"role": "user", "content": f"{row['question']}\n\n{IN_A_BOX}"}],
         "target": [{"role": "assistant", "content": f"{THINK}{reasoning.strip()}\n</think>\n\n\\boxed{{{gold}}}"}],
         "reward_model": {"style": "rule", "ground_truth": gold},
     }

@@ -123,16 +123,22 @@ def _exact(response, gold):
         answer = text.rpartition("####")[2]
     if not answer.strip():
         raise NoAnswer("no answer")
-    return answer.strip() == str(gold).strip()
+    return _plain(answer) == _plain(str(gold))
+
+
+def _plain(text):
+    """Without the space around it, and without the commas of thousands."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
 
 
 def _mcq(response, gold):
     text = after_think(response)[-MAX_CHARS:]
     box = last_boxed(text)
+    text = re.sub(r"\\(?:boxed|text|mathrm|mathbf|textbf)\b|[{}$]", "", text if box is None else box)
     if box is not None:
-        label = _label(re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$]", "", box))
+        label = _label(text)
     else:
-        said = re.findall(r"(?i:answer(?: is)?)[ :*]{0,4}(?i:option )?[(*$]{0,3}([A-Z]|\d)\b(?!['.]\w)", text)
+        said = re.findall(r"(?i:answer(?: is|:| is:))[ *(]{0,4}(?i:option )?[(*]{0,3}([A-Z]|\d)\b(?!['.,]\w)", text)
         label = said[-1] if said else _label(text.rstrip().rpartition("\n")[2])
     if label is None:
         raise NoAnswer("no label")
@@ -140,7 +146,7 @@ def _mcq(response, gold):
 
 
 def _label(text):
-    found = re.match(r"[\s(*]{0,4}([A-Za-z]|\d)(?:[).:,*]|\s{0,4}(?:<\||$))", text)
+    found = re.match(r"[\s(*]{0,4}([A-Za-z]|\d)(?:[).:,*](?!\w)|\s{0,4}(?:<\||$))", text)
     return found[1].upper() if found else None
 
 
@@ -177,7 +183,10 @@ def _strict_box(response, gold):
     box = last_boxed(after_think(response))
     if not box:
         raise NoAnswer("no closed box")
-    return box == str(gold).strip() or _compare(r"\boxed{" + box.replace("\n", " ") + "}", gold)
+    gold = str(gold).strip()
+    # Math-Verify reads 3e8 as 3 times e times 8
+    number = re.sub(r"^(-?[\d.]+)e([+-]?\d+)$", r"\1 \\times 10^{\2}", gold)
+    return box == gold or _compare(r"\boxed{" + box.replace("\n", " ") + "}", number)
 
 
 def _compare(text, gold):

@@ -207,6 +207,10 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder):
         (["--stage", "rl", "--sft_model", "no/such"], "--sft_model no/such is the model of one arm"),
         (["--stage", "rl", "--sft_model", "no/such", "--arms", "bridge"], "--model no/such: no tokenizer there"),
         (["--stage", "eval"], "no model there; run --stage sft and --stage rl first"),
+        (["--stage", "sft", "--sft_model", "some/model", "--arms", "bridge"], "--sft_model some/model is what --stage"),
+        (["--group_size", "1"], "--group_size 1: the only answer to a question has no advantage"),
+        (["--sft_epochs", "0"], "--sft_epochs must be positive"),
+        (["--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
     ],
 )
 def test_bad_settings_get_one_message(tmp_path, words, message, pipeline):

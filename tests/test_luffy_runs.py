@@ -34,7 +34,9 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert {"eval/mean", "optim/grad_norm", "policy/entropy", "seconds/step", "memory/peak_gb"} <= rows[-1].keys()
-    assert ("reward/own" in rows[-1]) == (method != "sft")
+    for name in ("reward/own", "loss/pg", "verifier/ok"):
+        assert (name in rows[-1]) == (method != "sft")
+    assert ("loss/sft" in rows[-1]) == (method in ("sft", "rl_sft"))
     assert ("teacher/logp" in rows[-1]) == (method != "grpo")
     if method != "sft":
         assert max(row.get("mismatch/max", 0) for row in rows) < 1e-4
@@ -44,6 +46,7 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
         assert (tmp_path / "run" / name).exists()
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
     assert {"step", "who", "reward", "advantage", "gold", "prompt", "response"} == sample.keys()
+    assert (sample["reward"] is None) == (method == "sft")  # nobody has graded it
 
 
 def test_profile_traces_the_steps_after_the_first_and_says_where_their_time_went(tmp_path, capsys):
@@ -118,6 +121,24 @@ def test_stale_weights_in_the_sampler_stop_the_run(tmp_path, monkeypatch):
         luffy.main(settings("--out", str(tmp_path / "run"), "--lr", "1e-2", "--eval_every", "0"))
 
 
+def test_a_sampler_whose_log_probs_are_nan_stops_the_run(tmp_path, monkeypatch):
+    from common import rollout
+
+    real = rollout.draw
+    monkeypatch.setattr(rollout, "draw", lambda *given: (real(*given)[0], real(*given)[1] * math.nan))
+    with pytest.raises(FloatingPointError, match="step 1: mismatch/mean_abs is nan"):
+        luffy.main(settings("--out", str(tmp_path / "run"), "--eval_every", "0"))
+
+
+def test_updates_with_and_without_a_trace_are_logged_together(tmp_path):
+    rows = [row for n in range(4) for row in toy_rows(1, target=None if n else toy_rows(1)[0]["target"])]
+    data = write(tmp_path / "rows.jsonl", rows)
+    words = ["--data", data, "--empty_trace", "on_policy", "--batch_size", "4", "--steps", "2", "--eval_every", "0"]
+    luffy.main(settings(*words, "--out", str(tmp_path / "run")))
+    logged = read_metrics(tmp_path / "run")
+    assert all("teacher/logp" in row and math.isfinite(row["teacher/logp"]) for row in logged) and len(logged) == 2
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 
 
@@ -148,6 +169,13 @@ def write(path, rows):
         (["--max_prompt_tokens", "3"], "no row is left of 40"),
         (["--max_response_tokens", "3"], "no row is left of 40 .*40 traces over"),
         (["--steps", "-1"], "--steps must be positive"),
+        (["--temperature", "0"], "--temperature must be positive"),
+        (["--keep", "-1"], "--keep must be positive"),
+        (["--group_size", "1"], "--teacher_rows 1 must be under --group_size 1"),
+        (["--method", "sft", "--teacher_rows", "0"], "--method sft trains on traces alone"),
+        (["--method", "sft", "--empty_trace", "on_policy"], "--method sft trains on traces alone"),
+        (["--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
+        (["--verifier", "no_such_module:grade"], "--verifier no_such_module:grade: .*No module named"),
     ],
 )
 def test_bad_settings_get_one_message_before_anything_is_written(tmp_path, words, message):

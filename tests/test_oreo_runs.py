@@ -159,6 +159,8 @@ def test_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatc
     assert (tmp_path / "run" / "round-2" / "value").exists() and len(seen) == 2
     oreo.main(settings(nano, "--stage", "iterate", *words, "--out", tmp_path / "run"))
     assert len(seen) == 2  # what is done is not done again
+    with pytest.raises(InputError, match="round-1 was made with other settings .--beta"):
+        oreo.main(settings(nano, "--stage", "iterate", *words, "--beta", "9", "--out", tmp_path / "run"))
 
     seen.clear()
     first = ["--stage", "dpo", "--round_init", "first", "--round_reference", "first", *words]
@@ -261,6 +263,9 @@ def write(path, rows):
         (["--stage", "iterate"], "--rounds collects rows of its own"),
         (["--stage", "search"], "--search beam needs --value"),
         (["--value", "no/such/value"], "--value no/such/value: cannot be loaded"),
+        (["--balance", "-1"], "--balance must be positive, or 0"),
+        (["--stage", "sft"], "--stage sft trains on the solutions of --data"),
+        (["--rounds", "2", "--reference", "some/model"], "--reference some/model is not used with --round_reference"),
     ],
 )
 def test_bad_settings_get_one_message_before_anything_is_written(nano, rows, tmp_path, words, message):
@@ -270,6 +275,7 @@ def test_bad_settings_get_one_message_before_anything_is_written(nano, rows, tmp
 
 
 GOOD = {"prompt": "a=1\na?", "response": "a=1\n\\boxed{1}", "reward": 1}
+IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
 
 
 @pytest.mark.parametrize(
@@ -285,8 +291,11 @@ GOOD = {"prompt": "a=1\na?", "response": "a=1\n\\boxed{1}", "reward": 1}
         ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: .* a reward of nan"),
         ([[1, 2]], [], "row 0: expected"),
         ([GOOD | {"prompt_ids": [5], "response_ids": [9999]}], [], "row 0: ids of another tokenizer"),
-        ([GOOD | {"prompt_ids": [5], "response_ids": [6, 7], "actions": [1]}], [], "a mask of another length"),
-        ([GOOD | {"prompt_ids": [5], "response_ids": [6, 7], "actions": [0, 0]}], [], "row 0: no prompt, or no action"),
+        ([GOOD | {"prompt_ids": [5], "response_ids": [6, 7]}], [], "row 0: ids of another tokenizer"),
+        ([IDS | {"actions": [1]}], [], "a mask of another length"),
+        ([IDS | {"actions": [0, 0]}], [], "row 0: no prompt, or no action"),
+        ([GOOD | {"question": 0}, GOOD | {"question": 0, "prompt": "b=1\na?", "reward": 0}], ["--stage", "dpo"],
+         "no question has a right and a wrong"),
         ([{"conversations": [{"role": "user", "content": "x"}], "reward": 1}], [], "row 0: no action: 1 turns"),
     ],
 )  # fmt: skip

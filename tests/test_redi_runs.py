@@ -241,6 +241,7 @@ def test_a_saved_configuration_without_the_asked_for_context_is_an_error(model):
         (["--beta", "0"], "--beta must be positive"),
         (["--label_smoothing", "0.5"], "--label_smoothing must be from 0"),
         (["--own_answers", "2"], "--own_answers samples in --stage data"),
+        (["--stage", "sft", "--loss", "dpo"], "--loss dpo is of --stage redi"),
         (["--max_positions", "20"], "the longest row has \\d+ tokens, .* 20 positions: raise --max_positions"),
     ],
 )

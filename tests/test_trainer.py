@@ -90,6 +90,18 @@ def test_the_gradient_is_clipped_to_the_global_norm(policy):
     assert all(p.grad is None for p in policy.parameters())
 
 
+def test_a_bad_log_prob_is_that_of_the_update_that_reads_it_with_a_gradient(policy, world):
+    """What is read ahead for a later update must not stop the one before it."""
+    batch = pack([([3, 4], [5, 6])])
+    with torch.no_grad():
+        policy.lm.lm_head.weight[5] = math.nan
+        policy(batch)
+    trainer.check_finite({}, policy, world)
+    policy(batch)
+    with pytest.raises(FloatingPointError, match="2 log-probs are NaN"):
+        trainer.check_finite({}, policy, world)
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(policy):
     optimizer = make_optimizer(policy, lr=1.0)
     before = weights_digest(policy)

@@ -188,6 +188,10 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
         (r"The answer is Earth.", None),
         (r"\boxed{longer}", None),
         ("A good question! I cannot say.", None),
+        (r"\boxed{3.5}", None),
+        (r"The answer is \textbf{C}.", "C"),
+        ("The answer is C, since answer A is wrong", "C"),
+        ("To answer 2 questions at once: so\nC)", "C"),
     ],
 )
 def test_mcq_reads_the_label(response, label):
@@ -204,10 +208,18 @@ def test_mcq_reads_the_label(response, label):
         ("5 </think> 7\n", "7", 1),
         ("5 </think> 7\n", "5", 0),
         (r"\boxed{5.0}", "5", 0),
+        ("#### 2,125", "2125", 1),
+        ("#### 1,2", "12", 0),
     ],
 )
 def test_exact_compares_the_stripped_answer(response, gold, reward):
     assert grade([response], [gold], verifier="exact") == [Verdict(reward, "ok")]
+
+
+@pytest.mark.parametrize("answer", [r"3 \times 10^{8}", r"3.0 \times 10^8", "300000000", "3e8"])
+def test_strict_box_reads_golds_in_e_notation(answer):
+    assert grade([rf"\boxed{{{answer}}}", r"\boxed{9}"], ["3e8"] * 2, verifier="strict_box", timeout=20)[0].reward == 1
+    assert grade([r"\boxed{24 e}"], ["3e8"], verifier="strict_box", timeout=20)[0].reward == 0
 
 
 # No text is ever a command.
