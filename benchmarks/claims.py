@@ -485,7 +485,8 @@ def plot(results: dict, path: Path) -> None:
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
     kinds = {"C0": "online", "C1": "offline, from sft", "C2": "behaviours"}
-    axes[1].legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in kinds], kinds.values(), loc="lower right")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in kinds]
+    figure.legend(handles, kinds.values(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,6 +1,5 @@
 """benchmarks/claims.py: verdicts and tables on numbers whose answer is known; runs start from what they should."""
 
-import dataclasses
 import json
 import math
 
@@ -59,25 +58,15 @@ def log(folder, rows):
 
 def test_claims_are_checked_on_the_right_rows(tmp_path):
     settings = Claims(out=str(tmp_path), seeds=(0,), only=("base", "luffy", "grpo"))
-    own = [0.0, 0.5, 1.0]
-    log(tmp_path / "seed-0" / "luffy",
-        [{"reward/own": r, "reward/teacher": 1.0, "teacher/advantage": (1 - r) * 7 / 8} for r in own])  # fmt: skip
     log(tmp_path / "seed-0" / "grpo", [{"group/solve_none": s} for s in (1.0, 0.75, 0.5)])
     rates = {"base": [0.0, 0.0, 1.0, 1.0], "luffy": [0.5, 0.75, 1.0, 1.0], "grpo": [0.0, 0.0, 1.0, 1.0]}
     found = {name: {0: {"id": r, "ood": r}} for name, r in rates.items()}
     checked = check(found, settings)
     never = checked["luffy over grpo where the base never succeeds (points)"]
     assert never["by_seed"] == [62.5] and never["se"] == pytest.approx(12.5) and never["verdict"] == "yes"
-    assert checked["the trace's advantage is (7 - k) / 8 at every step"]["verdict"] == "yes"
-    [share] = [c for text, c in checked.items() if "groups that all fail" in text]
+    [share] = [c for text, c in checked.items() if "all of grpo's answers" in text]
     assert share["by_seed"] == [0.75]
     assert not any("relift" in text or "BRIDGE" in text for text in checked)
-
-    log(tmp_path / "seed-1" / "grpo", [{"group/solve_none": 1.0}])
-    log(tmp_path / "seed-1" / "luffy", [{"reward/own": 0.5, "reward/teacher": 1.0, "teacher/advantage": 0.4}])
-    wrong = check(found | {"luffy": {1: found["luffy"][0]}, "grpo": {1: found["grpo"][0]},
-                           "base": {1: found["base"][0]}}, dataclasses.replace(settings, seeds=(1,)))  # fmt: skip
-    assert wrong["the trace's advantage is (7 - k) / 8 at every step"]["verdict"] == "no"
 
 
 def test_the_table_has_means_over_seeds_and_what_a_run_cost():
