@@ -118,8 +118,9 @@ class Args:
     where it is installed, else embedded."""
     rollout_gpu_memory: float = 0.5
     """Share of each GPU's memory for its vLLM server."""
-    sampler_tokens: int = 65536
-    """Rows x (prompt + response) tokens that the embedded sampler decodes at once."""
+    sampler_tokens: int = 0
+    """Rows x (prompt + response) tokens that the embedded sampler decodes at once; 0: 65,536 on a CPU, what half of the
+    free memory holds on a GPU."""
     micro_batch_tokens: int = 16384
     """Tokens that the value model reads at once on each rank."""
 

@@ -204,8 +204,9 @@ class Args:
     where it is installed, else embedded."""
     rollout_gpu_memory: float = 0.5
     """Share of each GPU's memory for its vLLM server, which sleeps while the trainer updates."""
-    sampler_tokens: int = 65536
-    """Rows x (prompt + response) tokens that the embedded sampler decodes at once."""
+    sampler_tokens: int = 0
+    """Rows x (prompt + response) tokens that the embedded sampler decodes at once; 0: 65,536 on a CPU, what half of the
+    free memory holds on a GPU."""
     eval_every: int = 200
     """Evaluate every so many steps, and before the first and after the last; 0 never."""
     eval_temperature: float = 0.6

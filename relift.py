@@ -191,8 +191,9 @@ class Args:
     where it is installed, else embedded."""
     rollout_gpu_memory: float = 0.5
     """Share of each GPU's memory for its vLLM server, which sleeps while the trainer updates."""
-    sampler_tokens: int = 65536
-    """Rows x (prompt + response) tokens that the embedded sampler decodes at once."""
+    sampler_tokens: int = 0
+    """Rows x (prompt + response) tokens that the embedded sampler decodes at once; 0: 65,536 on a CPU, what half of the
+    free memory holds on a GPU."""
     max_mismatch: float = 0.0
     """Stop if the sampler's and the trainer's log-probs of the same tokens differ by more on average (stale
     weights, another template); 0 takes 0.1 in bf16 and 0.001 in float32."""

@@ -28,7 +28,7 @@ import tyro
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import (
@@ -128,6 +128,7 @@ def init_world(timeout_minutes: float = 30.0) -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every shape, and each batch has another
     elif "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun sets OMP_NUM_THREADS to 1 for each rank: share the cores out instead
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -358,6 +359,8 @@ def full_parameters(policy: Policy):
     """Yield (name within the language model, whole tensor), one at a time, on every rank (a collective).
 
     LoRA is added to the weights that it adapts: names and shapes are those of the model without it."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()  # a forward without gradient leaves its own weights whole, and rounded to what it computes in
 
     def whole(parameter):
         value = parameter.detach()
@@ -531,10 +534,11 @@ def replay(folder: str, args_type, row_type, accumulate) -> None:
     old = torch.load(path / "old_logps.pt", weights_only=True)["old_logps"]
     if old[0] is not None and len(old) != world.size:
         raise InputError(f"--replay {folder}: this batch was made by {len(old)} ranks, and replays with as many")
+    mine = old[world.rank] and [x.to(world.device) for x in old[world.rank]]
     if world.main:
         print(f"{path}: {about['error']}\n\n   row  gradient norm  loss")
     for i, some in enumerate([*([row] for row in rows), rows]):
-        log = accumulate(some, old[world.rank] if some is rows else None, args, world, **models)
+        log = accumulate(some, mine if some is rows else None, args, world, **models)
         norm, odd = math.nan, ""
         try:
             check_finite(log, models["policy"], world)
@@ -701,7 +705,9 @@ class Checkpoints:
             if not self.background:
                 dcp.save(tensors, checkpoint_id=partial)
                 return self._commit(partial, state, world, start)
-            copied = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group)
+            # (copied ahead is what is on the host already, by a CUDA context of GPU 0 in every rank)
+            writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
+            copied = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
 
         def write():
             try:

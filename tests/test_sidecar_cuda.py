@@ -49,6 +49,7 @@ def test_weights_that_change_arrive_through_shared_memory(world, tied, monkeypat
             sampler.sleep()
             with pytest.raises(RuntimeError, match="call sync"):
                 mismatch(policy, sampler, version)
+            policy.reshard()  # to the weights that are trained, from the copies that the last forward made
             with torch.no_grad():
                 for p in policy.parameters():
                     p.add_(torch.randn_like(p) * 0.05)
