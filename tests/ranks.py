@@ -41,7 +41,7 @@ def gradient(world, method: str, micro_batch_tokens: int) -> tuple[dict[str, tor
     rows = fixed_rows()
     if method == "grpo":
         for row in rows:
-            row.teacher = False
+            row.teacher, row.sampler_logps = False, row.sampler_logps or [-1.0] * len(row.response)
     old = [logp - 0.1 for logp in policy_logps(policy, rows, args, world)]
     metrics = accumulate_gradient(policy, rows, old, args, world)
     grads = {}
