@@ -50,7 +50,8 @@ class InputError(ValueError):
 def load_rows(source: str, *, split: str = "train", limit: int | None = None) -> list[dict]:
     """Rows of a local .parquet / .json / .jsonl file, of a folder of such files, or of a Hub dataset.
 
-    `split` is used for Hub names only. Raises InputError if there is no such thing or it holds no rows."""
+    A Hub dataset is NAME or NAME:CONFIG. `split` is used for Hub names only. Raises InputError if there is no such
+    thing or it holds no rows."""
     rows = list(iter_rows(source, split=split, limit=limit))
     if not rows:
         raise InputError(f"{source}: no rows")
@@ -72,7 +73,8 @@ def iter_rows(source: str, *, split: str = "train", limit: int | None = None):
         raise InputError(f"{source}: no such file or folder")
     else:
         try:
-            rows = datasets.load_dataset(source, split=split)
+            name, _, config = source.partition(":")
+            rows = datasets.load_dataset(name, config or None, split=split)
         except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(

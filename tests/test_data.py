@@ -79,6 +79,19 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, mes
     assert name in str(error.value)
 
 
+def test_a_hub_name_may_carry_its_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, **named: asked.append((given, named)) or [{"a": 1}])
+    assert load_rows("openai/gsm8k:main", split="test") == load_rows("some/data") == [{"a": 1}]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"}), (("some/data", None), {"split": "train"})]
+
+
+@pytest.mark.parametrize("answer", ["(1, 2)", "so\n####", "#### 5"])
+def test_an_answer_that_is_not_gsm8ks_is_refused(answer):
+    with pytest.raises(InputError, match="row 0: 'answer' is not GSM8K's"):
+        examples([{"question": "Q?", "answer": answer}])
+
+
 def test_gsm8k_rows_become_luffys_schema():
     r = gsm8k_row({"question": "Q?", "answer": "Half of 2 is <<2/2=1>>1.\n#### 1,200"})
     assert r["reward_model"]["ground_truth"] == "1200"
