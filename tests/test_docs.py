@@ -42,7 +42,7 @@ RESULTS = {  # page, heading of the section -> the files that its tables are fro
     ("relift", "Results"): ["relift-tiny.md"],
     ("redi", "Results"): ["redi-tiny.json"],
     ("redi", "Memory and time"): ["redi-gsm8k-sft.jsonl", "redi-gsm8k-redi.jsonl"],
-    ("oreo", "Results"): ["oreo-tiny.md", "agents-textworld.md"],
+    ("oreo", "Results"): ["oreo-tiny.md", "agents-textworld.md", "agents-textworld-1pass.md"],
     ("behavior_injection", "Results"): ["bridge-tiny.json"],
     ("logprobs", "Measured"): ["logprobs-cpu.json"],
     ("rollout", "Measured"): ["rollout-cpu.json"],
