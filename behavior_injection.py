@@ -555,16 +555,13 @@ def make_data(args: Args, world) -> None:
         settings = json.loads(json.dumps(settings))
         made = folder / f"{name}.settings.json"  # written last: what it describes is complete
         before = json.loads(made.read_text()) if made.exists() else {}
-        if before | {"rows": arms} == settings | {"rows": arms}:  # other arms tell the same problems: they stay
+        same = before | {"rows": arms} == settings | {"rows": arms}
+        if same:  # other arms tell the same problems: they stay
             settings["rows"] = before["rows"] | settings["rows"]
             arms = {arm: how for arm, how in arms.items() if before["rows"].get(arm) != how or not files[arm].exists()}
-        elif name == "sft_":
-            for stale in folder.glob("sft_*.jsonl"):
-                stale.unlink()
         if not n or not arms:
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        made.unlink(missing_ok=True)
         try:
             with ExitStack() as stack:
                 out = {arm: stack.enter_context(open(f"{files[arm]}.partial", "w")) for arm in arms}
@@ -576,6 +573,9 @@ def make_data(args: Args, world) -> None:
                             out[arm].write(json.dumps(row) + "\n")
         except ValueError as error:
             raise InputError(f"problems of {name.rstrip('_')}: {error}") from error
+        if not same:
+            for stale in [made, *(folder.glob("sft_*.jsonl") if name == "sft_" else [])]:
+                stale.unlink(missing_ok=True)
         for arm in arms:
             os.replace(f"{files[arm]}.partial", files[arm])
         made.write_text(json.dumps(settings) + "\n")

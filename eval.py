@@ -113,7 +113,8 @@ class Args:
     # how to grade
     verifier: tuple[str, ...] = ("strict_box", "math", "full")
     """Graders (common/verifiers.py): strict_box (as LUFFY's evaluation), math (the training reward: what follows
-    </think>), full (whole text), mcq, exact, boxed, or "module:function". The first one's verdicts make the numbers."""
+    </think>), full (whole text), mcq, exact, boxed, or "module:function", which must say 0 or 1 and is asked anew each
+    time. The first one's verdicts make the numbers."""
     buckets: str = ""
     """Folder of the base model's evaluation: accuracy by how often the base was right."""
 
@@ -297,7 +298,7 @@ def read_benchmark_row(row: dict, where: str) -> tuple[str, str, list[dict], str
             benchmark, gold, turns, _ = read_row(row, where, needs_trace=False)
             return benchmark, [t["content"] for t in turns if t["role"] == "user"][-1], turns, gold
         if "####" in str(row.get("answer")):
-            gsm8k = gsm8k_row(row)
+            gsm8k = gsm8k_row(row, needs_trace=False)
             return gsm8k["data_source"], row["question"], gsm8k["prompt"], gsm8k["reward_model"]["ground_truth"]
         if "Correct Answer" in row:  # GPQA
             options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]

@@ -473,9 +473,9 @@ def check(args: Args) -> None:
             f"--batch_size {args.batch_size} does not divide into --updates_per_step {args.updates_per_step}"
         )
     if args.method == "sft":
-        if not args.teacher_rows or args.empty_trace == "on_policy":
-            raise InputError(f"--method sft trains on traces alone: not with --teacher_rows {args.teacher_rows} "
-                             f"--empty_trace {args.empty_trace} (error, drop)")
+        if args.teacher_rows != 1 or args.empty_trace == "on_policy":
+            raise InputError("--method sft trains on one trace a question and on nothing else: it needs --teacher_rows "
+                             f"1 and --empty_trace error or drop, not {args.teacher_rows} and {args.empty_trace}")
     elif not 0 <= args.teacher_rows < args.group_size:
         raise InputError(f"--teacher_rows {args.teacher_rows} must be under --group_size {args.group_size}")
     if args.tis_cap and args.tis_cap < 1:

@@ -1009,8 +1009,9 @@ def iterate(args: Args) -> None:
             train(dataclasses.replace(learner, rows=rows))
         else:
             there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(learner)))
+            free = Checkpoints.FREE | {"rows"} | ({"model", "value", "reference"} if number > 1 else set())
             changed = [f"--{name} {there.get(name)!r} there, {value!r} here" for name, value in here.items()
-                       if name not in Checkpoints.FREE | {"rows"} and there.get(name) != value]  # fmt: skip
+                       if name not in free and there.get(name) != value]  # fmt: skip
             if changed:
                 raise InputError(f"{out} was made with other settings ({'; '.join(changed)}): choose another --out")
         value = str(out / "value") if args.stage == "oreo" else ""

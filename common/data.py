@@ -133,14 +133,14 @@ def gold_of(value) -> str:
     return text_of(str(value), "the gold answer")
 
 
-def gsm8k_row(row: dict) -> dict:
+def gsm8k_row(row: dict, *, needs_trace: bool = True) -> dict:
     """GSM8K's {question, answer: "reasoning #### 18"} in LUFFY's schema; the reasoning becomes the trace.
 
-    Raises TypeError where they are not text, or have no answer behind "####"."""
+    Without needs_trace an answer alone will do. Raises TypeError where they are not text, or lack a part."""
     text_of(row["question"], "'question'")
-    reasoning, _, gold = text_of(row["answer"], "'answer'").rpartition("####")
-    gold = gold.strip().replace(",", "")
-    if not reasoning.strip() or not gold:
+    reasoning, mark, gold = text_of(row["answer"], "'answer'").rpartition("####")
+    gold = gold.strip().replace(",", "") if mark else gold.strip()
+    if not gold or (needs_trace and not reasoning.strip()):
         raise TypeError("'answer' is not GSM8K's: reasoning, then #### and the answer")
     return {
         "data_source": "gsm8k",
@@ -259,7 +259,7 @@ def read_row(row: dict, where: str, *, needs_trace: bool) -> tuple[str, str, lis
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     if "prompt" not in row and {"question", "answer"} <= row.keys():
         try:
-            row = gsm8k_row(row)
+            row = gsm8k_row(row, needs_trace=needs_trace)
         except TypeError as error:
             raise InputError(f"{where}: {error}") from error
     for column in ("prompt", "reward_model", *(("target",) if needs_trace else ())):

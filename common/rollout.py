@@ -185,7 +185,7 @@ class EmbeddedSampler:
             return self.max_batch_tokens or 65536
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return max(65536, free // 2 // cache_bytes(self.lm.config, self.dtype))
+        return max(65536, free // 2 // token_bytes(self.lm.config, self.dtype))
 
     def _generate_batch(self, batch, prompts, counts, keys, seed, sampling, groups, bar) -> None:
         device, width = self.device, max(len(prompts[i]) for i in batch)
@@ -261,11 +261,12 @@ class EmbeddedSampler:
         self.lm = None  # type: ignore[assignment]
 
 
-def cache_bytes(config, dtype: torch.dtype) -> int:
-    """Of one token's keys and values in all layers."""
+def token_bytes(config, dtype: torch.dtype) -> int:
+    """Of one token's keys and values in all layers, and of the MLP that reads it (gate, up, their product)."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    mlp = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return (2 * config.num_hidden_layers * heads * head_dim + mlp) * dtype.itemsize
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Sampling):

@@ -575,7 +575,7 @@ class Checkpoints:
 
     # settings that may change between two starts of one run
     FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "wandb", "tensorboard", "rollout",
-            "timeout_minutes", "replay", "skip_bad_updates", "profile"}  # fmt: skip
+            "sampler_tokens", "timeout_minutes", "replay", "skip_bad_updates", "profile"}  # fmt: skip
 
     def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
         """background: write while training goes on; None: on CUDA."""
@@ -705,9 +705,7 @@ class Checkpoints:
             if not self.background:
                 dcp.save(tensors, checkpoint_id=partial)
                 return self._commit(partial, state, world, start)
-            # (copied ahead is what is on the host already, by a CUDA context of GPU 0 in every rank)
-            writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
-            copied = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+            copied = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group)
 
         def write():
             try:

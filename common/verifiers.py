@@ -138,7 +138,8 @@ def _mcq(response, gold):
     if box is not None:
         label = _label(text)
     else:
-        said = re.findall(r"(?i:answer(?: is|:| is:))[ *(]{0,4}(?i:option )?[(*]{0,3}([A-Z]|\d)\b(?!['.,]\w)", text)
+        named = r"(?i:answer[ *]{0,3}(?:is:?|:))[ *(]{0,4}(?i:option )?[(*]{0,3}([A-Z]|\d)\b(?!['.,]\w)"
+        said = re.findall(named, text)
         label = said[-1] if said else _label(text.rstrip().rpartition("\n")[2])
     if label is None:
         raise NoAnswer("no label")
@@ -146,7 +147,7 @@ def _mcq(response, gold):
 
 
 def _label(text):
-    found = re.match(r"[\s(*]{0,4}([A-Za-z]|\d)(?:[).:,*](?!\w)|\s{0,4}(?:<\||$))", text)
+    found = re.match(r"[\s(*]{0,4}([A-Za-z]|\d)(?:[)*]|[.:,](?!\w)|\s{0,4}(?:<\||$))", text)
     return found[1].upper() if found else None
 
 

@@ -105,6 +105,9 @@ def test_data_again_with_other_arms_adds_them_and_with_other_settings_forgets_th
     (tmp_path / "data" / "rl.jsonl").unlink()
     again = data("--arms", "vanilla")
     assert again.keys() == both.keys() and again["sft_bridge.jsonl"] == both["sft_bridge.jsonl"]
+    with pytest.raises(InputError, match="ops must be"):
+        data("--arms", "vanilla", "--ops", 9, 5)
+    assert data("--arms", "vanilla") == again  # nothing was lost by that
     assert data("--arms", "vanilla", "--seed", 1).keys() == both.keys() - {"sft_bridge.jsonl"}
 
 

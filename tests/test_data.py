@@ -92,6 +92,12 @@ def test_an_answer_that_is_not_gsm8ks_is_refused(answer):
         examples([{"question": "Q?", "answer": answer}])
 
 
+def test_where_no_trace_is_needed_an_answer_alone_will_do():
+    rows = [{"question": "Q?", "answer": answer} for answer in ("(1, 2)", "#### 1,200")]
+    found, _ = examples(rows, traces="ignored", max_prompt_tokens=400)
+    assert [e.gold for e in found] == ["(1, 2)", "1200"]
+
+
 def test_gsm8k_rows_become_luffys_schema():
     r = gsm8k_row({"question": "Q?", "answer": "Half of 2 is <<2/2=1>>1.\n#### 1,200"})
     assert r["reward_model"]["ground_truth"] == "1200"

@@ -189,6 +189,8 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
         (r"\boxed{longer}", None),
         ("A good question! I cannot say.", None),
         (r"\boxed{3.5}", None),
+        (r"\boxed{B)42}", "B"),
+        ("**Final Answer**: B", "B"),
         (r"The answer is \textbf{C}.", "C"),
         ("The answer is C, since answer A is wrong", "C"),
         ("To answer 2 questions at once: so\nC)", "C"),
