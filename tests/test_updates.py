@@ -1,0 +1,206 @@
+"""What an update computes, against the formula written out: the absolute value of every term, not only its equality
+over ranks and micro-batches."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import behavior_injection as bridge
+import luffy
+import oreo
+import redi
+import relift
+from common.data import Example, batch_indices, pack
+from common.trainer import ValueModel, World, learning_rate, load_policy, make_optimizer, parse_args
+from common.verifiers import Verdict
+from tests import oreo_ranks, ranks
+from tests.conftest import NANO
+from tests.test_luffy_math import Bigram, assert_equal, f64
+
+ONE_RANK = World(0, 1, 1, torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------- luffy and relift
+
+
+def long_rows():
+    """1,200 tokens a row on average: the published code made 3 micro-batches of them. The first is the teacher's."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 5, (n,), generator=generator).tolist() for n in (1100, 1300, 900, 1500)]
+    return [luffy.Row(i[:1], i[1:], 0, k == 0, advantage=0.3 - 0.2 * k) for k, i in enumerate(ids)]
+
+
+def gradient_of(module, rows, **settings):
+    policy = Bigram(torch.eye(5).tolist())
+    args = dataclasses.replace(module.Args(), max_response_tokens=1500, **settings)
+    module.accumulate_gradient(policy, rows, None, args, ONE_RANK)
+    return policy.table.grad
+
+
+@pytest.mark.parametrize("module", [luffy, relift])
+def test_the_entropy_bonus_is_a_mean_over_tokens_times_the_published_micro_batches(module):
+    rows = long_rows()
+    if module is relift:
+        rows = [relift.Row(**vars(row), mean_tokens=0) for row in rows]
+        for row in rows:
+            row.teacher, row.sampler_logps = False, [-1.0] * len(row.response)
+    bonus = gradient_of(module, rows, entropy_coef=0.5) - gradient_of(module, rows, entropy_coef=0.0)
+    policy = Bigram(torch.eye(5).tolist())
+    policy(pack([(r.prompt, r.response) for r in rows]), entropy=True)[1].mean().backward()
+    assert luffy.published_micro_batches(1200) == 3
+    torch.testing.assert_close(bonus, -0.5 * 3 * policy.table.grad)
+
+
+def test_the_sft_term_of_rl_sft_is_weighed_by_its_coefficient_and_the_published_micro_batches():
+    rows = long_rows()
+    term = [gradient_of(luffy, rows, method="rl_sft", sft_coef=c, entropy_coef=0.0) for c in (0.0, 0.7)]
+    policy = Bigram(torch.eye(5).tolist())
+    policy(pack([(rows[0].prompt, rows[0].response)])).mean().backward()
+    torch.testing.assert_close(term[1] - term[0], -0.7 * 3 * policy.table.grad)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.0])
+def test_gamma_of_the_settings_shapes_the_update(gamma):
+    [row] = long_rows()[:1]
+    policy = Bigram(torch.eye(5).tolist())
+    p = policy(pack([(row.prompt, row.response)])).exp()
+    (-row.advantage * (p / (p + gamma) if gamma else p)).sum().mul(64 / 1500).backward()
+    torch.testing.assert_close(gradient_of(luffy, [row], shaping_gamma=gamma, entropy_coef=0.0), policy.table.grad)
+
+
+def test_tis_cap_scales_the_loss_of_relift(policy):
+    rows = [
+        relift.Row(r.prompt, r.response, r.group, False, [-9.0] * len(r.response), advantage=r.advantage)
+        for r in ranks.fixed_rows()
+    ]
+    args = relift.Args(entropy_coef=0.0)
+    plain, capped = (
+        relift.accumulate_gradient(policy, rows, None, dataclasses.replace(args, tis_cap=cap), ONE_RANK)["loss/pg"]
+        for cap in (0.0, 2.0)
+    )
+    assert capped == pytest.approx(2 * plain, rel=1e-5)  # all tokens are likelier than the sampler said
+
+
+def test_demonstrations_are_learnt_at_temperature_one_whatever_the_sampling(policy):
+    rows = [relift.Row(r.prompt, r.response, r.group, True) for r in ranks.fixed_rows()]
+    a, b = (relift.accumulate_sft_gradient(policy, rows, relift.Args(temperature=t), ONE_RANK) for t in (1.0, 0.5))
+    assert a == b
+
+
+@pytest.mark.parametrize("module", [relift, bridge])
+def test_behaviour_log_probs_are_at_the_sampling_temperature(module, policy):
+    rows = [module.Row(r.prompt, r.response, r.group) for r in ranks.fixed_rows()]
+    args = module.Args(temperature=0.5, micro_batch_tokens=10_000)
+    [logp] = module.policy_logps(policy, rows, args, ONE_RANK)
+    [(batch, _)] = module.micro_batches(rows, args, ONE_RANK)
+    torch.testing.assert_close(logp, policy(batch, temperature=0.5).detach())
+
+
+def test_the_bonus_for_form_is_in_the_reward(monkeypatch):
+    class Tokenizer:
+        said = ("</think><answer>x</answer>", "x")
+
+        def decode(self, ids):
+            return self.said[ids[0]]
+
+    monkeypatch.setattr(bridge, "grade", lambda texts, golds, verifier: [Verdict(1.0, "ok"), Verdict(0.0, "ok")])
+    rows = [bridge.Row([1], [0, 1], 0), bridge.Row([1], [1, 1], 0)]
+    bridge.reward(rows, [Example([1], None, "x", "s", 0, "")], Tokenizer(), bridge.Args(format_reward=0.05))
+    assert [row.reward for row in rows] == [1.05, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------ redi, oreo
+
+
+def test_flags_of_the_losses_reach_them():
+    def of(**flags):
+        return redi.pair_losses(f64([[-3.0, -8.0]]), f64([[2.0, 4.0]]), f64([[-2.0, -9.0]]), redi.Args(**flags))
+
+    dpo = redi.dpo_loss(*f64([[-3.0], [-8.0], [-2.0], [-9.0]]), beta=0.5, label_smoothing=0.2)
+    assert_equal(of(loss="dpo", beta=0.5, label_smoothing=0.2), dpo.tolist())
+    assert_equal(of(chosen_coef=0.3, alpha=0.6, rejected_gamma=0.7), [0.6 * -2 * math.exp(-1.4) + 0.3 * 1.5])
+
+
+def oreo_update(kind, **changes):
+    """(the policy's gradient of an update on the fixed rows of oreo_ranks, its units, the policy, the reference)"""
+    stage, _, variant = kind.partition("-")
+    words = ["--stage", stage, *(["--variant", variant] if variant else [])]
+    args = parse_args(oreo.Args, words, stage=oreo.STAGES, variant=oreo.VARIANTS)
+    policy, reference = (load_policy("nano", ONE_RANK, from_config=NANO, seed=seed) for seed in (3, 4))
+    value = load_policy("nano", ONE_RANK, from_config=NANO, seed=5, kind=ValueModel)
+    units, args = oreo_ranks.fixed_units(kind), dataclasses.replace(args, beta=0.3, **changes)
+    oreo.accumulate_gradient(policy, value, reference.requires_grad_(False), units, args, ONE_RANK)
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    policy.zero_grad()
+    return gradient, units, policy, reference
+
+
+def gradient_of_loss(loss, policy):
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+def action_sum(model, row, prompt=None):
+    """Log-prob of a row's actions."""
+    return (model(pack([(prompt or row.prompt, row.response)])) * torch.tensor(row.actions)).sum()
+
+
+def test_a_rejection_update_is_the_mean_over_the_actions_alone():
+    gradient, units, policy, _ = oreo_update("rejection")
+    rows = [row for unit in units for row in unit]
+    loss = -sum(action_sum(policy, row) for row in rows) / sum(sum(row.actions) for row in rows)
+    torch.testing.assert_close(gradient, gradient_of_loss(loss, policy), rtol=1e-4, atol=1e-6)
+
+
+def test_a_dpo_update_raises_the_first_of_a_pair_which_is_the_right_one():
+    gradient, units, policy, reference = oreo_update("dpo")
+
+    def gain(row):
+        return action_sum(policy, row) - action_sum(reference, row)
+
+    loss = -sum(F.logsigmoid(0.3 * (gain(right) - gain(wrong))) for right, wrong in units) / len(units)
+    torch.testing.assert_close(gradient, gradient_of_loss(loss, policy), rtol=1e-4, atol=1e-6)
+
+
+def test_a_kto_update_raises_right_answers_over_the_kl_of_mismatched_prompts():
+    gradient, units, policy, reference = oreo_update("kto")
+    rows = [row for unit in units for row in unit]
+
+    def gain(row, prompt=None):
+        return action_sum(policy, row, prompt) - action_sum(reference, row, prompt)
+
+    with torch.no_grad():
+        z = (sum(gain(row, rows[i - 1].prompt) for i, row in enumerate(rows)) / len(rows)).clamp(min=0)
+    margins = [(gain(row) - z) * (1 if row.reward else -1) for row in rows]
+    loss = sum(1 - torch.sigmoid(0.3 * margin) for margin in margins) / len(rows)
+    torch.testing.assert_close(gradient, gradient_of_loss(loss, policy), rtol=1e-4, atol=1e-6)
+
+
+def test_the_kl_of_oreo_is_weighed_and_a_mean_over_actions_and_rows():
+    with_kl, units, policy, reference = oreo_update("oreo-token", kl_coef=0.3)
+    without = oreo_update("oreo-token", kl_coef=0.0)[0]
+    loss = torch.zeros(())
+    for [row] in units:
+        kl = policy(pack([(row.prompt, row.response)]), reference=reference)[2]
+        loss = loss + (kl * torch.tensor(row.actions)).sum() / sum(row.actions) / len(units)
+    torch.testing.assert_close(with_kl - without, 0.3 * gradient_of_loss(loss, policy), rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- what they stand on
+
+
+def test_the_optimizer_has_the_betas_and_decay_that_were_asked_for(policy):
+    [group] = make_optimizer(policy, lr=1e-3, betas=(0.7, 0.8), weight_decay=0.03).param_groups
+    assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.7, 0.8), 0.03, 1e-3)
+
+
+def test_after_the_warm_up_the_rate_falls_over_the_updates_that_are_left():
+    rates = [learning_rate(s, lr=1.0, steps=10, schedule="linear", warmup=0.2, floor=0.2) for s in range(11)]
+    assert rates == pytest.approx([0.5, 1.0] + [1 - 0.1 * k for k in range(9)])
+
+
+def test_seeds_order_the_data():
+    assert batch_indices(13, 3, 0, seed=1) != batch_indices(13, 3, 0, seed=2)
