@@ -48,6 +48,21 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_every_set_has_its_operations(pipeline):
+    ranges = {"rl": (1, 3), "influence": (1, 3), "base": (1, 2), "val": (2, 2), "test_id": (2, 2), "test_ood": (3, 3)}
+    for name, (low, high) in ranges.items():
+        ops = {row["extra_info"]["ops"] for row in read(pipeline / "data" / f"{name}.jsonl")}
+        assert ops <= set(range(low, high + 1)), name
+
+
+def test_a_stage_has_its_own_settings_whatever_command_it_is_part_of():
+    args = settings(lr=0.3, sft_lr=0.1, base_lr=0.2, schedule="linear", warmup=0.5)
+    sft, base, rl = (bridge.settings_of(args, stage, "bridge") for stage in ("sft", "base", "rl"))
+    assert [(a.lr, a.schedule, a.warmup) for a in (sft, base, rl)] == [
+        (0.1, "constant", 0.0), (0.2, "cosine", 0.02), (0.3, "linear", 0.5)
+    ]  # fmt: skip
+
+
 def test_one_command_makes_data_models_influence_and_a_table(pipeline):
     results = json.loads((pipeline / "results.json").read_text())
     assert results.keys() == {"base", "vanilla", "bridge"}

@@ -46,6 +46,13 @@ def test_what_is_logged_of_rows():
     assert (log["group/solve_all"], log["group/solve_none"]) == (0.25, 0.5)
 
 
+def test_what_is_logged_of_values():
+    told = ((1.0, 0.9), (0.0, 0.2))
+    rows = [oreo.Row([1], [1], [True], [True], reward, 0, last_value=value) for reward, value in told]
+    log = oreo.describe(rows, oreo.Args())
+    assert (log["value/right"], log["value/wrong"]) == (0.9, 0.2)
+
+
 def test_what_is_logged_of_pairs():
     a = redi.Pair([1], [1, 2], [1], 2.0, 0, (-3.0, -5.0), loss=0.5, logp=(-1.0, -4.0), entropy=(0.1, 0.2))
     b = redi.Pair([1], [1], [], 1.0, 1, loss=-0.25, logp=(-2.0, 0.0), entropy=(0.3, 0.0))

@@ -209,8 +209,9 @@ def test_a_model_folder_without_chat_template_is_named(tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     words = ["--method", "sft", "--out", str(tmp_path / "run"), "--steps", "1", "--save_every", "1"]
     luffy.main(settings(*words))
-    with pytest.raises(InputError, match="--lr 0.001 there, 0.5 here"):
-        luffy.main(settings(*words, "--lr", "0.5"))
+    for flag, there, here in (("lr", 0.001, 0.5), ("seed", 0, 9), ("data", "'igsm:1-2'", "'igsm:1-1'")):
+        with pytest.raises(InputError, match=f"--{flag} {there} there, {here} here"):
+            luffy.main(settings(*words, f"--{flag}", str(here).strip("'")))
 
 
 def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line():
