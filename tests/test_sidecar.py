@@ -241,13 +241,13 @@ def interrupt(server, act):
 
 def test_a_server_killed_during_generation_is_replaced_and_no_answer_is_missing(world, synced, policy):
     [server] = synced.owned
-    group, how = server.process.pid, dict(n=30, keys=KEYS, seed=5, sampling=Sampling(90))
+    group, how = server.process.pid, dict(n=90, keys=KEYS, seed=5, sampling=Sampling(250))  # seconds of work
     victim = min(pid for pid, other, _ in processes() if other == group and pid != group)  # the keeper's first child
     thread = interrupt(server, lambda: os.kill(victim, signal.SIGKILL))
     groups = synced.generate(PROMPTS, **how)
     thread.join()
     assert synced.restarts == 1 and server.process.pid != group and gone(group)
-    assert [len(g) for g in groups] == [30] * 5
+    assert [len(g) for g in groups] == [90] * 5
     assert gap(policy, groups) < 1e-4
     assert ids(groups) == ids(synced.generate(PROMPTS, **how))
 
@@ -268,10 +268,10 @@ def test_a_hanging_server_is_noticed_and_one_of_someone_else_waited_for(world, s
             os.kill(pid, signal.SIGCONT)
 
     thread = interrupt(server, hang)
-    groups = guest.generate(PROMPTS, n=30, keys=KEYS, seed=5, sampling=Sampling(90))
+    groups = guest.generate(PROMPTS, n=90, keys=KEYS, seed=5, sampling=Sampling(250))
     thread.join()
     assert guest.restarts >= 1
-    assert [len(g) for g in groups] == [30] * 5 and gap(policy, groups) < 1e-4
+    assert [len(g) for g in groups] == [90] * 5 and gap(policy, groups) < 1e-4
     guest.close()
     assert server.healthy()  # someone else's server is left alone
     with pytest.raises(RuntimeError, match=r"drew with the weights \w+:3, not \w+:0"):  # and another's weights noticed
