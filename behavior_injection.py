@@ -65,7 +65,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import igsm
-from common.data import InputError, batch_indices, load_rows, make_examples, pack, plan_micro_batches
+from common.data import (
+    InputError,
+    batch_indices,
+    check_verifier,
+    load_rows,
+    make_examples,
+    pack,
+    plan_micro_batches,
+)
 from common.rollout import Sampling, make_sampler
 from common.trainer import (
     BadBatches,
@@ -639,10 +647,7 @@ def check(args: Args) -> None:
         raise InputError(f"--sft_model {args.sft_model} is what --stage rl, influence and eval start from: one of them")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise InputError(f"--chat_template {args.chat_template}: no such file")
-    try:
-        grade([""], [""], verifier=args.verifier)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"--verifier {args.verifier}: {error}") from error
+    check_verifier(args.verifier)
 
 
 def settings_of(args: Args, stage: str, arm: str) -> Args:

@@ -58,7 +58,17 @@ import tyro
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from common.data import IN_A_BOX, InputError, gold_of, gsm8k_row, load_rows, read_row, render_prompt, text_of
+from common.data import (
+    IN_A_BOX,
+    InputError,
+    check_verifier,
+    gold_of,
+    gsm8k_row,
+    load_rows,
+    read_row,
+    render_prompt,
+    text_of,
+)
 from common.rollout import EmbeddedSampler, Sampling, make_sampler
 from common.search import search_answers, step_ids
 from common.trainer import ValueModel, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
@@ -999,10 +1009,7 @@ def check(args: Args) -> None:
     if not args.verifier:
         raise InputError("--verifier needs at least one name")
     for name in args.verifier if not args.compare else ():
-        try:
-            grade([""], [""], verifier=name, workers=1)  # before hours of sampling
-        except (ValueError, ImportError, RuntimeError) as error:
-            raise InputError(f"--verifier {name}: {error}") from error
+        check_verifier(name)
 
 
 def tokens_ahead(args: Args) -> int:

@@ -52,7 +52,15 @@ from typing import Literal
 import torch
 
 import igsm
-from common.data import InputError, batch_indices, load_rows, make_examples, pack, plan_micro_batches
+from common.data import (
+    InputError,
+    batch_indices,
+    check_verifier,
+    load_rows,
+    make_examples,
+    pack,
+    plan_micro_batches,
+)
 from common.rollout import Completion, Sampling, make_sampler
 from common.trainer import (
     BadBatches,
@@ -484,10 +492,7 @@ def check(args: Args) -> None:
         raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise InputError(f"--chat_template {args.chat_template}: no such file")
-    try:
-        grade([""], [""], verifier=args.verifier)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"--verifier {args.verifier}: {error}") from error
+    check_verifier(args.verifier)
 
 
 def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float]:

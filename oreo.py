@@ -86,6 +86,7 @@ from common.trainer import (
     Clock,
     Metrics,
     ValueModel,
+    changed_settings,
     check_finite,
     export,
     gather_lists,
@@ -788,10 +789,8 @@ def collect(args: Args) -> str:
     described = Path(args.out) / "collect.json"
     if described.exists():
         before = json.loads(described.read_text())["settings"]
-        changed = [f"--{name} {before.get(name)!r} there, {settings[name]!r} here" for name in names
-                   if before.get(name) != settings[name]]  # fmt: skip
-        if changed:
-            raise InputError(f"{args.out} holds rows of other settings ({'; '.join(changed)}): choose another --out")
+        if changed := changed_settings(before, settings, names):
+            raise InputError(f"{args.out} holds rows of other settings ({changed}): choose another --out")
         if final.exists():
             return str(final)
 
@@ -1010,10 +1009,8 @@ def iterate(args: Args) -> None:
         else:
             there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(learner)))
             free = Checkpoints.FREE | {"rows"} | ({"model", "value", "reference"} if number > 1 else set())
-            changed = [f"--{name} {there.get(name)!r} there, {value!r} here" for name, value in here.items()
-                       if name not in free and there.get(name) != value]  # fmt: skip
-            if changed:
-                raise InputError(f"{out} was made with other settings ({'; '.join(changed)}): choose another --out")
+            if changed := changed_settings(there, here, [name for name in here if name not in free]):
+                raise InputError(f"{out} was made with other settings ({changed}): choose another --out")
         value = str(out / "value") if args.stage == "oreo" else ""
         last = dataclasses.replace(setting, model=str(out / "model"), value=value)
     if init_world().main:

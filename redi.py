@@ -913,8 +913,9 @@ def main(args: Args) -> None:
               ["eval/mean"], ["loss/mean"], ["optim/grad_norm"], ["optim/lr"]]  # fmt: skip
     bad_batches = BadBatches(out, args, world, skip=args.skip_bad_updates)
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    followed = [row for row in (read_metrics(out) if world.main else []) if "logp/chosen" in row]
-    followed = [(row["step"], row["logp/chosen"]) for row in followed]  # what the alarm looks at
+    followed = [  # what the alarm looks at
+        (row["step"], row["logp/chosen"]) for row in (read_metrics(out) if world.main else []) if "logp/chosen" in row
+    ]
     if start == 0 and sampler:
         metrics.log(0, evaluate(sampler, tokenizer, held_out, args, world), show=["eval/mean"])
     if sampler:

@@ -36,6 +36,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AttentionInterface
 
+from common.verifiers import grade
+
 THINK = "<think>\n"
 IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -148,6 +150,14 @@ def gsm8k_row(row: dict, *, needs_trace: bool = True) -> dict:
         "target": [{"role": "assistant", "content": f"{THINK}{reasoning.strip()}\n</think>\n\n\\boxed{{{gold}}}"}],
         "reward_model": {"style": "rule", "ground_truth": gold},
     }
+
+
+def check_verifier(name: str) -> None:
+    """Raise InputError if the flag --verifier names none, or one that cannot be imported, before hours of sampling."""
+    try:
+        grade([""], [""], verifier=name, workers=1)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(f"--verifier {name}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------ examples

@@ -562,6 +562,14 @@ def _to_disk(path: Path) -> None:
     os.close(descriptor)
 
 
+def changed_settings(there: dict, here: dict, names) -> str:
+    """Which of the settings `names` differ, in words; "" for none."""
+    return "; ".join(
+        f"--{name} {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in names if there.get(name) != here.get(name)
+    )  # fmt: skip
+
+
 class Checkpoints:
     """Checkpoints of a run under `folder`, each complete or absent: written beside, then renamed into place.
 
@@ -615,14 +623,10 @@ class Checkpoints:
                 )
             return None
         state = json.loads((path / "state.json").read_text())
-        changed = [
-            f"--{name} {was!r} there, {self.settings.get(name)!r} here"
-            for name, was in state["settings"].items()
-            if name not in self.FREE and was != self.settings.get(name)
-        ]
-        if changed:
+        there = state["settings"]
+        if changed := changed_settings(there, self.settings, [name for name in there if name not in self.FREE]):
             raise InputError(
-                f"{path} was made with other settings ({'; '.join(changed)}): "
+                f"{path} was made with other settings ({changed}): "
                 "use the same ones to go on, or another --out to start anew"
             )
         if world.main and state["ranks"] != world.size:

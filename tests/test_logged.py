@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import torch
 
 import behavior_injection as bridge
 import eval as evaluation
@@ -15,12 +14,11 @@ import relift
 from common.data import Example, InputError
 from common.rollout import Completion
 from common.search import Candidate
-from common.trainer import World, load_tokenizer
+from common.trainer import load_tokenizer
 from common.verifiers import Verdict
 from tests import oreo_ranks
+from tests.test_luffy_math import ONE_RANK
 from tests.test_wiring import Asked
-
-ONE_RANK = World(0, 1, 1, torch.device("cpu"))
 
 
 class Says:

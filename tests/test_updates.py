@@ -14,14 +14,11 @@ import oreo
 import redi
 import relift
 from common.data import Example, batch_indices, pack
-from common.trainer import ValueModel, World, learning_rate, load_policy, make_optimizer, parse_args
+from common.trainer import ValueModel, learning_rate, load_policy, make_optimizer, parse_args
 from common.verifiers import Verdict
 from tests import oreo_ranks, ranks
 from tests.conftest import NANO
-from tests.test_luffy_math import Bigram, assert_equal, f64
-
-ONE_RANK = World(0, 1, 1, torch.device("cpu"))
-
+from tests.test_luffy_math import ONE_RANK, Bigram, assert_equal, f64
 
 # ------------------------------------------------------------------------------------------- luffy and relift
 

@@ -14,13 +14,13 @@ import oreo
 import relift
 from common import search, trainer, verifiers
 from common.rollout import Completion, EmbeddedSampler
-from common.trainer import World, learning_rate, load_policy, load_tokenizer, read_metrics
+from common.trainer import learning_rate, load_policy, load_tokenizer, read_metrics
 from common.verifiers import Verdict
 from tests import oreo_ranks, relift_ranks, test_luffy_runs
 from tests.faults.harness import RUNS
 from tests.faults.test_numbers import TABLES
+from tests.test_luffy_math import ONE_RANK
 
-ONE_RANK = World(0, 1, 1, torch.device("cpu"))
 ODD = ["--steps", "3", "--save_every", "0", "--eval_every", "1", "--schedule", "linear", "--warmup", "0.4", "--betas",
        "0.7", "0.8", "--weight_decay", "0.03", "--max_grad_norm", "0.37", "--eval_temperature", "0.3",
        "--seed", "5"]  # fmt: skip
