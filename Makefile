@@ -1,5 +1,5 @@
 # make demo    train on a fresh machine, from nothing: environment, data, LUFFY and GRPO, evaluation, plot
-# make test    the same for every test
+# make test    the same for every test: on the CPU, and on a machine with CUDA once more those that need it
 # make vllm    vLLM for a CPU, in .venv-vllm, for --rollout vllm (make test does it too); then the demo samples from it
 #              with .venv/bin/python benchmarks/demo.py --extra="--rollout vllm"
 # make soak    kill runs at any moment, 20 times each; 2,000 steps, and 200 with vLLM, that must not grow (an hour)
@@ -53,6 +53,8 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test $(SERVER)/.done
 	$(BIN)/python -m pytest tests -rs
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  set -x; $(BIN)/python -m pytest tests -rs -m cuda; fi
 
 soak: $(VENV)/.test $(SERVER)/.done
 	$(BIN)/python -m tests.faults.harness --kills 20

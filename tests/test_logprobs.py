@@ -153,7 +153,8 @@ def test_errors_in_half_precision_are_at_most_those_of_full_logits_in_that_preci
         compare(pooled, VALUES, ours, yardstick, truth)
     if case == "logits of 1e4":  # full logits of these are off by 40 in bf16 and beyond float16
         pooled = {key: errors for key, errors in pooled.items() if errors[1].isfinite().all()}
-    check(pooled, 1.0, "max")
+    # on CUDA both round the logits' gradient alike; what is left is the order in which products are summed
+    check(pooled, 1.0 if device == "cpu" else 1.01, "max")
 
 
 @everywhere

