@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -129,6 +130,7 @@ def init_world(timeout_minutes: float = 30.0) -> World:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every shape, and each batch has another
+        warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context")  # set just above
     elif "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun sets OMP_NUM_THREADS to 1 for each rank: share the cores out instead
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
