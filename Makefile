@@ -52,7 +52,7 @@ demo: $(VENV)/.run
 	$(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/.test $(SERVER)/.done
-	$(BIN)/python -m pytest tests -rs
+	$(BIN)/python -m pytest tests -rs -n auto --dist loadfile
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  set -x; $(BIN)/python -m pytest tests -rs -m cuda; fi
 

@@ -1,0 +1,50 @@
+"""The paths for CUDA on a simulated device (simulated_cuda/run.py): bf16 under FSDP2, the kernels, attention over rows
+of any length, checkpoints in the background. Their numbers are the CPU's, to what bf16 rounds."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from common.trainer import read_metrics
+from tests.conftest import run_script
+from tests.faults import harness
+from tests.simulated_cuda.run import command, make
+
+if not shutil.which("g++"):
+    pytest.skip("needs g++", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """A folder with the scripts for the simulated device, and the environment that they need."""
+    folder = tmp_path_factory.mktemp("simulated")
+    return folder, make(folder)
+
+
+def run(simulated, words, ranks=1):
+    folder, environment = simulated
+    done = subprocess.run(command(words, ranks), cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("luffy", 2), ("oreo", 1)])
+def test_a_run_is_that_of_the_cpu(simulated, name, ranks, tmp_path):
+    short = ["--steps", "2", "--eval_every", "0"]
+    words = [*harness.words_of(name, tmp_path / "there"), *short]
+    run(simulated, words, ranks)
+    run_script(*harness.words_of(name, tmp_path / "here"), *short)
+    there, here = (read_metrics(tmp_path / folder) for folder in ("there", "here"))
+    assert [row["step"] for row in there] == [row["step"] for row in here] == [1, 2]
+    # the second step comes after an update, and some answers are others then
+    for row, expected, relative, absolute in zip(there, here, (0.01, 0.15), (0.002, 0.01)):
+        for key in expected:
+            if key.startswith(("policy/", "teacher/", "value/", "log_ratio/", "loss/", "optim/")):
+                assert row[key] == pytest.approx(expected[key], rel=relative, abs=absolute), (row["step"], key)
+    assert 0 < there[0]["memory/peak_gb"] < 0.1 < here[0]["memory/peak_gb"], "of the device, not of the process"
+
+
+def test_the_tests_for_cuda_pass(simulated):
+    words = ["-m", "pytest", "tests/test_logprobs.py", "tests/test_data.py", "-m", "cuda", "-p", "no:cacheprovider"]
+    assert " passed" in run(simulated, [*words, "-v"])
