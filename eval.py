@@ -139,13 +139,14 @@ class Args:
     """What draws the answers. embedded: this process. vllm: a vLLM server that is started beside it (one for each
     GPU; on CPU one in all). http://HOST:PORT[,...]: running servers (docs/rollout.md). auto: vllm on CUDA where it is
     installed, else embedded."""
-    sampler_tokens: int = 65536
+    sampler_tokens: int = 0
     """Rows x (prompt + response) tokens that the embedded sampler decodes at once, and that are written at once (at
-    least one question with all its answers)."""
+    least one question with all its answers); 0: 65,536 on a CPU, 524,288 on CUDA (30 GB for a Qwen2.5 of 7B)."""
     write_every: int = 2048
     """Answers that vLLM is given at once, and that are written at once."""
 
 
+SAMPLER_TOKENS = {"cpu": 65536, "cuda": 524288}  # of --sampler_tokens 0
 FREE = {"out", "verifier", "buckets", "rollout", "dry_run", "compare", "page_questions"}  # may change when going on
 
 # Text is the whole prompt; turns go through the tokenizer's chat template.
@@ -993,11 +994,13 @@ def check(args: Args) -> None:
         raise InputError("--compare needs two or more folders of evaluations")
     if not args.compare and not (args.model and args.data):
         raise InputError("--model and --data are needed (or --compare)")
-    for name in ("n", "max_tokens", "sampler_tokens", "write_every", "width", "max_steps"):
+    for name in ("n", "max_tokens", "write_every", "width", "max_steps"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     if args.limit < 0:
         raise InputError(f"--limit must be positive, or 0 for all questions, not {args.limit}")
+    if args.sampler_tokens < 0:
+        raise InputError(f"--sampler_tokens must be positive, or 0 for the device's, not {args.sampler_tokens}")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature {args.temperature} must not be negative, --top_p {args.top_p} be in (0, 1]")
     if args.search != "none" and not args.value:
@@ -1050,6 +1053,7 @@ def main(args: Args) -> None:
     if args.compare:
         return compare(args)
     world = init_world(timeout_minutes=24 * 60)  # ranks wait for the one with the longest answers
+    args.sampler_tokens = args.sampler_tokens or SAMPLER_TOKENS[world.device.type]
     tokenizer, out = load_tokenizer(args.model), Path(args.out)
     questions = read_questions(args.data, limit=args.limit)
     make_prompts(questions, tokenizer, args)

@@ -70,6 +70,7 @@ import igsm
 from common.data import (
     InputError,
     batch_indices,
+    check_verifier,
     load_rows,
     make_examples,
     pack,
@@ -710,6 +711,8 @@ def check(args: Args) -> None:
         raise InputError(f"--model {args.model}: not there; --stage sft makes it, or name another")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise InputError(f"--chat_template {args.chat_template}: no such file")
+    if args.eval_data or not (args.rows or args.stage == "sft"):
+        check_verifier(args.verifier)
 
 
 def load_value(args: Args, policy, world):

@@ -72,6 +72,7 @@ import igsm
 from common.data import (
     InputError,
     batch_indices,
+    check_verifier,
     gsm8k_row,
     iter_rows,
     make_examples,
@@ -817,6 +818,8 @@ def check(args: Args) -> None:
         path = getattr(args, name)
         if path.startswith("runs/") and not Path(path).exists():
             raise InputError(f"--{name} {path}: not there; --stage {made_by} makes it, or name another")
+    if args.eval_data or args.own_answers:
+        check_verifier(args.verifier)
 
 
 def open_sampler(policy, tokenizer, args: Args, world, version: int = 0):

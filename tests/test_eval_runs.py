@@ -196,6 +196,7 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
 @pytest.mark.parametrize(
     "settings, message",
     [
+        (dict(sampler_tokens=-1), "--sampler_tokens must be positive, or 0"),
         (dict(n=0), "--n must be positive"), (dict(top_p=0), "--top_p 0"), (dict(temperature=-1), "--temperature -1"),
         (dict(max_tokens=5000), "--max_tokens .* or less fits"), (dict(stop_tokens=("<|im_end|>",)), "--stop_tokens"),
         (dict(buckets="nowhere"), "nowhere: no evaluation there"), (dict(compare=("one",)), "two or more"),

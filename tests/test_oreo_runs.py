@@ -256,6 +256,7 @@ def write(path, rows):
         (["--batch_size", "400"], "24 to train on are fewer than --batch_size 400"),
         (["--max_prompt_tokens", "3"], "no row is left of 24 .24 prompts over"),
         (["--max_response_tokens", "3"], "no row is left of 24 .*24 responses over"),
+        (["--eval_data", "igsm:5-8", "--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
         (["--steps", "-1"], "--steps must be positive"),
         (["--beta", "0"], "--beta must be positive"),
         (["--temperature", "0"], "--temperature 0.0: answers that shall differ"),

@@ -236,6 +236,7 @@ def test_a_saved_configuration_without_the_asked_for_context_is_an_error(model):
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--max_prompt_tokens", "3"], "no row is left of 40 .40 prompts over"),
         (["--max_response_tokens", "3"], "no row is left of 40 .*40 traces over"),
+        (["--eval_data", "igsm:5-8", "--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
         (["--steps", "-1"], "--steps must not be negative"),
         (["--alpha", "-1"], "--alpha must not be negative"),
         (["--beta", "0"], "--beta must be positive"),

@@ -3,6 +3,7 @@ of any length, checkpoints in the background. Their numbers are the CPU's, to wh
 
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -11,8 +12,8 @@ from tests.conftest import run_script
 from tests.faults import harness
 from tests.simulated_cuda.run import command, make
 
-if not shutil.which("g++"):
-    pytest.skip("needs g++", allow_module_level=True)
+if sys.platform != "linux" or not shutil.which("g++"):
+    pytest.skip("needs Linux and g++", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

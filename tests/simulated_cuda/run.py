@@ -32,13 +32,15 @@ SIM = {  # in the order in which they are replaced
 def make(folder: Path) -> dict[str, str]:
     """Compile the device and copy the scripts into `folder`. -> the environment that they need.
 
-    Raises subprocess.CalledProcessError where it does not compile, FileNotFoundError without g++."""
+    Raises RuntimeError where it does not compile, FileNotFoundError without g++."""
     installed = Path(torch.__file__).parent
     include = [f"-I{installed}/include", f"-I{installed}/include/torch/csrc/api/include"]
     libraries = [f"-L{installed}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{installed}/lib"]
     source, library = Path(__file__).with_name("device.cpp"), folder / "device.so"
     flags = ["-std=c++20", "-fPIC", "-shared", *include, *libraries]
-    subprocess.run(["g++", str(source), "-o", str(library), *flags], check=True, capture_output=True, text=True)
+    done = subprocess.run(["g++", str(source), "-o", str(library), *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source} does not compile with torch {torch.__version__}:\n{done.stderr[-3000:]}")
 
     copies = [*ROOT.glob("*.py"), *(p for name in ("common", "igsm", "tests") for p in (ROOT / name).rglob("*.py"))]
     for path in copies:
