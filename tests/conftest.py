@@ -33,12 +33,6 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config):
-    """A process for each core, 8 at most (`-n auto`, as in make test)."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-
-
 @pytest.fixture(scope="session")
 def world():
     from common.trainer import init_world

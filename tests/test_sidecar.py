@@ -21,7 +21,7 @@ from common.trainer import load_policy, read_metrics
 from tests.conftest import NANO, ROOT, run_script
 from tests.test_rollout import gone, processes
 
-if torch.cuda.is_available() or rollout.vllm_version(cuda=False) is None:
+if rollout.vllm_version(cuda=False) is None:
     pytest.skip("needs vLLM for CPU: `make vllm`, or an interpreter in ROLLOUT_PYTHON", allow_module_level=True)
 
 CONFIG = NANO | {  # vLLM's attention heads on CPU are 32 wide or more

@@ -1,14 +1,12 @@
 """The Python side of device.cpp. Importing it makes `torch.sim`, which stands where the scripts have `torch.cuda`:
 streams and events that have nothing to wait for, collectives by gloo on copies, and the operations that only CUDA has.
 
-The environment variable SIM_DEVICE names the compiled device.cpp."""
+run.py sets the environment: SIM_DEVICE names the compiled device.cpp, TRITON_INTERPRET is 1."""
 
 import contextlib
 import ctypes
 import os
 import types
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
