@@ -1,19 +1,19 @@
-"""What a GPU does with this project's work, in minutes: the card's ceilings, then attention, the head, an update, rollouts.
+"""What a GPU does with this project's work, in minutes: the card's ceilings, attention, the head, an update, rollouts.
 
     python benchmarks/device.py all                       # everything: about 12 minutes on one GPU
     python benchmarks/device.py ceilings head --seconds 60
 
 ceilings   rates of the card: copies, and matrix products at the shapes that occur
 attention  packed attention forward and backward on the lengths of a LUFFY batch
-head       log-probs from hidden states, forward and backward, against the bare products and against other libraries
+head       log-probs from hidden states, forward and backward, beside the bare products and other libraries
 step       one LUFFY update on Qwen2.5-1.5B's shapes and on eight layers of 7B's: seconds, model FLOPs utilisation (MFU),
            peak memory beside the formula of benchmarks/scale.py, and a profile by kind of operation
 rollout    answers through vLLM (where it is installed) and through the embedded sampler: tokens a second, seconds to
            start, sleep and sync, and how far the log-probs are from the trainer's
 
 Every measurement prints its line as it comes and is written to benchmarks/results/device-CARD.json at once. A part
-begins no further measurement after --seconds. Weights are random: the work is the same. Without CUDA the sizes are toys,
-which shows that the program runs and nothing else. docs/gpu.md says what the numbers should be.
+begins no further measurement after --seconds. Weights are random: the work is the same. Without CUDA the sizes are
+toys, which shows that the program runs and nothing else. docs/gpu.md says what the numbers should be.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,10 +49,10 @@ HEADS = [(8192, 4096, 131072), (8192, 1536, 151936), (32768, 1536, 151936), (819
 ]  # fmt: skip
 
 
-def seconds(function, repeats: int = 7) -> float:
-    """Median seconds of a call, after two that warm up; by events on CUDA."""
+def seconds(function, warm: int = 2, repeats: int = 7) -> float:
+    """Median seconds of a call, after `warm` calls that are not counted; by events on CUDA."""
     times = []
-    for i in range(2 + repeats):
+    for _ in range(warm + repeats):
         if CUDA:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -63,14 +64,14 @@ def seconds(function, repeats: int = 7) -> float:
             begin = time.perf_counter()
             function()
             times.append(time.perf_counter() - begin)
-    return statistics.median(times[2:])
+    return statistics.median(times[warm:])
 
 
 def ceilings():
     """Copies (bytes read and written) and matrix products, in TB/s and TFLOP/s."""
     a = torch.randn(2**30 if CUDA else 2**20, device=DEVICE, dtype=DTYPE)
     b = torch.empty_like(a)
-    yield {"what": "copy", "TB/s": 2 * a.nbytes / seconds(lambda: b.copy_(a)) / 1e12}
+    yield {"what": "copy", "TB/s": 2 * a.nbytes / seconds(partial(b.copy_, a)) / 1e12}
     del a, b
     shapes = {(8192, 8192, 8192)} if CUDA else {(64, 64, 64)}
     for shape in SHAPES.values():
@@ -172,7 +173,8 @@ def kind_of(kernel: str) -> str:
         "attention": ("flash", "fmha", "scaled_dot"), "head": ("_absorb", "_gradient_kernel"),
         "optimizer": ("adam", "foreach", "multi_tensor"), "communication": ("nccl",),
         "products": ("nvjet", "gemm", "cutlass", "cublas", "::mm", "addmm"),
-        "rows in and out of attention": ("index", "gather", "scatter"), "copies and casts": ("memcpy", "copy", "memset", "cat"),
+        "rows in and out of attention": ("index", "gather", "scatter"),
+        "copies and casts": ("memcpy", "copy", "memset", "cat"),
     }  # fmt: skip
     return next((kind for kind, words in kinds.items() if any(word in kernel.lower() for word in words)), "elementwise")
 
@@ -188,6 +190,7 @@ def step():
             num_key_value_heads=shape.kv_width * shape.heads // shape.hidden, max_position_embeddings=32768,
         )  # fmt: skip
         policy = load_policy(name, world, from_config=config)
+        eager = [layer.forward for layer in policy.lm.model.layers]
         optimizer = make_optimizer(policy, lr=1e-6)
         for tokens in MICRO_BATCHES:
             rows = luffy_rows(2 * tokens, shape.vocab)
@@ -197,14 +200,15 @@ def step():
             squares = sum((len(row.prompt) + len(row.response)) ** 2 for row in rows)
             work = 6 * shape.layers * (shape.layer * packed + shape.hidden * squares)  # causal: half of 12 h n^2
             work += 6 * shape.hidden * shape.vocab * responses
-            for checkpointing in (True, False):
+            for checkpointing, compiled in ((True, False), (False, False), (True, True), (False, True)):
+                if compiled and tokens != MICRO_BATCHES[len(MICRO_BATCHES) // 2]:
+                    continue  # compiling takes half a minute
                 row = {"model": name, "micro-batch": tokens, "tokens": packed, "responses": responses,
-                       "checkpointing": checkpointing}  # fmt: skip
-                decoder = policy.lm.model
-                for layer in decoder.layers:
+                       "checkpointing": checkpointing, "compiled": compiled}  # fmt: skip
+                policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+                for layer, forward in zip(policy.lm.model.layers, eager, strict=True):
                     layer.gradient_checkpointing = checkpointing
-                if checkpointing:
-                    policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+                    layer.forward = torch.compile(forward, dynamic=True) if compiled else forward
 
                 def update(rows=rows, args=args, policy=policy, optimizer=optimizer):
                     luffy.accumulate_gradient(policy, rows, None, args, world)
@@ -213,11 +217,9 @@ def step():
                 try:
                     if CUDA:
                         torch.cuda.empty_cache()
-                    update()
-                    if CUDA:
                         torch.cuda.reset_peak_memory_stats()
-                    gradient = seconds(lambda update=update: update(), repeats=2)
-                    row |= {"seconds": gradient, "tokens/s": packed / gradient, "MFU": work / gradient / peak}
+                    taken = seconds(update, warm=2 if compiled else 1, repeats=2)
+                    row |= {"seconds": taken, "tokens/s": packed / taken, "MFU": work / taken / peak}
                     if CUDA:
                         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
                     formula = scale.state_bytes(shape, 1) + scale.gathered_bytes(shape)

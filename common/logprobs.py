@@ -24,8 +24,8 @@ logp and c on kl, or -c on entropy, for both are the same function of w,
 
 in float32 and without cancellation: 1 - p_y is -expm1(logp). The tile itself comes from one of two places:
 - It is computed again: 8NHV operations in all, and nothing of size [N, V] is in memory.
-- `keep`: the forward stored E = exp(z - its tile's maximum) in bf16, 2 bytes a logit: 6NHV operations. g then has bf16's
-  relative error of 2^-9, which it has anyway where inputs are bf16; log-probs, entropies and the target's g are exact.
+- `keep`: the forward stored E = exp(z - its tile's maximum) in bf16, 2 bytes a logit: 6NHV operations. g then has
+  bf16's relative error of 2^-9, as it has where inputs are bf16; log-probs, entropies and the target's g are exact.
 
 Products are the library's (cuBLAS; on a CPU MKL or oneDNN). The token side is a Triton kernel on CUDA, which reads a
 tile once, and elsewhere a few passes over a tile that stays in cache. Why not one kernel for both: the products are
@@ -322,9 +322,10 @@ class _FromLogits(torch.autograd.Function):
 
 
 # The token side: what is known of every token, and how a tile of logits adds to it or becomes its gradient.
-# tiles: [z [n, v]] of the policy and, for the KL, of the reference. targets: [n], indices in the tile, or elsewhere when
-# outside of [0, v). weighted: whether u, or the gradient through it, is wanted. kept: (E, top) of the tile, or None. sign:
-# of the KL's form, u / (1 + s) - log1p(s) + log1p(s'), in the second output: -1 makes it the entropy, where s' is 0.
+# tiles: [z [n, v]] of the policy and, for the KL, of the reference. targets: [n], indices in the tile, or elsewhere
+# when outside of [0, v). weighted: whether u, or the gradient through it, is wanted. kept: (E, top) of the tile, or
+# None. sign: of the KL's form, u / (1 + s) - log1p(s) + log1p(s'), in the second output: -1 makes it the entropy, where
+# s' is 0.
 
 
 def _new_state(hidden):

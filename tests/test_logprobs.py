@@ -266,12 +266,14 @@ def test_a_very_confident_token_keeps_the_relative_accuracy_of_logp_entropy_and_
     for tiles in (dict(tile_size=1), {}):
         logp, entropy = linear_logprobs(hidden, weight, targets, entropy=True, backend=backend, **tiles)
         rest = (-gaps.double()).exp()  # log p = -log1p(rest), 1 - p = rest / (1 + rest)
-        torch.testing.assert_close(logp.double(), -rest.log1p(), rtol=1e-6, atol=0.0)
-        torch.testing.assert_close(entropy.double(), rest * gaps.double() + rest, rtol=1e-6, atol=0.0)
+        # a GPU's exp(x) is exp2 of a rounded product: it is off by some 1e-7 times x
+        near = dict(rtol=1e-6 if device == "cpu" else 1e-5, atol=0.0)
+        torch.testing.assert_close(logp.double(), -rest.log1p(), **near)
+        torch.testing.assert_close(entropy.double(), rest * gaps.double() + rest, **near)
         (grad,) = torch.autograd.grad(logp.sum(), hidden, retain_graph=True)
-        torch.testing.assert_close(grad[:, 0].double(), rest, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(grad[:, 0].double(), rest, **near)
         (grad,) = torch.autograd.grad(entropy.sum(), hidden)
-        torch.testing.assert_close(grad[:, 0].double(), -rest * gaps.double(), rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(grad[:, 0].double(), -rest * gaps.double(), **near)
 
 
 @everywhere
