@@ -361,7 +361,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
     n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    totals, largest = Totals(world), torch.zeros((), device=world.device)
+    totals, largest = Totals(world), torch.zeros((), dtype=torch.float64, device=world.device)
     counted = rows_with_gradient(rows, args)
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
@@ -393,7 +393,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             p = logp.exp()
             shaped = p / (p + args.shaping_gamma) if args.shaping_gamma else p
             gone = torch.where(teacher, 0.0, logp - old)  # since the rows were sampled
-            gap = torch.where(teacher, 0.0, old - sampler_logp)  # trainer's minus sampler's log-prob of own tokens
+            gap = torch.where(teacher, 0.0, old - sampler_logp).double()  # trainer's minus sampler's, of own tokens
             totals.add(
                 pg_loss=pg_loss, sft_loss=sft_loss, entropy=entropy.sum(), kl_old=-gone.sum(),
                 teacher_logp=torch.where(teacher, logp, 0.0).sum(), teacher_shaped=(shaped * teacher).sum(),
