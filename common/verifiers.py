@@ -62,7 +62,7 @@ class NoAnswer(ValueError):
 class Verdict(NamedTuple):
     reward: float
     status: str  # "ok" | "timeout" | "error" | "unparsable"
-    detail: str | None = None  # why it is not "ok"
+    detail: str | None = None  # why it is not "ok"; "gold unreadable: ..." where the gold is at fault, not the answer
 
 
 # Rules on text alone. They run in the caller's process without a deadline: nothing is slower than linear.
@@ -197,7 +197,7 @@ def _compare(text, gold):
         answer = parse(text[-MAX_CHARS:], parsing_timeout=None)
         truth = parse(f"${gold}$", parsing_timeout=None)
         if not answer or not truth:
-            raise NoAnswer("no answer in the response" if truth else "no answer in the gold")
+            raise NoAnswer("no answer in the response" if truth else f"gold unreadable: {gold[:100]}")
         return verify(truth, answer, timeout_seconds=None)
 
 
