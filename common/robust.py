@@ -40,7 +40,7 @@ SIGNS = {
         "≤ le leq leqslant leqq", "≥ ge geq geqslant geqq", "≠ ne neq", "∈ in", "∪ cup", "∩ cap", "∅ emptyset varnothing",
         "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "≈ approx simeq", "° degree circ",
         "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert", "< lt", "> gt", "… ldots dots cdots dotsc",
-        "⦃ lbrace", "⦄ rbrace", "∨ lor vee", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil", "¢ cent", "/ slash",
+        "⦃ lbrace", "⦄ rbrace", "∨ lor vee", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil", "¢ cent", "/ slash", "' prime",
     )
     for char, *names in [line.split()]
     for name in names
@@ -57,7 +57,7 @@ WRAPPERS = r"(?:text(?:bf|it|rm|sf|tt|normal|md|up|sc)?|math(?:rm|bf|it|sf|tt|no
 FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot csc sec ln log exp sqrt".split()
 GREEK = ("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau "
          "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()  # fmt: skip
-FORMULA_COMMANDS = {*FUNCTIONS, *GREEK, "frac", "cdot", "times", "infty", "binom", "lfloor", "rfloor", "lceil", "rceil"}
+FORMULA_COMMANDS = {*FUNCTIONS, *GREEK, "frac", "hbar", "cdot", "times", "infty", "binom", "lfloor", "rfloor", "lceil", "rceil"}
 
 UNITS = {  # name: (what is measured, how many of its first unit)
     name: (kind, sympy.Rational(factor))
@@ -74,7 +74,7 @@ UNITS = {  # name: (what is measured, how many of its first unit)
     for factor, *names in [line.split()]
     for name in names
 }  # fmt: skip
-LETTER_UNITS = "mgshLNJWVKΩ"
+LETTER_UNITS = "mgshLNJWVKACFT"
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 NOT_UNITS = set(  # words after a number that change it
     "and or to by of than out not no if for when where with without except plus minus over under below above before after "
@@ -120,16 +120,18 @@ def spell(text: str) -> str:
     text = re.sub(r"\\\$|\$|\\[()]|[€£¥]", "", text)  # marks of money and of formulas
     text = re.sub(r"\\\[|\\\](?!\s*[\d.])", "", text)
     text = re.sub(r"\{,\}|,\\!", ",", text)
+    text = re.sub(r"\.{2,}", "…", text)
+    text = re.sub(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|dot|bar) ?\{?(\d+)\}?", _repeating, text)
     text = text.replace(r"\!", "")
     text = re.sub(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z])|\n)|~|\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " ", text)
     text = re.sub(r"\\([dtc]frac|dbinom|tbinom)(?![a-zA-Z])", lambda m: "\\" + m[1][1:], text)
-    text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|boxed|fbox|therefore|blacksquare|square|qed|Box)"
+    text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|boxed|fbox|therefore|blacksquare|square|qed|Box|checkmark|ensuremath|large|Large|huge|Huge|normalsize)"
                   r"(?![a-zA-Z])\.?|\\(?:text)?color\s*\{\w*\}|\\(?:rm|bf|it|sf|tt|em)(?![a-zA-Z])", "", text)  # fmt: skip
     text = text.replace(r"\{", "⦃").replace(r"\}", "⦄").replace(r"\%", "%").replace(r"\_", "_").replace(r"\&", "&")
     text = re.sub(r"\\(?:underline\s*\{\d\}\s*\\)*underline\s*\{\d\}", lambda m: "".join(re.findall(r"\d", m[0])), text)
     text = re.sub(r"\\underline(?=\s*\{)", "", text)
     for _ in range(3):
-        text = re.sub(r"\\%s\s*\{([^{}]*)\}" % WRAPPERS, _words, text)
+        text = re.sub(r"\\%s\s*\{((?:[^{}]|\{[^{}]*\})*)\}" % WRAPPERS, _words, text)
     text = re.sub(r"\\%s(?![a-zA-Z])" % WRAPPERS, "", text)
     text = re.sub(r"\\([a-zA-Z]+)", lambda m: f"{SIGNS[m[1]]}" if m[1] in SIGNS else m[0], text)
     text = re.sub(r"\^\s*\{?\s*°\s*\}?", "°", text).replace("⦃⦄", "∅").replace("⦃ ⦄", "∅")
@@ -144,11 +146,16 @@ def spell(text: str) -> str:
     text = re.sub(r"\\frac\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\frac\1{\2}", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s+(\d+)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\\sqrt\s*([0-9a-zA-Z]|\\[a-z]+)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([0-9a-zA-Z]|\\[a-z]+)", r"\\sqrt\1{\2}", text)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text).replace("**", "^")
+    text = re.sub(r"\s*([_^])\s*", r"\1", text)
+    text = re.sub(r"\^(-\d+)", r"^{\1}", text)
+    text = re.sub(r"\^(?:'|\{(['\s]+)\})", lambda m: (m[1] or "'").replace(" ", ""), text)
+    text = re.sub(r"_\{ ?[~\\]*([a-zA-Z]+) ?\}", r"_{\1}", text)
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"\\frac\{ *(~[a-z]+) *\}\{ *(~?[a-z]+) *\}", r"\1/ \2", text)
     text = re.sub(r"(?<![\d.,])\d{1,3}(?:[ ']\s*\d{3})+(?!\d|\s*/)", lambda m: re.sub(r"\D", "", m[0]), text)
-    text = _trim(re.sub(r" ?\^ ?", "^", re.sub(r"\s+", " ", text)))
+    text = _trim(re.sub(r"\s+", " ", text))
     if re.fullmatch(r"[\]\[][^\[\]]*[\]\[]", text) and text[0] + text[-1] != "[]":  # ]0, 1[ is (0, 1)
         text = {"]": "(", "[": "["}[text[0]] + text[1:-1] + {"[": ")", "]": "]"}[text[-1]]
     return text
@@ -163,6 +170,13 @@ def _trim(text):
         if text[:1] == "{" and _closing(text) == len(text) - 1:
             text = text[1:-1]
     return text
+
+
+def _repeating(match):
+    """0.1\\overline{6} as a fraction."""
+    whole, fixed, period = match[1] or "0", match[2], match[3]
+    top = int(whole + fixed + period) - int(whole + fixed)
+    return rf"\frac{{{top}}}{{{'9' * len(period) + '0' * len(fixed)}}}"
 
 
 def _words(match):
@@ -256,7 +270,7 @@ class Ratio(NamedTuple):
     clock: str = ""  # "a" or "p" of a.m. and p.m.; "?" may be a time of day
 
 
-SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:~(?:and|or)(?![a-z]))?|~(?:and|or)(?![a-z])|∨|&)\s*", re.I)
+SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:~(?:and|or|where|with|for)(?![a-z]))?|~(?:and|or|where|with|for)(?![a-z])|∨|&)\s*", re.I)
 RELATION = re.compile(r"[=<>≤≥≠≈∈]")
 NAME = re.compile(
     r"(?:\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'*(?:\([\w ,\\]*\))?|\([a-z](?:, ?[a-z])+\)|(?:~[A-Za-z]+ ?)+|\\(?:angle|overline|triangle|vec)\W*\w+\W*)"
@@ -264,7 +278,12 @@ NAME = re.compile(
 UNIT = r"(?:~[A-Za-z]+\.?|°(?: ?[CF](?![A-Za-z]))?|¢|%%|(?<=[ /·])[%s](?![A-Za-z(_]))(?:\^(?:\{-?\d+\}|-?\d))?" % LETTER_UNITS
 QUANTITY = re.compile(r"(.*?[^ /·~])\s*((?:(?<=[\d)}]) ?)?%s(?: ?[/·]? ?%s)*)" % (UNIT, UNIT))
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-CONDITION = re.compile(r"~?(?:where|for|with)?\s*(~?all|~?any|~?integers?)?\s*([a-zA-Z])(?:_\w)? ?∈ ?\\mathbb ?\{?[ZNRQC]\}?[\^_*+≥\d{}]*")
+CONDITION = re.compile(r"(?:~?(?:all|any) |~?integers? )*([a-zA-Z])(?:_\w)?(?: ?∈ ?\\mathbb ?\{?[ZR]\}?| ~is (?:~?an? )?~?(?:integer|real)(?: ~?number)?)")
+
+
+TABLE = re.compile(r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin ?\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end ?\{\3\} ?[)\]]?")
+TABLES = {("", "pmatrix"): "matrix", ("", "bmatrix"): "matrix", ("(", "array"): "matrix", ("[", "array"): "matrix",
+          ("(", "matrix"): "matrix", ("[", "matrix"): "matrix", ("⦃", "array"): "cases", ("", "matrix"): "bare"}  # fmt: skip
 
 
 def readings(text: str) -> list:
@@ -272,7 +291,7 @@ def readings(text: str) -> list:
     if len(text) > MAX_ANSWER:
         raise Unreadable("too long")
     tries = [_join_thousands(text), text, re.sub(r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] ", "", text)]
-    sides, approximately = _split(text, re.compile("≈"))
+    sides, approximately = _split(text, re.compile("≈")) if "≈" in text else ([], [])
     if approximately and sides[0].strip():
         tries = [sides[0], sides[-1]]
         exact, rounded = (readings(side)[-1] for side in (sides[0], sides[-1]))
@@ -303,19 +322,19 @@ def _join_thousands(text):
 
 def _read(text, letters):
     text = _trim(text)
-    text = re.sub(rf"^(?:~(?:{FILLERS})(?![A-Za-z])[ :]*)+(?=.)", "", text, flags=re.I).lstrip("=≈: ")
+    text = re.sub(rf"^(?:~(?:{FILLERS}|if|when|for)(?![A-Za-z])[ :]*)+(?=.)", "", text, flags=re.I).lstrip("=≈: ")
     plain = text.replace("~", "").lower().strip()
-    if not text or any(c in text for c in "…∀∃≡→'\"?#@"):
+    if not text or re.search(r"[…∀∃≡→\"?#@]|(?<![A-Za-z'])'", text):
         raise Unreadable("empty" if not text else "a sign that no rule reads")
     if plain in NO_SOLUTION or text == "∅":
         return Group("⦃", [])
     if plain in ALL_REALS or re.fullmatch(r"\\mathbb ?\{?R\}?", text):
         return Region([(-sympy.oo, False, sympy.oo, False)])
-    table = re.fullmatch(r"[⦃(\[]?\\begin ?\{([bpBvV]?matrix|cases|array)\}(\{[^{}]*\})?(.*)\\end ?\{\1\}[)\]]?", text)
-    if table:
-        kind = "cases" if table[1] == "cases" or text[0] == "⦃" else table[1].replace("bmatrix", "matrix").replace("pmatrix", "matrix")
-        rows = [row for row in re.split(r"\\\\", table[3]) if row.strip()]
-        return Table(kind, [[_read(cell.rstrip(" ,"), letters) for cell in row.split("&") if cell.strip()] for row in rows])
+    if table := TABLE.fullmatch(text):
+        name, bracket, kind, body = table.groups()
+        rows = [[cell for cell in row.split("&") if cell.strip()] for row in body.split(r"\\") if row.strip()]
+        kind = TABLES.get((bracket or "", kind), kind)
+        return Named((name or "").strip(), Table(kind, [[_read(cell, letters) for cell in row] for row in rows]))
     items, separators = _split(text, SEPARATOR)
     if separators:
         return _list(items, separators, letters)
@@ -354,12 +373,15 @@ def _list(items, separators, letters):
         raise Unreadable("too many items")
     conditions = [CONDITION.fullmatch(item.strip()) for item in items]
     rest = [item for item, condition in zip(items, conditions, strict=True) if not condition]
-    if rest and all(re.search(rf"(?<![A-Za-z\\]){c[2]}(?![A-Za-z])", rest[0].partition("=")[2]) for c in conditions if c):
+    if rest and all(re.search(rf"(?<![A-Za-z\\]){c[1]}(?![A-Za-z])", rest[0].rpartition("=")[2]) for c in conditions if c):
         items = rest
     values = [_read(item, letters) for item in items]
     if len(values) == 1:
         return values[0]
     values = [v for value in values for v in (value.items if isinstance(value, Group) and value.kind == "," else [value])]
+    names = [value.name for value in values if isinstance(value, Named)]
+    if len(set(names)) == len(values):  # y = 2, x = 1 is (1, 2)
+        values.sort(key=lambda value: value.name)
     if len({value.unit for value in values if isinstance(value, Number)} - {""}) > 1:
         raise Unreadable("several units")
     regions = [_region(value.value if isinstance(value, Named) else value) for value in values]
@@ -464,9 +486,13 @@ def _value(value):
 
 
 def _quantity(text, letters):
+    if based := re.fullmatch(r"(\w+)_(\w|\{\w+\})", text):
+        if text[0].isdigit():
+            return Text(based.groups())
     if re.fullmatch(r"[~A-Za-z .\-/]+", text) and ("~" in text or len(re.sub("[^A-Za-z]", "", text)) > 2):
         words = re.findall(r"[a-z]+", text.lower())
         return Text(tuple(w for w in words if w not in ("the", "a", "an", "is", "it")) or tuple(words))
+    text = re.sub(r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\d)? ?[({]?)(\d+) ?°", r"\1{\\frac{\2\\pi}{180}}", text)
     found = QUANTITY.fullmatch(text)
     if not found or ("~" not in text and "°" not in text and "%" not in text and "¢" not in text and not letters):
         return Number(formula(text))
@@ -496,7 +522,7 @@ NUMBER = re.compile(r"(?:(\d+)(?:\.(\d*))?|\.(\d+))(?:[eE]([+-]?\d+)| ?[×·*] ?
 FRACTION = re.compile(r"(?:(\d+) ?\\frac ?|\\frac ?)\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}|(?:(\d+) )?(\d+) ?/ ?(\d+)")
 TOKEN = re.compile(r"\\([a-zA-Z]+)|[A-Za-z0-9+\-*/^_!|(){}\[\].,·×÷∞⌊⌋⌈⌉ ]")
 NOT_A_FORMULA = re.compile(  # what the parser would read as something else, or as its first half
-    r"\d \d|[)}\]!] ?\d|[\d)}\]] ?_|!!|\d\.(?!\d)|\.\d*\.|[+\-*/^·×÷_]$|^[*/^·×÷_!]|\(\)|\^ ?[*/^)}]|,|\|\|"
+    r"\d \d|[}\]] ?\d|[\d)}\]] ?_|!!|\d\.(?!\d)|\.\d*\.|[+\-*/^·×÷_]$|^[*/^·×÷_!]|\(\)|\^ ?[*/^)}]|,|\|\|"
 )
 FORMULA_SIGNS = {"·": r"\cdot ", "×": r"\times ", "÷": "/", "*": r"\cdot ", "∞": r"\infty ", "⌊": r"\lfloor ",
                  "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "}  # fmt: skip
@@ -523,6 +549,8 @@ def formula(text: str) -> sympy.Expr:
         if int(bottom or bottom2) == 0:
             raise Unreadable("division by zero")
         return sign * (int(mixed or mixed2 or 0) + sympy.Rational(int(top or top2), int(bottom or bottom2)))
+    text = re.sub("'+", lambda m: "_{%s}" % ("p" * len(m[0])), text)  # y' and y'' are symbols
+    text = re.sub(r"\\(d?)dot ?\{? ?(\\?[A-Za-z]+) ?\}?", r"\2_{\1d}", text)
     tokens = [match[1] for match in TOKEN.finditer(text) if match[1]]
     if TOKEN.sub("", text) or not set(tokens) <= FORMULA_COMMANDS:
         raise Unreadable("a sign that no rule reads")
@@ -537,7 +565,8 @@ def formula(text: str) -> sympy.Expr:
 
 def _for_parser(text):
     """A spelled formula without the readings that Math-Verify's parser gives to 2(3), log_2 8 or 1.5."""
-    text = re.sub(r"(\d*)\.(\d*)\\overline ?\{?(\d+)\}?", _repeating, text)
+    text = re.sub(r"(\d)\.(?!\d)", r"\1", text)
+    text = re.sub(r"\\gamma(?![a-z])|E(?=_)", lambda m: r"\varsigma " if m[0] != "E" else r"\Upsilon ", text)  # it knows constants
     text = re.sub(r"(\\(?:%s)[_^])(\w)" % "|".join(FUNCTIONS), r"\1{\2}", text)
     text = re.sub(r"(\\(?:%s)[_^]\{[^{}]*\}) ?(\d+)" % "|".join(FUNCTIONS), r"\1{\2}", text)
     if NOT_A_FORMULA.search(text):
@@ -545,16 +574,9 @@ def _for_parser(text):
     text = re.sub(r"(?<![\d.^_}])(\d+) ?(\\frac ?\{\d+\} ?\{\d+\})", r"(\1+\2)", text)
     text = re.sub(r"(?<![\d.^_}])(\d+) (\d+/\d+)", r"(\1+\2)", text)
     text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"(\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})", text)
-    text = re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\\frac|\\sqrt|\\binom|[a-zA-Z])", r"\\cdot ", text)
+    text = re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\\frac|\\sqrt|\\binom|[\da-zA-Z])|(?<=!) ?(?=[\d(\\a-zA-Z])", r"\\cdot ", text)
     text = re.sub(r"(?<![\\a-zA-Z])([a-eijk-zA-EI-Z]) ?(?=\()", r"\1\\cdot ", text)
     return re.sub("[%s]" % "".join(FORMULA_SIGNS), lambda m: FORMULA_SIGNS[m[0]], text)
-
-
-def _repeating(match):
-    """0.1\\overline{6} as a fraction."""
-    whole, fixed, period = match[1] or "0", match[2], match[3]
-    top = int(whole + fixed + period) - int(whole + fixed)
-    return rf"(\frac{{{top}}}{{{'9' * len(period) + '0' * len(fixed)}}})"
 
 
 def _compute(tree):
@@ -584,7 +606,8 @@ def _bits(node):
         bits = max(abs(node.p), node.q).bit_length()
     elif node.is_Pow or isinstance(node, sympy.exp):
         base, exponent = parts if node.is_Pow else (2, *parts)
-        bits = (base + 1) * 2**exponent if exponent < 40 else MAX_BITS + 1
+        power = abs(node.args[-1].subs(dict.fromkeys(node.free_symbols, 8)).evalf(3))
+        bits = (base + 1) * (power + 1 if power.is_Float or power.is_Rational else MAX_BITS)
     elif isinstance(node, sympy.factorial | sympy.binomial | sympy.gamma):
         bits = 40 * 2 ** parts[0] if parts[0] < 13 else MAX_BITS + 1
     elif node.is_Add:
@@ -810,8 +833,11 @@ def _last_line(text):
     line = text.strip().rpartition("\n")[2]
     if bold := re.findall(r"\*\*([^*\n]+)\*\*|\$([^$\n]+)\$(?!\d)", line):
         return bold[-1][0] or bold[-1][1]
+    if re.search(r"\\|[<>≤≥]|\b(?:not|no|never|\w+n't|step|case|part|try|tried|or|and|to|between|than|least|most|if|million|thousand)\b", line, re.I):
+        return None
+    line = line.rpartition("=")[2]
     numbers = re.findall(r"(?<![\w.])[-−]?[$€£]?\d[\d,]*(?:\.\d+)?%?(?![\w/^])", line)
-    if len(line) < 60 and not re.search("[A-Za-z]{2}", line):
+    if len(line) < 60 and not re.search("[A-Za-z]{2}|=", line):
         return line
     return numbers[0].rstrip(",") if len(numbers) == 1 else None
 
