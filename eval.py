@@ -285,8 +285,7 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
     Raises InputError naming file, row and columns."""
     read, owners = [], {}  # benchmark names, and the sources that have them
     for source in dict.fromkeys(sources):
-        made = limit or None if source.startswith("igsm:") else None  # of a file the limit counts questions, not rows
-        for index, row in enumerate(load_rows(source, split="test", limit=made)):
+        for index, row in enumerate(load_rows(source, split="test", problems=limit or 1000)):
             where = f"{source}, row {index}"
             item = read_row(row, where)
             check_gold(item, row, where)

@@ -485,7 +485,10 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
 
     def encode(traces: list[Trace | None], prompts: list[str], part: list) -> list[list[int]]:
         """Ids that end with one eos, or with what a model's own answer stopped at; [] for no trace."""
-        texts = [trace_text(prompt, trace.text) if trace else "" for prompt, trace in zip(prompts, traces, strict=True)]
+        texts = [
+            trace_text(prompt, trace.text, f"{source}, row {row[0]}") if trace else ""
+            for prompt, trace, row in zip(prompts, traces, part, strict=True)
+        ]
         encoded = response_ids(tokenizer, prompts, texts)
         for i, (trace, ids) in enumerate(zip(traces, encoded, strict=True)):
             if trace and trace.ids is not None:

@@ -304,7 +304,7 @@ def _single(row: dict) -> Item:
     if row.get("label") is None and row.get("reward") is not None:  # OREO's published rows hold the prompt rendered
         reward, item.text = _number(row["reward"], "reward"), row["prompt"] if isinstance(row["prompt"], str) else None
     elif row.get("label") not in (0, 1):
-        raise TypeError(f"'label' must be 1 (right) or 0 (wrong), not {row.get('label')!r}")
+        raise TypeError(f"'label' must be 1 (right) or 0 (wrong), not {row.get('label')!r} (or 'reward' a number)")
     else:
         reward = float(row["label"])
     item.traces = _trace({"response": row["response"], "response_ids": row.get("response_ids")}, "response",
@@ -525,17 +525,19 @@ def render_prompt(tokenizer, messages: list[dict], template: str | None = None) 
         raise InputError(f"the chat template cannot render {[m['role'] for m in messages]} turns ({error})") from error
 
 
-def trace_text(prompt_text: str, trace: str) -> str:
+def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
     """A teacher's trace as the model would have to produce it after this prompt.
 
     If the prompt ends with an open `<think>`, the tag is taken off the trace, and so is the white space after it that
-    the prompt has already. Raises InputError if the prompt ends with a closed thought and the trace has one."""
+    the prompt has already. Raises InputError, with `where`, if the prompt ends with a closed thought and the trace has
+    one."""
     if not trace.startswith("<think>"):
         return trace
     if prompt_text.rstrip().endswith("</think>"):
         raise InputError(
-            "the trace has a thought, and the chat template ends with a closed one: pass --chat_template_args with the "
-            "template's switch (such as enable_thinking=true or thinking=true), or a --chat_template FILE"
+            f"{where}{': ' if where else ''}the trace has a thought, and the chat template ends with a closed one: "
+            "pass --chat_template_args with the template's switch (such as enable_thinking=true or thinking=true), or "
+            "a --chat_template FILE"
         )
     opened = re.search(r"<think>(\s*)$", prompt_text)
     if not opened:
@@ -611,10 +613,7 @@ def make_examples(
                 check_gold(item, row, where)
             text = item.text or render_prompt(tokenizer, item.prompt)
             found = item.first(correct=True) if traces == "needed" else None
-            try:
-                part.append((index, item, text, trace_text(text, found.text) if found else ""))
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from error
+            part.append((index, item, text, trace_text(text, found.text, where) if found else ""))
         texts = [text for _, _, text, _ in part]
         prompts = share(tokenizer(texts, add_special_tokens=False)["input_ids"])
         responses = [[]] * len(part)
