@@ -46,6 +46,7 @@ from common import data  # noqa: F401  (registers the "packed" attention)
 from common.data import InputError, TokenBatch
 from common.logprobs import linear_kl, linear_logprobs
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 transformers_logging.disable_progress_bar()  # shards read and written: noise beside a training bar
 
 # ------------------------------------------------------------------------------------- command line, launch
@@ -123,9 +124,18 @@ class World:
 
 
 def init_world(timeout_minutes: float = 30.0) -> World:
-    """Join the ranks that torchrun started (nccl on CUDA, gloo on CPU), or be a world of one process."""
+    """Join the ranks that torchrun started (nccl on CUDA, gloo on CPU), or be a world of one process.
+
+    Raises InputError where there is an NVIDIA GPU that torch, which was built for CUDA, cannot use."""
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    if not cuda and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and NVIDIA_DRIVER.exists():
+        driver = NVIDIA_DRIVER.read_text().splitlines()[0]
+        raise InputError(
+            f"torch {torch.__version__} cannot use this machine's NVIDIA GPU; its driver ({driver}) may be too old for "
+            f"CUDA {torch.version.cuda} (CUDA 13 needs 580 or later). Install a newer driver, or set "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -166,6 +176,24 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
         dist.all_reduce(on_device)
         values.copy_(on_device)
     return values
+
+
+class Totals:
+    """Sums by name over micro-batches and ranks: `totals.add(entropy=entropy.sum(), ...)` in each micro-batch, then
+    `totals.reduce()` once. They stay on the device, so that no micro-batch waits for the one before it."""
+
+    def __init__(self, world: World):
+        self.world, self.sums = world, {}
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Add a scalar to the sum of each name. Every rank must add the same names in the same order."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+
+    def reduce(self) -> dict[str, float]:
+        """The sums over all ranks (a collective)."""
+        values = sum_over_ranks(torch.stack(list(self.sums.values())).cpu(), self.world).tolist()
+        return dict(zip(self.sums, values, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- policy
@@ -266,6 +294,7 @@ def load_policy(
     kind: type = Policy,
     lora: int = 0,
     edit_config=None,
+    compile: bool = False,
 ) -> Policy:
     """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
     float32 reduction on CUDA). Only rank 0 reads the weights; the others receive their shards from it.
@@ -273,7 +302,8 @@ def load_policy(
     from_config: settings of a `Qwen2Config` for a model with random weights from `seed`, instead of `path`.
     kind: Policy, or ValueModel. lora: rank (and alpha) of adapters on every linear layer of the body; the body's
     own weights are then frozen, a value's head is not. edit_config: called with the configuration before the model
-    is built (such as RoPE's theta); what it sets is saved with the model.
+    is built (such as RoPE's theta); what it sets is saved with the model. compile: fuse each layer's small operations
+    with torch.compile; attention, whose shapes change with every batch, is left as it is.
     Raises InputError if there is no such model at `path` or its head needs more than `hidden @ weight.T`."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
     flag = "--model" if kind is Policy else "--value"
@@ -315,6 +345,9 @@ def load_policy(
             nn.init.zeros_(lm.score.weight)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
+        for layer in lm.get_decoder().layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
     return _shard(kind(lm), world)
 
 

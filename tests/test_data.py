@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from common import data
 from common.data import (
     batch_indices,
+    cost,
     pack,
     packed_attention,
     plan_micro_batches,
@@ -175,6 +176,14 @@ def test_plans_hold_every_sequence_once_within_the_budget(lengths, ranks, budget
     for shares in plan:
         assert len(shares) == ranks
         assert all(len(share) == 1 or sum(lengths[i] for i in share) <= budget for share in shares if share)
-    if lengths:
-        loads = [sum(lengths[i] for shares in plan for i in shares[rank]) for rank in range(ranks)]
-        assert max(loads) - min(loads) <= max(lengths)
+    if lengths and ranks > 1:
+        costs = [sum(cost(lengths[i]) for i in share) for shares in plan for share in shares]
+        assert max(costs) - min(costs) <= max(map(cost, lengths)) + 1e-6
+
+
+def test_ranks_hardly_wait_for_each_other():
+    rng = random.Random(0)
+    lengths = [min(8192, 300 + int(1500 * rng.lognormvariate(0, 0.7))) for _ in range(512)]
+    plan = plan_micro_batches(lengths, 8, 32768)
+    waiting = sum(max(sum(cost(lengths[i]) for i in share) for share in shares) for shares in plan)
+    assert waiting < 1.01 * sum(map(cost, lengths)) / 8
