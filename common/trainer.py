@@ -624,6 +624,7 @@ class Checkpoints:
         """background: write while training goes on; None: on CUDA."""
         self.folder, self.keep = folder, keep
         self.settings = json.loads(json.dumps(dataclasses.asdict(args)))
+        self.data = None  # digest of what is trained on (check_data)
         self.background = torch.cuda.is_available() if background is None else background
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
@@ -671,6 +672,15 @@ class Checkpoints:
                 file=sys.stderr,
             )
         return state
+
+    def check_data(self, state: dict | None, digest: str, flags: str) -> None:
+        """Save `digest` with every checkpoint. Raises InputError if that of `state` is another one."""
+        self.data = digest
+        if state and state.get("data") not in (None, digest):
+            raise InputError(
+                f"{flags}: the data (or the tokenizer) changed since {self.latest()} was written; restore them, or use "
+                "another --out to start anew"
+            )
 
     def _sums(self, path: Path, world: World, group=None) -> dict[str, str]:
         """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
@@ -738,7 +748,7 @@ class Checkpoints:
                 shutil.rmtree(stale)
         dist.barrier()
         pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
-        state = {"step": step, "ranks": world.size, "settings": self.settings, **extra}
+        state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data, **extra}
         start, tensors = time.perf_counter(), self._tensors(pairs)
         with self._explain(step):
             if not self.background:
