@@ -179,21 +179,28 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
 
 
 class Totals:
-    """Sums by name over micro-batches and ranks: `totals.add(entropy=entropy.sum(), ...)` in each micro-batch, then
-    `totals.reduce()` once. They stay on the device, so that no micro-batch waits for the one before it."""
+    """Metrics by name, summed over micro-batches and ranks: `totals.add({"policy/entropy": entropy.sum()}, per=n)` in
+    each micro-batch, then `totals.reduce()` once. They stay on the device: no micro-batch waits for the one before."""
 
     def __init__(self, world: World):
-        self.world, self.sums = world, {}
+        self.world, self.sums, self.maxima = world, {}, {}
 
-    def add(self, **values: torch.Tensor) -> None:
-        """Add a scalar to the sum of each name. Every rank must add the same names in the same order."""
+    def add(self, values: dict[str, torch.Tensor], per: float = 1) -> None:
+        """Add scalars / per. Every rank must add the same names in the same order."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() / per
+
+    def largest(self, values: dict[str, torch.Tensor]) -> None:
+        """Keep the largest of the numbers that a name was given; 0 if there are none."""
+        for name, value in values.items():
+            so_far = self.maxima.get(name, torch.zeros((), dtype=torch.float64, device=value.device))
+            self.maxima[name] = torch.cat([so_far[None], value.detach().flatten().double()]).max()
 
     def reduce(self) -> dict[str, float]:
-        """The sums over all ranks (a collective)."""
-        values = sum_over_ranks(torch.stack(list(self.sums.values())).cpu(), self.world).tolist()
-        return dict(zip(self.sums, values, strict=True))
+        """The metrics over all ranks (a collective)."""
+        sums = sum_over_ranks(torch.stack(list(self.sums.values())).cpu(), self.world).tolist()
+        maxima = {name: max(gather_lists([x.item()], self.world)) for name, x in self.maxima.items()}
+        return dict(zip(self.sums, sums, strict=True)) | maxima
 
 
 # --------------------------------------------------------------------------------------------------- policy
@@ -289,7 +296,7 @@ def load_policy(
     *,
     from_config: dict | None = None,
     seed: int = 0,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str = False,
     trust_remote_code: bool = False,
     kind: type = Policy,
     lora: int = 0,
@@ -299,7 +306,9 @@ def load_policy(
     """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
     float32 reduction on CUDA). Only rank 0 reads the weights; the others receive their shards from it.
 
-    from_config: settings of a `Qwen2Config` for a model with random weights from `seed`, instead of `path`.
+    A folder with a configuration and no weights gives a model with random weights from `seed`.
+    from_config: settings of such a configuration instead of `path`. gradient_checkpointing: "all" layers (True), "none"
+    (False), or "auto": on CUDA those that `keep_activations` does not free from it.
     kind: Policy, or ValueModel. lora: rank (and alpha) of adapters on every linear layer of the body; the body's
     own weights are then frozen, a value's head is not. edit_config: called with the configuration before the model
     is built (such as RoPE's theta); what it sets is saved with the model. compile: fuse each layer's small operations
@@ -320,7 +329,10 @@ def load_policy(
             raise ValueError("it is a value model, not a language model")
         if not has_value_head and kind is ValueModel:
             transformers_logging.set_verbosity_error()  # it would report the head that is missing
-        if world.main and not from_config:
+        random = from_config or not has_weights(path)
+        if random and world.main and not from_config:
+            print(f"{flag} {path}: no weights there: the model starts from random ones")
+        if world.main and not random:
             lm = kind.auto.from_pretrained(path, config=config, **options)
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
@@ -343,12 +355,48 @@ def load_policy(
         lm.score.requires_grad_(True)
         if not has_value_head:
             nn.init.zeros_(lm.score.weight)
-    if gradient_checkpointing:
+    if gradient_checkpointing in (True, "all") or (gradient_checkpointing == "auto" and world.device.type == "cuda"):
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
         for layer in lm.get_decoder().layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
     return _shard(kind(lm), world)
+
+
+def has_weights(path: str) -> bool:
+    """False for a folder with a configuration and no weights."""
+    folder = Path(path)
+    return not (folder / "config.json").is_file() or any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin*"))
+
+
+def layers_to_keep(config, tokens: int, free: float) -> int:
+    """How many layers can keep all activations of `tokens` bf16 tokens in `free` bytes. The others keep their input and
+    recompute the rest (benchmarks/scale.py: activation_bytes).
+
+    >>> layers_to_keep(AutoConfig.for_model("qwen2", num_hidden_layers=28), 16384, 40e9)
+    8
+    """
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept = 20 * config.hidden_size + 4 * config.num_key_value_heads * head + 8 * config.intermediate_size  # per token
+    recomputed = 2 * config.hidden_size
+    room = free / tokens - config.num_hidden_layers * recomputed
+    return min(max(0, int(room // (kept - recomputed))), config.num_hidden_layers)
+
+
+def keep_activations(policy: Policy, tokens: int, world: World) -> None:
+    """Let as many layers keep their activations as the free memory allows, with a fifth of it to spare. Weights and
+    optimizer must be there already; gradients are still to come. On a CPU: nothing to do."""
+    if world.device.type != "cuda":
+        return
+    free = torch.cuda.mem_get_info(world.device)[0]
+    free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
+    gradients = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad) / world.size
+    kept = min(gather_lists([layers_to_keep(policy.lm.config, tokens, 0.8 * free - gradients)], world))
+    layers = policy.lm.get_decoder().layers
+    for layer in layers[:kept]:
+        layer.gradient_checkpointing = False
+    if world.main:
+        print(f"activations: {kept} of {len(layers)} layers keep theirs, the others recompute them")
 
 
 def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
@@ -818,7 +866,8 @@ class Checkpoints:
 class Metrics:
     """metrics.jsonl (one object a step), samples.jsonl, curves.png, a progress bar; rank 0 alone writes."""
 
-    def __init__(self, out: Path, args, world: World, *, start: int, steps: int, curves: list[list[str]]):
+    def __init__(self, out: Path, args, world: World, *, start: int, steps: int, curves: list[list[str]] | None = None):
+        """curves: the panels of curves.png; None: one for each prefix of a metric's name."""
         self.out, self.world, self.curves, self.start_time = out, world, curves, time.time()
         self.sinks = []
         if not world.main:
@@ -888,8 +937,9 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in _lines(Path(out) / "metrics.jsonl")]
 
 
-def plot_curves(runs: dict[str, Path], panels: list[list[str]], path: Path) -> None:
-    """One panel for each list of metric names that a run has, a line for each run and name, over steps."""
+def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Path) -> None:
+    """One panel for each list of metric names that a run has (None: for each prefix of names), a line for each run and
+    name, over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -897,6 +947,10 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]], path: Path) -> N
 
     metrics = {label: read_metrics(out) for label, out in runs.items()}
     found = {name for rows in metrics.values() for row in rows for name in row}
+    if panels is None:
+        names = sorted(found - {"step", "optim/lr"})
+        prefixes = {name.split("/")[0] for name in names} - {"seconds", "speed", "memory", "verifier", "update"}
+        panels = [[name for name in names if name.split("/")[0] == prefix] for prefix in sorted(prefixes)]
     panels = [names for names in panels if found & set(names)] or panels[:1]
     columns = min(3, len(panels))
     figure, axes = plt.subplots(

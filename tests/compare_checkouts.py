@@ -53,7 +53,7 @@ def train(checkout: Path, script: str, flags: list[str], ranks: int, out: Path) 
 
 
 def difference(old: dict, new: dict) -> tuple[float, list[str]]:
-    """Return the largest relative difference of metrics that both have, and the names that only one has (-old, +new)."""
+    """Return the largest relative difference of common metrics, and the names that one side lacks (-old, +new)."""
     largest = max((abs(new[k] - old[k]) / max(abs(old[k]), 1e-9) for k in old.keys() & new.keys()), default=0.0)
     a, b = ({name for *_, name in metrics} for metrics in (old, new))
     missing = [(log, step, name) for log, step, name in old.keys() ^ new.keys() if name in a & b]

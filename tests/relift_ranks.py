@@ -20,7 +20,7 @@ from tests.conftest import NANO  # noqa: E402
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "relift.json").read_text())
 TOKENS = (32, 100, 10_000)  # of a micro-batch
 SMALL = [
-    "--preset", "tiny", "--model", "scratch", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4",
+    "--preset", "tiny", "--model", "models/scratch", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4",
     "--group_size", "4", "--max_response_tokens", "40", "--steps", "3", "--eval_data", "igsm:1-2", "--eval_limit",
     "6", "--eval_every", "2", "--save_every", "0", "--lr", "1e-3", "--sft_lr", "1e-3", "--sft_data_size", "7",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from common.trainer import parse_args, read_metrics
 from tests.conftest import run_script
 
 SMALL = [
-    "--preset", "tiny", "--model", "scratch", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4",
+    "--preset", "tiny", "--model", "models/scratch", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4",
     "--group_size", "4", "--max_response_tokens", "40", "--steps", "3", "--eval_data", "igsm:1-2", "--eval_limit",
     "6", "--eval_every", "2", "--save_every", "0", "--lr", "1e-3",
 ]  # fmt: skip
@@ -168,7 +168,7 @@ def write(path, rows):
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--max_prompt_tokens", "3"], "no row is left of 40"),
         (["--max_response_tokens", "3"], "no row is left of 40 .*40 traces over"),
-        (["--steps", "-1"], "--steps must be positive"),
+        (["--steps", "-1"], "--steps must be 0 or more, not -1"),
         (["--temperature", "0"], "--temperature must be positive"),
         (["--keep", "-1"], "--keep must be positive"),
         (["--group_size", "1"], "--teacher_rows 1 must be under --group_size 1"),

@@ -20,6 +20,7 @@ import luffy
 from common import rollout
 from common.data import InputError, pack
 from common.rollout import EmbeddedSampler, Sampling, Sidecar, draw, make_sampler
+from common.run import check_flags
 from tests import ranks
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
@@ -429,4 +430,4 @@ def test_tis_cap_scales_the_own_tokens_loss_and_leaves_the_teachers(world, polic
 
 def test_a_cap_below_1_is_refused():
     with pytest.raises(InputError, match="--tis_cap must be 1 or more"):
-        luffy.check(luffy.Args(tis_cap=0.5))
+        check_flags(luffy.Args(tis_cap=0.5))

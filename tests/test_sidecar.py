@@ -301,7 +301,7 @@ def test_a_model_that_vllm_cannot_run_is_an_error_with_its_cause(policy):
 
 
 def test_two_ranks_train_with_one_server_and_killing_them_leaves_nothing(tmp_path):
-    words = ["luffy.py", "--preset", "tiny", "--model", "scratch", "--data", "igsm:1-2", "--igsm_problems", "40",
+    words = ["luffy.py", "--preset", "tiny", "--model", "models/scratch", "--data", "igsm:1-2", "--igsm_problems", "40",
              "--batch_size", "4", "--group_size", "4", "--max_response_tokens", "40", "--steps", "1000",
              "--eval_every", "0", "--save_every", "0", "--rollout", "vllm", "--out", str(tmp_path / "run")]  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import tyro  # noqa: E402
 
 import igsm  # noqa: E402
-import luffy  # noqa: E402
+from common.rows import IGSM  # noqa: E402
 from common.trainer import plot_curves  # noqa: E402
 
 
@@ -38,7 +38,7 @@ class Make:
 
 def habit_rows(n: int):
     """n problems as rows of a data set, with empty reasoning."""
-    for problem in igsm.problems(n, ops=(1, 8), split="train", seed=1, **luffy.IGSM):
+    for problem in igsm.problems(n, ops=(1, 8), split="train", seed=1, **IGSM):
         row = igsm.row(problem, "train")
         [answer] = row["target"]
         answer["content"] = re.sub(r"<think>\n.*\n</think>", "<think>\n</think>", answer["content"], flags=re.DOTALL)

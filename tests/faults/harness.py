@@ -23,7 +23,7 @@ from common.trainer import read_metrics
 from tests.zygote import Zygote
 
 ONLINE = [
-    "--preset", "tiny", "--model", "scratch", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4",
+    "--preset", "tiny", "--model", "models/scratch", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4",
     "--group_size", "4", "--max_response_tokens", "24", "--long_trace", "cut", "--eval_data", "igsm:1-2",
     "--eval_limit", "4", "--eval_every", "3", "--lr", "1e-3", "--steps", "8", "--save_every", "2",
 ]  # fmt: skip

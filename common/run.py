@@ -1,0 +1,482 @@
+"""What surrounds a training loop and is the same in every script: flags, the run folder, rows of a step, metrics.
+
+    run = Run(args)                                     processes, and the newest checkpoint of OUT
+    run.plan(examples, held_out, left_out)              checks the data, counts the steps
+    run.begin(policy, optimizer, tokenizer)             loads that checkpoint
+    for step in run:                                    from the step after it to the last
+        with run.clock("update"):
+            run.update("policy", log, rows, lr=run.lr(), max_grad_norm=args.max_grad_norm)
+        run.log(describe(rows), rows)                   metrics.jsonl, samples.jsonl
+        run.save()
+    run.finish(sampler)                                 the model, curves.png
+
+A reader of an algorithm need not know: how flags are checked, where metrics, samples and checkpoints go, how rows are
+graded in the background, split into micro-batches and turned into vectors.
+"""
+
+import functools
+import json
+import math
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar, get_type_hints
+
+import torch
+from tqdm import tqdm
+
+from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
+from common.rollout import Sampling, make_sampler
+from common.rows import Example, data_digest
+from common.trainer import (
+    Checkpoints,
+    Clock,
+    Metrics,
+    Totals,
+    World,
+    check_finite,
+    export,
+    gather_lists,
+    gradient_norm,
+    init_world,
+    keep_activations,
+    learning_rate,
+    optimizer_step,
+    peak_memory_gb,
+)
+from common.verifiers import grade, grade_later
+
+# ---------------------------------------------------------------------------------------------------- flags
+
+T = TypeVar("T")
+Positive = Annotated[T, ("positive", lambda x: x > 0)]
+NotNegative = Annotated[T, ("0 or more", lambda x: x >= 0)]
+Share = Annotated[T, ("between 0 and 1", lambda x: 0 <= x <= 1)]
+Cap = Annotated[T, ("1 or more, or 0 for none", lambda x: x == 0 or x >= 1)]
+
+
+@dataclass
+class RunArgs:
+    """Flags of every training script. A comment is its flag's help."""
+
+    model: str = ""  # Model folder or Hub name. A folder without weights starts from random ones.
+    data: str = ""  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
+    eval_data: tuple[str, ...] = ()  # Held-out rows, as --data. Hub: the test split; igsm: templates not trained on
+    igsm_problems: Positive[int] = 20000  # Problems that igsm:LO-HI makes, of LO to HI operations
+    out: str = ""  # Run folder. Running the same command again resumes from its newest checkpoint.
+    chat_template: str = ""  # File with a Jinja chat template, saved with the model. Empty: the tokenizer's own
+    chat_template_args: tuple[str, ...] = ()  # Switches of the template, such as enable_thinking=false; saved too
+    verifier: str = "math"  # Grader: math (LUFFY's: what follows </think>), full, boxed, ... or your module:function
+    max_prompt_tokens: Positive[int] = 1024  # Rows with longer prompts are left out and counted.
+    max_response_tokens: Positive[int] = 8192  # Longest answer to sample and longest trace to train on
+    steps: NotNegative[int] = 0  # Steps to train; 0 follows --epochs.
+    epochs: Positive[float] = 1.0  # Passes over the data if --steps is 0
+    batch_size: Positive[int] = 128  # Questions per step
+    lr: NotNegative[float] = 1e-6  # Peak learning rate of AdamW
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # Learning rate after the warm-up
+    warmup: Share[float] = 0.0  # Fraction of the updates in which the learning rate rises linearly
+    lr_floor: Share[float] = 0.0  # Last learning rate of linear and cosine, as a fraction of the peak
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW betas
+    weight_decay: NotNegative[float] = 0.01  # AdamW weight decay
+    max_grad_norm: Positive[float] = 1.0  # Clip the global gradient norm to this.
+    seed: int = 0  # Seed of data order, sampling and random weights
+    micro_batch_tokens: Positive[int] = 32768  # Tokens per micro-batch and rank. The gradient does not depend on it.
+    # Layers that recompute their activations in the backward pass. auto: as many as memory demands (on a CPU none)
+    gradient_checkpointing: Literal["auto", "all", "none"] = "auto"
+    compile: bool = False  # Fuse each layer's small operations with torch.compile.
+    rollout: str = "auto"  # Sampler. embedded: in this process. vllm: docs/rollout.md. auto: vllm on CUDA if installed
+    rollout_gpu_memory: Share[float] = 0.5  # Fraction of each GPU for vLLM, which sleeps during the update
+    # Largest batch of the embedded sampler, as rows x (prompt + response) tokens. 0: 65,536 on a CPU, and on a GPU what
+    # fits into half of the free memory
+    sampler_tokens: NotNegative[int] = 0
+    # Stop if the log-probs of sampler and trainer differ by more on average (stale weights). 0: 0.1 on CUDA, else 0.001
+    max_mismatch: NotNegative[float] = 0.0
+    eval_every: NotNegative[int] = 10  # Evaluate every this many steps, before the first and after the last. 0: never
+    eval_temperature: NotNegative[float] = 0.6  # Sampling temperature of evaluation; 0 is greedy.
+    eval_limit: NotNegative[int] = 0  # Rows to read of each evaluation file; 0 reads all.
+    save_every: NotNegative[int] = 50  # Write a checkpoint every this many steps and after the last. 0: never
+    keep: Positive[int] = 2  # Checkpoints to keep. If the newest is damaged, the run resumes from the one before it.
+    skip_bad_updates: bool = False  # Skip an update with a non-finite loss or gradient instead of stopping.
+    timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
+    profile: NotNegative[int] = 0  # Profile this many steps from the second on: a summary, and traces in OUT/profile.
+    log_samples: NotNegative[int] = 4  # Rows per step to write to samples.jsonl
+    tensorboard: bool = False  # Also log to TensorBoard (in the run folder).
+    wandb: str = ""  # Also log to this Weights & Biases project.
+
+
+def check_flags(args) -> None:
+    """Raise InputError for a value outside the range of its type, and for flags that every script combines alike."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        for words, holds in getattr(kind, "__metadata__", ()):
+            if not holds(getattr(args, name)):
+                raise InputError(f"--{name} must be {words}, not {getattr(args, name)}")
+    if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
+        raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
+    check_verifier(args.verifier)
+
+
+# -------------------------------------------------------------------------------------------------- the run
+
+SHOWN = ("reward/own", "eval/mean", "policy/entropy", "teacher/logp", "buffer/size", "sft/demonstrations", "sft/loss",
+         "logp/chosen", "logp/rejected", "loss/policy", "value/right", "value/wrong", "policy/kl")  # fmt: skip
+
+
+class Run:
+    """A run folder and the steps that are left to do. Every method but `lr` is a collective: all ranks call it.
+
+    Rows that are logged have `tokens` and `shown(tokenizer)`, a dictionary for samples.jsonl."""
+
+    def __init__(self, args, out: str = ""):
+        """out: the run folder, if it is not --out."""
+        check_flags(args)
+        self.args, self.out, self.world = args, Path(out or args.out), init_world(args.timeout_minutes)
+        self.clock = Clock()
+        self.checkpoints = Checkpoints(self.out / "checkpoint", args, keep=args.keep)
+        self.state = self.checkpoints.state() or {}  # what `save` was given when the newest checkpoint was written
+        self.start = self.step = self.state.get("step", 0)
+        self.logs: list[dict] = []  # of the updates of this step
+        self.skipped = 0
+
+    def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, steps_per_epoch=None) -> None:
+        """Check that the data is that of the checkpoint and fills a batch; count the steps.
+
+        key(item): what the digest of the data is made of. steps_per_epoch: whole batches alone if None."""
+        args, key = self.args, key or (lambda e: (e.prompt, e.trace, e.gold))
+        digest = data_digest(map(key, items), ((e.prompt, e.trace, e.gold) for e in held_out))
+        self.checkpoints.check_data(self.state, digest, f"--data {args.data}")
+        if len(items) < args.batch_size:
+            raise InputError(f"--data {args.data}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
+        per_epoch = steps_per_epoch or len(items) // args.batch_size
+        self.steps, self.held_out = args.steps or max(1, int(args.epochs * per_epoch)), held_out
+        if self.world.main:
+            print(f"{args.data}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
+
+    def begin(self, policy, optimizer, tokenizer, **more) -> None:
+        """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as
+        value=(model, optimizer) or sft=(policy, a second optimizer)."""
+        self.tokenizer, self.more, self.pairs = tokenizer, more, {"policy": (policy, optimizer)} | more
+        if self.state:
+            self.checkpoints.load(policy, optimizer, more)
+        elif self.args.save_every:
+            self.checkpoints.check_space(policy, more)
+        if self.args.gradient_checkpointing == "auto":
+            keep_activations(policy, self.args.micro_batch_tokens, self.world)
+
+    @functools.cached_property
+    def metrics(self) -> Metrics:
+        return Metrics(self.out, self.args, self.world, start=self.start, steps=self.steps)
+
+    def __iter__(self) -> Iterator[int]:
+        self.metrics  # noqa: B018  (opens the files of OUT: what cannot be used is reported before the first step)
+        self.clock = Clock(self.args.profile, self.out)
+        while self.step < self.steps:
+            self.step += 1
+            yield self.step
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this step evaluates: before the first step, every --eval_every steps, and after the last."""
+        every, new = self.args.eval_every, self.step > self.start or not self.start
+        return bool(self.held_out and every and new and (self.step % every == 0 or self.step == self.steps))
+
+    def evaluate(self, sampler) -> dict[str, float]:
+        """Return the accuracy on the held-out examples if this step evaluates, else {}."""
+        if not self.evaluates:
+            return {}
+        with self.clock("evaluate"):
+            return evaluate(sampler, self.tokenizer, self.held_out, self.args, self.world)
+
+    def lr(self, update: int = 0, updates: int = 1, peak: float | None = None) -> float:
+        """Return the learning rate of update 0, 1, ... of the `updates` of this step. peak: --lr if None."""
+        args, peak = self.args, self.args.lr if peak is None else peak
+        return learning_rate((self.step - 1) * updates + update, lr=peak, steps=self.steps * updates,
+                             schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor)  # fmt: skip
+
+    def update(self, name: str, log: dict, rows: list, *, lr: float, max_grad_norm: float,
+               norm: str = "optim/grad_norm") -> bool:  # fmt: skip
+        """Check the numbers of an update, clip the gradient of the pair `name`, take its optimizer's step.
+
+        log: metrics of the update, kept for `log`; norm: the name of the gradient's norm among them. A non-finite
+        number stops the run; --skip_bad_updates skips the update and returns False. `rows` are then in OUT/bad."""
+        model, optimizer = self.pairs[name]
+        try:
+            check_finite(log, self.pairs["policy"][0], self.world)
+            self._check_mismatch(log.get("mismatch/mean_abs", 0.0))
+            for other in {other for other, _ in self.more.values()} | {self.pairs["policy"][0]}:
+                if other is not model:
+                    gradient_norm(other)  # of several models that are trained all take their step, or none
+            log[norm] = optimizer_step(model, optimizer, lr=lr, max_grad_norm=max_grad_norm)
+        except FloatingPointError as error:
+            self._skip_or_stop(error, rows)
+            return False
+        self.logs.append(log | ({"optim/lr": lr} if name == "policy" else {}))
+        return True
+
+    def _check_mismatch(self, gap: float) -> None:
+        limit = self.args.max_mismatch or (0.1 if self.world.device.type == "cuda" else 0.001)
+        if gap > limit:
+            raise RuntimeError(
+                f"step {self.step}: the sampler's log-probs differ from the trainer's by {gap:.4f} per token "
+                f"(--max_mismatch {limit}): the sampler has stale weights, or runs another model"
+            )
+
+    def _skip_or_stop(self, error: FloatingPointError, rows: list) -> None:
+        for model, _ in self.pairs.values():
+            model.zero_grad(set_to_none=True)
+        self.skipped += 1
+        path = self.out / "bad" / f"step-{self.step:08d}-{self.skipped}.jsonl"
+        if self.world.main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row.shown(self.tokenizer)) + "\n" for row in rows))
+        message = f"step {self.step}: {error}. The {len(rows)} rows of this update are in {path}"
+        if not self.args.skip_bad_updates:
+            raise FloatingPointError(f"{message}. The same command resumes before it") from error
+        if self.world.main:
+            tqdm.write(f"{message}. The update is skipped (--skip_bad_updates)")
+
+    def log(self, values: dict, rows: list = (), also: list = ()) -> None:
+        """Log means over the updates of this step, `values`, and what the step cost; write samples of `rows`.
+
+        also: other rows that were trained on. Before the first step only `values` are logged, if there are any."""
+        if self.step == self.start:
+            return self.metrics.log(self.step, values, SHOWN) if values else None
+        seconds, tokens = self.clock.flush(), sum(row.tokens for row in [*rows, *also])
+        names = dict.fromkeys(name for log in self.logs for name in log)
+        means = {name: mean(log[name] for log in self.logs if log.get(name) is not None) for name in names}
+        costs = seconds | {
+            "speed/tokens_per_second": tokens / seconds["seconds/step"],
+            "speed/useful_share": self.pairs["policy"][0].useful_share(),
+            "memory/peak_gb": peak_memory_gb(self.world), "update/skipped": self.skipped or None,
+        }
+        self.logs = []
+        self.metrics.log(self.step, means | values | costs, SHOWN)
+        sample = random.Random(self.step).sample(rows, min(self.args.log_samples, len(rows)))
+        self.metrics.samples(self.step, [row.shown(self.tokenizer) for row in sample])
+
+    def save(self, **state) -> None:
+        """Write a checkpoint if it is due. A resumed run finds `state` (plain JSON) in run.state."""
+        every = self.args.save_every
+        if every and (self.step % every == 0 or self.step == self.steps):
+            self.checkpoints.save(self.step, *self.pairs["policy"], self.world, self.more, **state)
+
+    def finish(self, sampler=None) -> None:
+        """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler."""
+        self.checkpoints.wait()
+        policy = self.pairs["policy"][0]
+        for name, (model, _) in self.more.items():
+            if model is not policy:
+                export(model, self.tokenizer, self.out / name, self.world)
+        export(policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
+        if sampler:
+            sampler.close()
+        self.metrics.close()
+
+
+def open_sampler(policy, tokenizer, args, world: World):
+    """Return the sampler that --rollout names. It draws after its first sync."""
+    also_stop = policy.lm.generation_config.eos_token_id or []
+    stop_ids = [tokenizer.eos_token_id, *(also_stop if isinstance(also_stop, list) else [also_stop])]
+    return make_sampler(
+        args.rollout, policy, world, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens,
+        max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,
+    )  # fmt: skip
+
+
+def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
+    """Return the accuracy on examples by data source, and its unweighted mean. The ranks share the examples."""
+    mine = examples[world.rank :: world.size]
+    groups = sampler.generate(
+        [e.prompt for e in mine], n=1, keys=[e.index for e in mine], seed=args.seed + 1,
+        sampling=Sampling(args.max_response_tokens, args.eval_temperature),
+        progress="evaluate" if world.main else None,
+    )  # fmt: skip
+    answers = [answer for [answer] in groups]
+    verdicts = grade([tokenizer.decode(a.said) for a in answers], [e.gold for e in mine], verifier=args.verifier)
+    results = [(e.source, v.reward, a.truncated, len(a.ids)) for e, v, a in zip(mine, verdicts, answers, strict=True)]
+    sources, rewards, truncated, lengths = zip(*gather_lists(results, world), strict=True)
+    accuracy = {f"eval/{name}": mean(r for s, r in zip(sources, rewards) if s == name) for name in sorted(set(sources))}
+    return accuracy | {
+        "eval/mean": mean(accuracy.values()), "eval/truncated": mean(truncated), "eval/length": mean(lengths),
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- rows of a step
+
+
+@dataclass
+class Row:
+    """An answer to a question: the model's own, or the teacher's trace."""
+
+    prompt: list[int]
+    response: list[int]
+    group: int  # which question of the step
+    teacher: bool = False
+    sampler_logps: list[float] | None = None  # own rows: log-probs that the sampler reported
+    truncated: bool = False
+    reward: float = 0.0
+    status: str = ""  # the verifier's; empty: not graded
+    advantage: float = 0.0
+    example: Example | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+    def text(self, tokenizer) -> str:
+        """The response without the eos, as a verifier reads it."""
+        return tokenizer.decode(self.response if self.truncated else self.response[:-1])
+
+    def shown(self, tokenizer) -> dict:
+        """What samples.jsonl shows of it."""
+        return {
+            "who": "teacher" if self.teacher else "own", "reward": self.reward if self.status else None,
+            "advantage": self.advantage, "gold": self.example.gold, "prompt": self.example.text,
+            "response": tokenizer.decode(self.response),
+        }  # fmt: skip
+
+
+def teacher_rows(batch: list[Example], mine, counts: list[int], eos: int) -> list[Row]:
+    """Rows with the trace of the questions `mine` of a batch, counts[g] for question g. One without eos was cut."""
+    return [
+        Row(e.prompt, e.trace, g, True, truncated=e.trace[-1] != eos, example=e)
+        for g in mine for e in [batch[g]] * counts[g]
+    ]  # fmt: skip
+
+
+def sample_rows(
+    sampler, batch: list[Example], mine, counts: list[int], args, world: World, *, seed: int, grader: "Grader"
+) -> list[Row]:
+    """Sample counts[g] answers to question g of a batch, for the questions `mine`. The answers to a question are graded
+    while others are still being sampled."""
+    groups: list[list[Row]] = [[] for _ in mine]
+
+    def drawn(i: int, answers) -> None:
+        example = batch[mine[i]]
+        groups[i] = [Row(example.prompt, a.ids, mine[i], False, a.logps, a.truncated, example=example) for a in answers]
+        grader.add(groups[i])
+
+    sampler.generate(
+        [batch[g].prompt for g in mine], n=[counts[g] for g in mine], keys=[batch[g].index for g in mine], seed=seed,
+        sampling=Sampling(args.max_response_tokens, args.temperature), drawn=drawn,
+        progress="sample" if world.main and args.max_response_tokens > 1000 else None,
+    )  # fmt: skip
+    return [row for group in groups for row in group]
+
+
+def gather_rows(rows: list[Row], world: World) -> list[Row]:
+    """The rows of all ranks, on every rank, by question."""
+    return sorted(gather_lists(rows, world), key=lambda row: row.group)
+
+
+class Grader:
+    """Grades rows in the background. A trace is graded once in a run.
+
+    >>> grader.add(rows); grader.wait(); rows[0].reward, rows[0].status      # doctest: +SKIP
+    (1.0, 'ok')
+    """
+
+    def __init__(self, tokenizer, verifier: str):
+        self.tokenizer, self.verifier = tokenizer, verifier
+        self.jobs: list[tuple[list[Row], Future]] = []
+        self.traces: dict[int, Future] = {}  # by the number of the example
+
+    def add(self, rows: list[Row]) -> None:
+        """Start to grade rows."""
+        if own := [row for row in rows if not row.teacher]:
+            self.jobs.append((own, self._start(own)))
+        for row in rows:
+            if row.teacher:
+                if row.example.index not in self.traces:
+                    self.traces[row.example.index] = self._start([row])
+                self.jobs.append(([row], self.traces[row.example.index]))
+
+    def _start(self, rows: list[Row]) -> Future:
+        texts, golds = [row.text(self.tokenizer) for row in rows], [row.example.gold for row in rows]
+        return grade_later(texts, golds, verifier=self.verifier)
+
+    def wait(self) -> None:
+        """Return when all rows that were added have their reward and status."""
+        for rows, verdicts in self.jobs:
+            for row, verdict in zip(rows, verdicts.result(), strict=True):
+                row.reward, row.status = verdict.reward, verdict.status
+        self.jobs = []
+
+
+def mean(values) -> float | None:
+    """The mean of some numbers, None if there are none.
+
+    >>> mean([1, 2]), mean([])
+    (1.5, None)
+    """
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def describe(rows: list[Row]) -> dict[str, float | None]:
+    """Metrics of the rows of a step: rewards, solved groups and lengths of own answers, the verifier's statuses."""
+    own, graded = [r for r in rows if not r.teacher], [r for r in rows if r.status]
+    solved: dict[int, list[float]] = {}
+    for row in own:
+        solved.setdefault(row.group, []).append(row.reward)
+    return {
+        "reward/own": mean(r.reward for r in own),
+        "group/solve_all": mean(min(g) > 0 for g in solved.values()),
+        "group/solve_none": mean(max(g) <= 0 for g in solved.values()),
+        "length/own": mean(len(r.response) for r in own), "length/truncated": mean(r.truncated for r in own),
+    } | {f"verifier/{s}": mean(r.status == s for r in graded) for s in ("ok", "timeout", "error", "unparsable")}
+
+
+# ----------------------------------------------------------------------------------------------- one update
+
+
+def split_updates(rows: list[Row], args) -> list[list[Row]]:
+    """The rows of each update of a step: whole groups, the same number of questions each."""
+    size = args.batch_size // args.updates_per_step
+    return [[row for row in rows if row.group // size == u] for u in range(args.updates_per_step)]
+
+
+def micro_batches(rows: list, args, world: World, sequences=lambda row: [(row.prompt, row.response)]):
+    """Yield this rank's packed micro-batches of an update: (token batch, its rows). As many on every rank.
+
+    sequences(row): its (prompt, response) pairs, which are not parted. The same rows are split in the same way."""
+    parts = [sequences(row) for row in rows]
+    lengths = [sum(len(prompt) + len(response) - 1 for prompt, response in part) for part in parts]
+    for shares in plan_micro_batches(lengths, world.size, args.micro_batch_tokens):
+        mine = shares[world.rank]
+        yield pack([pair for i in mine for pair in parts[i]], world.device), [rows[i] for i in mine]
+
+
+def per_token(batch, values: list) -> torch.Tensor:
+    """[N], a value for each response token. values: for each row one number, or a list with one for each token."""
+    if values and isinstance(values[0], list):
+        return to_device(torch.tensor([x for row in values for x in row]), batch.targets.device)
+    if not values:
+        return batch.targets.new_empty(0)
+    return to_device(torch.tensor(values), batch.targets.device)[batch.sequence]
+
+
+@torch.no_grad()
+def policy_logps(policy, rows: list[Row], args, world: World) -> list[torch.Tensor]:
+    """Log-probs of the rows' tokens under the policy as it is, a tensor for each of `micro_batches`. Tokens of the
+    teacher are not computed: they hold 0 and are never read."""
+    logps = []
+    for batch, mine in micro_batches(rows, args, world):
+        own = pack([(row.prompt, row.response) for row in mine if not row.teacher], world.device)
+        own_logp = policy(own, temperature=args.temperature)
+        logp = own_logp.new_zeros(len(batch.targets))
+        logp[~per_token(batch, [row.teacher for row in mine]).bool()] = own_logp
+        logps.append(logp)
+    return logps
+
+
+def add_drift(totals: Totals, logp, old_logp, sampler_logp, own, *, clip: float, per: int) -> None:
+    """Add to the metrics, as means over `per` own tokens: how far the policy is from the one that sampled them
+    (policy/clipped: ratios outside the clip), and the trainer's log-probs from the sampler's (mismatch/). [N] each."""
+    gone = torch.where(own, logp - old_logp, 0.0)
+    gap = torch.where(own, old_logp - sampler_logp, 0.0).double()
+    clipped = (gone.exp() - 1).abs() > (clip or math.inf)
+    totals.add({"policy/clipped": clipped.sum(), "policy/kl_old": -gone.sum(),
+                "mismatch/mean_abs": gap.abs().sum(), "mismatch/kl": -gap.sum()}, per=max(1, per))  # fmt: skip
+    totals.largest({"mismatch/max": gap.abs()})
