@@ -122,9 +122,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.tensor([7, 7, 7, 7])).tolist()
     [0.75, -0.25, -0.25, -0.25]
     """
-    counted = torch.ones_like(groups, dtype=torch.bool) if baseline is None else baseline
+    weight = torch.ones_like(rewards) if baseline is None else baseline.to(rewards.dtype)  # [B]
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
-    weight = counted.to(rewards.dtype)
     zeros = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
     n = zeros.index_add(0, group, weight)  # [G]
     mean = zeros.index_add(0, group, weight * rewards) / n.clamp(min=1)
@@ -292,7 +291,7 @@ def main(args: Args) -> None:
         # 1. sample: the traces, and own answers to fill each group
         with run.clock("sample"):
             teachers = [args.teacher_rows if e.trace else 0 for e in batch]
-            rows = teacher_rows(batch, mine, teachers, tokenizer.eos_token_id)
+            rows = teacher_rows(batch, mine, teachers)
             if on_policy:
                 grader.add(rows)
                 own = [args.group_size - n for n in teachers]

@@ -1,266 +1,121 @@
 """ReLIFT: what reinforcement learning cannot learn, fine-tuned in between (Ma et al., arXiv 2506.07527).
 
-RL makes a model better at what it sometimes gets right, and cannot move what it never does: where all answers to
-a question are wrong, their advantages are zero. SFT can, but needs a demonstration for everything and wears out
-what the model was good at. ReLIFT does RL, keeps the questions that a whole group of rollouts failed in a buffer,
-and when it holds `sft_data_size` of them, one SFT update on their demonstrations follows the RL update.
+On-policy RL learns from a model's own answers, so it learns nothing from a question that all of them get wrong. SFT can
+teach such questions, but it needs a demonstration for every question and degrades what the model already does well.
+ReLIFT does RL and keeps in a buffer the questions whose whole group of G = 8 answers failed. Whenever the buffer holds
+`sft_data_size` of them, one SFT update on their demonstrations follows the RL updates of the step:
 
-    RL    A_i = R_i - mean(R_1 .. R_G)                   loss = - sum_i sum_t (p_t / p_old_t) A_i
-    SFT   hardest questions only, newest first           loss = mean_t (- log p_t - 0.001 H_t)
+    RL    A_i  = R_i - mean(R_1 .. R_G)
+          loss = - S sum_i sum_t p_it / p_old_it A_i  -  c M mean_it H_it
+    SFT   loss = mean_it (- log p_it - 0.001 H_it)       on the newest of the hardest questions
 
-Nearest to LUFFY, which puts a demonstration into every group: ReLIFT uses them only where RL has nothing to say,
-apart from the RL loss, with an AdamW (own moments, own rate) and a gradient clip for the SFT updates alone.
+p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
+S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`. LUFFY puts a demonstration into every group;
+ReLIFT uses them only where RL has no gradient, with an AdamW (its own moments and rate) and a gradient clip for SFT.
 
---method picks ReLIFT or what it is compared with:
-  relift   the above: no std, no clip, no KL, no length normalisation (the sum is divided by max_response_tokens)
-  grpo     RL alone, as the published script runs it: PPO clip 0.2, gradient clip 1.0 (relift: none and 0.7).
-           `--sft_data_size -1` is relift without its SFT updates and nothing else changed
-  sft      the demonstrations alone, 3 epochs (the published settings are not known: LUFFY's are taken)
+--method picks ReLIFT or one of the paper's comparisons:
+  relift   the above
+  grpo     RL alone, as published: PPO clip 0.2, gradient clip 1.0 (relift: none and 0.7). `--sft_data_size -1` is
+           relift without its SFT updates and nothing else changed
+  sft      the demonstrations alone, 3 epochs (the settings are not published: LUFFY's are taken)
 
-Where this file departs from the published code, and why:
-- The buffer and the SFT optimizer's states are in the checkpoint; the published run lost both.
-- A step without a hardest question is a step like any other; the published code took the length of None.
-- The SFT gradient is the true mean on any number of GPUs; the published one was that divided by their number
-  (8), which Adam hides but for epsilon and the clip: sft_max_grad_norm is 8 times the published one.
-- The SFT loss was a mean over the tokens of a micro-batch of 4 rows (7B-Math; 2 elsewhere), averaged: it is that
-  for `sft_rows_per_mean = 4` however rows are packed. 1 is the paper's text (1/|s| a demonstration), 0 one mean.
-- A question is in the buffer once, and moves to the front when it fails again; it was there for every failure.
-- relift verifies a demonstration before it uses it, and counts rejected ones (--no_verify_demonstrations as
-  published).
-- A question without a demonstration is skipped and counted; the published code trained on an eos at once.
-- So is one whose demonstration is longer than max_response_tokens; the published code cut it and wrote an eos
-  over its last token (--long_trace cut).
-- The SFT rate is constant; the published SFT update moved the RL schedule on (unnoticed: it had no warm-up).
-- Scale of the RL loss. The published gradient is the sum over a GPU's 64 rows / 8192, averaged over 8 GPUs:
-  `loss_rows = 64` times the mean over all rows of an update gives the same on any number of GPUs. The entropy
-  bonus was a mean over a micro-batch, summed over the micro-batches of 32,768 tokens that a GPU happened to need:
-  it is the mean over the update times that number (`published_micro_batches`), computed from the rows' mean
-  length and not from how this run packs them.
-- An update holds whole groups (the published one mixed the rows of 128 prompts by length): same expectation.
-- The first update of a step is exactly on-policy, so its ratio is 1 and p_old is not computed twice.
-- The paper reports an SFT entropy coefficient of 1e-4 as best; the default is the scripts', 0.001.
-As published: at most one SFT update a step, and what is left sinks in the buffer; a question is not tried again
-before its demonstration is used; cut-off answers and those without `</think>` are failures like wrong ones; groups
-that are all right or all wrong stay in the RL update and get the entropy bonus only.
+Departures from the published code that change numbers (docs/relift.md has all of them, with reasons):
+- S and M make the gradient independent of the number of GPUs and of micro-batches, at the scale of the published run.
+- The SFT gradient is the true mean; the published one was an eighth of it (8 GPUs), so sft_max_grad_norm is 8, not 1.
+- The SFT mean is one of means over `sft_rows_per_mean` demonstrations, which the published micro-batches held.
+- A question is in the buffer once, however often it failed. Its demonstration is verified (--no_verify_demonstrations).
+- A question whose demonstration is missing or too long is trained by RL alone and counted (--long_trace cut).
 
-Commands:
-  python relift.py --preset tiny                                             a laptop, some minutes, nothing downloaded
+  python relift.py --preset tiny                                             a laptop, 4 minutes, nothing downloaded
   python relift.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl     one GPU
   torchrun --nproc_per_node 8 relift.py                                      the paper's run
 """
 
 import math
 import random
-from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
 
-import igsm
-from common.data import (
-    InputError,
-    batch_indices,
-    check_verifier,
-    pack,
-    plan_micro_batches,
+from common.data import InputError, batch_indices
+from common.rows import held_out_examples, read_examples, set_template
+from common.run import (
+    Cap,
+    Grader,
+    NotNegative,
+    Positive,
+    Row,
+    Run,
+    RunArgs,
+    Share,
+    add_drift,
+    describe,
+    gather_rows,
+    micro_batches,
+    open_sampler,
+    per_token,
+    policy_logps,
+    sample_rows,
+    split_updates,
+    teacher_rows,
 )
-from common.rollout import Completion, Sampling, make_sampler
-from common.rows import IGSM, data_digest, held_out_examples, read_examples, set_template
-from common.trainer import (
-    BadBatches,
-    Checkpoints,
-    Clock,
-    Metrics,
-    check_finite,
-    export,
-    gather_lists,
-    init_world,
-    launch,
-    learning_rate,
-    load_policy,
-    load_tokenizer,
-    make_optimizer,
-    optimizer_step,
-    parse_args,
-    peak_memory_gb,
-    replay,
-    sum_over_ranks,
-)
-from common.verifiers import grade, grade_later
+from common.trainer import Totals, launch, load_policy, load_tokenizer, make_optimizer, parse_args
 
 
 @dataclass
-class Args:
-    method: Literal["relift", "grpo", "sft"] = "relift"
-    """What to train; the defaults below follow it."""
-    preset: Literal["paper", "tiny"] = "paper"
-    """paper: the published run. tiny: a Qwen2 of under a million parameters on symbolic iGSM, for a laptop."""
-
-    # what
-    model: str = "RoadQAQ/Qwen2.5-Math-7B-16k-think"
-    """Model folder or Hub name; "scratch" is a small Qwen2 with random weights and the symbolic iGSM tokenizer."""
-    data: str = "Elliott/Openr1-Math-46k-8192"
-    """Training rows: a .parquet / .json / .jsonl file, a folder, a Hub name (LUFFY's columns or GSM8K's), or
-    igsm:LO-HI for symbolic iGSM problems of LO to HI operations, made on the spot (modulus 23)."""
-    eval_data: tuple[str, ...] = ()
-    """Held-out rows, likewise (Hub names: their test split; igsm: problems of other templates)."""
-    igsm_problems: int = 20000
-    """How many problems igsm:LO-HI makes."""
-    out: str = "runs/relift"
-    """Run folder. Running the same command again goes on from its last checkpoint."""
-    chat_template: str = ""
-    """File with a Jinja chat template; empty takes the tokenizer's own. It is saved with the model."""
-    chat_template_args: tuple[str, ...] = ()
-    """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
-    verifier: str = "math"
-    """How answers are graded: math (LUFFY's rule: what follows </think>), full, boxed, exact, ... or
-    "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
-    max_prompt_tokens: int = 1024
-    """Rows with longer prompts are left out and counted."""
-    max_response_tokens: int = 8192
-    """Tokens to sample at most, the longest demonstration, and what the summed loss of a row is divided by."""
-    long_trace: Literal["reject", "cut"] = "reject"
-    """A demonstration longer than that: do without it, or cut it as the published code did."""
-
-    # how: the published run
-    steps: int = 0
-    """Rollout steps; 0 follows --epochs."""
-    epochs: float = 3.0
-    """Passes over the data where --steps is 0 (published: 3, some 1050 steps)."""
-    batch_size: int = 128
-    """Questions a step."""
-    group_size: int = 8
-    """Answers a question."""
-    updates_per_step: int = 2
-    """Optimizer updates a step (published: mini-batches of 64 questions)."""
-    temperature: float = 1.0
-    """Sampling temperature; the policy that is trained is the one at this temperature."""
-    clip: float = 0.0
-    """PPO clip of the ratio; 0 for none (published: none for relift, 0.2 for grpo)."""
-    tis_cap: float = 0.0
-    """Weigh tokens by min(p_trainer / p_sampler, this): truncated importance sampling, for a sampler in
-    lower precision than the trainer; 0 for none (published)."""
-    std: bool = False
-    """Divide advantages by the group's standard deviation (the paper's text; the published code does not)."""
-    entropy_coef: float = 0.001
-    """Entropy bonus of the RL loss."""
-    loss_rows: float = 64.0
-    """Scale of the summed loss: the rows a GPU of the published run held (see "Scale" at the top of this file)."""
-    lr: float = 1e-6
-    """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
-    warmup: float = 0.0
-    """Share of the updates over which the rate rises linearly."""
-    lr_floor: float = 0.0
-    """Where linear and cosine end, as a share of the peak."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
-    weight_decay: float = 0.01
-    """AdamW's."""
-    max_grad_norm: float = 0.7
-    """Global gradient norm to clip to (published: 0.7 for relift, 1.0 for grpo)."""
-
-    # the SFT updates in between
-    sft_data_size: int = 128
-    """relift: questions of an SFT update, and how many the buffer must hold for one; -1 for RL alone."""
+class Args(RunArgs):
+    method: Literal["relift", "grpo", "sft"] = "relift"  # What to train. Later defaults follow it.
+    preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
+    model: str = "RoadQAQ/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name; a folder without weights: random ones
+    data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
+    out: str = "runs/relift"  # Run folder. Running the same command again resumes from its newest checkpoint.
+    long_trace: Literal["reject", "cut"] = "reject"  # A demonstration over --max_response_tokens: RL alone, or cut it
+    epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3, some 1050 steps)
+    group_size: Positive[int] = 8  # Answers per question
+    updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
+    temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
+    max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
+    clip: NotNegative[float] = 0.0  # PPO clip of the ratio; 0: none (published: none; grpo 0.2)
+    tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
+    std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
+    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus of RL
+    loss_rows: Positive[float] = 64.0  # Scale of the loss: rows of an update on one GPU of the published run
+    # Questions of an SFT update, and how many the buffer must hold for one; -1: RL alone
+    sft_data_size: Annotated[int, ("positive, or -1 for RL alone", lambda n: n > 0 or n == -1)] = 128
+    # Questions of the step that enter the buffer. hardest: all answers failed. random: as many, drawn from all. all
     sft_on: Literal["hardest", "random", "all"] = "hardest"
-    """Questions of a step to buffer: those that fail, as many at random (failing ones among them; the paper's ablation
-    drew from the others), or all (the paper's ablation)."""
-    sft_every: int = 0
-    """Fine-tune after every so many steps on what the buffer holds (its newest sft_data_size at most), full or
-    not (the paper's uniform interleaving); 0 as soon as it holds sft_data_size."""
-    hard_threshold: float = 0.0
-    """Share of right rollouts up to which a question counts as hardest (published: 0, all fail)."""
-    verify_demonstrations: bool = True
-    """relift: use only demonstrations that the verifier accepts (published: no)."""
-    sft_lr: float = 1e-6
-    """relift: learning rate of the SFT updates, constant; their AdamW has the betas and weight decay above."""
-    sft_max_grad_norm: float = 8.0
-    """relift: their gradient norm to clip to (published: 1, of an eighth of this gradient)."""
-    sft_entropy_coef: float = 0.001
-    """Entropy bonus of the SFT loss (every published script; the paper reports 1e-4 as best)."""
-    sft_rows_per_mean: int = 4
-    """The SFT loss is the mean of token means of so many demonstrations each (the published micro-batches: 4 for
-    7B-Math, 2 elsewhere); 1 weighs demonstrations alike, 0 tokens."""
-    seed: int = 0
-    """Seeds data order, sampling and random weights."""
-
-    # machinery
-    micro_batch_tokens: int = 32768
-    """Tokens of a packed micro-batch on each rank; memory, never the gradient, depends on it."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass."""
-    rollout: str = "auto"
-    """Where answers are sampled. embedded: in this process. vllm: by a vLLM server that the script starts (one a
-    GPU; on CPU one in all). http://HOST:PORT[,...]: by running servers (docs/rollout.md). auto: vllm on CUDA
-    where it is installed, else embedded."""
-    rollout_gpu_memory: float = 0.5
-    """Share of each GPU's memory for its vLLM server, which sleeps while the trainer updates."""
-    sampler_tokens: int = 0
-    """Rows x (prompt + response) tokens that the embedded sampler decodes at once; 0: 65,536 on a CPU, what half of the
-    free memory holds on a GPU."""
-    max_mismatch: float = 0.0
-    """Stop if the sampler's and the trainer's log-probs of the same tokens differ by more on average (stale
-    weights, another template); 0 takes 0.1 in bf16 and 0.001 in float32."""
-    eval_every: int = 10
-    """Evaluate every so many steps, and before the first and after the last; 0 never."""
-    eval_temperature: float = 0.6
-    """Temperature of evaluation (published: 0.6); 0 is greedy."""
-    eval_limit: int = 0
-    """Rows of each evaluation file at most; 0 for all."""
-    buckets: bool = False
-    """Log held-out accuracy by difficulty: easy, medium, hard and hardest are the questions that the model
-    answers rightly 6 to 8, 3 to 5, 1 or 2, and 0 times of 8 before training (the paper's analysis)."""
-    save_every: int = 50
-    """Checkpoint every so many steps; 0 never."""
-    keep: int = 2
-    """Checkpoints to keep; the second last is the way out where the last one is damaged."""
-    skip_bad_updates: bool = False
-    """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
-    written to OUT/bad/step-N."""
-    replay: str = ""
-    """A folder OUT/bad/step-N: show what each of its rows does to loss and gradient, with the weights it met, and
-    stop."""
-    timeout_minutes: float = 30.0
-    """End the run if a rank has not answered the others for so long."""
-    profile: int = 0
-    """Trace so many steps, after the first: OUT/profile, and where their time went on the terminal."""
-    log_samples: int = 4
-    """Rows a step to write to samples.jsonl."""
-    tensorboard: bool = False
-    """Also log to TensorBoard (in the run folder)."""
-    wandb: str = ""
-    """Also log to this Weights & Biases project."""
+    sft_every: NotNegative[int] = 0  # SFT every this many steps, buffer full or not (the paper's ablation); 0: if full
+    hard_threshold: Share[float] = 0.0  # Fraction of correct answers up to which a question is hardest (published: 0)
+    verify_demonstrations: bool = True  # Use only demonstrations that the verifier accepts (published: no).
+    sft_lr: NotNegative[float] = 1e-6  # Learning rate of the SFT updates, constant
+    sft_max_grad_norm: Positive[float] = 8.0  # Clip their gradient norm to this (published: 1, of an eighth of it).
+    sft_entropy_coef: NotNegative[float] = 0.001  # Weight of their entropy bonus (the paper reports 1e-4 as best)
+    # The SFT loss is the mean of token means over this many demonstrations each (published micro-batches: 4, 7B-Math,
+    # or 2). 1 weighs demonstrations alike, 0 tokens.
+    sft_rows_per_mean: NotNegative[int] = 4
 
 
 METHODS = {
     "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
     "sft": dict(out="runs/relift_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, batch_size=64,
                 group_size=1, updates_per_step=1, max_grad_norm=1.0, sft_entropy_coef=0.0, sft_rows_per_mean=0),
-}
+}  # fmt: skip
 PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny_relift", verifier="boxed",
-        max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, sft_data_size=16,
-        sft_lr=2e-4, sft_max_grad_norm=1.0, eval_every=20, eval_limit=128, buckets=True, save_every=20,
-        micro_batch_tokens=4096, gradient_checkpointing=False,
+        max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
+        eval_limit=128, save_every=20, micro_batch_tokens=4096, sft_data_size=16, sft_lr=2e-4, sft_max_grad_norm=1.0,
         method={name: dict(out=f"runs/tiny_relift_{name}") for name in METHODS},
     ),
-}
-SCRATCH = dict(
-    model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
-)
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
 
 
-def group_advantages(rewards, groups, *, std: bool = False):
+def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> Tensor:
     """A_i = R_i - mean of the rewards of i's group; with `std` also divided by their unbiased std + 1e-6.
 
     rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
@@ -269,20 +124,21 @@ def group_advantages(rewards, groups, *, std: bool = False):
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.tensor([7, 7, 7, 7])).tolist()
     [0.75, -0.25, -0.25, -0.25]
     """
+    weight = torch.ones_like(rewards)  # [B]
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
     zeros = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
-    n = zeros.index_add(0, group, torch.ones_like(rewards))  # [G]
-    mean = zeros.index_add(0, group, rewards) / n
+    n = zeros.index_add(0, group, weight)  # [G]
+    mean = zeros.index_add(0, group, weight * rewards) / n.clamp(min=1)
     mean = torch.where(n > 1, mean, 0.0)
     advantages = rewards - mean[group]
     if not std:
         return advantages
-    variance = zeros.index_add(0, group, advantages**2) / (n - 1).clamp(min=1)
+    variance = zeros.index_add(0, group, weight * advantages**2) / (n - 1).clamp(min=1)
     sigma = torch.where(n > 1, variance.sqrt(), 1.0)
     return advantages / (sigma[group] + 1e-6)
 
 
-def policy_token_loss(logp, old_logp, advantages, *, clip: float | None = None):
+def policy_token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip: float | None = None) -> Tensor:
     """RL loss of each token, elementwise over any shape: - A r, r = p / p_old;
     with clip c: max(- A r, - A clamp(r, 1-c, 1+c)).
 
@@ -297,7 +153,7 @@ def policy_token_loss(logp, old_logp, advantages, *, clip: float | None = None):
     return loss
 
 
-def sft_token_loss(logp, entropy, mean_tokens, *, means: int, entropy_coef: float):
+def sft_token_loss(logp: Tensor, entropy: Tensor, mean_tokens: Tensor, *, means: int, entropy_coef: float) -> Tensor:
     """SFT loss of each token, to be summed: (1/M) sum_m (1/T_m) sum_{t in m} (- log p_t - c H_t).
 
     logp, entropy [N]; mean_tokens [N]: T_m of the mean m that a token belongs to (`tokens_of_means`); M means."""
@@ -305,7 +161,7 @@ def sft_token_loss(logp, entropy, mean_tokens, *, means: int, entropy_coef: floa
 
 
 def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
-    """For each row the tokens of its mean: `rows_per_mean` rows in a row make one, the last may have fewer.
+    """For each row the tokens of its mean. Each `rows_per_mean` successive rows make a mean; the last may have fewer.
 
     >>> tokens_of_means([5, 3, 4, 4, 2], 2)
     [8, 8, 8, 8, 2]
@@ -315,15 +171,15 @@ def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
 
 
 def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0.0) -> list[int]:
-    """Groups whose share of right rows (reward over 0) is at most `threshold`, in order of first appearance.
+    """Groups whose fraction of correct rows (reward over 0) is at most `threshold`, in order of first appearance.
 
     >>> hardest_groups([0, 0, 1, 0, 0, 0], [7, 7, 3, 3, 5, 5])
     [7, 5]
     """
-    right: dict[int, list[bool]] = {}
+    correct: dict[int, list[bool]] = {}
     for reward, group in zip(rewards, groups, strict=True):
-        right.setdefault(group, []).append(reward > 0)
-    return [group for group, flags in right.items() if sum(flags) / len(flags) <= threshold]
+        correct.setdefault(group, []).append(reward > 0)
+    return [group for group, flags in correct.items() if sum(flags) / len(flags) <= threshold]
 
 
 class HardestBuffer:
@@ -342,16 +198,16 @@ class HardestBuffer:
         return len(self.questions)
 
     def add(self, questions: list) -> None:
-        """Put them in front, in their order; those that were there already move."""
+        """Put questions in front, in their order. Those that are there already move."""
         self.questions = list(dict.fromkeys([*questions, *self.questions]))
 
     def take(self, n: int) -> list:
-        """Remove the first n (all, if there are fewer) and return them."""
+        """Remove the first n, or all if there are fewer, and return them."""
         taken, self.questions = self.questions[:n], self.questions[n:]
         return taken
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps, as plain JSON."""
+        """Return what a checkpoint keeps, as plain JSON."""
         return {"questions": list(self.questions)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -359,205 +215,109 @@ class HardestBuffer:
 
 
 def sft_is_due(step: int, held: int, args: Args) -> bool:
-    """Whether an SFT update follows the RL update of `step` (1, 2, ...) when the buffer holds `held` questions."""
+    """Whether an SFT update follows the RL updates of `step` (1, 2, ...) if the buffer holds `held` questions."""
     if args.sft_every:
         return held > 0 and step % args.sft_every == 0
     return held >= args.sft_data_size
 
 
-def difficulty(right: int) -> str:
-    """Bucket of a question that the model answered rightly `right` times of 8 before training."""
-    return "easy" if right >= 6 else "medium" if right >= 3 else "hard" if right >= 1 else "hardest"
-
-
-def truncated_importance(old_logp, sampler_logp, cap: float):
-    """w = min(p_old / p_sampler, cap), elementwise.
-
-    p_old and p_sampler are the same weights as two programs compute them (TIS: Yao et al. 2025). No gradient.
+def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
+    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025). p_old and p_sampler are
+    the same weights as two programs compute them. 1 where there is no sampler (NaN: the teacher's tokens).
 
     >>> truncated_importance(torch.log(torch.tensor([0.2, 0.9])), torch.log(torch.tensor([0.2, 0.1])), 2.0).tolist()
     [1.0, 2.0]
     """
-    return (old_logp - sampler_logp).detach().exp().clamp(max=cap)
+    weight = (old_logp - sampler_logp).detach().exp().clamp(max=cap)
+    return torch.where(sampler_logp.isnan(), 1.0, weight)
 
 
 def published_micro_batches(tokens_per_row: float) -> int:
-    """Micro-batches of at most 32,768 tokens that a GPU of the published run made of its 64 rows an update."""
+    """M: how many micro-batches of 32,768 tokens a GPU of the published run needed for its 64 rows of an update.
+
+    >>> published_micro_batches(2560)
+    5
+    """
     return max(1, math.ceil(64 * tokens_per_row / 32768))
 
 
 # ----------------------------------------------------------------------------------------------- one update
 
 
-@dataclass
-class Row:
-    """An answer to a question: own (sampled) or the teacher's (its demonstration)."""
-
-    prompt: list[int]
-    response: list[int]
-    group: int  # which question of the step
-    teacher: bool = False
-    sampler_logps: list[float] | None = None  # own rows: log-probs the sampler reported
-    truncated: bool = False
-    reward: float = 0.0
-    status: str = ""  # the verifier's; empty: not graded
-    advantage: float = 0.0
-    mean_tokens: int = 0  # demonstrations: tokens of the mean that it is part of
-
-
-def micro_batches(rows: list[Row], args: Args, world):
-    """This rank's packed micro-batches of an update: (token batch, its rows). As many on every rank."""
-    lengths = [len(row.prompt) + len(row.response) - 1 for row in rows]
-    for shares in plan_micro_batches(lengths, world.size, args.micro_batch_tokens):
-        mine = [rows[i] for i in shares[world.rank]]
-        yield pack([(row.prompt, row.response) for row in mine], world.device), mine
-
-
-def per_token(batch, values: list) -> torch.Tensor:
-    """One value a row -> [N], one for each of its response tokens."""
-    return torch.tensor(values, device=batch.targets.device)[batch.sequence] if values else batch.targets.new_empty(0)
-
-
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
-    """Rows that the RL gradient depends on: without an entropy bonus, an advantage of 0 leaves nothing to compute.
-    One row at least, so that there is a gradient (of zeros)."""
-    return rows if args.entropy_coef else [row for row in rows if row.advantage] or rows[:1]
+    """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing. At
+    least one row, so that there is a gradient (of zeros)."""
+    if args.entropy_coef:
+        return rows
+    return [row for row in rows if row.advantage] or rows[:1]
 
 
 def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: Args, world) -> dict[str, float]:
     """Forward and backward of one RL update, summed over ranks and micro-batches; the gradient is left in .grad.
 
-    Every denominator is counted over the whole update before the first backward, so the gradient is the same
-    for any number of ranks and any micro_batch_tokens. old_logps: the behaviour policy's log-probs, a tensor
-    for each micro-batch; None where it is the policy as it is now (then the ratio is exactly 1).
-    Metrics of tokens are means over `rows_with_gradient`."""
+    `rows` are those of all ranks. Every denominator is counted over them before the first backward, so the gradient is
+    the same for any number of ranks and any micro_batch_tokens. old_logps: log-probs before the step's updates, from
+    `policy_logps`; None in the first update, where p_old = p. Returns metrics; those of tokens are means over
+    `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
-    n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
+    n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows))
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    names = ("pg_loss", "entropy", "clipped", "kl_old")
-    sums = torch.zeros(len(names), dtype=torch.float64)
-    mismatch: list[torch.Tensor] = []  # trainer's minus sampler's log-prob
-    counted = rows_with_gradient(rows, args)
+    counted, totals = rows_with_gradient(rows, args), Totals(world)
+    own_tokens = sum(len(row.response) for row in counted)
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
-        old = logp.detach() if old_logps is None else old_logps[i]
+        old = logp.detach() if old_logps is None else old_logps[i]  # [N]
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        drawn = [x for row in mine for x in row.sampler_logps]
-        sampler_logp = torch.tensor(drawn, device=logp.device)  # [N]
+        sampler_logp = per_token(batch, [row.sampler_logps for row in mine])  # [N]
         token_loss = policy_token_loss(logp, old, advantage, clip=args.clip or None)
         if args.tis_cap:
             token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
-        loss = token_loss.sum() * row_scale
-        sums[0] += loss.item()
+        loss = pg_loss = token_loss.sum() * row_scale
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
-        with torch.no_grad():
-            ratio = (logp - old).exp()
-            sums[1:] += torch.stack([
-                entropy.sum(), ((ratio - 1).abs() > (args.clip or math.inf)).sum(), (old - logp).sum(),
-            ]).double().cpu()
-            mismatch.append((old - sampler_logp).cpu())
-    total = dict(zip(names, sum_over_ranks(sums, world).tolist(), strict=True))
-    metrics, n_counted = {"loss/pg": total["pg_loss"]}, sum(len(row.response) for row in counted)
-    metrics |= {f"policy/{name}": total[name] / n_counted for name in ("entropy", "clipped", "kl_old")}
-    return metrics | compare_logps(torch.cat(mismatch), world)
+        totals.add({"loss/pg": pg_loss})
+        totals.add({"policy/entropy": entropy.sum()}, per=own_tokens)
+        own = torch.ones_like(logp, dtype=torch.bool)  # [N]
+        add_drift(totals, logp.detach(), old, sampler_logp, own, clip=args.clip, per=own_tokens)
+    return totals.reduce()
 
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
-    """Forward and backward of one SFT update on demonstrations, at temperature 1; the gradient is left in .grad.
-
-    The same for any number of ranks and any micro_batch_tokens; rows_per_mean follows the order of `rows`."""
-    rows_per_mean = args.sft_rows_per_mean or len(rows)
-    for row, tokens in zip(rows, tokens_of_means([len(r.response) for r in rows], rows_per_mean), strict=True):
-        row.mean_tokens = tokens
-    means = math.ceil(len(rows) / rows_per_mean)
-    sums = torch.zeros(3, dtype=torch.float64)
+    """Forward and backward of one SFT update on demonstrations, at temperature 1; the gradient is left in .grad. It is
+    the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours in `rows`."""
+    lengths, rows_per_mean = [len(row.response) for row in rows], args.sft_rows_per_mean or len(rows)
+    tokens_of = dict(zip(map(id, rows), tokens_of_means(lengths, rows_per_mean), strict=True))
+    means, totals = math.ceil(len(rows) / rows_per_mean), Totals(world)
     for batch, mine in micro_batches(rows, args, world):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        mean_tokens = per_token(batch, [row.mean_tokens for row in mine])  # [N]
+        mean_tokens = per_token(batch, [tokens_of[id(row)] for row in mine])  # [N]
         loss = sft_token_loss(logp, entropy, mean_tokens, means=means, entropy_coef=args.sft_entropy_coef).sum()
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
-        with torch.no_grad():
-            sums += torch.stack([loss, logp.sum(), entropy.sum()]).double().cpu()
-    loss, logp, entropy = sum_over_ranks(sums, world).tolist()
-    n_tokens = sum(len(row.response) for row in rows)
-    return {"sft/loss": loss, "sft/logp": logp / n_tokens, "sft/entropy": entropy / n_tokens,
-            "sft/length": n_tokens / len(rows)}
 
-
-def compare_logps(difference: torch.Tensor, world) -> dict[str, float]:
-    """How far the trainer's log-probs are from the sampler's on the tokens that it drew; [tokens] -> metrics."""
-    d = difference.double()
-    sums = sum_over_ranks(torch.tensor([len(d), d.abs().sum(), -d.sum()], dtype=torch.float64), world)
-    largest = max(gather_lists([d.abs().max().item() if len(d) else 0.0], world))
-    n = max(1.0, sums[0].item())
-    return {"mismatch/mean_abs": sums[1].item() / n, "mismatch/kl": sums[2].item() / n, "mismatch/max": largest}
-
-
-def replayed(rows: list[Row], old_logps, args: Args, world, policy) -> dict[str, float]:
-    """The update of --replay."""
-    if rows[0].teacher:
-        return accumulate_sft_gradient(policy, rows, args, world)
-    return accumulate_gradient(policy, rows, old_logps, args, world)
-
-
-@torch.no_grad()
-def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tensor]:
-    """Log-probs of the rows' tokens under the policy as it is, a tensor for each micro-batch of this rank."""
-    batches = micro_batches(rows_with_gradient(rows, args), args, world)
-    return [policy(batch, temperature=args.temperature) for batch, _ in batches]
+        totals.add({"sft/loss": loss})
+        totals.add({"sft/logp": logp.sum(), "sft/entropy": entropy.sum()}, per=sum(lengths))
+    return totals.reduce() | {"sft/length": sum(lengths) / len(rows)}
 
 
 # ------------------------------------------------------------------------------------------------- the loop
 
 
 def read_questions(tokenizer, args: Args, *, traces: str, progress=False):
-    """Examples of --data, and the counts of what was left out. Those without a demonstration stay in."""
+    """Return the examples of --data and the counts of what was left out. Those without a demonstration stay in."""
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces=traces, golds=args.method != "sft", empty_trace="on_policy",
         long_trace="cut", progress=progress,
-    )
+    )  # fmt: skip
     for example in examples:
         if example.trace and example.trace[-1] != tokenizer.eos_token_id:  # it was too long, and is cut
             example.trace = [*example.trace[:-1], tokenizer.eos_token_id] if args.long_trace == "cut" else None
     return examples, left_out
 
 
-def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
-    """The verdicts on rows of a step, in the background; of what was said before the eos."""
-    texts = [tokenizer.decode(row.response if row.truncated else row.response[:-1]) for row in rows]
-    return grade_later(texts, [batch[row.group].gold for row in rows], verifier=args.verifier)
-
-
-def check(args: Args) -> None:
-    """Raise InputError for settings that cannot work together."""
-    positive = ("batch_size", "group_size", "updates_per_step", "max_response_tokens", "max_prompt_tokens", "epochs",
-                "temperature", "keep")
-    for name in positive:
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
-    if args.batch_size % args.updates_per_step:
-        raise InputError(
-            f"--batch_size {args.batch_size} does not divide into --updates_per_step {args.updates_per_step}"
-        )
-    if args.sft_data_size < 1 and args.sft_data_size != -1:
-        raise InputError(f"--sft_data_size must be positive, or -1 for RL alone, not {args.sft_data_size}")
-    for name in ("sft_every", "sft_rows_per_mean"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name} must not be negative, as {getattr(args, name)} is")
-    if not 0 <= args.hard_threshold <= 1:
-        raise InputError(f"--hard_threshold {args.hard_threshold} must be a share, from 0 to 1")
-    if args.tis_cap and args.tis_cap < 1:
-        raise InputError(f"--tis_cap must be 1 or more, or 0 for none, not {args.tis_cap}")
-    if args.steps < 0:
-        raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
-    check_verifier(args.verifier)
-
-
-def check_demonstrations(have: int, args: Args) -> None:
-    """Raise InputError if the data's `have` demonstrations are too few for the SFT updates that are asked for."""
+def check_demonstrations(have: int, questions: int, args: Args, world) -> None:
+    """Raise InputError if `have` demonstrations are too few for the SFT updates; warn if questions lack theirs."""
     if not have:
         raise InputError(
             f"--data {args.data}: no row has a demonstration (column 'target', at most --max_response_tokens "
@@ -568,300 +328,118 @@ def check_demonstrations(have: int, args: Args) -> None:
             f"--sft_data_size {args.sft_data_size}: only {have} questions have a demonstration, and the buffer "
             "holds each once, so it would never be full"
         )
+    if have < questions and world.main:
+        print(f"warning: {questions - have} of {questions} questions have no demonstration to fine-tune on")
 
 
-def pass_counts(sampler, tokenizer, examples, args: Args, world) -> list[int]:
-    """Right answers of 8 at the training temperature to each example; shared out over the ranks."""
-    mine = range(world.rank, len(examples), world.size)
-    groups = sampler.generate(
-        [examples[i].prompt for i in mine], n=8, keys=[examples[i].index for i in mine], seed=args.seed + 2,
-        sampling=Sampling(args.max_response_tokens, args.temperature), progress="buckets" if world.main else None,
-    )
-    texts = [tokenizer.decode(completion.said) for group in groups for completion in group]
-    verdicts = grade(texts, [examples[i].gold for i in mine for _ in range(8)], verifier=args.verifier)
-    right = [sum(v.reward > 0 for v in verdicts[8 * k : 8 * k + 8]) for k in range(len(mine))]
-    return [count for _, count in sorted(gather_lists(list(zip(mine, right, strict=True)), world))]
-
-
-def evaluate(sampler, tokenizer, examples, buckets: list[str], args: Args, world) -> dict[str, float]:
-    """Accuracy on held-out examples, by data source and their unweighted mean; shared out over the ranks.
-
-    buckets: also by difficulty, the name of each example's bucket; empty for none."""
-    mine = examples[world.rank :: world.size]
-    groups = sampler.generate(
-        [e.prompt for e in mine], n=1, keys=[e.index for e in mine], seed=args.seed + 1,
-        sampling=Sampling(args.max_response_tokens, args.eval_temperature),
-        progress="evaluate" if world.main else None,
-    )
-    texts = [tokenizer.decode(g[0].said) for g in groups]
-    verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
-    names = buckets[world.rank :: world.size] or [""] * len(mine)
-    results = gather_lists(
-        [
-            (e.source, v.reward, g[0].truncated, len(g[0].ids), name)
-            for e, v, g, name in zip(mine, verdicts, groups, names, strict=True)
-        ], world
-    )
-    by_source = {s: [r[1] for r in results if r[0] == s] for s in sorted({r[0] for r in results})}
-    accuracy = {f"eval/{source}": sum(r) / len(r) for source, r in by_source.items()}
-    mean = sum(accuracy.values()) / len(accuracy)
-    by_bucket = {b: [r[1] for r in results if r[4] == b] for b in dict.fromkeys(buckets)}
-    return accuracy | {f"bucket/{b}": sum(r) / len(r) for b, r in by_bucket.items()} | {
-        "eval/mean": mean, "eval/truncated": sum(r[2] for r in results) / len(results),
-        "eval/length": sum(r[3] for r in results) / len(results),
-    }
-
-
-def with_demonstration(questions: list[int], examples, verdicts: dict[int, bool], tokenizer, args: Args, world):
-    """Those of `questions` (numbers of examples) to fine-tune on, and how many were skipped and why.
-
-    verdicts: what the verifier said of demonstrations so far; each is graded once, on one of the ranks."""
+def with_demonstration(questions: list[int], examples, grader: Grader, args: Args, world):
+    """Return those of `questions` (numbers of examples) to fine-tune on, and counts of the others by reason. The ranks
+    share the demonstrations that must be verified."""
     have = [q for q in questions if examples[q].trace]
+    accepted = have
     if args.verify_demonstrations:
-        new = [q for q in have if q not in verdicts]
-        mine = new[world.rank :: world.size]
-        texts = [tokenizer.decode(examples[q].trace[:-1]) for q in mine]
-        graded = grade(texts, [examples[q].gold for q in mine], verifier=args.verifier)
-        verdicts |= gather_lists([(q, v.reward > 0) for q, v in zip(mine, graded, strict=True)], world)
-    accepted = [q for q in have if not args.verify_demonstrations or verdicts[q]]
-    return accepted, {
-        "buffer/no_demonstration": len(questions) - len(have), "buffer/rejected": len(have) - len(accepted),
-    }
+        rows = teacher_rows([examples[q] for q in have], range(world.rank, len(have), world.size))
+        grader.add(rows)
+        grader.wait()
+        accepted = [have[row.group] for row in gather_rows(rows, world) if row.reward > 0]
+    counts = {"buffer/no_demonstration": len(questions) - len(have), "buffer/rejected": len(have) - len(accepted)}
+    return accepted, counts
 
 
 def main(args: Args) -> None:
-    if args.replay:
-        return replay(args.replay, Args, Row, replayed)
-    check(args)
-    world = init_world(args.timeout_minutes)
-    out = Path(args.out)
-    checkpoints = Checkpoints(out / "checkpoint", args, keep=args.keep)
-    state = checkpoints.state()
-    start = state["step"] if state else 0
+    run, on_policy = Run(args), args.method != "sft"
+    world, interleave = run.world, args.method == "relift" and args.sft_data_size > 0
+    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    needed = interleave or not on_policy
+    examples, left_out = read_questions(tokenizer, args, traces="needed" if needed else "ignored", progress=world.main)
+    if needed:
+        check_demonstrations(sum(e.trace is not None for e in examples), len(examples), args, world)
+    examples = examples if on_policy else [e for e in examples if e.trace]
+    run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
-    interleave = args.method == "relift" and args.sft_data_size > 0
-    scratch = args.model == "scratch"
-    tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"]) if scratch else load_tokenizer(args.model)
-    set_template(tokenizer, args.chat_template, args.chat_template_args)
-    examples, left_out = read_questions(
-        tokenizer, args, traces="needed" if args.method == "sft" or interleave else "ignored", progress=world.main
-    )
-    without = sum(e.trace is None for e in examples)
-    if interleave or args.method == "sft":
-        check_demonstrations(len(examples) - without, args)
-        if without and world.main:
-            print(f"warning: {without} of {len(examples)} questions have no demonstration to fine-tune on")
-    if args.method == "sft":
-        examples = [e for e in examples if e.trace]
-    held_out = held_out_examples(tokenizer, args)
-    digest = data_digest(*([(e.prompt, e.trace, e.gold) for e in part] for part in (examples, held_out)))
-    checkpoints.check_data(state, digest, f"--data {args.data}")
-    if len(examples) < args.batch_size:
-        raise InputError(f"--data {args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
-    steps = args.steps or max(1, int(args.epochs * (len(examples) // args.batch_size)))
-    if world.main:
-        print(f"{args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size} questions")
-
-    config = dict(SCRATCH, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-                  pad_token_id=tokenizer.pad_token_id) if scratch else None
     policy = load_policy(
-        args.model, world, from_config=config, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing
+        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
-    buffer, demonstrations = HardestBuffer(), 0  # questions by their place in examples; how many were trained on
-    more = {}
     if interleave:
         sft_optimizer = make_optimizer(policy, lr=args.sft_lr, betas=args.betas, weight_decay=args.weight_decay)
-        more = {"sft": (policy, sft_optimizer)}
-    if state:
-        checkpoints.load(policy, optimizer, more)
-        buffer.load_state_dict(state["buffer"])
-        demonstrations = state["demonstrations"]
-    elif args.save_every:
-        checkpoints.check_space(policy, more)
-    also_stop = policy.lm.generation_config.eos_token_id or []
-    stop_ids = [tokenizer.eos_token_id, *(also_stop if isinstance(also_stop, list) else [also_stop])]
-    sampler = make_sampler(
-        args.rollout, policy, world, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens,
-        max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,
-    )
-    sampler.sync(policy, version=start)
-    max_mismatch = args.max_mismatch or (0.1 if world.device.type == "cuda" else 0.001)
-    verdicts: dict[int, bool] = {}  # by example: is its demonstration right?
-    counts = state["pass_counts"] if state else []
-    if args.buckets and held_out and not state:
-        counts = pass_counts(sampler, tokenizer, held_out, args, world)
-    buckets = [difficulty(right) for right in counts]
-    if buckets and world.main:
-        sizes = ", ".join(f"{buckets.count(name)} {name}" for name in ("easy", "medium", "hard", "hardest"))
-        print(f"held-out questions by the model before training: {sizes}")
+        run.begin(policy, optimizer, tokenizer, sft=(policy, sft_optimizer))
+    else:
+        run.begin(policy, optimizer, tokenizer)
+    sampler = open_sampler(policy, tokenizer, args, world)
+    sampler.sync(policy, version=run.start)
+    grader = Grader(tokenizer, args.verifier)
+    buffer, demonstrations = HardestBuffer(), run.state.get("demonstrations", 0)  # how many were trained on
+    buffer.load_state_dict(run.state.get("buffer", buffer.state_dict()))  # numbers of examples
+    run.log(run.evaluate(sampler))
 
-    curves = [["eval/mean"], ["bucket/easy", "bucket/medium", "bucket/hard", "bucket/hardest"], ["reward/own"],
-              ["group/solve_all", "group/solve_none"], ["buffer/size"], ["sft/demonstrations"], ["sft/loss"],
-              ["policy/entropy"], ["eval/length", "length/own"], ["loss/pg"], ["optim/grad_norm"],
-              ["mismatch/mean_abs"]]
-    bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
-    metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
-    if start == 0 and held_out and args.eval_every:
-        metrics.log(0, evaluate(sampler, tokenizer, held_out, buckets, args, world), show=["eval/mean"])
-    clock = Clock(args.profile, out)
-
-    for step in range(start + 1, steps + 1):
+    for step in run:
         indices = batch_indices(len(examples), args.batch_size, step - 1, args.seed)
         batch = [examples[i] for i in indices]
         mine = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
 
-        # 1. sample; the answers to a question are graded while others are still being written
-        with clock("sample"):
-            rows = [Row(batch[g].prompt, batch[g].trace, g, True) for g in mine] if args.method == "sft" else []
-            grading: list[tuple[list[Row], Future]] = []
-
-            def answered(i: int, group: list[Completion], rows=rows, batch=batch, mine=mine, grading=grading):
-                g = mine[i]
-                own = [Row(batch[g].prompt, c.ids, g, False, c.logps, c.truncated) for c in group]
-                rows.extend(own)
-                grading.append((own, grade_rows(own, batch, tokenizer, args)))
-
-            if args.method != "sft":
-                sampler.generate(
-                    [batch[g].prompt for g in mine], n=args.group_size,
-                    keys=[batch[g].index for g in mine], seed=args.seed * 1_000_003 + step,
-                    sampling=Sampling(args.max_response_tokens, args.temperature),
-                    progress="sample" if world.main and args.max_response_tokens > 1000 else None,
-                    drawn=answered,
-                )
+        # 1. sample: own answers alone (sft: demonstrations alone)
+        with run.clock("sample"):
+            if on_policy:
+                own, seed = [args.group_size] * len(batch), args.seed * 1_000_003 + step
+                rows = sample_rows(sampler, batch, mine, own, args, world, seed=seed, grader=grader)
+            else:
+                rows = teacher_rows(batch, mine)
 
         # 2. reward
-        with clock("reward"):
-            for graded, verdicts_of_group in grading:
-                for row, verdict in zip(graded, verdicts_of_group.result(), strict=True):
-                    row.reward, row.status = verdict.reward, verdict.status
-            rows = sorted(gather_lists(rows, world), key=lambda row: row.group)  # every rank has all rows now
+        with run.clock("reward"):
+            grader.wait()
+            rows = gather_rows(rows, world)  # every rank has all rows now
 
-        # 3. advantages
+        # 3. advantages, and the hardest questions into the buffer
         rewards = torch.tensor([row.reward for row in rows])  # [B]
         question = torch.tensor([row.group for row in rows])  # [B]
-        for row, a in zip(rows, group_advantages(rewards, question, std=args.std), strict=True):
-            row.advantage = a.item()
-
-        buffer_log, sft_log, taught = {}, {}, []
+        for row, advantage in zip(rows, group_advantages(rewards, question, std=args.std).tolist(), strict=True):
+            row.advantage = advantage
+        buffer_log = {}
         if interleave:
             hardest = hardest_groups(rewards.tolist(), question.tolist(), args.hard_threshold)
             anyone = random.Random(f"{args.seed} {step}").sample(range(len(batch)), len(hardest))
             chosen = {"hardest": hardest, "random": anyone, "all": range(len(batch))}[args.sft_on]
-            with clock("reward"):
-                questions, buffer_log = with_demonstration(
-                    [indices[g] for g in chosen], examples, verdicts, tokenizer, args, world
-                )
+            with run.clock("reward"):
+                questions, buffer_log = with_demonstration([indices[g] for g in chosen], examples, grader, args, world)
             buffer.add(questions)
             buffer_log["group/hardest"] = len(hardest) / len(batch)
 
-        # 4. update
-        with clock("update"):
+        # 4. update by RL (sft: by SFT), and by SFT if the buffer is full
+        with run.clock("update"):
             sampler.sleep()  # its memory is the trainer's until the sync
-            per_update = args.batch_size // args.updates_per_step
-            updates = [[r for r in rows if r.group // per_update == u] for u in range(args.updates_per_step)]
-            old = [None] + [policy_logps(policy, u, args, world) for u in updates[1:]]
-            logs = []
+            updates = split_updates(rows, args)
+            old = [None] + [policy_logps(policy, rows_with_gradient(u, args), args, world) for u in updates[1:]]
             for u, update in enumerate(updates):
-                lr = learning_rate(
-                    (step - 1) * args.updates_per_step + u, lr=args.lr, steps=steps * args.updates_per_step,
-                    schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor,
-                )
-                texts = partial(sample_rows, update, batch, tokenizer)
-                with bad_batches(step, update, models, texts, old[u]):
-                    if args.method == "sft":
-                        log = accumulate_sft_gradient(policy, update, args, world)
-                    else:
-                        log = accumulate_gradient(policy, update, old[u], args, world)
-                    check_finite(log, policy, world)
-                    if log.get("mismatch/mean_abs", 0.0) > max_mismatch:
-                        raise RuntimeError(
-                            f"step {step}: the sampler's log-probs differ from the trainer's by "
-                            f"{log['mismatch/mean_abs']:.4f} a token (--max_mismatch {max_mismatch}): the weights did "
-                            "not arrive in the sampler, or it does not run the same model"
-                        )
-                    log["optim/grad_norm"] = optimizer_step(policy, optimizer, lr=lr, max_grad_norm=args.max_grad_norm)
-                    logs.append(log | {"optim/lr": lr})
-                    demonstrations += len(update) if args.method == "sft" else 0
+                if on_policy:
+                    log = accumulate_gradient(policy, update, old[u], args, world)
+                else:
+                    log = accumulate_sft_gradient(policy, update, args, world)
+                done = run.update("policy", log, update, lr=run.lr(u, len(updates)), max_grad_norm=args.max_grad_norm)
+                demonstrations += len(update) if done and not on_policy else 0
+        taught, fired = [], False
         if interleave and sft_is_due(step, len(buffer), args):
-            with clock("sft"):
+            with run.clock("sft"):
                 questions = buffer.take(args.sft_data_size)
-                taught = [Row(examples[q].prompt, examples[q].trace, i, True) for i, q in enumerate(questions)]
-                texts = partial(sample_rows, taught, [examples[q] for q in questions], tokenizer)
-                with bad_batches(step, taught, models, texts):
-                    log = accumulate_sft_gradient(policy, taught, args, world)
-                    check_finite(log, policy, world)
-                    log["sft/grad_norm"] = optimizer_step(
-                        policy, sft_optimizer, lr=args.sft_lr, max_grad_norm=args.sft_max_grad_norm
-                    )
-                    sft_log = log
-                    demonstrations += len(taught)
+                taught = teacher_rows([examples[q] for q in questions], range(len(questions)))
+                log = accumulate_sft_gradient(policy, taught, args, world)
+                fired = run.update(
+                    "sft", log, taught, lr=args.sft_lr, max_grad_norm=args.sft_max_grad_norm, norm="sft/grad_norm"
+                )
+                demonstrations += len(taught) if fired else 0
         if interleave:
-            buffer_log |= {"buffer/size": len(buffer), "sft/fired": float(bool(sft_log))}
+            buffer_log |= {"buffer/size": len(buffer), "sft/fired": float(fired)}
 
         # 5. sync
-        with clock("sync"):
+        with run.clock("sync"):
             sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        logged = {k: [log[k] for log in logs if k in log] for k in dict.fromkeys(k for log in logs for k in log)}
-        row_log = {k: sum(values) / len(values) for k, values in logged.items()}  # means over the updates
-        row_log |= describe(rows) | buffer_log | sft_log | {"sft/demonstrations": demonstrations}
-        if held_out and args.eval_every and (step % args.eval_every == 0 or step == steps):
-            with clock("evaluate"):
-                row_log |= evaluate(sampler, tokenizer, held_out, buckets, args, world)
-        seconds = clock.flush()
-        tokens = sum(len(row.prompt) + len(row.response) for row in rows + taught)
-        row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
-        row_log["speed/useful_share"] = policy.useful_share()
-        metrics.log(
-            step, row_log | {"memory/peak_gb": peak_memory_gb(world), "update/skipped": bad_batches.skipped or None},
-            show=["reward/own", "eval/mean", "policy/entropy", "buffer/size", "sft/demonstrations"],
-        )
-        shown = random.Random(step).sample(rows, min(args.log_samples, len(rows)))
-        metrics.samples(step, sample_rows(shown, batch, tokenizer))
-        if args.save_every and (step % args.save_every == 0 or step == steps):
-            checkpoints.save(
-                step, policy, optimizer, world, more, buffer=buffer.state_dict(), demonstrations=demonstrations,
-                pass_counts=counts,
-            )
-    checkpoints.wait()
-    export(policy, tokenizer, out / "model", world)
-    sampler.close()
-    metrics.close()
-
-
-def describe(rows: list[Row]) -> dict[str, float]:
-    """What a practitioner looks at in the rows of a step."""
-
-    def mean(values) -> float | None:
-        values = list(values)
-        return sum(values) / len(values) if values else None
-
-    own = [r for r in rows if not r.teacher]
-    solved: dict[int, list[float]] = {}
-    for row in own:
-        solved.setdefault(row.group, []).append(row.reward)
-    statuses = ("ok", "timeout", "error", "unparsable")
-    return {
-        "reward/own": mean(r.reward for r in own),
-        "group/solve_all": mean(min(g) > 0 for g in solved.values()),
-        "group/solve_none": mean(max(g) <= 0 for g in solved.values()),
-        "length/own": mean(len(r.response) for r in own), "length/truncated": mean(r.truncated for r in own),
-    } | {f"verifier/{s}": mean(r.status == s for r in own) for s in statuses}
-
-
-def sample_rows(rows: list[Row], batch, tokenizer) -> list[dict]:
-    """Rows as text, for samples.jsonl; batch: the step's examples."""
-    return [
-        {
-            "who": "teacher" if row.teacher else "own", "reward": row.reward if row.status else None,
-            "advantage": row.advantage,
-            "gold": batch[row.group].gold, "prompt": batch[row.group].text, "response": tokenizer.decode(row.response),
-        }
-        for row in rows
-    ]
+        buffer_log["sft/demonstrations"] = demonstrations
+        run.log(describe(rows) | buffer_log | run.evaluate(sampler), rows, taught)
+        run.save(buffer=buffer.state_dict(), demonstrations=demonstrations)
+    run.finish(sampler)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
-import relift  # noqa: E402
 from benchmarks.held_out import answers, mean_and_spread, save  # noqa: E402
 from common.trainer import read_metrics  # noqa: E402
+from eval import difficulty  # noqa: E402
 
 ARMS = {
     "rl": ["relift.py", "--sft_data_size", "-1"],
@@ -120,18 +120,18 @@ def table(results: dict) -> str:
 
 
 def plot(bench: Bench, results: dict, path: Path) -> None:
-    """Accuracy by bucket over the steps, of the runs that log it (mean over seeds), and how often SFT was called."""
+    """Held-out accuracy over the steps (mean over seeds), questions that fail, and demonstrations used."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [*(f"bucket/{name}" for name in reversed(BUCKETS)), "group/solve_none", "sft/demonstrations"]
-    titles = dict.fromkeys(panels, "") | {
-        "group/solve_none": "training questions that all rollouts fail", "sft/demonstrations": "demonstrations used",
+    titles = {
+        "eval/mean": "held-out accuracy", "group/solve_none": "training questions that all rollouts fail",
+        "sft/demonstrations": "demonstrations used",
     }  # fmt: skip
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for axis, name in zip(axes.flat, panels, strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.5), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
         for color, arm in enumerate(results["runs"]):
             runs = [read_metrics(Path(bench.out) / f"{arm}-{seed}") for seed in bench.seeds]
             steps = sorted({row["step"] for rows in runs for row in rows if row.get(name) is not None})
@@ -142,11 +142,10 @@ def plot(bench: Bench, results: dict, path: Path) -> None:
                 if name == "group/solve_none":  # a few questions a step: show the mean of the last 10 steps
                     means = [sum(means[max(0, i - 9) : i + 1]) / min(10, i + 1) for i in range(len(means))]
                 axis.plot(steps, means, label=arm, lw=1.4, color=f"C{color}")
-        size = results["buckets"].get(name.removeprefix("bucket/"))
-        axis.set_title(titles[name] or f"held-out accuracy, {name.removeprefix('bucket/')}", fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if axis.lines and (size is None or name == "bucket/hardest"):
+        if axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -159,7 +158,7 @@ def main(bench: Bench) -> dict:
     base = str(ROOT / bench.model)
     first = answers(base, bench.data, bench.problems, tries=TRIES, seed=54321)
     right = [sum(reward > 0 for reward, _ in group) for group in first]
-    buckets = [relift.difficulty(count) for count in right]
+    buckets = [difficulty(count / TRIES) for count in right]
     results: dict = {
         "command": " ".join(["python", "benchmarks/relift.py", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",

@@ -325,8 +325,9 @@ class Row:
         return len(self.prompt) + len(self.response)
 
     def text(self, tokenizer) -> str:
-        """The response without the eos, as a verifier reads it."""
-        return tokenizer.decode(self.response if self.truncated else self.response[:-1])
+        """The response without the eos, as a verifier reads it. A trace that was cut has none."""
+        cut = self.response[-1] != tokenizer.eos_token_id if self.teacher else self.truncated
+        return tokenizer.decode(self.response if cut else self.response[:-1])
 
     def shown(self, tokenizer) -> dict:
         """What samples.jsonl shows of it."""
@@ -337,12 +338,10 @@ class Row:
         }  # fmt: skip
 
 
-def teacher_rows(batch: list[Example], mine, counts: list[int], eos: int) -> list[Row]:
-    """Rows with the trace of the questions `mine` of a batch, counts[g] for question g. One without eos was cut."""
-    return [
-        Row(e.prompt, e.trace, g, True, truncated=e.trace[-1] != eos, example=e)
-        for g in mine for e in [batch[g]] * counts[g]
-    ]  # fmt: skip
+def teacher_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
+    """Rows with the traces of the questions `mine` of a batch: counts[g] of question g, one of each if None."""
+    copies = counts or [1] * len(batch)
+    return [Row(e.prompt, e.trace, g, True, example=e) for g in mine for e in [batch[g]] * copies[g]]
 
 
 def sample_rows(

@@ -10,7 +10,6 @@ import igsm
 import luffy
 import oreo
 import redi
-import relift
 from common.data import InputError
 from common.rollout import Completion
 from common.rows import Example, Trace
@@ -61,18 +60,6 @@ def test_what_is_logged_of_pairs():
     assert log["loss/mean"] == (2 * 0.5 - 0.25) / 1.5
     assert (log["logp/chosen"], log["logp/rejected"], log["logp/gap"], log["pair/accuracy"]) == (-1.5, -4.0, 3.0, 1.0)
     assert log["reward/margin"] == 0.5 * ((2 * -1.0 + 3.0) - (1 * -4.0 + 5.0))
-
-
-def test_pass_counts_are_of_each_questions_own_eight_answers(monkeypatch):
-    class LastOnesRight:
-        """Of the n answers to prompt [k] the last k are right."""
-
-        def generate(self, prompts, *, n, **_):
-            return [[Completion([int(j >= n - k), 1], [0.0, 0.0], "stop") for j in range(n)] for [k] in prompts]
-
-    monkeypatch.setattr(relift, "grade", lambda texts, golds, verifier: [Verdict(float(t), "ok") for t in texts])
-    examples = [Example([k], None, "1", "s", i, "") for i, k in enumerate((3, 0, 8, 5))]
-    assert relift.pass_counts(LastOnesRight(), Says("0", "1"), examples, relift.Args(), ONE_RANK) == [3, 0, 8, 5]
 
 
 # --------------------------------------------------------------------------------------------- tests of models

@@ -15,7 +15,6 @@ from relift import (
     Row,
     accumulate_gradient,
     accumulate_sft_gradient,
-    difficulty,
     group_advantages,
     hardest_groups,
     policy_token_loss,
@@ -254,9 +253,3 @@ def test_uniform_interleaving_takes_what_the_buffer_holds():
     assert [sft_is_due(step, held, args) for step, held in ((3, 1), (3, 0), (2, 500), (6, 500))] == [
         True, False, False, True,
     ]  # fmt: skip
-
-
-def test_the_buckets_are_the_papers():
-    assert [difficulty(right) for right in range(9)] == (
-        ["hardest"] + ["hard"] * 2 + ["medium"] * 3 + ["easy"] * 3
-    )  # fmt: skip

@@ -41,7 +41,6 @@ def gradient_of(module, rows, **settings):
 def test_the_entropy_bonus_is_a_mean_over_tokens_times_the_published_micro_batches(module):
     rows = long_rows()
     if module is relift:
-        rows = [relift.Row(**vars(row), mean_tokens=0) for row in rows]
         for row in rows:
             row.teacher, row.sampler_logps = False, [-1.0] * len(row.response)
     bonus = gradient_of(module, rows, entropy_coef=0.5) - gradient_of(module, rows, entropy_coef=0.0)

@@ -41,7 +41,7 @@ class Seen(list):
 def test_flags_reach_what_they_name(name, tmp_path, monkeypatch):
     script = importlib.import_module(name)
     monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
-    steps = Seen().watch(monkeypatch, run if name == "luffy" else script, "optimizer_step")
+    steps = Seen().watch(monkeypatch, run if name in ("luffy", "relift") else script, "optimizer_step")
     drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
     problems = Seen().watch(monkeypatch, igsm, "problems")
     tables = {flag: getattr(script, {"loss": "LOSSES"}.get(flag, f"{flag}s".upper())) for flag in TABLES[name]}
@@ -97,12 +97,12 @@ def odd_text(texts, golds, *, verifier):
 @pytest.mark.parametrize(("method", "std"), [("luffy", False), ("rl_sft", False), ("grpo", True), ("relift", True)])
 def test_advantages_of_a_step_are_those_of_its_rewards(method, std, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
-    for module in (run, relift, verifiers):
+    for module in (run, verifiers):
         monkeypatch.setattr(module, "grade", odd_text)
     words = ["--out", str(tmp_path), "--steps", "1", "--eval_every", "0", "--log_samples", "99", "--group_size", "5"]
     words += ["--std"] * std
     if method == "relift":
-        relift.main(relift_ranks.settings(*words, "--no_buckets", "--no_verify_demonstrations"))
+        relift.main(relift_ranks.settings(*words, "--no_verify_demonstrations"))
     else:
         luffy.main(test_luffy_runs.settings("--method", method, *words))
     groups: dict[str, list[dict]] = {}

@@ -41,7 +41,7 @@ def poison(monkeypatch, calls):
     monkeypatch.setattr(trainer, "linear_logprobs", poisoned)
 
 
-REPLAYED = [name for name in TABLES if name not in ("luffy",)]
+REPLAYED = [name for name in TABLES if name not in ("luffy", "relift")]
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name not in REPLAYED])
