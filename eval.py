@@ -582,7 +582,7 @@ def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]
     """The rows whose gold answer one of the verifiers could not read: their answers count as wrong."""
     return [
         record.get("row", record["id"]) for record in records
-        if any("gold unreadable" in detail for answer in record["answers"] for verifier in verifiers
+        if any(detail.startswith("gold unreadable") for answer in record["answers"] for verifier in verifiers
                for detail in answer["verdicts"][verifier][2:])
     ]  # fmt: skip
 
@@ -999,7 +999,8 @@ def page_answers(record: dict, verifier: str) -> dict:
         for answer in [a for a, x in zip(record["answers"], rewards, strict=True) if (x > 0) == right][:1]:
             thought, tag, _ = answer["text"].partition("</think>")
             verdicts = {
-                v: " ".join(["right" if reward > 0 else "wrong" if status == "ok" else status, *detail])
+                v: ("right" if reward > 0 else "wrong" if status == "ok" else status)
+                + "".join(f" ({why})" for why in detail)
                 for v, (reward, status, *detail) in answer["verdicts"].items()
             }
             shown.append({

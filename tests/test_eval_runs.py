@@ -227,8 +227,8 @@ def test_a_gold_that_no_grader_can_read_is_named_by_row_once(finished, tmp_path,
     bad = list(records)[1]
 
     def refuses(texts, golds, verifier):
-        unreadable = [gold == "1/2/" for gold in golds]
-        return [Verdict(0.0, "unparsable", "gold unreadable: 1/2/") if bad else Verdict(1.0, "ok") for bad in unreadable]
+        cannot = Verdict(0.0, "unparsable", "gold unreadable: 1/2/")
+        return [cannot if gold == "1/2/" else Verdict(1.0, "ok") for gold in golds]
 
     monkeypatch.setattr(evaluation, "grade", refuses)
     records[bad]["gold"] = "1/2/"
