@@ -87,10 +87,10 @@ def activation_bytes(shape: Shape, tokens: int, *, checkpointing: bool, element:
 
 def update_flops(shape: Shape, tokens: int, responses: int, *, checkpointing: bool = True) -> float:
     """Operations of an update's matrix products: the body forward, again (but for each layer's last product) and
-    backward, and the head's on the response tokens, twice too. Attention's own, which grow with the lengths, are not
-    in it."""
+    backward, and the head's on the response tokens (8 instead of 6 operations where it keeps nothing). Attention's
+    own, which grow with the lengths, are not in it."""
     again = 2 * (shape.layer - shape.hidden * shape.intermediate) if checkpointing else 0
-    return shape.layers * (6 * shape.layer + again) * tokens + 8 * responses * shape.vocab * shape.hidden
+    return shape.layers * (6 * shape.layer + again) * tokens + 6 * responses * shape.vocab * shape.hidden
 
 
 def main() -> None:
