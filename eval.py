@@ -291,7 +291,7 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
             check_gold(item, row, where)
             benchmark = item.source or Path(source).stem
             read.append((benchmark, source, where, item))
-            owners.setdefault(benchmark, {"average"} & {benchmark}).add(source)
+            owners.setdefault(benchmark, {None} if benchmark == "average" else set()).add(source)
     questions: dict[str, Question] = {}
     for benchmark, source, where, item in read:
         # the same name in two files is two benchmarks; "average" is a key of results.json
