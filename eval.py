@@ -1035,6 +1035,8 @@ def check(args: Args) -> None:
         raise InputError(f"--value {args.value} is for --search beam, best_of_n or best_of_k")
     if args.search != "none" and args.temperature == 0:
         raise InputError(f"--search {args.search}: answers that shall differ need a positive --temperature")
+    if args.chat_template_args and args.template != "own":
+        raise InputError(f"--chat_template_args are for --template own, not {args.template}")
     if not args.verifier:
         raise InputError("--verifier needs at least one name")
     for name in args.verifier if not args.compare else ():

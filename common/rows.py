@@ -484,6 +484,8 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
     if file:
         tokenizer.chat_template = Path(file).read_text(encoding="utf-8-sig")
     if not tokenizer.chat_template:
+        if switches:
+            raise InputError("--chat_template_args: the tokenizer has no chat template; pass --chat_template FILE")
         return tokenizer  # render_prompt says what is missing, if it is called
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else tokenizer.get_chat_template()
     for switch in switches:

@@ -306,7 +306,9 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
         (dict(n=0), "--n must be positive"), (dict(top_p=0), "--top_p 0"), (dict(temperature=-1), "--temperature -1"),
         (dict(max_tokens=5000), "--max_tokens .* or less fits"), (dict(stop_tokens=("<|im_end|>",)), "--stop_tokens"),
         (dict(buckets="nowhere"), "nowhere: no evaluation there"), (dict(compare=("one",)), "two or more"),
-        (dict(template="no-such"), "--template no-such"), (dict(rollout="nobody"), "--rollout nobody"),
+        (dict(template="no-such"), "--template no-such"),
+        (dict(template="qwen", chat_template_args=("a=1",)), "--chat_template_args are for --template own, not qwen"),
+        (dict(rollout="nobody"), "--rollout nobody"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(data, tmp_path, settings, message):
