@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
 from common.rollout import Sampling, make_sampler
-from common.rows import Example, data_digest
+from common.rows import Example, data_digest, report_golds
 from common.trainer import (
     Checkpoints,
     Clock,
@@ -294,6 +294,7 @@ def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) ->
     )  # fmt: skip
     answers = [answer for [answer] in groups]
     verdicts = grade([tokenizer.decode(a.said) for a in answers], [e.gold for e in mine], verifier=args.verifier)
+    report_golds(mine, verdicts)
     results = [(e.source, v.reward, a.truncated, len(a.ids)) for e, v, a in zip(mine, verdicts, answers, strict=True)]
     sources, rewards, truncated, lengths = zip(*gather_lists(results, world), strict=True)
     accuracy = {f"eval/{name}": mean(r for s, r in zip(sources, rewards) if s == name) for name in sorted(set(sources))}
@@ -317,6 +318,7 @@ class Row:
     truncated: bool = False
     reward: float = 0.0
     status: str = ""  # the verifier's; empty: not graded
+    detail: str | None = None  # why it is so
     advantage: float = 0.0
     example: Example | None = None
 
@@ -333,8 +335,8 @@ class Row:
         """What samples.jsonl shows of it."""
         return {
             "who": "teacher" if self.teacher else "own", "reward": self.reward if self.status else None,
-            "advantage": self.advantage, "gold": self.example.gold, "prompt": self.example.text,
-            "response": tokenizer.decode(self.response),
+            "detail": self.detail, "advantage": self.advantage, "gold": self.example.gold,
+            "prompt": self.example.text, "response": tokenizer.decode(self.response),
         }  # fmt: skip
 
 
@@ -399,7 +401,8 @@ class Grader:
         """Return when all rows that were added have their reward and status."""
         for rows, verdicts in self.jobs:
             for row, verdict in zip(rows, verdicts.result(), strict=True):
-                row.reward, row.status = verdict.reward, verdict.status
+                row.reward, row.status, row.detail = verdict
+            report_golds([row.example for row in rows], rows)
         self.jobs = []
 
 
