@@ -17,8 +17,8 @@ import unicodedata
 from typing import NamedTuple
 
 import sympy
+from antlr4 import PredictionMode, Token
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
-from sympy.core.function import AppliedUndef
 
 from common.verifiers import MAX_CHARS, NoAnswer
 
@@ -524,6 +524,10 @@ TOKEN = re.compile(r"\\([a-zA-Z]+)|[A-Za-z0-9+\-*/^_!|(){}\[\].,·×÷∞⌊⌋�
 NOT_A_FORMULA = re.compile(  # what the parser would read as something else, or as its first half
     r"\d \d|[}\]] ?\d|[\d)}\]] ?_|!!|\d\.(?!\d)|\.\d*\.|[+\-*/^·×÷_]$|^[*/^·×÷_!]|\(\)|\^ ?[*/^)}]|,|\|\|"
 )
+SYMBOL = re.compile(  # a command that is none; f(x) is one symbol, x(y) a product
+    r"(\\(?!(?:%s)(?![a-zA-Z]))[a-zA-Z]+)|(?:\\[a-zA-Z]+ ?|[a-zA-Z])(?:_(?:\w|\{\w+\}))*(?:(?<=[fghuFGHP]) ?\([^()]*\))?" % "|".join([*GREEK, "hbar"])
+)
+PARSER = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False))
 FORMULA_SIGNS = {"·": r"\cdot ", "×": r"\times ", "÷": "/", "*": r"\cdot ", "∞": r"\infty ", "⌊": r"\lfloor ",
                  "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "}  # fmt: skip
 
@@ -554,19 +558,26 @@ def formula(text: str) -> sympy.Expr:
     tokens = [match[1] for match in TOKEN.finditer(text) if match[1]]
     if TOKEN.sub("", text) or not set(tokens) <= FORMULA_COMMANDS:
         raise Unreadable("a sign that no rule reads")
+    return sign * _compute(_parse(_for_parser(text)))
+
+
+def _parse(text):
+    """Math-Verify's tree of the whole of `text`."""
+    parser = PARSER.create_parser(text)
+    parser._interp.predictionMode = PredictionMode.SLL  # the fast one; it needs symbols that are marked as such
     try:
-        tree = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False)).parse(_for_parser(text))
-    except Exception as error:
-        raise Unreadable(f"not a formula: {type(error).__name__}") from error
+        node = parser.expr()
+        tree = PARSER.convert_expr(node) if parser.getCurrentToken().type == Token.EOF else None
+    except Exception as error:  # it raises a bare Exception for what it does not know
+        raise Unreadable("not a formula") from error
     if not isinstance(tree, sympy.Expr):
         raise Unreadable("not a formula")
-    return sign * _compute(tree)
+    return tree
 
 
 def _for_parser(text):
     """A spelled formula without the readings that Math-Verify's parser gives to 2(3), log_2 8 or 1.5."""
     text = re.sub(r"(\d)\.(?!\d)", r"\1", text)
-    text = re.sub(r"\\gamma(?![a-z])|E(?=_)", lambda m: r"\varsigma " if m[0] != "E" else r"\Upsilon ", text)  # it knows constants
     text = re.sub(r"(\\(?:%s)[_^])(\w)" % "|".join(FUNCTIONS), r"\1{\2}", text)
     text = re.sub(r"(\\(?:%s)[_^]\{[^{}]*\}) ?(\d+)" % "|".join(FUNCTIONS), r"\1{\2}", text)
     if NOT_A_FORMULA.search(text):
@@ -575,18 +586,24 @@ def _for_parser(text):
     text = re.sub(r"(?<![\d.^_}])(\d+) (\d+/\d+)", r"(\1+\2)", text)
     text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"(\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})", text)
     text = re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\\frac|\\sqrt|\\binom|[\da-zA-Z])|(?<=!) ?(?=[\d(\\a-zA-Z])", r"\\cdot ", text)
-    text = re.sub(r"(?<![\\a-zA-Z])([a-eijk-zA-EI-Z]) ?(?=\()", r"\1\\cdot ", text)
+    text = SYMBOL.sub(_symbol, text)
     return re.sub("[%s]" % "".join(FORMULA_SIGNS), lambda m: FORMULA_SIGNS[m[0]], text)
+
+
+def _symbol(match):
+    r"""x_1 as \variable{xQB}, the parser's form of a name; letters only."""
+    name = re.sub(r"[\\{} ]", "", match[0])
+    if match[1] or name == "e":
+        return match[0]
+    return r"\variable{%s}" % "".join(c if c.isalpha() and c.isascii() else "Q" + chr(65 + ord(c) % 26) for c in name)
 
 
 def _compute(tree):
     """The parser's tree, computed from its leaves on, once it is known to be of a size that can be."""
     _bits(tree)
-    names = {symbol: sympy.I for symbol in tree.free_symbols if symbol.name == "i"}
+    names = {sympy.Symbol("i"): sympy.I, sympy.Symbol("pi"): sympy.pi}
 
     def rebuild(node):
-        if isinstance(node, AppliedUndef):
-            return sympy.Symbol(str(node))
         if not node.args:
             return names.get(node, node)
         return node.func(*map(rebuild, node.args))
