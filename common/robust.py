@@ -556,6 +556,8 @@ def formula(text: str) -> sympy.Expr:
     text = re.sub("'+", lambda m: "_{%s}" % ("p" * len(m[0])), text)  # y' and y'' are symbols
     text = re.sub(r"\\(d?)dot ?\{? ?(\\?[A-Za-z]+) ?\}?", r"\2_{\1d}", text)
     tokens = [match[1] for match in TOKEN.finditer(text) if match[1]]
+    if r"\binom" in text and re.search(r"\d{4}", text):
+        raise Unreadable("too large a number")  # the parser computes it
     if TOKEN.sub("", text) or not set(tokens) <= FORMULA_COMMANDS:
         raise Unreadable("a sign that no rule reads")
     return sign * _compute(_parse(_for_parser(text)))
@@ -816,7 +818,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
         for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, at):
             depth += (brace[0] == "{") - (brace[0] == "}")
             if depth == 0:
-                found.append((box.start(), brace.end(), text[at + 1 : brace.start()]))
+                found.append((box.start(), brace.end(), text[at + 1 : brace.start()].strip()))
                 break
     return [b for b in found if not any(a[0] < b[0] and b[1] < a[1] for a in found)]
 
@@ -900,7 +902,8 @@ def _chosen(text):
 
 def robust(response: str, gold: str) -> bool:
     """The rule. Raises NoAnswer if the response gives no answer, or if the gold cannot be read."""
-    whole = SPECIAL.sub("", response[-MAX_CHARS:])
+    whole = response.rstrip()[-MAX_CHARS:]
+    whole = whole[:-400] + SPECIAL.sub("", whole[-400:])
     said = whole.rpartition("</think>")[2]
     gold = find_answer(gold) if boxes(gold) else gold
     if label := re.fullmatch(r"\W*([A-Z])\W*", re.sub(r"\\(?:text|mathrm|textbf|mathbf)", "", gold)):
@@ -925,8 +928,10 @@ def robust(response: str, gold: str) -> bool:
         if isinstance(truth, Unreadable):
             raise NoAnswer(f"gold unreadable: {gold[:100]} ({truth})")
         return any(same(a, b) for a in truth for b in readings(spelled))
-    except Unreadable as error:
-        raise NoAnswer(f"answer unreadable: {answer[:100]} ({error})") from error
+    except (ValueError, ArithmeticError, NotImplementedError, TypeError, RecursionError) as error:
+        if isinstance(error, NoAnswer):
+            raise
+        raise NoAnswer(f"answer unreadable: {answer[:100]} ({type(error).__name__}: {error})"[:300]) from error
 
 
 @functools.lru_cache(2048)
