@@ -375,6 +375,8 @@ def _list(items, separators, letters):
     rest = [item for item, condition in zip(items, conditions, strict=True) if not condition]
     if rest and all(re.search(rf"(?<![A-Za-z\\]){c[1]}(?![A-Za-z])", rest[0].rpartition("=")[2]) for c in conditions if c):
         items = rest
+    if not items:
+        raise Unreadable("empty")
     values = [_read(item, letters) for item in items]
     if len(values) == 1:
         return values[0]

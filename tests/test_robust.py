@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.grading import hostile_text
+from benchmarks.grading import CANARY, hostile_text
 from common.verifiers import Verdict, grade
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -52,7 +52,7 @@ def test_a_gold_that_cannot_be_read_is_named_as_the_fault():
 HUGE = [
     r"\boxed{9^{9^{9^9}}}", r"\boxed{" + "1" * 10**6 + "}", r"\boxed{" + "(" * 20_000 + "1" + ")" * 20_000 + "}",
     r"\boxed{factorial(10**8)}", r"\boxed{100000000!}", r"\boxed{\binom{10^8}{60116421}}", " " * 10**5 + r"\boxed{ }",
-    r"\boxed{\lfloor 10^{6402}\pi\rfloor}", r"\boxed{" + "2^" * 90 + "2}", r"\boxed{" * 2000, "answer is " * 5000,
+    r"\boxed{\lfloor 10^{6402}\pi\rfloor}", r"\boxed{" + "2^" * 90 + "2}", r"\boxed{" * 2000, r"\boxed{&}", "answer is " * 5000,
 ]  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_what_cannot_be_an_answer_is_refused_before_it_is_computed():
     verdicts = grade(["</think>" + text for text in texts], ["42"] * len(texts), verifier="robust", workers=1)
     assert {verdict.reward for verdict in verdicts} == {0.0}
     assert {verdict.status for verdict in verdicts} <= {"ok", "unparsable"}
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 15 and not CANARY.exists()
 
 
 def test_robust_needs_no_tag_and_takes_the_last_box():
