@@ -139,7 +139,7 @@ class Args:
     chat_template: str = ""
     """File with a Jinja chat template; empty takes the tokenizer's own."""
     verifier: str = "math"
-    """How answers are graded: math (LUFFY's rule: what follows </think>), full, boxed, exact, ... or
+    """How answers are graded: math (LUFFY's rule: what follows </think>), robust (for your own data), ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
     max_prompt_tokens: int = 800
     """Rows with longer prompts are left out and counted."""

@@ -1,3 +1,4 @@
+# ruff: noqa: E501, UP031, SIM102, SIM905, C405, C420 (tables and patterns)
 r"""The rule `robust`: is the answer of a response the gold? For one's own data; no published run used it.
 
     robust(r"So \boxed{x = 1\frac12\text{ cm}}", "1.5")  ->  True

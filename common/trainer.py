@@ -806,8 +806,8 @@ class Metrics:
             raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
 
     def log(self, step: int, values: dict[str, float], show: list[str]) -> None:
-        """One row of metrics; `show` names those that the progress bar prints. Raises RuntimeError, on every rank, for a
-        step on all of whose answers the verifier failed: its rewards say nothing."""
+        """One row of metrics; `show` names those that the progress bar prints. Raises RuntimeError on
+        every rank if the verifier failed on every answer of the step: such rewards say nothing."""
         if self.world.main:
             self._log(step, {k: v for k, v in values.items() if v is not None}, show)
         if values.get("verifier/error") == 1:

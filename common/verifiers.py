@@ -63,7 +63,7 @@ class NoAnswer(ValueError):
 class Verdict(NamedTuple):
     reward: float
     status: str  # "ok" | "timeout" | "error" | "unparsable"
-    detail: str | None = None  # why it is not "ok"; "gold unreadable: ..." where the gold is at fault, not the answer
+    detail: str | None = None  # why it is not "ok"; "gold unreadable: ..." if the gold is at fault
 
 
 # Rules on text alone. They run in the caller's process without a deadline: nothing is slower than linear.
@@ -375,7 +375,7 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
     if failed and any(responses) and spec not in _announced:
         _announced.add(spec)
         print(f"--verifier {spec} failed on {len(failed)} of {len(verdicts)} answers, which get reward 0: "
-              f"{failed[0].detail}. Further failures are counted as verifier/error.", file=sys.stderr, flush=True)  # fmt: skip
+              f"{failed[0].detail}. Further failures are only counted.", file=sys.stderr, flush=True)  # fmt: skip
     return verdicts
 
 
