@@ -111,7 +111,7 @@ class Args:
     chat_template_args: tuple[str, ...] = ()
     """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     verifier: str = "math"
-    """How answers are graded: math (LUFFY's rule: what follows </think>), full, boxed, exact, ... or
+    """How answers are graded: math (LUFFY's rule: what follows </think>), robust (for your own data), ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
     max_prompt_tokens: int = 1024
     """Rows with longer prompts are left out and counted."""

@@ -150,7 +150,7 @@ class Args:
     chat_template_args: tuple[str, ...] = ()
     """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     verifier: str = "full"
-    """How answers are graded: full (Math-Verify), math (LUFFY's: what follows </think>), boxed, exact, ... or
+    """How answers are graded: full (Math-Verify), robust (for your own data), math, boxed, exact, ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
     max_prompt_tokens: int = 1024
     """Rows with longer prompts are left out and counted."""

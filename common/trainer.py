@@ -850,10 +850,17 @@ class Metrics:
             raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
 
     def log(self, step: int, values: dict[str, float], show: list[str]) -> None:
-        """One row of metrics; `show` names those that the progress bar prints."""
-        if not self.world.main:
-            return
-        values = {k: v for k, v in values.items() if v is not None}
+        """One row of metrics; `show` names those that the progress bar prints. Raises RuntimeError on
+        every rank if the verifier failed on every answer of the step: such rewards say nothing."""
+        if self.world.main:
+            self._log(step, {k: v for k, v in values.items() if v is not None}, show)
+        if values.get("verifier/error") == 1:
+            raise RuntimeError(
+                f"step {step}: --verifier failed on every answer, so all rewards are 0. Its first exception is printed "
+                "above. Mend the reward function, then run the same command again: the step is not saved"
+            )
+
+    def _log(self, step: int, values: dict[str, float], show: list[str]) -> None:
         self._write("metrics", {"step": step, **values})
         for sink in self.sinks:
             sink(step, values)
