@@ -719,7 +719,7 @@ def load_value(args: Args, policy, world):
     """The value model of --value, or of --model's body with a head of zeros."""
     value = load_policy(
         args.value or args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
-        kind=ValueModel, lora=args.value_lora,
+        kind=ValueModel, new_head=not args.value, lora=args.value_lora,
     )
     check_fit(f"--value {args.value}", value, policy)
     return value
