@@ -56,17 +56,18 @@ from common.data import (
     InputError,
     batch_indices,
     check_verifier,
-    load_rows,
-    make_examples,
     pack,
     plan_micro_batches,
+    to_device,
 )
 from common.rollout import Completion, Sampling, make_sampler
+from common.rows import IGSM, data_digest, held_out_examples, read_examples, set_template
 from common.trainer import (
     BadBatches,
     Checkpoints,
     Clock,
     Metrics,
+    Totals,
     check_finite,
     export,
     gather_lists,
@@ -80,7 +81,6 @@ from common.trainer import (
     parse_args,
     peak_memory_gb,
     replay,
-    sum_over_ranks,
 )
 from common.verifiers import grade, grade_later
 
@@ -106,7 +106,9 @@ class Args:
     out: str = "runs/luffy"
     """Run folder. Running the same command again goes on from its last checkpoint."""
     chat_template: str = ""
-    """File with a Jinja chat template; empty takes the tokenizer's own."""
+    """File with a Jinja chat template; empty takes the tokenizer's own. It is saved with the model."""
+    chat_template_args: tuple[str, ...] = ()
+    """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     verifier: str = "math"
     """How answers are graded: math (LUFFY's rule: what follows </think>), full, boxed, exact, ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
@@ -236,7 +238,6 @@ SCRATCH = dict(
     model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
 )
-IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
@@ -336,7 +337,9 @@ def micro_batches(rows: list[Row], args: Args, world):
 
 def per_token(batch, values: list) -> torch.Tensor:
     """One value a row -> [N], one for each of its response tokens."""
-    return torch.tensor(values, device=batch.targets.device)[batch.sequence] if values else batch.targets.new_empty(0)
+    if not values:
+        return batch.targets.new_empty(0)
+    return to_device(torch.tensor(values), batch.targets.device)[batch.sequence]
 
 
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
@@ -358,9 +361,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
     n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    names = ("pg_loss", "sft_loss", "entropy", "teacher_logp", "teacher_shaped", "clipped", "kl_old")
-    sums = torch.zeros(len(names), dtype=torch.float64)
-    mismatch: list[torch.Tensor] = []  # trainer's minus sampler's log-prob of own tokens
+    totals, largest = Totals(world), torch.zeros((), dtype=torch.float64, device=world.device)
     counted = rows_with_gradient(rows, args)
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
@@ -368,10 +369,10 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
         drawn = [x for row in mine for x in (row.sampler_logps or [math.nan] * len(row.response))]
-        sampler_logp = torch.tensor(drawn, device=logp.device)  # [N]
+        sampler_logp = to_device(torch.tensor(drawn), logp.device)  # [N]
+        pg_loss = sft_loss = logp.new_zeros(())
         if args.method == "sft":
-            loss = -logp.sum() / n_tokens
-            sums[1] += loss.item()
+            loss = sft_loss = -logp.sum() / n_tokens
         else:
             token_loss = luffy_token_loss(
                 logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
@@ -380,26 +381,27 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
                 token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
             if args.method == "rl_sft":
                 token_loss = torch.where(teacher, 0.0, token_loss)
-            loss = token_loss.sum() * row_scale
-            sums[0] += loss.item()
+            loss = pg_loss = token_loss.sum() * row_scale
             if args.method == "rl_sft" and n_teacher_tokens:
-                nll = -torch.where(teacher, logp, 0.0).sum() / n_teacher_tokens
-                loss = loss + args.sft_coef * n_micro * nll
-                sums[1] += nll.item()
+                sft_loss = -torch.where(teacher, logp, 0.0).sum() / n_teacher_tokens
+                loss = loss + args.sft_coef * n_micro * sft_loss
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         with torch.no_grad():
-            own, p = ~teacher, logp[teacher].exp()
+            p = logp.exp()
             shaped = p / (p + args.shaping_gamma) if args.shaping_gamma else p
-            ratio = (logp - old)[own].exp()
-            sums[2:] += torch.stack([
-                entropy.sum(), logp[teacher].sum(), shaped.sum(),
-                ((ratio - 1).abs() > (args.clip or math.inf)).sum(), (old - logp)[own].sum(),
-            ]).double().cpu()
-            mismatch.append((old - sampler_logp)[own].cpu())
-    total = dict(zip(names, sum_over_ranks(sums, world).tolist(), strict=True))
+            gone = torch.where(teacher, 0.0, logp - old)  # since the rows were sampled
+            gap = torch.where(teacher, 0.0, old - sampler_logp).double()  # trainer's minus sampler's, of own tokens
+            totals.add(
+                pg_loss=pg_loss, sft_loss=sft_loss, entropy=entropy.sum(), kl_old=-gone.sum(),
+                teacher_logp=torch.where(teacher, logp, 0.0).sum(), teacher_shaped=(shaped * teacher).sum(),
+                clipped=((gone.exp() - 1).abs() > (args.clip or math.inf)).sum(),
+                mismatch=gap.abs().sum(), mismatch_kl=-gap.sum(),
+            )  # fmt: skip
+            largest = torch.cat([largest[None], gap.abs()]).max()
+    total = totals.reduce()
     own_tokens, teacher_tokens = (sum(len(r.response) for r in counted if r.teacher == t) for t in (False, True))
     metrics = {"policy/entropy": total["entropy"] / (own_tokens + teacher_tokens)}
     if args.method in ("sft", "rl_sft"):
@@ -410,17 +412,11 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     if args.method != "sft":
         metrics["loss/pg"] = total["pg_loss"]
         metrics |= {f"policy/{name}": total[name] / max(1, own_tokens) for name in ("clipped", "kl_old")}
-        metrics |= compare_logps(torch.cat(mismatch), world)
+        # how far the trainer's log-probs are from the sampler's on the tokens that it drew
+        metrics["mismatch/mean_abs"] = total["mismatch"] / max(1, own_tokens)
+        metrics["mismatch/kl"] = total["mismatch_kl"] / max(1, own_tokens)
+        metrics["mismatch/max"] = max(gather_lists([largest.item()], world))
     return metrics
-
-
-def compare_logps(difference: torch.Tensor, world) -> dict[str, float]:
-    """How far the trainer's log-probs are from the sampler's on the tokens that it drew; [tokens] -> metrics."""
-    d = difference.double()
-    sums = sum_over_ranks(torch.tensor([len(d), d.abs().sum(), -d.sum()], dtype=torch.float64), world)
-    largest = max(gather_lists([d.abs().max().item() if len(d) else 0.0], world))
-    n = max(1.0, sums[0].item())
-    return {"mismatch/mean_abs": sums[1].item() / n, "mismatch/kl": sums[2].item() / n, "mismatch/max": largest}
 
 
 def replayed(rows: list[Row], old_logps, args: Args, world, policy) -> dict[str, float]:
@@ -443,24 +439,6 @@ def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tenso
 
 
 # ------------------------------------------------------------------------------------------------- the loop
-
-
-def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str, limit: int = 0, progress=False):
-    """Examples of a data flag, and the counts of what was left out."""
-    if source.startswith("igsm:"):
-        try:
-            lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
-            settings = dict(IGSM, ops=(lo, hi), split=split)
-            rows = [igsm.row(problem, split) for problem in igsm.problems(limit or args.igsm_problems, **settings)]
-        except ValueError as error:
-            raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
-    else:
-        rows = load_rows(source, split=split, limit=limit or None)
-    return make_examples(
-        rows, tokenizer, source=source, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens, empty_trace=args.empty_trace, long_trace=args.long_trace,
-        template=Path(args.chat_template).read_text() if args.chat_template else None, progress=progress,
-    )
 
 
 def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
@@ -490,8 +468,6 @@ def check(args: Args) -> None:
         raise InputError(f"--tis_cap must be 1 or more, or 0 for none, not {args.tis_cap}")
     if args.steps < 0:
         raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
-    if args.chat_template and not Path(args.chat_template).is_file():
-        raise InputError(f"--chat_template {args.chat_template}: no such file")
     check_verifier(args.verifier)
 
 
@@ -526,17 +502,14 @@ def main(args: Args) -> None:
 
     scratch = args.model == "scratch"
     tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"]) if scratch else load_tokenizer(args.model)
+    set_template(tokenizer, args.chat_template, args.chat_template_args)
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored",
-        progress=world.main,
+        golds=args.method != "sft", empty_trace=args.empty_trace, long_trace=args.long_trace, progress=world.main,
     )
-    held_out = [
-        example
-        for source in args.eval_data
-        for example in read_examples(
-            source, tokenizer, args, split="test", traces="ignored", limit=args.eval_limit
-        )[0]
-    ]
+    held_out = held_out_examples(tokenizer, args)
+    digest = data_digest(*([(e.prompt, e.trace, e.gold) for e in part] for part in (examples, held_out)))
+    checkpoints.check_data(state, digest, f"--data {args.data}")
     if len(examples) < args.batch_size:
         raise InputError(f"--data {args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
     steps = args.steps or max(1, int(args.epochs * (len(examples) // args.batch_size)))

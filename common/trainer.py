@@ -47,6 +47,7 @@ from transformers.utils import logging as transformers_logging
 from common.data import InputError, TokenBatch, pack, read
 from common.logprobs import linear_kl, linear_logprobs
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 transformers_logging.disable_progress_bar()  # shards read and written: noise beside a training bar
 
 # ------------------------------------------------------------------------------------- command line, launch
@@ -124,9 +125,18 @@ class World:
 
 
 def init_world(timeout_minutes: float = 30.0) -> World:
-    """Join the ranks that torchrun started (nccl on CUDA, gloo on CPU), or be a world of one process."""
+    """Join the ranks that torchrun started (nccl on CUDA, gloo on CPU), or be a world of one process.
+
+    Raises InputError where there is an NVIDIA GPU that torch, which was built for CUDA, cannot use."""
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    if not cuda and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and NVIDIA_DRIVER.exists():
+        driver = NVIDIA_DRIVER.read_text().splitlines()[0]
+        raise InputError(
+            f"torch {torch.__version__} cannot use this machine's NVIDIA GPU; its driver ({driver}) may be too old for "
+            f"CUDA {torch.version.cuda} (CUDA 13 needs 580 or later). Install a newer driver, or set "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -167,6 +177,24 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
         dist.all_reduce(on_device)
         values.copy_(on_device)
     return values
+
+
+class Totals:
+    """Sums by name over micro-batches and ranks: `totals.add(entropy=entropy.sum(), ...)` in each micro-batch, then
+    `totals.reduce()` once. They stay on the device, so that no micro-batch waits for the one before it."""
+
+    def __init__(self, world: World):
+        self.world, self.sums = world, {}
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Add a scalar to the sum of each name. Every rank must add the same names in the same order."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+
+    def reduce(self) -> dict[str, float]:
+        """The sums over all ranks (a collective)."""
+        values = sum_over_ranks(torch.stack(list(self.sums.values())).cpu(), self.world).tolist()
+        return dict(zip(self.sums, values, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- policy
@@ -291,6 +319,7 @@ def load_policy(
     new_head: bool = False,
     lora: int = 0,
     edit_config=None,
+    compile: bool = False,
 ) -> Policy:
     """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
     float32 reduction on CUDA). Only rank 0 reads the weights; the others receive their shards from it.
@@ -299,7 +328,9 @@ def load_policy(
     kind: Policy, or ValueModel; new_head: the folder is a language model's, and the head of values starts at zero.
     lora: rank (and alpha) of adapters on every linear layer of the body; the body's own weights are then frozen, a
     value's head is not. edit_config: called with the configuration before the model is built (such as RoPE's theta);
-    what it sets is saved with the model. Dropout is set to 0, and routers have no jitter, as in the papers' runs.
+    what it sets is saved with the model. compile: fuse each layer's small operations with torch.compile;
+    attention, whose shapes change with every batch, is left as it is.
+    Dropout is set to 0, and routers have no jitter, as in the papers' runs.
     Raises InputError if there is no such model at `path`, its weights are not those of its configuration, or packed
     sequences or `hidden @ weight.T` do not give what plain Transformers gives (`prove`)."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
@@ -350,8 +381,12 @@ def load_policy(
         if not lm.supports_gradient_checkpointing:
             raise InputError(f"{flag}: {type(lm).__name__} has no gradient checkpointing: train it without that flag")
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
+        for layer in layers_of(lm):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
     model = _shard(kind(lm), world)
-    prove(model, flag)
+    with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext():
+        prove(model, flag)
     return model
 
 
@@ -509,6 +544,11 @@ def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
         peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names), body)
 
 
+def layers_of(lm: nn.Module) -> list[nn.Module]:
+    """The body's layers, whatever the model calls them."""
+    return [m for m in lm.get_decoder().modules() if type(m).__name__ in (lm._no_split_modules or ())]
+
+
 def _shard(policy: Policy, world: World) -> Policy:
     if world.size == 1 and world.device.type == "cpu":
         return policy.train()  # nothing to shard, no precision to mix: a plain module is twice as fast
@@ -519,9 +559,8 @@ def _shard(policy: Policy, world: World) -> Policy:
     )
     whole = policy.state_dict() if world.main else {}
     buffers = dict(policy.named_buffers()) if world.main else {}
-    for module in policy.lm.get_decoder().modules():
-        if type(module).__name__ in (policy.lm._no_split_modules or ()):
-            fully_shard(module, **how)
+    for layer in layers_of(policy.lm):
+        fully_shard(layer, **how)
     if isinstance(policy, ValueModel):
         fully_shard(policy.lm.score, mesh=how["mesh"])  # in float32 also where the rest computes in bf16
     fully_shard(policy, **how)
@@ -790,6 +829,7 @@ class Checkpoints:
         """background: write while training goes on; None: on CUDA."""
         self.folder, self.keep = folder, keep
         self.settings = json.loads(json.dumps(dataclasses.asdict(args)))
+        self.data = None  # digest of what is trained on (check_data)
         self.background = torch.cuda.is_available() if background is None else background
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
@@ -837,6 +877,15 @@ class Checkpoints:
                 file=sys.stderr,
             )
         return state
+
+    def check_data(self, state: dict | None, digest: str, flags: str) -> None:
+        """Save `digest` with every checkpoint. Raises InputError if that of `state` is another one."""
+        self.data = digest
+        if state and state.get("data") not in (None, digest):
+            raise InputError(
+                f"{flags}: the data (or the tokenizer) changed since {self.latest()} was written; restore them, or use "
+                "another --out to start anew"
+            )
 
     def _sums(self, path: Path, world: World, group=None) -> dict[str, str]:
         """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
@@ -904,7 +953,7 @@ class Checkpoints:
                 shutil.rmtree(stale)
         dist.barrier()
         pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
-        state = {"step": step, "ranks": world.size, "settings": self.settings, **extra}
+        state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data, **extra}
         start, tensors = time.perf_counter(), self._tensors(pairs)
         with self._explain(step):
             if not self.background:

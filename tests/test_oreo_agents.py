@@ -105,7 +105,7 @@ def test_the_action_is_the_rest_of_the_first_action_line(answer, command):
 
 
 def test_an_episode_is_a_row_of_the_ids_that_were_drawn_with_the_answers_as_actions():
-    episode = Episode("door", 0, Door(""), TOKENIZER, None)
+    episode = Episode("door", 0, Door(""), TOKENIZER)
     for answer in ("Thought: I wait\nAction: open door<|eos|>", "Action: go out<|eos|>"):
         episode.say(ids(answer))
     row = episode.row()
@@ -117,7 +117,7 @@ def test_an_episode_is_a_row_of_the_ids_that_were_drawn_with_the_answers_as_acti
     assert spans[0] == "Thought: I wait\nAction: open door<|eos|>Action: go out<|eos|>"
     assert spans[1] == "<|user|>Observation: The door is open.<|assistant|>"
     # the same as the conversation's text gives, its "OK" being context
-    prompt, response, actions = oreo.conversation_ids(row["conversations"], TOKENIZER, None, skip_turns=1)
+    prompt, response, actions = oreo.conversation_ids(row["conversations"], TOKENIZER, skip_turns=1)
     assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import igsm
 import oreo
 from common.data import InputError
+from common.rows import IGSM
 from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args, read_metrics
 from tests import oreo_ranks
 from tests.conftest import NANO, run_script
@@ -23,7 +24,7 @@ from tests.oreo_ranks import SMALL, settings
 def nano(world, tmp_path_factory):
     """A model folder of a few thousand random weights, with the tokenizer of symbolic iGSM."""
     folder = tmp_path_factory.mktemp("nano") / "model"
-    tokenizer = igsm.tokenizer("symbolic", modulus=oreo.IGSM["modulus"])
+    tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"])
     config = dict(NANO, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     export(load_policy("nano", world, from_config=config, seed=3), tokenizer, folder, world)
@@ -42,7 +43,7 @@ def value(nano, world, tmp_path_factory):
 def rows(tmp_path_factory):
     """A file of worked solutions, every second of which has a wrong answer."""
     lines = []
-    for i, problem in enumerate(igsm.problems(12, **oreo.IGSM, ops=(1, 2))):
+    for i, problem in enumerate(igsm.problems(12, **IGSM, ops=(1, 2))):
         row = igsm.row(problem, "train")
         right = row["target"][0]["content"].removeprefix("<think>\n")
         wrong = right.replace("\\boxed{", "\\boxed{1")
@@ -297,10 +298,10 @@ IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
         ([GOOD | {"reward": 0}] * 9, ["--stage", "rejection"], "no answer is right"),
         ([GOOD, GOOD | {"prompt": "b=1\na?", "reward": 0}], ["--stage", "dpo"], "no question has a right and a wrong"),
         ([GOOD, GOOD | {"response": ""}], [], "row 1: no prompt, or no action token"),
-        ([GOOD, GOOD | {"prompt": ""}], [], "row 1: no prompt, or no action token"),
-        ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: expected .* .KeyError: 'reward'"),
-        ([GOOD, GOOD | {"reward": "good"}], [], "row 1: expected .*could not convert"),
-        ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: .* a reward of nan"),
+        ([GOOD, GOOD | {"prompt": ""}], [], "row 1: 'prompt' must be a text"),
+        ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: 'label' must be .*'reward'"),
+        ([GOOD, GOOD | {"reward": "good"}], [], "row 1: 'reward' must be a number, not 'good'"),
+        ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: 'reward' must be a number, not nan"),
         ([[1, 2]], [], "row 0: expected"),
         ([GOOD | {"prompt_ids": [5], "response_ids": [9999]}], [], "row 0: ids of another tokenizer"),
         ([GOOD | {"prompt_ids": [5], "response_ids": [6, 7]}], [], "row 0: ids of another tokenizer"),
@@ -308,7 +309,8 @@ IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
         ([IDS | {"actions": [0, 0]}], [], "row 0: no prompt, or no action"),
         ([GOOD | {"question": 0}, GOOD | {"question": 0, "prompt": "b=1\na?", "reward": 0}], ["--stage", "dpo"],
          "no question has a right and a wrong"),
-        ([{"conversations": [{"role": "user", "content": "x"}], "reward": 1}], [], "row 0: no action: 1 turns"),
+        ([{"conversations": [{"role": "user", "content": "x"}], "reward": 1}], [],
+         "row 0: 'conversations' has no assistant turn"),
     ],
 )  # fmt: skip
 def test_bad_rows_get_one_message_that_names_the_row(nano, tmp_path, lines, words, message):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 import igsm
 import redi
 from common.data import InputError
+from common.rows import Trace
 from common.trainer import load_policy, parse_args, read_metrics
 from tests import redi_ranks
 from tests.conftest import NANO, run_script
@@ -98,7 +99,7 @@ def test_what_a_model_drew_keeps_its_ids_in_both_files(settings, tmp_path, monke
 
     def answer(problems, *_):
         for problem in problems:
-            problem.chosen = problem.chosen or (tokenizer.decode(drawn[:-1]), drawn)
+            problem.chosen = problem.chosen or Trace(tokenizer.decode(drawn[:-1]), 1.0, drawn)
 
     monkeypatch.setattr(redi, "add_own_answers", answer)
     graded = [{"prompt": "a=22\na?", "responses": ["a=6"], "rewards": [0], "answer": "22"}]
