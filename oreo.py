@@ -106,6 +106,7 @@ from common.trainer import (
     load_policy,
     load_tokenizer,
     make_optimizer,
+    max_positions,
     optimizer_step,
     parse_args,
     peak_memory_gb,
@@ -150,7 +151,7 @@ class Args:
     chat_template_args: tuple[str, ...] = ()
     """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     verifier: str = "full"
-    """How answers are graded: full (Math-Verify), math (LUFFY's: what follows </think>), boxed, exact, ... or
+    """How answers are graded: full (Math-Verify), robust (for your own data), math, boxed, exact, ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
     max_prompt_tokens: int = 1024
     """Rows with longer prompts are left out and counted."""
@@ -707,7 +708,7 @@ def load_value(args: Args, policy, world):
     """The value model of --value, or of --model's body with a head of zeros."""
     value = load_policy(
         args.value or args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
-        kind=ValueModel, lora=args.value_lora,
+        kind=ValueModel, new_head=not args.value, lora=args.value_lora,
     )
     check_fit(f"--value {args.value}", value, policy)
     return value
@@ -870,6 +871,12 @@ def train(args: Args) -> None:
     policy = load_policy(
         args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, lora=args.policy_lora
     )
+    longest = max(len(row.prompt) + len(row.response) for unit in units for row in unit)
+    if (positions := max_positions(policy.lm.config)) and longest > positions:
+        raise InputError(
+            f"{args.rows or args.data}: a row has {longest} tokens, --model {positions} positions: lower "
+            "--max_response_tokens"
+        )
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     value = load_value(args, policy, world) if args.stage == "oreo" else None
     value_optimizer = value and make_optimizer(

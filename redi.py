@@ -104,6 +104,7 @@ from common.trainer import (
     load_policy,
     load_tokenizer,
     make_optimizer,
+    max_positions,
     optimizer_step,
     parse_args,
     peak_memory_gb,
@@ -145,7 +146,7 @@ class Args:
     chat_template_args: tuple[str, ...] = ()
     """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     verifier: str = "math"
-    """How answers are graded: math (LUFFY's rule: what follows </think>), full, boxed, exact, ... or
+    """How answers are graded: math (LUFFY's rule: what follows </think>), robust (for your own data), ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
     max_prompt_tokens: int = 800
     """Rows with longer prompts are left out and counted."""
@@ -796,10 +797,11 @@ def main(args: Args) -> None:
         args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, edit_config=set_context
     )
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
-    if longest > policy.lm.config.max_position_embeddings:
+    positions = max_positions(policy.lm.config)
+    if positions and longest > positions:
         raise InputError(
             f"--data {args.data}: the longest row has {longest} tokens, --model {args.model} "
-            f"{policy.lm.config.max_position_embeddings} positions: raise --max_positions (with --rope_theta), or "
+            f"{positions} positions: raise --max_positions (with --rope_theta), or "
             "lower --max_response_tokens"
         )
     if args.stage == "redi" and args.loss == "dpo":

@@ -14,13 +14,16 @@ Sequences that begin with the same prompt, as the answers of a group do, share i
 """
 
 import heapq
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from common.verifiers import grade
 
@@ -52,6 +55,7 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 BLOCK = {"cpu": 0.94, "cuda": 1.0}  # rows of a block of attention are at least so long, as a share of its longest
 RAGGED = (torch.bfloat16, torch.float16)  # what CUDA's kernel for rows of any length computes in
+QUERIES = 512  # whose scores are in memory at once, where attention is written out
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Packing:
 
     A prompt's tokens stand in the row of every sequence that they begin. On CUDA a kernel takes rows of any length, so
     blocks hold rows of equal length. Elsewhere they hold rows of like length, right-padded. Causal attention over them
-    needs no mask: a token never sees what comes after it, and what the padding cells compute is not read."""
+    needs no padding mask: a token never sees what comes after it, and what the padding cells compute is not read."""
 
     blocks: list[tuple[int, int]]  # rows and width of each block; C cells in all
     bounds: torch.Tensor  # [B + 1] int32: the cell at which each row begins, and the end
@@ -84,6 +88,7 @@ class TokenBatch:
     predictors: torch.Tensor  # [N] index into T
     targets: torch.Tensor  # [N]
     sequence: torch.Tensor  # [N] which sequence of the list, 0 .. B-1
+    largest: int  # of all ids, read or predicted
 
 
 def to_device(values: torch.Tensor, device) -> torch.Tensor:
@@ -141,6 +146,7 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
         tensor(tokens)[None], tensor(torch.cat(positions))[None],
         Packing(blocks, tensor(widths.cumsum(0)).int(), tensor(cells), tensor(home), tensor(copies), dense),
         tensor(torch.cat(predictors)), tensor(targets), tensor(torch.arange(len(sizes)).repeat_interleave(sizes)),
+        max(max(tokens), max(targets, default=0)),
     )  # fmt: skip
 
 
@@ -175,48 +181,132 @@ class _FromGrid(torch.autograd.Function):
         return grad.new_zeros(len(packing.cells), *grad.shape[1:]).index_copy_(0, packing.home, grad), None
 
 
+@dataclass
+class Pattern:
+    """Which keys of its row a query sees. Transformers' mask functions make it, and models hand it to their layers in
+    place of a mask: so each layer gets the packing and its own kind of attention."""
+
+    packing: Packing
+    visible: Callable  # (batch, head, query position, key position) -> bool
+    local: int | None  # keys of a window or chunk; None: all that came before
+
+    @property
+    def causal(self) -> bool:
+        """No row is long enough for a window to matter."""
+        return self.local is None or self.packing.width <= self.local
+
+    def mask(self, width: int, device) -> torch.Tensor:
+        """-> [width, width] bool: queries x keys."""
+        i = torch.arange(width, device=device)
+        return self.visible(0, 0, i[:, None], i[None])
+
+
+_packing: ContextVar[Packing] = ContextVar("packing")  # of the batch that a model is reading
+
+
+def packed_mask(*, mask_function, local_size=None, **_) -> Pattern:
+    """A Transformers mask function."""
+    if local_size is None and mask_function is not causal_mask_function:
+        raise NotImplementedError("a mask that is neither causal nor a window")
+    return Pattern(_packing.get(), mask_function, local_size)
+
+
+def read(model, batch: TokenBatch) -> torch.Tensor:
+    """Final hidden states [T, H] of a Transformers decoder whose attention is "packed"."""
+    token = _packing.set(batch.packing)
+    try:
+        # a mask says that nothing is padding: without one Transformers would look for sequences in the positions
+        mask = torch.ones_like(batch.input_ids, dtype=torch.bool)
+        out = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+    finally:
+        _packing.reset(token)
+    return out.last_hidden_state[0]
+
+
+SEEN = {"position_ids", "use_cache", "is_causal"}  # what layers hand to attention, and the pattern says already
+
+
 @torch.compiler.disable
-def packed_attention(module, query, key, value, attention_mask, *, packing: Packing, scaling=None, **kwargs):
-    """Causal attention within each packed sequence: [1, heads, T, d] -> [1, T, heads, d], a Transformers
-    attention function. Every other layer works on the T packed tokens; only here they are laid out as rows."""
-    window = getattr(module, "sliding_window", None)
-    if window is not None and packing.width > window:
-        raise ValueError(f"sequences of {packing.width} tokens exceed the model's sliding window of {window}")
+def packed_attention(
+    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+    s_aux=None, **more,
+):  # fmt: skip
+    """Attention within each packed sequence: [1, heads, T, d] -> [1, T, heads, d], a Transformers attention function.
+    Every other layer works on the T packed tokens; only here they are laid out as rows.
+
+    sliding_window: number of keys that a query sees, its own included. softcap: scores become
+    softcap * tanh(scores / softcap). s_aux: [heads], a logit for one more column of the softmax (attention sinks).
+    Raises NotImplementedError if a layer hands over anything else."""
+    unknown = [name for name, x in more.items() if name not in SEEN and x is not None and x is not False]
+    unknown += ["dropout"] if dropout else []
+    if not isinstance(attention_mask, Pattern):
+        unknown.append("a mask of its own")
+    elif sliding_window not in (None, attention_mask.local):
+        unknown.append(f"a window of {sliding_window} beside a mask for {attention_mask.local}")
+    if unknown:
+        raise NotImplementedError(f"{type(module).__name__} hands {', '.join(unknown)} to attention")
+    pattern, packing = attention_mask, attention_mask.packing
     # [1, heads, T, d] -> [C, heads, d]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     q, k, v = (x if packing.dense else _ToGrid.apply(x, packing) for x in (q, k, v))
-    if query.is_cuda and query.dtype in RAGGED:
-        out = _ragged_attention(q, k, v, packing, scaling)
+    window = (pattern.causal or sliding_window) and q.shape[-1] == v.shape[-1]  # else the kernel cannot
+    if query.is_cuda and query.dtype in RAGGED and window and s_aux is None and softcap is None:
+        out = _ragged_attention(q, k, v, pattern, scaling)
     else:
-        out = _block_attention(q, k, v, packing, scaling)
+        out = _block_attention(q, k, v, pattern, scaling, softcap=softcap, sinks=s_aux)
     return (out if packing.dense else _FromGrid.apply(out, packing))[None], None  # [1, T, heads, d]
 
 
-def _block_attention(q, k, v, packing: Packing, scaling):
+def _block_attention(q, k, v, pattern: Pattern, scaling, *, softcap=None, sinks=None):
     """A call for each block: [C, heads, d] -> [C, heads, d]."""
+    blocks, gqa = pattern.packing.blocks, q.shape[1] != k.shape[1]
 
     def split(x):  # -> [rows, heads, width, d] for each block
-        parts = x.split([rows * width for rows, width in packing.blocks])
-        return [part.unflatten(0, block).transpose(1, 2) for part, block in zip(parts, packing.blocks, strict=True)]
+        parts = x.split([rows * width for rows, width in blocks])
+        return [part.unflatten(0, block).transpose(1, 2) for part, block in zip(parts, blocks, strict=True)]
 
-    gqa = q.shape[1] != k.shape[1]
-    attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=gqa)
-    blocks = zip(split(q), split(k), split(v), strict=True)
-    parts = [attend(*block).transpose(1, 2).flatten(0, 1) for block in blocks]
+    parts = []
+    for (_, width), *block in zip(blocks, split(q), split(k), split(v), strict=True):
+        if softcap or sinks is not None:
+            out = _written_out(*block, pattern.mask(width, q.device), scaling, softcap, sinks)
+        else:
+            mask = None if pattern.causal else pattern.mask(width, q.device)
+            out = F.scaled_dot_product_attention(*block, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _ragged_attention(q, k, v, packing: Packing, scaling):
+def _written_out(q, k, v, mask, scaling, softcap, sinks):
+    """Compute attention with a soft cap and sinks, which SDPA lacks. The backward recomputes QUERIES at a time, so that
+    the scores of a whole row are never in memory."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+
+    def attend(first: int, end: int):
+        scores = (q[:, :, first:end] @ k[:, :, :end].transpose(2, 3)).float() * (scaling or q.shape[-1] ** -0.5)
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        scores = scores.masked_fill(~mask[first:end, :end], -torch.inf)
+        if sinks is not None:
+            sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sink], -1)
+        return scores.softmax(-1)[..., :end].to(v.dtype) @ v[:, :, :end]
+
+    width = q.shape[2]
+    pieces = [(first, min(first + QUERIES, width)) for first in range(0, width, QUERIES)]
+    return torch.cat([checkpoint(attend, *piece, use_reentrant=False) for piece in pieces], 2)
+
+
+def _ragged_attention(q, k, v, pattern: Pattern, scaling):
     """The same in one call, for rows of any length without padding (torch's own flash attention)."""
     from torch.nn.attention.varlen import varlen_attn  # takes 2 s to import
 
     gqa = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}  # 2.11 does it unasked
-    return varlen_attn(
-        q, k, v, packing.bounds, packing.bounds, packing.width, packing.width, scale=scaling, window_size=(-1, 0), **gqa
-    )
+    bounds, width = pattern.packing.bounds, pattern.packing.width
+    before = -1 if pattern.causal else pattern.local - 1
+    return varlen_attn(q, k, v, bounds, bounds, width, width, scale=scaling, window_size=(before, 0), **gqa)
 
 
-AttentionInterface.register("packed", packed_attention)  # no mask function of that name: none is made
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", packed_mask)
 
 
 # ----------------------------------------------------------------------------------------------- balancing

@@ -1,3 +1,4 @@
+# ruff: noqa: E501, UP031, SIM102, SIM905, C405, C420 (tables and patterns)
 r"""The rule `robust`: is the answer of a response the gold? For one's own data; no published run used it.
 
     robust(r"So \boxed{x = 1\frac12\text{ cm}}", "1.5")  ->  True
@@ -17,8 +18,8 @@ import unicodedata
 from typing import NamedTuple
 
 import sympy
+from antlr4 import PredictionMode, Token
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
-from sympy.core.function import AppliedUndef
 
 from common.verifiers import MAX_CHARS, NoAnswer
 
@@ -375,6 +376,8 @@ def _list(items, separators, letters):
     rest = [item for item, condition in zip(items, conditions, strict=True) if not condition]
     if rest and all(re.search(rf"(?<![A-Za-z\\]){c[1]}(?![A-Za-z])", rest[0].rpartition("=")[2]) for c in conditions if c):
         items = rest
+    if not items:
+        raise Unreadable("empty")
     values = [_read(item, letters) for item in items]
     if len(values) == 1:
         return values[0]
@@ -524,6 +527,10 @@ TOKEN = re.compile(r"\\([a-zA-Z]+)|[A-Za-z0-9+\-*/^_!|(){}\[\].,·×÷∞⌊⌋�
 NOT_A_FORMULA = re.compile(  # what the parser would read as something else, or as its first half
     r"\d \d|[}\]] ?\d|[\d)}\]] ?_|!!|\d\.(?!\d)|\.\d*\.|[+\-*/^·×÷_]$|^[*/^·×÷_!]|\(\)|\^ ?[*/^)}]|,|\|\|"
 )
+SYMBOL = re.compile(  # a command that is none; f(x) is one symbol, x(y) a product
+    r"(\\(?!(?:%s)(?![a-zA-Z]))[a-zA-Z]+)|(?:\\[a-zA-Z]+ ?|[a-zA-Z])(?:_(?:\w|\{\w+\}))*(?:(?<=[fghuFGHP]) ?\([^()]*\))?" % "|".join([*GREEK, "hbar"])
+)
+PARSER = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False))
 FORMULA_SIGNS = {"·": r"\cdot ", "×": r"\times ", "÷": "/", "*": r"\cdot ", "∞": r"\infty ", "⌊": r"\lfloor ",
                  "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "}  # fmt: skip
 
@@ -552,21 +559,30 @@ def formula(text: str) -> sympy.Expr:
     text = re.sub("'+", lambda m: "_{%s}" % ("p" * len(m[0])), text)  # y' and y'' are symbols
     text = re.sub(r"\\(d?)dot ?\{? ?(\\?[A-Za-z]+) ?\}?", r"\2_{\1d}", text)
     tokens = [match[1] for match in TOKEN.finditer(text) if match[1]]
+    if r"\binom" in text and re.search(r"\d{4}", text):
+        raise Unreadable("too large a number")  # the parser computes it
     if TOKEN.sub("", text) or not set(tokens) <= FORMULA_COMMANDS:
         raise Unreadable("a sign that no rule reads")
+    return sign * _compute(_parse(_for_parser(text)))
+
+
+def _parse(text):
+    """Math-Verify's tree of the whole of `text`."""
+    parser = PARSER.create_parser(text)
+    parser._interp.predictionMode = PredictionMode.SLL  # the fast one; it needs symbols that are marked as such
     try:
-        tree = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False)).parse(_for_parser(text))
-    except Exception as error:
-        raise Unreadable(f"not a formula: {type(error).__name__}") from error
+        node = parser.expr()
+        tree = PARSER.convert_expr(node) if parser.getCurrentToken().type == Token.EOF else None
+    except Exception as error:  # it raises a bare Exception for what it does not know
+        raise Unreadable("not a formula") from error
     if not isinstance(tree, sympy.Expr):
         raise Unreadable("not a formula")
-    return sign * _compute(tree)
+    return tree
 
 
 def _for_parser(text):
     """A spelled formula without the readings that Math-Verify's parser gives to 2(3), log_2 8 or 1.5."""
     text = re.sub(r"(\d)\.(?!\d)", r"\1", text)
-    text = re.sub(r"\\gamma(?![a-z])|E(?=_)", lambda m: r"\varsigma " if m[0] != "E" else r"\Upsilon ", text)  # it knows constants
     text = re.sub(r"(\\(?:%s)[_^])(\w)" % "|".join(FUNCTIONS), r"\1{\2}", text)
     text = re.sub(r"(\\(?:%s)[_^]\{[^{}]*\}) ?(\d+)" % "|".join(FUNCTIONS), r"\1{\2}", text)
     if NOT_A_FORMULA.search(text):
@@ -575,18 +591,24 @@ def _for_parser(text):
     text = re.sub(r"(?<![\d.^_}])(\d+) (\d+/\d+)", r"(\1+\2)", text)
     text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"(\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})", text)
     text = re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\\frac|\\sqrt|\\binom|[\da-zA-Z])|(?<=!) ?(?=[\d(\\a-zA-Z])", r"\\cdot ", text)
-    text = re.sub(r"(?<![\\a-zA-Z])([a-eijk-zA-EI-Z]) ?(?=\()", r"\1\\cdot ", text)
+    text = SYMBOL.sub(_symbol, text)
     return re.sub("[%s]" % "".join(FORMULA_SIGNS), lambda m: FORMULA_SIGNS[m[0]], text)
+
+
+def _symbol(match):
+    r"""x_1 as \variable{xQB}, the parser's form of a name; letters only."""
+    name = re.sub(r"[\\{} ]", "", match[0])
+    if match[1] or name == "e":
+        return match[0]
+    return r"\variable{%s}" % "".join(c if c.isalpha() and c.isascii() else "Q" + chr(65 + ord(c) % 26) for c in name)
 
 
 def _compute(tree):
     """The parser's tree, computed from its leaves on, once it is known to be of a size that can be."""
     _bits(tree)
-    names = {symbol: sympy.I for symbol in tree.free_symbols if symbol.name == "i"}
+    names = {sympy.Symbol("i"): sympy.I, sympy.Symbol("pi"): sympy.pi}
 
     def rebuild(node):
-        if isinstance(node, AppliedUndef):
-            return sympy.Symbol(str(node))
         if not node.args:
             return names.get(node, node)
         return node.func(*map(rebuild, node.args))
@@ -799,7 +821,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
         for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, at):
             depth += (brace[0] == "{") - (brace[0] == "}")
             if depth == 0:
-                found.append((box.start(), brace.end(), text[at + 1 : brace.start()]))
+                found.append((box.start(), brace.end(), text[at + 1 : brace.start()].strip()))
                 break
     return [b for b in found if not any(a[0] < b[0] and b[1] < a[1] for a in found)]
 
@@ -883,7 +905,8 @@ def _chosen(text):
 
 def robust(response: str, gold: str) -> bool:
     """The rule. Raises NoAnswer if the response gives no answer, or if the gold cannot be read."""
-    whole = SPECIAL.sub("", response[-MAX_CHARS:])
+    whole = response.rstrip()[-MAX_CHARS:]
+    whole = whole[:-400] + SPECIAL.sub("", whole[-400:])
     said = whole.rpartition("</think>")[2]
     gold = find_answer(gold) if boxes(gold) else gold
     if label := re.fullmatch(r"\W*([A-Z])\W*", re.sub(r"\\(?:text|mathrm|textbf|mathbf)", "", gold)):
@@ -908,8 +931,10 @@ def robust(response: str, gold: str) -> bool:
         if isinstance(truth, Unreadable):
             raise NoAnswer(f"gold unreadable: {gold[:100]} ({truth})")
         return any(same(a, b) for a in truth for b in readings(spelled))
-    except Unreadable as error:
-        raise NoAnswer(f"answer unreadable: {answer[:100]} ({error})") from error
+    except (ValueError, ArithmeticError, NotImplementedError, TypeError, RecursionError) as error:
+        if isinstance(error, NoAnswer):
+            raise
+        raise NoAnswer(f"answer unreadable: {answer[:100]} ({type(error).__name__}: {error})"[:300]) from error
 
 
 @functools.lru_cache(2048)

@@ -48,7 +48,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from common.data import InputError, pack
-from common.trainer import Policy, World, full_parameters, gather_lists
+from common.trainer import (
+    Policy,
+    World,
+    distance,
+    first_line,
+    full_parameters,
+    gather_lists,
+    max_positions,
+    persistent_buffers,
+    reshard,
+    tolerance,
+)
 
 
 @dataclass(frozen=True)
@@ -122,22 +133,52 @@ class EmbeddedSampler:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         config = copy.deepcopy(policy.lm.config)
         with self.device:  # random weights, quickly drawn; the first sync replaces them
-            lm = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+            lm = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=None)
         lm.tie_weights()
         self.lm: nn.Module = lm.to(self.device).eval().requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=self.device)
         self.max_batch_tokens = max_batch_tokens
         self.version: int | None = None
+        self.proven = False
         self.sleep()
 
     @torch.no_grad()
     def sync(self, policy: Policy, version: int) -> None:
-        """Copy the policy's current weights in (a collective: shards are gathered one tensor at a time)."""
-        mine = dict(self.lm.named_parameters())
+        """Copy the policy's current weights in (a collective: shards are gathered one tensor at a time).
+
+        The first time a few tokens are drawn: InputError if their log-probs are not the policy's own."""
+        mine = dict(self.lm.named_parameters()) | dict(self.lm.named_buffers())
         for name, value in full_parameters(policy):
             mine[name].untyped_storage().resize_(mine[name].nbytes)
             mine[name].copy_(value)
         self.version = version
+        if not self.proven:
+            self._prove(policy)
+
+    def _prove(self, policy: Policy) -> None:
+        half = min(20, max_positions(policy.lm.config) or 20) // 2
+        vocabulary, rng = len(policy.lm.get_input_embeddings().weight), np.random.default_rng(0)
+        prompts = [rng.integers(vocabulary, size=size).tolist() for size in (half - 3, half)]
+        try:
+            for _ in range(2):
+                answers: list[list[Completion]] = [[], []]
+                self._generate_batch([0, 1], prompts, [2, 2], [0, 1], 0, Sampling(half), answers, tqdm(disable=True))
+                rows = [(prompt, c.ids) for prompt, group in zip(prompts, answers, strict=True) for c in group]
+                found = torch.tensor([x for group in answers for c in group for x in c.logps])
+                gap = distance(found, policy(pack(rows, self.device)).cpu())
+                self.proven = gap < tolerance(policy)
+                if self.proven:
+                    break
+                self.lm.set_attn_implementation("eager")  # SDPA leaves a soft cap of scores out, without a word
+            why = f"its log-probs are {gap:.2g} standard deviations from the policy's"
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            why = first_line(error)
+        reshard(policy)
+        policy.useful_share()  # counts updates alone
+        if not self.proven:
+            raise InputError(f"--rollout embedded does not support {type(self.lm).__name__}: {why}; try --rollout vllm")
 
     @torch.no_grad()
     def generate(
@@ -723,7 +764,7 @@ class VLLMSampler:
         where = {id(module): f"{name}.weight" for name, module in lm.named_modules()}
         head, embeddings = where[id(lm.get_output_embeddings())], where[id(lm.get_input_embeddings())]
         layout = {}
-        for name, p in lm.named_parameters():
+        for name, p in [*lm.named_parameters(), *persistent_buffers(lm).items()]:
             if ".lora_" not in name:
                 name = name.replace(".base_layer.", ".")
                 layout[name] = [name], list(p.shape)
@@ -1075,6 +1116,12 @@ def make_sampler(
     if world.main:
         pinned = f" (made for vLLM {VLLM}, this is {version})" if version and not version.startswith(VLLM) else ""
         print(f"rollout: {rollout} ({why}){pinned}", flush=True)
+    limit = max_positions(policy.lm.config)
+    if limit and max_tokens > limit:
+        raise InputError(
+            f"prompts with answers of up to {max_tokens} tokens exceed the {limit} positions of --model: lower "
+            "--max_prompt_tokens, --max_response_tokens or --max_tokens"
+        )
     if rollout == "embedded":
         return EmbeddedSampler(policy, stop_ids=stop_ids, max_batch_tokens=max_batch_tokens)
     return VLLMSampler(

@@ -68,7 +68,7 @@ class RunArgs:
     out: str = ""  # Run folder. Running the same command again resumes from its newest checkpoint.
     chat_template: str = ""  # File with a Jinja chat template, saved with the model. Empty: the tokenizer's own
     chat_template_args: tuple[str, ...] = ()  # Switches of the template, such as enable_thinking=false; saved too
-    verifier: str = "math"  # Grader: math (LUFFY's: what follows </think>), full, boxed, ... or your module:function
+    verifier: str = "math"  # Grader: math (LUFFY's), robust (for your own data), boxed, ... or your module:function
     max_prompt_tokens: Positive[int] = 1024  # Rows with longer prompts are left out and counted.
     max_response_tokens: Positive[int] = 8192  # Longest answer to sample and longest trace to train on
     steps: NotNegative[int] = 0  # Steps to train; 0 follows --epochs.

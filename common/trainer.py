@@ -8,6 +8,7 @@
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -29,7 +30,7 @@ import tyro
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import (
@@ -37,13 +38,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from common import data  # noqa: F401  (registers the "packed" attention)
-from common.data import InputError, TokenBatch
+from common.data import InputError, TokenBatch, pack, read
 from common.logprobs import linear_kl, linear_logprobs
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -242,6 +243,20 @@ class Policy(nn.Module):
             ref_logp = linear_logprobs(ref_hidden, ref_weight, batch.targets, temperature=temperature)
         return out, ref_logp, linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=temperature)
 
+    def train(self, mode: bool = True):
+        """Only modules that can recompute their activations are in training mode: the others would add noise."""
+        nn.Module.train(self, mode)
+        for module in self.lm.modules():
+            module.training = mode and hasattr(module, "gradient_checkpointing")
+        return self
+
+    def plain(self, ids: torch.Tensor, *, raw: bool = False) -> torch.Tensor:
+        """-> log-probs [T - 1] of ids[1:] by the model's own forward and head; with `raw` hidden states [T - 1, H]."""
+        if raw:
+            return self.lm.get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1].float()
+        logits = self.lm(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+
     def useful_share(self) -> float | None:
         """Share of the cells of attention on this rank that were no padding, since the last call; everything else
         in the model computes tokens alone."""
@@ -261,17 +276,26 @@ class ValueModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: TokenBatch):
-        """-> values [N]: the n-th is that of the text which the n-th response token follows."""
-        return self.lm.score(predictor_states(self.lm, batch).float())[:, 0].clone()  # FSDP2 warns of views
+    def forward(self, batch: TokenBatch, *, raw: bool = False):
+        """-> values [N]: the n-th is that of the text which the n-th response token follows.
+
+        With `raw`: hidden states [N, H]."""
+        hidden = predictor_states(self.lm, batch).float()
+        return hidden if raw else self.lm.score(hidden)[:, 0].clone()  # FSDP2 warns of views
+
+    plain, train = Policy.plain, Policy.train
 
 
 def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:
-    """Final hidden states [N, H] at the positions whose next token is a response token."""
-    hidden = lm.get_decoder()(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, packing=batch.packing, use_cache=False
-    ).last_hidden_state[0]  # [T, H]
-    return hidden.index_select(0, batch.predictors)
+    """Final hidden states [N, H] at the positions whose next token is a response token.
+
+    Raises InputError on a sequence that is too long for the model, or an id that it does not know."""
+    rows = len(lm.get_input_embeddings().weight)
+    if (limit := max_positions(lm.config)) and batch.packing.width > limit:
+        raise InputError(f"a sequence of {batch.packing.width} tokens exceeds the {limit} positions of the model")
+    if batch.largest >= rows:
+        raise InputError(f"token id {batch.largest}: the model has {rows} rows of embeddings; use its own tokenizer")
+    return read(lm.get_decoder(), batch).index_select(0, batch.predictors)
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False):
@@ -299,6 +323,7 @@ def load_policy(
     gradient_checkpointing: bool | str = False,
     trust_remote_code: bool = False,
     kind: type = Policy,
+    new_head: bool = False,
     lora: int = 0,
     edit_config=None,
     compile: bool = False,
@@ -309,58 +334,206 @@ def load_policy(
     A folder with a configuration and no weights gives a model with random weights from `seed`.
     from_config: settings of such a configuration instead of `path`. gradient_checkpointing: "all" layers (True), "none"
     (False), or "auto": on CUDA those that `keep_activations` does not free from it.
-    kind: Policy, or ValueModel. lora: rank (and alpha) of adapters on every linear layer of the body; the body's
-    own weights are then frozen, a value's head is not. edit_config: called with the configuration before the model
-    is built (such as RoPE's theta); what it sets is saved with the model. compile: fuse each layer's small operations
-    with torch.compile; attention, whose shapes change with every batch, is left as it is.
-    Raises InputError if there is no such model at `path` or its head needs more than `hidden @ weight.T`."""
+    kind: Policy, or ValueModel; new_head: the folder is a language model's, and the head of values starts at zero.
+    lora: rank (and alpha) of adapters on every linear layer of the body; the body's own weights are then frozen, a
+    value's head is not. edit_config: called with the configuration before the model is built (such as RoPE's theta);
+    what it sets is saved with the model. compile: fuse each layer's small operations with torch.compile;
+    attention, whose shapes change with every batch, is left as it is.
+    Dropout is set to 0, and routers have no jitter, as in the papers' runs.
+    Raises InputError if there is no such model at `path`, its weights are not those of its configuration, or packed
+    sequences or `hidden @ weight.T` do not give what plain Transformers gives (`prove`)."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
-    flag = "--model" if kind is Policy else "--value"
+    flag = f"{'--model' if kind is Policy else '--value'} {path}"
     labels = {} if kind is Policy else {"num_labels": 1}
+    if (Path(path) / "adapter_config.json").is_file():
+        raise InputError(f"{flag}: adapter_config.json is there: merge the adapter into the weights, or remove it")
     verbosity = transformers_logging.get_verbosity()
+    report = {}
     try:
+        transformers_logging.set_verbosity_error()  # its loading report is an error of ours
         config = AutoConfig.for_model(**from_config, **labels) if from_config else AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, **labels
         )
         if edit_config:
             edit_config(config)
-        has_value_head = "ForSequenceClassification" in str(config.architectures)
-        if has_value_head and kind is Policy:
-            raise ValueError("it is a value model, not a language model")
-        if not has_value_head and kind is ValueModel:
-            transformers_logging.set_verbosity_error()  # it would report the head that is missing
+        _check_config(config, flag, kind)
         random = from_config or not has_weights(path)
         if random and world.main and not from_config:
-            print(f"{flag} {path}: no weights there: the model starts from random ones")
+            print(f"{flag}: no weights there: the model starts from random ones")
         if world.main and not random:
-            lm = kind.auto.from_pretrained(path, config=config, **options)
+            lm, report = kind.auto.from_pretrained(path, config=config, output_loading_info=True, **options)
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
                 torch.manual_seed(seed)
                 lm = kind.auto.from_config(config, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{flag} {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    except InputError:
+        raise
+    except Exception as error:  # Transformers raises many types here; all mean: it cannot be loaded
+        reason = OWN_ATTENTION if str(error) == "'packed'" else first_line(error)
+        raise InputError(f"{flag}: cannot be loaded ({reason})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1.0):
-            raise InputError(f"--model {path}: config.{name} changes the logits, which is not supported")
-    head = lm.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise InputError(f"--model {path}: an output layer with a bias is not supported")
+    if new_head and "score.weight" in report.get("missing_keys", ()):
+        report["missing_keys"].remove("score.weight")
+        report["unexpected_keys"] -= {"lm_head.weight", "embed_out.weight"}
+    for problem in ("missing", "unexpected"):
+        if names := sorted(report.get(f"{problem}_keys", ())):
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise InputError(f"{flag}: its weights do not fit its config.json: {problem} are {some}")
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
+        raise InputError(f"{flag}: an output layer with a bias is not supported")
     lm.saved_dtype = config.dtype or torch.float32  # what export writes
     if lora:
         _add_lora(lm, lora, seed)
     if kind is ValueModel:
         lm.score.requires_grad_(True)
-        if not has_value_head:
+        if new_head or random:
             nn.init.zeros_(lm.score.weight)
-    if gradient_checkpointing in (True, "all") or (gradient_checkpointing == "auto" and world.device.type == "cuda"):
+    if gradient_checkpointing == "auto":
+        gradient_checkpointing = world.device.type == "cuda" and lm.supports_gradient_checkpointing
+    if gradient_checkpointing in (True, "all"):
+        if not lm.supports_gradient_checkpointing:
+            raise InputError(f"{flag}: {type(lm).__name__} has no gradient checkpointing: train it without that flag")
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
-        for layer in lm.get_decoder().layers:
+        for layer in layers_of(lm):
             layer.forward = torch.compile(layer.forward, dynamic=True)
-    return _shard(kind(lm), world)
+    model = _shard(kind(lm), world)
+    with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext():
+        prove(model, flag)
+    return model
+
+
+LOGIT_CHANGES = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+OWN_ATTENTION = "its attention does not go through Transformers' interfaces for attention and masks"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def nested(config: PreTrainedConfig):
+    """Yield a configuration and those in it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from nested(value)
+
+
+def logit_changes(config: PreTrainedConfig) -> dict[str, float]:
+    """Settings, of every nested configuration, that make logits anything else than hidden @ weight.T."""
+    found = {name: getattr(c, name, None) for c in nested(config) for name in LOGIT_CHANGES}
+    return {name: value for name, value in found.items() if value not in (None, 1.0)}
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Number of positions for which the model computes a token alike in every batch; None: any number.
+
+    Beyond the original length longrope and dynamic RoPE take the angles of the longest sequence for all of a batch."""
+    config = config.get_text_config(decoder=True)
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in ("longrope", "dynamic"):
+            limits.append(parameters.get("original_max_position_embeddings"))
+    return min(filter(None, limits), default=None)
+
+
+def _check_config(config: PreTrainedConfig, flag: str, kind: type) -> None:
+    """Raise InputError for what is known not to work; switch noise off."""
+    if "ForSequenceClassification" in str(config.architectures) and kind is Policy:
+        raise InputError(f"{flag}: it is a value model, not a language model")
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{flag}: quantised weights cannot be trained: save them dequantised")
+    for name in logit_changes(config):
+        raise InputError(f"{flag}: config.{name} changes the logits, which is not supported")
+    for c in nested(config):
+        for name, value in vars(c).items():
+            if isinstance(value, float) and "drop" in name:  # dropout, layer drop
+                setattr(c, name, 0.0)
+
+
+# -------------------------------------------------------------------------------------------- proof at load
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean difference, in standard deviations of what is expected; NaN where one is NaN."""
+    return ((found - expected).abs().mean() / expected.std()).item()
+
+
+def tolerance(model: nn.Module) -> float:
+    """The largest distance that rounding explains: in float32 on a CPU, 20 times as much where it may choose another
+    expert of a mixture, and in bf16 on CUDA."""
+    if next(model.parameters()).is_cuda:
+        return 0.1
+    return 0.02 if any("experts" in name for name, _ in model.named_parameters()) else 0.001
+
+
+@torch.no_grad()
+def prove(model, flag: str) -> None:
+    """Raise InputError unless three short sequences, two of which share a prompt, have packed the log-probs (of a
+    ValueModel: the final hidden states) that plain Transformers gives each alone. A collective.
+
+    Plain Transformers: the same weights, the model's own forward with eager attention, no position ids, eval mode.
+    It cannot see what needs more tokens than these 24 a sequence, such as a wrong window of 4096."""
+    lm, device = model.lm, next(model.parameters()).device
+    size = max(10, min(24, max_positions(lm.config) or 24))
+    ids = torch.randint(len(lm.get_input_embeddings().weight), (3, size), generator=torch.Generator().manual_seed(0))
+    a, b, c = ids.tolist()
+    rows = [(a[:5], a[5:-2]), (a[:5], b[5:]), (c[:2], c[2:-1])]
+    states = not isinstance(model, Policy)
+
+    def packed(rows, raw=states):  # -> [N] or [N, H]
+        out = model(pack(rows, device), raw=raw)
+        return (out[0] if isinstance(out, tuple) else out).float()
+
+    def plain(raw=states, train=False):
+        with _plain_attention(model.train(train)):
+            each = [model.plain(torch.tensor(p + r, device=device), raw=raw)[len(p) - 1 :] for p, r in rows]
+        model.train()
+        return torch.cat(each)
+
+    try:
+        gap, expected = distance(packed(rows), plain()), tolerance(model)
+        if gap < expected:
+            return
+        body = plain(raw=True)
+        if not distance(plain(train=True), plain()) < expected:
+            why = "it computes with noise in training"
+        elif distance(packed(rows, raw=True), body) < expected:
+            why = "it changes its logits after the output layer"
+        elif distance(torch.cat([packed([row], raw=True) for row in rows]), body) < expected:
+            why = f"packed sequences see each other: it has recurrent or convolutional layers, or {OWN_ATTENTION}"
+        else:
+            why = f"it takes positions from its masks (ALiBi), or {OWN_ATTENTION}"
+        why += f" (log-probs are off by {gap:.2g} standard deviations; rounding explains {expected})"
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except NotImplementedError as error:  # packed attention's own words
+        why = first_line(error)
+    except Exception as error:
+        why = f"{OWN_ATTENTION} ({first_line(error)})"
+    finally:
+        reshard(model)
+        model.cells = model.useful = 0
+    raise InputError(f"{flag}: {type(lm).__name__} is not supported: {why}")
+
+
+@contextlib.contextmanager
+def _plain_attention(model: nn.Module):
+    """Let the model compute with Transformers' eager attention."""
+    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
+    before = {key: c._attn_implementation for key, c in configs.items()}
+    for c in configs.values():
+        c._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for key, c in configs.items():
+            c._attn_implementation = before[key]
 
 
 def has_weights(path: str) -> bool:
@@ -392,7 +565,7 @@ def keep_activations(policy: Policy, tokens: int, world: World) -> None:
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
     gradients = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad) / world.size
     kept = min(gather_lists([layers_to_keep(policy.lm.config, tokens, 0.8 * free - gradients)], world))
-    layers = policy.lm.get_decoder().layers
+    layers = layers_of(policy.lm)
     for layer in layers[:kept]:
         layer.gradient_checkpointing = False
     if world.main:
@@ -400,16 +573,30 @@ def keep_activations(policy: Policy, tokens: int, world: World) -> None:
 
 
 def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
-    """Adapters W + (alpha / rank) B A, alpha = rank, on the body's linear layers, which alone are then trained."""
+    """Adapters W + (alpha / rank) B A, alpha = rank, on the body's linear layers, which alone are then trained.
+
+    Raises InputError if the body has other weight matrices, such as fused experts: they would be left out."""
     try:
         import peft
     except ImportError as error:
         raise InputError("LoRA needs its package: pip install peft") from error
     body = lm.requires_grad_(False).get_decoder()
-    linear = {name.rsplit(".")[-1] for name, module in body.named_modules() if isinstance(module, nn.Linear)}
+    linear = [name for name, module in body.named_modules() if isinstance(module, nn.Linear)]
+    known = {f"{name}.weight" for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    if others := [name for name, p in body.named_parameters() if p.ndim > 1 and name not in known]:
+        raise InputError(
+            f"LoRA adapts linear layers, and {type(lm).__name__} has other weight matrices ({others[0]} and "
+            f"{len(others) - 1} more), which it would leave out: train all weights"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(linear)), body)
+        names = sorted({name.rsplit(".")[-1] for name in linear})
+        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names), body)
+
+
+def layers_of(lm: nn.Module) -> list[nn.Module]:
+    """The body's layers, whatever the model calls them."""
+    return [m for m in lm.get_decoder().modules() if type(m).__name__ in (lm._no_split_modules or ())]
 
 
 def _shard(policy: Policy, world: World) -> Policy:
@@ -423,11 +610,12 @@ def _shard(policy: Policy, world: World) -> Policy:
     )
     whole = policy.state_dict() if world.main else {}
     buffers = dict(policy.named_buffers()) if world.main else {}
-    for layer in policy.lm.get_decoder().layers:
+    for layer in layers_of(policy.lm):
         fully_shard(layer, **how)
     if isinstance(policy, ValueModel):
         fully_shard(policy.lm.score, mesh=how["mesh"])  # in float32 also where the rest computes in bf16
     fully_shard(policy, **how)
+    register_fsdp_forward_method(policy, "plain")
     policy.to_empty(device=world.device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     dcp_state.set_model_state_dict(policy, whole, options=options)
@@ -439,12 +627,19 @@ def _shard(policy: Policy, world: World) -> Policy:
     return policy.train()
 
 
+def reshard(policy: nn.Module) -> None:
+    """Give a rank its shards back: a forward without gradient leaves FSDP2's own weights whole, and rounded to what it
+    computes in."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+
+
 def full_parameters(policy: Policy):
-    """Yield (name within the language model, whole tensor), one at a time, on every rank (a collective).
+    """Yield (name within the language model, whole tensor) of all that a model is saved with, parameters and
+    persistent buffers, one at a time, on every rank (a collective).
 
     LoRA is added to the weights that it adapts: names and shapes are those of the model without it."""
-    if isinstance(policy, FSDPModule):
-        policy.reshard()  # a forward without gradient leaves its own weights whole, and rounded to what it computes in
+    reshard(policy)
 
     def whole(parameter):
         value = parameter.detach()
@@ -459,21 +654,33 @@ def full_parameters(policy: Policy):
             a, b = (name.replace("base_layer", f"lora_{x}.default") for x in "AB")
             value = value + whole(parameters[b]) @ whole(parameters[a])
         yield name.replace(".base_layer.", "."), value
+    yield from persistent_buffers(policy.lm).items()
+
+
+def persistent_buffers(lm: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that are saved with a model and that training leaves alone, such as the bias of a router's scores."""
+    saved = lm.state_dict().keys()
+    return {name: buffer for name, buffer in lm.named_buffers() if name in saved}
 
 
 def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
     """Write the model as a Hugging Face folder (safetensors, in the dtype it was loaded from), or nothing."""
     dtype = policy.lm.saved_dtype
     # move each tensor off the device as it comes, so that no rank ever holds the whole model on the GPU
-    whole = {name: p.to("cpu", dtype) if world.main else None for name, p in full_parameters(policy)}
+    buffers = persistent_buffers(policy.lm)  # keep the dtype that they compute in
+    whole = {
+        name: value.to("cpu", value.dtype if name in buffers else dtype) if world.main else None
+        for name, value in full_parameters(policy)
+    }
     if world.main:
+        config = copy.deepcopy(policy.lm.config)  # from_config changes it
         with torch.device("meta"):
-            empty = policy.auto.from_config(policy.lm.config, dtype=dtype, attn_implementation="sdpa")
-        if policy.lm.can_generate():
-            empty.generation_config = policy.lm.generation_config
+            empty = policy.auto.from_config(config, dtype=dtype, attn_implementation="eager")
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         empty.save_pretrained(partial, state_dict=whole)
+        if policy.lm.can_generate():  # as it was: Transformers refuses to write some of what people publish
+            (partial / "generation_config.json").write_text(policy.lm.generation_config.to_json_string())
         tokenizer.save_pretrained(partial)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
@@ -899,10 +1106,17 @@ class Metrics:
             raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
 
     def log(self, step: int, values: dict[str, float], show: list[str]) -> None:
-        """One row of metrics; `show` names those that the progress bar prints."""
-        if not self.world.main:
-            return
-        values = {k: v for k, v in values.items() if v is not None}
+        """One row of metrics; `show` names those that the progress bar prints. Raises RuntimeError on
+        every rank if the verifier failed on every answer of the step: such rewards say nothing."""
+        if self.world.main:
+            self._log(step, {k: v for k, v in values.items() if v is not None}, show)
+        if values.get("verifier/error") == 1:
+            raise RuntimeError(
+                f"step {step}: --verifier failed on every answer, so all rewards are 0. Its first exception is printed "
+                "above. Mend the reward function, then run the same command again: the step is not saved"
+            )
+
+    def _log(self, step: int, values: dict[str, float], show: list[str]) -> None:
         self._write("metrics", {"step": step, **values})
         for sink in self.sinks:
             sink(step, values)

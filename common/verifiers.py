@@ -7,13 +7,14 @@ The rules, by name (`VERIFIERS`). One's own is a function (response, gold) -> fl
     math        LUFFY's reward: text between the first and second </think>, by Math-Verify; without the tag 0
     full        the same on the whole text (LUFFY's version for models that do not think in tags)
     strict_box  LUFFY's evaluation (as oat): after </think> if there is one; the last \boxed{} alone counts
+    robust      for one's own data (common/robust.py): whole answers, exact numbers, units, sets, intervals, labels
     boxed       BRIDGE's reward: the FIRST \boxed{...}, up to its first "}", is the gold, letter by letter
     exact       last \boxed{}, else what follows the last ####, else all after </think>: the gold, stripped
     mcq         label of a choice: last \boxed{}, else the last "answer is X", else the start of the last line
 
 Statuses. "ok": a verdict was reached, right or wrong. "unparsable": nothing to compare, as no answer could be
 extracted from the response (or from the gold). "timeout": the deadline came first. "error": the verifier
-raised or its process died. All but "ok" have reward 0 and a `detail`. Count them: many are a fault.
+raised or its process died. All but "ok" have reward 0 and a `detail`; the first error of a verifier is printed.
 
 Traps
 - `\boxed{42} no wait \boxed{7}` is 7: the last box wins. Math-Verify 0.6, of LUFFY's runs, joins boxes only
@@ -62,7 +63,7 @@ class NoAnswer(ValueError):
 class Verdict(NamedTuple):
     reward: float
     status: str  # "ok" | "timeout" | "error" | "unparsable"
-    detail: str | None = None  # why it is not "ok"; "gold unreadable: ..." where the gold is at fault, not the answer
+    detail: str | None = None  # why it is not "ok"; "gold unreadable: ..." if the gold is at fault
 
 
 # Rules on text alone. They run in the caller's process without a deadline: nothing is slower than linear.
@@ -369,6 +370,16 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
     spec = _spec(verifier)
     if spec in IN_PROCESS:
         return [_judge(VERIFIERS[spec], *item) for item in zip(responses, golds, strict=True)]
+    verdicts = _run_workers(spec, responses, golds, workers, timeout)
+    failed = [verdict for verdict in verdicts if verdict.status == "error"]
+    if failed and any(responses) and spec not in _announced:
+        _announced.add(spec)
+        print(f"--verifier {spec} failed on {len(failed)} of {len(verdicts)} answers, which get reward 0: "
+              f"{failed[0].detail}. Further failures are only counted.", file=sys.stderr, flush=True)  # fmt: skip
+    return verdicts
+
+
+def _run_workers(spec, responses, golds, workers, timeout):
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -416,6 +427,7 @@ def close() -> None:
 
 
 _pools: dict[str, list["_Worker"]] = {}  # by verifier; workers live until `close`
+_announced: set[str] = set()  # verifiers whose failure was printed
 _lock = threading.RLock()
 _background: concurrent.futures.ThreadPoolExecutor | None = None
 _waiting: collections.deque = collections.deque()  # (responses, golds, how, future) of `grade_later`
@@ -552,7 +564,10 @@ class _Worker:
 
 def _judge(verify, response, gold):
     try:
-        reward = float(verify(response, gold))
+        reward = verify(response, gold)
+        if reward is None:
+            raise TypeError("the reward function returned None, not a number")
+        reward = float(reward)
     except NoAnswer as error:
         return Verdict(0.0, "unparsable", str(error))
     except (Exception, SystemExit) as error:

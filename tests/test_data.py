@@ -8,15 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from common import data
 from common.data import (
     batch_indices,
     cost,
     pack,
-    packed_attention,
     plan_micro_batches,
 )
+from common.trainer import load_policy
+from tests.conftest import NANO
 
 
 def test_batches_are_epochs_of_permutations():
@@ -46,13 +48,17 @@ def test_pack_lays_tokens_out_as_its_docstring_shows():
 
 
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What torch documents of the CUDA kernel of this name, for causal attention."""
-    assert cu_seq_q.dtype == torch.int32 and cu_seq_q[-1] == len(query) and window_size == (-1, 0)
+    """What torch documents of the CUDA kernel of this name, for causal attention and windows of the past."""
+    before, after = window_size
+    assert cu_seq_q.dtype == torch.int32 and cu_seq_q[-1] == len(query) and before >= -1 and after == 0
     assert max_q == max_k == cu_seq_q.diff().max() and enable_gqa
+    visible = torch.ones(max_q, max_q, dtype=torch.bool).tril()
+    if before >= 0:
+        visible = visible.triu(-before)  # at most `before` keys ahead of the query
     rows = [
         torch.nn.functional.scaled_dot_product_attention(
             *(x[start:end].transpose(0, 1) for x in (query, key, value)),
-            is_causal=True, scale=scale, enable_gqa=enable_gqa,
+            visible[: end - start, : end - start], scale=scale, enable_gqa=enable_gqa,
         ).transpose(0, 1)
         for start, end in itertools.pairwise(cu_seq_q.tolist())
     ]  # fmt: skip
@@ -61,10 +67,13 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
 
 @pytest.mark.parametrize("lengths", ["ragged", "equal", "groups"])
 @pytest.mark.parametrize("kernel", ["blocks", "ragged"])
-def test_packed_log_probs_and_gradients_are_those_of_separate_sequences(policy, lengths, kernel, monkeypatch):
+@pytest.mark.parametrize("window", [None, 8])
+def test_packed_log_probs_and_gradients_are_those_of_separate_sequences(world, lengths, kernel, window, monkeypatch):
+    changes = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
+    policy = load_policy("nano", world, from_config=NANO | changes, seed=3)  # the first layer sees all
     if kernel == "ragged":  # CUDA's way, with a stand-in for its kernel
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-        monkeypatch.setattr(data, "_block_attention", data._ragged_attention)
+        monkeypatch.setattr(data, "_block_attention", lambda *given, **_: data._ragged_attention(*given))
         monkeypatch.setitem(data.BLOCK, "cpu", 1.0)
     rng = random.Random(0)
     sequences = random_sequences(rng, 7)
@@ -93,10 +102,11 @@ def test_packed_log_probs_and_gradients_are_those_of_separate_sequences(policy, 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_cudas_attention_over_rows_of_any_length_is_that_over_blocks(kv_heads):
+@pytest.mark.parametrize("kv_heads,window", [(2, 1000), (4, 1000), (2, 50)])
+def test_cudas_attention_over_rows_of_any_length_is_that_over_blocks(kv_heads, window):
     sequences = random_sequences(random.Random(0), 9, longest=300)
     packing = pack([*sequences, (sequences[0][0], [5, 6])], "cuda").packing
+    pattern = data.Pattern(packing, sliding_window_causal_mask_function(window), window)
     torch.manual_seed(0)
     qkv = [
         torch.randn(len(packing.home), heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -105,7 +115,7 @@ def test_cudas_attention_over_rows_of_any_length_is_that_over_blocks(kv_heads):
     upstream = torch.randn(len(packing.home), 4, 64, device="cuda", dtype=torch.bfloat16)
     found = []
     for attention in (data._ragged_attention, data._block_attention):
-        out = data._FromGrid.apply(attention(*(data._ToGrid.apply(x, packing) for x in qkv), packing, None), packing)
+        out = data._FromGrid.apply(attention(*(data._ToGrid.apply(x, packing) for x in qkv), pattern, None), packing)
         found.append([out, *torch.autograd.grad(out, qkv, upstream)])
     for ragged, block in zip(*found, strict=True):
         torch.testing.assert_close(ragged, block, rtol=0.05, atol=0.05)
@@ -155,14 +165,6 @@ def test_an_empty_prompt_or_response_is_refused(sequence):
         pack([([1], [2]), sequence])
 
 
-def test_a_sliding_window_shorter_than_a_sequence_is_refused():
-    class Layer:
-        sliding_window = 4
-
-    batch = pack([([1] * 5, [1] * 5)])
-    q = torch.zeros(1, 2, 9, 4)
-    with pytest.raises(ValueError, match="sliding window"):
-        packed_attention(Layer(), q, q, q, None, packing=batch.packing)
 
 
 # ------------------------------------------------------------------------------------------------- balancing

@@ -74,7 +74,7 @@ def test_a_run_leaves_numbers_samples_and_tables(finished, data):
 def value(tmp_path_factory):
     """A value model with a random head, as oreo.py writes one."""
     world, path = init_world(), tmp_path_factory.mktemp("value") / "value"
-    model = load_policy(MODEL, world, kind=ValueModel)
+    model = load_policy(MODEL, world, kind=ValueModel, new_head=True)
     torch.nn.init.normal_(model.lm.score.weight, generator=torch.Generator().manual_seed(0))
     export(model, load_tokenizer(MODEL), path, world)
     return str(path)

@@ -126,6 +126,9 @@ def test_a_sampler_whose_log_probs_are_nan_stops_the_run(tmp_path, monkeypatch):
 
     real = rollout.draw
     monkeypatch.setattr(rollout, "draw", lambda *given: (real(*given)[0], real(*given)[1] * math.nan))
+    with pytest.raises(InputError, match="--rollout embedded does not support .*nan standard deviations"):
+        luffy.main(settings("--out", str(tmp_path / "run"), "--eval_every", "0"))
+    monkeypatch.setattr(rollout.EmbeddedSampler, "_prove", lambda *_: None)  # NaN only later
     with pytest.raises(FloatingPointError, match="step 1: mismatch/mean_abs is nan"):
         luffy.main(settings("--out", str(tmp_path / "run"), "--eval_every", "0"))
 

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import igsm
 import oreo
@@ -26,6 +28,14 @@ def nano(world, tmp_path_factory):
     config = dict(NANO, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     export(load_policy("nano", world, from_config=config, seed=3), tokenizer, folder, world)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def value(nano, world, tmp_path_factory):
+    """A value model's folder, of the same body."""
+    folder = tmp_path_factory.mktemp("value") / "value"
+    export(load_policy(nano, world, kind=ValueModel, new_head=True), load_tokenizer(nano), folder, world)
     return str(folder)
 
 
@@ -177,7 +187,8 @@ def test_lora_trains_adapters_and_the_values_head_and_saves_whole_models(nano, r
     log = read_metrics(tmp_path / "run")
     assert log[1]["policy/kl"] == 0 and log[3]["policy/kl"] > 0 and log[3]["value/first"] != 0
     for name, kind in (("model", Policy), ("value", ValueModel)):
-        before, after = (load_policy(path, world, kind=kind) for path in (nano, str(tmp_path / "run" / name)))
+        before = load_policy(nano, world, kind=kind, new_head=kind is ValueModel)
+        after = load_policy(str(tmp_path / "run" / name), world, kind=kind)
         changed = {n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not a.equal(b)}
         assert changed and all("proj" in n or "score" in n for n in changed)
     oreo.main(settings(nano, *words, "--steps", "4"))  # goes on from a checkpoint with adapters
@@ -194,9 +205,9 @@ def test_lora_without_its_package_says_how_to_get_it(nano, rows, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", ["greedy", "best_of_n", "best_of_k", "beam"])
-def test_search_answers_every_question(kind, nano, tmp_path):
+def test_search_answers_every_question(kind, nano, value, tmp_path):
     words = ["--stage", "search", "--search", kind, "--width", "3", "--max_steps", "60", "--out", tmp_path / "run"]
-    oreo.main(settings(nano, *words, *([] if kind == "greedy" else ["--value", nano])))
+    oreo.main(settings(nano, *words, *([] if kind == "greedy" else ["--value", value])))
     name = "greedy" if kind == "greedy" else f"{kind}-3"
     result = json.loads((tmp_path / "run" / f"search-{name}.json").read_text())
     assert result["questions"] == 4 and result["no_answer"] == 0 and 0 <= result["eval/mean"] <= 1
@@ -323,8 +334,20 @@ def test_a_value_checkpoint_that_does_not_fit_is_refused(nano, rows, tmp_path, w
     (tmp_path / "value" / "config.json").write_text(json.dumps(config | {"hidden_size": 16}))
     with pytest.raises(InputError, match="--value .*value: cannot be loaded"):
         oreo.main(settings(nano, *words, "--value", tmp_path / "value"))
-    with pytest.raises(InputError, match="--model .*value: cannot be loaded .it is a value model"):
+    with pytest.raises(InputError, match="--model .*value: it is a value model"):
         oreo.main(settings(str(tmp_path / "value"), *words))
+
+
+def test_a_value_folder_without_a_trained_head_is_refused(nano, value, tmp_path):
+    words = ["--stage", "search", "--out", tmp_path / "run"]
+    with pytest.raises(InputError, match="--value .*model: its weights .*: missing are score.weight"):
+        oreo.main(settings(nano, *words, "--value", nano))
+    shutil.copytree(value, tmp_path / "published")  # OREO's own value models name the head so
+    weights = load_file(tmp_path / "published" / "model.safetensors")
+    weights["value_head.weight"] = weights.pop("score.weight")
+    save_file(weights, tmp_path / "published" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="--value .*published: its weights .*: missing are score.weight"):
+        oreo.main(settings(nano, *words, "--value", tmp_path / "published"))
 
 
 def test_long_responses_are_counted_and_left_out_or_cut(nano, rows, tmp_path):

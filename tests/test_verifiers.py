@@ -5,6 +5,7 @@ tests/vectors/: `luffy.json` and `bridge_reward.json` are from the originals' co
 of the kinds that Math-Verify's documentation lists.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -83,6 +84,11 @@ def refusals(response, gold):
     eval("1")  # and only while sealed
     return len(tries) - refused
 """
+
+
+@dataclasses.dataclass
+class Settings:
+    seed: int = 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -425,6 +431,28 @@ def test_errors_and_crashes_are_statuses(users):
     assert (
         "no such key" in details["raise"] and "MemoryError" in details["hog"] and "-11" in details["segfault"]
     )
+
+
+def test_the_first_failure_of_a_reward_function_is_printed_with_its_exception(users, capfd):
+    verifiers._announced.clear()
+    verdicts = [grade(["none", "raise"], ["", ""], verifier=users.bad, workers=1) for _ in range(2)]
+    assert verdicts[0] == verdicts[1] and {v.status for v in verdicts[0]} == {"error"}
+    message = capfd.readouterr().err
+    assert message.count("failed on 2 of 2 answers") == 1 and "returned None, not a number" in message
+
+
+def test_a_step_on_which_every_answer_failed_ends_the_run_after_it_is_logged(tmp_path):
+    import torch
+
+    from common.trainer import Metrics, World
+
+    world = World(0, 1, 1, torch.device("cpu"))
+    log = Metrics(tmp_path, Settings(), world, start=0, steps=2, curves=[["verifier/error"]])
+    log.log(1, {"verifier/error": 0.5}, show=[])
+    with pytest.raises(RuntimeError, match="step 2: --verifier failed on every answer"):
+        log.log(2, {"verifier/error": 1.0}, show=[])
+    log.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_workers_have_an_address_space_limit_and_no_torch(users):

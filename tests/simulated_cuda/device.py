@@ -204,16 +204,20 @@ aten.impl("addmm.dtype_out", addmm, "PrivateUse1")
 
 
 def varlen_attn(q, k, v, bounds_q, bounds_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-    """Causal attention within rows of any length: [C, heads, d], row i from bounds[i] to bounds[i + 1]."""
+    """Causal attention within rows of any length: [C, heads, d], row i from bounds[i] to bounds[i + 1]; with a window
+    of the past where window_size[0] is not -1."""
     assert all(x.dtype in (torch.bfloat16, torch.float16) and x.dim() == 3 for x in (q, k, v))
     assert bounds_q.dtype == torch.int32 and bounds_q.device == q.device and torch.equal(bounds_q, bounds_k)
-    assert window_size == (-1, 0)
+    before, after = window_size
+    assert before >= -1 and after == 0
+    visible = torch.ones(max_q, max_q, dtype=torch.bool).tril().triu(-before if before >= 0 else -max_q)
     assert enable_gqa or q.shape[1] == k.shape[1]
     ends = bounds_q.tolist()
     assert ends[0] == 0 and ends[-1] == len(q) and max(b - a for a, b in zip(ends, ends[1:])) == max_q == max_k
     rows = [slice(a, b) for a, b in zip(ends, ends[1:])]
     attend = [[x[row].transpose(0, 1)[None] for x in (q, k, v)] for row in rows]  # [1, heads, length, d]
-    outs = [F.scaled_dot_product_attention(*x, is_causal=True, scale=scale, enable_gqa=True) for x in attend]
+    masks = [visible[: b - a, : b - a].to(q.device) for a, b in zip(ends, ends[1:])]
+    outs = [F.scaled_dot_product_attention(*x, m, scale=scale, enable_gqa=True) for x, m in zip(attend, masks)]
     return torch.cat([out[0].transpose(0, 1) for out in outs])
 
 

@@ -1,0 +1,428 @@
+"""Tiny random models of many types of Transformers: each is right in all that this project does with it, or refused at
+load. `python -m tests.test_architectures` writes the table of docs/models.md."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+import luffy
+import relift
+from common.data import InputError, pack
+from common.rollout import EmbeddedSampler, Sampling, make_sampler
+from common.trainer import ValueModel, export, load_policy, logit_changes, parse_args, predictor_states
+from tests.conftest import ROOT, run_script
+
+SMALL = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    initializer_range=0.2, tie_word_embeddings=False,
+)  # fmt: skip
+WINDOW = dict(sliding_window=8)
+BOTH = dict(WINDOW, layer_types=["sliding_attention", "full_attention"])
+EXPERTS = dict(
+    num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4, num_experts_per_tok=2, moe_k=2,
+    moe_intermediate_size=16, shared_expert_intermediate_size=16, n_shared_experts=1, n_group=1, topk_group=1,
+    first_k_dense_replace=1, decoder_sparse_step=1,
+)  # fmt: skip
+LATENT = dict(
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4
+)
+GPT = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)
+SOFT = dict(final_logit_softcapping=None, attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+MAMBA = dict(mamba_d_state=8, mamba_n_groups=1, mamba_n_heads=4, mamba_d_head=16)
+
+
+
+def kinds_of(groups: dict) -> dict:
+    return {kind: key for key, kinds in groups.items() for kind in kinds.split()}
+
+
+# what is tested of each type beside full attention, in the words of the table
+PLAIN, SLIDING, CAPPED, SINKS, MOE, MLA = (
+    "full attention", "sliding window", "soft cap of attention's scores", "attention sinks", "mixture of experts",
+    "latent attention",
+)  # fmt: skip
+RIGHT = kinds_of(
+    {
+        (SLIDING, MOE): "afmoe dots1 exaone_moe mixtral phimoe",
+        (PLAIN,): (
+            "apertus arcee biogpt bitnet cohere diffllama ernie4_5 gemma glm glm4 gpt2 gpt_bigcode gpt_neox "
+            "granite helium hunyuan_v1_dense llama nanochat nemotron olmo2 opt persimmon qwen3 seed_oss smollm3 "
+            "stablelm"
+        ),
+        (MLA, MOE): "axk1 deepseek_v2 deepseek_v3 glm4_moe_lite",
+        (SLIDING,): "cohere2 cwm exaone4 gemma3_text gemma4_text ministral mistral olmo3 phi3 qwen2 starcoder2",
+        (MOE,): "dbrx ernie4_5_moe flex_olmo glm4_moe granitemoe minimax_m2 olmoe qwen2_moe qwen3_moe",
+        (SLIDING, CAPPED): "gemma2",
+        (SLIDING, SINKS, MOE): "gpt_oss mimo_v2_flash",
+        (SLIDING, SINKS): "granite_swa",
+        (MLA,): "youtu",
+    }
+)
+RECURRENT, OWN, HEAD, LOGITS = (
+    "packed sequences see each other", "does not go through Transformers' interfaces", "an output layer with a bias",
+    "changes the logits",
+)
+REFUSED = kinds_of(
+    {
+        RECURRENT: "bamba falcon_h1 falcon_mamba jamba lfm2 mamba olmo_hybrid openai-gpt rwkv",
+        OWN: "bloom deepseek_v32 doge falcon gpt_neo gptj minimax mpt xglm",
+        LOGITS: "cohere2_moe minicpm3 recurrent_gemma vaultgemma",
+        HEAD: "ctrl modernbert-decoder phi",
+    }
+)
+SETTINGS = {
+    "afmoe": BOTH, "bamba": MAMBA | {"attn_layer_indices": [1]}, "cohere": {"logit_scale": 1.0},
+    "cohere2": BOTH | {"logit_scale": 1.0}, "dots1": BOTH, "exaone4": BOTH, "exaone_moe": BOTH,
+    "dbrx": dict(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=64, attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=1e4),
+        ffn_config=dict(ffn_hidden_size=16, moe_num_experts=4, moe_top_k=2, hidden_size=32),
+    ),
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 1.0}, "gemma2": BOTH | SOFT,
+    "gemma3_text": BOTH | {"query_pre_attn_scalar": 8},
+    "gemma4_text": BOTH | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=61, global_head_dim=8),
+    "gpt2": GPT | {"resid_pdrop": 0.2}, "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
+    "gptj": GPT | {"rotary_dim": 4}, "jamba": MAMBA | dict(attn_layer_offset=1, attn_layer_period=2, num_experts=2),
+    "lfm2": {"layer_types": ["conv", "full_attention"]}, "ministral": BOTH,
+    "nanochat": {"final_logit_softcapping": None}, "olmo3": BOTH, "openai-gpt": GPT,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "qwen2": WINDOW | dict(use_sliding_window=True, max_window_layers=1), "seed_oss": {"residual_dropout": 0.2},
+}  # fmt: skip
+WITHOUT_HEAD_DIM = {"falcon", "jamba", "bamba", "mpt", "rwkv"}
+BIASED = ("e_score_correction_bias", "layer_scalar", "beta", "eps")
+
+
+def make(kind: str, folder: Path, **changes) -> Path:
+    """A folder with a model whose every weight, bias, norm, sink and saved buffer is random."""
+    settings = SMALL | (EXPERTS if MOE in RIGHT.get(kind, ()) else {}) | (LATENT if MLA in RIGHT.get(kind, ()) else {})
+    settings |= (WINDOW if SLIDING in RIGHT.get(kind, ()) else {}) | SETTINGS.get(kind, {}) | changes
+    if kind in WITHOUT_HEAD_DIM:
+        del settings["head_dim"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        for name, buffer in model.named_buffers():
+            if name.endswith(BIASED):
+                buffer.add_(0.1 * torch.rand_like(buffer))
+    model.save_pretrained(folder)
+    return folder
+
+
+def plain_model(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def plain_logps(model, sequences) -> torch.Tensor:
+    """Log-probs of all responses, one sequence at a time, by Transformers alone."""
+    found = []
+    for prompt, response in sequences:
+        logps = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        found.append(logps[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def ids(n: int, seed: int) -> list[int]:
+    return torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+SEQUENCES = [(ids(7, 1), ids(20, 2)), (ids(7, 1), ids(5, 3)), (ids(3, 4), ids(30, 5)), (ids(4, 6), ids(1, 7))]
+
+
+def gradients(model, logp) -> dict[str, torch.Tensor]:
+    (logp * torch.linspace(0.5, 1.5, len(logp))).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        pass
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_a_type_is_right_in_all_six_respects(kind, world, tmp_path):
+    folder = make(kind, tmp_path / "model")
+    policy, plain = load_policy(str(folder), world), plain_model(folder)
+    logp, expected = policy(pack(SEQUENCES)), plain_logps(plain, SEQUENCES)
+    torch.testing.assert_close(logp, expected, rtol=0, atol=1e-4)
+    alone = torch.cat([policy(pack([sequence])) for sequence in SEQUENCES])
+    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-4)
+
+    policies = [(policy, logp)]
+    if policy.lm.supports_gradient_checkpointing:
+        again = load_policy(str(folder), world, gradient_checkpointing=True)
+        policies.append((again, again(pack(SEQUENCES))))
+    wanted = gradients(plain, expected)
+    largest = max(x.abs().max() for x in wanted.values())
+    for model, logps in policies:
+        found = gradients(model.lm, logps)
+        for name, gradient in wanted.items():
+            assert (found.get(name, torch.zeros(())) - gradient).abs().max() < 1e-3 * largest, name
+
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    sampler.sync(policy, version=0)
+    prompts = [ids(3, 8), ids(12, 9)]
+    answers = sampler.generate(prompts, n=1, keys=[0, 1], seed=0, sampling=Sampling(16, temperature=0.0))
+    rows = [(prompt, c.ids) for prompt, [c] in zip(prompts, answers, strict=True)]
+    sampled = torch.tensor([x for [c] in answers for x in c.logps])
+    with torch.no_grad():
+        torch.testing.assert_close(sampled, plain_logps(plain, rows), rtol=0, atol=1e-3)
+        for prompt, answer in rows:  # greedy: no token is likelier than the one drawn
+            logits = plain(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            assert (logits.max(-1).values - logits.gather(1, torch.tensor(answer)[:, None])[:, 0] < 1e-3).all()
+
+        for p in policy.parameters():
+            p.mul_(1.01)
+        export(policy, NoTokenizer(), tmp_path / "export", world)
+        trained = policy(pack(SEQUENCES))
+        torch.testing.assert_close(
+            plain_logps(plain_model(tmp_path / "export"), SEQUENCES), trained, rtol=0, atol=1e-4
+        )
+        assert torch.equal(load_policy(str(tmp_path / "export"), world)(pack(SEQUENCES)), trained)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_type_is_refused_at_load_in_one_line(kind, world, tmp_path):
+    folder = make(kind, tmp_path / "model")
+    with pytest.raises(InputError, match=REFUSED[kind]) as error:
+        load_policy(str(folder), world)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"--model {folder}: ")
+
+
+def table() -> str:
+    """docs/models.md's: every type that is tested."""
+    lines = ["| type | tested with |", "| --- | --- |"]
+    lines += [f"| `{kind}` | {', '.join(RIGHT.get(kind, ()))} |" for kind in sorted(RIGHT)]
+    lines += ["", "| type | refused: what the message says |", "| --- | --- |"]
+    return "\n".join(lines + [f"| `{kind}` | {REFUSED[kind]} |" for kind in sorted(REFUSED)])
+
+
+PAGE, MARK = ROOT / "docs" / "models.md", "<!-- table -->\n"
+
+
+def test_the_page_lists_what_is_tested():
+    assert len(RIGHT) >= 40 and f"{len(RIGHT)} types are tested" in (ROOT / "README.md").read_text()
+    assert PAGE.read_text().split(MARK)[1].strip() == table()
+
+
+# ------------------------------------------------------------------------------------- what a load refuses
+
+
+def edit(folder: Path, **changes) -> None:
+    """Set values of a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def without_a_layer(folder):
+    weights = {name: x for name, x in load_file(folder / "model.safetensors").items() if ".layers.1." not in name}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def without_the_head(folder):
+    weights = {name: x for name, x in load_file(folder / "model.safetensors").items() if "lm_head" not in name}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def compiled_names(folder):
+    weights = {f"_orig_mod.{name}": x for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def one_more(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.extra.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+
+
+def beside_an_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def quantised(folder):
+    edit(folder, quantization_config={"quant_method": "fp8"})
+
+
+def other_shapes(folder):
+    edit(folder, hidden_size=16)
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (without_a_layer, "missing are model.layers.1.input_layernorm.weight, .* and [0-9]+ more"),
+        (without_the_head, "missing are lm_head.weight$"),
+        (compiled_names, "missing are lm_head.weight, model.embed_tokens.weight, "),
+        (one_more, "unexpected are model.extra.weight$"),
+        (beside_an_adapter, "adapter_config.json is there: merge the adapter"),
+        (quantised, "quantised weights cannot be trained"),
+        (other_shapes, "cannot be loaded"),
+    ],
+)
+def test_a_folder_whose_weights_do_not_fit_is_refused(damage, message, world, tmp_path):
+    folder = make("llama", tmp_path / "model")
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_policy(str(folder), world)
+
+
+def test_a_value_models_head_is_new_only_where_it_is_asked_for(world, tmp_path):
+    folder = make("llama", tmp_path / "model")
+    with pytest.raises(InputError, match="--value .*missing are score.weight"):
+        load_policy(str(folder), world, kind=ValueModel)
+    value = load_policy(str(folder), world, kind=ValueModel, new_head=True)
+    assert not value.lm.score.weight.any()
+    with torch.no_grad():
+        value.lm.score.weight.fill_(0.5)
+    export(value, NoTokenizer(), tmp_path / "value", world)
+    again = load_policy(str(tmp_path / "value"), world, kind=ValueModel)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "value", num_labels=1).eval()
+    hidden = [plain.model(torch.tensor([p + r])).last_hidden_state[0, len(p) - 1 : -1] for p, r in SEQUENCES]
+    torch.testing.assert_close(again(pack(SEQUENCES)), plain.score(torch.cat(hidden))[:, 0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind,changes,name",
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("cohere", {"logit_scale": 0.0625}, "logit_scale"),
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling"),
+        ("falcon_h1", {"lm_head_multiplier": 0.5}, "lm_head_multiplier"),
+    ],
+)
+def test_a_setting_that_changes_the_logits_is_named(kind, changes, name, world, tmp_path):
+    folder = make(kind, tmp_path / "model", **changes)
+    with pytest.raises(InputError, match=f"config.{name} changes the logits"):
+        load_policy(str(folder), world)
+
+
+def test_a_setting_that_changes_the_logits_is_found_in_a_nested_configuration():
+    config = AutoConfig.for_model("gemma4", text_config={"final_logit_softcapping": 30.0})
+    assert logit_changes(config) == {"final_logit_softcapping": 30.0}
+
+
+def test_logits_that_are_changed_in_code_are_found_by_the_proof(world, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def halved(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+    folder = make("llama", tmp_path / "model")
+    monkeypatch.setattr(LlamaForCausalLM, "forward", halved)
+    with pytest.raises(InputError, match="changes its logits after the output layer .log-probs are off by"):
+        load_policy(str(folder), world)
+
+
+def test_noise_in_training_is_found_by_the_proof(world, tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    forward = LlamaDecoderLayer.forward
+
+    def noisy(self, hidden_states, *args, **kwargs):
+        return torch.dropout(forward(self, hidden_states, *args, **kwargs), 0.1, self.training)
+
+    folder = make("llama", tmp_path / "model")
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", noisy)
+    with pytest.raises(InputError, match="computes with noise in training"):
+        load_policy(str(folder), world)
+
+
+def test_what_a_layer_hands_to_attention_beyond_what_it_knows_is_an_error(world, tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    forward = LlamaAttention.forward
+    monkeypatch.setattr(
+        LlamaAttention, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs, position_bias=1.0)
+    )
+    with pytest.raises(InputError, match="LlamaAttention hands position_bias to attention"):
+        load_policy(str(make("llama", tmp_path / "model")), world)
+
+
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4,
+                original_max_position_embeddings=32)  # fmt: skip
+
+
+def test_sequences_longer_than_the_positions_of_a_model_are_refused(world, tmp_path):
+    folder = make("phi3", tmp_path / "model", rope_parameters=LONGROPE, original_max_position_embeddings=32)
+    policy, plain = load_policy(str(folder), world), plain_model(folder)
+    torch.testing.assert_close(policy(pack(SEQUENCES[:2])), plain_logps(plain, SEQUENCES[:2]), rtol=0, atol=1e-4)
+    longer = (ids(20, 1), ids(20, 2))  # the long factors would be used for the short sequence too
+    with pytest.raises(InputError, match="a sequence of 39 tokens exceeds the 32 positions of the model"):
+        predictor_states(policy.lm, pack([longer, SEQUENCES[1]]))
+    with pytest.raises(InputError, match="answers of up to 40 tokens exceed the 32 positions .*--max_response_tokens"):
+        make_sampler("embedded", policy, world, stop_ids=[1], max_tokens=40)
+
+
+@pytest.mark.parametrize("script", [luffy, relift], ids=lambda script: script.__name__)
+def test_answers_beyond_the_positions_are_refused_at_the_start(script, tmp_path):
+    words = ["--preset", "tiny", "--data", "igsm:1-2", "--max_response_tokens", "5000", "--out", str(tmp_path / "run")]
+    args = parse_args(script.Args, words, method=script.METHODS, preset=script.PRESETS)
+    with pytest.raises(InputError, match="exceed the [0-9]+ positions of --model: lower --max_prompt_tokens"):
+        script.main(args)
+
+
+def test_two_ranks_load_sample_and_export_as_one_does(world, tmp_path):
+    """Layers are sharded whatever a model calls them, and buffers travel with weights."""
+    kinds = ("gpt2", "deepseek_v3", "gpt_oss")
+    for kind in kinds:
+        make(kind, tmp_path / kind / "model")
+    run_script("tests/architecture_ranks.py", *(tmp_path / kind for kind in kinds), ranks=2)
+    for kind in kinds:
+        logp, drawn, logps = torch.load(tmp_path / kind / "ranks.pt")
+        plain = plain_model(tmp_path / kind / "ranks")
+        before = load_file(tmp_path / kind / "model" / "model.safetensors")
+        after = load_file(tmp_path / kind / "ranks" / "model.safetensors")
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        torch.testing.assert_close(logp, plain_logps(plain, SEQUENCES).detach(), rtol=0, atol=1e-4)
+        expected = plain_logps(plain, [(ids(12, 9), drawn)]).detach()
+        torch.testing.assert_close(torch.tensor(logps), expected, rtol=0, atol=1e-3)
+
+
+def test_a_generation_config_that_transformers_refuses_to_write_is_kept(world, tmp_path):
+    folder = make("llama", tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [1, 5]}))
+    export(load_policy(str(folder), world), NoTokenizer(), tmp_path / "export", world)
+    kept = GenerationConfig.from_pretrained(tmp_path / "export")
+    assert kept.temperature == 0.6 and kept.eos_token_id == [1, 5] and not kept.do_sample
+
+
+def test_lora_is_refused_where_it_would_leave_weights_out(world, tmp_path):
+    pytest.importorskip("peft")
+    for kind in ("mixtral", "gpt2", "deepseek_v2"):
+        folder = make(kind, tmp_path / kind)
+        with pytest.raises(InputError, match="LoRA adapts linear layers, and .* has other weight matrices"):
+            load_policy(str(folder), world, lora=2)
+
+
+def test_ids_beyond_the_embedding_are_refused(world, tmp_path):
+    policy = load_policy(str(make("llama", tmp_path / "model")), world)
+    with pytest.raises(InputError, match="token id 61: the model has 61 rows"):
+        policy(pack([([1, 61], [3])]))
+    with pytest.raises(InputError, match="token id 70: the model has 61 rows"):
+        policy(pack([([1], [70])]))
+
+
+def test_attention_that_is_written_out_is_the_same_in_pieces_of_any_size(world, tmp_path, monkeypatch):
+    policy = load_policy(str(make("gpt_oss", tmp_path / "model")), world)
+    whole = policy(pack(SEQUENCES))
+    gradient = gradients(policy.lm, whole)
+    monkeypatch.setattr("common.data.QUERIES", 5)
+    pieces = policy(pack(SEQUENCES))
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
+    for name, found in gradients(policy.lm, pieces).items():
+        torch.testing.assert_close(found, gradient[name], rtol=1e-4, atol=1e-4)
+
+
+if __name__ == "__main__":
+    head = PAGE.read_text().split(MARK)[0]
+    PAGE.write_text(f"{head}{MARK}{table()}\n")

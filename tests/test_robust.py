@@ -1,0 +1,72 @@
+"""common/robust.py: no wrong answer is accepted, few right ones are refused, and nothing takes long.
+
+tests/vectors/robust_cases.jsonl.gz: answers from public reports on graders (`source` names each), then ours ("own").
+"""
+
+import gzip
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.grading import CANARY, hostile_text
+from common.verifiers import Verdict, grade
+
+VECTORS = Path(__file__).parent / "vectors"
+CASES = [json.loads(line) for line in gzip.decompress((VECTORS / "robust_cases.jsonl.gz").read_bytes()).splitlines()]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["reported", "own"])
+def test_no_wrong_answer_is_accepted_and_97_percent_of_the_right_ones_are(own):
+    cases = [case for case in CASES if (case["source"] == "own") == own]
+    verdicts = grade([c["response"] for c in cases], [c["gold"] for c in cases], verifier="robust", timeout=20)
+    accepted = [verdict.reward == 1 for verdict in verdicts]
+    assert [case for case, yes in zip(cases, accepted, strict=True) if yes and not case["right"]] == []
+    missed = [case for case, yes in zip(cases, accepted, strict=True) if case["right"] and not yes]
+    assert len(missed) <= 0.03 * sum(case["right"] for case in cases), missed
+    assert {verdict.status for verdict in verdicts} <= {"ok", "unparsable"}
+
+
+def test_every_gold_of_the_validation_file_equals_itself_and_no_other_digit():
+    golds = json.loads((VECTORS / "val_golds.json").read_text())[::4]
+    rng, changed = random.Random(0), []
+    for gold in golds:
+        at = rng.choice([i for i, c in enumerate(gold) if c.isdigit()] or [None])
+        changed.append("no" if at is None else gold[:at] + str((int(gold[at]) + 1) % 10) + gold[at + 1 :])
+    answers = [rf"</think> It is \boxed{{{answer}}}." for answer in golds + changed]
+    rewards = [v.reward for v in grade(answers, golds * 2, verifier="robust", timeout=20)]
+    assert [g for g, reward in zip(golds, rewards, strict=False) if not reward] == []
+    assert [c for c, reward in zip(changed, rewards[len(golds) :], strict=True) if reward] == []
+
+
+def test_a_gold_that_cannot_be_read_is_named_as_the_fault():
+    (verdict,) = grade([r"\boxed{5}"], [r"\int_0^1 \mathfrak{q}"], verifier="robust")
+    assert verdict.status == "unparsable" and verdict.detail.startswith(r"gold unreadable: \int_0^1")
+    assert grade([r"\boxed{\int_0^1 \mathfrak{q}}"], [r"\int_0^1 \mathfrak{q}"], verifier="robust")[0].reward == 1
+    (verdict,) = grade([r"\boxed{\int_0^1 x}"], ["5"], verifier="robust")
+    assert verdict.status == "unparsable" and verdict.detail.startswith("answer unreadable")
+
+
+HUGE = [
+    r"\boxed{9^{9^{9^9}}}", r"\boxed{" + "1" * 10**6 + "}", r"\boxed{" + "(" * 20_000 + "1" + ")" * 20_000 + "}",
+    r"\boxed{factorial(10**8)}", r"\boxed{100000000!}", r"\boxed{\binom{10^8}{60116421}}", " " * 10**5 + r"\boxed{ }",
+    r"\boxed{\lfloor 10^{6402}\pi\rfloor}", r"\boxed{" + "2^" * 90 + "2}", r"\boxed{" * 2000, r"\boxed{&}",
+    "answer is " * 5000,
+]  # fmt: skip
+
+
+def test_what_cannot_be_an_answer_is_refused_before_it_is_computed():
+    rng = random.Random(0)
+    texts = HUGE + [hostile_text(rng) for _ in range(150)]
+    grade([r"\boxed{1}"], ["1"], verifier="robust", workers=1)
+    start = time.monotonic()
+    verdicts = grade(["</think>" + text for text in texts], ["42"] * len(texts), verifier="robust", workers=1)
+    assert {verdict.reward for verdict in verdicts} == {0.0}
+    assert {verdict.status for verdict in verdicts} <= {"ok", "unparsable"}
+    assert time.monotonic() - start < 15 and not CANARY.exists()
+
+
+def test_robust_needs_no_tag_and_takes_the_last_box():
+    assert grade([r"\boxed{7} no, \boxed{42}"], ["42"], verifier="robust") == [Verdict(1.0, "ok")]
