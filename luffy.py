@@ -66,7 +66,7 @@ from common.trainer import Totals, launch, load_policy, load_tokenizer, make_opt
 @dataclass
 class Args(RunArgs):
     method: Literal["luffy", "grpo", "rl_sft", "sft"] = "luffy"  # What to train. Later defaults follow it.
-    preset: Literal["paper", "tiny", "tiny_base"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
+    preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
     model: str = "Elliott/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name; a folder without weights: random ones
     data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
     out: str = "runs/luffy"  # Run folder. Running the same command again resumes from its newest checkpoint.
@@ -99,12 +99,6 @@ PRESETS = {
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
         eval_limit=128, save_every=20, micro_batch_tokens=4096,
         method={name: dict(out=f"runs/tiny_{name}") for name in METHODS},
-    ),
-    "tiny_base": dict(  # how models/tiny was made, with --method sft
-        model="models/scratch", data="igsm:2-8", igsm_problems=200000, eval_data=("igsm:5-8",),
-        out="runs/tiny_base", verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, steps=3000,
-        batch_size=64, lr=1.5e-3, warmup=0.02, lr_floor=0.02, betas=(0.9, 0.99), weight_decay=0.1, eval_every=500,
-        eval_limit=300, eval_temperature=0.0, save_every=500, log_samples=0, micro_batch_tokens=4096,
     ),
 }  # fmt: skip
 

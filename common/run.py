@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_type_hints
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
@@ -156,7 +157,8 @@ class Run:
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as
         value=(model, optimizer) or sft=(policy, a second optimizer)."""
-        self.tokenizer, self.more, self.pairs = tokenizer, more, {"policy": (policy, optimizer)} | more
+        self.policy, self.tokenizer, self.more = policy, tokenizer, more
+        self.pairs = {"policy": (policy, optimizer)} | more
         if self.state:
             self.checkpoints.load(policy, optimizer, more)
         elif self.args.save_every:
@@ -202,9 +204,9 @@ class Run:
         number stops the run; --skip_bad_updates skips the update and returns False. `rows` are then in OUT/bad."""
         model, optimizer = self.pairs[name]
         try:
-            check_finite(log, self.pairs["policy"][0], self.world)
-            self._check_mismatch(log.get("mismatch/mean_abs", 0.0))
-            for other in {other for other, _ in self.more.values()} | {self.pairs["policy"][0]}:
+            check_finite(log, self.policy, self.world)
+            check_mismatch(log.get("mismatch/mean_abs", 0.0), self.step, self.args, self.world)
+            for other, _ in self.pairs.values():
                 if other is not model:
                     gradient_norm(other)  # of several models that are trained all take their step, or none
             log[norm] = optimizer_step(model, optimizer, lr=lr, max_grad_norm=max_grad_norm)
@@ -214,27 +216,20 @@ class Run:
         self.logs.append(log | ({"optim/lr": lr} if name == "policy" else {}))
         return True
 
-    def _check_mismatch(self, gap: float) -> None:
-        limit = self.args.max_mismatch or (0.1 if self.world.device.type == "cuda" else 0.001)
-        if gap > limit:
-            raise RuntimeError(
-                f"step {self.step}: the sampler's log-probs differ from the trainer's by {gap:.4f} per token "
-                f"(--max_mismatch {limit}): the sampler has stale weights, or runs another model"
-            )
-
     def _skip_or_stop(self, error: FloatingPointError, rows: list) -> None:
         for model, _ in self.pairs.values():
             model.zero_grad(set_to_none=True)
         self.skipped += 1
         path = self.out / "bad" / f"step-{self.step:08d}-{self.skipped}.jsonl"
+        message = f"step {self.step}: {error}. The {len(rows)} rows of this update are in {path}"
         if self.world.main:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row.shown(self.tokenizer)) + "\n" for row in rows))
-        message = f"step {self.step}: {error}. The {len(rows)} rows of this update are in {path}"
+        dist.barrier()  # the file is complete before a rank ends
         if not self.args.skip_bad_updates:
             raise FloatingPointError(f"{message}. The same command resumes before it") from error
         if self.world.main:
-            tqdm.write(f"{message}. The update is skipped (--skip_bad_updates)")
+            tqdm.write(f"{message}. It is skipped (--skip_bad_updates)")
 
     def log(self, values: dict, rows: list = (), also: list = ()) -> None:
         """Log means over the updates of this step, `values`, and what the step cost; write samples of `rows`.
@@ -247,7 +242,7 @@ class Run:
         means = {name: mean(log[name] for log in self.logs if log.get(name) is not None) for name in names}
         costs = seconds | {
             "speed/tokens_per_second": tokens / seconds["seconds/step"],
-            "speed/useful_share": self.pairs["policy"][0].useful_share(),
+            "speed/useful_share": self.policy.useful_share(),
             "memory/peak_gb": peak_memory_gb(self.world), "update/skipped": self.skipped or None,
         }
         self.logs = []
@@ -264,14 +259,23 @@ class Run:
     def finish(self, sampler=None) -> None:
         """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler."""
         self.checkpoints.wait()
-        policy = self.pairs["policy"][0]
         for name, (model, _) in self.more.items():
-            if model is not policy:
+            if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
-        export(policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
+        export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
         if sampler:
             sampler.close()
         self.metrics.close()
+
+
+def check_mismatch(gap: float, step: int, args, world: World) -> None:
+    """Raise RuntimeError if the log-probs of sampler and trainer differ by more than --max_mismatch."""
+    limit = args.max_mismatch or (0.1 if world.device.type == "cuda" else 0.001)
+    if gap > limit:
+        raise RuntimeError(
+            f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.4f} per token (--max_mismatch "
+            f"{limit}): the sampler has stale weights, or runs another model"
+        )
 
 
 def open_sampler(policy, tokenizer, args, world: World):
@@ -372,11 +376,7 @@ def gather_rows(rows: list[Row], world: World) -> list[Row]:
 
 
 class Grader:
-    """Grades rows in the background. A trace is graded once in a run.
-
-    >>> grader.add(rows); grader.wait(); rows[0].reward, rows[0].status      # doctest: +SKIP
-    (1.0, 'ok')
-    """
+    """Grades rows in the background: `add`, then `wait`. A trace is graded once in a run."""
 
     def __init__(self, tokenizer, verifier: str):
         self.tokenizer, self.verifier = tokenizer, verifier

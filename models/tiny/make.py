@@ -48,8 +48,11 @@ def habit_rows(n: int):
 def main(make: Make) -> None:
     out = Path(make.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    train = [sys.executable, "luffy.py", "--preset", "tiny_base", "--method", "sft"]
-    skill = ["--steps", str(make.skill_steps), "--out", str(out / "skill")]
+    train = [sys.executable, "luffy.py", "--preset", "tiny", "--method", "sft", "--batch_size", "64", "--eval_limit",
+             "300", "--eval_temperature", "0", "--log_samples", "0", "--save_every", "500", "--warmup", "0.02",
+             "--lr_floor", "0.02", "--betas", "0.9", "0.99", "--weight_decay", "0.1"]  # fmt: skip
+    skill = ["--model", "models/scratch", "--data", "igsm:2-8", "--igsm_problems", "200000", "--lr", "1.5e-3"]
+    skill += ["--eval_every", "500", "--steps", str(make.skill_steps), "--out", str(out / "skill")]
     subprocess.run([*train, *skill], cwd=ROOT, check=True)
 
     with open(out / "habit.jsonl", "w") as file:
