@@ -127,8 +127,8 @@ def test_a_gold_that_the_verifier_cannot_read_is_named_by_row_once(capsys):
     assert said.splitlines() == [
         "warning: math, row 3: gold unreadable: 1/2/; every response to it counts as wrong"
     ]
-    row = luffy.Row([1], [1], 0, reward=0.0, status="unparsable", detail=cannot.detail)
-    [shown] = luffy.sample_rows([row], examples, load_tokenizer("models/tiny"))
+    row = luffy.Row([1], [1], 0, reward=0.0, status="unparsable", detail=cannot.detail, example=examples[0])
+    shown = row.shown(load_tokenizer("models/tiny"))
     assert shown["detail"] == "gold unreadable: 1/2/"
 
 

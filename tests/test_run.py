@@ -1,0 +1,150 @@
+"""common/run.py: flags and their ranges, grading, updates of several models; memory that decides what is recomputed."""
+
+import dataclasses
+import re
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+import luffy
+import relift
+from benchmarks.scale import MODELS, activation_bytes
+from common import run, trainer
+from common.data import InputError, pack
+from common.rows import Example
+from common.run import Grader, Row, Run, RunArgs, check_flags, micro_batches, per_token, teacher_rows
+from common.trainer import layers_to_keep, load_policy, make_optimizer, parse_args
+from common.verifiers import Verdict
+from tests.conftest import NANO
+from tests.test_luffy_math import ONE_RANK
+
+EXAMPLES = [Example([3, 4], [5, 6, 1], "6", "s", 0, "q"), Example([3], [7, 1], "7", "s", 1, "r")]
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("script", [luffy, relift])
+def test_every_flag_has_a_help_text(script, capsys, monkeypatch):
+    """A field that is declared again without its comment loses it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse_args(script.Args, ["--help"], method=script.METHODS, preset=script.PRESETS)
+    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    helps = re.findall(r" --(\w+)(?:, --no_\w+)?(?: [A-Z\[{][^ ]*| \[?STR.*?\]\])* (.*?)(?= --\w|$)", text)
+    assert {name for name, _ in helps} >= {field.name for field in dataclasses.fields(script.Args)}
+    assert not [name for name, words in helps if name != "help" and words.startswith("(default")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("keep", 0, "--keep must be positive, not 0"), ("epochs", -1.0, "--epochs must be positive"),
+        ("eval_every", -1, "--eval_every must be 0 or more, not -1"), ("verifier", "oops", "--verifier oops"),
+        ("lr", float("nan"), "--lr must be 0 or more, not nan"), ("warmup", 2, "--warmup must be between 0 and 1"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named_with_its_flag(name, value, words):
+    check_flags(RunArgs())
+    with pytest.raises(InputError, match=words):
+        check_flags(dataclasses.replace(RunArgs(), **{name: value}))
+
+
+# -------------------------------------------------------------------------------------------------------- rows
+
+
+def test_a_trace_is_graded_once_and_own_answers_every_time(monkeypatch):
+    graded = []
+
+    def grade_later(texts, golds, *, verifier):
+        graded.extend(texts)
+        future = Future()
+        future.set_result([Verdict(float(gold in text), "ok") for text, gold in zip(texts, golds, strict=True)])
+        return future
+
+    class Tokenizer:
+        eos_token_id = 1
+
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    monkeypatch.setattr(run, "grade_later", grade_later)
+    grader = Grader(Tokenizer(), "math")
+    for _ in range(2):
+        rows = teacher_rows(EXAMPLES, range(2), [2, 1])
+        rows.append(Row([3], [8, 9], 1, truncated=True, example=EXAMPLES[1]))
+        grader.add(rows)
+        grader.wait()
+        assert [(row.reward, row.status) for row in rows] == [(1.0, "ok")] * 3 + [(0.0, "ok")]
+    assert sorted(graded) == ["5 6", "7", "8 9", "8 9"]  # without the eos; what was cut has none
+
+
+def test_values_of_rows_become_values_of_tokens():
+    batch = pack([([3], [4, 5]), ([3], [6]), ([7], [8, 9, 1])])
+    assert per_token(batch, [0.5, 2.0, 3.0]).tolist() == [0.5, 0.5, 2.0, 3.0, 3.0, 3.0]
+    assert per_token(batch, [[1, 2], [3], [4, 5, 6]]).tolist() == [1, 2, 3, 4, 5, 6]
+    assert len(per_token(pack([]), [])) == 0
+
+
+def test_sequences_of_one_row_stay_in_one_micro_batch():
+    pairs = [[([3], [4] * n), ([3], [5] * n)] for n in (4, 3, 2)]
+    args = dataclasses.replace(RunArgs(), micro_batch_tokens=10)
+    batches = list(micro_batches(pairs, args, ONE_RANK, sequences=lambda pair: pair))
+    assert [mine for _, mine in batches] == [pairs[:1], pairs[1:]]
+    assert [len(batch.targets) for batch, _ in batches] == [8, 10]
+
+
+# ----------------------------------------------------------------------------------------------------- updates
+
+
+def test_of_two_models_both_take_their_step_or_none(tmp_path, world):
+    policy, other = (load_policy("nano", world, from_config=NANO, seed=seed) for seed in (3, 4))
+    args = dataclasses.replace(RunArgs(), out=str(tmp_path), save_every=0, skip_bad_updates=True)
+    it = Run(args)
+    it.begin(policy, make_optimizer(policy, lr=1.0), None, other=(other, make_optimizer(other, lr=1.0)))
+    before = [p.clone() for p in other.parameters()]
+    for model in (policy, other):
+        model(pack([([3], [4, 5])])).sum().backward()
+    next(policy.parameters()).grad[0] = torch.nan
+    assert not it.update("other", {}, [], lr=1.0, max_grad_norm=1.0) and it.skipped == 1
+    assert all(torch.equal(p, b) for p, b in zip(other.parameters(), before, strict=True))
+    assert all(p.grad is None for model in (policy, other) for p in model.parameters())
+    other(pack([([3], [4, 5])])).sum().backward()
+    assert it.update("other", {"loss": 1.0}, [], lr=1.0, max_grad_norm=1.0, norm="other/grad_norm")
+    assert it.logs[0].keys() == {"loss", "other/grad_norm"} and not torch.equal(before[0], next(other.parameters()))
+
+
+def test_totals_are_sums_maxima_and_means(world):
+    totals = trainer.Totals(world)
+    for values in ([1.0, -5.0], [2.0, 4.0], []):
+        x = torch.tensor(values)
+        totals.add({"mean": x.sum()}, per=4)
+        totals.largest({"largest": x.abs()})
+    assert totals.reduce() == {"mean": 0.5, "largest": 5.0}
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("shape", list(MODELS.values()), ids=list(MODELS))
+def test_as_many_layers_keep_their_activations_as_memory_allows(shape):
+    config = trainer.AutoConfig.for_model(
+        "qwen2", num_hidden_layers=shape.layers, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_width * shape.heads // shape.hidden,
+    )  # fmt: skip
+    tokens, one = 16384, dataclasses.replace(shape, layers=1)
+    kept = activation_bytes(one, tokens, checkpointing=False)
+    recomputed = tokens * 2 * shape.hidden  # the input of the layer
+    for layers in (1, shape.layers - 1):
+        room = layers * kept + (shape.layers - layers) * recomputed
+        assert layers_to_keep(config, tokens, 1.01 * room) in (layers, layers + 1)
+        assert layers_to_keep(config, tokens, 0.98 * room) < layers
+    assert layers_to_keep(config, tokens, 1e15) == shape.layers and layers_to_keep(config, tokens, -1e9) == 0
+
+
+def test_a_folder_without_weights_gives_the_model_of_its_seed(world, capsys):
+    a, b, c = (load_policy("models/scratch", world, seed=seed) for seed in (1, 1, 2))
+    weights = [next(model.parameters()) for model in (a, b, c)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert "models/scratch: no weights there: the model starts from random ones" in capsys.readouterr().out
