@@ -1,18 +1,18 @@
 """LUFFY: learning to reason under off-policy guidance (Yan et al., arXiv 2504.14945).
 
-On-policy RL learns from a model's own answers, so it learns nothing from a question that all of them get wrong. LUFFY
-adds a trace of a stronger model (the teacher) to every group. A group has G = 8 rows, 7 own answers and the trace. All
-are graded alike and share one mean:
+On-policy RL learns from a model's own answers, so it learns nothing from a question that all of them get wrong.
+LUFFY adds a trace of a stronger model (the teacher) to every group. A group has G = 8 rows, 7 own answers and the
+trace. All are graded alike and share one mean:
 
-    A_i  = R_i - mean(R_1 .. R_G)                                                (Eq. 4; there divided by the std)
+    A_i  = R_i - mean(R_1 .. R_G)                                            (Eq. 4; the paper divides by the std)
     loss = - S sum_{i teacher's} sum_t f(p_it) A_i  -  S sum_{i own} sum_t p_it / p_old_it A_i  -  c M mean_it H_it
-    f(p) = p / (p + 0.1)                                                                                       (Eq. 5-8)
+    f(p) = p / (p + 0.1)                                                                               (Eq. 5-8)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`. The teacher's own probability is unknown; LUFFY
-uses 1, so the ratio is p. With f, the gradient w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's
-unlikely but not hopeless tokens are learnt first. As own answers become right, the trace's advantage falls from 7/8
-to 0, and the method becomes on-policy RL.
+S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`.
+The teacher's own probability is unknown; LUFFY uses 1, so the ratio is p. With f, the gradient w.r.t. log p is
+A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are learnt first. As own
+answers become right, the trace's advantage falls from 7/8 to 0, and the method becomes on-policy RL.
 
 --method picks LUFFY or one of the paper's comparisons, each with its published settings:
   luffy    the above
@@ -51,7 +51,6 @@ from common.run import (
     add_drift,
     describe,
     gather_rows,
-    mean,
     micro_batches,
     open_sampler,
     per_token,
@@ -67,22 +66,22 @@ from common.trainer import Totals, launch, load_policy, load_tokenizer, make_opt
 class Args(RunArgs):
     method: Literal["luffy", "grpo", "rl_sft", "sft"] = "luffy"  # What to train. Later defaults follow it.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
-    model: str = "Elliott/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name; a folder without weights: random ones
+    model: str = "Elliott/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name
     data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
     out: str = "runs/luffy"  # Run folder. Running the same command again resumes from its newest checkpoint.
-    long_trace: Literal["reject", "cut"] = "reject"  # A trace over --max_response_tokens: leave the row out, or cut it
+    long_trace: Literal["reject", "cut"] = "reject"  # A trace over --max_response_tokens: reject it, or cut it
     empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A row without a trace: stop, drop, own answers only
     steps: NotNegative[int] = 500  # Steps to train (the paper's 500); 0 follows --epochs.
-    epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published for sft: 3)
+    epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
     group_size: Positive[int] = 8  # Rows per question, the teacher's included
     teacher_rows: NotNegative[int] = 1  # How many of the group_size rows are the teacher's trace
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
     shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
-    clip: NotNegative[float] = 0.0  # PPO clip of the own tokens' ratio; 0: none (published: none; grpo 0.2)
+    clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
-    std: bool = False  # Divide advantages by the group's std (the paper's Eq. 4; the published code does not).
-    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (the paper's text says 0.01)
+    std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
+    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
     sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term
     loss_rows: Positive[float] = 64.0  # Scale of the loss: rows of an update on one GPU of the published run
 
@@ -190,7 +189,7 @@ def published_micro_batches(tokens_per_row: float) -> int:
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
     """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing. At
     least one row, so that there is a gradient (of zeros)."""
-    if args.method == "sft" or args.entropy_coef:
+    if args.entropy_coef:
         return rows
     return [row for row in rows if row.advantage or (row.teacher and args.method == "rl_sft")] or rows[:1]
 
@@ -206,43 +205,61 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows))
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    sft_scale = args.sft_coef * n_micro if args.method == "rl_sft" else 1.0
     counted, totals = rows_with_gradient(rows, args), Totals(world)
     own_tokens, teacher_tokens = (sum(len(row.response) for row in counted if row.teacher == t) for t in (False, True))
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
-        loss = logp.new_zeros(())
-        if args.method != "sft":
-            old = logp.detach() if old_logps is None else old_logps[i]  # [N]
-            advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-            no_sampler = [[math.nan] * len(row.response) for row in mine]
-            sampler_logp = per_token(batch, [row.sampler_logps or nans for row, nans in zip(mine, no_sampler)])  # [N]
-            token_loss = luffy_token_loss(
-                logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
-            )
-            if args.tis_cap:
-                token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
-            if args.method == "rl_sft":
-                token_loss = torch.where(teacher, 0.0, token_loss)
-            pg_loss = token_loss.sum() * row_scale
-            loss = loss + pg_loss
-            totals.add({"loss/pg": pg_loss})
-            add_drift(totals, logp.detach(), old, sampler_logp, ~teacher, clip=args.clip, per=own_tokens)
-        if args.method in ("sft", "rl_sft"):
+        old = logp.detach() if old_logps is None else old_logps[i]  # [N]
+        advantage = per_token(batch, [row.advantage for row in mine])  # [N]
+        sampler_logp = per_token(batch, [row.sampler_logps or [math.nan] * len(row.response) for row in mine])  # [N]
+        token_loss = luffy_token_loss(
+            logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
+        )
+        if args.tis_cap:
+            token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
+        if args.method == "rl_sft":
+            token_loss = torch.where(teacher, 0.0, token_loss)
+        loss = pg_loss = token_loss.sum() * row_scale
+        if args.method == "rl_sft":
             sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher_tokens)
-            loss = loss + sft_scale * sft_loss
+            loss = loss + args.sft_coef * n_micro * sft_loss
             totals.add({"loss/sft": sft_loss})
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
+        totals.add({"loss/pg": pg_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=own_tokens + teacher_tokens)
+        add_drift(totals, logp.detach(), old, sampler_logp, ~teacher, clip=args.clip, per=own_tokens)
         if teacher_tokens:
-            shaped = shape(logp.detach().exp(), args.shaping_gamma)
-            totals.add({"teacher/logp": torch.where(teacher, logp, 0.0).sum(),
-                        "teacher/shaped_ratio": (shaped * teacher).sum()}, per=teacher_tokens)  # fmt: skip
+            add_trace(totals, logp.detach(), teacher, args, per=teacher_tokens)
     return totals.reduce()
+
+
+def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
+    """Forward and backward of one SFT update on traces; the gradient is left in .grad. It is the same for any number of
+    ranks and any micro_batch_tokens."""
+    lengths, totals = [len(row.response) for row in rows], Totals(world)
+    n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows))
+    for batch, _ in micro_batches(rows, args, world):
+        logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
+        loss = sft_loss = -logp.sum() / sum(lengths)
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * n_micro * entropy.sum() / sum(lengths)
+        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+
+        totals.add({"loss/sft": sft_loss})
+        totals.add({"policy/entropy": entropy.sum()}, per=sum(lengths))
+        add_trace(totals, logp.detach(), torch.ones_like(logp, dtype=torch.bool), args, per=sum(lengths))
+    return totals.reduce()
+
+
+def add_trace(totals: Totals, logp: Tensor, teacher: Tensor, args: Args, *, per: int) -> None:
+    """Add to the metrics, as means over `per` teacher's tokens: log p and f(p). [N] each."""
+    shaped = shape(logp.exp(), args.shaping_gamma)
+    totals.add({"teacher/logp": torch.where(teacher, logp, 0.0).sum(),
+                "teacher/shaped_ratio": torch.where(teacher, shaped, 0.0).sum()}, per=per)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -312,7 +329,10 @@ def main(args: Args) -> None:
             updates = split_updates(rows, args)
             old = [None] + [policy_logps(policy, rows_with_gradient(u, args), args, world) for u in updates[1:]]
             for u, update in enumerate(updates):
-                log = accumulate_gradient(policy, update, old[u], args, world)
+                if on_policy:
+                    log = accumulate_gradient(policy, update, old[u], args, world)
+                else:
+                    log = accumulate_sft_gradient(policy, update, args, world)
                 run.update("policy", log, update, lr=run.lr(u, len(updates)), max_grad_norm=args.max_grad_norm)
 
         # 5. sync
@@ -320,19 +340,9 @@ def main(args: Args) -> None:
             sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        run.log(describe(rows) | describe_traces(rows) | run.evaluate(sampler), rows)
+        run.log(describe(rows) | run.evaluate(sampler), rows)
         run.save()
     run.finish(sampler)
-
-
-def describe_traces(rows: list[Row]) -> dict[str, float | None]:
-    """Metrics of the teacher's rows of a step."""
-    teacher = [row for row in rows if row.teacher]
-    graded = [row for row in teacher if row.status]  # all, or with sft none
-    return {
-        "reward/teacher": mean(row.reward for row in graded), "teacher/advantage": mean(r.advantage for r in graded),
-        "length/teacher": mean(len(row.response) for row in teacher),
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

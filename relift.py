@@ -1,17 +1,18 @@
 """ReLIFT: what reinforcement learning cannot learn, fine-tuned in between (Ma et al., arXiv 2506.07527).
 
-On-policy RL learns from a model's own answers, so it learns nothing from a question that all of them get wrong. SFT can
-teach such questions, but it needs a demonstration for every question and degrades what the model already does well.
-ReLIFT does RL and keeps in a buffer the questions whose whole group of G = 8 answers failed. Whenever the buffer holds
-`sft_data_size` of them, one SFT update on their demonstrations follows the RL updates of the step:
+On-policy RL learns from a model's own answers, so it learns nothing from a question that all of them get wrong.
+SFT can teach such questions, but it needs a demonstration for every question and degrades what the model already does
+well. ReLIFT does RL and keeps in a buffer the questions whose whole group of G = 8 answers failed. Whenever the buffer
+holds `sft_data_size` of them, one SFT update on their demonstrations follows the RL updates of the step:
 
-    RL    A_i  = R_i - mean(R_1 .. R_G)
-          loss = - S sum_i sum_t p_it / p_old_it A_i  -  c M mean_it H_it
-    SFT   loss = mean_it (- log p_it - 0.001 H_it)       on the newest of the hardest questions
+    A_i  = R_i - mean(R_1 .. R_G)
+    loss = - S sum_i sum_t p_it / p_old_it A_i  -  c M mean_it H_it           RL
+    loss = mean_it (- log p_it - 0.001 H_it)                                  SFT on the newest of the hardest questions
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`. LUFFY puts a demonstration into every group;
-ReLIFT uses them only where RL has no gradient, with an AdamW (its own moments and rate) and a gradient clip for SFT.
+S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`.
+LUFFY puts a demonstration into every group. ReLIFT uses them only where RL has no gradient, with an AdamW (its own
+moments and rate) and a gradient clip for SFT alone.
 
 --method picks ReLIFT or one of the paper's comparisons:
   relift   the above
@@ -68,20 +69,20 @@ from common.trainer import Totals, launch, load_policy, load_tokenizer, make_opt
 class Args(RunArgs):
     method: Literal["relift", "grpo", "sft"] = "relift"  # What to train. Later defaults follow it.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
-    model: str = "RoadQAQ/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name; a folder without weights: random ones
+    model: str = "RoadQAQ/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name
     data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
     out: str = "runs/relift"  # Run folder. Running the same command again resumes from its newest checkpoint.
-    long_trace: Literal["reject", "cut"] = "reject"  # A demonstration over --max_response_tokens: RL alone, or cut it
-    epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3, some 1050 steps)
+    long_trace: Literal["reject", "cut"] = "reject"  # A trace over --max_response_tokens: reject it, or cut it
+    epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
     group_size: Positive[int] = 8  # Answers per question
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
-    max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
-    clip: NotNegative[float] = 0.0  # PPO clip of the ratio; 0: none (published: none; grpo 0.2)
+    clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
-    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus of RL
+    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
     loss_rows: Positive[float] = 64.0  # Scale of the loss: rows of an update on one GPU of the published run
+    max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
     # Questions of an SFT update, and how many the buffer must hold for one; -1: RL alone
     sft_data_size: Annotated[int, ("positive, or -1 for RL alone", lambda n: n > 0 or n == -1)] = 128
     # Questions of the step that enter the buffer. hardest: all answers failed. random: as many, drawn from all. all
@@ -253,7 +254,7 @@ def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
 
 
 def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: Args, world) -> dict[str, float]:
-    """Forward and backward of one RL update, summed over ranks and micro-batches; the gradient is left in .grad.
+    """Forward and backward of one update, summed over ranks and micro-batches; the gradient is left in .grad.
 
     `rows` are those of all ranks. Every denominator is counted over them before the first backward, so the gradient is
     the same for any number of ranks and any micro_batch_tokens. old_logps: log-probs before the step's updates, from
@@ -361,11 +362,11 @@ def main(args: Args) -> None:
         args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    more = {}
     if interleave:
         sft_optimizer = make_optimizer(policy, lr=args.sft_lr, betas=args.betas, weight_decay=args.weight_decay)
-        run.begin(policy, optimizer, tokenizer, sft=(policy, sft_optimizer))
-    else:
-        run.begin(policy, optimizer, tokenizer)
+        more = {"sft": (policy, sft_optimizer)}
+    run.begin(policy, optimizer, tokenizer, **more)
     sampler = open_sampler(policy, tokenizer, args, world)
     sampler.sync(policy, version=run.start)
     grader = Grader(tokenizer, args.verifier)

@@ -157,7 +157,10 @@ class Ours:
             rows = [luffy.Row(prompt, trace, g, True) for g, (prompt, trace) in enumerate(data)]
         else:
             return self.dpo(data)
-        log = luffy.accumulate_gradient(self.policy, rows, None, self.args, self.world)
+        if self.step_name == "grpo":
+            log = luffy.accumulate_gradient(self.policy, rows, None, self.args, self.world)
+        else:
+            log = luffy.accumulate_sft_gradient(self.policy, rows, self.args, self.world)
         check_finite(log, self.policy, self.world)
         optimizer_step(self.policy, self.optimizer, lr=LR, max_grad_norm=1.0)
         if self.step_name == "grpo":

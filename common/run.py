@@ -417,16 +417,20 @@ def mean(values) -> float | None:
 
 
 def describe(rows: list[Row]) -> dict[str, float | None]:
-    """Metrics of the rows of a step: rewards, solved groups and lengths of own answers, the verifier's statuses."""
-    own, graded = [r for r in rows if not r.teacher], [r for r in rows if r.status]
+    """Metrics of the rows of a step: rewards, advantages and lengths, solved groups, the verifier's statuses."""
+    own, teacher = [r for r in rows if not r.teacher], [r for r in rows if r.teacher]
+    graded = [r for r in rows if r.status]  # all, or with sft none
     solved: dict[int, list[float]] = {}
     for row in own:
         solved.setdefault(row.group, []).append(row.reward)
     return {
         "reward/own": mean(r.reward for r in own),
+        "reward/teacher": mean(r.reward for r in graded if r.teacher),
+        "teacher/advantage": mean(r.advantage for r in graded if r.teacher),
         "group/solve_all": mean(min(g) > 0 for g in solved.values()),
         "group/solve_none": mean(max(g) <= 0 for g in solved.values()),
-        "length/own": mean(len(r.response) for r in own), "length/truncated": mean(r.truncated for r in own),
+        "length/own": mean(len(r.response) for r in own), "length/teacher": mean(len(r.response) for r in teacher),
+        "length/truncated": mean(r.truncated for r in own),
     } | {f"verifier/{s}": mean(r.status == s for r in graded) for s in ("ok", "timeout", "error", "unparsable")}
 
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
 from common.trainer import load_policy  # noqa: E402
-from luffy import METHODS, Args, Row, accumulate_gradient, policy_logps  # noqa: E402
+from luffy import METHODS, Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
 from tests.conftest import NANO  # noqa: E402
 
 
@@ -43,7 +43,10 @@ def gradient(world, method: str, micro_batch_tokens: int) -> tuple[dict[str, tor
         for row in rows:
             row.teacher, row.sampler_logps = False, row.sampler_logps or [-1.0] * len(row.response)
     old = [logp - 0.1 for logp in policy_logps(policy, rows, args, world)]
-    metrics = accumulate_gradient(policy, rows, old, args, world)
+    if method == "sft":
+        metrics = accumulate_sft_gradient(policy, rows, args, world)
+    else:
+        metrics = accumulate_gradient(policy, rows, old, args, world)
     grads = {}
     for name, p in policy.named_parameters():
         grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
