@@ -32,8 +32,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from common.data import pack  # noqa: E402
-from common.rollout import EmbeddedSampler, Sampling, VLLMSampler, vllm_version  # noqa: E402
+from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
 from common.trainer import init_world, load_policy  # noqa: E402
+from common.vllm import VLLMSampler, vllm_version  # noqa: E402
 
 # hidden, layers, vocabulary; the rest follows
 SETTING = itemgetter("model", "rows", "tokens", "lengths")  # of a row of the results
