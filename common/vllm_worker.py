@@ -59,7 +59,16 @@ def load(llm, pipe, buffer) -> None:
             for name, shape in zip(names, shapes):
                 yield name, parts.pop(0).view(shape)
 
+    if not shared.is_cuda:
+        llm.apply_model(pack_experts_again)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+
+
+def pack_experts_again(model) -> None:
+    """On a CPU vLLM 0.32 packs experts for its kernel only when it makes the kernel, and not when weights change."""
+    for module in model.modules():
+        if hasattr(module, "quant_method") and hasattr(module.quant_method, "moe_kernel"):
+            module.quant_method.moe_kernel = None
 
 
 def wake(llm, pipe, version: str) -> str:
