@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from common.data import InputError
 from common.trainer import Policy, World, full_parameters
@@ -87,6 +89,23 @@ class RoomyLayer(DynamicLayer):
         self.buffers = None
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """SDPA, where the query heads of one key head are rows of one query while a token is decoded.
+
+    Transformers repeats the keys for each of them (7-fold in Qwen2.5) as soon as there is a padding mask."""
+    b, heads, new, d = query.shape  # key [b, key heads, T, d], mask [b, 1, new, T]
+    if new > 1 or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query = query.reshape(b, key.shape[1], heads // key.shape[1], d)
+    mask = attention_mask.expand(-1, -1, query.shape[2], -1)
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(b, 1, heads, -1), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
 class EmbeddedSampler:
     """Batched decoding with a whole copy of the policy on this rank's device: no server, nothing to install.
 
@@ -98,8 +117,9 @@ class EmbeddedSampler:
         self.device = next(policy.parameters()).device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         config = copy.deepcopy(policy.lm.config)
+        attention = "grouped" if self.device.type == "cuda" else "sdpa"
         with self.device:  # random weights, quickly drawn; the first sync replaces them
-            lm = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+            lm = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=attention)
         lm.tie_weights()
         self.lm: nn.Module = lm.to(self.device).eval().requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=self.device)
@@ -197,7 +217,7 @@ class EmbeddedSampler:
         stop_ids = torch.cat([self.stop_ids, self.stop_ids.new_tensor(sampling.stop_ids)])
         for t in range(sampling.max_tokens):
             u = uniforms[live, t] if uniforms is not None else None
-            token, logp = draw(self.lm.get_output_embeddings()(hidden).float(), u, sampling)
+            token, logp = draw(self._logits(hidden), u, sampling)
             drawn[live, t], logps[live, t] = token, logp
             stopped = torch.isin(token, stop_ids) & ~done
             length[live[stopped]] = t + 1
@@ -218,6 +238,13 @@ class EmbeddedSampler:
         for (i, _), row, row_logps, count in zip(rows, drawn, logps, length, strict=True):
             finish = "stop" if row[count - 1] in stops else "length"
             groups[i].append(Completion(row[:count], row_logps[:count], finish))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[b, H] -> [b, V] in float32, not rounded to bf16 on the way."""
+        head = self.lm.get_output_embeddings()
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            return torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
+        return head(hidden).float()
 
     def _hidden(self, ids, mask, position, cache):
         """Final hidden state of each row's last token, [b, H]; the cache grows by ids' tokens."""

@@ -13,6 +13,7 @@ import luffy
 from common import vllm
 from common.data import InputError, pack
 from common.rollout import EmbeddedSampler, Sampling, draw, make_sampler
+from common.trainer import World
 from tests import ranks
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
@@ -190,6 +191,29 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
     assert support(0.6) == {0, 1}
     assert support(0.81) == {0, 1, 2}
     assert support(1.0) == {0, 1, 2, 3}
+
+
+def test_attention_that_repeats_no_keys_is_the_same(policy, sampler, monkeypatch):
+    """On CUDA; rows of different lengths, so that there is a padding mask."""
+    how = dict(n=3, keys=KEYS, seed=0, sampling=Sampling(20))
+    expected = sampler.generate(PROMPTS, **how)
+    sampler.lm.set_attn_implementation("grouped")
+    real, seen = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda q, k, v, **rest: seen.append((q.shape, k.shape)) or real(q, k, v, **rest))  # fmt: skip
+    found = sampler.generate(PROMPTS, **how)
+    assert ids(found) == ids(expected)
+    for a, b in zip(sum(expected, []), sum(found, []), strict=True):
+        torch.testing.assert_close(torch.tensor(a.logps), torch.tensor(b.logps))
+    assert {q[:3] for q, k in seen[-2:]} == {k[:2] + (2,) for q, k in seen[-2:]}  # 4 query heads, 2 key heads
+
+
+def test_a_large_model_on_cuda_without_vllm_is_no_accident(policy, monkeypatch, tmp_path):
+    monkeypatch.setenv("ROLLOUT_PYTHON", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(policy, "parameters", lambda: [torch.empty(2_000_000_000, device="meta")])
+    gpu = World(0, 1, 1, torch.device("cuda", 0))
+    with pytest.raises(InputError, match="days for 2.0 billion parameters; pip install vllm==.* type --rollout emb"):
+        make_sampler("auto", policy, gpu, stop_ids=[1], max_tokens=50)
 
 
 # ------------------------------------------------------------------------------------------- which sampler
