@@ -243,7 +243,8 @@ class EmbeddedSampler:
         """[b, H] -> [b, V] in float32, not rounded to bf16 on the way."""
         head = self.lm.get_output_embeddings()
         if hidden.is_cuda and hidden.dtype != torch.float32:
-            return torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
+            logits = hidden.new_empty(len(hidden), len(head.weight), dtype=torch.float32)
+            return torch.mm(hidden, head.weight.t(), out_dtype=torch.float32, out=logits)
         return head(hidden).float()
 
     def _hidden(self, ids, mask, position, cache):
