@@ -242,7 +242,7 @@ def engine(sampler) -> int:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_killed_or_stopped_in_the_middle_of_a_batch_it_gives_the_same_answers(synced, policy, monkeypatch, number):
     group, restarts, folder = synced.worker.process.pid, synced.restarts, synced.worker.folder
-    how = dict(n=90, keys=KEYS, seed=5, sampling=Sampling(250))  # seconds of work
+    how = dict(n=30, keys=KEYS, seed=5, sampling=Sampling(250))
     monkeypatch.setattr(synced.worker, "patience", 5.0 if number == signal.SIGSTOP else 120.0)
     struck = []
 
@@ -252,10 +252,10 @@ def test_killed_or_stopped_in_the_middle_of_a_batch_it_gives_the_same_answers(sy
             struck.append(i)
             os.kill(engine(synced), number)
 
-    groups = synced.generate([*PROMPTS, [30]], n=[*[90] * 5, 1], keys=[*KEYS, 2], seed=5, sampling=how["sampling"],
+    groups = synced.generate([*PROMPTS, [30]], n=[*[30] * 5, 1], keys=[*KEYS, 2], seed=5, sampling=how["sampling"],
                              drawn=watch)[:5]  # fmt: skip
     assert struck and synced.restarts == restarts + 1 and gone(group) and not os.path.exists(folder)
-    assert [len(g) for g in groups] == [90] * 5
+    assert [len(g) for g in groups] == [30] * 5
     assert gap(policy, groups) < 1e-4
     monkeypatch.undo()
     assert ids(groups) == ids(synced.generate(PROMPTS, **how))
