@@ -238,17 +238,16 @@ class Args:
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
     rollout: str = "auto"
-    """Where answers are sampled. embedded: in this process. vllm: by a vLLM server that the script starts (one a
-    GPU; on CPU one in all). http://HOST:PORT[,...]: by running servers (docs/rollout.md). auto: vllm on CUDA
-    where it is installed, else embedded."""
-    rollout_gpu_memory: float = 0.5
-    """Share of each GPU's memory for its vLLM server, which sleeps while the trainer updates."""
+    """Where answers are sampled. embedded: in this process. vllm: by a vLLM process beside each rank, which the script
+    starts (docs/rollout.md). auto: vllm on CUDA, embedded on a CPU."""
+    rollout_gpu_memory: float = 0.7
+    """Fraction of each GPU's memory for vLLM, which frees it while the trainer updates."""
     sampler_tokens: int = 0
     """Rows x (prompt + response) tokens that the embedded sampler decodes at once; 0: 65,536 on a CPU, what half of the
     free memory holds on a GPU."""
     max_mismatch: float = 0.0
     """Stop if the sampler's and the trainer's log-probs of the same tokens differ by more on average (stale
-    weights, another template); 0 takes 0.1 in bf16 and 0.001 in float32."""
+    weights, another template); 0 takes 0.05 on CUDA and 0.001 on a CPU."""
     eval_every: int = 5
     """Evaluate RL every so many steps, and before the first and after the last; 0 never."""
     eval_temperature: float = 0.0
@@ -786,7 +785,7 @@ def train(args: Args, world) -> None:
     if sampler:
         sampler.sync(policy, version=start)
     sampled = state["sampled"] if state else 0  # tokens so far
-    max_mismatch = args.max_mismatch or (0.1 if world.device.type == "cuda" else 0.001)
+    max_mismatch = args.max_mismatch or (0.05 if world.device.type == "cuda" else 0.001)
 
     curves = [["sft/loss"], ["sft/entropy"], ["optim/grad_norm"]] if sft else [
         ["eval/mean"], ["reward/own"], ["group/solve_all", "group/solve_none"], ["policy/entropy"], ["policy/kl_ref"],

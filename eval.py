@@ -132,9 +132,8 @@ class Args:
 
     # machinery
     rollout: str = "auto"
-    """What draws the answers. embedded: this process. vllm: a vLLM server that is started beside it (one for each
-    GPU; on CPU one in all). http://HOST:PORT[,...]: running servers (docs/rollout.md). auto: vllm on CUDA where it is
-    installed, else embedded."""
+    """Where answers are sampled. embedded: in this process. vllm: by a vLLM process beside each rank, which the script
+    starts (docs/rollout.md). auto: vllm on CUDA, embedded on a CPU."""
     sampler_tokens: int = 0
     """Rows x (prompt + response) tokens that the embedded sampler decodes at once, and that are written at once (at
     least one question with all its answers); 0: 65,536 on a CPU, 524,288 on CUDA (30 GB for a Qwen2.5 of 7B)."""

@@ -234,11 +234,10 @@ class Args:
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
     rollout: str = "auto"
-    """Where answers are sampled. embedded: in this process. vllm: by a vLLM server that the script starts (one a
-    GPU; on CPU one in all). http://HOST:PORT[,...]: by running servers (docs/rollout.md). auto: vllm on CUDA
-    where it is installed, else embedded."""
-    rollout_gpu_memory: float = 0.5
-    """Share of each GPU's memory for its vLLM server, which sleeps while the trainer updates."""
+    """Where answers are sampled. embedded: in this process. vllm: by a vLLM process beside each rank, which the script
+    starts (docs/rollout.md). auto: vllm on CUDA, embedded on a CPU."""
+    rollout_gpu_memory: float = 0.7
+    """Fraction of each GPU's memory for vLLM, which frees it while the trainer updates."""
     sampler_tokens: int = 0
     """Rows x (prompt + response) tokens that the embedded sampler decodes at once; 0: 65,536 on a CPU, what half of the
     free memory holds on a GPU."""

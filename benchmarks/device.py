@@ -36,7 +36,7 @@ import torch  # noqa: E402
 import luffy  # noqa: E402
 from benchmarks import logprobs, scale  # noqa: E402
 from common import vllm  # noqa: E402
-from common.data import pack, packed_attention  # noqa: E402
+from common.data import Pattern, pack, packed_attention  # noqa: E402
 from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
 from common.trainer import init_world, load_policy, make_optimizer, optimizer_step  # noqa: E402
 
@@ -120,15 +120,15 @@ def attention():
         heads = (shape.heads, shape.kv_width // width, shape.kv_width // width)
         q, k, v = (torch.randn(1, n, tokens, width, device=DEVICE, dtype=DTYPE, requires_grad=True) for n in heads)
         upstream = torch.randn(1, tokens, shape.heads, width, device=DEVICE, dtype=DTYPE)
-        module = torch.nn.Module()
+        module, pattern = torch.nn.Module(), Pattern(batch.packing, None, None)
 
-        def both(q=q, k=k, v=v, batch=batch, upstream=upstream, module=module):
-            out, _ = packed_attention(module, q, k, v, None, packing=batch.packing)
+        def both(q=q, k=k, v=v, pattern=pattern, upstream=upstream, module=module):
+            out, _ = packed_attention(module, q, k, v, pattern)
             torch.autograd.grad(out, (q, k, v), upstream)
 
-        def forward(q=q, k=k, v=v, batch=batch, module=module):
+        def forward(q=q, k=k, v=v, pattern=pattern, module=module):
             with torch.no_grad():
-                packed_attention(module, q, k, v, None, packing=batch.packing)
+                packed_attention(module, q, k, v, pattern)
 
         work = 2 * shape.hidden * sum((len(row.prompt) + len(row.response)) ** 2 for row in rows)
         ahead, all_ = seconds(forward), seconds(both)

@@ -1,14 +1,14 @@
-"""Tokens per second of the embedded sampler and of a vLLM server, side by side in one run.
+"""Tokens per second of the embedded sampler and of vLLM, side by side in one run.
 
     python benchmarks/rollout.py                                              # into benchmarks/results/
     python benchmarks/rollout.py --models 0.7M 135M FOLDER --rows 128 --tokens 256 --rounds 5    # added to the file
 
-Each model is served by one vLLM server that stays for all its measurements; rounds alternate between the two samplers
+Each model has one vLLM process that stays for all its measurements; rounds alternate between the two samplers
 on the same prompts, so that what else the machine does falls on both. "equal": every completion has --tokens tokens;
 "ragged": each token ends its completion with a probability of 4 / --tokens (so many ids of the vocabulary are stop
 ids; with random weights all are about equally likely), which is what answers look like: most short, some long. Tokens
 are those drawn; the time is that of generate(), from prompts to completions. Not in it, and reported: the seconds that
-a server takes to start, to fall asleep (CUDA) and to sync (on CUDA that is waking, sending and proving), and how far
+vLLM takes to start, to fall asleep (CUDA) and to sync (on CUDA that is waking, sending and proving), and how far
 its log-probs are from the policy's on what it drew.
 
 Models: a folder, or a Qwen2 with random weights of about that size: 0.7M, 10M, 50M, 135M, 500M, 1.5B.
@@ -32,8 +32,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from common.data import pack  # noqa: E402
-from common.rollout import EmbeddedSampler, Sampling, VLLMSampler, vllm_version  # noqa: E402
+from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
 from common.trainer import init_world, load_policy  # noqa: E402
+from common.vllm import VLLMSampler, vllm_version  # noqa: E402
 
 # hidden, layers, vocabulary; the rest follows
 SETTING = itemgetter("model", "rows", "tokens", "lengths")  # of a row of the results
@@ -142,7 +143,7 @@ def main():
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048] if cuda else [128], help="of a completion")
     parser.add_argument("--rounds", type=int, default=3, help="medians of so many")
     parser.add_argument("--batch_tokens", type=int, default=1 << 20 if cuda else 65536, help="the embedded sampler's")
-    parser.add_argument("--memory", type=float, default=0.5, help="the server's share of a GPU")
+    parser.add_argument("--memory", type=float, default=0.5, help="vLLM's fraction of a GPU")
     parser.add_argument("--note", default="", help="anything a reader of the results must know about this machine")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()

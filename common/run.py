@@ -87,12 +87,12 @@ class RunArgs:
     # Layers that recompute their activations in the backward pass. auto: as many as memory demands (on a CPU none)
     gradient_checkpointing: Literal["auto", "all", "none"] = "auto"
     compile: bool = False  # Fuse each layer's small operations with torch.compile.
-    rollout: str = "auto"  # Sampler. embedded: in this process. vllm: docs/rollout.md. auto: vllm on CUDA if installed
-    rollout_gpu_memory: Share[float] = 0.5  # Fraction of each GPU for vLLM, which sleeps during the update
+    rollout: str = "auto"  # Sampler. embedded: in this process. vllm: a process beside each rank. auto: vllm on CUDA
+    rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM, which frees it during the update
     # Largest batch of the embedded sampler, as rows x (prompt + response) tokens. 0: 65,536 on a CPU, and on a GPU what
     # fits into half of the free memory
     sampler_tokens: NotNegative[int] = 0
-    # Stop if the log-probs of sampler and trainer differ by more on average (stale weights). 0: 0.1 on CUDA, else 0.001
+    # Stop if the log-probs of sampler and trainer differ by more on average (stale weights). 0: 0.05 on CUDA, else 0.001
     max_mismatch: NotNegative[float] = 0.0
     eval_every: NotNegative[int] = 10  # Evaluate every this many steps, before the first and after the last. 0: never
     eval_temperature: NotNegative[float] = 0.6  # Sampling temperature of evaluation; 0 is greedy.
@@ -270,7 +270,7 @@ class Run:
 
 def check_mismatch(gap: float, step: int, args, world: World) -> None:
     """Raise RuntimeError if the log-probs of sampler and trainer differ by more than --max_mismatch."""
-    limit = args.max_mismatch or (0.1 if world.device.type == "cuda" else 0.001)
+    limit = args.max_mismatch or (0.05 if world.device.type == "cuda" else 0.001)
     if gap > limit:
         raise RuntimeError(
             f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.4f} per token (--max_mismatch "

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -57,12 +58,39 @@ def zygote():
     return started
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def processes() -> list[tuple[int, int, str]]:
+    """(id, process group, command line) of all processes that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, group, *_ = (path / "stat").read_text().rsplit(")", 1)[1].split()
+            if state != "Z":
+                words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found.append((int(path.name), int(group), words))
+    return found
+
+
+def gone(group: int, seconds: float = 15.0) -> bool:
+    """True if no process of the group runs any more, at the latest after so many seconds."""
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        if all(group != other for _, other, _ in processes()):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def run_script(*words, ranks: int = 1, check: bool = True, timeout: float = 300, **env):
     """Run a script of the repository, as `python` or `torchrun` do, with `env` besides; -> CompletedProcess.
 
     (tests/faults/test_ranks.py uses torchrun itself.)"""
-    from common.rollout import free_port
-
     with tempfile.TemporaryDirectory() as folder:
         joint = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         joint |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}

@@ -1,15 +1,15 @@
-"""Run by test_sidecar.py under torchrun: two ranks sample from the server at $URL; one of them sees a request fail."""
+"""Run by test_sidecar.py under torchrun: two ranks sample, each from its own vLLM; one of them sees a fault."""
 
 import json
-import os
 import sys
 
 import torch
 
 sys.path.insert(0, ".")
 from common.data import pack  # noqa: E402
-from common.rollout import Sampling, ServerFault, VLLMSampler  # noqa: E402
+from common.rollout import Sampling  # noqa: E402
 from common.trainer import gather_lists, init_world, launch, load_policy  # noqa: E402
+from common.vllm import VLLMSampler, WorkerFault  # noqa: E402
 
 
 def main(words: list[str]) -> None:
@@ -17,19 +17,19 @@ def main(words: list[str]) -> None:
     world = init_world()
     torch.set_num_threads(1)
     policy = load_policy("nano", world, from_config=config, seed=3)
-    sampler = VLLMSampler(policy, world, stop_ids=[1], max_tokens=100, urls=[os.environ["URL"]])
-    real, asked, results = sampler._ask, [], []
+    sampler = VLLMSampler(policy, world, stop_ids=[1], max_tokens=100)
+    receive, results = sampler.worker.receive, []
 
-    def failing(server, *request):
-        asked.append(request)
-        if world.rank == 1 and len(asked) == 2:
-            raise ServerFault(server.url, "a fault of one rank")
-        return real(server, *request)
+    def failing(seconds=None):
+        if world.rank == 1:
+            sampler.worker.receive = receive
+            raise WorkerFault("a fault of one rank")
+        return receive(seconds)
 
     for version in range(3):
         sampler.sync(policy, version)
         if version == 1:
-            sampler._ask = failing
+            sampler.worker.receive = failing
         prompts = [] if version == 2 and world.rank == 1 else [[5 + world.rank, 6, 7], [8, 9]]
         groups = sampler.generate(
             prompts, n=4, keys=list(range(len(prompts))), seed=version, sampling=Sampling(20)

@@ -1,26 +1,20 @@
-"""common/rollout.py: what is drawn, from which weights, and that it depends on nothing else; which sampler is taken;
-that no server outlives its trainer (with a stand-in for vLLM; the real one is in test_sidecar.py)."""
+"""common/rollout.py: what is drawn, from which weights, and that it depends on nothing else; which sampler is taken."""
 
-import contextlib
 import dataclasses
 import math
-import os
 import random
-import signal
 import sys
-import textwrap
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import luffy
-from common import rollout
+from common import vllm
 from common.data import InputError, pack
-from common.rollout import EmbeddedSampler, Sampling, Sidecar, draw, make_sampler
+from common.rollout import EmbeddedSampler, Sampling, draw, make_sampler
 from common.run import check_flags
+from common.trainer import World
 from tests import ranks
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
@@ -200,15 +194,27 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
     assert support(1.0) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("size", [64, 100, 1 << 20])
-def test_a_buffer_of_weights_holds_all_of_them_in_order(size):
-    weights = [(f"w{i}", torch.randn(shape).bfloat16()) for i, shape in enumerate([(4, 8), (3,), (5, 2), (32,), ()])]
-    buffer, seen = torch.zeros(size, dtype=torch.uint8), []
-    for names, shapes, sizes in rollout.fill(buffer, weights):
-        parts = buffer[: sum(sizes)].split(sizes)
-        seen += [(n, p.clone().view(torch.bfloat16).view(s)) for n, s, p in zip(names, shapes, parts, strict=True)]
-    assert [name for name, _ in seen] == [name for name, _ in weights]
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, weights, strict=True))
+def test_attention_that_repeats_no_keys_is_the_same(policy, sampler, monkeypatch):
+    """On CUDA; rows of different lengths, so that there is a padding mask."""
+    how = dict(n=3, keys=KEYS, seed=0, sampling=Sampling(20))
+    expected = sampler.generate(PROMPTS, **how)
+    sampler.lm.set_attn_implementation("grouped")
+    real, seen = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda q, k, v, **rest: seen.append((q.shape, k.shape)) or real(q, k, v, **rest))  # fmt: skip
+    found = sampler.generate(PROMPTS, **how)
+    assert ids(found) == ids(expected)
+    for a, b in zip(sum(expected, []), sum(found, []), strict=True):
+        torch.testing.assert_close(torch.tensor(a.logps), torch.tensor(b.logps))
+    assert {q[:3] for q, k in seen[-2:]} == {k[:2] + (2,) for q, k in seen[-2:]}  # 4 query heads, 2 key heads
+
+
+def test_a_large_model_on_cuda_without_vllm_is_no_accident(policy, monkeypatch, tmp_path):
+    monkeypatch.setenv("ROLLOUT_PYTHON", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(policy, "parameters", lambda: [torch.empty(2_000_000_000, device="meta")])
+    gpu = World(0, 1, 1, torch.device("cuda", 0))
+    with pytest.raises(InputError, match="days for 2.0 billion parameters; pip install vllm==.* type --rollout emb"):
+        make_sampler("auto", policy, gpu, stop_ids=[1], max_tokens=50)
 
 
 # ------------------------------------------------------------------------------------------- which sampler
@@ -231,7 +237,7 @@ def test_a_vllm_for_another_device_is_none(monkeypatch, tmp_path):
     ):
         python.write_text(f'#!/bin/sh\necho "{{{build}}}"\n')
         python.chmod(0o755)
-        assert (rollout.vllm_version(cuda=False), rollout.vllm_version(cuda=True)) == (for_cpu, for_cuda)
+        assert (vllm.vllm_version(cuda=False), vllm.vllm_version(cuda=True)) == (for_cpu, for_cuda)
 
 
 def test_the_environment_that_make_vllm_makes_is_for_a_cpu(monkeypatch, tmp_path):
@@ -239,18 +245,17 @@ def test_the_environment_that_make_vllm_makes_is_for_a_cpu(monkeypatch, tmp_path
     made.parent.mkdir(parents=True)
     made.touch()
     monkeypatch.delenv("ROLLOUT_PYTHON", raising=False)
-    monkeypatch.setattr(rollout, "__file__", str(tmp_path / "common" / "rollout.py"))
-    assert rollout.vllm_python() == str(made)
+    monkeypatch.setattr(vllm, "__file__", str(tmp_path / "common" / "vllm.py"))
+    assert vllm.vllm_python() == str(made)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert rollout.vllm_python() == sys.executable
+    assert vllm.vllm_python() == sys.executable
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("vlm", "--rollout vlm: expected auto, embedded, vllm or http://HOST:PORT"),
-        ("http://", "--rollout http://: expected http://HOST:PORT"),
-        ("ftp://host:1", "--rollout ftp://host:1: expected http://HOST:PORT"),
+        ("vlm", "--rollout vlm: expected auto, embedded or vllm"),
+        ("http://host:1", "--rollout http://host:1: expected auto, embedded or vllm"),
         ("vllm", "--rollout vllm: .*/nowhere has no vLLM for a CPU; pip install vllm"),
     ],
 )
@@ -258,142 +263,6 @@ def test_a_rollout_that_cannot_be_gets_one_message(policy, world, monkeypatch, t
     monkeypatch.setenv("ROLLOUT_PYTHON", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=message):
         make_sampler(flag, policy, world, stop_ids=[1], max_tokens=50)
-
-
-def test_a_url_without_a_server_is_an_error_that_names_it(policy, world):
-    with pytest.raises(RuntimeError, match="--rollout http://127.0.0.1:9: no vLLM server answers there"):
-        rollout.VLLMSampler(policy, world, stop_ids=[1], max_tokens=50, urls=["http://127.0.0.1:9"], patience=1)
-
-
-# --------------------------------------------------------------------------------- processes, by a stand-in
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Runs Python code in vLLM's place; PORT is the port that it shall serve at."""
-
-    def install(code: str) -> None:
-        path = tmp_path / "python"
-        lines = f"#!{sys.executable} -I\nimport sys\nPORT = int(sys.argv[sys.argv.index('--port') + 1])\n"
-        path.write_text(lines + textwrap.dedent(code))
-        path.chmod(0o755)
-        monkeypatch.setenv("ROLLOUT_PYTHON", str(path))
-
-    return install
-
-
-SERVES = """
-import subprocess
-from http.server import BaseHTTPRequestHandler, HTTPServer
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-children = [subprocess.Popen(["sleep", "1000"]) for _ in range(2)]
-HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
-"""
-
-
-def processes() -> list[tuple[int, int, str]]:
-    """(id, process group, command line) of all processes that run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, _, group, *_ = (path / "stat").read_text().rsplit(")", 1)[1].split()
-            if state != "Z":
-                words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found.append((int(path.name), int(group), words))
-    return found
-
-
-def gone(group: int, seconds: float = 15.0) -> bool:
-    """True if no process of the group runs any more, at the latest after so many seconds."""
-    deadline = time.time() + seconds
-    while time.time() < deadline:
-        if all(group != other for _, other, _ in processes()):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_when_the_trainer_is_killed_its_server_goes_too(policy, stand_in, tmp_path):
-    stand_in(SERVES)
-    trainer = os.fork()
-    if trainer == 0:
-        sidecar = Sidecar(policy.lm.config, patience=5, max_tokens=50)
-        sidecar.start()
-        (tmp_path / "started").write_text(f"{sidecar.process.pid} {sidecar.folder}")
-        time.sleep(1000)
-    while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
-        time.sleep(0.05)
-    group, folder = (tmp_path / "started").read_text().split()
-    assert os.path.exists(folder) and not gone(int(group), 0.3)
-    os.kill(trainer, signal.SIGKILL)
-    os.waitpid(trainer, 0)
-    assert gone(int(group)) and not os.path.exists(folder)
-
-
-def test_a_stopped_server_is_ended_and_started_anew_with_another_key(policy, stand_in):
-    stand_in(SERVES)
-    sidecar = Sidecar(policy.lm.config, patience=5, max_tokens=50)
-    sidecar.start()
-    group, key = sidecar.process.pid, sidecar.key
-    os.killpg(group, signal.SIGSTOP)
-    os.kill(group, signal.SIGCONT)  # the keeper goes on
-    sidecar.abandon()
-    assert gone(group, 1) and not sidecar.healthy()
-    sidecar.start()
-    assert sidecar.healthy() and sidecar.key != key
-    sidecar.stop()
-    assert gone(sidecar.process.pid, 1) and not sidecar.folder.exists()
-
-
-def test_a_server_that_does_not_start_is_an_error_with_its_cause_and_the_end_of_its_log(policy, stand_in):
-    stand_in("print('loading')\nraise MemoryError('no room for the weights')")
-    sidecar = Sidecar(policy.lm.config, patience=5, max_tokens=50)
-    with pytest.raises(RuntimeError) as error:
-        sidecar.start()
-    assert "Its first error: MemoryError: no room for the weights" in str(error.value)
-    assert "The end of its log:" in str(error.value) and "the server ended with exit code 1" in str(error.value)
-    assert gone(sidecar.process.pid, 1) and not sidecar.folder.exists()
-
-
-def test_a_taken_port_is_left_for_another_one_three_times_at_most(policy, stand_in, monkeypatch):
-    stand_in("if PORT < 1000: raise OSError('[Errno 98] Address already in use')\n" + SERVES)
-    real, ports = rollout.free_port, [997, 998]
-    monkeypatch.setattr(rollout, "free_port", lambda: ports.pop() if ports else real())
-    sidecar = Sidecar(policy.lm.config, patience=5, max_tokens=50)
-    sidecar.start()
-    assert not ports and sidecar.healthy()
-    sidecar.stop()
-    ports += [995, 996, 997, 998]
-    with pytest.raises(RuntimeError, match="Address already in use"):
-        sidecar.start()
-    assert len(ports) == 1
-
-
-def test_a_server_for_others_needs_a_key_and_ends_with_its_process(policy, stand_in, tmp_path, monkeypatch):
-    stand_in(SERVES)
-    policy.lm.config.save_pretrained(tmp_path / "model")
-    port = rollout.free_port()
-    words = [str(tmp_path / "model"), "--port", str(port), "--max-model-len", "50"]
-    monkeypatch.delenv("ROLLOUT_API_KEY", raising=False)
-    with pytest.raises(SystemExit) as refused:
-        rollout.serve(words)
-    assert refused.value.code == 2
-    monkeypatch.setenv("ROLLOUT_API_KEY", "secret")
-    process = os.fork()
-    if process == 0:
-        try:
-            rollout.serve(words)
-        finally:
-            os._exit(0)
-    server = rollout.Server(f"http://127.0.0.1:{port}", "secret", patience=30)
-    server.start()
-    [group] = {group for _, group, words in processes() if f"--port {port} " in words}
-    os.kill(process, signal.SIGTERM)
-    os.waitpid(process, 0)
-    assert gone(group, 1)
 
 
 # -------------------------------------------------------------------- truncated importance sampling (--tis_cap)

@@ -1,9 +1,9 @@
 """Train for long and watch what grows: memory of every process, open files, seconds a step.
 
     python -m tests.faults.soak --steps 2000                                  luffy.py with the embedded sampler
-    python -m tests.faults.soak --steps 200 --rollout vllm                    and with a real sidecar
+    python -m tests.faults.soak --steps 200 --rollout vllm                    and with a real vLLM
 
-Every second the run's processes are looked at: resident memory and open files of the trainer, its vLLM server and its
+Every second the run's processes are looked at: resident memory and open files of the trainer, its vLLM process and its
 verifier workers. After a warm-up of a fifth of the steps a straight line is laid through each, up to the end, where the
 curves are drawn. Exit code 1 if one of them grew by more than 5 % (and 30 MB, or 3 files), or the steps slowed down by
 more than 10 %."""
@@ -36,7 +36,7 @@ def family(pid: int) -> dict[int, str]:
     found = [pid]
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
-    kinds = {"server": "vllm", "worker": "verifiers", "keeper": "common.rollout"}
+    kinds = {"server": "vllm_worker", "worker": "verifiers"}
     what = {p: next((k for k, mark in kinds.items() if mark in names.get(p, "").lower()), "other") for p in found}
     return what | {pid: "trainer"}
 

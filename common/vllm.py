@@ -1,0 +1,442 @@
+"""vLLM as a process at the end of a pipe: one engine beside each rank, on the rank's GPU or on the CPU.
+
+    sampler = VLLMSampler(policy, world, stop_ids=[eos], max_tokens=9216)       the interface is common/rollout.py's
+
+A worker (common/vllm_worker.py) ends with its trainer, and nobody else can reach it. Weights go through memory that
+both processes share: a buffer on the GPU (CUDA IPC), or shared memory on a CPU. docs/rollout.md has the picture.
+"""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.multiprocessing.reductions import reduce_tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from common.data import pack
+from common.rollout import Completion, Sampling
+from common.trainer import Policy, World, full_parameters, gather_lists
+
+VLLM = "0.32.0"  # the version whose calls are used here
+MAX_RESTARTS = 3  # of one generate or sync
+SEQUENCES = 256  # decoded at once on a CPU
+BUCKET = 512 << 20  # bytes of weights that are sent at once; a larger tensor is sent alone
+
+
+def vllm_python() -> str:
+    """The interpreter that runs vLLM: $ROLLOUT_PYTHON, else without CUDA that of .venv-vllm (`make vllm`) if it is
+    there, else this one."""
+    made = Path(__file__).resolve().parent.parent / ".venv-vllm" / "bin" / "python"
+    own = torch.cuda.is_available() or not made.exists()
+    return os.environ.get("ROLLOUT_PYTHON") or (sys.executable if own else str(made))
+
+
+def vllm_version(*, cuda: bool) -> str | None:
+    """Version of the vLLM for CUDA, or for a CPU, in that interpreter's environment; None where there is none."""
+    code = "from importlib.metadata import distributions as d; print({x.name: x.version for x in d()})"
+    try:
+        found = subprocess.run([vllm_python(), "-c", code], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    builds = re.findall(r"'vllm(-cpu)?': '(.+?)'", found)
+    return next((version for cpu, version in builds if cuda != (bool(cpu) or "cpu" in version)), None)
+
+
+class WorkerFault(Exception):
+    """The worker is gone or hangs: what a new start may cure."""
+
+
+class Worker:
+    """The process, its pipe and its log. patience: seconds of silence after which it counts as hung."""
+
+    def __init__(self, config, settings: dict, environment: dict[str, str], patience: float):
+        """config: the Transformers config of the model to serve. settings: arguments of vllm.LLM."""
+        self.config, self.settings, self.environment, self.patience = config, settings, environment, patience
+        self.process: subprocess.Popen | None = None
+
+    def start(self, minutes: float = 20.0) -> None:
+        """Start it (again) and wait until it is ready. Raises RuntimeError with the cause if it does not start."""
+        self.stop()
+        self.folder = folder = tempfile.mkdtemp(prefix="vllm-")  # the worker's own: removed when the worker ends
+        self.config.save_pretrained(f"{folder}/model")
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(self.patience), 0))
+        self.pipe, self.log = Connection(ours.detach()), tempfile.TemporaryFile()  # noqa: SIM115
+        script = str(Path(__file__).with_name("vllm_worker.py"))
+        settings = json.dumps(self.settings | {"model": f"{folder}/model"})
+        self.process = subprocess.Popen(
+            [vllm_python(), script, str(os.getpid()), str(theirs.fileno()), folder, settings],
+            stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()],
+            env=self.environment | {"TMPDIR": folder}, start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        try:
+            self.receive(60 * minutes)
+        except WorkerFault as fault:
+            words = self.last_words()
+            self.stop()
+            raise RuntimeError(f"vLLM does not start: {fault}; --rollout embedded needs none.{words}") from fault
+
+    def send(self, *message) -> None:
+        """Send a request: the name of a function of common/vllm_worker.py, and its arguments."""
+        try:
+            self.pipe.send(message)
+        except OSError as error:
+            raise WorkerFault(f"the vLLM process takes no request ({error})") from error
+
+    def receive(self, seconds: float | None = None):
+        """-> the next message. Raises WorkerFault if none comes in `seconds`, or `patience`."""
+        seconds = seconds or self.patience
+        try:
+            if self.pipe.poll(seconds):
+                return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerFault("the vLLM process is gone") from error
+        raise WorkerFault(f"the vLLM process hangs: no sign of life in {seconds:.0f} s")
+
+    def call(self, *message):
+        """Send a request; -> what the function returns."""
+        self.send(*message)
+        return self.receive()[1]
+
+    def last_words(self) -> str:
+        """The first error in the log, and the log's last lines."""
+        self.log.seek(0)
+        text = self.log.read().decode(errors="replace")
+        text = re.sub(r"^\(\w+ pid=\d+\) (ERROR \S+ \S+ \[\S+\] )?", "", text, flags=re.M)  # vLLM's prefixes
+        errors = re.findall(r"^((?:\w+\.)*\w*(?:Error|Exception): .+(?:\n  .+)?)", text, re.M)
+        noise = re.compile(r"nanobind: | - |See https://nanobind|.*resource_tracker|\s*warnings\.warn|\s*$")
+        lines = [line for line in text.splitlines() if not noise.match(line)][-20:]
+        first = f" Its first error: {errors[0]}" if errors else ""
+        return "".join([first, "\nThe end of its log:\n", *(f"  {line}\n" for line in lines)]) if lines else ""
+
+    def stop(self) -> None:
+        """End it, with everything that it started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.pipe.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.process = None
+
+
+class VLLMSampler:
+    """Samples from a vLLM engine beside this rank.
+
+    Every method is a collective: all ranks call it in the same order (a rank without prompts passes []). A worker
+    that dies or hangs is started again, gets the weights again, and the missing answers are drawn again, at most
+    MAX_RESTARTS times per call. If it has never worked, the error is raised at once."""
+
+    def __init__(
+        self, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int, gpu_memory: float = 0.7,
+        patience: float = 120.0, **settings,
+    ):
+        """stop_ids: ids that end a completion. max_tokens: of a prompt with its completion. gpu_memory: fraction of
+        the GPU for vLLM. patience: seconds of silence after which it counts as hung. settings: more of vllm.LLM's."""
+        self.world, self.policy, self.max_tokens = world, policy, max_tokens
+        self.stop_ids = sorted(set(stop_ids))
+        self.cuda = world.device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.version: int | None = None
+        self.proven, self.restarts, self.syncs, self.label = False, 0, 0, ""
+        self.memory = None  # shared with the worker on a CPU
+        # the model as Transformers saves it: its checkpoint's names are those that vLLM loads
+        config = copy.deepcopy(policy.lm.config)
+        with torch.device("meta"):
+            self.empty = AutoModelForCausalLM.from_config(config)
+        names = dict(self.empty.named_parameters())
+        self.renamed = revert_weight_conversion(self.empty, names).keys() != names.keys()
+        config.architectures = [type(policy.lm).__name__]
+        # an output matrix of its own: a tied one keeps its old values when weights are reloaded on a CPU
+        config.tie_word_embeddings = False
+        if self.cuda:
+            torch.cuda.empty_cache()  # vLLM does not start where its share of the memory is not free
+            special = {
+                "dtype": "bfloat16", "hf_overrides": {"head_dtype": "float32"}, "enable_sleep_mode": True,
+                "gpu_memory_utilization": gpu_memory,
+            }  # fmt: skip
+        else:
+            special = cpu_settings(config, max_tokens)
+        settings = {
+            "load_format": "dummy", "max_model_len": max_tokens, "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # nothing but what a request asks for
+            "logprobs_mode": "processed_logprobs",  # those of softmax(logits / temperature)
+        } | special | settings  # fmt: skip
+        self.worker = Worker(config, settings, environment(world), patience)
+        self.worker.start()
+
+    # ---------------------------------------------------------------------------------------------- weights
+
+    @torch.no_grad()
+    def sync(self, policy: Policy, version: int) -> None:
+        """Wake vLLM, give it the policy's weights, empty its prefix cache, and have it proven.
+
+        Proof: vLLM reports this version; from now on every token it draws must carry it; and its log-probs of a
+        short completion are the policy's own. Raises RuntimeError where they are not."""
+        self.version, self.policy = None, policy
+        self.syncs += 1
+        self.label = f"{self.syncs} (step {version})"
+        for attempt in range(MAX_RESTARTS + 1):
+            faults = self._attempt(self._send) or self._attempt(self._prove)
+            if not faults:
+                break
+            self._restart(faults, attempt)
+        self.version, self.proven = version, True
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to the trainer (weights are sent anyway); until the next sync nothing can be drawn."""
+        self.version = None
+        if self.cuda:
+            with contextlib.suppress(WorkerFault):  # sync finds it dead, and starts another
+                self.worker.call("sleep")
+
+    def close(self) -> None:
+        """End vLLM."""
+        self.worker.stop()
+
+    def _attempt(self, act) -> list[str]:
+        """Run act; -> the faults of all ranks (a collective)."""
+        self.failed = False
+        try:
+            act()
+        except WorkerFault as fault:
+            self.failed = True
+            return gather_lists([f"{fault}.{self.worker.last_words()}"], self.world)
+        return gather_lists([], self.world)
+
+    def _restart(self, faults: list[str], attempt: int) -> None:
+        """Start the worker again where it failed; all ranks have the same faults and so decide the same."""
+        if attempt == MAX_RESTARTS or not self.proven:
+            self.close()
+            raise RuntimeError(f"vLLM failed: {faults[0]}")
+        self.restarts += 1
+        if self.failed:
+            print(f"rollout: {faults[0]}Restart {attempt + 1} of {MAX_RESTARTS}.", file=sys.stderr, flush=True)
+            self.worker.start()
+
+    def _weights(self):
+        """(name in a checkpoint, whole tensor in vLLM's dtype) of every weight, one at a time; a collective."""
+        lm = self.policy.lm
+        where = {id(module): f"{name}.weight" for name, module in lm.named_modules()}
+        head, embeddings = where[id(lm.get_output_embeddings())], where[id(lm.get_input_embeddings())]
+        tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+        for name, value in full_parameters(self.policy):
+            named = {name: value.to(self.dtype)}
+            yield from (revert_weight_conversion(self.empty, named) if self.renamed else named).items()
+            if tied and name == embeddings:
+                yield head, named[name]
+
+    def _send(self) -> None:
+        """Wake the weights' memory, fill it through a shared buffer, free the buffer, wake the KV cache."""
+        sizes = [p.numel() * self.dtype.itemsize for p in self.empty.parameters()]
+        size = max(*sizes, min(sum(sizes), BUCKET))
+        weights = self._weights()
+        try:
+            buffer, address = self._buffer(size)
+            self.worker.send("load", address)
+            for names, shapes, sizes in fill(buffer, weights):
+                if self.cuda:
+                    torch.cuda.synchronize()
+                self.worker.send(names, shapes, sizes, str(self.dtype).removeprefix("torch."))
+                self.worker.receive()  # it has a copy
+            self.worker.send()
+            self.worker.receive()
+        finally:
+            for _ in weights:  # after a fault this rank only takes part in the others' gathering
+                pass
+            buffer = address = None
+            self._free()
+        there = self.worker.call("wake", self.label)
+        if there != self.label:
+            raise WorkerFault(f"vLLM has the weights {there}, not {self.label}")
+
+    def _buffer(self, size: int):
+        """-> bytes that the worker reads too, and what it needs to find them."""
+        if self.cuda:
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps for later is vLLM's now
+            buffer = torch.empty(size, dtype=torch.uint8, device=self.world.device)
+            address = list(reduce_tensor(buffer)[1])
+            address[6] = 0  # the worker sees this GPU alone
+            return buffer, address
+        if self.memory is None:
+            self.memory = os.memfd_create("weights")
+            os.ftruncate(self.memory, size)
+        path = f"/proc/{os.getpid()}/fd/{self.memory}"
+        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8), (path, size)
+
+    def _free(self) -> None:
+        """Give what the trainer's allocator holds to vLLM."""
+        if self.cuda:
+            if isinstance(self.policy, FSDPModule):
+                self.policy.reshard()  # a forward without gradient leaves the root's weights whole
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
+
+    def _prove(self) -> None:
+        """Compare vLLM's log-probs of a short completion with the policy's own.
+
+        At a temperature that is not 1, so that log-probs at temperature 1 are found out too."""
+        rng = np.random.default_rng(self.syncs)
+        vocabulary = self.policy.lm.get_input_embeddings().weight.shape[0]
+        length = max(1, min(8, self.max_tokens // 2))
+        prompt = rng.integers(vocabulary, size=length).tolist()
+        drawn: dict[int, Completion] = {}
+        fault = None
+        try:
+            self._draw([(prompt, 0)], Sampling(min(64, self.max_tokens - length), temperature=0.5), drawn.__setitem__)
+        except WorkerFault as error:  # the forward is a collective
+            fault = error
+        ids = drawn[0].ids if drawn else [0]
+        logp = self.policy(pack([(prompt, ids)], self.world.device), temperature=0.5).cpu()
+        self._free()
+        if fault:
+            raise fault
+        gap = (logp - torch.tensor(drawn[0].logps)).abs().mean().item()
+        limit = 0.25 if self.cuda else 1e-3  # bf16: 0.02 on average
+        if not gap < limit:
+            raise RuntimeError(
+                f"the weights did not arrive in vLLM, or it does not run the same model: after sync {self.label} its "
+                f"log-probs differ from the policy's by {gap:.4f} per token (at most {limit} is expected)"
+            )
+
+    # ------------------------------------------------------------------------------------------- completions
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        n: int | list[int],
+        keys: list[int],
+        seed: int,
+        sampling: Sampling,
+        progress: str | None = None,
+        drawn: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:
+        """n (or n[i]) completions of each prompt, in order. keys: one int per prompt, naming its random stream.
+        drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
+
+        Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt or one that is
+        too long for vLLM."""
+        if self.version is None:
+            raise RuntimeError("the sampler has no current weights: call sync() before generate()")
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError("an empty prompt cannot be continued")
+            if len(prompt) + sampling.max_tokens > self.max_tokens:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens: with max_tokens {sampling.max_tokens} that is more than "
+                    f"the {self.max_tokens} that vLLM was started for"
+                )
+        counts = [n] * len(prompts) if isinstance(n, int) else n
+        streams = [
+            int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "big") for key in keys
+        ]
+        groups: list[list[Completion | None]] = [[None] * count for count in counts]
+        bar = tqdm(total=sum(counts), desc=progress, unit="answer", leave=False, disable=progress is None)
+        for attempt in range(MAX_RESTARTS + 1):
+            missing = [(i, j) for i, group in enumerate(groups) for j, answer in enumerate(group) if answer is None]
+
+            def take(k: int, completion: Completion, missing=missing) -> None:
+                i, j = missing[k]
+                groups[i][j] = completion
+                bar.update()
+                if drawn and None not in groups[i]:
+                    drawn(i, groups[i])
+
+            requests = [(prompts[i], streams[i] + j) for i, j in missing]
+            faults = self._attempt(functools.partial(self._draw, requests, sampling, take))
+            if not faults:
+                break
+            version = self.version
+            self._restart(faults, attempt)
+            self.sync(self.policy, version)
+        bar.close()
+        return groups
+
+    def _draw(self, requests: list[tuple[list[int], int]], sampling: Sampling, take) -> None:
+        """(prompt, seed) each; take(k, completion) as that of request k ends."""
+        if not requests:
+            return
+        how = {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens,
+            "logprobs": 0, "detokenize": False, "stop_token_ids": [*self.stop_ids, *sampling.stop_ids],
+            "ignore_eos": True,  # the config's: those that are to end a completion are in stop_ids
+        }  # fmt: skip
+        self.worker.send("generate", requests, how)
+        while isinstance(answers := self.worker.receive(), list):
+            for k, ids, logps, finish, versions in answers:
+                if set(versions) != {self.label}:
+                    raise RuntimeError(f"vLLM drew with the weights of sync {', '.join(versions)}, not {self.label}")
+                if finish not in ("stop", "length"):
+                    raise WorkerFault(f"a completion ended with {finish!r}")
+                take(k, Completion(ids, logps, finish))
+
+
+def environment(world: World) -> dict[str, str]:
+    """The worker's: ours without the launcher's, for this rank's GPU or its share of the cores."""
+    launchers = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    ours = {k: v for k, v in os.environ.items() if k not in launchers and "TORCHELASTIC" not in k} | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the worker itself
+        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it knows no seeds
+    }  # fmt: skip
+    ours.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-vllm")  # outlives the worker
+    if world.device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        index = world.device.index
+        return ours | {"CUDA_VISIBLE_DEVICES": visible[index] if visible != [""] else str(index)}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ours | {
+        "OMP_NUM_THREADS": str(max(1, cores // world.local_size)),  # while vLLM works its rank waits
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound beside a busy process it would starve
+        "TORCH_COMPILE_DISABLE": "1",  # a minute of compiling for what takes microseconds
+    }
+
+
+def cpu_settings(config, max_tokens: int) -> dict:
+    """vLLM's settings on a CPU, whose KV cache must be given in bytes."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = config.num_hidden_layers * heads * head_dim * 2 * 4 * (math.ceil(max_tokens / 128) * 128)  # bytes of K, V
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "dtype": "float32", "enforce_eager": True, "max_num_seqs": SEQUENCES,
+        "kv_cache_memory_bytes": max(min(SEQUENCES * row, memory // 4), 64 << 20),
+        # a prompt that is read in parts kills the engine if it has a seed ("CPU Generator does not use offset")
+        "enable_chunked_prefill": False, "max_num_batched_tokens": max(max_tokens, 8192),
+    }  # fmt: skip
+
+
+def fill(buffer: torch.Tensor, weights):
+    """Copy (name, tensor) pairs into a buffer of bytes, one after the other; -> names, shapes and sizes in bytes of
+    what is in it, each time that the next one does not fit, and at the end. No tensor may be larger than the buffer."""
+    names, shapes, sizes = [], [], []
+    for name, value in weights:
+        flat = value.contiguous().view(-1).view(torch.uint8)
+        if sum(sizes) + len(flat) > len(buffer):
+            yield names, shapes, sizes
+            names, shapes, sizes = [], [], []
+        buffer[sum(sizes) : sum(sizes) + len(flat)].copy_(flat)
+        names, shapes, sizes = [*names, name], [*shapes, list(value.shape)], [*sizes, len(flat)]
+    yield names, shapes, sizes
