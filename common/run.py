@@ -87,12 +87,13 @@ class RunArgs:
     # Layers that recompute their activations in the backward pass. auto: as many as memory demands (on a CPU none)
     gradient_checkpointing: Literal["auto", "all", "none"] = "auto"
     compile: bool = False  # Fuse each layer's small operations with torch.compile.
-    rollout: str = "auto"  # Sampler. embedded: in this process. vllm: a process beside each rank. auto: vllm on CUDA
+    # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
+    rollout: Literal["auto", "embedded", "vllm"] = "auto"
     rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM, which frees it during the update
     # Largest batch of the embedded sampler, as rows x (prompt + response) tokens. 0: 65,536 on a CPU, and on a GPU what
     # fits into half of the free memory
     sampler_tokens: NotNegative[int] = 0
-    # Stop if the log-probs of sampler and trainer differ by more on average (stale weights). 0: 0.05 on CUDA, else 0.001
+    # Stop if log-probs of sampler and trainer differ by more on average (stale weights). 0: 0.05 on CUDA, else 0.001
     max_mismatch: NotNegative[float] = 0.0
     eval_every: NotNegative[int] = 10  # Evaluate every this many steps, before the first and after the last. 0: never
     eval_temperature: NotNegative[float] = 0.6  # Sampling temperature of evaluation; 0 is greedy.
