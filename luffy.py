@@ -212,7 +212,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N]
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        sampler_logp = per_token(batch, [row.sampler_logps or [math.nan] * len(row.response) for row in mine])  # [N]
+        sampler_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
         token_loss = luffy_token_loss(
             logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
         )
@@ -231,7 +231,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
         totals.add({"loss/pg": pg_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=own_tokens + teacher_tokens)
-        add_drift(totals, logp.detach(), old, sampler_logp, ~teacher, clip=args.clip, per=own_tokens)
+        add_drift(totals, logp.detach(), old, sampler_logp, clip=args.clip, per=own_tokens, own=~teacher)
         if teacher_tokens:
             add_trace(totals, logp.detach(), teacher, args, per=teacher_tokens)
     return totals.reduce()

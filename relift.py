@@ -269,7 +269,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N]
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        sampler_logp = per_token(batch, [row.sampler_logps for row in mine])  # [N]
+        sampler_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
         token_loss = policy_token_loss(logp, old, advantage, clip=args.clip or None)
         if args.tis_cap:
             token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
@@ -280,8 +280,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
         totals.add({"loss/pg": pg_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=own_tokens)
-        own = torch.ones_like(logp, dtype=torch.bool)  # [N]
-        add_drift(totals, logp.detach(), old, sampler_logp, own, clip=args.clip, per=own_tokens)
+        add_drift(totals, logp.detach(), old, sampler_logp, clip=args.clip, per=own_tokens)
     return totals.reduce()
 
 

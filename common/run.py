@@ -331,6 +331,11 @@ class Row:
     def tokens(self) -> int:
         return len(self.prompt) + len(self.response)
 
+    @property
+    def drawn_logps(self) -> list[float]:
+        """sampler_logps, NaN if there are none."""
+        return self.sampler_logps or [math.nan] * len(self.response)
+
     def text(self, tokenizer) -> str:
         """The response without the eos, as a verifier reads it. A trace that was cut has none."""
         cut = self.response[-1] != tokenizer.eos_token_id if self.teacher else self.truncated
@@ -478,9 +483,10 @@ def policy_logps(policy, rows: list[Row], args, world: World) -> list[torch.Tens
     return logps
 
 
-def add_drift(totals: Totals, logp, old_logp, sampler_logp, own, *, clip: float, per: int) -> None:
+def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per: int, own=None) -> None:
     """Add to the metrics, as means over `per` own tokens: how far the policy is from the one that sampled them
-    (policy/clipped: ratios outside the clip), and the trainer's log-probs from the sampler's (mismatch/). [N] each."""
+    (policy/clipped: ratios outside the clip), and the trainer's log-probs from the sampler's (mismatch/). [N] each. own None: all tokens."""
+    own = torch.ones_like(logp, dtype=torch.bool) if own is None else own
     gone = torch.where(own, logp - old_logp, 0.0)
     gap = torch.where(own, old_logp - sampler_logp, 0.0).double()
     clipped = (gone.exp() - 1).abs() > (clip or math.inf)
