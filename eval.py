@@ -490,7 +490,7 @@ def sample(questions: list[Question], tokenizer, args: Args, world, done: dict[s
     policy = load_policy(args.model, world)
     longest = max(len(q.prompt) for q in questions) + tokens_ahead(args)
     if args.search != "none":
-        value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
+        value, ends = load_policy(args.value, world, kind=ValueModel, trained_head=True), step_ids(tokenizer, args.step_delimiters)
         if value.lm.config.vocab_size != policy.lm.config.vocab_size:
             raise InputError(f"--value {args.value}: its vocabulary is not --model's")
     sampler = make_sampler(

@@ -16,7 +16,7 @@ advantage falls from 7/8 to 0, and the method turns into on-policy RL by itself.
   grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2. The paper's SFT+RL is this after `sft`, on
            other questions (Elliott/Openr1-Math-48k-Complement)
   rl_sft   own answers by RL (mean over own answers, no clip) plus the mean negative log-likelihood of the trace
-  sft      the trace's mean negative log-likelihood alone, 3 epochs
+  sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same
 
 Where this file departs from the published code, and why:
 - Scale. The published gradient is the sum over a GPU's 64 rows / 8192, averaged over 8 GPUs, whatever the rows:
@@ -60,6 +60,7 @@ from common.data import (
     make_examples,
     pack,
     plan_micro_batches,
+    token_scales,
 )
 from common.rollout import Completion, Sampling, make_sampler
 from common.trainer import (
@@ -147,8 +148,11 @@ class Args:
     """Entropy bonus (every published script; the paper's text says 0.01)."""
     sft_coef: float = 1.0
     """Weight of rl_sft's SFT term."""
+    sft_rows_per_mean: int = 1
+    """sft: the loss is the mean of token means of so many traces each (published: 1); 0 is one mean over all tokens."""
     loss_rows: float = 64.0
-    """Scale of the summed loss: the rows a GPU of the published run held (see "Scale" at the top of this file)."""
+    """Rows of an update that one GPU of the published run held; scales the summed loss and the entropy bonus (see
+    "Scale" at the top of this file). On 8 GPUs 64, on 16 GPUs 32."""
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -215,13 +219,14 @@ METHODS = {
     "grpo": dict(teacher_rows=0, clip=0.2, out="runs/luffy_grpo"),
     "rl_sft": dict(out="runs/luffy_rl_sft"),
     "sft": dict(out="runs/luffy_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, steps=0, batch_size=64,
-                group_size=1, updates_per_step=1, entropy_coef=0.0),
+                group_size=1, updates_per_step=1, entropy_coef=0.0, betas=(0.9, 0.95), weight_decay=0.0),
 }
 PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
-        eval_limit=128, save_every=20, micro_batch_tokens=4096, gradient_checkpointing=False,
+        eval_limit=128, save_every=20, micro_batch_tokens=4096, gradient_checkpointing=False, betas=(0.9, 0.999),
+        weight_decay=0.01, sft_rows_per_mean=0,
         method={name: dict(out=f"runs/tiny_{name}") for name in METHODS},
     ),
     "tiny_base": dict(
@@ -229,7 +234,7 @@ PRESETS = {
         out="runs/tiny_base", verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, steps=3000,
         batch_size=64, lr=1.5e-3, warmup=0.02, lr_floor=0.02, betas=(0.9, 0.99), weight_decay=0.1, eval_every=500,
         eval_limit=300, eval_temperature=0.0, save_every=500, log_samples=0, micro_batch_tokens=4096,
-        gradient_checkpointing=False,
+        gradient_checkpointing=False, sft_rows_per_mean=0,
     ),
 }
 SCRATCH = dict(
@@ -303,9 +308,13 @@ def truncated_importance(old_logp, sampler_logp, cap: float):
     return torch.where(sampler_logp.isnan(), 1.0, weight)
 
 
-def published_micro_batches(tokens_per_row: float) -> int:
-    """Micro-batches of at most 32,768 tokens that a GPU of the published run made of its 64 rows an update."""
-    return max(1, math.ceil(64 * tokens_per_row / 32768))
+def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
+    """How many micro-batches of 32,768 tokens a GPU of the published run needed for its `rows` rows of an update.
+
+    >>> published_micro_batches(2560), published_micro_batches(2560, rows=32)
+    (5, 3)
+    """
+    return max(1, math.ceil(rows * tokens_per_row / 32768))
 
 
 # ----------------------------------------------------------------------------------------------- one update
@@ -356,12 +365,15 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     Metrics of tokens are means over `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
     n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
-    n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
+    tokens_per_row = sum(len(row.prompt) + len(row.response) for row in rows) / len(rows)
+    n_micro = published_micro_batches(tokens_per_row, args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
     names = ("pg_loss", "sft_loss", "entropy", "teacher_logp", "teacher_shaped", "clipped", "kl_old")
     sums = torch.zeros(len(names), dtype=torch.float64)
     mismatch: list[torch.Tensor] = []  # trainer's minus sampler's log-prob of own tokens
     counted = rows_with_gradient(rows, args)
+    scales = token_scales([len(row.response) for row in rows], args.sft_rows_per_mean)  # of sft
+    scales = {id(row): scale for row, scale in zip(rows, scales, strict=True)}
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]
@@ -370,7 +382,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         drawn = [x for row in mine for x in (row.sampler_logps or [math.nan] * len(row.response))]
         sampler_logp = torch.tensor(drawn, device=logp.device)  # [N]
         if args.method == "sft":
-            loss = -logp.sum() / n_tokens
+            loss = -(logp * per_token(batch, [scales[id(row)] for row in mine])).sum() / n_tokens
             sums[1] += loss.item()
         else:
             token_loss = luffy_token_loss(

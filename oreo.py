@@ -27,8 +27,8 @@ At test time V guides a search over steps, which needs no verifier.
 
 Where this file departs from the paper or from its published code, and why:
 - An answer's ids are what the sampler drew, and its eos is the last action. The published rows were text, tokenised
-  again with " " and eos put behind it. (Rows of text are read too, and get an eos.)
-- A row that is too long is rejected and counted; the published code cut it, kept the reward and lost the eos
+  again with " " and eos put behind it. (Rows of text are read too. They get an eos, and the tokenizer's own bos.)
+- A row over 2,048 tokens is rejected and counted; the published code cut it, kept the reward and lost the eos
   (--long_response cut).
 - A step ends with a token that holds a delimiter: the same rule in training and in search, on ids. The published code
   split text on "\n", for MATH also on ". " and ".$ "; where a token holds two newlines it put the state before it.
@@ -37,9 +37,8 @@ Where this file departs from the paper or from its published code, and why:
 - Policy and reference are read once a batch; the published code read the policy twice.
 - The schedule ends with the last step; the published one had epochs^2 as many. Rewards are 0 and 1, as in every
   published script and not as in the code's defaults (+1 and -1: --reward_scale 2 --reward_shift -1).
-- GSM8K's solutions are trained as <think>...</think> and a box behind a user turn; the published SFT had them as they
-  are, "#### 2" at the end, behind a system turn (rows of that form: --data with 'prompt' and 'target'; eval.py's
-  --template oreo-gsm8k asks in it). Evaluation is greedy within max_response_tokens (published: 2048).
+- The SFT loss is the mean of token means of 8 rows each, in the order in which an update draws them, as in the
+  published micro-batches of a GPU.
 - Not here: one-step PCL, hinge, log-ratio clipping, forward or sampled KL, adaptive alpha: not in the paper.
 Open in the paper: which model a round of iterate starts from and which is its reference (--round_init,
 --round_reference), and KTO's beta (0.1 here, as DPO's).
@@ -49,7 +48,7 @@ Commands:
   python oreo.py --preset tiny --model runs/tiny-oreo-sft/model                         collects, trains, evaluates
   python oreo.py --preset tiny --stage search --model runs/tiny-oreo/model --value runs/tiny-oreo/value --width 5
   python oreo.py --stage sft --data train.jsonl; python oreo.py --data train.jsonl      one GPU
-  torchrun --nproc_per_node 8 oreo.py --data train.jsonl                                the paper's run
+  torchrun --nproc_per_node 8 oreo.py --stage sft; torchrun --nproc_per_node 8 oreo.py  the paper's run, GSM8K and MATH
 """
 
 import dataclasses
@@ -68,16 +67,20 @@ import torch.nn.functional as F
 
 import igsm
 from common.data import (
+    IN_A_BOX,
     InputError,
     batch_indices,
     check_verifier,
+    gsm8k_row,
     load_rows,
     make_examples,
     pack,
     plan_micro_batches,
     render_prompt,
     text_of,
+    token_scales,
     turns_of,
+    with_bos,
 )
 from common.rollout import Sampling, make_sampler
 from common.search import Candidate, search_answers, step_ids
@@ -105,7 +108,7 @@ from common.trainer import (
     replay,
     sum_over_ranks,
 )
-from common.verifiers import grade
+from common.verifiers import grade, last_boxed
 
 
 @dataclass
@@ -114,8 +117,10 @@ class Args:
     """What to do; the defaults below follow it."""
     variant: Literal["token", "step", "response"] = "token"
     """OREO's policy loss; --kl_coef follows it."""
-    preset: Literal["paper", "tiny"] = "paper"
-    """paper: the published run of 1.5B. tiny: the repository's model on symbolic iGSM, for a laptop."""
+    preset: Literal["paper", "paper_7b", "paper_alfworld", "tiny"] = "paper"
+    """paper: the published run of Qwen2.5-Math-1.5B. paper_7b: of DeepSeekMath-7B-Instruct. paper_alfworld: of
+    MiniCPM-2B on ALFWorld, whose rows oreo_agents.py makes. tiny: the repository's model on symbolic iGSM, for a
+    laptop."""
 
     # what
     model: str = "runs/oreo-sft/model"
@@ -124,9 +129,12 @@ class Args:
     """Value model to start from, or to search with; empty starts from the model's body and a head of zeros."""
     reference: str = ""
     """Frozen reference of oreo, dpo and kto; empty takes --model."""
-    data: str = "gsm8k/train.jsonl"
-    """Problems to collect answers to (with worked solutions, for sft): a .parquet / .json / .jsonl file, a folder, a
-    Hub name (LUFFY's columns or GSM8K's), or igsm:LO-HI for symbolic iGSM problems, made on the spot."""
+    data: tuple[str, ...] = ("openai/gsm8k:main", "DigitalLearningGmbH/MATH-lighteval")
+    """Problems to collect answers to (with worked solutions, for sft): .parquet / .json / .jsonl files, folders, Hub
+    names (LUFFY's columns, GSM8K's or MATH's), or igsm:LO-HI for symbolic iGSM problems, made on the spot."""
+    ask: Literal["system", "user"] = "system"
+    """How rows with GSM8K's or MATH's columns are asked. system: by the published system turn of each, as Qwen was.
+    user: by a sentence after the question, as DeepSeekMath was."""
     rows: str = ""
     """Graded rows to train on: what collect wrote, or lines of {prompt, response, reward} or {conversations, reward}
     (docs/oreo.md). Empty collects them into OUT/rows.jsonl."""
@@ -138,15 +146,19 @@ class Args:
     """Run folder. Running the same command again goes on where it stopped."""
     chat_template: str = ""
     """File with a Jinja chat template; empty takes the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with --model."""
     verifier: str = "full"
     """How answers are graded: full (Math-Verify), math (LUFFY's: what follows </think>), boxed, exact, ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int = 2048
     """Rows with longer prompts are left out and counted."""
-    max_response_tokens: int = 1024
-    """Tokens to sample at most, and the longest response (prompt and response together: 2048, as published)."""
+    max_response_tokens: int = 2048
+    """Tokens to sample at most (published), and the longest response to train on."""
+    max_row_tokens: int = 2048
+    """Tokens of prompt and response together to train on (published; ALFWorld: 4096)."""
     long_response: Literal["reject", "cut"] = "reject"
-    """A response longer than that: leave the row out, or cut it as the published code did."""
+    """A row over these limits: leave it out, or cut its response as the published code did."""
     skip_turns: int = 0
     """First assistant turns of a conversation that are context and not trained (ALFWorld: 1)."""
     step_delimiters: tuple[str, ...] = ("\n",)
@@ -184,6 +196,9 @@ class Args:
     """Passes over the rows (published: 1; sft 3)."""
     batch_size: int = 128
     """Rows (dpo: pairs) an update; collect: problems between two writes."""
+    sft_rows_per_mean: int = 8
+    """sft: the loss is the mean of token means of so many rows each (the published micro-batches of 8); 0 is one mean
+    over the update, as in rejection, whose micro-batches are not published."""
     lr: float = 5e-6
     """Peak learning rate of the policy's AdamW (published: sft 2e-5, dpo 5e-7, kto 5e-8)."""
     value_lr: float = 5e-6
@@ -266,16 +281,29 @@ STAGES = {
 }
 VARIANTS = {"step": dict(kl_coef=0.1), "response": dict(kl_coef=0.3)}
 PRESETS = {
+    "paper_7b": dict(
+        model="deepseek-ai/deepseek-math-7b-instruct", out="runs/oreo_7b", ask="user", samples=16, balance=4, epochs=2.0,
+        value_lora=64, value_lr=1e-4, pairs_per_question=10,
+        stage={"rejection": dict(epochs=1.0), "dpo": dict(epochs=1.0), "kto": dict(lr=1e-7)},
+    ),
+    "paper_alfworld": dict(
+        model="jwhj/MiniCPM-ALFWorld-SFT", out="runs/oreo_alfworld", epochs=5.0, max_prompt_tokens=4096,
+        max_response_tokens=4096, max_row_tokens=4096, skip_turns=1, pairs_per_question=5, eval_every=0,
+        stage={"rejection": dict(lr=2e-5, epochs=1.0), "dpo": dict(epochs=1.0), "kto": dict(epochs=1.0)},
+    ),
     "tiny": dict(
-        model="models/tiny", data="igsm:5-8", igsm_problems=500, eval_data=("igsm:5-8",), out="runs/tiny-oreo",
+        model="models/tiny", data=("igsm:5-8",), igsm_problems=500, eval_data=("igsm:5-8",), out="runs/tiny-oreo",
         verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, samples=8, batch_size=64, lr=1e-4,
         value_lr=1e-3, eval_every=20, eval_limit=128, save_every=20, max_steps=40, micro_batch_tokens=4096,
-        gradient_checkpointing=False,
+        gradient_checkpointing=False, sft_rows_per_mean=0,
         stage={
             "sft": dict(out="runs/tiny-oreo-sft", igsm_problems=4000, steps=40, lr=5e-4), "dpo": dict(lr=2e-5),
             "kto": dict(lr=2e-5),
         },
     ),
+}
+SYSTEM = {  # the published system turns
+    "gsm8k": "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'", "math": IN_A_BOX,
 }
 IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)
 
@@ -457,6 +485,7 @@ def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip
         said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
         for piece, action in ((before[len(text) :], False), (said + eos, True)):
             piece_ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+            piece_ids = piece_ids if ids else with_bos(piece_ids, tokenizer)
             ids += piece_ids
             actions += [action] * len(piece_ids)
         text = before + said + eos
@@ -478,7 +507,7 @@ def row_ids(row: dict, tokenizer, template: str | None, args: Args) -> tuple[lis
         prompt = render_prompt(tokenizer, turns_of(prompt), template)
     text_of(prompt, "'prompt'")
     prompt, response = tokenizer([prompt, response], add_special_tokens=False)["input_ids"]
-    eos = tokenizer.eos_token_id
+    prompt, eos = with_bos(prompt, tokenizer) if prompt else prompt, tokenizer.eos_token_id
     return prompt, response if response[-1:] in ([], [eos]) else [*response, eos], None
 
 
@@ -510,11 +539,11 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
         if len(prompt) > args.max_prompt_tokens:
             count["prompt_too_long"] += 1
             continue
-        if len(response) > args.max_response_tokens:
+        if len(response) > (longest := min(args.max_response_tokens, args.max_row_tokens - len(prompt))):
             count["response_too_long"] += 1
-            if args.long_response == "reject":
+            if args.long_response == "reject" or longest < 1:
                 continue
-            response, actions = response[: args.max_response_tokens], actions[: args.max_response_tokens]
+            response, actions = response[:longest], actions[:longest]
         if not prompt or not any(actions):
             raise InputError(f"{where}: no prompt, or no action token; remove the row")
         # in a conversation a step is a turn
@@ -527,7 +556,7 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
         raise InputError(
             f"{source}: no row is left of {count['rows']} ({count['prompt_too_long']} prompts over "
             f"--max_prompt_tokens {args.max_prompt_tokens}, {count['response_too_long']} responses over "
-            f"--max_response_tokens {args.max_response_tokens})"
+            f"--max_response_tokens {args.max_response_tokens} or --max_row_tokens {args.max_row_tokens})"
         )
     return rows, count | {"kept": len(rows), "right": sum(row.reward > 0 for row in rows)}
 
@@ -535,7 +564,7 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
 def training_units(tokenizer, args: Args, progress: bool) -> tuple[list[list[Row]], dict[str, int]]:
     """What an update draws from: lists of rows that stay together, one row or a pair; and the counts."""
     if args.stage == "sft":
-        examples, count = read_examples(args.data, tokenizer, args, split="train", traces="needed", progress=progress)
+        examples, count = read_problems(tokenizer, args, traces="needed", progress=progress)
         masks = [[True] * len(e.trace) for e in examples]
         return [[Row(e.prompt, e.trace, m, m, index=e.index)] for e, m in zip(examples, masks, strict=True)], count
     rows, count = read_rows(args.rows, tokenizer, args)
@@ -586,7 +615,9 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
     any number of ranks and any micro_batch_tokens. oreo's policy loss takes the values as they are before the
     update, and its value loss the log-probs: of the two steps that follow, either may be first."""
     every = {row.index: row for unit in units for row in unit}
-    n_actions = sum(sum(row.actions) for unit in units for row in unit)
+    lengths = [sum(row.actions) for row in every.values()]
+    rows_per_mean = args.sft_rows_per_mean if args.stage == "sft" else 0
+    n_actions, scales = sum(lengths), dict(zip(every, token_scales(lengths, rows_per_mean), strict=True))
     baseline = kto_baseline(policy, reference, units, args, world) if args.stage == "kto" else 0.0
     losses, measured = torch.zeros(2, dtype=torch.float64), []
     for batch, mine in micro_batches(units, args, world):
@@ -595,7 +626,8 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
         kl, values = torch.zeros_like(action), None
         if args.stage in ("sft", "rejection"):
             logp = ref_logp = policy(batch)  # [N]
-            loss = -(logp * action).sum() / n_actions
+            scale = torch.tensor([scales[row.index] for row in mine], device=logp.device)[batch.sequence]  # [N]
+            loss = -(logp * action * scale).sum() / n_actions
         elif args.stage in ("dpo", "kto"):
             logp = policy(batch)  # [N]
             with torch.no_grad():
@@ -678,6 +710,8 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
             raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
     else:
         rows = load_rows(source, split=split, limit=limit or None)
+        rows = [published_row(row, f"{source}, row {i}", args.ask, needs_trace=traces == "needed")
+                for i, row in enumerate(rows)]  # fmt: skip
     return make_examples(
         rows, tokenizer, source=source, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
         max_response_tokens=args.max_response_tokens, empty_trace="error", long_trace=args.long_response,
@@ -685,9 +719,48 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
     )
 
 
+def published_row(row, where: str, ask: str, *, needs_trace: bool):
+    """GSM8K's {question, answer} and MATH's {problem, solution} in LUFFY's columns, as the published code asks and
+    answers them: the solution word for word is the trace. Any other row as it is."""
+    if not isinstance(row, dict) or "prompt" in row:
+        return row
+    try:
+        if {"question", "answer"} <= row.keys():
+            kind, question, solution = "gsm8k", row["question"], row["answer"]
+            gold = gsm8k_row(row, needs_trace=needs_trace)["reward_model"]["ground_truth"]
+        elif {"problem", "solution"} <= row.keys():
+            kind, question, solution = "math", *(text_of(row[name], f"'{name}'") for name in ("problem", "solution"))
+            gold = row["answer"] if row.get("answer") is not None else last_boxed(solution)
+            if not gold:
+                raise TypeError("'solution' has no closed box")
+        else:
+            return row
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from error
+    prompt = [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": question}]
+    if ask == "user":
+        prompt = [{"role": "user", "content": f"{question}\n{IN_A_BOX}"}]
+    return {"data_source": kind, "prompt": prompt, "target": solution, "reward_model": {"ground_truth": gold}}
+
+
+def read_problems(tokenizer, args: Args, *, traces: str, progress: bool):
+    """The examples of all --data, numbered through, and the counts of what was left out."""
+    examples, counts, before = [], {}, 0
+    for source in args.data:
+        found, count = read_examples(source, tokenizer, args, split="train", traces=traces, progress=progress)
+        examples += [dataclasses.replace(e, index=before + e.index) for e in found]
+        before += count["rows"]
+        counts = {name: counts.get(name, 0) + n for name, n in count.items()}
+    if traces == "needed":
+        kept = [e for e in examples if len(e.prompt) + len(e.trace) <= args.max_row_tokens]
+        counts |= {"row_too_long": len(examples) - len(kept), "kept": len(kept)}
+        examples = kept
+    return examples, counts
+
+
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
-    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "epochs", "samples", "rounds", "width",
+    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "max_row_tokens", "epochs", "samples", "rounds", "width",
                  "max_steps", "pairs_per_question", "beta"):  # fmt: skip
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
@@ -715,11 +788,11 @@ def check(args: Args) -> None:
         check_verifier(args.verifier)
 
 
-def load_value(args: Args, policy, world):
+def load_value(args: Args, policy, world, *, trained_head: bool = False):
     """The value model of --value, or of --model's body with a head of zeros."""
     value = load_policy(
         args.value or args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
-        kind=ValueModel, lora=args.value_lora,
+        kind=ValueModel, lora=args.value_lora, trained_head=trained_head, trust_remote_code=args.trust_remote_code,
     )
     check_fit(f"--value {args.value}", value, policy)
     return value
@@ -786,9 +859,9 @@ def collect(args: Args) -> str:
     Killed and started again, it goes on after the last batch of problems that was written whole."""
     world = init_world(args.timeout_minutes)
     final, partial = Path(args.out) / "rows.jsonl", Path(args.out) / "rows.partial.jsonl"
-    names = ("model", "data", "igsm_problems", "chat_template", "verifier", "max_prompt_tokens",
+    names = ("model", "data", "ask", "igsm_problems", "chat_template", "verifier", "max_prompt_tokens",
              "max_response_tokens", "samples", "balance", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
-    settings = {name: getattr(args, name) for name in names}
+    settings = json.loads(json.dumps({name: getattr(args, name) for name in names}))
     described = Path(args.out) / "collect.json"
     if described.exists():
         before = json.loads(described.read_text())["settings"]
@@ -797,16 +870,14 @@ def collect(args: Args) -> str:
         if final.exists():
             return str(final)
 
-    tokenizer = load_tokenizer(args.model)
-    examples, left_out = read_examples(
-        args.data, tokenizer, args, split="train", traces="ignored", progress=world.main
-    )
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    examples, left_out = read_problems(tokenizer, args, traces="ignored", progress=world.main)
     written = partial.read_text().split("\n")[:-1] if partial.exists() else []
     done = max((json.loads(line)["step"] for line in written), default=1) - 1  # the last batch may not be whole
-    policy = load_policy(args.model, world)
+    policy = load_policy(args.model, world, trust_remote_code=args.trust_remote_code)
     sampler = open_sampler(policy, tokenizer, args, world)
     if world.main:
-        print(f"{args.data}: {left_out}; {args.samples} answers each; {done} batches are there already")
+        print(f"{' '.join(args.data)}: {left_out}; {args.samples} answers each; {done} batches are there already")
         final.parent.mkdir(parents=True, exist_ok=True)
         write_whole(described, json.dumps({"settings": settings}) + "\n")
         write_whole(partial, "".join(line + "\n" for line in written if json.loads(line)["step"] <= done))
@@ -871,27 +942,30 @@ def train(args: Args) -> None:
     state = checkpoints.state()
     start = state["step"] if state else 0
 
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     units, left_out = training_units(tokenizer, args, world.main)
     held_out = held_out_examples(tokenizer, args)
     if len(units) < args.batch_size:
         raise InputError(
-            f"{args.rows or args.data}: {len(units)} to train on are fewer than --batch_size {args.batch_size}"
+            f"{args.rows or ' '.join(args.data)}: {len(units)} to train on are fewer than --batch_size {args.batch_size}"
         )
     steps = args.steps or max(1, int(args.epochs * len(units) / args.batch_size))
     if world.main:
-        print(f"{args.rows or args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size}")
+        source = args.rows or " ".join(args.data)
+        print(f"{source}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size}")
 
     policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, lora=args.policy_lora
+        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, lora=args.policy_lora,
+        trust_remote_code=args.trust_remote_code,
     )
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     value = load_value(args, policy, world) if args.stage == "oreo" else None
     value_optimizer = value and make_optimizer(
         value, lr=args.value_lr, betas=args.betas, weight_decay=args.weight_decay
     )
-    reference = load_policy(args.reference or args.model, world) if args.stage in ("oreo", "dpo", "kto") else None
-    if reference:
+    reference = None
+    if args.stage in ("oreo", "dpo", "kto"):
+        reference = load_policy(args.reference or args.model, world, trust_remote_code=args.trust_remote_code)
         check_fit(f"--reference {args.reference}", reference.requires_grad_(False), policy)
     more = {"value": (value, value_optimizer)} if value else {}
     if state:
@@ -1040,10 +1114,10 @@ def find_answers(policy, value, tokenizer, examples, args: Args, world) -> list[
 def search(args: Args) -> dict:
     """Answer the problems of --eval_data by --search; writes OUT/search-NAME.json and the answers beside it."""
     world = init_world(args.timeout_minutes)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     examples = held_out_examples(tokenizer, args)
-    policy = load_policy(args.model, world)
-    value = None if args.search == "greedy" else load_value(args, policy, world)
+    policy = load_policy(args.model, world, trust_remote_code=args.trust_remote_code)
+    value = None if args.search == "greedy" else load_value(args, policy, world, trained_head=True)
     found = find_answers(policy, value, tokenizer, examples, args, world)
     best = [max(answers, key=lambda c: c.value, default=None) for answers in found]
     texts = [tokenizer.decode(c.response).removesuffix(tokenizer.eos_token) if c else "" for c in best]

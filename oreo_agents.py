@@ -74,6 +74,8 @@ class Args:
     """Where rows.jsonl (of evaluate: episodes.jsonl) and results.json go."""
     chat_template: str = ""
     """File with a Jinja chat template; empty takes the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with --model."""
 
     # how
     repeat: int = 5
@@ -557,7 +559,7 @@ def main(args: Args) -> dict | None:
             rows = play_walkthroughs(args, load_tokenizer(model))
         else:
             tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, world)
-            value = load_policy(args.value, world, kind=ValueModel) if args.value else None
+            value = load_policy(args.value, world, kind=ValueModel, trained_head=True) if args.value else None
             rows = play(args, tokenizer, policy, value, world, args.repeat if args.stage == "collect" else 1)
     except ModuleNotFoundError as error:
         if error.name not in ("textworld", "alfworld"):

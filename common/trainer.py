@@ -214,11 +214,14 @@ class Policy(nn.Module):
         return useful / cells if cells else None
 
 
+VALUE_HEADS = ("ForSequenceClassification", "LLMForSequenceRegression")  # architectures; the second is OREO's own
+
+
 class ValueModel(nn.Module):
     """A language model's body with a linear head: forward returns the value of a state, one number, float32.
 
-    On disk it is a sequence-classification folder with one label. A language model's folder gets a head of
-    zeros, so every value starts at 0."""
+    On disk it is a sequence-classification folder with one label, or one of the published OREO code, whose head is
+    called value_head. A language model's folder gets a head of zeros, so every value starts at 0."""
 
     auto = AutoModelForSequenceClassification
 
@@ -265,6 +268,7 @@ def load_policy(
     trust_remote_code: bool = False,
     kind: type = Policy,
     lora: int = 0,
+    trained_head: bool = False,
     edit_config=None,
 ) -> Policy:
     """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
@@ -272,7 +276,8 @@ def load_policy(
 
     from_config: settings of a `Qwen2Config` for a model with random weights from `seed`, instead of `path`.
     kind: Policy, or ValueModel. lora: rank (and alpha) of adapters on every linear layer of the body; the body's
-    own weights are then frozen, a value's head is not. edit_config: called with the configuration before the model
+    own weights are then frozen, a value's head is not. trained_head: refuse a value model whose folder has no head,
+    where nothing is about to train it. edit_config: called with the configuration before the model
     is built (such as RoPE's theta); what it sets is saved with the model.
     Raises InputError if there is no such model at `path` or its head needs more than `hidden @ weight.T`."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
@@ -285,13 +290,15 @@ def load_policy(
         )
         if edit_config:
             edit_config(config)
-        has_value_head = "ForSequenceClassification" in str(config.architectures)
+        has_value_head = any(name in str(config.architectures) for name in VALUE_HEADS)
         if has_value_head and kind is Policy:
             raise ValueError("it is a value model, not a language model")
+        if trained_head and not has_value_head:
+            raise ValueError(f"no trained value head there: {config.architectures}; --stage oreo of oreo.py trains one")
         if not has_value_head and kind is ValueModel:
             transformers_logging.set_verbosity_error()  # it would report the head that is missing
         if world.main and not from_config:
-            lm = kind.auto.from_pretrained(path, config=config, **options)
+            lm = kind.auto.from_pretrained(path, config=config, key_mapping={r"^value_head\.": "score."}, **options)
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
                 torch.manual_seed(seed)

@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
+import eval as evaluation
 import igsm
 import oreo
-from common.data import InputError
+import oreo_agents
+from common.data import InputError, pack
 from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args, read_metrics
 from tests import oreo_ranks
 from tests.conftest import NANO, run_script
@@ -25,6 +30,16 @@ def nano(world, tmp_path_factory):
     config = dict(NANO, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     export(load_policy("nano", world, from_config=config, seed=3), tokenizer, folder, world)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def nano_value(nano, world, tmp_path_factory):
+    """A value model with a random head, as --stage oreo leaves one."""
+    folder = tmp_path_factory.mktemp("nano-value") / "value"
+    model = load_policy(nano, world, kind=ValueModel)
+    torch.nn.init.normal_(model.lm.score.weight, generator=torch.Generator().manual_seed(0))
+    export(model, load_tokenizer(nano), folder, world)
     return str(folder)
 
 
@@ -193,9 +208,9 @@ def test_lora_without_its_package_says_how_to_get_it(nano, rows, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", ["greedy", "best_of_n", "best_of_k", "beam"])
-def test_search_answers_every_question(kind, nano, tmp_path):
+def test_search_answers_every_question(kind, nano, nano_value, tmp_path):
     words = ["--stage", "search", "--search", kind, "--width", "3", "--max_steps", "60", "--out", tmp_path / "run"]
-    oreo.main(settings(nano, *words, *([] if kind == "greedy" else ["--value", nano])))
+    oreo.main(settings(nano, *words, *([] if kind == "greedy" else ["--value", nano_value])))
     name = "greedy" if kind == "greedy" else f"{kind}-3"
     result = json.loads((tmp_path / "run" / f"search-{name}.json").read_text())
     assert result["questions"] == 4 and result["no_answer"] == 0 and 0 <= result["eval/mean"] <= 1
@@ -323,6 +338,86 @@ def test_a_value_checkpoint_that_does_not_fit_is_refused(nano, rows, tmp_path, w
         oreo.main(settings(nano, *words, "--value", tmp_path / "value"))
     with pytest.raises(InputError, match="--model .*value: cannot be loaded .it is a value model"):
         oreo.main(settings(str(tmp_path / "value"), *words))
+
+
+def test_a_folder_without_a_trained_head_searches_nothing_and_says_so(nano, rows, tmp_path, world):
+    words = ["--stage", "search", "--value", nano, "--out", tmp_path / "search"]
+    with pytest.raises(InputError, match="--value .*no trained value head there: .*Qwen2ForCausalLM"):
+        oreo.main(settings(nano, *words))
+    data = write(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **oreo.IGSM, ops=(1, 2))])
+    with pytest.raises(InputError, match="no trained value head"):
+        ask = dict(data=(data,), out=str(tmp_path / "eval"), max_tokens=40, verifier=("boxed",))
+        evaluation.main(evaluation.Args(model=nano, value=nano, search="beam", **ask))
+    with pytest.raises(InputError, match="no trained value head"):
+        oreo_agents.main(oreo_agents.Args(model=nano, value=nano, games=str(tmp_path)))
+    oreo.main(settings(nano, "--rows", rows, "--steps", "1", "--value", nano, "--out", tmp_path / "run"))  # it trains one
+
+
+def test_the_published_value_models_head_is_read(nano, nano_value, tmp_path, world):
+    """Architecture LLMForSequenceRegression, weight value_head.weight."""
+    folder = tmp_path / "value"
+    shutil.copytree(nano_value, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["value_head.weight"] = weights.pop("score.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["LLMForSequenceRegression"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs, ours = (load_policy(path, world, kind=ValueModel, trained_head=True) for path in (folder, nano_value))
+    batch = pack([([5, 6], [7, 8, 9])])
+    assert torch.equal(theirs(batch), ours(batch)) and ours(batch).abs().min() > 0
+    with pytest.raises(InputError, match="it is a value model"):
+        load_policy(str(folder), world)
+
+
+@pytest.mark.parametrize("words", [[], ["--ask", "user"]])
+def test_gsm8k_and_math_are_asked_and_answered_as_published(nano, words, tmp_path):
+    gsm8k = {"question": "q?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
+    math_row = {"problem": "p?", "solution": "so \\boxed{\\frac{1}{2}}.", "level": "Level 1", "type": "Algebra"}
+    rows = [oreo.published_row(row, "x", "user" if words else "system", needs_trace=True) for row in (gsm8k, math_row)]
+    box = "Please reason step by step, and put your final answer within \\boxed{}."
+    if words:
+        prompts = [[{"role": "user", "content": f"{q}\n{box}"}] for q in ("q?", "p?")]
+    else:
+        hashes = "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'"
+        prompts = [[{"role": "system", "content": s}, {"role": "user", "content": q}]
+                   for s, q in ((hashes, "q?"), (box, "p?"))]  # fmt: skip
+    assert [row["prompt"] for row in rows] == prompts
+    assert [row["target"] for row in rows] == [gsm8k["answer"], math_row["solution"]]
+    assert [row["reward_model"]["ground_truth"] for row in rows] == ["1004", "\\frac{1}{2}"]
+    files = [write(tmp_path / "gsm8k.jsonl", [gsm8k] * 3), write(tmp_path / "math.jsonl", [math_row] * 2)]
+    args = settings(nano, "--stage", "sft", "--data", *files, *words, "--max_prompt_tokens", "900")
+    units, count = oreo.training_units(load_tokenizer(nano), args, False)
+    assert [unit[0].index for unit in units] == [0, 1, 2, 3, 4] and count["kept"] == count["rows"] == 5
+    with pytest.raises(InputError, match="math.jsonl, row 0: 'solution' has no closed box"):
+        bad = write(tmp_path / "math.jsonl", [math_row | {"solution": "no"}])
+        oreo.training_units(load_tokenizer(nano), settings(nano, "--stage", "sft", "--data", bad), False)
+
+
+def test_rows_of_text_and_conversations_begin_with_the_tokenizers_bos(nano, tmp_path):
+    tokenizer = load_tokenizer(nano)
+    plain = oreo.row_ids(GOOD, tokenizer, None, settings(nano))
+    turns = [{"role": "user", "content": "a=1"}, {"role": "assistant", "content": "a=1"}]
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    talk = oreo.conversation_ids(turns, tokenizer, template, 0)
+    tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", bos)])
+    prompt, response, _ = oreo.row_ids(GOOD, tokenizer, None, settings(nano))
+    assert prompt == [bos, *plain[0]] and response == plain[1]
+    assert oreo.row_ids(GOOD | {"prompt": "<|bos|>a=1\na?"}, tokenizer, None, settings(nano))[0] == prompt  # not twice
+    assert oreo.conversation_ids(turns, tokenizer, template, 0) == ([bos, *talk[0]], *talk[1:])
+
+
+def test_prompt_and_response_have_one_limit_together(nano, rows, tmp_path):
+    tokenizer = load_tokenizer(nano)
+    every, _ = oreo.read_rows(rows, tokenizer, settings(nano, "--rows", rows))
+    longest = max(len(row.prompt) + len(row.response) for row in every) - 3
+    words = ["--rows", rows, "--max_row_tokens", str(longest)]
+    kept, count = oreo.read_rows(rows, tokenizer, settings(nano, *words))
+    assert [row.index for row in kept] == [r.index for r in every if len(r.prompt) + len(r.response) <= longest]
+    assert count["response_too_long"] == len(every) - len(kept) > 0
+    cut, _ = oreo.read_rows(rows, tokenizer, settings(nano, *words, "--long_response", "cut"))
+    assert max(len(row.prompt) + len(row.response) for row in cut) == longest and len(cut) == len(every)
 
 
 def test_long_responses_are_counted_and_left_out_or_cut(nano, rows, tmp_path):
