@@ -86,6 +86,9 @@ from common.trainer import (
 from common.verifiers import grade, grade_later
 
 
+Shape = Literal["", "no_reshape", "logp", "p_logp", "square_root", "pow", "p_div_p_0.1", "p_div_p_0.3", "p_div_p_0.5"]
+
+
 @dataclass
 class Args:
     method: Literal["luffy", "grpo", "rl_sft", "sft"] = "luffy"
@@ -137,6 +140,10 @@ class Args:
     """Sampling temperature; the policy that is trained is the one at this temperature."""
     shaping_gamma: float = 0.1
     """gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0 trains on p itself (mixed policy, no shaping)."""
+    shape: Shape = ""
+    """Another f on the teacher's tokens, by its published name; empty follows --shaping_gamma."""
+    own_shape: Shape = ""
+    """The same on own tokens' ratio (the paper's Table 4: p_div_p_0.1 with --teacher_rows 0); empty for none."""
     clip: float = 0.0
     """PPO clip of the own tokens' ratio; 0 for none (published: none for luffy, 0.2 for grpo)."""
     tis_cap: float = 0.0
@@ -275,21 +282,51 @@ def group_advantages(rewards, groups, *, std: bool = False, baseline=None):
     return advantages / (sigma[group] + 1e-6)
 
 
-def luffy_token_loss(logp, old_logp, advantages, off_policy, *, gamma: float | None = 0.1, clip: float | None = None):
+def shaped(logp, shape: str):
+    """f(p) of policy shaping by its published name: no_reshape p, p_div_p_X p / (p + X) for any number X,
+    square_root (or pow) p^0.5, logp log p, p_logp p + log p.
+
+    >>> [round(shaped(torch.tensor(0.25).log(), name).item(), 4) for name in ("no_reshape", "p_div_p_0.1", "pow")]
+    [0.25, 0.7143, 0.5]
+    """
+    if shape.startswith("p_div_p_"):
+        p = logp.exp()
+        return p / (p + float(shape.removeprefix("p_div_p_")))
+    return {
+        "no_reshape": torch.exp, "logp": torch.clone, "p_logp": lambda x: x.exp() + x,
+        "square_root": lambda x: (x / 2).exp(), "pow": lambda x: (x / 2).exp(),
+    }[shape](logp)  # fmt: skip
+
+
+def luffy_token_loss(
+    logp, old_logp, advantages, off_policy, *, gamma: float | None = 0.1, clip: float | None = None,
+    shape: str = "", own_shape: str = "no_reshape", teacher_logp=None,
+):  # fmt: skip
     """Loss of each token, elementwise over any shape; what is summed in Eq. 5-8, with the sign of a loss.
 
     Teacher's tokens (off_policy True):  - A f(p),  f(p) = p / (p + gamma), p live: the gradient goes through f
-                                         (gamma None: - A p)
+                                         (gamma None: - A p; `shape`: another f, see `shaped`)
     own tokens:                          - A r,  r = p / p_old;  with clip c: max(- A r, - A clamp(r, 1-c, 1+c))
+                                         (own_shape: r = f(p) / f(p_old), where f is a product, or f(p / p_old))
+    teacher_logp, where it is not NaN, is the teacher's own log-prob: - A p / (p_teacher + 1e-6) instead of f.
 
     >>> loss = luffy_token_loss(torch.log(torch.tensor([0.1])), torch.zeros(1), torch.ones(1), torch.tensor([True]))
     >>> round(loss.item(), 6)
     -0.5
     """
-    p = torch.where(off_policy, logp, 0.0).exp()
-    off_loss = -advantages * (p if gamma is None else p / (p + gamma))
+    shape = shape or ("no_reshape" if gamma is None else f"p_div_p_{gamma}")
+    off_logp = torch.where(off_policy, logp, 0.0)
+    off_ratio = shaped(off_logp, shape)
+    if teacher_logp is not None:
+        known = ~teacher_logp.isnan()
+        given = off_logp.exp() / (torch.where(known, teacher_logp, 0.0).exp() + 1e-6)
+        off_ratio = torch.where(known, given, off_ratio)
+    off_loss = -advantages * off_ratio
     # the branch that is not taken must not overflow: its zero gradient times inf would be NaN
-    ratio = torch.where(off_policy, 0.0, logp - old_logp).exp()
+    if own_shape.startswith("p_div_p_"):
+        ratio = shaped(torch.where(off_policy, 0.0, logp), own_shape) / shaped(old_logp, own_shape)
+    else:
+        ratio = shaped(torch.where(off_policy, 0.0, logp - old_logp), own_shape)
     on_loss = -advantages * ratio
     if clip is not None:
         on_loss = torch.maximum(on_loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -328,7 +365,7 @@ class Row:
     response: list[int]
     group: int  # which question of the step
     teacher: bool = False
-    sampler_logps: list[float] | None = None  # own rows: log-probs the sampler reported
+    sampler_logps: list[float] | None = None  # log-probs that the sampler reported, or those of the teacher if given
     truncated: bool = False
     reward: float = 0.0
     status: str = ""  # the verifier's; empty: not graded
@@ -372,6 +409,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     sums = torch.zeros(len(names), dtype=torch.float64)
     mismatch: list[torch.Tensor] = []  # trainer's minus sampler's log-prob of own tokens
     counted = rows_with_gradient(rows, args)
+    shape = args.shape or (f"p_div_p_{args.shaping_gamma}" if args.shaping_gamma else "no_reshape")
     scales = token_scales([len(row.response) for row in rows], args.sft_rows_per_mean)  # of sft
     scales = {id(row): scale for row, scale in zip(rows, scales, strict=True)}
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
@@ -386,10 +424,12 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             sums[1] += loss.item()
         else:
             token_loss = luffy_token_loss(
-                logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
+                logp, old, advantage, teacher, clip=args.clip or None, shape=shape,
+                own_shape=args.own_shape or "no_reshape", teacher_logp=sampler_logp,
             )
             if args.tis_cap:
-                token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
+                weight = truncated_importance(old, sampler_logp, args.tis_cap)
+                token_loss = token_loss * torch.where(teacher, 1.0, weight)
             if args.method == "rl_sft":
                 token_loss = torch.where(teacher, 0.0, token_loss)
             loss = token_loss.sum() * row_scale
@@ -403,11 +443,11 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         with torch.no_grad():
-            own, p = ~teacher, logp[teacher].exp()
-            shaped = p / (p + args.shaping_gamma) if args.shaping_gamma else p
+            own = ~teacher
+            f = shaped(logp[teacher], shape)
             ratio = (logp - old)[own].exp()
             sums[2:] += torch.stack([
-                entropy.sum(), logp[teacher].sum(), shaped.sum(),
+                entropy.sum(), logp[teacher].sum(), f.sum(),
                 ((ratio - 1).abs() > (args.clip or math.inf)).sum(), (old - logp)[own].sum(),
             ]).double().cpu()
             mismatch.append((old - sampler_logp)[own].cpu())
@@ -468,11 +508,32 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str
             raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
     else:
         rows = load_rows(source, split=split, limit=limit or None)
-    return make_examples(
+    examples, left_out = make_examples(
         rows, tokenizer, source=source, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
         max_response_tokens=args.max_response_tokens, empty_trace=args.empty_trace, long_trace=args.long_trace,
         template=Path(args.chat_template).read_text() if args.chat_template else None, progress=progress,
     )
+    for example in examples if traces == "needed" else ():
+        example.trace_logps = given_logps(rows[example.index], example.trace, f"{source}, row {example.index}")
+    return examples, left_out
+
+
+def given_logps(row: dict, trace: list[int] | None, where: str) -> list[float] | None:
+    """The teacher's log-probs of a trace from the column 'target_probs': a probability for each of its tokens, with or
+    without the eos (then NaN: its loss is the one without a teacher's probability). None without the column."""
+    probs = row.get("target_probs")
+    if probs is None or trace is None:
+        return None
+    try:
+        logps = [math.log(p) for p in probs]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: 'target_probs' must be a list of numbers above 0 ({error})") from error
+    if len(trace) - len(logps) not in (0, 1) or max(logps, default=0.0) > 0:
+        raise InputError(
+            f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos included), or one "
+            "above 1; remove the column, or make it with this tokenizer"
+        )
+    return logps + [math.nan] * (len(trace) - len(logps))
 
 
 def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
@@ -592,8 +653,8 @@ def main(args: Args) -> None:
         with clock("sample"):
             teachers = [args.teacher_rows if e.trace else 0 for e in batch]
             rows = [
-                Row(batch[g].prompt, trace, g, True, truncated=trace[-1] != tokenizer.eos_token_id)
-                for g in mine for trace in [batch[g].trace] * teachers[g]
+                Row(e.prompt, e.trace, g, True, e.trace_logps, truncated=e.trace[-1] != tokenizer.eos_token_id)
+                for g in mine for e in [batch[g]] * teachers[g]
             ]
             own_verdicts: list[tuple[list[Row], Future]] = []
 

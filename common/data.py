@@ -174,6 +174,7 @@ class Example:
     source: str
     index: int  # row number in the data, for messages and for random streams
     text: str  # the rendered prompt
+    trace_logps: list[float] | None = None  # the teacher's own log-probs of the trace's tokens, where they are given
 
 
 def render_prompt(tokenizer, messages: list[dict], template: str | None = None) -> str:
