@@ -96,6 +96,7 @@ from common.trainer import (
     gather_lists,
     gradient_norm,
     init_world,
+    keep_best,
     launch,
     learning_rate,
     load_policy,
@@ -255,6 +256,8 @@ class Args:
     """Checkpoint every so many steps; 0 never."""
     keep: int = 2
     """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    keep_best: bool = False
+    """Also keep the model of the highest eval/mean, in OUT/best."""
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
@@ -1018,6 +1021,8 @@ def train(args: Args) -> None:
         if evaluates:
             with clock("evaluate"):
                 row_log |= evaluate(sampler, tokenizer, held_out, args, world)
+                if args.keep_best:
+                    keep_best(policy, tokenizer, out, world, row_log["eval/mean"])
         seconds = clock.flush()
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}

@@ -66,7 +66,6 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import AutoConfig
 
 import igsm
 from common.data import (
@@ -90,11 +89,13 @@ from common.trainer import (
     Checkpoints,
     Clock,
     Metrics,
+    check_context,
     check_finite,
     export,
     full_parameters,
     gather_lists,
     init_world,
+    keep_best,
     launch,
     learning_rate,
     load_policy,
@@ -105,6 +106,7 @@ from common.trainer import (
     peak_memory_gb,
     read_metrics,
     replay,
+    set_context,
 )
 from common.verifiers import grade
 
@@ -218,6 +220,8 @@ class Args:
     """Checkpoint every so many steps; 0 never."""
     keep: int = 2
     """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    keep_best: bool = False
+    """Also keep the model of the highest eval/mean, in OUT/best."""
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
@@ -886,15 +890,9 @@ def main(args: Args) -> None:
     if world.main:
         print(f"{args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size} rows")
 
-    def set_context(config) -> None:
-        if args.rope_theta:
-            if rope_theta(config) is None:
-                raise InputError(f"--rope_theta: the configuration of --model {args.model} has no single RoPE base")
-            config.rope_parameters["rope_theta"] = args.rope_theta
-        config.max_position_embeddings = args.max_positions or config.max_position_embeddings
-
     policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, edit_config=set_context
+        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
+        edit_config=partial(set_context, args),
     )
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     if longest > policy.lm.config.max_position_embeddings:
@@ -962,6 +960,8 @@ def main(args: Args) -> None:
         if evaluates:
             with clock("evaluate"):
                 row_log |= evaluate(sampler, tokenizer, held_out, args, world)
+                if args.keep_best:
+                    keep_best(policy, tokenizer, out, world, row_log["eval/mean"])
                 sampler.sleep()
         seconds = clock.flush()
         tokens = sum(len(p.prompt) + len(trace) for p in batch for trace in (p.chosen, p.rejected) if trace)
@@ -981,22 +981,6 @@ def main(args: Args) -> None:
     if sampler:
         sampler.close()
     metrics.close()
-
-
-def rope_theta(config) -> float | None:
-    """RoPE's base; None for a model without it, or with one for each kind of layer."""
-    return (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
-
-
-def check_context(path: Path, args: Args) -> None:
-    """Raise RuntimeError if the saved model would not be run with the RoPE base and positions it was trained with."""
-    config = AutoConfig.from_pretrained(path)
-    saved = rope_theta(config), config.max_position_embeddings
-    if saved != (args.rope_theta or saved[0], args.max_positions or saved[1]):
-        raise RuntimeError(
-            f"{path}/config.json says rope_theta {saved[0]} and max_position_embeddings {saved[1]}, not --rope_theta "
-            f"{args.rope_theta} and --max_positions {args.max_positions}"
-        )
 
 
 def describe(pairs: list[Pair], args: Args) -> dict[str, float]:

@@ -80,6 +80,7 @@ from common.trainer import (
     export,
     gather_lists,
     init_world,
+    keep_best,
     launch,
     learning_rate,
     load_policy,
@@ -89,6 +90,7 @@ from common.trainer import (
     parse_args,
     peak_memory_gb,
     replay,
+    set_context,
     sum_over_ranks,
 )
 from common.verifiers import grade, grade_later
@@ -187,6 +189,11 @@ class Args:
     sft_rows_per_mean: int = 4
     """The SFT loss is the mean of token means of so many demonstrations each (the published micro-batches: 4 for
     7B-Math, 2 elsewhere); 1 weighs demonstrations alike, 0 tokens."""
+    rope_theta: float = 0.0
+    """Set RoPE's base before training and save it with the model (stock Qwen2.5-Math: 40000 with 16384 positions); 0
+    keeps the model's."""
+    max_positions: int = 0
+    """Set max_position_embeddings likewise; 0 keeps the model's."""
     seed: int = 0
     """Seeds data order, sampling and random weights."""
 
@@ -220,6 +227,8 @@ class Args:
     """Checkpoint every so many steps; 0 never."""
     keep: int = 2
     """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    keep_best: bool = False
+    """Also keep the model of the highest eval/mean, in OUT/best."""
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
@@ -695,7 +704,8 @@ def main(args: Args) -> None:
     config = dict(SCRATCH, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id) if scratch else None
     policy = load_policy(
-        args.model, world, from_config=config, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing
+        args.model, world, from_config=config, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
+        edit_config=partial(set_context, args),
     )
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     buffer, demonstrations = HardestBuffer(), 0  # questions by their place in examples; how many were trained on
@@ -840,6 +850,8 @@ def main(args: Args) -> None:
         if held_out and args.eval_every and (step % args.eval_every == 0 or step == steps):
             with clock("evaluate"):
                 row_log |= evaluate(sampler, tokenizer, held_out, buckets, args, world)
+                if args.keep_best:
+                    keep_best(policy, tokenizer, out, world, row_log["eval/mean"])
         seconds = clock.flush()
         tokens = sum(len(row.prompt) + len(row.response) for row in rows + taught)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}

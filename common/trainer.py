@@ -8,6 +8,7 @@
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -56,8 +57,11 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
 
     `parse_args(Args, argv, preset=PRESETS, method=METHODS)`: the values of PRESETS[--preset] and then of
     METHODS[--method] stand in for the dataclass's own defaults, and --help shows them; what is typed wins.
-    What holds for one value of an earlier flag only is nested under it: {"tiny": {"stage": {"sft": {"lr": 1e-3}}}}."""
-    argv = sys.argv[1:] if argv is None else argv
+    What holds for one value of an earlier flag only is nested under it: {"tiny": {"stage": {"sft": {"lr": 1e-3}}}}.
+    --print_settings: print what the command means as JSON, and exit."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if shown := "--print_settings" in argv:
+        argv.remove("--print_settings")
     values, selected = {field.name: field.default for field in dataclasses.fields(args_type)}, {}
     for flag, table in defaults.items():
         chosen = values[flag]
@@ -70,7 +74,12 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
         values |= {flag: chosen} if chosen in table else {}
         for name, value in table.get(chosen, {}).items():
             values |= value.get(selected[name], {}) if isinstance(value, dict) else {name: value}
-    return tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True)
+    about = "--print_settings prints the settings that a command means, and stops."
+    args = tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True, description=about)
+    if shown:
+        print(json.dumps(dataclasses.asdict(args), indent=2))
+        raise SystemExit
+    return args
 
 
 def launch(main, args) -> None:
@@ -325,6 +334,32 @@ def load_policy(
     return _shard(kind(lm), world)
 
 
+def set_context(args, config) -> None:
+    """Set RoPE's base and the number of positions as --rope_theta and --max_positions say; 0 keeps the model's."""
+    if args.rope_theta:
+        if rope_theta(config) is None:
+            raise InputError(f"--rope_theta: the configuration of --model {args.model} has no single RoPE base")
+        config.rope_parameters["rope_theta"] = args.rope_theta
+    if args.max_positions:
+        config.max_position_embeddings = args.max_positions
+
+
+def rope_theta(config) -> float | None:
+    """RoPE's base; None for a model without it, or with one for each kind of layer."""
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+
+
+def check_context(path: Path, args) -> None:
+    """Raise RuntimeError if the saved model would not be run with the RoPE base and positions it was trained with."""
+    config = AutoConfig.from_pretrained(path)
+    saved = rope_theta(config), config.max_position_embeddings
+    if saved != (args.rope_theta or saved[0], args.max_positions or saved[1]):
+        raise RuntimeError(
+            f"{path}/config.json says rope_theta {saved[0]} and max_position_embeddings {saved[1]}, not --rope_theta "
+            f"{args.rope_theta} and --max_positions {args.max_positions}"
+        )
+
+
 def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
     """Adapters W + (alpha / rank) B A, alpha = rank, on the body's linear layers, which alone are then trained."""
     try:
@@ -393,7 +428,8 @@ def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
     whole = {name: p.to("cpu", dtype) if world.main else None for name, p in full_parameters(policy)}
     if world.main:
         with torch.device("meta"):
-            empty = policy.auto.from_config(policy.lm.config, dtype=dtype, attn_implementation="sdpa")
+            config = copy.deepcopy(policy.lm.config)  # the attention of the model that is trained stays as it is
+            empty = policy.auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
         if policy.lm.can_generate():
             empty.generation_config = policy.lm.generation_config
         partial = path.with_name(path.name + ".partial")
@@ -403,6 +439,38 @@ def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
     dist.barrier()
+
+
+def keep_best(policy: Policy, tokenizer, out: Path, world: World, accuracy: float) -> None:
+    """Export the model to OUT/best if its eval/mean is above that of every evaluation since training began."""
+    before = [row["eval/mean"] for row in read_metrics(out) if row["step"] and "eval/mean" in row] if world.main else []
+    if accuracy > max(gather_lists(before, world), default=-math.inf):
+        export(policy, tokenizer, out / "best", world)
+
+
+def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False, tokenizer: str = "") -> None:
+    """Write a checkpoint of a run as a model folder.
+
+    run: the run folder. out: the folder to write. step: of the checkpoint; 0 is the newest. value: the value model
+    instead of the policy. tokenizer: folder to take it from; empty takes that of the run's --model."""
+    world, checkpoints = init_world(), sorted(Path(run).glob("checkpoint/step-????????"))
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoints}
+    if not found or (step and step not in found):
+        raise InputError(f"{run}: no checkpoint{f' of step {step}' if step else ''} there; steps: {sorted(found)}")
+    path, name = found[step or max(found)], "value" if value else "policy"
+    state = json.loads((path / "state.json").read_text())
+    if name not in state.get("configs", {}):
+        raise InputError(f"{path}: it holds no {name} with its configuration")
+    model = load_policy(
+        "", world, from_config=state["configs"][name], kind=ValueModel if value else Policy,
+        lora=state["settings"].get(f"{name}_lora", 0),
+    )
+    words = load_tokenizer(tokenizer or state["settings"]["model"])
+    weights = {"model-value" if value else "model": dcp_state.get_model_state_dict(model)}
+    dcp.load(weights, checkpoint_id=path)
+    dcp_state.set_model_state_dict(model, next(iter(weights.values())))
+    export(model, words, Path(out), world)
+    print(f"{path} -> {out}")
 
 
 # ------------------------------------------------------------------------------------------------ optimizer
@@ -712,7 +780,10 @@ class Checkpoints:
                 shutil.rmtree(stale)
         dist.barrier()
         pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
-        state = {"step": step, "ranks": world.size, "settings": self.settings, **extra}
+        named = {name.removeprefix("-") or "policy": model for name, (model, _) in pairs.items()}
+        configs = {name: model.lm.config.to_dict() | {"dtype": str(model.lm.saved_dtype).removeprefix("torch.")}
+                   for name, model in named.items()}  # fmt: skip
+        state = {"step": step, "ranks": world.size, "settings": self.settings, "configs": configs, **extra}
         start, tensors = time.perf_counter(), self._tensors(pairs)
         with self._explain(step):
             if not self.background:
@@ -947,3 +1018,11 @@ def peak_memory_gb(world: World) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = ["--help"] if sys.argv[1:2] != ["export"] else sys.argv[2:]
+    try:
+        tyro.cli(export_checkpoint, prog="python -m common.trainer export", use_underscores=True)
+    except InputError as error:
+        sys.exit(print(f"export: error: {error}", file=sys.stderr) or 2)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 
 import pytest
@@ -23,7 +24,7 @@ from common.trainer import (
     parse_args,
     read_metrics,
 )
-from tests.conftest import NANO, weights_digest
+from tests.conftest import NANO, run_script, weights_digest
 
 
 @dataclasses.dataclass
@@ -356,3 +357,39 @@ def test_metrics_after_a_crash_have_no_step_missing_or_doubled(world, tmp_path):
     assert (tmp_path / "samples.jsonl").read_text() == ""
     assert os.path.getsize(tmp_path / "curves.png") > 5000
     assert json.loads((tmp_path / "args.json").read_text())["steps"] == 10
+
+
+# ------------------------------------------------------------------------- models out of runs, and their settings
+
+
+def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_path, world, monkeypatch):
+    """Accuracies of steps 1, 2, 3: the second is the best."""
+    import luffy
+    from tests.test_luffy_runs import settings
+
+    accuracies = iter([0.9, 0.2, 0.5, 0.4])  # the first is the base model's
+    monkeypatch.setattr(luffy, "evaluate", lambda *_: {"eval/mean": next(accuracies)})
+    words = ["--steps", "3", "--save_every", "1", "--keep", "3", "--eval_every", "1", "--keep_best", "--rope_theta", "3e4"]
+    luffy.main(settings(*words, "--max_positions", "2048", "--out", str(tmp_path / "run")))
+    for step in (1, 2, 3):
+        words = ["--step", step, "--tokenizer", tmp_path / "run" / "model"]  # --model scratch has no folder
+        run_script("-m", "common.trainer", "export", tmp_path / "run", tmp_path / f"{step}", *words)
+    digests = [weights_digest(load_policy(str(tmp_path / f"{step}"), world)) for step in (1, 2, 3)]
+    assert len(set(digests)) == 3
+    assert weights_digest(load_policy(str(tmp_path / "run" / "best"), world)) == digests[1]
+    assert weights_digest(load_policy(str(tmp_path / "run" / "model"), world)) == digests[2]
+    config = json.loads((tmp_path / "2" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == 3e4 and config["max_position_embeddings"] == 2048
+    assert len(load_tokenizer(str(tmp_path / "2"))) > 20
+    for words, message in ((["--step", 7], "no checkpoint of step 7 there; steps: .1, 2, 3."), (["--value"], "no value")):
+        failed = run_script(
+            "-m", "common.trainer", "export", tmp_path / "run", tmp_path / "no", *words, check=False
+        )
+        assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr
+
+
+def test_settings_are_printed_instead_of_run(capsys):
+    table = {"tiny": {"lr": 7.0}}
+    with pytest.raises(SystemExit) as stopped:
+        trainer.parse_args(Settings, ["--print_settings", "--preset", "tiny"], preset=table)
+    assert not stopped.value.code and json.loads(capsys.readouterr().out)["lr"] == 7.0
