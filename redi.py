@@ -136,6 +136,13 @@ class Args:
     temperature 1 and take the first that is. 0: none; igsm:LO-HI then gets corrupted solutions, as in stage redi."""
     drop_sources: tuple[str, ...] = ("cn_k12",)
     """Values of OpenR1's column 'source' that stage data leaves out."""
+    right_if: Literal["both", "llama", "math_verify", "either"] = "both"
+    """Stage data: which of OpenR1's two verifiers must accept a trace for it to be right; all others are wrong."""
+    decontaminate: tuple[str, ...] = ()
+    """Stage data: benchmark files (or Hub names: their test split). Problems that share --ngram words in a row with one
+    of their questions are left out and counted. Published: a check that left nothing out."""
+    ngram: int = 13
+    """Words in a row for --decontaminate (published: 8)."""
     out: str = "runs/redi"
     """Run folder. Running the same command again goes on from its last checkpoint."""
     chat_template: str = ""
@@ -627,11 +634,11 @@ class Problem:
     source: str
 
 
-def choose_openr1(row: dict, drop_sources=("cn_k12",)) -> tuple[int | None, int | None] | str:
+def choose_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> tuple[int | None, int | None] | str:
     """The first right and the first wrong generation of a row of OpenR1-Math-Raw, or the rule that leaves it out.
 
     A generation is right if both verifiers (correctness.llama_verification and .math_verify_reparsed_answer) say
-    so, else wrong; a missing verdict is a no."""
+    so, or as `right_if` says (llama, math_verify, either), else wrong; a missing verdict is a no."""
     generations, correctness = row.get("generations"), row.get("correctness")
     if str(row.get("problem_is_valid")).strip().lower() != "yes":
         return "problem not valid"
@@ -645,7 +652,12 @@ def choose_openr1(row: dict, drop_sources=("cn_k12",)) -> tuple[int | None, int 
     verdicts = [correctness.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
     if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
         return "not a verdict of both verifiers for each generation"
-    return first_of_each([bool(llama) and bool(math_verify) for llama, math_verify in zip(*verdicts, strict=True)])
+    llama, math_verify = ([bool(v) for v in verdict] for verdict in verdicts)
+    return first_of_each({
+        "llama": llama, "math_verify": math_verify,
+        "both": [a and b for a, b in zip(llama, math_verify, strict=True)],
+        "either": [a or b for a, b in zip(llama, math_verify, strict=True)],
+    }[right_if])  # fmt: skip
 
 
 def first_of_each(right: list[bool]) -> tuple[int | None, int | None]:
@@ -673,7 +685,7 @@ def read_problem(row: dict, where: str, args: Args) -> Problem | str:
     gold = next((str(answer) for answer in golds if answer is not None), "")
     source = str(row.get("source") or row.get("data_source") or "")
     if "generations" in row:
-        chosen = choose_openr1(row, args.drop_sources)
+        chosen = choose_openr1(row, args.drop_sources, args.right_if)
         if isinstance(chosen, str):
             return chosen
         messages, traces = [{"role": "user", "content": row["problem"]}], row["generations"]
@@ -695,6 +707,30 @@ def read_problem(row: dict, where: str, args: Args) -> Problem | str:
         raise InputError(f"{where}: traces must be texts")
     right, wrong = (None if i is None else (traces[i], None) for i in chosen)
     return Problem(messages, right, wrong, gold, source)
+
+
+def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    """All n words in a row of a text, in lower case; a shorter text is one n-gram.
+
+    >>> sorted(word_ngrams("How  many are THERE", 3)), word_ngrams("Two", 3)
+    ([('how', 'many', 'are'), ('many', 'are', 'there')], {('two',)})
+    """
+    words = text.lower().split()
+    return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} - {()}
+
+
+def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
+    """{benchmark of --decontaminate: the n-grams of its questions}. Raises InputError for a row without a question."""
+    found = {}
+    for source in args.decontaminate:
+        for index, row in enumerate(iter_rows(source, split="test")):
+            turns = row.get("prompt") if isinstance(row.get("prompt"), list) else []
+            asked = [turn.get("content") for turn in turns if turn.get("role") == "user"][-1:]
+            text = next((t for t in (*asked, *map(row.get, ("problem", "question", "Question"))) if t), None)
+            if not isinstance(text, str):
+                raise InputError(f"--decontaminate {source}, row {index}: no question in 'prompt', 'problem' or 'question'")
+            found.setdefault(source, set()).update(word_ngrams(text, args.ngram))
+    return found
 
 
 def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> None:
@@ -738,11 +774,15 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
 
 def make_data(args: Args, world) -> dict[str, int]:
     """Stage data: positives.jsonl, pairs.jsonl and funnel.json in --out; prints and returns the funnel."""
-    tokenizer = load_tokenizer(args.model)
+    tokenizer, benchmarks = load_tokenizer(args.model), benchmark_ngrams(args)
     problems, n_rows, dropped = [], 0, {}
     for row in tqdm(read_rows(args.data, args, split="train"), desc="rows", leave=False, disable=not world.main):
         found = read_problem(row, f"{args.data}, row {n_rows}", args)
         n_rows += 1
+        if not isinstance(found, str) and benchmarks:
+            ngrams = word_ngrams(found.prompt[-1]["content"], args.ngram)
+            hits = (f"shares {args.ngram} words with {name}" for name, known in benchmarks.items() if ngrams & known)
+            found = next(hits, found)
         if isinstance(found, str):
             dropped[found] = dropped.get(found, 0) + 1
         else:
@@ -804,7 +844,7 @@ def read_examples(source: str, tokenizer, args: Args, *, split: str, limit: int 
 
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
-    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "epochs", "beta"):
+    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "epochs", "beta", "ngram"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     for name in ("steps", "own_answers", "alpha", "chosen_coef", "rejected_gamma", "rope_theta", "max_positions"):
@@ -816,6 +856,8 @@ def check(args: Args) -> None:
         raise InputError(f"--loss {args.loss} is of --stage redi, and does nothing in --stage {args.stage}")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise InputError(f"--chat_template {args.chat_template}: no such file")
+    if args.decontaminate and args.stage != "data":
+        raise InputError("--decontaminate leaves problems out in --stage data; train on the files that it writes")
     if args.own_answers and args.stage != "data":
         raise InputError("--own_answers samples in --stage data; train on the pairs.jsonl that it writes")
     for name, made_by in (("model", "sft"), ("data", "data")):
