@@ -97,7 +97,7 @@ class Args:
     """Tokens of an answer at most (LUFFY, ReLIFT: 8192)."""
     template: str = "own"
     """How a question becomes a prompt: own (the tokenizer's chat template), qwen, simplerl, prime, prime_sft, no,
-    oreo-gsm8k, oreo-math, redi, or a file: a Jinja chat template, or plain text with {question} in it."""
+    oreo-gsm8k, oreo-math, oreo-deepseek, redi, or a file: a Jinja chat template, or plain text with {question} in it."""
     system: bool = True
     """Keep the system turns of the rows under "own" and Jinja files (LUFFY's and ReLIFT's evaluations drop them)."""
     stop_tokens: tuple[str, ...] = ()
@@ -177,6 +177,7 @@ TEMPLATES = {
         ("user", "{question}"),
     ],
     "oreo-math": [("system", IN_A_BOX), ("user", "{question}")],
+    "oreo-deepseek": f"User: {{question}}\n{IN_A_BOX}\n\nAssistant:",  # text, so that the tokenizer's bos is put before it
     # no newline between "assistant" and "<think>", as in the published evaluation
     "redi": QWEN.replace("{system}", IN_A_BOX).replace("{question}", REDI).removesuffix("\n") + "<think>\n",
 }
