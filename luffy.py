@@ -60,6 +60,7 @@ from common.data import (
     make_examples,
     pack,
     plan_micro_batches,
+    to_device,
     token_scales,
 )
 from common.rollout import Completion, Sampling, make_sampler
@@ -68,6 +69,7 @@ from common.trainer import (
     Checkpoints,
     Clock,
     Metrics,
+    Totals,
     check_finite,
     export,
     gather_lists,
@@ -83,7 +85,6 @@ from common.trainer import (
     peak_memory_gb,
     replay,
     set_context,
-    sum_over_ranks,
 )
 from common.verifiers import grade, grade_later
 
@@ -391,7 +392,9 @@ def micro_batches(rows: list[Row], args: Args, world):
 
 def per_token(batch, values: list) -> torch.Tensor:
     """One value a row -> [N], one for each of its response tokens."""
-    return torch.tensor(values, device=batch.targets.device)[batch.sequence] if values else batch.targets.new_empty(0)
+    if not values:
+        return batch.targets.new_empty(0)
+    return to_device(torch.tensor(values), batch.targets.device)[batch.sequence]
 
 
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
@@ -414,9 +417,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     tokens_per_row = sum(len(row.prompt) + len(row.response) for row in rows) / len(rows)
     n_micro = published_micro_batches(tokens_per_row, args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    names = ("pg_loss", "sft_loss", "entropy", "teacher_logp", "teacher_shaped", "clipped", "kl_old")
-    sums = torch.zeros(len(names), dtype=torch.float64)
-    mismatch: list[torch.Tensor] = []  # trainer's minus sampler's log-prob of own tokens
+    totals, largest = Totals(world), torch.zeros((), device=world.device)
     counted = rows_with_gradient(rows, args)
     shape = args.shape or (f"p_div_p_{args.shaping_gamma}" if args.shaping_gamma else "no_reshape")
     scales = token_scales([len(row.response) for row in rows], args.sft_rows_per_mean)  # of sft
@@ -427,10 +428,10 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
         drawn = [x for row in mine for x in (row.sampler_logps or [math.nan] * len(row.response))]
-        sampler_logp = torch.tensor(drawn, device=logp.device)  # [N]
+        sampler_logp = to_device(torch.tensor(drawn), logp.device)  # [N]
+        pg_loss = sft_loss = logp.new_zeros(())
         if args.method == "sft":
-            loss = -(logp * per_token(batch, [scales[id(row)] for row in mine])).sum() / n_tokens
-            sums[1] += loss.item()
+            loss = sft_loss = -(logp * per_token(batch, [scales[id(row)] for row in mine])).sum() / n_tokens
         else:
             token_loss = luffy_token_loss(
                 logp, old, advantage, teacher, clip=args.clip or None, shape=shape,
@@ -441,26 +442,25 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
                 token_loss = token_loss * torch.where(teacher, 1.0, weight)
             if args.method == "rl_sft":
                 token_loss = torch.where(teacher, 0.0, token_loss)
-            loss = token_loss.sum() * row_scale
-            sums[0] += loss.item()
+            loss = pg_loss = token_loss.sum() * row_scale
             if args.method == "rl_sft" and n_teacher_tokens:
-                nll = -torch.where(teacher, logp, 0.0).sum() / n_teacher_tokens
-                loss = loss + args.sft_coef * n_micro * nll
-                sums[1] += nll.item()
+                sft_loss = -torch.where(teacher, logp, 0.0).sum() / n_teacher_tokens
+                loss = loss + args.sft_coef * n_micro * sft_loss
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         with torch.no_grad():
-            own = ~teacher
-            f = shaped(logp[teacher], shape)
-            ratio = (logp - old)[own].exp()
-            sums[2:] += torch.stack([
-                entropy.sum(), logp[teacher].sum(), f.sum(),
-                ((ratio - 1).abs() > (args.clip or math.inf)).sum(), (old - logp)[own].sum(),
-            ]).double().cpu()
-            mismatch.append((old - sampler_logp)[own].cpu())
-    total = dict(zip(names, sum_over_ranks(sums, world).tolist(), strict=True))
+            gone = torch.where(teacher, 0.0, logp - old)  # since the rows were sampled
+            gap = torch.where(teacher, 0.0, old - sampler_logp)  # trainer's minus sampler's log-prob of own tokens
+            totals.add(
+                pg_loss=pg_loss, sft_loss=sft_loss, entropy=entropy.sum(), kl_old=-gone.sum(),
+                teacher_logp=torch.where(teacher, logp, 0.0).sum(), teacher_shaped=(shaped(logp, shape) * teacher).sum(),
+                clipped=((gone.exp() - 1).abs() > (args.clip or math.inf)).sum(),
+                mismatch=gap.abs().sum(), mismatch_kl=-gap.sum(),
+            )  # fmt: skip
+            largest = torch.cat([largest[None], gap.abs()]).max()
+    total = totals.reduce()
     own_tokens, teacher_tokens = (sum(len(r.response) for r in counted if r.teacher == t) for t in (False, True))
     metrics = {"policy/entropy": total["entropy"] / (own_tokens + teacher_tokens)}
     if args.method in ("sft", "rl_sft"):
@@ -471,17 +471,11 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     if args.method != "sft":
         metrics["loss/pg"] = total["pg_loss"]
         metrics |= {f"policy/{name}": total[name] / max(1, own_tokens) for name in ("clipped", "kl_old")}
-        metrics |= compare_logps(torch.cat(mismatch), world)
+        # how far the trainer's log-probs are from the sampler's on the tokens that it drew
+        metrics["mismatch/mean_abs"] = total["mismatch"] / max(1, own_tokens)
+        metrics["mismatch/kl"] = total["mismatch_kl"] / max(1, own_tokens)
+        metrics["mismatch/max"] = max(gather_lists([largest.item()], world))
     return metrics
-
-
-def compare_logps(difference: torch.Tensor, world) -> dict[str, float]:
-    """How far the trainer's log-probs are from the sampler's on the tokens that it drew; [tokens] -> metrics."""
-    d = difference.double()
-    sums = sum_over_ranks(torch.tensor([len(d), d.abs().sum(), -d.sum()], dtype=torch.float64), world)
-    largest = max(gather_lists([d.abs().max().item() if len(d) else 0.0], world))
-    n = max(1.0, sums[0].item())
-    return {"mismatch/mean_abs": sums[1].item() / n, "mismatch/kl": sums[2].item() / n, "mismatch/max": largest}
 
 
 def replayed(rows: list[Row], old_logps, args: Args, world, policy) -> dict[str, float]:

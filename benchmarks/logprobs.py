@@ -3,10 +3,11 @@
     python benchmarks/logprobs.py                      # the shapes that fit this machine, into benchmarks/results/
     python benchmarks/logprobs.py --shapes 4096,896,151936 --variants ours full --rounds 5
 
-(a) floor: the bare matrix products of the same work: 2NHV operations forward, 8NHV with the backward, which computes
-the logits again. (b) full: logits in torch; (c) compile: torch.compile of it; (d) liger: its fused linear loss (one
-scalar upstream gradient only); (e) cce: Apple's cut-cross-entropy (which leaves out small gradients by default);
-(f) trl: its chunked log-prob function; (g) verl: its fused kernel (always with entropy). Whatever is not installed or
+floor: the bare matrix products, 2NHV operations forward and 6NHV with the backward. ours: as the scripts call it; kept
+and again: what it keeps for the backward (exponentials in bf16), or computes again. full: logits in torch; compile:
+torch.compile of it; liger_ce: Liger's fused linear loss (one scalar upstream gradient only); liger: its per-token one
+for Hopper; quack: QuACK's (likewise one scalar); cce: Apple's cut-cross-entropy (which leaves out small gradients by
+default); trl: its chunked log-prob function; verl: its fused kernel (always with entropy). Whatever is not installed or
 does not run on this device is left out, with its reason in the results.
 
 On a CPU every measurement is a process of its own, its memory the peak of that process, and rounds alternate between
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +29,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-VARIANTS = ("floor", "ours", "ours with entropy", "full", "compile", "liger", "cce", "trl", "verl")
+VARIANTS = ("floor", "ours", "ours kept", "ours again", "ours with entropy", "full", "compile", "liger", "liger_ce", "quack", "cce",
+            "trl", "verl")  # fmt: skip
 SHAPES = {
     "cuda": [(n, h, v) for h, v in ((896, 151936), (1536, 151936), (3584, 152064), (4096, 128256))
              for n in (1024, 8192, 32768)],
@@ -44,10 +47,10 @@ def variant(name, device):
     """A function of hidden, weight and targets; its result is log-probs, or minus their sum."""
     from common.logprobs import linear_logprobs
 
-    if name in ("liger", "cce", "verl") and device == "cpu":
+    if name in ("liger", "liger_ce", "quack", "cce", "verl") and device == "cpu":
         raise RuntimeError("needs CUDA")
-    if name == "ours":
-        return linear_logprobs
+    if name.startswith("ours") and name != "ours with entropy":
+        return partial(linear_logprobs, keep={"ours": None, "ours kept": True, "ours again": False}[name])
     if name == "ours with entropy":
         return lambda h, w, y: sum(linear_logprobs(h, w, y, entropy=True))
     if name == "full":
@@ -55,6 +58,14 @@ def variant(name, device):
     if name == "compile":
         return torch.compile(full_logits)
     if name == "liger":
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+        return LigerFusedLinearScaledCrossEntropyFunction.apply
+    if name == "quack":
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return lambda h, w, y: chunked_linear_cross_entropy(h, w, y, reduction="sum")
+    if name == "liger_ce":
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
@@ -81,14 +92,13 @@ def floor(hidden, weight, backward):
     rows, cols = _tiling(hidden, weight, None, None)
     buffer = torch.empty(rows[0].stop * cols[0].stop, dtype=hidden.dtype, device=hidden.device)
     grads = (torch.empty_like(hidden), torch.empty_like(weight)) if backward else None
-    for c in [*cols, *cols] if backward else cols:
+    for c in cols:
         for r in rows:
             z = buffer[: (r.stop - r.start) * (c.stop - c.start)].view(r.stop - r.start, -1)
             _mm(hidden[r], weight[c].T, z)
-            if backward == "second":
+            if backward:
                 _mm(z, weight[c], grads[0][r])
                 _mm(z.T, hidden[r], grads[1][c])
-        backward = "second" if backward and c.stop == len(weight) else backward
     return grads
 
 

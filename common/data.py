@@ -370,6 +370,12 @@ class TokenBatch:
     sequence: torch.Tensor  # [N] which sequence of the list, 0 .. B-1
 
 
+def to_device(values: torch.Tensor, device) -> torch.Tensor:
+    """A CPU tensor on the device. On CUDA through pinned memory: the program goes on while the GPU is still working."""
+    pinned = values.pin_memory() if torch.device(device).type == "cuda" else values
+    return pinned.to(device, non_blocking=True)
+
+
 def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBatch:
     """(prompt ids, response ids) pairs -> one packed batch. An empty list gives one token that predicts nothing,
     so that a rank without work still takes part in every collective. Raises ValueError on an empty prompt.
@@ -412,7 +418,7 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
     widths = torch.tensor([0, *(width for count, width in blocks for _ in range(count))])
 
     def tensor(values):
-        return torch.as_tensor(values, dtype=torch.long).to(device, non_blocking=True)
+        return to_device(torch.as_tensor(values, dtype=torch.long), device)
 
     sizes = torch.tensor([len(response) for _, response in sequences], dtype=torch.long)
     return TokenBatch(
@@ -453,6 +459,7 @@ class _FromGrid(torch.autograd.Function):
         return grad.new_zeros(len(packing.cells), *grad.shape[1:]).index_copy_(0, packing.home, grad), None
 
 
+@torch.compiler.disable
 def packed_attention(module, query, key, value, attention_mask, *, packing: Packing, scaling=None, **kwargs):
     """Causal attention within each packed sequence: [1, heads, T, d] -> [1, T, heads, d], a Transformers
     attention function. Every other layer works on the T packed tokens; only here they are laid out as rows."""

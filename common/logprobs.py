@@ -1,6 +1,6 @@
 """Log-probs, entropy and KL from hidden states and the output matrix, with no [N, V] tensor in memory.
 
-    z = (hidden @ weight.T + bias) / temperature       [N, V], of which only a tile ever exists
+    z = hidden @ weight.T / temperature                [N, V], of which only a tile ever exists
     logp    = z_y - lse                                lse = log sum_j exp(z_j)
     entropy = -sum_j p_j log p_j                       p_j = exp(z_j - lse)
     kl      =  sum_j p_j (log p_j - log q_j)           q: the same from the reference's hidden and weight
@@ -16,13 +16,16 @@ Forward: one pass over tiles [tokens, vocabulary]. Per token: the maximum m so f
 The argmax's own term, exp(0) = 1, stays out of s: where 1 + 1e-12 would be 1 in float32, the log-prob and the entropy
 of a token of probability 1 - 1e-12 keep their relative accuracy.
 
-Backward: every tile of logits is computed again, turned into its gradient g and taken up by two matrix products. With
-upstream gradients a on logp and c on kl, or -c on entropy, for both are the same function of w,
+Backward: every tile of logits becomes its gradient g, which two matrix products take up. With upstream gradients a on
+logp and c on kl, or -c on entropy, for both are the same function of w,
 
     g_j = a (1{j = y} - p_j) + c p_j (w_j - u / (1 + s))
     grad_hidden = g @ weight / temperature             grad_weight = g.T @ hidden / temperature
 
-in float32 and without cancellation: 1 - p_y is -expm1(logp).
+in float32 and without cancellation: 1 - p_y is -expm1(logp). The tile itself comes from one of two places:
+- It is computed again: 8NHV operations in all, and nothing of size [N, V] is in memory.
+- `keep`: the forward stored E = exp(z - its tile's maximum) in bf16, 2 bytes a logit: 6NHV operations. g then has
+  bf16's relative error of 2^-9, as it has where inputs are bf16; log-probs, entropies and the target's g are exact.
 
 Products are the library's (cuBLAS; on a CPU MKL or oneDNN). The token side is a Triton kernel on CUDA, which reads a
 tile once, and elsewhere a few passes over a tile that stays in cache. Why not one kernel for both: the products are
@@ -30,7 +33,7 @@ over nine tenths of the work (2 H operations a logit against some ten), librarie
 shape, and the backward needs a tile's gradient in two products, so that a fused kernel computes it twice or adds up by
 atomics. The price is that a tile is written and read once. It is float32 on CUDA as well: logits rounded to bf16 move a
 log-prob by 0.01. Vocabulary is the outer loop, tokens the inner one, so that the weight's gradient needs float32 for
-one tile only. Measured on a CPU (docs/logprobs.md); on CUDA the figures are open.
+one tile only. docs/logprobs.md has what was measured on a CPU and on an H100.
 
 Shapes: N tokens, H hidden, V vocabulary; n and v of a tile.
 """
@@ -56,21 +59,24 @@ ONEDNN = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.o
 
 def linear_logprobs(
     hidden, weight, targets, *, temperature=1.0, entropy=False,
-    bias=None, backend="auto", chunk_size=None, tile_size=None,
+    keep=None, backend="auto", chunk_size=None, tile_size=None,
 ):  # fmt: skip
-    """Log-prob of every target, and the entropy of its distribution, under softmax((hidden @ weight.T + bias) / T).
+    """Log-prob of every target, and the entropy of its distribution, under softmax(hidden @ weight.T / T).
 
-    hidden [N, H], weight [V, H], targets [N] int64, bias [V] or None -> logp [N], or (logp [N], entropy [N]).
-    Float32 out (float64 for float64 in). Differentiable in hidden, weight and bias; what is frozen costs nothing.
+    hidden [N, H], weight [V, H], targets [N] int64 -> logp [N], or (logp [N], entropy [N]).
+    Float32 out (float64 for float64 in). Differentiable in hidden and weight; what is frozen costs nothing.
     A weight sharded by FSDP2 is whole inside the forward of the module that owns it: call this there.
 
+    keep: store 2 bytes a logit for the backward, which then needs no logits again (see the top of this file). None:
+    for bf16 inputs on CUDA, if that takes at most half of the free memory.
     backend: "triton", "torch", or "auto" for Triton on CUDA and torch elsewhere. chunk_size: tokens at a time,
     tile_size: vocabulary entries at a time, chosen from the shapes when None.
     IndexError for a target outside [0, V) on the CPU; on a GPU, which a check would stall, its log-prob is NaN.
     """
     settings = _check(hidden, weight, targets, temperature, backend), temperature, entropy
+    keep = _has_room(hidden, weight) if keep is None else keep
     tiling = _tiling(hidden, weight, chunk_size, tile_size)
-    logp, ent = _Linear.apply(hidden, weight, bias, targets, None, None, None, settings, tiling)
+    logp, ent = _Linear.apply(hidden, weight, targets, None, None, settings, tiling, keep)
     return (logp, ent) if entropy else logp
 
 
@@ -87,12 +93,11 @@ def logprobs_from_logits(
 
 
 def linear_kl(
-    hidden, weight, ref_hidden, ref_weight, *, temperature=1.0,
-    bias=None, ref_bias=None, backend="auto", chunk_size=None, tile_size=None,
-):  # fmt: skip
+    hidden, weight, ref_hidden, ref_weight, *, temperature=1.0, backend="auto", chunk_size=None, tile_size=None
+):
     """KL(pi || ref) over the whole vocabulary at every token: [N, H], [V, H], [N, H'], [V, H'] -> [N].
 
-    Differentiable in hidden, weight and bias; the reference is a constant. T divides the logits of both.
+    Differentiable in hidden and weight; the reference is a constant. T divides the logits of both.
     """
     settings = _check(hidden, weight, None, temperature, backend), temperature, True
     _check(ref_hidden, ref_weight, None, temperature, backend)
@@ -100,11 +105,8 @@ def linear_kl(
         raise ValueError(
             f"policy and reference differ: N {len(hidden)} {len(ref_hidden)} V {len(weight)} {len(ref_weight)}"
         )
-    tiling, nowhere = (
-        _tiling(hidden, weight, chunk_size, tile_size),
-        torch.full_like(hidden[:, 0], -1, dtype=torch.int64),
-    )
-    return _Linear.apply(hidden, weight, bias, nowhere, ref_hidden, ref_weight, ref_bias, settings, tiling)[1]
+    tiling, nowhere = _tiling(hidden, weight, chunk_size, tile_size), hidden.new_full((len(hidden),), -1).long()
+    return _Linear.apply(hidden, weight, nowhere, ref_hidden, ref_weight, settings, tiling, False)[1]
 
 
 def _check(hidden, weight, targets, temperature, backend):
@@ -133,10 +135,19 @@ def _check(hidden, weight, targets, temperature, backend):
 
 def _tiling(hidden, weight, chunk_size, tile_size):
     """Chunks of tokens and tiles of vocabulary, as slices."""
-    # A CPU's 4 MB stay in cache; a GPU's 128 MB keep all of it busy for a while.
-    chunk, size = (8192, 2**25) if hidden.is_cuda else (1024, 2**20)
+    # A CPU's 4 MB stay in cache; a GPU's 512 MB make products that are large enough for its full rate.
+    chunk, size = (8192, 2**27) if hidden.is_cuda else (1024, 2**20)
     chunk = max(1, min(len(hidden), chunk_size or max(chunk, size // len(weight))))
     return _slices(len(hidden), chunk), _slices(len(weight), tile_size or max(1, size // chunk))
+
+
+def _has_room(hidden, weight):
+    """Whether E may be kept without being asked for."""
+    if not hidden.is_cuda or hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        return False
+    free = torch.cuda.mem_get_info(hidden.device)[0]
+    free += torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
+    return 2 * len(hidden) * len(weight) <= free / 2
 
 
 def _slices(total, size):
@@ -162,21 +173,25 @@ def _mm(a, b, out, accumulate=False):
 class _Head:
     """hidden @ weight.T, a tile at a time."""
 
-    def __init__(self, hidden, weight, bias):
-        self.hidden, self.weight, self.bias, self.buffer = hidden, weight, bias, None
+    def __init__(self, hidden, weight):
+        self.hidden, self.weight, self.buffer = hidden, weight, None
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
         # Tensor cores give the float32 sums of bf16 products; a CPU would round them, so there it gets float32.
         self.dtype = dtype if hidden.is_cuda else self.sum_dtype
 
-    def tile(self, r, c):
-        """The product of a tile, [n, v], and its bias, [v] or None. Overwrites the tile before it."""
+    def empty(self, r, c):
+        """Memory for a tile, [n, v]: always the same, so the tile before it is lost."""
         n, v = r.stop - r.start, c.stop - c.start
         if self.buffer is None:  # the first tile is the largest
             self.buffer = torch.empty(n * v, dtype=self.sum_dtype, device=self.hidden.device)
-        z = self.buffer[: n * v].view(n, v)
+        return self.buffer[: n * v].view(n, v)
+
+    def tile(self, r, c):
+        """The product of a tile, [n, v]."""
+        z = self.empty(r, c)
         _mm(self.hidden[r].to(self.dtype), self.weight[c].to(self.dtype).T, z)
-        return z, None if self.bias is None else self.bias[c]
+        return z
 
 
 class _Grads:
@@ -187,12 +202,9 @@ class _Grads:
         empty = torch.empty_like if len(head.hidden) else torch.zeros_like
         self.hidden = torch.zeros_like(head.hidden, dtype=head.sum_dtype) if needs[0] else None
         self.weight = empty(head.weight) if needs[1] else None
-        self.bias = torch.zeros_like(head.bias, dtype=head.sum_dtype) if needs[2] else None
 
     def add(self, g, r, c):
         head, first, last = self.head, r.start == 0, r.stop == len(self.head.hidden)
-        if self.bias is not None:
-            self.bias[c] += g.sum(0, dtype=head.sum_dtype)
         if self.hidden is not None:
             _mm(g, head.weight[c].to(head.dtype), self.hidden[r], accumulate=True)
         if self.weight is not None:
@@ -207,7 +219,7 @@ class _Grads:
                     tile.copy_(self.sum)
 
     def finish(self):
-        pairs = (self.hidden, self.head.hidden), (self.weight, self.head.weight), (self.bias, self.head.bias)
+        pairs = (self.hidden, self.head.hidden), (self.weight, self.head.weight)
         return [None if grad is None else grad.to(value.dtype) for grad, value in pairs]
 
 
@@ -215,39 +227,64 @@ class _Linear(torch.autograd.Function):
     """(logp, entropy or None) of targets; or, with a reference and targets nowhere, (NaN, kl)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, settings, tiling):
-        head, kept, (rows, cols) = _Head(hidden, weight, bias), None, tiling
-        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, ref_bias)
+    def forward(ctx, hidden, weight, targets, ref_hidden, ref_weight, settings, tiling, keep):
+        head, logits, (rows, cols) = _Head(hidden, weight), None, tiling
+        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight)
+        trained = any(ctx.needs_input_grad)
         small = ref is None and len(rows) == len(cols) == 1 and len(hidden) * len(weight) <= KEPT
+        kept = _Kept(hidden, weight, cols) if keep and trained and not small else None
         state = _new_state(hidden)
-        for c in cols:
+        for i, c in enumerate(cols):
             for r in rows:
                 tiles = [head.tile(r, c)] if ref is None else [head.tile(r, c), ref.tile(r, c)]
-                if small and any(ctx.needs_input_grad):
-                    kept = tiles[0][0].clone()
-                _absorb(tiles, targets[r] - c.start, state[:, r], *settings)
-        ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, state, kept)
-        ctx.settings, ctx.tiling = settings, tiling
+                if small and trained:
+                    logits = tiles[0].clone()
+                _absorb(tiles, targets[r] - c.start, state[:, r], *settings, kept and kept.tile(i, r, c))
+        ctx.save_for_backward(hidden, weight, targets, ref_hidden, ref_weight, state, logits)
+        ctx.settings, ctx.tiling, ctx.kept = settings, tiling, kept
         ctx.set_materialize_grads(False)
         return _outputs(state, -1 if ref is None else 1, settings[-1], head.sum_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_other):
-        hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, state, kept = ctx.saved_tensors
+        hidden, weight, targets, ref_hidden, ref_weight, state, logits = ctx.saved_tensors
         fused, temperature, _ = ctx.settings
-        head, (rows, cols) = _Head(hidden, weight, bias), ctx.tiling
-        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, ref_bias)
+        head, (rows, cols) = _Head(hidden, weight), ctx.tiling
+        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight)
         grads = _Grads(head, ctx.needs_input_grad)
         factors = _factors(state, grad_logp, grad_other, -1 if ref is None else 1, temperature, head.sum_dtype)
-        for c in cols:
+        kept, ctx.kept = ctx.kept, None  # g is written over E: a second backward computes the logits again
+        inplace = kept and kept.e.dtype == head.dtype
+        for i, c in enumerate(cols):
             for r in rows:
-                tiles = [head.tile(r, c) if kept is None else (kept.clone(), bias)]
-                tiles += [] if ref is None else [ref.tile(r, c)]
-                g = tiles[0][0] if head.dtype == head.sum_dtype else torch.empty_like(tiles[0][0], dtype=head.dtype)
-                _gradient(tiles, g, targets[r] - c.start, factors[:, r], fused, temperature, grad_other is not None)
-                grads.add(g, r, c)
+                tiles, stored = [], kept and kept.tile(i, r, c)
+                if not kept:
+                    tiles = [head.tile(r, c) if logits is None else logits.clone()]
+                    tiles += [] if ref is None else [ref.tile(r, c)]
+                g = stored[0] if inplace else tiles[0] if tiles else head.empty(r, c)
+                if not kept and head.dtype != head.sum_dtype:
+                    g = torch.empty_like(g, dtype=head.dtype)
+                weighted = grad_other is not None
+                _gradient(tiles, g, targets[r] - c.start, factors[:, r], fused, temperature, weighted, stored)
+                if not inplace:
+                    grads.add(g.to(head.dtype), r, c)
+        if inplace:  # g is there as a whole: two products
+            grads.add(kept.e, slice(0, len(hidden)), slice(0, len(weight)))
         return *grads.finish(), None, None, None, None, None, None
+
+
+class _Kept:
+    """E = exp(z - top) of all tiles, [N, V] in bf16, and top: the maximum of each token in each block of a tile."""
+
+    def __init__(self, hidden, weight, cols):
+        self.e = torch.empty(len(hidden), len(weight), dtype=torch.bfloat16, device=hidden.device)
+        blocks = [-(-(c.stop - c.start) // _block(c.stop - c.start)) for c in cols]  # torch fills the first of a tile
+        self.tops = [torch.zeros(b, len(hidden), device=hidden.device) for b in blocks]
+
+    def tile(self, i, r, c):
+        """E [n, v] and top [blocks, n] of tile i."""
+        return self.e[r, c], self.tops[i][:, r]
 
 
 class _FromLogits(torch.autograd.Function):
@@ -258,7 +295,7 @@ class _FromLogits(torch.autograd.Function):
             logits = logits.contiguous()
         state = _new_state(logits)
         for r, z in _FromLogits.chunks(logits, chunk_size, fused):
-            _absorb([(z, None)], targets[r], state[:, r], *settings)
+            _absorb([z], targets[r], state[:, r], *settings)
         ctx.save_for_backward(logits, targets, state)
         ctx.settings, ctx.chunk_size, ctx.inplace = settings, chunk_size, inplace
         ctx.set_materialize_grads(False)
@@ -273,7 +310,7 @@ class _FromLogits(torch.autograd.Function):
         grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
         factors = _factors(state, grad_logp, grad_entropy, -1, temperature, dtype)
         for r, z in _FromLogits.chunks(logits, ctx.chunk_size, fused):
-            _gradient([(z, None)], grad[r], targets[r], factors[:, r], fused, temperature, grad_entropy is not None)
+            _gradient([z], grad[r], targets[r], factors[:, r], fused, temperature, grad_entropy is not None)
         return grad, None, None, None, None
 
     @staticmethod
@@ -285,9 +322,10 @@ class _FromLogits(torch.autograd.Function):
 
 
 # The token side: what is known of every token, and how a tile of logits adds to it or becomes its gradient.
-# tiles: [(z [n, v], bias [v] or None)] of the policy and, for the KL, of the reference. targets: [n], indices in the
-# tile, or elsewhere when outside of [0, v). weighted: whether u, or the gradient through it, is wanted. sign: of the
-# KL's form, u / (1 + s) - log1p(s) + log1p(s'), in the second output: -1 makes it the entropy, where s' is 0.
+# tiles: [z [n, v]] of the policy and, for the KL, of the reference. targets: [n], indices in the tile, or elsewhere
+# when outside of [0, v). weighted: whether u, or the gradient through it, is wanted. kept: (E, top) of the tile, or
+# None. sign: of the KL's form, u / (1 + s) - log1p(s) + log1p(s'), in the second output: -1 makes it the entropy, where
+# s' is 0.
 
 
 def _new_state(hidden):
@@ -318,9 +356,7 @@ def _factors(state, grad_logp, grad_other, sign, temperature, dtype):
     return torch.stack((m, f0 / temperature, f1 / temperature, g_y / temperature, m_ref)).to(dtype)
 
 
-def _finish(z, bias, temperature):
-    if bias is not None:
-        z += bias
+def _scaled(z, temperature):
     return z if temperature == 1.0 else z.div_(temperature)
 
 
@@ -344,36 +380,45 @@ def _exp_sum(x, m, s):
     return e.scatter_(1, argmax, 1.0), 1 + s_tile, before, after
 
 
-def _absorb(tiles, targets, state, fused, temperature, weighted):
+def _absorb(tiles, targets, state, fused, temperature, weighted, kept=None):
     """Adds a tile to the state of its tokens. (Torch works in place: z is lost.)"""
     if fused:
-        return _launch(_absorb_kernel, tiles, targets, state, temperature, WEIGHTED=weighted)
+        return _launch(_absorb_kernel, tiles, targets, state, temperature, kept, WEIGHTED=weighted)
     m, s, u, z_y, m_ref, s_ref = state
-    x, total = _finish(*tiles[0], temperature), 1 + s
+    x, total = _scaled(tiles[0], temperature), 1 + s
     here, index = _locate(targets, x.shape[1])
     z_y.copy_(torch.where(here, x.gather(1, index), z_y[:, None])[:, 0])
     e, total_tile, before, after = _exp_sum(x, m, s)
+    if kept:
+        kept[0].copy_(e)
+        kept[1][0] = m + after
     if weighted:
         w, shift, shift_tile = x.clamp_(min=LOWEST), before, after
         if len(tiles) == 2:
-            x_ref = _finish(*tiles[1], temperature)
+            x_ref = _scaled(tiles[1], temperature)
             _, _, before_ref, after_ref = _exp_sum(x_ref, m_ref, s_ref)
             w, shift, shift_tile = w.sub_(x_ref.clamp_(min=LOWEST)), before - before_ref, after - after_ref
         u_tile = w.mul_(e).sum(1)
         u.copy_(before.exp() * (u + shift * total) + after.exp() * (u_tile + shift_tile * total_tile))
 
 
-def _gradient(tiles, g, targets, factors, fused, temperature, weighted):
-    """Writes a tile's gradient to g, which may be its z."""
+def _gradient(tiles, g, targets, factors, fused, temperature, weighted, kept=None):
+    """Writes a tile's gradient to g, which may be its z or its E. With E there are no tiles."""
     if fused:
-        return _launch(_gradient_kernel, tiles, targets, factors, temperature, g, g.stride(0), WEIGHTED=weighted)
+        return _launch(_gradient_kernel, tiles, targets, factors, temperature, kept, g, WEIGHTED=weighted)
     m, f0, f1, g_y, m_ref = factors[:, :, None]
-    x = _finish(*tiles[0], temperature).sub_(m)
+    if kept:
+        x, shift = (g if g.dtype == factors.dtype else g.to(factors.dtype)).copy_(kept[0]), kept[1][0][:, None] - m
+    else:
+        x = _scaled(tiles[0], temperature).sub_(m)
     if weighted:
-        e, w = x.exp(), x.clamp_(min=LOWEST)
+        e = x * shift.exp() if kept else x.exp()
+        w = (x.log_().add_(shift) if kept else x).clamp_(min=LOWEST)
         if len(tiles) == 2:
-            w.sub_(_finish(*tiles[1], temperature).sub_(m_ref).clamp_(min=LOWEST))
+            w.sub_(_scaled(tiles[1], temperature).sub_(m_ref).clamp_(min=LOWEST))
         torch.addcmul(f0, w, f1, out=x).mul_(e)
+    elif kept:
+        x.mul_(shift.exp() * f0)
     else:
         x.exp_().mul_(f0)
     here, index = _locate(targets, x.shape[1])
@@ -385,35 +430,38 @@ def _gradient(tiles, g, targets, factors, fused, temperature, weighted):
 # The same in Triton: a program for a token, which reads its logits once, a block at a time.
 
 
-def _launch(kernel, tiles, targets, per_token, temperature, *g, **flags):
+def _block(v):
+    """Logits that a program reads at once, of a tile's v."""
+    return min(4096, 1 << (v - 1).bit_length())
+
+
+def _launch(kernel, tiles, targets, per_token, temperature, kept, *g, **flags):
     """Runs a kernel on all tokens of a tile; when it writes a gradient g, on all blocks of a token's logits at once."""
-    (n, v), (z, bias), (z_ref, ref_bias) = tiles[0][0].shape, tiles[0], tiles[-1]
-    block = min(4096, triton.next_power_of_2(v))
-    pointers = [x if x is None else x.contiguous() for x in (bias, ref_bias, targets)]
-    flags |= {"BIAS": bias is not None, "REF_BIAS": ref_bias is not None, "REF": len(tiles) == 2}
-    flags |= {"SCALED": temperature != 1.0, "BLOCK": block, "num_warps": max(1, block // 512)}
+    e, top = kept or (None, None)
+    z = tiles[0] if tiles else e
+    (n, v), ref, block = z.shape, tiles[-1] if tiles else z, _block(z.shape[1])
+    flags |= {"REF": len(tiles) == 2, "SCALED": temperature != 1.0, "KEPT": kept is not None, "BLOCK": block}
+    pairs = [(z, z.stride(0)), (ref, ref.stride(0)), *((x, x.stride(0) if x is not None else 0) for x in (e, top, *g))]
     with torch.cuda.device_of(z):
         kernel[(n, triton.cdiv(v, block) if g else 1)](
-            z, z.stride(0), z_ref, z_ref.stride(0), *pointers, per_token, per_token.stride(0), v, float(temperature),
-            *g, **flags,
+            *(x for pair in pairs for x in pair), targets.contiguous(), per_token, per_token.stride(0), v,
+            float(temperature), **flags, num_warps=max(1, block // 512),
         )  # fmt: skip
 
 
 if triton is not None:
 
     @triton.jit
-    def _load(z_ptr, bias_ptr, col, v, temperature, BIAS: tl.constexpr, SCALED: tl.constexpr):
+    def _load(z_ptr, col, v, temperature, SCALED: tl.constexpr):
         """Logits in float32, -inf beyond the vocabulary."""
         z = tl.load(z_ptr + col, mask=col < v, other=-float("inf")).to(tl.float32)
-        if BIAS:
-            z += tl.load(bias_ptr + col, mask=col < v, other=0.0).to(tl.float32)
         if SCALED:
             z = tl.div_rn(z, temperature)
         return z
 
     @triton.jit
     def _exp_sum_block(x, m, s, BLOCK: tl.constexpr):
-        """_exp_sum for the block of one token: also returns the new m and s, and x relative to its maximum."""
+        """_exp_sum for the block of one token: also returns the new m and s, x relative to its maximum, and this."""
         top, argmax = tl.max(x, 0, return_indices=True)
         top = tl.maximum(top, -1e30)
         x -= top
@@ -422,14 +470,13 @@ if triton is not None:
         new = tl.maximum(m, top)
         before, after = m - new, top - new
         s = tl.exp(before) * s + tl.exp(after) * s_block + tl.exp(tl.minimum(before, after))
-        return new, s, tl.maximum(x, -1e30), e, 1.0 + s_block, before, after
+        return new, s, tl.maximum(x, -1e30), e, 1.0 + s_block, before, after, top
 
     @triton.jit
     def _absorb_kernel(
-        z_ptr, z_stride, ref_ptr, ref_stride, bias_ptr, ref_bias_ptr, targets_ptr, state_ptr, state_stride, v,
-        temperature,
-        WEIGHTED: tl.constexpr, BIAS: tl.constexpr, REF_BIAS: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr,
-        BLOCK: tl.constexpr,
+        z_ptr, z_stride, ref_ptr, ref_stride, e_ptr, e_stride, top_ptr, top_stride,
+        targets_ptr, state_ptr, state_stride, v, temperature,
+        WEIGHTED: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         z_ptr += row * z_stride
@@ -443,13 +490,16 @@ if triton is not None:
         for start in range(0, v, BLOCK):
             col = start + tl.arange(0, BLOCK)
             total = 1.0 + s
-            z = _load(z_ptr, bias_ptr, col, v, temperature, BIAS, SCALED)
-            m, s, w, e, total_block, before, after = _exp_sum_block(z, m, s, BLOCK)
+            z = _load(z_ptr, col, v, temperature, SCALED)
+            m, s, w, e, total_block, before, after, top = _exp_sum_block(z, m, s, BLOCK)
+            if KEPT:
+                tl.store(e_ptr + row * e_stride + col, e, mask=col < v)
+                tl.store(top_ptr + (start // BLOCK) * top_stride + row, top)
             if WEIGHTED:
                 shift, shift_block = before, after
                 if REF:
-                    z = _load(ref_ptr, ref_bias_ptr, col, v, temperature, REF_BIAS, SCALED)
-                    m_ref, s_ref, w_ref, _, _, before_ref, after_ref = _exp_sum_block(z, m_ref, s_ref, BLOCK)
+                    z = _load(ref_ptr, col, v, temperature, SCALED)
+                    m_ref, s_ref, w_ref, _, _, before_ref, after_ref, _ = _exp_sum_block(z, m_ref, s_ref, BLOCK)
                     w -= w_ref
                     shift -= before_ref
                     shift_block -= after_ref
@@ -462,26 +512,33 @@ if triton is not None:
         tl.store(state_ptr + 5 * state_stride, s_ref)
         target = tl.load(targets_ptr + row)
         if (target >= 0) & (target < v):
-            tl.store(state_ptr + 3 * state_stride, _load(z_ptr, bias_ptr, target, v, temperature, BIAS, SCALED))
+            tl.store(state_ptr + 3 * state_stride, _load(z_ptr, target, v, temperature, SCALED))
 
     @triton.jit
     def _gradient_kernel(
-        z_ptr, z_stride, ref_ptr, ref_stride, bias_ptr, ref_bias_ptr, targets_ptr, factors_ptr, factors_stride, v,
-        temperature, g_ptr, g_stride,
-        WEIGHTED: tl.constexpr, BIAS: tl.constexpr, REF_BIAS: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr,
-        BLOCK: tl.constexpr,
+        z_ptr, z_stride, ref_ptr, ref_stride, e_ptr, e_stride, top_ptr, top_stride, g_ptr, g_stride,
+        targets_ptr, factors_ptr, factors_stride, v, temperature,
+        WEIGHTED: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         factors_ptr += row
-        x = _load(z_ptr + row * z_stride, bias_ptr, col, v, temperature, BIAS, SCALED) - tl.load(factors_ptr)
+        m = tl.load(factors_ptr)
         f = tl.load(factors_ptr + factors_stride)
+        if KEPT:
+            e = tl.load(e_ptr + row * e_stride + col, mask=col < v, other=0.0).to(tl.float32)
+            shift = tl.load(top_ptr + tl.program_id(1) * top_stride + row) - m
+            x = tl.log(e) + shift
+            e *= tl.exp(shift)
+        else:
+            x = _load(z_ptr + row * z_stride, col, v, temperature, SCALED) - m
+            e = tl.exp(x)
         if WEIGHTED:
             w = tl.maximum(x, -1e30)
             if REF:
-                z = _load(ref_ptr + row * ref_stride, ref_bias_ptr, col, v, temperature, REF_BIAS, SCALED)
+                z = _load(ref_ptr + row * ref_stride, col, v, temperature, SCALED)
                 w -= tl.maximum(z - tl.load(factors_ptr + 4 * factors_stride), -1e30)
             f += tl.load(factors_ptr + 2 * factors_stride) * w
         g_y = tl.load(factors_ptr + 3 * factors_stride)
-        g = tl.where(col == tl.load(targets_ptr + row), g_y, f * tl.exp(x))
+        g = tl.where(col == tl.load(targets_ptr + row), g_y, f * e)
         tl.store(g_ptr + row * g_stride + col, g, mask=col < v)

@@ -177,6 +177,24 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
     return values
 
 
+class Totals:
+    """Sums by name over micro-batches and ranks: `totals.add(entropy=entropy.sum(), ...)` in each micro-batch, then
+    `totals.reduce()` once. They stay on the device, so that no micro-batch waits for the one before it."""
+
+    def __init__(self, world: World):
+        self.world, self.sums = world, {}
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Add a scalar to the sum of each name. Every rank must add the same names in the same order."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+
+    def reduce(self) -> dict[str, float]:
+        """The sums over all ranks (a collective)."""
+        values = sum_over_ranks(torch.stack(list(self.sums.values())).cpu(), self.world).tolist()
+        return dict(zip(self.sums, values, strict=True))
+
+
 # --------------------------------------------------------------------------------------------------- policy
 
 
@@ -279,6 +297,7 @@ def load_policy(
     lora: int = 0,
     trained_head: bool = False,
     edit_config=None,
+    compile: bool = False,
 ) -> Policy:
     """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
     float32 reduction on CUDA). Only rank 0 reads the weights; the others receive their shards from it.
@@ -286,8 +305,9 @@ def load_policy(
     from_config: settings of a `Qwen2Config` for a model with random weights from `seed`, instead of `path`.
     kind: Policy, or ValueModel. lora: rank (and alpha) of adapters on every linear layer of the body; the body's
     own weights are then frozen, a value's head is not. trained_head: refuse a value model whose folder has no head,
-    where nothing is about to train it. edit_config: called with the configuration before the model
-    is built (such as RoPE's theta); what it sets is saved with the model.
+    where nothing is about to train it. edit_config: called with the configuration before the model is built (such as
+    RoPE's theta); what it sets is saved with the model. compile: fuse each layer's small operations with torch.compile;
+    attention, whose shapes change with every batch, is left as it is.
     Raises InputError if there is no such model at `path` or its head needs more than `hidden @ weight.T`."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
     flag = "--model" if kind is Policy else "--value"
@@ -331,6 +351,9 @@ def load_policy(
             nn.init.zeros_(lm.score.weight)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
+        for layer in lm.get_decoder().layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
     return _shard(kind(lm), world)
 
 
@@ -379,6 +402,7 @@ def _shard(policy: Policy, world: World) -> Policy:
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     how = dict(
         mesh=init_device_mesh(world.device.type, (world.size,)),
+        reshard_after_forward=world.size > 1,  # one rank has nothing to gather a second time
         mp_policy=bf16 if world.device.type == "cuda" else MixedPrecisionPolicy(),
     )
     whole = policy.state_dict() if world.main else {}

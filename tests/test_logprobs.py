@@ -49,9 +49,8 @@ def from_logits(z, targets, temperature=1.0):
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def full(hidden, weight, targets, temperature=1.0, bias=None, dtype=torch.float32):
-    z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
-    return from_logits(z.to(dtype), targets, temperature)
+def full(hidden, weight, targets, temperature=1.0, dtype=torch.float32):
+    return from_logits((hidden @ weight.T).to(dtype), targets, temperature)
 
 
 def full_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, dtype=torch.float32):
@@ -133,8 +132,9 @@ def test_errors_in_float32_are_at_most_1_1_times_those_of_full_logits(place, cas
                 ours = values(linear_logprobs, hidden, weight, targets, **options)
                 assert all(x.dtype == torch.float32 for x in ours)
                 compare(pooled, VALUES, ours, yardstick, truth)
-    check(one, 1.1, "max")
-    check(many, 1.1)
+    factor = 1.1 if device == "cpu" else 1.25  # CUDA has another kernel for each shape, which sums in another order
+    check(one, factor, "max")
+    check(many, factor)
 
 
 @everywhere
@@ -181,17 +181,17 @@ def test_errors_of_kl_are_at_most_1_1_times_those_of_full_logits(place, case):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_gradcheck_in_float64(tiles, temperature):
     torch.manual_seed(0)
-    h, w, b, ref_h, ref_w = (
-        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (7, 3), (7,), (5, 4), (7, 4))
+    h, w, ref_h, ref_w = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (7, 3), (5, 4), (7, 4))
     )
     targets = torch.tensor([0, 6, 3, 3, 2])
     options = dict(temperature=temperature, **tiles)
     both = dict(entropy=True, **options)
     check = torch.autograd.gradcheck
-    check(lambda h, w, b: linear_logprobs(h, w, targets, bias=b, **both), (h, w, b))
+    check(lambda h, w: linear_logprobs(h, w, targets, **both), (h, w))
     check(lambda h, w: linear_logprobs(h, w, targets, **both)[1], (h, w))
     check(lambda h, w: linear_logprobs(h, w, targets, **options), (h, w))
-    check(lambda h, w, b: linear_kl(h, w, ref_h.detach(), ref_w.detach(), bias=b, **options), (h, w, b))
+    check(lambda h, w: linear_kl(h, w, ref_h.detach(), ref_w.detach(), **options), (h, w))
     both.pop("tile_size", None)
     check(lambda z: logprobs_from_logits(z, targets, **both), (torch.randn(5, 7).double().requires_grad_(),))
 
@@ -200,43 +200,37 @@ def test_gradcheck_in_float64(tiles, temperature):
 @given(
     n=st.integers(0, 9), h=st.integers(1, 9), v=st.sampled_from([1, 2, 37, 64, 1000]), seed=st.integers(0, 99),
     chunk_size=st.none() | st.integers(1, 11), tile_size=st.none() | st.integers(20, 1100),
-    temperature=st.sampled_from([1.0, 0.5, 3.0]), biased=st.booleans(), entropy=st.booleans(),
+    temperature=st.sampled_from([1.0, 0.5, 3.0]), entropy=st.booleans(),
     strided=st.booleans(),
 )  # fmt: skip
 def test_any_shape_and_any_tiling_give_the_same(
-    n, h, v, seed, chunk_size, tile_size, temperature, biased, entropy, strided
+    n, h, v, seed, chunk_size, tile_size, temperature, entropy, strided
 ):
-    check_shape(
-        "torch", "cpu", torch.float64, n, h, v, seed, chunk_size, tile_size, temperature, biased, entropy, strided
-    )
+    check_shape("torch", "cpu", torch.float64, n, h, v, seed, chunk_size, tile_size, temperature, entropy, strided)
 
 
-def check_shape(backend, device, dtype, n, h, v, seed, chunk_size, tile_size, temperature, biased, entropy, strided):
+def check_shape(backend, device, dtype, n, h, v, seed, chunk_size, tile_size, temperature, entropy, strided):
     torch.manual_seed(seed)
     hidden, weight = torch.randn(h, n).T, torch.randn(h, v).T  # rows lie apart
     if not strided:
         hidden, weight = hidden.contiguous(), weight.contiguous()
-    bias = torch.randn(v) if biased else torch.zeros(v)
     ref = torch.randn(n, h + 1).to(device, dtype), torch.randn(v, h + 1).to(device, dtype)
     targets, upstream = torch.randint(0, v, (n,)).to(device), torch.randn(3, n, dtype=torch.float64).to(device)
     options = dict(temperature=temperature, chunk_size=chunk_size, backend=backend)
     results = []
     for ours, to in ((True, dtype), (False, torch.float64)):
-        a, b, c, z = leaves(hidden, weight, bias, hidden @ weight.T, dtype=to, device=device)
+        a, b, z = leaves(hidden, weight, hidden @ weight.T, dtype=to, device=device)
         if ours:
-            first = linear_logprobs(
-                a, b, targets, entropy=entropy, bias=c if biased else None, tile_size=tile_size, **options
-            )
+            first = linear_logprobs(a, b, targets, entropy=entropy, tile_size=tile_size, **options)
             second = logprobs_from_logits(z, targets, entropy=entropy, **options)
             first, second = (first, second) if entropy else ((first,), (second,))
             third = linear_kl(a, b, *ref, tile_size=tile_size, **options)
         else:
-            first, second = full(a, b, targets, temperature, c, to), from_logits(z, targets, temperature)
+            first, second = full(a, b, targets, temperature, to), from_logits(z, targets, temperature)
             first, second = first[: 1 + entropy], second[: 1 + entropy]
             third = full_kl(a, b, *(x.double() for x in ref), temperature, to)
         loss = sum((x * u).sum() for x, u in zip((*first, *second, third), (*upstream[:2], *upstream)))
-        inputs = (a, b, c, z) if biased else (a, b, z)
-        results.append([*first, *second, third, *torch.autograd.grad(loss, inputs)])
+        results.append([*first, *second, third, *torch.autograd.grad(loss, (a, b, z))])
     tolerance = dict(atol=1e-10, rtol=1e-10) if dtype == torch.float64 else dict(atol=2e-4, rtol=2e-4)
     for mine, truth in zip(*results):
         torch.testing.assert_close(mine.double(), truth.double(), **tolerance)
@@ -246,10 +240,10 @@ def check_shape(backend, device, dtype, n, h, v, seed, chunk_size, tile_size, te
 @pytest.mark.parametrize("n, v, chunk_size, tile_size", [
     (0, 10, None, None), (1, 1, None, None), (5, 37, 2, 20), (3, 1000, None, 300), (2, 5000, None, None),
 ])  # fmt: skip
-@pytest.mark.parametrize("temperature, biased, strided", [(1.0, False, False), (0.5, True, True)])
-def test_kernels_at_any_shape_and_tiling(place, n, v, chunk_size, tile_size, temperature, biased, strided):
+@pytest.mark.parametrize("temperature, strided", [(1.0, False), (0.5, True)])
+def test_kernels_at_any_shape_and_tiling(place, n, v, chunk_size, tile_size, temperature, strided):
     for entropy in (False, True):
-        check_shape(*place, torch.float32, n, 6, v, 0, chunk_size, tile_size, temperature, biased, entropy, strided)
+        check_shape(*place, torch.float32, n, 6, v, 0, chunk_size, tile_size, temperature, entropy, strided)
 
 
 @everywhere
@@ -272,43 +266,41 @@ def test_a_very_confident_token_keeps_the_relative_accuracy_of_logp_entropy_and_
     for tiles in (dict(tile_size=1), {}):
         logp, entropy = linear_logprobs(hidden, weight, targets, entropy=True, backend=backend, **tiles)
         rest = (-gaps.double()).exp()  # log p = -log1p(rest), 1 - p = rest / (1 + rest)
-        torch.testing.assert_close(logp.double(), -rest.log1p(), rtol=1e-6, atol=0.0)
-        torch.testing.assert_close(entropy.double(), rest * gaps.double() + rest, rtol=1e-6, atol=0.0)
+        # a GPU's exp(x) is exp2 of a rounded product: it is off by some 1e-7 times x
+        near = dict(rtol=1e-6 if device == "cpu" else 1e-5, atol=0.0)
+        torch.testing.assert_close(logp.double(), -rest.log1p(), **near)
+        torch.testing.assert_close(entropy.double(), rest * gaps.double() + rest, **near)
         (grad,) = torch.autograd.grad(logp.sum(), hidden, retain_graph=True)
-        torch.testing.assert_close(grad[:, 0].double(), rest, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(grad[:, 0].double(), rest, **near)
         (grad,) = torch.autograd.grad(entropy.sum(), hidden)
-        torch.testing.assert_close(grad[:, 0].double(), -rest * gaps.double(), rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(grad[:, 0].double(), -rest * gaps.double(), **near)
 
 
 @everywhere
 def test_logits_of_minus_infinity_are_words_that_cannot_be(place):
     backend, device = place
     hidden, weight, targets = (x.to(device) for x in problem("random", n=4, v=12))
-    bias = torch.zeros(12, device=device)
-    bias[3:9] = -torch.inf  # a whole tile of them
-    targets = targets % 3
-    inside = [0, 1, 2, 9, 10, 11]
-    h, w = leaves(hidden, weight)
-    logp, entropy = linear_logprobs(h, w, targets, entropy=True, bias=bias, tile_size=3, backend=backend)
-    kl = linear_kl(h, w, hidden + 1, weight, bias=bias, ref_bias=bias, tile_size=3, backend=backend)
+    (z,) = leaves(hidden @ weight.T)
+    with torch.no_grad():
+        z[:, 3:9] = -torch.inf
+    targets, inside = targets % 3, [0, 1, 2, 9, 10, 11]
+    logp, entropy = logprobs_from_logits(z, targets, entropy=True, backend=backend)
     expected = full(hidden, weight[inside], targets)
     torch.testing.assert_close(torch.stack((logp, entropy)), torch.stack(expected))
-    torch.testing.assert_close(kl, full_kl(hidden, weight[inside], hidden + 1, weight[inside]), atol=1e-5, rtol=1e-5)
-    for gradient in torch.autograd.grad((logp + entropy + kl).sum(), (h, w)):
-        assert gradient.isfinite().all()
-    assert (gradient[3:9] == 0).all()
+    (gradient,) = torch.autograd.grad((logp + entropy).sum(), z)
+    assert gradient.isfinite().all() and (gradient[:, 3:9] == 0).all()
 
 
 @everywhere
 def test_no_tokens_give_no_values_and_zero_gradients(place):
     backend, device = place
-    h, w, b = leaves(torch.zeros(0, 4), torch.randn(9, 4), torch.randn(9), device=device)
+    h, w = leaves(torch.zeros(0, 4), torch.randn(9, 4), device=device)
     targets = torch.zeros(0, dtype=torch.int64, device=device)
-    logp, entropy = linear_logprobs(h, w, targets, bias=b, entropy=True, backend=backend)
+    logp, entropy = linear_logprobs(h, w, targets, entropy=True, backend=backend)
     kl = linear_kl(h, w, h.detach(), w.detach(), backend=backend)
     assert logp.shape == entropy.shape == kl.shape == (0,)
-    gradients = torch.autograd.grad(logp.sum() + entropy.sum() + kl.sum(), (h, w, b))
-    assert [g.shape for g in gradients] == [(0, 4), (9, 4), (9,)]
+    gradients = torch.autograd.grad(logp.sum() + entropy.sum() + kl.sum(), (h, w))
+    assert [g.shape for g in gradients] == [(0, 4), (9, 4)]
     assert all((g == 0).all() for g in gradients)
 
 
@@ -350,15 +342,48 @@ def test_what_is_frozen_costs_nothing_and_no_tensor_is_larger_than_a_tile_or_a_g
         assert seen.largest <= max(weight.numel(), 10 * 100) < hidden.shape[0] * weight.shape[0]
 
 
-def test_backward_may_run_twice():
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "logits of 1e4"])  # float32 logits are off there
+def test_kept_exponentials_change_the_gradient_as_rounding_it_to_bf16_does(place, case, dtype):
+    backend, device = place
+    hidden, weight, targets = (x.to(device) for x in problem(case, n=8))
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    upstream = torch.randn(2, len(hidden), generator=torch.Generator().manual_seed(0)).to(device)
+    z = (hidden.double() @ weight.double().T).requires_grad_()
+    truth = from_logits(z, targets, 0.7)
+    (g,) = torch.autograd.grad((torch.stack(truth) * upstream).sum(), z)  # the logits' gradient, float64
+    expected, rounded = ((x @ weight.double(), x.T @ hidden.double()) for x in (g, g.bfloat16().double()))
+    for tiles in ({"tile_size": 200}, MANY):
+        options = dict(entropy=True, backend=backend, temperature=0.7, **tiles)
+        logps, entropy, *gradients = values(linear_logprobs, hidden, weight, targets, keep=True, **options)
+        again = values(linear_logprobs, hidden, weight, targets, keep=False, **options)
+        assert torch.equal(logps, again[0]) and torch.equal(entropy, again[1])
+        for mine, a, b in zip(gradients, expected, rounded, strict=True):
+            allowed = 1.5 * (b - a).norm() + (2**-9 if dtype == torch.bfloat16 else 2**-22) * a.norm()
+            assert (mine.double() - a).norm() <= allowed
+
+
+def test_kept_exponentials_save_one_product_in_four():
+    hidden, weight, targets = problem("random", n=40, h=4, v=600)
+    for keep, products in ((False, 4), (True, 3)):
+        h, w = leaves(hidden, weight)
+        with Operations() as seen:
+            linear_logprobs(h, w, targets, keep=keep, chunk_size=10, tile_size=100).sum().backward()
+        assert seen.products == products * 4 * 6
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_backward_may_run_twice(keep):
     hidden, weight, targets = problem("random")
     for tiles in ({}, dict(chunk_size=10, tile_size=70)):
         h, w = leaves(hidden, weight)
-        logp = linear_logprobs(h, w, targets, **tiles)
+        logp = linear_logprobs(h, w, targets, keep=keep, **tiles)
         first = torch.autograd.grad(logp.sum(), (h, w), retain_graph=True)
         second = torch.autograd.grad(logp.sum(), (h, w))
+        tolerance = 2e-3 if keep and tiles else 0  # the first wrote over what was kept: the second computes it again
         for a, b in zip(first, second):
-            torch.testing.assert_close(a, b, atol=0, rtol=0)
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 @everywhere
@@ -461,12 +486,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from common import logprobs
 
-types = dict(v="i32", temperature="fp32", targets_ptr="*i64", state_ptr="*fp64", g_ptr="*bf16", z_ptr="*fp32")
+types = dict(v="i32", temperature="fp32", targets_ptr="*i64", state_ptr="*fp64", g_ptr="*bf16", e_ptr="*bf16", z_ptr="*fp32")
 for kernel in (logprobs._absorb_kernel, logprobs._gradient_kernel):
     for flag in (False, True):
         constants = {name: flag for name in kernel.arg_names if name.isupper()} | {"BLOCK": 4096}
-        if not flag:
-            constants |= {"bias_ptr": None, "ref_bias_ptr": None}
         signature = {
             name: "constexpr" if name in constants else types.get(name, "i32" if "stride" in name else "*fp32")
             for name in kernel.arg_names

@@ -38,8 +38,9 @@ def test_a_run_is_that_of_the_cpu(simulated, name, ranks, tmp_path):
     run_script(*harness.words_of(name, tmp_path / "here"), *short)
     there, here = (read_metrics(tmp_path / folder) for folder in ("there", "here"))
     assert [row["step"] for row in there] == [row["step"] for row in here] == [1, 2]
-    # the second step comes after an update, and some answers are others then
-    for row, expected, relative, absolute in zip(there, here, (0.01, 0.15), (0.002, 0.01)):
+    # bf16: processors with AVX-512 round otherwise than those without. The second step comes after an update, and some
+    # answers are others then
+    for row, expected, relative, absolute in zip(there, here, (0.03, 0.15), (0.002, 0.01)):
         for key in expected:
             if key.startswith(("policy/", "teacher/", "value/", "log_ratio/", "loss/", "optim/")):
                 assert row[key] == pytest.approx(expected[key], rel=relative, abs=absolute), (row["step"], key)
