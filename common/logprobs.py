@@ -562,17 +562,16 @@ if triton is not None:
             x = tl.log(e) + shift
             e *= tl.exp(shift)
         else:
-            z = _load(z_ptr + row * z_stride, col, v, divisor, outer, SCALED, CAPPED)
-            x = z - m
+            x = _load(z_ptr + row * z_stride, col, v, divisor, outer, SCALED, CAPPED) - m
             e = tl.exp(x)
         if WEIGHTED:
             w = tl.maximum(x, -1e30)
             if REF:
-                ref = _load(ref_ptr + row * ref_stride, col, v, divisor, outer, SCALED, CAPPED)
-                w -= tl.maximum(ref - tl.load(factors_ptr + 4 * factors_stride), -1e30)
+                z = _load(ref_ptr + row * ref_stride, col, v, divisor, outer, SCALED, CAPPED)
+                w -= tl.maximum(z - tl.load(factors_ptr + 4 * factors_stride), -1e30)
             f += tl.load(factors_ptr + 2 * factors_stride) * w
         g_y = tl.load(factors_ptr + 3 * factors_stride)
         g = tl.where(col == tl.load(targets_ptr + row), g_y, f * e)
         if CAPPED:
-            g *= 1.0 - (z / outer) * (z / outer)
+            g *= 1.0 - ((x + m) / outer) * ((x + m) / outer)
         tl.store(g_ptr + row * g_stride + col, g, mask=col < v)
