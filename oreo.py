@@ -101,6 +101,7 @@ from common.trainer import (
     learning_rate,
     load_policy,
     load_tokenizer,
+    logit_form,
     make_optimizer,
     optimizer_step,
     parse_args,
@@ -806,6 +807,8 @@ def check_fit(which: str, model, policy) -> None:
     mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
     if mine != its:
         raise InputError(f"{which}: a vocabulary of {mine} does not fit --model's of {its}")
+    if logit_form(model.lm.config) != logit_form(policy.lm.config):
+        raise InputError(f"{which}: its soft cap or scale of logits is not --model's")
 
 
 def open_sampler(policy, tokenizer, args: Args, world):

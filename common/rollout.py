@@ -48,7 +48,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from common.data import InputError, pack
-from common.trainer import Policy, World, full_parameters, gather_lists
+from common.trainer import Policy, World, change_logits, full_parameters, gather_lists
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,8 @@ class EmbeddedSampler:
         stop_ids = torch.cat([self.stop_ids, self.stop_ids.new_tensor(sampling.stop_ids)])
         for t in range(sampling.max_tokens):
             u = uniforms[live, t] if uniforms is not None else None
-            token, logp = draw(self.lm.get_output_embeddings()(hidden).float(), u, sampling)
+            logits = change_logits(self.lm.get_output_embeddings()(hidden).float(), self.lm.config)
+            token, logp = draw(logits, u, sampling)
             drawn[live, t], logps[live, t] = token, logp
             stopped = torch.isin(token, stop_ids) & ~done
             length[live[stopped]] = t + 1

@@ -223,7 +223,8 @@ class Policy(nn.Module):
         self.useful += len(batch.packing.home) + len(batch.packing.copies)
         if raw:
             return hidden, weight
-        out = linear_logprobs(hidden, weight, batch.targets, temperature=temperature, entropy=entropy)
+        form = dict(temperature=temperature, **logit_form(self.lm.config))
+        out = linear_logprobs(hidden, weight, batch.targets, entropy=entropy, **form)
         logp = out[0] if entropy else out
         if torch.is_grad_enabled():
             self.bad_logps = self.bad_logps + (~(logp.detach() <= 0)).sum()
@@ -231,14 +232,32 @@ class Policy(nn.Module):
             return out
         with torch.no_grad():
             ref_hidden, ref_weight = reference(batch, raw=True)  # FSDP2 leaves a root's own weights whole
-            ref_logp = linear_logprobs(ref_hidden, ref_weight, batch.targets, temperature=temperature)
-        return out, ref_logp, linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=temperature)
+            ref_logp = linear_logprobs(ref_hidden, ref_weight, batch.targets, **form)
+        return out, ref_logp, linear_kl(hidden, weight, ref_hidden, ref_weight, **form)
 
     def useful_share(self) -> float | None:
         """Share of the cells of attention on this rank that were no padding, since the last call; everything else
         in the model computes tokens alone."""
         cells, useful, self.cells, self.useful = self.cells, self.useful, 0, 0
         return useful / cells if cells else None
+
+
+def logit_form(config) -> dict[str, float]:
+    """What the model does to hidden @ weight.T: {"cap", "scale"} of common/logprobs.py. Gemma and RecurrentGemma have a
+    soft cap, Cohere and Falcon-H1 multiply, Granite divides."""
+    config = config.get_text_config(decoder=True)
+
+    def setting(*names):
+        return next((float(x) for x in (getattr(config, name, None) for name in names) if x), None)
+
+    cap = setting("final_logit_softcapping", "logits_soft_cap") or 0.0
+    return {"cap": cap, "scale": (setting("logit_scale", "lm_head_multiplier") or 1.0) / (setting("logits_scaling") or 1.0)}
+
+
+def change_logits(logits: torch.Tensor, config) -> torch.Tensor:
+    """The model's own change of its logits, of any shape: cap * tanh(scale * z / cap)."""
+    cap, scale = logit_form(config).values()
+    return cap * (scale * logits / cap).tanh() if cap else logits if scale == 1.0 else scale * logits
 
 
 VALUE_HEADS = ("ForSequenceClassification", "LLMForSequenceRegression")  # architectures; the second is OREO's own
@@ -308,7 +327,7 @@ def load_policy(
     where nothing is about to train it. edit_config: called with the configuration before the model is built (such as
     RoPE's theta); what it sets is saved with the model. compile: fuse each layer's small operations with torch.compile;
     attention, whose shapes change with every batch, is left as it is.
-    Raises InputError if there is no such model at `path` or its head needs more than `hidden @ weight.T`."""
+    Raises InputError if there is no such model at `path` or its head has a bias."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
     flag = "--model" if kind is Policy else "--value"
     labels = {} if kind is Policy else {"num_labels": 1}
@@ -336,9 +355,6 @@ def load_policy(
         raise InputError(f"{flag} {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1.0):
-            raise InputError(f"--model {path}: config.{name} changes the logits, which is not supported")
     head = lm.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise InputError(f"--model {path}: an output layer with a bias is not supported")

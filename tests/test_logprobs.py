@@ -587,17 +587,18 @@ def changed(z, cap, scale):
     return cap * (scale * z / cap).tanh() if cap else scale * z
 
 
-FORMS = {"cap": (3.0, 1.0), "scale": (0.0, 0.25), "both": (2.0, 0.6), "near the cap": (0.5, 4.0)}
+FORMS = {  # cap, scale, temperature
+    "cap": (3.0, 1.0, 0.7), "scale": (0.0, 0.25, 0.7), "both": (2.0, 0.6, 1.0), "near the cap": (0.5, 4.0, 0.7),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("place", list(place_params("torch", "triton-interpreted", "triton-cuda")))
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", FORMS)
-def test_soft_caps_and_scales_change_logits_and_gradients_as_written_out(place, name, temperature):
+def test_soft_caps_and_scales_change_logits_and_gradients_as_written_out(place, name):
     """Log-probs, entropy, KL and all gradients against float64 autograd of the formula, in tiles and as one."""
-    (backend, device), (cap, scale) = place, FORMS[name]
-    hidden, weight, targets = (x.to(device) for x in problem("random", n=12, seed=3))
-    ref_hidden, ref_weight = (x.to(device) for x in problem("random", n=12, seed=4)[:2])
+    (backend, device), (cap, scale, temperature) = place, FORMS[name]
+    hidden, weight, targets = (x.to(device) for x in problem("random", n=8, v=150, seed=3))
+    ref_hidden, ref_weight = (x.to(device) for x in problem("random", n=8, v=150, seed=4)[:2])
     form = dict(temperature=temperature, cap=cap, scale=scale)
 
     def truth(h, w, targets, **_):
@@ -624,7 +625,7 @@ def test_soft_caps_and_scales_change_logits_and_gradients_as_written_out(place, 
         for mine, right in zip(values(function, hidden, weight, targets, **tiles), exact, strict=True):
             tolerance = 1e-2 if tiles.get("keep") and not cap else 3e-5  # E is kept in bf16
             torch.testing.assert_close(mine.double(), right, rtol=tolerance, atol=tolerance / 10)
-    upstream = torch.randn(12, generator=torch.Generator().manual_seed(0)).to(device)
+    upstream = torch.randn(8, generator=torch.Generator().manual_seed(0)).to(device)
     for tiles in ({}, MANY):
         results = []
         for function, dtype, options in ((kl, torch.float32, tiles), (true_kl, torch.float64, {})):

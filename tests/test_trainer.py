@@ -9,9 +9,11 @@ import subprocess
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import trainer
 from common.data import InputError, pack
+from common.rollout import EmbeddedSampler, Sampling
 from common.trainer import (
     Checkpoints,
     Metrics,
@@ -393,3 +395,61 @@ def test_settings_are_printed_instead_of_run(capsys):
     with pytest.raises(SystemExit) as stopped:
         trainer.parse_args(Settings, ["--print_settings", "--preset", "tiny"], preset=table)
     assert not stopped.value.code and json.loads(capsys.readouterr().out)["lr"] == 7.0
+
+
+# --------------------------------------------------------------------------------- models that change their logits
+
+SMALL = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, eos_token_id=1, pad_token_id=0, initializer_range=0.4,
+)  # fmt: skip
+CHANGED = {
+    "gemma2": dict(head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=None, sliding_window=256),
+    "cohere": dict(logit_scale=0.3), "granite": dict(logits_scaling=2.5, embedding_multiplier=3.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", CHANGED)
+def test_a_model_that_changes_its_logits_is_trained_sampled_and_saved_as_transformers_computes_it(
+    model_type, world, tmp_path
+):
+    config = SMALL | CHANGED[model_type] | {"model_type": model_type}
+    policy = load_policy("x", world, from_config=config, seed=3)
+    export(policy, load_tokenizer("models/tiny"), tmp_path / "model", world)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="eager")
+
+    def logps(prompt, response):  # [response], by plain Transformers
+        logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+    pairs = [([5, 6, 7], [8, 9, 10, 1]), ([11, 12], [13, 14])]
+    expected = torch.cat([logps(*pair) for pair in pairs])
+    ours = policy(pack(pairs))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    ours.sum().backward()
+    expected.sum().backward()
+    theirs = dict(plain.named_parameters())
+    for name, p in policy.lm.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-4)
+
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    sampler.sync(policy, version=0)
+    for temperature in (0.0, 0.8):
+        [[drawn]] = sampler.generate([pairs[0][0]], n=1, keys=[0], seed=0, sampling=Sampling(6, temperature))
+        sequence = torch.tensor([pairs[0][0] + drawn.ids])
+        logits = plain(sequence).logits[0, 2:-1]
+        by_plain = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, torch.tensor(drawn.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(drawn.logps), by_plain.detach(), rtol=1e-4, atol=1e-4)
+        assert temperature or drawn.ids == logits.argmax(-1).tolist()
+    reloaded = load_policy(str(tmp_path / "model"), world)
+    torch.testing.assert_close(reloaded(pack(pairs)), expected, rtol=1e-4, atol=1e-4)
+    out, ref, kl = policy(pack(pairs), reference=load_policy("x", world, from_config=config, seed=4))
+    assert kl.min() > 0 and not torch.equal(out, ref)
+
+
+def test_logit_forms_are_read_from_nested_configurations_too():
+    text = AutoConfig.for_model("gemma3n_text", final_logit_softcapping=30.0)
+    assert trainer.logit_form(AutoConfig.for_model("gemma3n", text_config=text.to_dict())) == {"cap": 30.0, "scale": 1.0}
+    assert trainer.logit_form(AutoConfig.for_model("qwen2")) == {"cap": 0.0, "scale": 1.0}
+    logits = torch.tensor([-3.0, 0.0, 50.0])
+    torch.testing.assert_close(trainer.change_logits(logits, text), 30 * (logits / 30).tanh())
