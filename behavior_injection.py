@@ -69,13 +69,12 @@ from common.data import (
     InputError,
     batch_indices,
     check_verifier,
-    load_rows,
-    make_examples,
     pack,
     plan_micro_batches,
     tokens_of_means,
 )
 from common.rollout import Sampling, make_sampler
+from common.rows import data_digest, load_rows, make_examples, set_template
 from common.trainer import (
     BadBatches,
     Checkpoints,
@@ -119,7 +118,10 @@ class Args:
     out: str = "runs/behavior_injection"
     """Folder of everything. Running the same command again goes on from the last checkpoint of each part."""
     chat_template: str = ""
-    """File with a Jinja chat template; empty takes the tokenizer's own, with "<think>\\n" at the prompt's end."""
+    """File with a Jinja chat template; empty takes the tokenizer's own. Either gets "<think>\\n" at the prompt's end
+    if it has no such tag, and is saved with the model."""
+    chat_template_args: tuple[str, ...] = ()
+    """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     verifier: str = "boxed"
     """How answers are graded: boxed (BRIDGE's: the first box), or another of common/verifiers.py."""
     max_prompt_tokens: int = 1024
@@ -581,18 +583,20 @@ def make_data(args: Args, world) -> None:
     dist.barrier()
 
 
+def open_tokenizer(model: str, args: Args, made=None):
+    """The tokenizer of a model (or `made`) with the template of all stages, which is saved with their models."""
+    return set_template(made or load_tokenizer(model), args.chat_template, args.chat_template_args, think=True)
+
+
 def read_examples(name: str, tokenizer, args: Args, *, traces: str = "ignored", progress=False):
     """Examples of OUT/data/NAME.jsonl, their questions' texts, and the counts of what was left out."""
     path = Path(args.out) / "data" / f"{name}.jsonl"
     if not path.exists():
         raise InputError(f"{path} is missing: run --stage data first (with --arms that name it)")
     rows = load_rows(str(path))
-    template = Path(args.chat_template).read_text() if args.chat_template else tokenizer.chat_template
-    if template and "<think>" not in template:
-        template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
     examples, counts = make_examples(
         rows, tokenizer, source=name, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens, template=template, progress=progress,
+        max_response_tokens=args.max_response_tokens, progress=progress,
     )
     for e in examples:
         e.source = name
@@ -636,8 +640,6 @@ def check(args: Args) -> None:
                          "is --model scratch with problems for it; any other --model needs --base_problems 0")
     if args.sft_model and args.stage in ("all", "sft"):
         raise InputError(f"--sft_model {args.sft_model} is what --stage rl, influence and eval start from: one of them")
-    if args.chat_template and not Path(args.chat_template).is_file():
-        raise InputError(f"--chat_template {args.chat_template}: no such file")
     check_verifier(args.verifier)
 
 
@@ -739,12 +741,14 @@ def train(args: Args, world) -> None:
     scratch = args.stage == "base"
     model = model_of(args, "base" if args.stage == "sft" else "sft", arm)
     made = igsm.tokenizer(args.style, modulus=args.modulus or None, retry=True) if scratch else None
-    tokenizer = made or load_tokenizer(model)
+    tokenizer = open_tokenizer(model, args, made)
     data = {"base": "base", "sft": f"sft_{arm}", "rl": "rl"}[args.stage]
     examples, _, left_out = read_examples(
         data, tokenizer, args, traces="needed" if sft else "ignored", progress=world.main
     )
     held_out = [] if sft or not args.eval_every else read_examples("val", tokenizer, args)[0]
+    digest = data_digest(*([(e.prompt, e.trace, e.gold) for e in part] for part in (examples, held_out)))
+    checkpoints.check_data(state, digest, f"{args.out}/data/{data}.jsonl")
     if len(examples) < args.batch_size:
         raise InputError(f"{args.out}/data/{data}.jsonl: {len(examples)} rows are fewer than a batch of "
                          f"{args.batch_size}")
@@ -956,7 +960,7 @@ def influence(args: Args, world) -> None:
     alone = dataclasses.replace(world, rank=0, size=1)
     on_cpu = dataclasses.replace(alone, device=torch.device("cpu"))  # neither sharded nor in bf16
     model = model_of(args, "sft", arm)
-    tokenizer = load_tokenizer(model)
+    tokenizer = open_tokenizer(model, args)
     policy = load_policy(model, on_cpu, gradient_checkpointing=args.gradient_checkpointing).to(world.device)
     parameters, clock = list(policy.parameters()), Clock()
     sampler = start_sampler(policy, tokenizer, args, world)
@@ -1110,7 +1114,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     chain: share of answers whose every step is right (igsm.check_solution); accuracy_zero: of answers that are 0;
     greedy: accuracy without sampling, where the others are sampled at eval_temperature (RL can raise these by making
     a model surer of what it would say anyway)."""
-    tokenizer = load_tokenizer(model)
+    tokenizer = open_tokenizer(model, args)
     policy = load_policy(model, world)
     sampler = start_sampler(policy, tokenizer, args, world)
     sampler.sync(policy, version=0)

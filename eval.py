@@ -34,10 +34,11 @@ import dataclasses
 import functools
 import hashlib
 import html
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
-import random
 import re
 import string
 import textwrap
@@ -45,6 +46,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -58,18 +60,9 @@ import tyro
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from common.data import (
-    IN_A_BOX,
-    InputError,
-    check_verifier,
-    gold_of,
-    gsm8k_row,
-    load_rows,
-    read_row,
-    render_prompt,
-    text_of,
-)
+from common.data import InputError, check_verifier
 from common.rollout import EmbeddedSampler, Sampling, make_sampler
+from common.rows import IN_A_BOX, check_gold, load_rows, read_row, render_prompt, set_template
 from common.search import search_answers, step_ids
 from common.trainer import ValueModel, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
 from common.verifiers import after_think, grade, last_boxed
@@ -80,8 +73,7 @@ class Args:
     model: str = ""
     """Model folder or Hub name."""
     data: tuple[str, ...] = ()
-    """Benchmark files: .parquet, .json or .jsonl, folders of such files, or Hub names (their test split). Columns:
-    LUFFY's, GSM8K's, MATH's, or multiple choice as in ARC, GPQA and MMLU-Pro."""
+    """Benchmark files, folders, Hub names (their test split) or igsm:LO-HI, in any shape of row of README's table."""
     out: str = "runs/eval"
     """Folder for samples.jsonl, results.json, results.md and results.png."""
 
@@ -96,8 +88,11 @@ class Args:
     max_tokens: int = 8192
     """Tokens of an answer at most (LUFFY, ReLIFT: 8192)."""
     template: str = "own"
-    """How a question becomes a prompt: own (the tokenizer's chat template), qwen, simplerl, prime, prime_sft, no,
-    oreo-gsm8k, oreo-math, oreo-deepseek, redi, or a file: a Jinja chat template, or plain text with {question} in it."""
+    """How a question becomes a prompt: own (the tokenizer's chat template), qwen, simplerl, prime, prime_sft,
+    prime_code, no, oreo-gsm8k, oreo-math, oreo-deepseek, redi, or a file: a Jinja chat template, or plain text with
+    {question}."""
+    chat_template_args: tuple[str, ...] = ()
+    """Settings of the switches of the tokenizer's chat template, key=value, as in enable_thinking=false."""
     system: bool = True
     """Keep the system turns of the rows under "own" and Jinja files (LUFFY's and ReLIFT's evaluations drop them)."""
     stop_tokens: tuple[str, ...] = ()
@@ -116,7 +111,7 @@ class Args:
     step_delimiters: tuple[str, ...] = ("\n",)
     """A step ends with a token that holds one of these."""
     limit: int = 0
-    """Questions of each benchmark at most, the first ones; 0 for all."""
+    """Questions of each benchmark at most, the first ones; 0 for all (igsm:LO-HI: 1000)."""
     dry_run: bool = False
     """Print the first prompts of each benchmark with their ids, and stop."""
 
@@ -125,6 +120,8 @@ class Args:
     """Graders (common/verifiers.py): strict_box (as LUFFY's evaluation), math (the training reward: what follows
     </think>), full (whole text), mcq, exact, boxed, or "module:function", which must say 0 or 1 and is asked anew each
     time. The first one's verdicts make the numbers."""
+    regrade: bool = False
+    """Grade the answers in --out again by --verifier, and sample nothing. Needs neither --model nor --data."""
     buckets: str = ""
     """Folder of the base model's evaluation: accuracy by how often the base was right."""
 
@@ -147,13 +144,21 @@ class Args:
 
 
 SAMPLER_TOKENS = {"cpu": 65536, "cuda": 524288}  # of --sampler_tokens 0
-FREE = {"out", "verifier", "buckets", "rollout", "dry_run", "compare", "page_questions"}  # may change when going on
+DIGEST_PART = 2**24  # bytes
+FREE = {"out", "verifier", "regrade", "buckets", "rollout", "dry_run", "compare", "page_questions"}  # may change
+BY_DIGEST = {"model", "value", "data"}  # names may change: digests of the contents are compared
 
 # Text is the whole prompt; turns go through the tokenizer's chat template.
 QWEN = (
     "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 )
 PRIME = "{question}\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
+ASSISTANT = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
+    "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. The "
+    "reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: {task}. Assistant:"
+)
 REDI = (
     "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
     "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
@@ -167,11 +172,10 @@ TEMPLATES = {
         # the doubled braces are the published script's
         "{question}", "{question}\nPlease reason step by step, and put your final answer within\\boxed{{}}."
     ),
-    "prime": "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
-    "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. The "
-    "reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
-    f"i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: {PRIME}. Assistant:",
+    "prime": ASSISTANT.replace("{task}", PRIME),
     "prime_sft": [("user", PRIME)],
+    "prime_code": ASSISTANT.replace("{task}", "{question}\n\nWrite Python code to solve the problem. Present the code "
+    "in \n```python\nYour code\n```\nat the end."),
     "oreo-gsm8k": [
         ("system", "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'"),
         ("user", "{question}"),
@@ -279,80 +283,32 @@ class Question:
 def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
     """The distinct questions of benchmark files, in order; equal rows are counted in `rows`.
 
-    limit: questions of each benchmark at most. Raises InputError naming file, row and columns."""
-    questions: dict[str, Question] = {}
-    for source in sources:
-        for index, row in enumerate(load_rows(source, split="test")):
+    A benchmark is named by its rows' data_source, else by its file. limit: questions of each benchmark at most.
+    Raises InputError naming file, row and columns."""
+    read, owners = [], {}  # benchmark names, and the sources that have them
+    for source in dict.fromkeys(sources):
+        for index, row in enumerate(load_rows(source, split="test", problems=limit or 1000)):
             where = f"{source}, row {index}"
-            benchmark, text, turns, gold = read_benchmark_row(row, where)
-            benchmark = benchmark or Path(source).stem
-            key = hashlib.sha256(json.dumps([benchmark, turns, gold]).encode()).hexdigest()[:16]
-            if key in questions:
-                questions[key].rows += 1
-            else:
-                questions[key] = Question(key, benchmark, text, turns, gold, where)
+            item = read_row(row, where)
+            check_gold(item, row, where)
+            benchmark = item.source or Path(source).stem
+            read.append((benchmark, source, where, item))
+            owners.setdefault(benchmark, {"average"} & {benchmark}).add(source)
+    questions: dict[str, Question] = {}
+    for benchmark, source, where, item in read:
+        # the same name in two files is two benchmarks; "average" is a key of results.json
+        benchmark = f"{benchmark} ({source})" if len(owners[benchmark]) > 1 else benchmark
+        key = hashlib.sha256(json.dumps([benchmark, item.prompt, item.gold]).encode()).hexdigest()[:16]
+        if key in questions:
+            questions[key].rows += 1
+        else:
+            questions[key] = Question(key, benchmark, item.question, item.prompt, item.gold, where)
     kept, seen = [], Counter()
     for question in questions.values():
         seen[question.benchmark] += 1
         if not limit or seen[question.benchmark] <= limit:
             kept.append(question)
     return kept
-
-
-def read_benchmark_row(row: dict, where: str) -> tuple[str, str, list[dict], str]:
-    """-> (benchmark or "", the question alone, the turns that ask it, gold answer) of a row of a known shape.
-
-    Rows that bring no turns of their own get an instruction to put the answer into a box."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
-    try:
-        if "prompt" in row:
-            benchmark, gold, turns, _ = read_row(row, where, needs_trace=False)
-            return benchmark, [t["content"] for t in turns if t["role"] == "user"][-1], turns, gold
-        if "####" in str(row.get("answer")):
-            gsm8k = gsm8k_row(row, needs_trace=False)
-            return gsm8k["data_source"], row["question"], gsm8k["prompt"], gsm8k["reward_model"]["ground_truth"]
-        if "Correct Answer" in row:  # GPQA
-            options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-            right = options[0]
-            random.Random(row["Question"]).shuffle(options)  # by the question: the same in every run
-            text, gold = with_options(row["Question"], "ABCD", options), "ABCD"[options.index(right)]
-        elif "answerKey" in row:  # ARC
-            choices, gold = row["choices"], row["answerKey"]
-            text = with_options(row["question"], choices["label"], choices["text"])
-            if gold not in choices["label"]:
-                raise ValueError(f"answerKey {gold!r} is none of the labels {choices['label']}")
-        elif "options" in row:  # MMLU-Pro
-            if not isinstance(row["options"], list):
-                raise TypeError("'options' is not a list")
-            labels, gold = string.ascii_uppercase[: len(row["options"])], row["answer"]
-            text = with_options(row["question"], labels, row["options"])
-            if not isinstance(gold, str) or len(gold) != 1 or gold not in labels:
-                raise ValueError(f"answer {gold!r} is none of the letters {labels}")
-        elif "choices" in row:
-            raise ValueError("'choices' are ARC's, with 'answerKey', or 'options' with the letter of 'answer'")
-        else:  # MATH: problem and answer, or a solution with the answer in its last box
-            text = row["problem"] if "problem" in row else row["question"]
-            gold = row["answer"] if row.get("answer") is not None else last_boxed(row["solution"])
-            if gold is None or not str(gold).strip():
-                raise InputError(f"{where}: no 'answer', and no closed box in 'solution'")
-        text, gold = text_of(text, "the question"), gold_of(gold)
-        benchmark = text_of(row.get("data_source") or "", "'data_source'")
-        return benchmark, text, [{"role": "user", "content": f"{text}\n\n{IN_A_BOX}"}], gold
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{where}: a benchmark row has the columns prompt and reward_model, question and answer, problem and "
-            f"answer, question, choices and answerKey (ARC), question, options and answer (MMLU-Pro), or GPQA's; "
-            f"found {', '.join(map(str, row))} ({type(error).__name__}: {error})"
-        ) from error
-
-
-def with_options(question: str, labels, options) -> str:
-    """A multiple-choice question as LUFFY's files write it, an option a line: "A) ..."."""
-    lines = [f"{label}) {option}" for label, option in zip(labels, options, strict=True)]
-    return "\n".join([question + "\n", *lines])
 
 
 def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
@@ -380,7 +336,12 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
             turns = [t for t in question.turns if args.system or t["role"] != "system"]
             if template:
                 turns = [{"role": r, "content": text.replace("{question}", question.text)} for r, text in template]
-            question.prompt_text = render_prompt(tokenizer, turns, jinja)
+            try:
+                question.prompt_text = render_prompt(tokenizer, turns, jinja)
+            except InputError as error:
+                system = any(turn["role"] == "system" for turn in turns)
+                remedy = "; --no_system leaves the system turns out" if system else ""
+                raise InputError(f"{question.where}: {error}{remedy}") from error
         question.n = max(args.n, question.rows) if args.temperature > 0 and args.search == "none" else 1
     # a chat template writes the bos token itself; plain text gets the tokens that the tokenizer puts around text
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=plain)["input_ids"]
@@ -393,19 +354,32 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
 # -------------------------------------------------------------------------------------------------- the samples
 
 
-def fingerprint(args: Args, questions: list[Question]) -> dict[str, str]:
-    """Digests of the weights (a sample of their bytes) and of all prompts, to notice when one of them changed."""
-    weights, folders = hashlib.sha256(), [Path(name) for name in (args.model, args.value) if name]
-    for path in sorted(p for f in folders for kind in ("*.safetensors", "*.bin", "config.json") for p in f.glob(kind)):
-        size = path.stat().st_size
-        weights.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for part in range(64):
-                file.seek(max(0, size - 4096) * part // 63)
-                weights.update(file.read(4096))
+def digest_of(model: str) -> str:
+    """Digest of a model: of all bytes of its weights and of its configuration; a Hub name's is its revision."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None) or model
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".jinja"))
+    parts = [(path, start) for path in files for start in range(0, path.stat().st_size, DIGEST_PART)]
+
+    def digest(part: tuple[Path, int]) -> bytes:
+        with open(part[0], "rb") as file:
+            file.seek(part[1])
+            return hashlib.sha256(file.read(DIGEST_PART)).digest()
+
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # sha256 runs without Python's lock
+        for (path, _), found in zip(parts, pool.map(digest, parts), strict=True):
+            whole.update(path.name.encode() + found)
+    return whole.hexdigest()[:16]
+
+
+def fingerprint(args: Args, questions: list[Question]) -> dict:
+    """Digests of the models and of all prompts, to notice when one of them changed."""
     asked = json.dumps([[q.id, q.prompt, q.n] for q in questions])
     return {
-        "weights_digest": weights.hexdigest()[:16] if all(f.is_dir() for f in folders) else "",
+        "weights_digest": " ".join(digest_of(model) for model in (args.model, args.value) if model),
+        "questions": len(questions),
         "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }
 
@@ -415,9 +389,10 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
     path = Path(args.out) / "args.json"
     if path.exists() and "questions_digest" not in json.loads(path.read_text()):
         raise InputError(f"--out {args.out} is the folder of something else than an evaluation: name another")
-    settings = json.loads(json.dumps(dataclasses.asdict(args) | fingerprint(args, questions)))
+    [found] = gather_lists([fingerprint(args, questions)] if world.main else [], world)
+    settings = json.loads(json.dumps(dataclasses.asdict(args) | found))
     old = json.loads(path.read_text()) if read_records(path.parent) else settings
-    changed = [k for k in settings if k not in FREE and settings[k] != old.get(k)]
+    changed = [k for k in settings if k not in FREE | BY_DIGEST and settings[k] != old.get(k, settings[k])]
     if changed:
         raise InputError(
             f"--out {args.out} holds an evaluation with other settings ("
@@ -448,9 +423,9 @@ def read_records(out: Path) -> dict[str, dict]:
     return records
 
 
-def write_records(out: Path, questions: Iterable[Question], records: dict[str, dict]) -> None:
+def write_records(out: Path, ids: Iterable[str], records: dict[str, dict]) -> None:
     """samples.jsonl, one question a line with all its answers; then the parts are not needed."""
-    lines = [json.dumps(records[q.id]) + "\n" for q in questions if q.id in records]
+    lines = [json.dumps(records[i]) + "\n" for i in ids if i in records]
     write_whole(out / "samples.jsonl", "".join(lines))
     for path in out.glob("samples.part-*.jsonl"):
         path.unlink()
@@ -460,7 +435,7 @@ def merge(out: Path, questions: list[Question], world) -> dict[str, dict]:
     """Rank 0 puts what all ranks have written into samples.jsonl; -> its records by question, on every rank."""
     dist.barrier()  # all have written
     if world.main:
-        write_records(out, questions, read_records(out))
+        write_records(out, [q.id for q in questions], read_records(out))
     dist.barrier()
     records = read_records(out)
     dist.barrier()  # all have read before one appends
@@ -567,18 +542,32 @@ def make_record(question: Question, answers: list[dict]) -> dict:
     """A line of samples.jsonl: a question and its answers."""
     return {
         "id": question.id, "benchmark": question.benchmark, "rows": question.rows, "question": question.text,
-        "gold": question.gold, "prompt": question.prompt_text, "answers": answers,
+        "gold": question.gold, "row": question.where, "prompt": question.prompt_text, "answers": answers,
     }
 
 
-def grade_records(records: list[dict], verifier: str, *, progress: bool = False) -> None:
-    """Give every answer a verdict of this verifier, [reward, status], where it has none yet, or the time ran out, or
-    the verifier is the user's own, which may have changed. Raises InputError on a reward that is not 0 or 1."""
-    everything = [(r["gold"], a) for r in records for a in r["answers"]]
-    todo = [
-        (gold, a) for gold, a in everything
-        if ":" in verifier or a.setdefault("verdicts", {}).get(verifier, [0, "timeout"])[1] in ("timeout", "error")
-    ]
+def grader_version(verifier: str) -> str:
+    """What a grader's verdicts depend on: a digest of its code, and the version of Math-Verify."""
+    module = verifier.partition(":")[0] if ":" in verifier else "common.verifiers"
+    file = Path(importlib.util.find_spec(module).origin)
+    files = [file] if ":" in verifier else [file, *file.parent.glob("robust.py")]
+    code = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
+    return f"code {code}, math-verify {importlib.metadata.version('math-verify')}"
+
+
+def grade_records(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:
+    """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one.
+
+    Verdicts of the same version stay, unless the time ran out or `again` is set. Raises InputError on a reward that is
+    not 0 or 1."""
+    version, todo = grader_version(verifier), []
+    for record in records:
+        same = record.setdefault("graded_by", {}).get(verifier) == version and not again
+        record["graded_by"][verifier] = version
+        for answer in record["answers"]:
+            found = answer.setdefault("verdicts", {}).get(verifier, [0, "timeout"])
+            if not same or found[1] in ("timeout", "error"):
+                todo.append((record["gold"], answer))
     with tqdm(total=len(todo), desc=f"grade {verifier}", unit="answer", disable=not (progress and todo)) as bar:
         for start in range(0, len(todo), 256):
             part = todo[start : start + 256]
@@ -586,8 +575,18 @@ def grade_records(records: list[dict], verifier: str, *, progress: bool = False)
             for (_, answer), verdict in zip(part, verdicts, strict=True):
                 if verdict.reward not in (0, 1):
                     raise InputError(f"--verifier {verifier}: a reward of {verdict.reward}; here it must be 0 or 1")
-                answer.setdefault("verdicts", {})[verifier] = [verdict.reward, verdict.status]
+                detail = [verdict.detail] if verdict.detail else []
+                answer["verdicts"][verifier] = [verdict.reward, verdict.status, *detail]
             bar.update(len(part))
+
+
+def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]:
+    """The rows whose gold answer one of the verifiers could not read: their answers count as wrong."""
+    return [
+        record.get("row", record["id"]) for record in records
+        if any("gold unreadable" in detail for answer in record["answers"] for verifier in verifiers
+               for detail in answer["verdicts"][verifier][2:])
+    ]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- the numbers
@@ -652,10 +651,17 @@ def summarise_benchmark(records: list[dict], verifiers: tuple[str, ...], base: d
         "no_answer": status["unparsable"] / len(answers),
         "verifier": dict(status),
         "graders": {v: mean_and_errors([rewards_of(r, v) for r in records])[0] for v in verifiers},
+        "graded_by": {v: versions_of(records, v) for v in verifiers},
+        "unreadable_golds": unreadable_golds(records, verifiers),
     }
     if base is not None:
         result["by_difficulty"] = by_difficulty(records, first, base)
     return result
+
+
+def versions_of(records: Iterable[dict], verifier: str) -> str:
+    """The versions of a grader that graded these records."""
+    return "; ".join(sorted({r.get("graded_by", {}).get(verifier, "?") for r in records}))
 
 
 def count_votes(record: dict, verifier: str) -> tuple[int, list[int], int]:
@@ -729,7 +735,11 @@ def results_tables(results: dict, records: list[dict], args: Args) -> str:
     if args.search != "none":
         drawn = f"{args.search} of width {args.width} by {args.value}, {drawn}"
     text = (f"# {args.model}\n\nTemplate {args.template}, {drawn}, at most {args.max_tokens} tokens, "
-            f"graded by {args.verifier[0]}. Percent.\n\n{table(rows)}")
+            f"graded by {args.verifier[0]} ({results[benchmarks[0]]['graded_by'][args.verifier[0]]}). "
+            f"Percent.\n\n{table(rows)}")
+    if bad := unreadable_golds(records, args.verifier):
+        text += (f"\nA grader cannot read the gold answers of {len(bad)} questions, whose answers count as wrong: "
+                 f"{'; '.join(bad[:20])}{', ...' if len(bad) > 20 else ''}\n")
     if len(args.verifier) > 1:
         text += "\n## Where the graders disagree\n\npass@1 by each grader, of the same answers:\n\n"
         text += table([["benchmark", *args.verifier]] + [
@@ -802,18 +812,31 @@ class Run:
     records: dict[str, dict]  # of the questions that all runs were asked, by id
 
 
-def load_run(folder: str, verifier: str) -> Run:
-    """A finished evaluation. Raises InputError if the folder holds none, or no verdicts of this verifier."""
+def load_run(folder: str, verifier: str | None) -> Run:
+    """A finished evaluation. Raises InputError if the folder holds none, or no verdicts of `verifier`."""
     path = Path(folder)
     if not (path / "args.json").is_file() or not (path / "samples.jsonl").is_file():
         raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
     records = read_records(path)
-    if any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
+    if verifier and any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
         raise InputError(
             f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier {verifier} "
             "(nothing is sampled twice), or name another grader with --verifier"
         )
     return Run(path.resolve().name, json.loads((path / "args.json").read_text()), records)
+
+
+def load_answers(args: Args) -> tuple[Args, dict[str, dict]]:
+    """--regrade: the settings of the finished evaluation in --out, with the new graders, and its records."""
+    run = load_run(args.out, None)
+    if len(run.records) < run.settings.get("questions", 0):
+        raise InputError(
+            f"--out {args.out}: {len(run.records)} of {run.settings['questions']} questions are answered; finish the "
+            "evaluation before --regrade"
+        )
+    old = {f.name: run.settings[f.name] for f in dataclasses.fields(Args) if f.name in run.settings}
+    new = dict(out=args.out, verifier=args.verifier, buckets=args.buckets, regrade=True)
+    return Args(**(old | new)), run.records
 
 
 def load_runs(folders: tuple[str, ...], verifier: str) -> list[Run]:
@@ -877,7 +900,8 @@ def compare(args: Args) -> None:
     flags = [k for k in first.settings if k not in FREE and not k.endswith("_digest")]
     settings = [[k, *(run.settings.get(k) for run in runs)] for k in flags]
     answers = ["answers", *(sum(len(r["answers"]) for r in run.records.values()) for run in runs)]
-    different = [row for row in [answers, *settings] if any(value != row[1] for value in row[2:])]
+    graded = ["graded by", *(versions_of(run.records.values(), verifier) for run in runs)]
+    different = [row for row in [answers, graded, *settings] if any(value != row[1] for value in row[2:])]
     text = (f"# Comparison\n\npass@1 in percent ± standard error, graded by {verifier}. In brackets: 95 % interval "
             f"of the difference on the same questions (paired bootstrap).\n\n{table(cells)}")
     if different:
@@ -976,8 +1000,10 @@ def page_answers(record: dict, verifier: str) -> dict:
     for right in (True, False):
         for answer in [a for a, x in zip(record["answers"], rewards, strict=True) if (x > 0) == right][:1]:
             thought, tag, _ = answer["text"].partition("</think>")
-            verdicts = {v: "right" if reward > 0 else "wrong" if status == "ok" else status
-                        for v, (reward, status) in answer["verdicts"].items()}
+            verdicts = {
+                v: " ".join(["right" if reward > 0 else "wrong" if status == "ok" else status, *detail])
+                for v, (reward, status, *detail) in answer["verdicts"].items()
+            }
             shown.append({
                 "right": right, "tokens": answer["tokens"], "truncated": answer["truncated"], "verdicts": verdicts,
                 "thought": thought[-SHOWN:] if tag else None,
@@ -993,8 +1019,8 @@ def check(args: Args) -> None:
     """Raise InputError for settings that cannot work."""
     if args.compare and len(args.compare) < 2:
         raise InputError("--compare needs two or more folders of evaluations")
-    if not args.compare and not (args.model and args.data):
-        raise InputError("--model and --data are needed (or --compare)")
+    if not args.compare and not args.regrade and not (args.model and args.data):
+        raise InputError("--model and --data are needed (or --regrade, or --compare)")
     for name in ("n", "max_tokens", "write_every", "width", "max_steps"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
@@ -1028,13 +1054,14 @@ def check_lengths(questions: list[Question], args: Args) -> None:
         positions = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
         raise InputError(f"--model {args.model}: no readable config.json ({str(error).splitlines()[0]})") from error
-    longest = max(len(q.prompt) for q in questions)
-    times = tokens_ahead(args) // args.max_tokens
-    if positions and longest + times * args.max_tokens > positions:
+    longest = max(questions, key=lambda q: len(q.prompt))
+    length, times = len(longest.prompt), tokens_ahead(args) // args.max_tokens
+    if positions and length + times * args.max_tokens > positions:
+        fits = (positions - length) // times
+        remedy = f"--max_tokens {fits} or less fits" if fits > 0 else "remove the row, or use another --template"
         raise InputError(
-            f"--max_tokens {args.max_tokens}: the longest prompt has {longest} tokens, {args.model} knows {positions} "
-            f"positions, and --search {args.search} needs room for {times} answer{'s' * (times > 1)} behind it; "
-            f"--max_tokens {(positions - longest) // times} or less fits"
+            f"{longest.where}: its prompt of {length} tokens and {times} answer{'s' * (times > 1)} of --max_tokens "
+            f"{args.max_tokens} (--search {args.search}) exceed the {positions} positions of {args.model}: {remedy}"
         )
 
 
@@ -1054,39 +1081,45 @@ def main(args: Args) -> None:
     if args.compare:
         return compare(args)
     world = init_world(timeout_minutes=24 * 60)  # ranks wait for the one with the longest answers
-    args.sampler_tokens = args.sampler_tokens or SAMPLER_TOKENS[world.device.type]
-    tokenizer, out = load_tokenizer(args.model), Path(args.out)
-    questions = read_questions(args.data, limit=args.limit)
-    make_prompts(questions, tokenizer, args)
-    if args.dry_run:
-        return dry_run(questions) if world.main else None
-    check_lengths(questions, args)
-    base = None
-    if args.buckets:
-        base = load_run(args.buckets, args.verifier[0]).records
-    check_settings(args, questions, world)
+    if args.regrade:
+        args, records = load_answers(args)
+    else:
+        args.sampler_tokens = args.sampler_tokens or SAMPLER_TOKENS[world.device.type]
+        tokenizer, out = load_tokenizer(args.model), Path(args.out)
+        set_template(tokenizer, switches=args.chat_template_args)
+        questions = read_questions(args.data, limit=args.limit)
+        make_prompts(questions, tokenizer, args)
+        if args.dry_run:
+            return dry_run(questions) if world.main else None
+        check_lengths(questions, args)
+    base = load_run(args.buckets, args.verifier[0]).records if args.buckets else None
 
     # 1. sample
-    done = merge(out, questions, world)
-    if world.main and done:
-        print(f"{out}: {len(done)} of {len(questions)} questions are answered already")
-    sample(questions, tokenizer, args, world, done)
-    records = merge(out, questions, world)
+    if not args.regrade:
+        check_settings(args, questions, world)
+        done = merge(out, questions, world)
+        if world.main and done:
+            print(f"{out}: {len(done)} of {len(questions)} questions are answered already")
+        sample(questions, tokenizer, args, world, done)
+        found = merge(out, questions, world)
+        records = {q.id: found[q.id] for q in questions}
 
     # 2. reward
-    mine = [records[q.id] for q in questions[world.rank :: world.size]]
+    mine = list(records.values())[world.rank :: world.size]
     start, answers = time.perf_counter(), sum(len(r["answers"]) for r in mine)
     for verifier in args.verifier:
-        grade_records(mine, verifier, progress=world.main)
+        grade_records(mine, verifier, again=args.regrade or ":" in verifier, progress=world.main)
     seconds = time.perf_counter() - start
-    for key, verdicts in gather_lists([(r["id"], [a["verdicts"] for a in r["answers"]]) for r in mine], world):
+    graded = [(r["id"], r["graded_by"], [a["verdicts"] for a in r["answers"]]) for r in mine]
+    for key, graded_by, verdicts in gather_lists(graded, world):
+        records[key]["graded_by"] = graded_by
         for answer, verdict in zip(records[key]["answers"], verdicts, strict=True):
             answer["verdicts"] = verdict
 
     # 3. numbers
     if world.main:
-        write_records(out, questions, records)
-        ordered = [records[q.id] for q in questions]
+        out, ordered = Path(args.out), list(records.values())
+        write_records(out, records, records)
         results = summarise(ordered, args.verifier, base)
         text = results_tables(results, ordered, args)
         write_whole(out / "results.md", text)

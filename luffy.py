@@ -56,14 +56,13 @@ from common.data import (
     InputError,
     batch_indices,
     check_verifier,
-    load_rows,
-    make_examples,
     pack,
     plan_micro_batches,
     to_device,
     token_scales,
 )
 from common.rollout import Completion, Sampling, make_sampler
+from common.rows import IGSM, data_digest, held_out_examples, read_examples, set_template
 from common.trainer import (
     BadBatches,
     Checkpoints,
@@ -113,7 +112,9 @@ class Args:
     out: str = "runs/luffy"
     """Run folder. Running the same command again goes on from its last checkpoint."""
     chat_template: str = ""
-    """File with a Jinja chat template; empty takes the tokenizer's own."""
+    """File with a Jinja chat template; empty takes the tokenizer's own. It is saved with the model."""
+    chat_template_args: tuple[str, ...] = ()
+    """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     verifier: str = "math"
     """How answers are graded: math (LUFFY's rule: what follows </think>), full, boxed, exact, ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
@@ -258,7 +259,6 @@ SCRATCH = dict(
     model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
 )
-IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
@@ -417,7 +417,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     tokens_per_row = sum(len(row.prompt) + len(row.response) for row in rows) / len(rows)
     n_micro = published_micro_batches(tokens_per_row, args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    totals, largest = Totals(world), torch.zeros((), device=world.device)
+    totals, largest = Totals(world), torch.zeros((), dtype=torch.float64, device=world.device)
     counted = rows_with_gradient(rows, args)
     shape = args.shape or (f"p_div_p_{args.shaping_gamma}" if args.shaping_gamma else "no_reshape")
     scales = token_scales([len(row.response) for row in rows], args.sft_rows_per_mean)  # of sft
@@ -452,7 +452,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
         with torch.no_grad():
             gone = torch.where(teacher, 0.0, logp - old)  # since the rows were sampled
-            gap = torch.where(teacher, 0.0, old - sampler_logp)  # trainer's minus sampler's log-prob of own tokens
+            gap = torch.where(teacher, 0.0, old - sampler_logp).double()  # trainer's minus sampler's, of own tokens
             totals.add(
                 pg_loss=pg_loss, sft_loss=sft_loss, entropy=entropy.sum(), kl_old=-gone.sum(),
                 teacher_logp=torch.where(teacher, logp, 0.0).sum(), teacher_shaped=(shaped(logp, shape) * teacher).sum(),
@@ -500,45 +500,6 @@ def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tenso
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str, limit: int = 0, progress=False):
-    """Examples of a data flag, and the counts of what was left out."""
-    if source.startswith("igsm:"):
-        try:
-            lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
-            settings = dict(IGSM, ops=(lo, hi), split=split)
-            rows = [igsm.row(problem, split) for problem in igsm.problems(limit or args.igsm_problems, **settings)]
-        except ValueError as error:
-            raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
-    else:
-        rows = load_rows(source, split=split, limit=limit or None)
-    examples, left_out = make_examples(
-        rows, tokenizer, source=source, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens, empty_trace=args.empty_trace, long_trace=args.long_trace,
-        template=Path(args.chat_template).read_text() if args.chat_template else None, progress=progress,
-    )
-    for example in examples if traces == "needed" else ():
-        example.trace_logps = given_logps(rows[example.index], example.trace, f"{source}, row {example.index}")
-    return examples, left_out
-
-
-def given_logps(row: dict, trace: list[int] | None, where: str) -> list[float] | None:
-    """The teacher's log-probs of a trace from the column 'target_probs': a probability for each of its tokens, with or
-    without the eos (then NaN: its loss is the one without a teacher's probability). None without the column."""
-    probs = row.get("target_probs")
-    if probs is None or trace is None:
-        return None
-    try:
-        logps = [math.log(p) for p in probs]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: 'target_probs' must be a list of numbers above 0 ({error})") from error
-    if len(trace) - len(logps) not in (0, 1) or max(logps, default=0.0) > 0:
-        raise InputError(
-            f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos included), or one "
-            "above 1; remove the column, or make it with this tokenizer"
-        )
-    return logps + [math.nan] * (len(trace) - len(logps))
-
-
 def grade_rows(rows: list[Row], batch, tokenizer, args: Args) -> Future:
     """The verdicts on rows of a step, in the background; of what was said before the eos."""
     texts = [tokenizer.decode(row.response if row.truncated else row.response[:-1]) for row in rows]
@@ -566,8 +527,6 @@ def check(args: Args) -> None:
         raise InputError(f"--tis_cap must be 1 or more, or 0 for none, not {args.tis_cap}")
     if args.steps < 0:
         raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
-    if args.chat_template and not Path(args.chat_template).is_file():
-        raise InputError(f"--chat_template {args.chat_template}: no such file")
     check_verifier(args.verifier)
 
 
@@ -602,17 +561,14 @@ def main(args: Args) -> None:
 
     scratch = args.model == "scratch"
     tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"]) if scratch else load_tokenizer(args.model)
+    set_template(tokenizer, args.chat_template, args.chat_template_args)
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored",
-        progress=world.main,
+        golds=args.method != "sft", empty_trace=args.empty_trace, long_trace=args.long_trace, progress=world.main,
     )
-    held_out = [
-        example
-        for source in args.eval_data
-        for example in read_examples(
-            source, tokenizer, args, split="test", traces="ignored", limit=args.eval_limit
-        )[0]
-    ]
+    held_out = held_out_examples(tokenizer, args)
+    digest = data_digest(*([(e.prompt, e.trace, e.gold) for e in part] for part in (examples, held_out)))
+    checkpoints.check_data(state, digest, f"--data {args.data}")
     if len(examples) < args.batch_size:
         raise InputError(f"--data {args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
     steps = args.steps or max(1, int(args.epochs * (len(examples) // args.batch_size)))

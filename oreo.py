@@ -65,24 +65,30 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-import igsm
 from common.data import (
-    IN_A_BOX,
     InputError,
     batch_indices,
     check_verifier,
-    gsm8k_row,
-    load_rows,
-    make_examples,
     pack,
     plan_micro_batches,
-    render_prompt,
-    text_of,
     token_scales,
-    turns_of,
-    with_bos,
 )
 from common.rollout import Sampling, make_sampler
+from common.rows import (
+    IN_A_BOX,
+    Item,
+    Trace,
+    data_digest,
+    held_out_examples,
+    load_rows,
+    read_examples,
+    read_row,
+    render_prompt,
+    response_ids,
+    set_template,
+    trace_text,
+    with_bos,
+)
 from common.search import Candidate, search_answers, step_ids
 from common.trainer import (
     BadBatches,
@@ -110,7 +116,7 @@ from common.trainer import (
     replay,
     sum_over_ranks,
 )
-from common.verifiers import grade, last_boxed
+from common.verifiers import grade
 
 
 @dataclass
@@ -147,7 +153,9 @@ class Args:
     out: str = "runs/oreo"
     """Run folder. Running the same command again goes on where it stopped."""
     chat_template: str = ""
-    """File with a Jinja chat template; empty takes the tokenizer's own."""
+    """File with a Jinja chat template; empty takes the tokenizer's own. It is saved with the model."""
+    chat_template_args: tuple[str, ...] = ()
+    """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     trust_remote_code: bool = False
     """Run the Python files that come with --model."""
     verifier: str = "full"
@@ -309,7 +317,6 @@ PRESETS = {
 SYSTEM = {  # the published system turns
     "gsm8k": "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'", "math": IN_A_BOX,
 }
-IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
@@ -462,7 +469,7 @@ def step_starts(response: list[int], ends: frozenset[int]) -> list[bool]:
     return [i == 0 or response[i - 1] in ends for i in range(len(response))]
 
 
-def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip_turns: int):
+def conversation_ids(messages: list[dict], tokenizer, skip_turns: int):
     """A conversation -> (prompt ids, response ids, action mask of the response).
 
     Every assistant turn after the first `skip_turns` is an action, with the eos that the template puts behind it;
@@ -479,16 +486,16 @@ def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip
     if not turns:
         raise InputError(f"no action: {len(messages)} turns, none of them an assistant's after --skip_turns")
     for turn in turns:
-        before = render_prompt(tokenizer, messages[:turn], template)
-        after = tokenizer.apply_chat_template(messages[: turn + 1], chat_template=template, tokenize=False)
+        before = render_prompt(tokenizer, messages[:turn])
+        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
         if not (before.startswith(text) and after.startswith(before)):
             raise InputError(
                 f"the chat template shows turn {turn} or what is before it otherwise than when it was said; "
                 "pass a --chat_template that keeps the history as it is"
             )
         said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
-        for piece, action in ((before[len(text) :], False), (said + eos, True)):
-            piece_ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        for so_far, piece, action in ((text, before[len(text) :], False), (before, said + eos, True)):
+            [piece_ids] = response_ids(tokenizer, [so_far], [piece])
             piece_ids = piece_ids if ids else with_bos(piece_ids, tokenizer)
             ids += piece_ids
             actions += [action] * len(piece_ids)
@@ -497,46 +504,43 @@ def conversation_ids(messages: list[dict], tokenizer, template: str | None, skip
     return ids[:first], ids[first:], actions[first:]
 
 
-def row_ids(row: dict, tokenizer, template: str | None, args: Args) -> tuple[list[int], list[int], list | None]:
-    """(prompt ids, response ids, action mask; None for a response that is all the model's) of a row in a file."""
-    if row.get("response_ids") is not None:
-        for name in ("prompt_ids", "response_ids"):
-            if not (isinstance(row[name], list) and all(type(i) is int for i in row[name])):
-                raise TypeError(f"'{name}' is not a list of token ids")
-        return row["prompt_ids"], row["response_ids"], row.get("actions")
-    if row.get("conversations") is not None:
-        return conversation_ids(turns_of(row["conversations"]), tokenizer, template, args.skip_turns)
-    prompt, response = row["prompt"], text_of(row["response"], "'response'")
-    if not isinstance(prompt, str):
-        prompt = render_prompt(tokenizer, turns_of(prompt), template)
-    text_of(prompt, "'prompt'")
-    prompt, response = tokenizer([prompt, response], add_special_tokens=False)["input_ids"]
-    prompt, eos = with_bos(prompt, tokenizer) if prompt else prompt, tokenizer.eos_token_id
-    return prompt, response if response[-1:] in ([], [eos]) else [*response, eos], None
+def row_ids(item: Item, trace: Trace, tokenizer, args: Args) -> tuple[list[int], list[int], list | None]:
+    """(prompt ids, response ids, action mask; None for a response that is all the model's) of a trace."""
+    if item.prompt_ids:
+        return item.prompt_ids, trace.ids, trace.actions
+    if item.conversation:
+        return conversation_ids(item.conversation, tokenizer, args.skip_turns)
+    prompt = item.text or render_prompt(tokenizer, item.prompt)
+    prompt_ids = tokenizer([prompt], add_special_tokens=False)["input_ids"][0]
+    prompt_ids = with_bos(prompt_ids, tokenizer) if item.text else prompt_ids
+    said = trace.text if item.text else trace_text(prompt, trace.text)
+    response, eos = trace.ids or response_ids(tokenizer, [prompt], [said])[0], tokenizer.eos_token_id
+    return prompt_ids, response if response[-1:] in ([], [eos]) else [*response, eos], None
 
 
 def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, int]]:
     """Graded rows of a file, and the counts of what was left out. Raises InputError naming the row."""
-    template = Path(args.chat_template).read_text() if args.chat_template else None
     ends = step_ids(tokenizer, args.step_delimiters)
     rows, questions, count = [], {}, {"rows": 0, "prompt_too_long": 0, "response_too_long": 0}
-    for index, row in enumerate(load_rows(source)):
-        where = f"{source}, row {index}"
+    graded = (
+        (f"{source}, row {index}", row, item, trace)
+        for index, row in enumerate(load_rows(source))
+        for item in [read_row(row, f"{source}, row {index}")]
+        for trace in item.traces or [None]
+    )
+    for index, (where, row, item, trace) in enumerate(graded):
         count["rows"] += 1
+        if trace is None or trace.reward is None:
+            raise InputError(f"{where}: no {'reward' if trace else 'response'}: --rows are graded (README's table)")
+        reward = trace.reward
         try:
-            reward = float(row["reward"])
-            prompt, response, mask = row_ids(row, tokenizer, template, args)
+            prompt, response, mask = row_ids(item, trace, tokenizer, args)
             actions = [True] * len(response) if mask is None else [bool(a) for a in mask]
             known = all(0 <= i < len(tokenizer) for i in (*prompt, *response))
             question = str(row.get("question")), tuple(prompt)  # files of several sources may number alike
-            text = row.get("response") if mask is None and "response_ids" in row else None
-        except InputError as error:
+            text = row.get("response") if mask is None and item.prompt_ids else None
+        except (InputError, TypeError) as error:
             raise InputError(f"{where}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{where}: expected {{prompt, response, reward}}, {{conversations, reward}} or what collect writes "
-                f"({type(error).__name__}: {error})"
-            ) from error
         known = known and (text is None or tokenizer.decode(response) == text)
         if not known or len(actions) != len(response) or not math.isfinite(reward):
             raise InputError(f"{where}: ids of another tokenizer, a mask of another length, or a reward of {reward}")
@@ -568,7 +572,7 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
 def training_units(tokenizer, args: Args, progress: bool) -> tuple[list[list[Row]], dict[str, int]]:
     """What an update draws from: lists of rows that stay together, one row or a pair; and the counts."""
     if args.stage == "sft":
-        examples, count = read_problems(tokenizer, args, traces="needed", progress=progress)
+        examples, count = read_problems(tokenizer, args, golds=False, progress=progress)
         masks = [[True] * len(e.trace) for e in examples]
         return [[Row(e.prompt, e.trace, m, m, index=e.index)] for e, m in zip(examples, masks, strict=True)], count
     rows, count = read_rows(args.rows, tokenizer, args)
@@ -703,55 +707,32 @@ def kto_baseline(policy, reference, units: list[list[Row]], args: Args, world) -
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str, limit: int = 0, progress=False):
-    """Examples of a data flag, and the counts of what was left out."""
-    if source.startswith("igsm:"):
-        try:
-            lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
-            settings = dict(IGSM, ops=(lo, hi), split=split)
-            rows = [igsm.row(problem, split) for problem in igsm.problems(limit or args.igsm_problems, **settings)]
-        except ValueError as error:
-            raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
-    else:
-        rows = load_rows(source, split=split, limit=limit or None)
-        rows = [published_row(row, f"{source}, row {i}", args.ask, needs_trace=traces == "needed")
-                for i, row in enumerate(rows)]  # fmt: skip
-    return make_examples(
-        rows, tokenizer, source=source, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens, empty_trace="error", long_trace=args.long_response,
-        template=Path(args.chat_template).read_text() if args.chat_template else None, progress=progress,
-    )
+def open_tokenizer(args: Args):
+    """The tokenizer of --model, with the template that the flags set."""
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    return set_template(tokenizer, args.chat_template, args.chat_template_args)
 
 
-def published_row(row, where: str, ask: str, *, needs_trace: bool):
-    """GSM8K's {question, answer} and MATH's {problem, solution} in LUFFY's columns, as the published code asks and
-    answers them: the solution word for word is the trace. Any other row as it is."""
-    if not isinstance(row, dict) or "prompt" in row:
-        return row
-    try:
-        if {"question", "answer"} <= row.keys():
-            kind, question, solution = "gsm8k", row["question"], row["answer"]
-            gold = gsm8k_row(row, needs_trace=needs_trace)["reward_model"]["ground_truth"]
-        elif {"problem", "solution"} <= row.keys():
-            kind, question, solution = "math", *(text_of(row[name], f"'{name}'") for name in ("problem", "solution"))
-            gold = row["answer"] if row.get("answer") is not None else last_boxed(solution)
-            if not gold:
-                raise TypeError("'solution' has no closed box")
-        else:
-            return row
-    except TypeError as error:
-        raise InputError(f"{where}: {error}") from error
-    prompt = [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": question}]
+def as_published(item: Item, row: dict, ask: str) -> Item:
+    """A row with GSM8K's or MATH's columns as the published code asks and answers it: the solution word for word is the
+    trace. Any other row as it is."""
+    asked = row.get("problem") or row.get("question")
+    if row.get("prompt") is not None or not asked or item.question != asked:
+        return item
+    kind = item.source or "math"
+    prompt = [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": asked}]
     if ask == "user":
-        prompt = [{"role": "user", "content": f"{question}\n{IN_A_BOX}"}]
-    return {"data_source": kind, "prompt": prompt, "target": solution, "reward_model": {"ground_truth": gold}}
+        prompt = [{"role": "user", "content": f"{asked}\n{IN_A_BOX}"}]
+    solution = row.get("answer") if kind == "gsm8k" else row.get("solution")
+    return dataclasses.replace(item, prompt=prompt, traces=[Trace(solution)] if item.traces else [], source=kind)
 
 
-def read_problems(tokenizer, args: Args, *, traces: str, progress: bool):
+def read_problems(tokenizer, args: Args, *, traces: str = "needed", **options):
     """The examples of all --data, numbered through, and the counts of what was left out."""
     examples, counts, before = [], {}, 0
+    options |= dict(traces=traces, long_trace=args.long_response, reshape=partial(as_published, ask=args.ask))
     for source in args.data:
-        found, count = read_examples(source, tokenizer, args, split="train", traces=traces, progress=progress)
+        found, count = read_examples(source, tokenizer, args, split="train", **options)
         examples += [dataclasses.replace(e, index=before + e.index) for e in found]
         before += count["rows"]
         counts = {name: counts.get(name, 0) + n for name, n in count.items()}
@@ -786,8 +767,6 @@ def check(args: Args) -> None:
         raise InputError(f"--search {args.search} needs --value, a value model that --stage oreo wrote")
     if args.model.startswith("runs/") and not Path(args.model).exists():
         raise InputError(f"--model {args.model}: not there; --stage sft makes it, or name another")
-    if args.chat_template and not Path(args.chat_template).is_file():
-        raise InputError(f"--chat_template {args.chat_template}: no such file")
     if args.eval_data or not (args.rows or args.stage == "sft"):
         check_verifier(args.verifier)
 
@@ -823,17 +802,6 @@ def open_sampler(policy, tokenizer, args: Args, world):
     return sampler
 
 
-def held_out_examples(tokenizer, args: Args) -> list:
-    """The examples of --eval_data."""
-    return [
-        example
-        for source in args.eval_data
-        for example in read_examples(
-            source, tokenizer, args, split="test", traces="ignored", limit=args.eval_limit
-        )[0]
-    ]
-
-
 def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float]:
     """Accuracy on held-out examples, by data source and their unweighted mean; shared out over the ranks."""
     mine = examples[world.rank :: world.size]
@@ -865,19 +833,20 @@ def collect(args: Args) -> str:
     Killed and started again, it goes on after the last batch of problems that was written whole."""
     world = init_world(args.timeout_minutes)
     final, partial = Path(args.out) / "rows.jsonl", Path(args.out) / "rows.partial.jsonl"
-    names = ("model", "data", "ask", "igsm_problems", "chat_template", "verifier", "max_prompt_tokens",
-             "max_response_tokens", "samples", "balance", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
-    settings = json.loads(json.dumps({name: getattr(args, name) for name in names}))
+    names = ("model", "data", "ask", "igsm_problems", "chat_template", "chat_template_args", "verifier",
+             "max_prompt_tokens", "max_response_tokens", "samples", "balance", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
+    tokenizer = open_tokenizer(args)
+    examples, left_out = read_problems(tokenizer, args, traces="ignored", progress=world.main)
+    digest = data_digest((e.prompt, e.gold) for e in examples)
+    settings = json.loads(json.dumps({name: getattr(args, name) for name in names})) | {"data_digest": digest}
     described = Path(args.out) / "collect.json"
     if described.exists():
         before = json.loads(described.read_text())["settings"]
-        if changed := changed_settings(before, settings, names):
+        if changed := changed_settings(before, settings, [name for name in before if name in settings]):
             raise InputError(f"{args.out} holds rows of other settings ({changed}): choose another --out")
         if final.exists():
             return str(final)
 
-    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-    examples, left_out = read_problems(tokenizer, args, traces="ignored", progress=world.main)
     written = partial.read_text().split("\n")[:-1] if partial.exists() else []
     done = max((json.loads(line)["step"] for line in written), default=1) - 1  # the last batch may not be whole
     policy = load_policy(args.model, world, trust_remote_code=args.trust_remote_code)
@@ -948,9 +917,14 @@ def train(args: Args) -> None:
     state = checkpoints.state()
     start = state["step"] if state else 0
 
-    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    tokenizer = open_tokenizer(args)
     units, left_out = training_units(tokenizer, args, world.main)
-    held_out = held_out_examples(tokenizer, args)
+    held_out = held_out_examples(tokenizer, args, reshape=partial(as_published, ask=args.ask))
+    digest = data_digest(
+        ((row.prompt, row.response, row.actions, row.reward) for unit in units for row in unit),
+        ((e.prompt, e.gold) for e in held_out),
+    )
+    checkpoints.check_data(state, digest, f"--rows {args.rows}" if args.rows else f"--data {' '.join(args.data)}")
     if len(units) < args.batch_size:
         raise InputError(
             f"{args.rows or ' '.join(args.data)}: {len(units)} to train on are fewer than --batch_size {args.batch_size}"
@@ -1122,8 +1096,8 @@ def find_answers(policy, value, tokenizer, examples, args: Args, world) -> list[
 def search(args: Args) -> dict:
     """Answer the problems of --eval_data by --search; writes OUT/search-NAME.json and the answers beside it."""
     world = init_world(args.timeout_minutes)
-    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-    examples = held_out_examples(tokenizer, args)
+    tokenizer = open_tokenizer(args)
+    examples = held_out_examples(tokenizer, args, reshape=partial(as_published, ask=args.ask))
     policy = load_policy(args.model, world, trust_remote_code=args.trust_remote_code)
     value = None if args.search == "greedy" else load_value(args, policy, world, trained_head=True)
     found = find_answers(policy, value, tokenizer, examples, args, world)

@@ -45,8 +45,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.data import InputError, render_prompt, with_bos
+from common.data import InputError
 from common.rollout import Sampling, make_sampler
+from common.rows import render_prompt, set_template, with_bos
 from common.search import state_values
 from common.trainer import (
     ValueModel,
@@ -74,6 +75,8 @@ class Args:
     """Where rows.jsonl (of evaluate: episodes.jsonl) and results.json go."""
     chat_template: str = ""
     """File with a Jinja chat template; empty takes the tokenizer's own."""
+    chat_template_args: tuple[str, ...] = ()
+    """Settings of a template's switches, key=value, as in enable_thinking=false."""
     trust_remote_code: bool = False
     """Run the Python files that come with --model."""
     rules: Literal["own", "published"] = "own"
@@ -182,7 +185,7 @@ def parse_action(answer: str) -> str | None:
     return found[1].strip() or None if found else None
 
 
-def turn_end(tokenizer, template: str | None) -> tuple[bool, list[int]]:
+def turn_end(tokenizer) -> tuple[bool, list[int]]:
     """-> (does the template put eos behind an answer?, the ids that end one).
 
     A template without eos (MiniCPM's) shows an answer, then the mark of the next user turn: where that is one token, it
@@ -190,7 +193,7 @@ def turn_end(tokenizer, template: str | None) -> tuple[bool, list[int]]:
     turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
     talk = [{"role": role, "content": content} for role, content in turns]
     shown, more = (
-        tokenizer.apply_chat_template(talk[:n], chat_template=template, tokenize=False) for n in (2, 3)
+        tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3)
     )
     if tokenizer.eos_token in shown.rpartition("answer")[2]:
         return True, [tokenizer.eos_token_id]
@@ -202,10 +205,10 @@ def turn_end(tokenizer, template: str | None) -> tuple[bool, list[int]]:
 class Episode:
     """One game as it is played: the conversation, its ids, and which of them are actions."""
 
-    def __init__(self, name: str, number: int, game, tokenizer, template: str | None):
-        self.name, self.number, self.game, self.tokenizer, self.template = name, number, game, tokenizer, template
+    def __init__(self, name: str, number: int, game, tokenizer):
+        self.name, self.number, self.game, self.tokenizer = name, number, game, tokenizer
         self.messages = [{"role": "user", "content": game.rules}, {"role": "assistant", "content": "OK"}]
-        self.keeps_eos, self.stops = turn_end(tokenizer, template)
+        self.keeps_eos, self.stops = turn_end(tokenizer)
         self.text, self.ids, self.actions = "", [], []  # text: what the ids stand for, as the template shows it
         self.end = ""  # won | lost | max_turns | no_action | too_long
         self.turns = 0
@@ -214,7 +217,7 @@ class Episode:
     def hear(self, content: str) -> None:
         """What the game says; the ids then end where the model's answer begins."""
         self.messages.append({"role": "user", "content": content})
-        shown = render_prompt(self.tokenizer, self.messages, self.template)
+        shown = render_prompt(self.tokenizer, self.messages)
         if not shown.startswith(self.text):
             raise InputError(
                 "the chat template shows earlier turns otherwise than when they were said: pass a --chat_template "
@@ -232,7 +235,7 @@ class Episode:
         ended, kept = ids[-1] in self.stops, ids
         answer = self.tokenizer.decode(ids[:-1] if ended else ids)
         self.messages.append({"role": "assistant", "content": answer})
-        shown = self.tokenizer.apply_chat_template(self.messages, chat_template=self.template, tokenize=False)
+        shown = self.tokenizer.apply_chat_template(self.messages, tokenize=False)
         if self.keeps_eos:
             said, mark, _ = shown[len(self.text) :].partition(self.tokenizer.eos_token)
             self.text += said + mark
@@ -422,11 +425,10 @@ def choose(groups: list[list], episodes: list[Episode], value, tokenizer, args: 
 
 def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]:
     """Every game `repeat` times -> rows, of all ranks. Ranks play their own games, turn by turn together."""
-    template = Path(args.chat_template).read_text() if args.chat_template else None
     jobs = [(game, r) for game in find_games(args.games) for r in range(repeat)]
     numbers = range(world.rank, len(jobs), world.size)
     sampler = make_sampler(
-        args.rollout, policy, world, stop_ids=turn_end(tokenizer, template)[1], max_batch_tokens=args.sampler_tokens,
+        args.rollout, policy, world, stop_ids=turn_end(tokenizer)[1], max_batch_tokens=args.sampler_tokens,
         max_tokens=args.max_episode_tokens, gpu_memory=args.rollout_gpu_memory,
     )
     sampler.sync(policy, version=0)
@@ -438,7 +440,7 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
         episodes = []
         for number in numbers[wave * args.parallel : (wave + 1) * args.parallel]:
             (name, path, kind), _ = jobs[number]
-            episodes.append(Episode(name, number, open_game(name, path, kind, args), tokenizer, template))
+            episodes.append(Episode(name, number, open_game(name, path, kind, args), tokenizer))
         for turn in range(args.max_turns + 1):
             for e in episodes:
                 if not e.end and turn == args.max_turns:
@@ -467,14 +469,13 @@ def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
     """Every game by its walkthrough -> rows. Raises InputError for one that does not win."""
     from tqdm import tqdm
 
-    template = Path(args.chat_template).read_text() if args.chat_template else None
     games, rows, rng = find_games(args.games), [], random.Random(args.seed)
     things = names_of(args) or (things_of_games(games) if args.renamed else {})
     for name, path, kind in tqdm(games, desc="expert", unit="game"):
         game = open_game(name, path, kind, args)
         for n in range(1 + args.renamed):
             told = game if not n else RenamedGame(game, other_names(game.things, things, rng))
-            episode = Episode(name if not n else f"{name}, renamed {n}", n, told, tokenizer, template)
+            episode = Episode(name if not n else f"{name}, renamed {n}", n, told, tokenizer)
             for command in told.walkthrough:
                 if not episode.end:
                     answer = f"Action: {command}{tokenizer.eos_token}"
@@ -581,8 +582,6 @@ def check(args: Args) -> None:
         raise InputError(f"--stage {args.stage} needs --model")
     if args.temperature <= 0 and (args.stage == "collect" or args.value):
         raise InputError(f"--temperature {args.temperature}: answers that shall differ need a positive one")
-    if args.chat_template and not Path(args.chat_template).is_file():
-        raise InputError(f"--chat_template {args.chat_template}: no such file")
 
 
 def main(args: Args) -> dict | None:
@@ -595,9 +594,12 @@ def main(args: Args) -> dict | None:
             if world.size > 1:
                 raise InputError("--stage expert runs in one process")
             model = scratch_model(args, world) if args.model == "scratch" else args.model
-            rows = play_walkthroughs(args, load_tokenizer(model, **remote))
+            tokenizer = load_tokenizer(model, **remote)
+            rows = play_walkthroughs(args, set_template(tokenizer, args.chat_template, args.chat_template_args))
         else:
-            tokenizer, policy = load_tokenizer(args.model, **remote), load_policy(args.model, world, **remote)
+            tokenizer = load_tokenizer(args.model, **remote)
+            tokenizer = set_template(tokenizer, args.chat_template, args.chat_template_args)
+            policy = load_policy(args.model, world, **remote)
             value = load_policy(args.value, world, kind=ValueModel, trained_head=True, **remote) if args.value else None
             rows = play(args, tokenizer, policy, value, world, args.repeat if args.stage == "collect" else 1)
     except ModuleNotFoundError as error:

@@ -52,7 +52,6 @@ Commands:
 
 import hashlib
 import json
-import math
 import os
 import random
 from array import array
@@ -67,23 +66,26 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-import igsm
 from common.data import (
     InputError,
     batch_indices,
     check_verifier,
-    gsm8k_row,
-    iter_rows,
-    make_examples,
     pack,
     plan_micro_batches,
-    read_row,
-    render_prompt,
-    text_of,
-    trace_text,
-    turns_of,
 )
 from common.rollout import Sampling, make_sampler
+from common.rows import (
+    IGSM,
+    Trace,
+    data_digest,
+    held_out_examples,
+    iter_rows,
+    read_row,
+    render_prompt,
+    response_ids,
+    set_template,
+    trace_text,
+)
 from common.trainer import (
     BadBatches,
     Checkpoints,
@@ -146,7 +148,9 @@ class Args:
     out: str = "runs/redi"
     """Run folder. Running the same command again goes on from its last checkpoint."""
     chat_template: str = ""
-    """File with a Jinja chat template; empty takes the tokenizer's own."""
+    """File with a Jinja chat template; empty takes the tokenizer's own. It is saved with the model."""
+    chat_template_args: tuple[str, ...] = ()
+    """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     verifier: str = "math"
     """How answers are graded: math (LUFFY's rule: what follows </think>), full, boxed, exact, ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
@@ -270,7 +274,6 @@ PRESETS = {
         },
     ),
 }
-IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
@@ -452,25 +455,15 @@ def set_reference(policy, pairs: list[Pair], args: Args, world) -> None:
 
 # ------------------------------------------------------------------------------------------------ rows, pairs
 
-Trace = tuple[str, list[int] | None]  # text; where a model drew it also its ids, the one that ended it included
 
-
-def read_rows(source: str, args: Args, *, split: str, limit: int = 0):
-    """Rows of a data flag, one at a time; those of igsm:LO-HI get a corrupted trace where one is needed."""
-    if not source.startswith("igsm:"):
-        yield from iter_rows(source, split=split, limit=limit or None)
-        return
-    try:
-        lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
-        settings = dict(IGSM, ops=(lo, hi), split=split)
-        for problem in igsm.problems(limit or args.igsm_problems, **settings):
-            row = igsm.row(problem, split)
-            if split == "train" and args.stage != "sft" and not args.own_answers:
-                rng = random.Random(f"{args.seed} {problem.index}")
-                row |= {"chosen": row["target"], "rejected": corrupt(problem.solution, rng, IGSM["modulus"])}
-            yield row
-    except ValueError as error:
-        raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
+def read_rows(args: Args):
+    """Rows of --data, one at a time; those of igsm:LO-HI get a corrupted trace where one is needed."""
+    for row in iter_rows(args.data, problems=args.igsm_problems):
+        if args.data.startswith("igsm:") and args.stage != "sft" and not args.own_answers:
+            rng = random.Random(f"{args.seed} {row['extra_info']['index']}")
+            wrong = corrupt(row["target"][0]["content"], rng, IGSM["modulus"])
+            row |= {"chosen": row["target"], "rejected": wrong}
+        yield row
 
 
 def corrupt(solution: str, rng: random.Random, modulus: int) -> str:
@@ -493,80 +486,25 @@ def corrupt(solution: str, rng: random.Random, modulus: int) -> str:
     return "\n".join(lines)
 
 
-def read_traces(row: dict, where: str) -> tuple[list[dict], Trace | None, Trace | None, float]:
-    """-> (prompt turns, right trace, wrong trace, weight) of a row; a trace that a row does not have is None.
-
-    {prompt, chosen, rejected}, {prompt, response, label}, or LUFFY's or GSM8K's columns (a right trace only). prompt
-    is a text or turns, a trace a text or turns of which the last counts. InputError says what is wrong."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
-
-    def trace(column) -> Trace | None:
-        value = row.get(column)
-        if isinstance(value, list) and value and isinstance(value[-1], dict):
-            value = value[-1].get("content")
-        if value is None:
-            return None
-        ids = row.get(f"{column}_ids")
-        try:
-            text_of(value, f"'{column}' (a text or [{{role, content}}, ...])")
-            if ids is not None and not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
-                raise TypeError(f"'{column}_ids' is not a list of token ids")
-        except TypeError as error:
-            raise InputError(f"{where}: {error}") from error
-        return value, ids
-
-    weight = 1.0 if row.get("weight") is None else row["weight"]
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise InputError(f"{where}: 'weight' must be a number from 0 on, not {weight!r} (a wrong trace has label 0)")
-    if row.get("label") is not None or row.get("response") is not None:
-        if row.get("label") not in (0, 1):
-            raise InputError(f"{where}: 'label' must be 1 (right) or 0 (wrong), not {row.get('label')!r}")
-        if trace("response") is None:
-            raise InputError(f"{where}: column 'response' is missing (found: {', '.join(map(str, row))})")
-        chosen, rejected = (trace("response"), None) if row["label"] else (None, trace("response"))
-    elif "chosen" in row or "rejected" in row:
-        chosen, rejected = trace("chosen"), trace("rejected")
-        if chosen is None and rejected is None:
-            raise InputError(f"{where}: neither 'chosen' nor 'rejected' holds a trace")
-    else:
-        _, _, messages, text = read_row(row, where, needs_trace=True)
-        return messages, (text, None), None, float(weight)
-    return read_prompt(row, where), chosen, rejected, float(weight)
-
-
-def read_prompt(row: dict, where: str) -> list[dict]:
-    """The prompt's turns; a text is one user turn. Without the column: the turns before the last of 'chosen'."""
-    prompt = row.get("prompt")
-    if prompt is None and isinstance(row.get("chosen"), list):
-        prompt = row["chosen"][:-1]
-    try:
-        return turns_of([{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt)
-    except (KeyError, TypeError) as error:
-        reason = error
-    found = ", ".join(map(str, row))
-    raise InputError(
-        f"{where}: 'prompt' must be a text or [{{role, content}}, ...] ({reason}; columns found: {found})"
-    )
-
-
 def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress=False):
     """Rows to pairs of ids -> (pairs, counts of what was left out). In stage sft only right traces are read.
 
     Raises InputError naming `source`, the row and the remedy."""
-    template = Path(args.chat_template).read_text() if args.chat_template else None
     pairs: list[Pair] = []
     count = {"rows": len(rows), "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0, "traces_equal": 0}
     count |= {"wrong_only": 0} if args.stage == "sft" else {}
 
     def encode(traces: list[Trace | None], prompts: list[str], part: list) -> list[list[int]]:
         """Ids that end with one eos, or with what a model's own answer stopped at; [] for no trace."""
-        texts = [trace_text(prompt, trace[0]) if trace else "" for prompt, trace in zip(prompts, traces, strict=True)]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        texts = [
+            trace_text(prompt, trace.text, f"{source}, row {row[0]}") if trace else ""
+            for prompt, trace, row in zip(prompts, traces, part, strict=True)
+        ]
+        encoded = response_ids(tokenizer, prompts, texts)
         for i, (trace, ids) in enumerate(zip(traces, encoded, strict=True)):
-            if trace and trace[1] is not None:
-                encoded[i] = trace[1]
-                if tokenizer.decode(trace[1][:-1]) != trace[0]:
+            if trace and trace.ids is not None:
+                encoded[i] = trace.ids
+                if tokenizer.decode(trace.ids[:-1]) != trace.text:
                     raise InputError(
                         f"{source}, row {part[i][0]}: the ids of a trace are not those of its text: they are another "
                         "tokenizer's; remove the column '..._ids' or change --model"
@@ -584,13 +522,14 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
     for start in tqdm(range(0, len(rows), 500), desc="tokenize", unit_scale=500, leave=False, disable=not progress):
         part = []  # (index, prompt text, right, wrong, weight) of 500 rows, then tokenized together
         for index, row in enumerate(rows[start : start + 500], start):
-            messages, right, wrong, weight = read_traces(row, f"{source}, row {index}")
-            if args.stage == "sft":
-                wrong = None
-                if right is None:
+            item = read_row(row, f"{source}, row {index}")
+            right, wrong = item.first(correct=True), item.first(correct=False)
+            if args.stage == "sft" and wrong:
+                if not right:
                     count["wrong_only"] += 1
                     continue
-            part.append((index, render_prompt(tokenizer, messages, template), right, wrong, weight))
+                wrong = None
+            part.append((index, item.text or render_prompt(tokenizer, item.prompt), right, wrong, item.weight))
         if not part:
             continue
         texts = [text for _, text, *_ in part]
@@ -600,7 +539,9 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
         for (index, _, right, wrong, weight), prompt, chosen, rejected in zip(
             part, prompts, chosen_ids, rejected_ids, strict=True
         ):
-            if any(t and not (t[0].strip() and ids) for t, ids in ((right, chosen), (wrong, rejected))):
+            if not (right or wrong) or any(
+                t and not (t.text.strip() and ids) for t, ids in ((right, chosen), (wrong, rejected))
+            ):
                 bad("trace_empty", "a trace is empty")
             elif chosen == rejected:
                 bad("traces_equal", "the right and the wrong trace are equal")
@@ -666,47 +607,17 @@ def first_of_each(right: list[bool]) -> tuple[int | None, int | None]:
 
 
 def read_problem(row: dict, where: str, args: Args) -> Problem | str:
-    """A problem from a row of graded traces, or the name of the rule that leaves it out. The forms, by columns:
+    """A problem from a row of any shape in common/rows.py, or the name of the rule that leaves it out.
 
-    generations, correctness, ...   OpenR1-Math-Raw
-    prompt, responses, rewards      any graded traces; a reward is 1 (right) or 0 (wrong)
-    question, ground_truth, and columns {is_correct, solution}      GSM8K's example_model_solutions
-    those of `read_traces`          one trace or a pair; --own_answers adds a model's wrong one"""
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
-    if "prompt" not in row and {"question", "answer"} <= row.keys():
-        try:
-            row = gsm8k_row(row)
-        except TypeError as error:
-            raise InputError(f"{where}: {error}") from error
-    solutions = [v for v in row.values() if isinstance(v, dict) and {"is_correct", "solution"} <= v.keys()]
-    reward_model = row["reward_model"] if isinstance(row.get("reward_model"), dict) else {}
-    golds = (reward_model.get("ground_truth"), row.get("answer"), row.get("ground_truth"))
-    gold = next((str(answer) for answer in golds if answer is not None), "")
-    source = str(row.get("source") or row.get("data_source") or "")
-    if "generations" in row:
-        chosen = choose_openr1(row, args.drop_sources, args.right_if)
-        if isinstance(chosen, str):
-            return chosen
-        messages, traces = [{"role": "user", "content": row["problem"]}], row["generations"]
-    elif "responses" in row:
-        messages, traces, rewards = read_prompt(row, where), row["responses"], row.get("rewards")
-        if not isinstance(traces, list) or not isinstance(rewards, list) or len(traces) != len(rewards):
-            raise InputError(f"{where}: 'responses' and 'rewards' must be lists of one length")
-        if any(reward not in (0, 1) for reward in rewards):
-            raise InputError(f"{where}: 'rewards' must be 1 (right) or 0 (wrong), not {rewards}")
-        chosen = first_of_each([bool(reward) for reward in rewards])
-    elif solutions and "question" in row:
-        messages, traces = [{"role": "user", "content": row["question"]}], [s["solution"] for s in solutions]
-        chosen = first_of_each([bool(s["is_correct"]) for s in solutions])
-        gold, source = gold.rpartition("A: ")[2].strip(), source or "gsm8k"
-    else:
-        messages, right, wrong, _ = read_traces(row, where)
-        return Problem(messages, right, wrong, gold, source)
-    if not all(isinstance(trace, str) for trace in traces):
-        raise InputError(f"{where}: traces must be texts")
-    right, wrong = (None if i is None else (traces[i], None) for i in chosen)
-    return Problem(messages, right, wrong, gold, source)
+    --own_answers adds a model's wrong trace to rows that have none."""
+    chosen = choose_openr1(row, args.drop_sources, args.right_if) if isinstance(row, dict) and "generations" in row else None
+    if isinstance(chosen, str):
+        return chosen
+    item = read_row(row, where)
+    right, wrong = item.first(correct=True), item.first(correct=False)
+    if chosen:
+        right, wrong = (None if i is None else item.traces[i] for i in chosen)
+    return Problem(item.prompt, right, wrong, item.gold, str(row.get("source") or item.source))
 
 
 def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
@@ -720,16 +631,12 @@ def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
 
 
 def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
-    """{benchmark of --decontaminate: the n-grams of its questions}. Raises InputError for a row without a question."""
+    """{benchmark of --decontaminate: the n-grams of its questions}."""
     found = {}
     for source in args.decontaminate:
         for index, row in enumerate(iter_rows(source, split="test")):
-            turns = row.get("prompt") if isinstance(row.get("prompt"), list) else []
-            asked = [turn.get("content") for turn in turns if turn.get("role") == "user"][-1:]
-            text = next((t for t in (*asked, *map(row.get, ("problem", "question", "Question"))) if t), None)
-            if not isinstance(text, str):
-                raise InputError(f"--decontaminate {source}, row {index}: no question in 'prompt', 'problem' or 'question'")
-            found.setdefault(source, set()).update(word_ngrams(text, args.ngram))
+            question = read_row(row, f"--decontaminate {source}, row {index}").question
+            found.setdefault(source, set()).update(word_ngrams(question, args.ngram))
     return found
 
 
@@ -739,11 +646,10 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
 
     An answer that the limit cut short is none (it has no eos to learn from), nor is one that the verifier could not
     grade in time. A prompt over --max_prompt_tokens gets none."""
-    template = Path(args.chat_template).read_text() if args.chat_template else None
     lacking = [i for i, problem in enumerate(problems) if problem.chosen is None or problem.rejected is None]
     if not all(problems[i].gold for i in lacking):
         raise InputError(f"{args.data}: --own_answers grades by 'reward_model' or 'answer', and a row has neither")
-    texts = [render_prompt(tokenizer, problems[i].prompt, template) for i in lacking]
+    texts = [render_prompt(tokenizer, problems[i].prompt) for i in lacking]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     mine = [k for k in range(len(lacking)) if len(prompts[k]) <= args.max_prompt_tokens][world.rank :: world.size]
     sampler = open_sampler(load_policy(args.model, world), tokenizer, args, world)
@@ -762,7 +668,7 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
             count["cut short" if cut else "not graded (time-out or error)"] += 1
             continue
         count["right" if verdict.reward else "wrong"] += 1
-        trace = tokenizer.decode(ids[:-1]), ids
+        trace = Trace(tokenizer.decode(ids[:-1]), verdict.reward, ids)
         if verdict.reward:
             problems[i].chosen = problems[i].chosen or trace
         else:
@@ -774,9 +680,10 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
 
 def make_data(args: Args, world) -> dict[str, int]:
     """Stage data: positives.jsonl, pairs.jsonl and funnel.json in --out; prints and returns the funnel."""
-    tokenizer, benchmarks = load_tokenizer(args.model), benchmark_ngrams(args)
+    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    benchmarks = benchmark_ngrams(args)
     problems, n_rows, dropped = [], 0, {}
-    for row in tqdm(read_rows(args.data, args, split="train"), desc="rows", leave=False, disable=not world.main):
+    for row in tqdm(read_rows(args), desc="rows", leave=False, disable=not world.main):
         found = read_problem(row, f"{args.data}, row {n_rows}", args)
         n_rows += 1
         if not isinstance(found, str) and benchmarks:
@@ -801,8 +708,8 @@ def make_data(args: Args, world) -> dict[str, int]:
     def row(problem: Problem, **traces: Trace) -> dict:
         gold = {"style": "rule", "ground_truth": problem.gold}
         row = {"data_source": problem.source, "prompt": problem.prompt, "reward_model": gold}
-        row |= {name: text for name, (text, _) in traces.items()}
-        return row | {f"{name}_ids": ids for name, (_, ids) in traces.items() if ids is not None}
+        row |= {name: trace.text for name, trace in traces.items()}
+        return row | {f"{name}_ids": trace.ids for name, trace in traces.items() if trace.ids is not None}
 
     rows = [row(p, chosen=p.chosen, rejected=p.rejected) for p in both]
     measured = replace(args, stage="redi", bad_rows="drop")
@@ -812,7 +719,7 @@ def make_data(args: Args, world) -> dict[str, int]:
     if world.main:
         out = Path(args.out)
         # 'target' for LUFFY's readers; 'chosen' where ids must be kept too
-        targets = [row(p, target=p.chosen) if p.chosen[1] is None else row(p, chosen=p.chosen) for p in positives]
+        targets = [row(p, target=p.chosen) if p.chosen.ids is None else row(p, chosen=p.chosen) for p in positives]
         write_lines(out / "positives.jsonl", targets)
         write_lines(out / "pairs.jsonl", [rows[pair.index] for pair in pairs])
         write_lines(out / "funnel.json", [funnel])
@@ -832,16 +739,6 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def read_examples(source: str, tokenizer, args: Args, *, split: str, limit: int = 0):
-    """Examples of a data flag to evaluate on, and the counts of what was left out."""
-    rows = list(read_rows(source, args, split=split, limit=limit))
-    return make_examples(
-        rows, tokenizer, source=source, traces="ignored", max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens,
-        template=Path(args.chat_template).read_text() if args.chat_template else None,
-    )
-
-
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
     for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "epochs", "beta", "ngram"):
@@ -854,8 +751,6 @@ def check(args: Args) -> None:
         raise InputError(f"--label_smoothing must be from 0 to under 0.5, not {args.label_smoothing}")
     if args.stage != "redi" and args.loss != "redi":
         raise InputError(f"--loss {args.loss} is of --stage redi, and does nothing in --stage {args.stage}")
-    if args.chat_template and not Path(args.chat_template).is_file():
-        raise InputError(f"--chat_template {args.chat_template}: no such file")
     if args.decontaminate and args.stage != "data":
         raise InputError("--decontaminate leaves problems out in --stage data; train on the files that it writes")
     if args.own_answers and args.stage != "data":
@@ -912,15 +807,13 @@ def main(args: Args) -> None:
     state = checkpoints.state()
     start = state["step"] if state else 0
 
-    tokenizer = load_tokenizer(args.model)
-    pairs, left_out = make_pairs(
-        list(read_rows(args.data, args, split="train")), tokenizer, args, source=args.data, progress=world.main
+    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    pairs, left_out = make_pairs(list(read_rows(args)), tokenizer, args, source=args.data, progress=world.main)
+    held_out = held_out_examples(tokenizer, args)
+    digest = data_digest(
+        ((p.prompt, p.chosen, p.rejected, p.weight) for p in pairs), ((e.prompt, e.gold) for e in held_out)
     )
-    held_out = [
-        example
-        for source in args.eval_data
-        for example in read_examples(source, tokenizer, args, split="test", limit=args.eval_limit)[0]
-    ]
+    checkpoints.check_data(state, digest, f"--data {args.data}")
     alone = sum(not p.chosen or not p.rejected for p in pairs)
     if args.stage == "redi" and args.loss in ("dpo", "simpo") and alone:
         raise InputError(f"--data {args.data}: {alone} rows have one trace, and --loss {args.loss} compares two")

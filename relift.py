@@ -64,13 +64,12 @@ from common.data import (
     InputError,
     batch_indices,
     check_verifier,
-    load_rows,
-    make_examples,
     pack,
     plan_micro_batches,
     tokens_of_means,
 )
 from common.rollout import Completion, Sampling, make_sampler
+from common.rows import IGSM, data_digest, held_out_examples, read_examples, set_template
 from common.trainer import (
     BadBatches,
     Checkpoints,
@@ -116,7 +115,9 @@ class Args:
     out: str = "runs/relift"
     """Run folder. Running the same command again goes on from its last checkpoint."""
     chat_template: str = ""
-    """File with a Jinja chat template; empty takes the tokenizer's own."""
+    """File with a Jinja chat template; empty takes the tokenizer's own. It is saved with the model."""
+    chat_template_args: tuple[str, ...] = ()
+    """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
     verifier: str = "math"
     """How answers are graded: math (LUFFY's rule: what follows </think>), full, boxed, exact, ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
@@ -268,7 +269,6 @@ SCRATCH = dict(
     model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
 )
-IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
@@ -534,23 +534,11 @@ def policy_logps(policy, rows: list[Row], args: Args, world) -> list[torch.Tenso
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def read_examples(source: str, tokenizer, args: Args, *, split: str, traces: str, limit: int = 0, progress=False):
-    """Examples of a data flag, and the counts of what was left out. Those without a trace stay in."""
-    if source.startswith("igsm:"):
-        try:
-            lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
-            settings = dict(IGSM, ops=(lo, hi), split=split)
-            rows = [igsm.row(problem, split) for problem in igsm.problems(limit or args.igsm_problems, **settings)]
-        except ValueError as error:
-            raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
-    else:
-        rows = load_rows(source, split=split, limit=limit or None)
-    # a row may lack the column altogether: a question without a demonstration
-    rows = [{"target": None} | row if isinstance(row, dict) else row for row in rows]
-    examples, left_out = make_examples(
-        rows, tokenizer, source=source, traces=traces, max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens, empty_trace="on_policy", long_trace="cut",
-        template=Path(args.chat_template).read_text() if args.chat_template else None, progress=progress,
+def read_questions(tokenizer, args: Args, *, traces: str, progress=False):
+    """Examples of --data, and the counts of what was left out. Those without a demonstration stay in."""
+    examples, left_out = read_examples(
+        args.data, tokenizer, args, split="train", traces=traces, golds=args.method != "sft", empty_trace="on_policy",
+        long_trace="cut", progress=progress,
     )
     for example in examples:
         if example.trace and example.trace[-1] != tokenizer.eos_token_id:  # it was too long, and is cut
@@ -586,8 +574,6 @@ def check(args: Args) -> None:
         raise InputError(f"--tis_cap must be 1 or more, or 0 for none, not {args.tis_cap}")
     if args.steps < 0:
         raise InputError(f"--steps must be positive, or 0 to follow --epochs, not {args.steps}")
-    if args.chat_template and not Path(args.chat_template).is_file():
-        raise InputError(f"--chat_template {args.chat_template}: no such file")
     check_verifier(args.verifier)
 
 
@@ -677,9 +663,9 @@ def main(args: Args) -> None:
     interleave = args.method == "relift" and args.sft_data_size > 0
     scratch = args.model == "scratch"
     tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"]) if scratch else load_tokenizer(args.model)
-    examples, left_out = read_examples(
-        args.data, tokenizer, args, split="train",
-        traces="needed" if args.method == "sft" or interleave else "ignored", progress=world.main,
+    set_template(tokenizer, args.chat_template, args.chat_template_args)
+    examples, left_out = read_questions(
+        tokenizer, args, traces="needed" if args.method == "sft" or interleave else "ignored", progress=world.main
     )
     without = sum(e.trace is None for e in examples)
     if interleave or args.method == "sft":
@@ -688,13 +674,9 @@ def main(args: Args) -> None:
             print(f"warning: {without} of {len(examples)} questions have no demonstration to fine-tune on")
     if args.method == "sft":
         examples = [e for e in examples if e.trace]
-    held_out = [
-        example
-        for source in args.eval_data
-        for example in read_examples(
-            source, tokenizer, args, split="test", traces="ignored", limit=args.eval_limit
-        )[0]
-    ]
+    held_out = held_out_examples(tokenizer, args)
+    digest = data_digest(*([(e.prompt, e.trace, e.gold) for e in part] for part in (examples, held_out)))
+    checkpoints.check_data(state, digest, f"--data {args.data}")
     if len(examples) < args.batch_size:
         raise InputError(f"--data {args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
     steps = args.steps or max(1, int(args.epochs * (len(examples) // args.batch_size)))

@@ -5,8 +5,8 @@
 
 ceilings   rates of the card: copies, and matrix products at the shapes that occur
 attention  packed attention forward and backward on the lengths of a LUFFY batch
-head       log-probs from hidden states, forward and backward, beside the bare products and other libraries
-step       one LUFFY update on Qwen2.5-1.5B's shapes and on eight layers of 7B's: seconds, model FLOPs utilisation (MFU),
+head       log-probs from hidden states, forward and backward, beside bare products and other people's
+step       one LUFFY update on Qwen2.5-1.5B's shapes and on eight layers of 7B's: seconds, model FLOPs utilisation,
            peak memory beside the formula of benchmarks/scale.py, and a profile by kind of operation
 rollout    answers through vLLM (where it is installed) and through the embedded sampler: tokens a second, seconds to
            start, sleep and sync, and how far the log-probs are from the trainer's
@@ -17,6 +17,7 @@ toys, which shows that the program runs and nothing else. docs/gpu.md says what 
 """
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -222,18 +223,15 @@ def step():
                     row |= {"seconds": taken, "tokens/s": packed / taken, "MFU": work / taken / peak}
                     if CUDA:
                         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-                    formula = scale.state_bytes(shape, 1) + scale.gathered_bytes(shape)
-                    row["formula GB"] = 1e-9 * (
-                        formula + scale.activation_bytes(shape, packed // 2, checkpointing=checkpointing)
-                    )
+                    half = dict(tokens=packed // 2, responses=responses // 2, checkpointing=checkpointing)
+                    row["formula GB"] = scale.peak_bytes(shape, 1, **half) / 1e9
                     row["profile"] = profile(update)
                 except torch.cuda.OutOfMemoryError:
                     row["left out"] = "out of memory"
                     optimizer.zero_grad(set_to_none=True)
                 yield row
-        del policy, optimizer, update
-        if CUDA:
-            torch.cuda.empty_cache()
+        del policy, optimizer, update, eager, layer, forward
+        gc.collect()
 
 
 def profile(function) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import luffy
 from common.rollout import EmbeddedSampler, Sampling
+from common.rows import read_examples
 from common.search import state_values
 from common.trainer import ValueModel, init_world, load_policy, load_tokenizer, parse_args
 from common.verifiers import grade
@@ -20,7 +21,7 @@ def drawn(
     same seed asks every model with the same random streams."""
     world, tokenizer = init_world(), load_tokenizer(model)
     args = parse_args(luffy.Args, ["--preset", "tiny"], method=luffy.METHODS, preset=luffy.PRESETS)
-    examples, _ = luffy.read_examples(source, tokenizer, args, split="test", traces="ignored", limit=problems)
+    examples, _ = read_examples(source, tokenizer, args, split="test", traces="ignored", limit=problems)
     policy = load_policy(model, world)
     sampler = EmbeddedSampler(policy, stop_ids=[tokenizer.eos_token_id])
     sampler.sync(policy, version=0)

@@ -3,9 +3,9 @@
     python benchmarks/scale.py                                 the tables of docs/scale.md
     python benchmarks/scale.py --ranks 16 --tokens 16384       another machine
 
-States, activations and operations are checked against measured small models by tests/test_scale.py. Not counted: the
-allocator's slack, NCCL's buffers, gradients of activations and of whole layers (a few at a time). A step's time is that
-of its matrix products at --tflops, the most that one GPU can do: a lower bound.
+States, activations and operations are checked against measured small models, the peak against one H100, by
+tests/test_scale.py. Not counted: the allocator's slack, NCCL's buffers, CUDA's context (0.5 GB and more). A step's time
+is that of its matrix products at --tflops, the most that one GPU can do: a lower bound.
 """
 
 import argparse
@@ -54,6 +54,27 @@ def gathered_bytes(shape: Shape) -> float:
     return 2 * (2 * shape.layer + heads)
 
 
+def head_bytes(shape: Shape, responses: int, *, kept: bool = True) -> float:
+    """What log-probs and their gradient take beside the activations: a tile of float32 logits, the head's gradient and,
+    if `kept`, 2 bytes a logit (common/logprobs.py: where at most half of the free memory goes into them)."""
+    return 4 * 2**27 + 2 * shape.vocab * shape.hidden + (2 * responses * shape.vocab if kept else 0)
+
+
+def root_bytes(shape: Shape) -> float:
+    """At the end of a backward pass: the gradient of embeddings and head in bf16, and as a float32 sum over ranks."""
+    return 6 * (1 if shape.tied else 2) * shape.vocab * shape.hidden
+
+
+def peak_bytes(shape: Shape, ranks: int, tokens: int, responses: int, *, checkpointing: bool, kept=True) -> float:
+    """Peak memory of an update whose micro-batches have `tokens` tokens, `responses` of them predicted.
+
+    The head, the layer that is computed again and the root's gradient come one after the other: the largest counts."""
+    activations = activation_bytes(shape, tokens, checkpointing=checkpointing)
+    saved = 2 * shape.layers * tokens * shape.hidden if checkpointing else activations
+    moments = (saved + head_bytes(shape, responses, kept=kept), activations, root_bytes(shape))
+    return state_bytes(shape, ranks) + gathered_bytes(shape) + max(moments)
+
+
 def activation_bytes(shape: Shape, tokens: int, *, checkpointing: bool, element: int = 2) -> float:
     """What the backward pass of `tokens` tokens of a micro-batch keeps, for elements of `element` bytes (2: bf16).
 
@@ -66,10 +87,10 @@ def activation_bytes(shape: Shape, tokens: int, *, checkpointing: bool, element:
 
 def update_flops(shape: Shape, tokens: int, responses: int, *, checkpointing: bool = True) -> float:
     """Operations of an update's matrix products: the body forward, again (but for each layer's last product) and
-    backward, and the head's on the response tokens, twice too. Attention's own, which grow with the lengths, are not
-    in it."""
+    backward, and the head's on the response tokens (8 instead of 6 operations where it keeps nothing). Attention's
+    own, which grow with the lengths, are not in it."""
     again = 2 * (shape.layer - shape.hidden * shape.intermediate) if checkpointing else 0
-    return shape.layers * (6 * shape.layer + again) * tokens + 8 * responses * shape.vocab * shape.hidden
+    return shape.layers * (6 * shape.layer + again) * tokens + 6 * responses * shape.vocab * shape.hidden
 
 
 def main() -> None:
@@ -79,16 +100,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024, help="sequences of an update")
     parser.add_argument("--tflops", type=float, default=989, help="dense bf16 of one GPU (H100, H200: 989)")
     options = parser.parse_args()
-    print("| model | GPUs | states | gathered | " + " | ".join(f"activations, {t:,} tokens" for t in options.tokens)
-          + " | sum (GB) |")
-    print("|---|---|---|---|" + "---|" * (len(options.tokens) + 1))
+    lengths = [f"{t:,} tokens" for t in options.tokens]
+    print("| model | GPUs | states | gathered | root's gradient | "
+          + " | ".join(f"activations, {t} | peak, {t} | the same, nothing kept" for t in lengths) + " |")
+    print("|---|---|---|---|---|" + "---|" * (3 * len(options.tokens)))
     for name, shape in MODELS.items():
         for ranks in options.ranks:
-            parts = [state_bytes(shape, ranks), gathered_bytes(shape)]
-            activations = [activation_bytes(shape, t, checkpointing=True) for t in options.tokens]
-            sums = " / ".join(f"{(sum(parts) + a) / 1e9:.0f}" for a in activations)
-            cells = " | ".join(f"{x / 1e9:.1f}" for x in (*parts, *activations))
-            print(f"| {name} | {ranks} | {cells} | {sums} |")
+            cells = [state_bytes(shape, ranks), gathered_bytes(shape), root_bytes(shape)]
+            for t in options.tokens:
+                cells.append(activation_bytes(shape, t, checkpointing=True))
+                cells += [peak_bytes(shape, ranks, t, t, checkpointing=True, kept=kept) for kept in (True, False)]
+            print(f"| {name} | {ranks} | {' | '.join(f'{x / 1e9:.1f}' for x in cells)} |")
     print(f"\n| model | tokens a sequence | operations of an update of {options.rows:,} sequences | "
           + " | ".join(f"{r} GPU{'s' * (r > 1)}" for r in options.ranks) + " |")
     print("|---|---|---|" + "---|" * len(options.ranks))

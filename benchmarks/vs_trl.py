@@ -49,10 +49,10 @@ import redi  # noqa: E402
 from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
 from common.trainer import check_finite, init_world, load_policy, make_optimizer, optimizer_step  # noqa: E402
 
-MODELS = {  # hidden, layers, vocabulary
-    "small": (256, 4, 2048),  # 4.2 million parameters
-    "wide": (896, 2, 151936),
-    "1.5B": (1536, 28, 151936),
+MODELS = {  # hidden, layers, vocabulary, the MLP's width, heads, heads of keys and values
+    "small": (256, 4, 2048, 768, 4, 4),  # 4.2 million parameters
+    "wide": (896, 2, 151936, 2688, 14, 2),
+    "1.5B": (1536, 28, 151936, 8960, 12, 2),  # Qwen2.5's
 }
 SIDES = ["ours", "trl", "bare"]
 SETTING = itemgetter("step", "lengths", "model", "new")  # of a row of the results
@@ -64,11 +64,10 @@ def make_model(name: str, p_eos: float, folder: Path) -> None:
     """A Qwen2 with random weights that ends its answers with probability p_eos at every token, and a tokenizer.
 
     All embeddings share a direction, which the last hidden state then has; the head's row of eos lies along it."""
-    hidden, layers, vocabulary = MODELS[name]
-    heads = max(4, hidden // 64)
+    hidden, layers, vocabulary, intermediate, heads, kv_heads = MODELS[name]
     config = Qwen2Config(
-        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads if hidden < 512 else 2, vocab_size=vocabulary, max_position_embeddings=4096,
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=4096,
         tie_word_embeddings=False, eos_token_id=1, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)

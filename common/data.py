@@ -1,16 +1,7 @@
-"""Rows in, token batches out: loading, chat templates, ids, packing, balancing over ranks.
+"""Token batches: packing, attention within packed sequences, balancing over ranks. (Rows of files: rows.py.)
 
-A *row* is a dict in LUFFY's schema (the columns of `Elliott/Openr1-Math-46k-8192`):
-
-    data_source   str
-    prompt        [{role, content}, ...]                   system and user turns
-    target        [{role: "assistant", content}] or str    the teacher's trace (only where a method needs one)
-    reward_model  {"style": "rule", "ground_truth": str}
-
-GSM8K's `question` / `answer` columns are understood too (see `gsm8k_row`).
-
-An *example* is a row as ids (`Example`); a *sequence* is a prompt and a response to train on; a `TokenBatch`
-is several sequences packed into one row of tokens. Nothing is padded, and no mask is ever read off a pad id:
+A *sequence* is a prompt and a response to train on; a `TokenBatch` is several sequences packed into one row of tokens.
+Nothing is padded, and no mask is ever read off a pad id:
 
     sequences   [p p | r r r]  [p | r r]                   p prompt, r response (its last token is eos)
     input_ids    p p   r r      p   r                      the last response token is predicted, never read
@@ -22,135 +13,21 @@ is several sequences packed into one row of tokens. Nothing is padded, and no ma
 Sequences that begin with the same prompt, as the answers of a group do, share its tokens: it is read once.
 """
 
-import itertools
-import json
+import heapq
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from pathlib import Path
 
-import jinja2
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import AttentionInterface
 
 from common.verifiers import grade
 
-THINK = "<think>\n"
-IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
-
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message names the row, the flag and the remedy; exit code 2."""
-
-
-# ---------------------------------------------------------------------------------------------------- rows
-
-
-def load_rows(source: str, *, split: str = "train", limit: int | None = None) -> list[dict]:
-    """Rows of a local .parquet / .json / .jsonl file, of a folder of such files, or of a Hub dataset.
-
-    A Hub dataset is NAME or NAME:CONFIG. `split` is used for Hub names only. Raises InputError if there is no such
-    thing or it holds no rows."""
-    rows = list(iter_rows(source, split=split, limit=limit))
-    if not rows:
-        raise InputError(f"{source}: no rows")
-    return rows
-
-
-def iter_rows(source: str, *, split: str = "train", limit: int | None = None):
-    """The same one at a time, for more rows than fit in memory (.json and .jsonl files are read whole)."""
-    import datasets
-
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in {".parquet", ".json", ".jsonl"})
-        if not files:
-            raise InputError(f"{source}: the folder holds no .parquet, .json or .jsonl file")
-    elif path.is_file():
-        files = [path]
-    elif path.suffix in {".parquet", ".json", ".jsonl"} or source.startswith((".", "/", "~")):
-        raise InputError(f"{source}: no such file or folder")
-    else:
-        try:
-            name, _, config = source.partition(":")
-            rows = datasets.load_dataset(name, config or None, split=split)
-        except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(
-                f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({reason})"
-            ) from error
-        yield from map(dict, itertools.islice(rows, limit))
-        return
-    yield from itertools.islice((row for file in files for row in _read_file(file)), limit)
-
-
-def _read_file(path: Path):
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-                yield from batch.to_pylist()
-        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a readable parquet file ({error})") from error
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json" and text.lstrip().startswith("["):
-            yield from json.loads(text)
-            return
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON in UTF-8 ({error})") from error
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-
-
-def text_of(value, name: str) -> str:
-    """`value`, which must be text that a tokenizer takes. Raises TypeError naming it."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is not text")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise TypeError(f"{name} holds half a character (a lone surrogate)")
-    return value
-
-
-def turns_of(value) -> list[dict]:
-    """`value`, which must be [{role, content}, ...], with these two alone. Raises TypeError or KeyError naming it."""
-    if not isinstance(value, list) or not value:
-        raise TypeError("there are no turns")
-    return [{name: text_of(turn[name], f"a turn's {name}") for name in ("role", "content")} for turn in value]
-
-
-def gold_of(value) -> str:
-    """A gold answer as text; it must be text or a number. Raises TypeError if it is not."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError("the gold answer is neither text nor a number")
-    return text_of(str(value), "the gold answer")
-
-
-def gsm8k_row(row: dict, *, needs_trace: bool = True) -> dict:
-    """GSM8K's {question, answer: "reasoning #### 18"} in LUFFY's schema; the reasoning becomes the trace.
-
-    Without needs_trace an answer alone will do. Raises TypeError where they are not text, or lack a part."""
-    text_of(row["question"], "'question'")
-    reasoning, mark, gold = text_of(row["answer"], "'answer'").rpartition("####")
-    gold = gold.strip().replace(",", "") if mark else gold.strip()
-    if not gold or (needs_trace and not reasoning.strip()):
-        raise TypeError("'answer' is not GSM8K's: reasoning, then #### and the answer")
-    return {
-        "data_source": "gsm8k",
-        "prompt": [{"role": "user", "content": f"{row['question']}\n\n{IN_A_BOX}"}],
-        "target": [{"role": "assistant", "content": f"{THINK}{reasoning.strip()}\n</think>\n\n\\boxed{{{gold}}}"}],
-        "reward_model": {"style": "rule", "ground_truth": gold},
-    }
 
 
 def check_verifier(name: str) -> None:
@@ -159,143 +36,6 @@ def check_verifier(name: str) -> None:
         grade([""], [""], verifier=name, workers=1)
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"--verifier {name}: {error}") from error
-
-
-# ------------------------------------------------------------------------------------------------ examples
-
-
-@dataclass
-class Example:
-    """One question as ids. `trace` is the teacher's response, eos included; None where the row has none."""
-
-    prompt: list[int]
-    trace: list[int] | None
-    gold: str
-    source: str
-    index: int  # row number in the data, for messages and for random streams
-    text: str  # the rendered prompt
-    trace_logps: list[float] | None = None  # the teacher's own log-probs of the trace's tokens, where they are given
-
-
-def render_prompt(tokenizer, messages: list[dict], template: str | None = None) -> str:
-    """The prompt text that generation starts from. `template`: Jinja source; None takes the tokenizer's own."""
-    if template is None and not tokenizer.chat_template:
-        raise InputError(
-            "the model folder's tokenizer has no chat template: pass --chat_template FILE with a Jinja template"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except jinja2.TemplateError as error:  # a broken template, or one that refuses these roles
-        raise InputError(f"the chat template cannot render {[m['role'] for m in messages]} turns ({error})") from error
-
-
-def with_bos(ids: list[int], tokenizer) -> list[int]:
-    """Ids of a text, begun with the bos that this tokenizer puts before text (Llama, DeepSeekMath; not Qwen), once."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return [bos, *ids] if adds and ids[:1] != [bos] else ids
-
-
-def trace_text(prompt_text: str, trace: str) -> str:
-    """A teacher's trace as the model would have to produce it after this prompt.
-
-    `<think>\\n` belongs to the prompt where the template ends with it, and is then taken off the trace."""
-    return trace.removeprefix(THINK) if prompt_text.endswith(THINK) else trace
-
-
-def make_examples(
-    rows: list[dict],
-    tokenizer,
-    *,
-    source: str,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    traces: str = "needed",
-    empty_trace: str = "error",
-    long_trace: str = "reject",
-    template: str | None = None,
-    progress: bool = False,
-) -> tuple[list[Example], dict[str, int]]:
-    """Rows to examples, and a count of what was left out and why.
-
-    traces:       "needed" (a row must have one) or "ignored" (on-policy methods, evaluation).
-    empty_trace:  "error", "drop" the row, or "on_policy": keep the question without a teacher row.
-    long_trace:   "reject" a trace (eos included) of more than max_response_tokens, or "cut" it as the
-                  published code did, which loses the eos and the answer.
-    Raises InputError naming `source`, the row and the field."""
-    examples: list[Example] = []
-    count = {"rows": len(rows), "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0}
-    eos = tokenizer.eos_token_id
-    shared: dict[int, int] = {}
-
-    def encode(texts: list[str]) -> list[list[int]]:  # one int object an id: a token takes 8 bytes, not 36
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [[shared.setdefault(i, i) for i in ids] for ids in encoded]
-
-    for start in tqdm(range(0, len(rows), 500), desc="tokenize", unit_scale=500, leave=False, disable=not progress):
-        part = []  # (index, data source, gold, prompt text, trace text) of 500 rows, then tokenized together
-        for index, row in enumerate(rows[start : start + 500], start):
-            origin, gold, messages, trace = read_row(row, f"{source}, row {index}", needs_trace=traces == "needed")
-            text = render_prompt(tokenizer, messages, template)
-            part.append((index, origin or source, gold, text, trace_text(text, trace)))
-        prompts = encode([text for *_, text, _ in part])
-        responses = encode([trace for *_, trace in part]) if traces == "needed" else [[]] * len(part)
-        for (index, origin, gold, text, trace), prompt, ids in zip(part, prompts, responses, strict=True):
-            if len(prompt) > max_prompt_tokens:
-                count["prompt_too_long"] += 1
-                continue
-            if traces == "needed":
-                if not trace.strip():
-                    if empty_trace == "error":
-                        raise InputError(
-                            f"{source}, row {index}: the trace ('target') is empty; remove the row (or, with luffy.py, "
-                            "pass --empty_trace drop | on_policy)"
-                        )
-                    count["trace_empty"] += 1
-                    if empty_trace == "drop":
-                        continue
-                    ids = []
-                elif ids[-1] != eos:
-                    ids = [*ids, eos]
-                if len(ids) > max_response_tokens:
-                    count["trace_too_long"] += 1
-                    if long_trace == "reject":
-                        continue
-                    ids = ids[:max_response_tokens]
-            examples.append(Example(prompt, ids or None, gold, origin, index, text))
-    if not examples:
-        raise InputError(
-            f"{source}: no row is left of {len(rows)} ({count['prompt_too_long']} prompts over "
-            f"--max_prompt_tokens {max_prompt_tokens}, {count['trace_too_long']} traces over "
-            f"--max_response_tokens {max_response_tokens}, {count['trace_empty']} empty traces)"
-        )
-    return examples, count | {"kept": len(examples)}
-
-
-def read_row(row: dict, where: str, *, needs_trace: bool) -> tuple[str, str, list[dict], str]:
-    """-> (data source, gold answer, prompt messages, trace text) of a row; InputError says what it lacks."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
-    if "prompt" not in row and {"question", "answer"} <= row.keys():
-        try:
-            row = gsm8k_row(row, needs_trace=needs_trace)
-        except TypeError as error:
-            raise InputError(f"{where}: {error}") from error
-    for column in ("prompt", "reward_model", *(("target",) if needs_trace else ())):
-        if column not in row:
-            raise InputError(f"{where}: column '{column}' is missing (found: {', '.join(map(str, row))})")
-    try:
-        target, gold = row.get("target") or "", gold_of(row["reward_model"]["ground_truth"])
-        trace = target if isinstance(target, str) else target[0]["content"] or ""  # a text, or one assistant turn
-        source = text_of(row.get("data_source") or "", "'data_source'")
-        return source, gold, turns_of(row["prompt"]), text_of(trace, "'target'")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(
-            f"{where}: 'prompt' must be [{{role, content}}, ...], 'target' [{{role, content}}] or text, "
-            f"'reward_model' {{ground_truth}} ({type(error).__name__}: {error})"
-        ) from error
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -509,32 +249,46 @@ AttentionInterface.register("packed", packed_attention)  # no mask function of t
 def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
     """Share sequences out: plan[round][rank] = indices of the sequences of that micro-batch.
 
-    Every micro-batch holds at most max_tokens tokens (or one longer sequence), ranks get nearly equal numbers of
-    tokens, and every rank has the same number of rounds: empty lists fill up. A rank's sequences stay in order, so
-    that those with the same prompt come together and share it.
+    A micro-batch holds at most max_tokens tokens (or one longer sequence). Every rank has the same number of rounds.
+    Ranks wait for each other in every round, so all micro-batches get nearly the same cost. One rank waits for nobody:
+    there the sequences stay in order, and those with the same prompt come together and share it.
 
     >>> plan_micro_batches([5, 4, 4, 3, 2], ranks=2, max_tokens=9)
-    [[[0, 3], [1, 2]], [[4], []]]
+    [[[0], [3, 4]], [[1], [2]]]
+    >>> plan_micro_batches([5, 4, 4, 3, 2], ranks=1, max_tokens=9)
+    [[[0, 1]], [[2, 3, 4]]]
     """
-    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for i in by_length:  # longest first to the least loaded rank
-        rank = load.index(min(load))
-        shares[rank].append(i)
-        load[rank] += lengths[i]
-    rounds: list[list[list[int]]] = []
-    for rank, share in enumerate(shares):
+    if ranks == 1:
         batches: list[list[int]] = []
         room = 0
-        for i in sorted(share):
-            if not batches or lengths[i] > room:
+        for i, length in enumerate(lengths):
+            if not batches or length > room:
                 batches.append([])
                 room = max_tokens
             batches[-1].append(i)
-            room -= lengths[i]
-        for r, batch in enumerate(batches):
-            if r == len(rounds):
-                rounds.append([[] for _ in range(ranks)])
-            rounds[r][rank] = batch
-    return rounds
+            room -= length
+        return [[batch] for batch in batches]
+    rounds = -(-sum(lengths) // (ranks * max_tokens))
+    while (bins := _fill_bins(lengths, rounds * ranks, max_tokens)) is None:
+        rounds += 1
+    bins.sort(key=lambda batch: -sum(cost(lengths[i]) for i in batch))
+    return [bins[r * ranks : (r + 1) * ranks] for r in range(rounds)]
+
+
+def cost(tokens: int) -> float:
+    """A sequence's share of an update's time, in tokens: attention grows with the square of its length. (On an H100
+    1e-4 is between what 7B's and 1.5B's layers take: 0.7e-4 and 1.9e-4.)"""
+    return tokens + 1e-4 * tokens**2
+
+
+def _fill_bins(lengths: list[int], n: int, max_tokens: int) -> list[list[int]] | None:
+    """Each sequence, the longest first, goes to the bin of the least cost; None if it does not fit there."""
+    bins: list[list[int]] = [[] for _ in range(n)]
+    heap = [(0.0, b, max_tokens) for b in range(n)]  # cost, bin, room
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        so_far, b, room = heapq.heappop(heap)
+        if bins[b] and lengths[i] > room:
+            return None
+        bins[b].append(i)
+        heapq.heappush(heap, (so_far + cost(lengths[i]), b, room - lengths[i]))
+    return [sorted(batch) for batch in bins]

@@ -47,6 +47,7 @@ from common import data  # noqa: F401  (registers the "packed" attention)
 from common.data import InputError, TokenBatch
 from common.logprobs import linear_kl, linear_logprobs
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 transformers_logging.disable_progress_bar()  # shards read and written: noise beside a training bar
 
 # ------------------------------------------------------------------------------------- command line, launch
@@ -132,9 +133,18 @@ class World:
 
 
 def init_world(timeout_minutes: float = 30.0) -> World:
-    """Join the ranks that torchrun started (nccl on CUDA, gloo on CPU), or be a world of one process."""
+    """Join the ranks that torchrun started (nccl on CUDA, gloo on CPU), or be a world of one process.
+
+    Raises InputError where there is an NVIDIA GPU that torch, which was built for CUDA, cannot use."""
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    if not cuda and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and NVIDIA_DRIVER.exists():
+        driver = NVIDIA_DRIVER.read_text().splitlines()[0]
+        raise InputError(
+            f"torch {torch.__version__} cannot use this machine's NVIDIA GPU; its driver ({driver}) may be too old for "
+            f"CUDA {torch.version.cuda} (CUDA 13 needs 580 or later). Install a newer driver, or set "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -418,7 +428,6 @@ def _shard(policy: Policy, world: World) -> Policy:
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     how = dict(
         mesh=init_device_mesh(world.device.type, (world.size,)),
-        reshard_after_forward=world.size > 1,  # one rank has nothing to gather a second time
         mp_policy=bf16 if world.device.type == "cuda" else MixedPrecisionPolicy(),
     )
     whole = policy.state_dict() if world.main else {}
@@ -706,6 +715,7 @@ class Checkpoints:
         """background: write while training goes on; None: on CUDA."""
         self.folder, self.keep = folder, keep
         self.settings = json.loads(json.dumps(dataclasses.asdict(args)))
+        self.data = None  # digest of what is trained on (check_data)
         self.background = torch.cuda.is_available() if background is None else background
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
@@ -753,6 +763,15 @@ class Checkpoints:
                 file=sys.stderr,
             )
         return state
+
+    def check_data(self, state: dict | None, digest: str, flags: str) -> None:
+        """Save `digest` with every checkpoint. Raises InputError if that of `state` is another one."""
+        self.data = digest
+        if state and state.get("data") not in (None, digest):
+            raise InputError(
+                f"{flags}: the data (or the tokenizer) changed since {self.latest()} was written; restore them, or use "
+                "another --out to start anew"
+            )
 
     def _sums(self, path: Path, world: World, group=None) -> dict[str, str]:
         """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
@@ -823,7 +842,8 @@ class Checkpoints:
         named = {name.removeprefix("-") or "policy": model for name, (model, _) in pairs.items()}
         configs = {name: model.lm.config.to_dict() | {"dtype": str(model.lm.saved_dtype).removeprefix("torch.")}
                    for name, model in named.items()}  # fmt: skip
-        state = {"step": step, "ranks": world.size, "settings": self.settings, "configs": configs, **extra}
+        state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
+        state |= {"configs": configs, **extra}
         start, tensors = time.perf_counter(), self._tensors(pairs)
         with self._explain(step):
             if not self.background:

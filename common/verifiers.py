@@ -62,7 +62,7 @@ class NoAnswer(ValueError):
 class Verdict(NamedTuple):
     reward: float
     status: str  # "ok" | "timeout" | "error" | "unparsable"
-    detail: str | None = None  # why it is not "ok"
+    detail: str | None = None  # why it is not "ok"; "gold unreadable: ..." where the gold is at fault, not the answer
 
 
 # Rules on text alone. They run in the caller's process without a deadline: nothing is slower than linear.
@@ -190,6 +190,14 @@ def _strict_box(response, gold):
     return box == gold or _compare(r"\boxed{" + box.replace("\n", " ") + "}", number)
 
 
+def _robust(response, gold):
+    from common.robust import robust  # here: it needs sympy, which a training process does not load
+
+    _math_verify()
+    with _seal():
+        return robust(response, str(gold))
+
+
 def _compare(text, gold):
     parse, verify, seed = _math_verify()
     with _seal():
@@ -197,7 +205,7 @@ def _compare(text, gold):
         answer = parse(text[-MAX_CHARS:], parsing_timeout=None)
         truth = parse(f"${gold}$", parsing_timeout=None)
         if not answer or not truth:
-            raise NoAnswer("no answer in the response" if truth else "no answer in the gold")
+            raise NoAnswer("no answer in the response" if truth else f"gold unreadable: {gold[:100]}")
         return verify(truth, answer, timeout_seconds=None)
 
 
@@ -205,6 +213,7 @@ VERIFIERS = {
     "math": _math,
     "full": _full,
     "strict_box": _strict_box,
+    "robust": _robust,
     "boxed": _boxed,
     "exact": _exact,
     "mcq": _mcq,
@@ -314,7 +323,7 @@ def _polynomial(symbol, expression, *_, **__):
     return lambda x: functools.reduce(lambda total, c: total * x + int(c), coefficients, 0)
 
 
-HARMLESS = {"import", "sys._getframe", "builtins.id", "object.__getattr__", "object.__setattr__"}
+HARMLESS = {"import", "sys._getframe", "array.__new__", "builtins.id", "object.__getattr__", "object.__setattr__"}
 
 
 def _audit(event, args):

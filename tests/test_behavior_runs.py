@@ -198,11 +198,15 @@ def test_sft_trains_on_prompts_and_solutions_or_on_solutions_alone(folder, world
     assert row["sft/loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
 
 
-def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder):
-    tokenizer = load_tokenizer(str(folder / "base" / "model"))
+def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "base" / "model", model)
+    tokenizer = bridge.open_tokenizer(str(model), settings())
     before = bridge.read_examples("rl", tokenizer, settings("--out", folder))[0][0]
     assert before.text.count("<think>") == 1
-    tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "")
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<think>\n", ""))
+    tokenizer = bridge.open_tokenizer(str(model), settings())
     after = bridge.read_examples("rl", tokenizer, settings("--out", folder))[0][0]
     assert after.text == before.text and after.text.endswith("<think>\n") and after.prompt == before.prompt
 

@@ -1,7 +1,6 @@
-"""common/data.py: rows, templates, traces, packing, balancing."""
+"""common/data.py: packing, attention, balancing."""
 
 import itertools
-import json
 import random
 
 import pytest
@@ -10,178 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import igsm
 from common import data
 from common.data import (
-    InputError,
     batch_indices,
-    gsm8k_row,
-    load_rows,
-    make_examples,
+    cost,
     pack,
     packed_attention,
     plan_micro_batches,
-    trace_text,
 )
-
-TOKENIZER = igsm.tokenizer("symbolic")
-
-
-def row(question="a=5\na?", trace="<think>\na=5\n</think>\n\\boxed{5}", gold="5", **extra):
-    return {
-        "data_source": "toy", "prompt": [{"role": "user", "content": question}],
-        "target": [{"role": "assistant", "content": trace}], "reward_model": {"style": "rule", "ground_truth": gold},
-    } | extra
-
-
-def examples(rows, **options):
-    options = {"source": "toy.jsonl", "max_prompt_tokens": 64, "max_response_tokens": 32} | options
-    return make_examples(rows, TOKENIZER, **options)
-
-
-# -------------------------------------------------------------------------------------------------- loading
-
-
-def test_rows_load_from_parquet_json_jsonl_and_folders(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [row(gold=str(i)) for i in range(5)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "b.json").write_text(json.dumps(rows))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
-    for name in ("a.jsonl", "b.json", "c.parquet"):
-        assert load_rows(str(tmp_path / name)) == rows
-    assert load_rows(str(tmp_path)) == rows * 3
-    assert load_rows(str(tmp_path), limit=7) == (rows * 3)[:7]
-
-
-def test_a_json_line_may_hold_unicode_line_separators(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\n")
-    assert load_rows(str(tmp_path / "a.jsonl")) == [{"text": "a\u2028b"}]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("no.jsonl", None, "no such file"),
-        ("bad.jsonl", '{"a": 1}\n{"a": ', "line 2: not valid JSON"),
-        ("bad.json", "[1, 2", "not valid JSON"),
-        ("bad.parquet", "not parquet", "not a readable parquet"),
-        ("empty.jsonl", "", "no rows"),
-    ],
-)
-def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message) as error:
-        load_rows(str(tmp_path / name))
-    assert name in str(error.value)
-
-
-def test_a_hub_name_may_carry_its_configuration(monkeypatch):
-    asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *given, **named: asked.append((given, named)) or [{"a": 1}])
-    assert load_rows("openai/gsm8k:main", split="test") == load_rows("some/data") == [{"a": 1}]
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"}), (("some/data", None), {"split": "train"})]
-
-
-@pytest.mark.parametrize("answer", ["(1, 2)", "so\n####", "#### 5"])
-def test_an_answer_that_is_not_gsm8ks_is_refused(answer):
-    with pytest.raises(InputError, match="row 0: 'answer' is not GSM8K's"):
-        examples([{"question": "Q?", "answer": answer}])
-
-
-def test_where_no_trace_is_needed_an_answer_alone_will_do():
-    rows = [{"question": "Q?", "answer": answer} for answer in ("(1, 2)", "#### 1,200")]
-    found, _ = examples(rows, traces="ignored", max_prompt_tokens=400)
-    assert [e.gold for e in found] == ["(1, 2)", "1200"]
-
-
-def test_gsm8k_rows_become_luffys_schema():
-    r = gsm8k_row({"question": "Q?", "answer": "Half of 2 is <<2/2=1>>1.\n#### 1,200"})
-    assert r["reward_model"]["ground_truth"] == "1200"
-    assert r["target"][0]["content"].endswith("</think>\n\n\\boxed{1200}")
-    assert r["prompt"][0]["content"].startswith("Q?")
-
-
-# -------------------------------------------------------------------------------------------------- examples
-
-
-def test_the_trace_loses_its_think_tag_exactly_when_the_prompt_ends_with_it():
-    assert trace_text("...<think>\n", "<think>\nabc") == "abc"
-    assert trace_text("...<think>\n", "abc") == "abc"
-    assert trace_text("...assistant\n", "<think>\nabc") == "<think>\nabc"
-
-
-def test_a_trace_ends_with_eos_exactly_once():
-    [plain], _ = examples([row()])
-    [ended], _ = examples([row(trace="<think>\na=5\n</think>\n\\boxed{5}" + TOKENIZER.eos_token)])
-    assert plain.trace == ended.trace
-    assert plain.trace[-1] == TOKENIZER.eos_token_id and plain.trace.count(TOKENIZER.eos_token_id) == 1
-    assert TOKENIZER.decode(plain.trace[:-1]) == "a=5\n</think>\n\\boxed{5}"
-    assert plain.text.endswith("<think>\n") and TOKENIZER.decode(plain.prompt) == plain.text
-
-
-def test_rows_that_are_too_long_are_counted_and_left_out():
-    long_prompt, long_trace = row(question="a=1\n" * 40 + "a?"), row(trace="a=1\n" * 20)
-    kept, count = examples([long_prompt, row(), long_trace])
-    assert [e.index for e in kept] == [1]
-    assert count == {"rows": 3, "prompt_too_long": 1, "trace_too_long": 1, "trace_empty": 0, "kept": 1}
-
-
-def test_a_long_trace_can_be_cut_as_published_and_then_has_no_eos():
-    [e], _ = examples([row(trace="a=1\n" * 20)], long_trace="cut")
-    assert len(e.trace) == 32 and TOKENIZER.eos_token_id not in e.trace
-
-
-def test_a_trace_that_fits_with_its_eos_is_kept_whole():
-    trace = "1" * 31
-    [e], count = examples([row(trace=trace)])
-    assert len(e.trace) == 32 and count["trace_too_long"] == 0
-    with pytest.raises(InputError):
-        examples([row(trace="1" * 32)])
-
-
-def test_an_empty_trace_is_an_error_unless_told_otherwise():
-    rows = [row(), row(trace=" ")]
-    with pytest.raises(InputError, match="row 1.*--empty_trace"):
-        examples(rows)
-    assert len(examples(rows, empty_trace="drop")[0]) == 1
-    assert [e.trace is None for e in examples(rows, empty_trace="on_policy")[0]] == [False, True]
-    assert len(examples(rows, traces="ignored")[0]) == 2
-
-
-@pytest.mark.parametrize("column", ["prompt", "target", "reward_model"])
-def test_a_missing_column_is_named_with_those_found(column):
-    broken = row()
-    del broken[column]
-    with pytest.raises(InputError, match=f"row 1: column '{column}' is missing .*data_source"):
-        examples([row(), broken])
-
-
-@pytest.mark.parametrize(
-    "broken", [{"prompt": "text"}, {"prompt": []}, {"prompt": [{"role": "user", "content": None}]},
-               {"reward_model": None}, {"reward_model": {}}, {"target": [{"role": "assistant"}]}, {"target": 5}],
-)  # fmt: skip
-def test_a_malformed_row_is_named(broken):
-    with pytest.raises(InputError, match="toy.jsonl, row 1"):
-        examples([row(), row() | broken])
-
-
-def test_nothing_left_is_an_error_that_says_why():
-    with pytest.raises(InputError, match="no row is left of 2 .*2 prompts over --max_prompt_tokens 3"):
-        examples([row(), row()], max_prompt_tokens=3)
-
-
-def test_a_tokenizer_without_chat_template_needs_the_flag():
-    bare = igsm.tokenizer("symbolic")
-    bare.chat_template = None
-    with pytest.raises(InputError, match="--chat_template"):
-        make_examples([row()], bare, source="x", max_prompt_tokens=64, max_response_tokens=32)
-    [e], _ = make_examples([row()], bare, source="x", max_prompt_tokens=64, max_response_tokens=32,
-                           template="{{ messages[0].content }}\n")  # fmt: skip
-    assert e.text == "a=5\na?"
 
 
 def test_batches_are_epochs_of_permutations():
@@ -341,6 +176,14 @@ def test_plans_hold_every_sequence_once_within_the_budget(lengths, ranks, budget
     for shares in plan:
         assert len(shares) == ranks
         assert all(len(share) == 1 or sum(lengths[i] for i in share) <= budget for share in shares if share)
-    if lengths:
-        loads = [sum(lengths[i] for shares in plan for i in shares[rank]) for rank in range(ranks)]
-        assert max(loads) - min(loads) <= max(lengths)
+    if lengths and ranks > 1:
+        costs = [sum(cost(lengths[i]) for i in share) for shares in plan for share in shares]
+        assert max(costs) - min(costs) <= max(map(cost, lengths)) + 1e-6
+
+
+def test_ranks_hardly_wait_for_each_other():
+    rng = random.Random(0)
+    lengths = [min(8192, 300 + int(1500 * rng.lognormvariate(0, 0.7))) for _ in range(512)]
+    plan = plan_micro_batches(lengths, 8, 32768)
+    waiting = sum(max(sum(cost(lengths[i]) for i in share) for share in shares) for shares in plan)
+    assert waiting < 1.01 * sum(map(cost, lengths)) / 8

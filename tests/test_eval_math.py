@@ -26,7 +26,6 @@ from eval import (
     make_prompts,
     mean_and_errors,
     pass_at_k,
-    read_benchmark_row,
     read_questions,
     read_records,
     results_tables,
@@ -251,43 +250,6 @@ def test_limit_takes_the_first_questions_of_each_benchmark_with_all_their_rows(t
     assert [(q.text, q.rows) for q in questions] == [("a0", 3), ("a1", 3), ("b0", 3), ("b1", 3)]
 
 
-@pytest.mark.parametrize(
-    "row, text, gold",
-    [
-        ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 1,004"}, "2+2?", "1004"),
-        ({"problem": "P", "answer": r"\frac{1}{2}", "solution": "..."}, "P", r"\frac{1}{2}"),
-        ({"problem": "P", "solution": r"so \boxed{\frac{1}{2}}.", "level": "Level 1"}, "P", r"\frac{1}{2}"),
-        ({"question": "Q", "answer": 7}, "Q", "7"),
-        ({"question": "Q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"},
-         "Q\n\n1) a\n2) b", "2"),
-        ({"question": "Q", "options": ["a", "b", "c"], "answer": "C", "answer_index": 2}, "Q\n\nA) a\nB) b\nC) c", "C"),
-    ],
-)  # fmt: skip
-def test_rows_of_other_benchmarks_are_read(row, text, gold):
-    _, said, turns, right = read_benchmark_row(row, "row")
-    assert (said, right) == (text, gold)
-    assert turns[-1]["role"] == "user" and turns[-1]["content"].startswith(text) and r"\boxed{}" in turns[-1]["content"]
-
-
-def test_gpqa_options_are_shuffled_alike_in_every_run_and_the_gold_follows():
-    golds = Counter()
-    for i in range(40):
-        row = {"Question": f"Q{i}", "Correct Answer": "yes", **{f"Incorrect Answer {j}": f"no{j}" for j in (1, 2, 3)}}
-        _, text, _, gold = read_benchmark_row(row, "row")
-        assert f"{gold}) yes" in text and read_benchmark_row(row, "row")[1] == text
-        golds[gold] += 1
-    assert set(golds) == set("ABCD")
-
-
-@pytest.mark.parametrize(
-    "row", [{"question": "Q"}, {"problem": "P", "solution": "no box"}, {"prompt": "text", "reward_model": {}}, "text",
-            {"question": "Q", "choices": ["a"], "answerKey": "A"}, {"question": None, "answer": "1"}]
-)  # fmt: skip
-def test_a_row_that_cannot_be_read_is_named(row):
-    with pytest.raises(InputError, match="valid.jsonl, row 7"):
-        read_benchmark_row(row, "valid.jsonl, row 7")
-
-
 # Prompts.
 
 CHATML = (
@@ -329,6 +291,10 @@ def test_templates_are_those_of_the_published_evaluations(tokenizer, tmp_path, n
     if name == "prime":
         assert text.startswith("A conversation between User and Assistant. The user asks a question, and the")
         assert text.endswith(f"<answer> answer here </answer>. User: {PRIME}. Assistant:")
+    elif name == "prime_code":
+        assert text.startswith("A conversation between User and Assistant. The user asks a question, and the")
+        assert text.endswith("User: Q?\n\nWrite Python code to solve the problem. Present the code in \n```python\n"
+                             "Your code\n```\nat the end.. Assistant:")
     elif name == "redi":
         assert text.startswith(f"{HEAD}<|im_start|>user\nSolve the following math problem efficiently and clearly.  ")
         assert text.endswith("Think step by step before answering.\n\nQ?<|im_end|>\n<|im_start|>assistant<think>\n")

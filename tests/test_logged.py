@@ -11,8 +11,9 @@ import luffy
 import oreo
 import redi
 import relift
-from common.data import Example, InputError
+from common.data import InputError
 from common.rollout import Completion
+from common.rows import Example, Trace
 from common.search import Candidate
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
@@ -23,6 +24,8 @@ from tests.test_wiring import Asked
 
 class Says:
     """A tokenizer whose one-token texts are given."""
+
+    chat_template = None
 
     def __init__(self, *texts):
         self.texts = texts
@@ -116,7 +119,8 @@ def test_a_searchs_accuracy_is_that_of_the_answers_of_the_highest_value(tmp_path
 def test_answers_that_were_not_graded_in_time_are_graded_again():
     verdicts = ([0.0, "timeout"], [0.0, "error"], [0.0, "ok"])
     answers = [{"text": "\\boxed{5}", "verdicts": {"boxed": verdict}} for verdict in verdicts]
-    evaluation.grade_records([{"gold": "5", "answers": answers}], "boxed")
+    record = {"gold": "5", "answers": answers, "graded_by": {"boxed": evaluation.grader_version("boxed")}}
+    evaluation.grade_records([record], "boxed")
     assert [a["verdicts"]["boxed"] for a in answers] == [[1.0, "ok"], [1.0, "ok"], [0.0, "ok"]]
 
 
@@ -150,10 +154,10 @@ def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(t
     monkeypatch.setattr(redi, "open_sampler", lambda *_: Three())
     monkeypatch.setattr(redi, "load_policy", lambda *_: None)
     turns = [{"role": "user", "content": "a=1\na?"}]
-    problems = [redi.Problem(turns, ("x", None), None, "9", ""), redi.Problem(turns, None, ("y", None), "9", "")]
+    problems = [redi.Problem(turns, Trace("x"), None, "9", ""), redi.Problem(turns, None, Trace("y", 0.0), "9", "")]
     redi.add_own_answers(problems, tokenizer, redi.Args(out=str(tmp_path), verifier="boxed", own_answers=3), ONE_RANK)
-    assert problems[0].rejected == ("a=1", answers[0]) and problems[0].chosen == ("x", None)
-    assert problems[1].rejected == ("y", None) and problems[1].chosen is None
+    assert problems[0].rejected == Trace("a=1", 0.0, answers[0]) and problems[0].chosen == Trace("x")
+    assert problems[1].rejected == Trace("y", 0.0) and problems[1].chosen is None
 
 
 def test_other_sources_can_be_left_out():

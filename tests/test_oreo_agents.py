@@ -1,5 +1,6 @@
 """oreo_agents.py: the protocol, episodes as rows, choosing by value; and the real games where they are installed."""
 
+import copy
 import hashlib
 import json
 import random
@@ -106,7 +107,7 @@ def test_the_action_is_the_rest_of_the_first_action_line(answer, command):
 
 
 def test_an_episode_is_a_row_of_the_ids_that_were_drawn_with_the_answers_as_actions():
-    episode = Episode("door", 0, Door(""), TOKENIZER, None)
+    episode = Episode("door", 0, Door(""), TOKENIZER)
     for answer in ("Thought: I wait\nAction: open door<|eos|>", "Action: go out<|eos|>"):
         episode.say(ids(answer))
     row = episode.row()
@@ -118,7 +119,7 @@ def test_an_episode_is_a_row_of_the_ids_that_were_drawn_with_the_answers_as_acti
     assert spans[0] == "Thought: I wait\nAction: open door<|eos|>Action: go out<|eos|>"
     assert spans[1] == "<|user|>Observation: The door is open.<|assistant|>"
     # the same as the conversation's text gives, its "OK" being context
-    prompt, response, actions = oreo.conversation_ids(row["conversations"], TOKENIZER, None, skip_turns=1)
+    prompt, response, actions = oreo.conversation_ids(row["conversations"], TOKENIZER, skip_turns=1)
     assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
 
 
@@ -313,9 +314,11 @@ MINICPM = (
 
 @pytest.mark.parametrize("end", ["<|eos|>", " <|eos|>", "<|user|>"])
 def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_answer_too(end):
-    assert oreo_agents.turn_end(TOKENIZER, None) == (True, [TOKENIZER.eos_token_id])
-    assert oreo_agents.turn_end(TOKENIZER, MINICPM) == (False, ids("<|eos|><|user|>"))
-    episode = Episode("door", 0, Door(""), TOKENIZER, MINICPM)
+    assert oreo_agents.turn_end(TOKENIZER) == (True, [TOKENIZER.eos_token_id])
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = MINICPM
+    assert oreo_agents.turn_end(tokenizer) == (False, ids("<|eos|><|user|>"))
+    episode = Episode("door", 0, Door(""), tokenizer)
     for answer in ("Action: open door", "Action: go out"):
         episode.say(ids(answer + end))
     row = episode.row()
@@ -323,7 +326,7 @@ def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_an
     assert TOKENIZER.decode(row["prompt_ids"]) == "<|user|>Open the door and go.<|assistant|>OK<|user|>A door.<|assistant|>"
     said = "Action: open door", "<|user|>Observation: The door is open.<|assistant|>", "Action: go out"
     assert TOKENIZER.decode(row["response_ids"]) == "".join(said)
-    prompt, response, actions = oreo.conversation_ids(row["conversations"], TOKENIZER, MINICPM, skip_turns=1)
+    prompt, response, actions = oreo.conversation_ids(row["conversations"], tokenizer, skip_turns=1)
     assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
 
 

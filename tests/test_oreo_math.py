@@ -285,6 +285,9 @@ class CharTokenizer:
             text = text[len(mark) if mark else 1 :]
         return {"input_ids": ids}
 
+    def convert_ids_to_tokens(self, token):
+        return self.special[token] if token < 4 else chr(token - 4)
+
     def batch_decode(self, rows):
         return ["".join(self.special[i] if i < 4 else chr(i - 4) for i in row) for row in rows]
 
@@ -323,7 +326,7 @@ def test_a_turns_eos_is_an_action_and_what_the_template_puts_behind_it_is_not():
 
     said = (("user", "q"), ("assistant", "a"), ("user", "o"), ("assistant", "b"))
     messages = [{"role": role, "content": content} for role, content in said]
-    prompt, response, actions = oreo.conversation_ids(messages, Chat(), None, 0)
+    prompt, response, actions = oreo.conversation_ids(messages, Chat(), 0)
     assert "".join(Chat().batch_decode([[i] for i in prompt])) == "<U>q<E>\n<A>"
     assert "".join(Chat().batch_decode([[i] for i in response])) == "a<E>\n<U>o<E>\n<A>b<E>"
     assert actions == [True] * 2 + [False] * 6 + [True] * 2
@@ -336,7 +339,7 @@ def test_a_template_that_rewrites_the_history_is_refused():
 
     messages = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
     with pytest.raises(InputError, match="keeps the history"):
-        oreo.conversation_ids(messages, Forgets(), None, 0)
+        oreo.conversation_ids(messages, Forgets(), 0)
 
 
 def test_a_token_that_holds_a_delimiter_ends_a_step():

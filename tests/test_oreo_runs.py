@@ -16,6 +16,7 @@ import igsm
 import oreo
 import oreo_agents
 from common.data import InputError, pack
+from common.rows import IGSM, read_row
 from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args, read_metrics
 from tests import oreo_ranks
 from tests.conftest import NANO, run_script
@@ -26,7 +27,7 @@ from tests.oreo_ranks import SMALL, settings
 def nano(world, tmp_path_factory):
     """A model folder of a few thousand random weights, with the tokenizer of symbolic iGSM."""
     folder = tmp_path_factory.mktemp("nano") / "model"
-    tokenizer = igsm.tokenizer("symbolic", modulus=oreo.IGSM["modulus"])
+    tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"])
     config = dict(NANO, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     export(load_policy("nano", world, from_config=config, seed=3), tokenizer, folder, world)
@@ -47,7 +48,7 @@ def nano_value(nano, world, tmp_path_factory):
 def rows(tmp_path_factory):
     """A file of worked solutions, every second of which has a wrong answer."""
     lines = []
-    for i, problem in enumerate(igsm.problems(12, **oreo.IGSM, ops=(1, 2))):
+    for i, problem in enumerate(igsm.problems(12, **IGSM, ops=(1, 2))):
         row = igsm.row(problem, "train")
         right = row["target"][0]["content"].removeprefix("<think>\n")
         wrong = right.replace("\\boxed{", "\\boxed{1")
@@ -301,10 +302,10 @@ IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
         ([GOOD | {"reward": 0}] * 9, ["--stage", "rejection"], "no answer is right"),
         ([GOOD, GOOD | {"prompt": "b=1\na?", "reward": 0}], ["--stage", "dpo"], "no question has a right and a wrong"),
         ([GOOD, GOOD | {"response": ""}], [], "row 1: no prompt, or no action token"),
-        ([GOOD, GOOD | {"prompt": ""}], [], "row 1: no prompt, or no action token"),
-        ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: expected .* .KeyError: 'reward'"),
-        ([GOOD, GOOD | {"reward": "good"}], [], "row 1: expected .*could not convert"),
-        ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: .* a reward of nan"),
+        ([GOOD, GOOD | {"prompt": ""}], [], "row 1: 'prompt' must be a text"),
+        ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: 'label' must be .*'reward'"),
+        ([GOOD, GOOD | {"reward": "good"}], [], "row 1: 'reward' must be a number, not 'good'"),
+        ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: 'reward' must be a number, not nan"),
         ([[1, 2]], [], "row 0: expected"),
         ([GOOD | {"prompt_ids": [5], "response_ids": [9999]}], [], "row 0: ids of another tokenizer"),
         ([GOOD | {"prompt_ids": [5], "response_ids": [6, 7]}], [], "row 0: ids of another tokenizer"),
@@ -312,7 +313,8 @@ IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
         ([IDS | {"actions": [0, 0]}], [], "row 0: no prompt, or no action"),
         ([GOOD | {"question": 0}, GOOD | {"question": 0, "prompt": "b=1\na?", "reward": 0}], ["--stage", "dpo"],
          "no question has a right and a wrong"),
-        ([{"conversations": [{"role": "user", "content": "x"}], "reward": 1}], [], "row 0: no action: 1 turns"),
+        ([{"conversations": [{"role": "user", "content": "x"}], "reward": 1}], [],
+         "row 0: 'conversations' has no assistant turn"),
     ],
 )  # fmt: skip
 def test_bad_rows_get_one_message_that_names_the_row(nano, tmp_path, lines, words, message):
@@ -344,7 +346,7 @@ def test_a_folder_without_a_trained_head_searches_nothing_and_says_so(nano, rows
     words = ["--stage", "search", "--value", nano, "--out", tmp_path / "search"]
     with pytest.raises(InputError, match="--value .*no trained value head there: .*Qwen2ForCausalLM"):
         oreo.main(settings(nano, *words))
-    data = write(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **oreo.IGSM, ops=(1, 2))])
+    data = write(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **IGSM, ops=(1, 2))])
     with pytest.raises(InputError, match="no trained value head"):
         ask = dict(data=(data,), out=str(tmp_path / "eval"), max_tokens=40, verifier=("boxed",))
         evaluation.main(evaluation.Args(model=nano, value=nano, search="beam", **ask))
@@ -373,7 +375,8 @@ def test_the_published_value_models_head_is_read(nano, nano_value, tmp_path, wor
 def test_gsm8k_and_math_are_asked_and_answered_as_published(nano, words, tmp_path):
     gsm8k = {"question": "q?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
     math_row = {"problem": "p?", "solution": "so \\boxed{\\frac{1}{2}}.", "level": "Level 1", "type": "Algebra"}
-    rows = [oreo.published_row(row, "x", "user" if words else "system", needs_trace=True) for row in (gsm8k, math_row)]
+    ask = "user" if words else "system"
+    items = [oreo.as_published(read_row(row, "x"), row, ask) for row in (gsm8k, math_row)]
     box = "Please reason step by step, and put your final answer within \\boxed{}."
     if words:
         prompts = [[{"role": "user", "content": f"{q}\n{box}"}] for q in ("q?", "p?")]
@@ -381,31 +384,39 @@ def test_gsm8k_and_math_are_asked_and_answered_as_published(nano, words, tmp_pat
         hashes = "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'"
         prompts = [[{"role": "system", "content": s}, {"role": "user", "content": q}]
                    for s, q in ((hashes, "q?"), (box, "p?"))]  # fmt: skip
-    assert [row["prompt"] for row in rows] == prompts
-    assert [row["target"] for row in rows] == [gsm8k["answer"], math_row["solution"]]
-    assert [row["reward_model"]["ground_truth"] for row in rows] == ["1004", "\\frac{1}{2}"]
+    assert [item.prompt for item in items] == prompts
+    assert [[t.text for t in item.traces] for item in items] == [[gsm8k["answer"]], [math_row["solution"]]]
+    assert [item.gold for item in items] == ["1004", "\\frac{1}{2}"]
+    other = {"question": "q?", "options": ["a", "b"], "answer": "A"}
+    assert oreo.as_published(read_row(other, "x"), other, ask) == read_row(other, "x")
     files = [write(tmp_path / "gsm8k.jsonl", [gsm8k] * 3), write(tmp_path / "math.jsonl", [math_row] * 2)]
     args = settings(nano, "--stage", "sft", "--data", *files, *words, "--max_prompt_tokens", "900")
     units, count = oreo.training_units(load_tokenizer(nano), args, False)
     assert [unit[0].index for unit in units] == [0, 1, 2, 3, 4] and count["kept"] == count["rows"] == 5
-    with pytest.raises(InputError, match="math.jsonl, row 0: 'solution' has no closed box"):
-        bad = write(tmp_path / "math.jsonl", [math_row | {"solution": "no"}])
-        oreo.training_units(load_tokenizer(nano), settings(nano, "--stage", "sft", "--data", bad), False)
+    bad = write(tmp_path / "math.jsonl", [math_row | {"solution": "no"}])
+    with pytest.raises(InputError, match="math.jsonl, row 0: the gold answer is missing"):
+        oreo.read_problems(load_tokenizer(nano), settings(nano, "--data", bad), traces="ignored")
 
 
 def test_rows_of_text_and_conversations_begin_with_the_tokenizers_bos(nano, tmp_path):
     tokenizer = load_tokenizer(nano)
-    plain = oreo.row_ids(GOOD, tokenizer, None, settings(nano))
+
+
+    def ids_of(row):
+        item = read_row(row, "x")
+        return oreo.row_ids(item, item.traces[0], tokenizer, settings(nano))
+
+    plain = ids_of(GOOD)
     turns = [{"role": "user", "content": "a=1"}, {"role": "assistant", "content": "a=1"}]
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    talk = oreo.conversation_ids(turns, tokenizer, template, 0)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    talk = oreo.conversation_ids(turns, tokenizer, 0)
     tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", bos)])
-    prompt, response, _ = oreo.row_ids(GOOD, tokenizer, None, settings(nano))
+    prompt, response, _ = ids_of(GOOD)
     assert prompt == [bos, *plain[0]] and response == plain[1]
-    assert oreo.row_ids(GOOD | {"prompt": "<|bos|>a=1\na?"}, tokenizer, None, settings(nano))[0] == prompt  # not twice
-    assert oreo.conversation_ids(turns, tokenizer, template, 0) == ([bos, *talk[0]], *talk[1:])
+    assert ids_of(GOOD | {"prompt": "<|bos|>a=1\na?"})[0] == prompt  # not twice
+    assert oreo.conversation_ids(turns, tokenizer, 0) == ([bos, *talk[0]], *talk[1:])
 
 
 def test_prompt_and_response_have_one_limit_together(nano, rows, tmp_path):

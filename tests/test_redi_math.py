@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import igsm
 import redi
 from common.data import InputError
+from common.rows import Trace
 from common.trainer import World
 from redi import Args, Pair, accumulate_gradient, collapsed_at, dpo_loss, make_pairs, redi_loss, simpo_loss
 from tests.conftest import NANO
@@ -311,7 +312,7 @@ def test_traces_come_as_text_turns_conversations_labels_or_in_luffys_columns(tok
         ([{"prompt": "p", "response": "a", "label": 2}], "row 0: 'label' must be 1 .right. or 0 .wrong., not 2"),
         ([{"prompt": "p", "response": "a", "label": "1"}], "'label' must be .* not '1'"),
         ([{"prompt": "p", "label": 1}], "column 'response' is missing .found: prompt, label"),
-        ([{"prompt": "p", "chosen": None, "rejected": None}], "neither 'chosen' nor 'rejected'"),
+        ([{"prompt": "p", "chosen": None, "rejected": None}], "row 0: a trace is empty"),
         ([{"chosen": "a", "rejected": "b"}], "'prompt' must be a text"),
         ([pair_row(weight=-1)], "'weight' must be a number from 0 on, not -1"),
         ([pair_row(chosen=3)], "row 0: 'chosen' .*is not text"),
@@ -362,11 +363,11 @@ def test_graded_traces_of_three_forms_give_the_first_right_and_the_first_wrong_o
     ]  # fmt: skip
     for row in rows:
         problem = redi.read_problem(row, "row 0", Args())
-        assert problem == redi.Problem([{"role": "user", "content": "p"}], ("y", None), ("x", None), "4", "s")
+        assert problem == redi.Problem([{"role": "user", "content": "p"}], Trace("y"), Trace("x", 0.0), "4", "s")
     luffys = {"prompt": [{"role": "user", "content": "p"}], "target": "y", "reward_model": {"ground_truth": 0}}
     assert redi.read_problem(luffys, "row 0", Args()).gold == "0"
     gsm8k = redi.read_problem({"question": "p", "answer": "so\n#### 1,000"}, "row 0", Args())
-    assert gsm8k.gold == "1000" and gsm8k.chosen[0].startswith("<think>\nso") and gsm8k.rejected is None
+    assert gsm8k.gold == "1000" and gsm8k.chosen.text.startswith("<think>\nso") and gsm8k.rejected is None
 
 
 @pytest.mark.parametrize(

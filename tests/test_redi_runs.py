@@ -12,6 +12,7 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 import igsm
 import redi
 from common.data import InputError
+from common.rows import Trace
 from common.trainer import load_policy, parse_args, read_metrics
 from tests import redi_ranks
 from tests.conftest import NANO, run_script
@@ -98,7 +99,7 @@ def test_what_a_model_drew_keeps_its_ids_in_both_files(settings, tmp_path, monke
 
     def answer(problems, *_):
         for problem in problems:
-            problem.chosen = problem.chosen or (tokenizer.decode(drawn[:-1]), drawn)
+            problem.chosen = problem.chosen or Trace(tokenizer.decode(drawn[:-1]), 1.0, drawn)
 
     monkeypatch.setattr(redi, "add_own_answers", answer)
     graded = [{"prompt": "a=22\na?", "responses": ["a=6"], "rewards": [0], "answer": "22"}]
@@ -314,6 +315,6 @@ def test_problems_that_share_words_with_a_benchmark_are_left_out_and_counted(set
     assert f"-2  shares 13 words with {named}" in capsys.readouterr().out
     kept = [json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "data" / "pairs.jsonl").open()]
     assert sorted(kept) == sorted([" ".join(words[:12]), "a=5\na?"])
-    with pytest.raises(InputError, match="bench.jsonl, row 0: no question"):
+    with pytest.raises(InputError, match="bench.jsonl, row 0: no shape of row"):
         broken = write(tmp_path / "bench.jsonl", [{"answer": 1}])
         redi.main(settings("--stage", "data", "--data", write(tmp_path / "rows.jsonl", rows), "--decontaminate", broken))

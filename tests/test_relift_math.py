@@ -123,7 +123,7 @@ def test_an_sft_update_is_the_published_one_whatever_the_micro_batches(name, mic
 
 
 class Numbers:
-    """A tokenizer whose text is its ids; what read_examples needs of one."""
+    """A tokenizer whose text is its ids; what read_questions needs of one."""
 
     chat_template = "any"
 
@@ -132,6 +132,9 @@ class Numbers:
 
     def __call__(self, texts, add_special_tokens):
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+    def convert_ids_to_tokens(self, token):
+        return str(token)
 
     def apply_chat_template(self, messages, **_):
         return messages[0]["content"]
@@ -155,9 +158,9 @@ def demonstrations(case, tmp_path, **settings):
         )
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = Args(max_response_tokens=len(case["tgt_input_ids_right_padded"][0]), **settings)
-    source = str(tmp_path / "rows.jsonl")
-    return relift.read_examples(source, Numbers(case["eos_id"]), args, split="train", traces="needed")[0]
+    length = len(case["tgt_input_ids_right_padded"][0])
+    args = Args(data=str(tmp_path / "rows.jsonl"), max_response_tokens=length, **settings)
+    return relift.read_questions(Numbers(case["eos_id"]), args, traces="needed")[0]
 
 
 @pytest.mark.parametrize("name", VECTORS["replace_response_in_batch"]["cases"])

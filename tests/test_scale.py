@@ -1,6 +1,7 @@
 """benchmarks/scale.py's formulas, against a model of our own that is small enough to be measured."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.scale import MODELS, Shape, activation_bytes, state_bytes, update_flops
 from common.data import pack
 from common.trainer import load_policy, make_optimizer
+from tests.conftest import ROOT
 
 SHAPES = [Shape(3, 64, 128, 2, 32, 97), Shape(2, 128, 256, 4, 128, 61), Shape(4, 64, 160, 2, 64, 50, tied=True)]
 
@@ -79,3 +81,15 @@ def test_operations_of_the_body(shape, checkpointing, world):
     products = {op: n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)}
     predicted = update_flops(shape, 64, 0, checkpointing=checkpointing)
     assert sum(products.values()) == pytest.approx(predicted, rel=0.01)
+
+
+DEVICES = sorted((ROOT / "benchmarks" / "results").glob("device-*.json"))
+
+
+@pytest.mark.parametrize("path", DEVICES, ids=lambda path: path.stem)
+def test_peak_memory_is_the_formulas(path):
+    rows = [row for row in json.loads(path.read_text())["step"]["rows"] if "peak GB" in row]
+    eager = [row for row in rows if not row["compiled"]]  # a compiled layer keeps less
+    assert len(eager) > 3
+    for row in eager:
+        assert row["peak GB"] == pytest.approx(row["formula GB"], rel=0.06)

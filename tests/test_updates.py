@@ -13,7 +13,8 @@ import luffy
 import oreo
 import redi
 import relift
-from common.data import Example, batch_indices, pack
+from common.data import batch_indices, pack
+from common.rows import Example
 from common.trainer import ValueModel, learning_rate, load_policy, make_optimizer, parse_args
 from common.verifiers import Verdict
 from tests import oreo_ranks, ranks

@@ -188,7 +188,7 @@ def test_an_evaluation_draws_with_its_seed_and_top_p_from_the_test_split(tmp_pat
         temperature=0.9, seed=4, rollout="embedded",
     ))  # fmt: skip
     assert {(n["seed"], n["sampling"].top_p, n["sampling"].temperature) for _, n in drawn} == {(4, 0.7, 0.9)}
-    assert [named for _, named in loaded] == [{"split": "test"}]
+    assert [named["split"] for _, named in loaded] == ["test"]
 
 
 def test_stop_tokens_end_answers():

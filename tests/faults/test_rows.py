@@ -11,7 +11,8 @@ import pytest
 import eval as evaluation
 import oreo
 import redi
-from common.data import InputError, load_rows, make_examples
+from common.data import InputError
+from common.rows import load_rows, make_examples, set_template
 from common.trainer import load_tokenizer, parse_args
 from tests.conftest import ROOT
 
@@ -86,7 +87,7 @@ def examples(path, tokenizer):
 def pairs(path, tokenizer):
     args = parse_args(redi.Args, ["--data", path, "--max_prompt_tokens", "500", "--max_response_tokens", "500"],
                       stage=redi.STAGES, loss=redi.LOSSES, preset=redi.PRESETS)  # fmt: skip
-    rows = list(redi.read_rows(path, args, split="train"))
+    rows = list(redi.read_rows(args))
     kept, count = redi.make_pairs(rows, tokenizer, args, source=path)
     return len(rows), len(kept) + sum(v for k, v in count.items() if k not in ("rows", "kept"))
 
@@ -94,9 +95,9 @@ def pairs(path, tokenizer):
 def graded(path, tokenizer):
     keeps_history = Path(path).with_name("template.jinja")
     keeps_history.write_text(TEMPLATE)
-    words = ["--max_prompt_tokens", "500", "--max_response_tokens", "500", "--chat_template", str(keeps_history)]
+    words = ["--max_prompt_tokens", "500", "--max_response_tokens", "500"]
     args = parse_args(oreo.Args, words, stage=oreo.STAGES, variant=oreo.VARIANTS, preset=oreo.PRESETS)
-    rows, count = oreo.read_rows(path, tokenizer, args)
+    rows, count = oreo.read_rows(path, set_template(copy.deepcopy(tokenizer), str(keeps_history)), args)
     return count["rows"], len(rows) + count["prompt_too_long"] + count["response_too_long"]
 
 

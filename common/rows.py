@@ -1,0 +1,718 @@
+r"""Data files -> rows -> items -> examples: every shape of row that a script accepts, chat templates, ids.
+
+A *row* is one object of a file, in any shape of SHAPES (README has them as a table). `read_row` turns it into an
+*item*: the turns that ask the question, the gold answer, and traces, each correct or not. An *example* is an item as
+ids. Every script reads its data through this file; a row that does not fit is counted, or named in an InputError.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import random
+import re
+import string
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+from tqdm import tqdm
+
+import igsm
+from common.data import InputError
+from common.verifiers import last_boxed
+
+THINK = "<think>\n"
+IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)  # of igsm:LO-HI
+ENDINGS = (".parquet", ".jsonl", ".json", ".csv")  # the last three also with .gz
+SPLIT = re.compile(r"(?<![a-z])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?![a-z])")
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def load_rows(source: str, *, split: str = "train", limit: int | None = None, problems: int = 1000) -> list[dict]:
+    """Return the rows of `source`; see `iter_rows`. Raises InputError if it does not exist or holds no rows."""
+    rows = list(iter_rows(source, split=split, limit=limit, problems=problems))
+    if not rows:
+        raise InputError(f"{source}: no rows")
+    return rows
+
+
+def iter_rows(source: str, *, split: str = "train", limit: int | None = None, problems: int = 1000) -> Iterator[dict]:
+    """Yield the rows of a file, a folder of files, a Hub dataset (NAME or NAME:CONFIG), or igsm:LO-HI.
+
+    split: of a Hub dataset, of igsm problems, and of a folder that holds files of several splits.
+    problems: how many problems igsm:LO-HI has if there is no `limit`."""
+    path = Path(source)
+    if source.startswith("igsm:"):
+        rows = _igsm_rows(source, split, limit or problems)
+    elif path.is_dir():
+        rows = itertools.chain.from_iterable(map(_read_file, _files_of_split(path, split)))
+    elif path.is_file():
+        rows = _read_file(path)
+    elif _ending(path) or source.startswith((".", "/", "~")):
+        raise InputError(f"{source}: no such file or folder")
+    else:
+        rows = _hub_rows(source, split)
+    yield from itertools.islice(rows, limit)
+
+
+def _igsm_rows(source: str, split: str, n: int) -> Iterator[dict]:
+    try:
+        lo, hi = (int(x) for x in source.removeprefix("igsm:").split("-"))
+        for problem in igsm.problems(n, ops=(lo, hi), split=split, **IGSM):
+            yield igsm.row(problem, split)
+    except ValueError as error:
+        raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
+
+
+def _hub_rows(source: str, split: str) -> Iterator[dict]:
+    import datasets
+
+    try:
+        name, _, config = source.partition(":")
+        rows = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({reason})"
+        ) from error
+    return map(dict, rows)
+
+
+def _ending(path: Path) -> str:
+    """The ending of a file that can be read, in lower case and without .gz; "" for other files."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((e for e in ENDINGS if name.endswith(e) and not path.name.lower().endswith(".parquet.gz")), "")
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """Return the data files of a folder; if their names say different splits, those of `split`.
+
+    A missing test split is replaced by the validation split. Copies that editors keep (.ipynb_checkpoints) are
+    left out."""
+    by_split: dict[str, list[Path]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p)):
+        name = str(path.relative_to(folder))
+        if not any(part.startswith((".", "__")) for part in Path(name).parts):
+            word = (SPLIT.findall(name.lower()) or [""])[-1]
+            kind = {"tr": "train", "te": "test", "ev": "test", "va": "validation", "de": "validation"}.get(word[:2], "")
+            by_split.setdefault(kind, []).append(path)
+    if not by_split:
+        raise InputError(f"{folder}: the folder holds no {', '.join(ENDINGS)} file")
+    if len(by_split) == 1:
+        return next(iter(by_split.values()))
+    wanted = "validation" if split == "test" and "test" not in by_split else split
+    if "" in by_split or wanted not in by_split:
+        found = "; ".join(f"{kind or 'no split'}: {', '.join(p.name for p in ps)}" for kind, ps in by_split.items())
+        raise InputError(f"{folder}: unclear which files are the split '{split}' ({found}): name the file")
+    return by_split[wanted]
+
+
+def _read_file(path: Path) -> Iterator[dict]:
+    ending = _ending(path)
+    if not ending:
+        raise InputError(f"{path}: cannot be read; data files end in {', '.join(ENDINGS)} (the last three also + .gz)")
+    if ending == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+                yield from batch.to_pylist()
+        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a readable parquet file ({error})") from error
+        return
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.name.lower().endswith(".gz") else content
+        text = content.decode("utf-8-sig")  # without the byte order mark that some editors write
+        if ending == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            return
+        if ending == ".json" and text.lstrip().startswith("["):
+            yield from json.loads(text)
+            return
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error})") from error
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+
+
+# --------------------------------------------------------------------------------------------------- items
+
+
+@dataclass
+class Trace:
+    """A response to an item's question."""
+
+    text: str
+    reward: float | None = 1.0  # above 0: correct; None: nobody graded it
+    ids: list[int] | None = None  # where a model drew it: its ids, the one that ended it included
+    actions: list | None = None  # which of them are the model's own; None: all
+    probs: list | None = None  # the probability that its author gave to each of its tokens
+
+
+@dataclass
+class Item:
+    """What a row holds, whatever its shape."""
+
+    prompt: list[dict]  # the turns that ask the question
+    question: str  # the question alone
+    gold: str = ""  # "": the row has none
+    traces: list[Trace] = field(default_factory=list)
+    source: str = ""  # the row's data_source
+    weight: float = 1.0
+    text: str | None = None  # the prompt, if the row holds it rendered
+    prompt_ids: list[int] | None = None  # and if it holds its ids
+    conversation: list[dict] | None = None  # the prompt and the trace, if several of its turns are to be trained
+
+    def first(self, correct: bool) -> Trace | None:
+        """The first correct (or the first incorrect) trace; an ungraded one counts as correct."""
+        return next((t for t in self.traces if (t.reward is None or t.reward > 0) == correct), None)
+
+
+def read_row(row: dict, where: str) -> Item:
+    """A row of any shape in SHAPES -> Item. Raises InputError with `where` and the reason."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
+    columns = {name for name, value in row.items() if value is not None}  # files of mixed shapes hold nulls
+    columns |= {"is_correct"} if _graded_columns(row) else set()
+    found = ", ".join(map(str, row))
+    read = next((read for needs, read in SHAPES if needs <= columns), None)
+    if read is None:
+        raise InputError(f"{where}: no shape of row has these columns ({found}); the table of shapes is in README")
+    try:
+        item = read(row)
+        item.source = _text(row.get("data_source") or item.source, "'data_source'")
+        item.weight = 1.0 if row.get("weight") is None else row["weight"]
+        if isinstance(item.weight, bool) or not isinstance(item.weight, (int, float)) or not 0 <= item.weight < 1e300:
+            raise TypeError(f"'weight' must be a number from 0 on, not {item.weight!r} (a wrong trace has label 0)")
+        item.weight = float(item.weight)
+    except KeyError as error:
+        raise InputError(f"{where}: column {error} is missing (found: {found})") from error
+    except (TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        raise InputError(f"{where}: {error} (columns found: {found})") from error
+    return item
+
+
+def _text(value, name: str) -> str:
+    """`value`, which must be text that a tokenizer takes. Raises TypeError naming it."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is not text")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise TypeError(f"{name} holds half a character (a lone surrogate)")
+    return value
+
+
+def _turns(value, name: str) -> list[dict]:
+    """Turns [{role, content}, ...] with these two alone; a text is one user turn. Raises TypeError naming it."""
+    if isinstance(value, str) and value:
+        value = [{"role": "user", "content": value}]
+    if not (isinstance(value, list) and value and all(isinstance(t, dict) and {"role", "content"} <= t.keys()
+                                                      for t in value)):  # fmt: skip
+        raise TypeError(f"'{name}' must be a text or [{{role, content}}, ...]")
+    return [{key: _text(turn[key], f"'{name}': a turn's {key}") for key in ("role", "content")} for turn in value]
+
+
+def _trace(row: dict, name: str, prompt: list[dict], **settings) -> list[Trace]:
+    """The trace in a column, [] if it has none: a text, an assistant turn, or the prompt's turns and an assistant's."""
+    value = row.get(name)
+    if isinstance(value, list) and value:
+        *before, last = value
+        if not isinstance(last, dict) or "content" not in last:
+            raise TypeError(f"'{name}' must be a text or [{{role, content}}], the last turn being the trace")
+        if before and _turns(before, name) != prompt[-len(before) :]:
+            raise TypeError(
+                f"'{name}' has several turns, of which only the last would be trained: put the others into 'prompt', "
+                "or all of them into 'conversations' (oreo.py)"
+            )
+        value = last["content"]
+    if value is None or value == []:
+        return []
+    ids = row.get(f"{name}_ids")
+    if ids is not None:
+        _ids(ids, f"{name}_ids")
+    return [Trace(_text(value, f"'{name}' (a text or [{{role, content}}])"), ids=ids, **settings)]
+
+
+def _ids(value, name: str) -> list[int]:
+    if not (isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value)):
+        raise TypeError(f"'{name}' is not a list of token ids")
+    return value
+
+
+def _gold(*values) -> str:
+    """The first of the values that is not blank, as text; "" if all are. Raises TypeError if one is no answer."""
+    for value in values:
+        if value is None or value != value:  # NaN
+            continue
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise TypeError("the gold answer is neither text nor a number")
+        if gold := _text(str(value), "the gold answer").strip():
+            return gold
+    return ""
+
+
+def _golds(row: dict) -> str:
+    """The gold of a row with a prompt: reward_model's ground_truth, answer or ground_truth."""
+    reward_model = row.get("reward_model")
+    if reward_model is not None and not isinstance(reward_model, dict):
+        raise TypeError("'reward_model' must be {ground_truth}")
+    return _gold((reward_model or {}).get("ground_truth"), row.get("answer"), row.get("ground_truth"))
+
+
+def _number(value, name: str) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"'{name}' must be a number, not {value!r}")
+    return float(value)
+
+
+def _with_prompt(row: dict, **more) -> Item:
+    prompt = _turns(row.get("prompt"), "prompt")
+    asked = [turn["content"] for turn in prompt if turn["role"] == "user"]
+    return Item(prompt, (asked or [prompt[-1]["content"]])[-1], _golds(row), **more)
+
+
+def _luffy(row: dict) -> Item:
+    item = _with_prompt(row)
+    item.traces = _trace(row, "target", item.prompt, probs=row.get("target_probs"))
+    return item
+
+
+def _pair(row: dict) -> Item:
+    if row.get("prompt") is None and isinstance(row.get("chosen"), list):
+        row = row | {"prompt": row["chosen"][:-1]}
+    item = _with_prompt(row)
+    item.traces = _trace(row, "chosen", item.prompt) + _trace(row, "rejected", item.prompt, reward=0.0)
+    return item
+
+
+def _single(row: dict) -> Item:
+    item = _with_prompt(row)
+    if row.get("label") is None and row.get("reward") is not None:  # OREO's published rows hold the prompt rendered
+        reward, item.text = _number(row["reward"], "reward"), row["prompt"] if isinstance(row["prompt"], str) else None
+    elif row.get("label") not in (0, 1):
+        raise TypeError(f"'label' must be 1 (right) or 0 (wrong), not {row.get('label')!r} (or 'reward' a number)")
+    else:
+        reward = float(row["label"])
+    item.traces = _trace({"response": row["response"], "response_ids": row.get("response_ids")}, "response",
+                         item.prompt, reward=reward)  # fmt: skip
+    if not item.traces:
+        raise KeyError("response")
+    return item
+
+
+def _drawn(row: dict) -> Item:
+    text = row.get("response") if isinstance(row.get("response"), str) else ""
+    trace = Trace(text, _number(row["reward"], "reward"), _ids(row["response_ids"], "response_ids"), row.get("actions"))
+    prompt, gold = row.get("prompt"), _gold(row.get("gold"))
+    turns = _turns(prompt, "prompt") if prompt is not None else []
+    return Item(turns, "", gold, [trace], text=prompt if isinstance(prompt, str) else None,
+                prompt_ids=_ids(row["prompt_ids"], "prompt_ids"))  # fmt: skip
+
+
+def _conversation(row: dict) -> Item:
+    turns = _turns(row["conversations"], "conversations")
+    reward = None if row.get("reward") is None else _number(row["reward"], "reward")
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    if not last:
+        raise ValueError("'conversations' has no assistant turn that answers another")
+    item = _with_prompt(row | {"prompt": turns[:last]})
+    item.traces, item.conversation = [Trace(turns[last]["content"], reward)], turns
+    return item
+
+
+def _responses(row: dict) -> Item:
+    responses, rewards, item = row["responses"], row.get("rewards"), _with_prompt(row)
+    if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
+        raise TypeError("'responses' and 'rewards' must be lists of one length")
+    if any(reward not in (0, 1) for reward in rewards):
+        raise TypeError(f"'rewards' must be 1 (right) or 0 (wrong), not {rewards}")
+    item.traces = _graded(responses, rewards)
+    return item
+
+
+def _openr1(row: dict) -> Item:
+    """Correct are the generations that both verifiers accepted."""
+    verdicts = [row["correctness"].get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
+    if not all(isinstance(v, list) and len(v) == len(row["generations"]) for v in verdicts):
+        raise TypeError("'correctness' does not have a verdict of both verifiers for each generation")
+    text = _text(row["problem"], "'problem'")
+    traces = _graded(row["generations"], map(all, zip(*verdicts, strict=True)))
+    return Item(_turns(text, "problem"), text, _gold(row.get("answer")), traces)
+
+
+def _graded_columns(row: dict) -> list[dict]:
+    return [v for v in row.values() if isinstance(v, dict) and {"is_correct", "solution"} <= v.keys()]
+
+
+def _gsm8k_graded(row: dict) -> Item:
+    solutions, text = _graded_columns(row), _text(row["question"], "'question'")
+    traces = _graded([s["solution"] for s in solutions], [s["is_correct"] for s in solutions])
+    gold = _gold(row.get("answer"), row.get("ground_truth")).rpartition("A: ")[2].strip()
+    return Item(_turns(text, "question"), text, gold, traces, source="gsm8k")
+
+
+def _graded(texts: list, correct: Iterable) -> list[Trace]:
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("traces must be texts")
+    return [Trace(_text(text, "a trace"), float(bool(x))) for text, x in zip(texts, correct, strict=True)]
+
+
+def _problem(row: dict) -> Item:
+    """GSM8K and MATH: the reasoning becomes the trace, and a request for a box is added to the question."""
+    name = "problem" if row.get("problem") is not None else "question"
+    text, answer, reasoning, source = _text(row[name], f"'{name}'"), row.get("answer"), row.get("solution"), ""
+    gold = _gold(answer)
+    if "####" in gold:
+        reasoning, _, gold = gold.rpartition("####")
+        gold, source = gold.strip().replace(",", ""), "gsm8k"
+    elif reasoning is not None:
+        gold = gold or boxed_gold(_text(reasoning, "'solution'"))
+    item = Item(_turns(f"{text}\n\n{IN_A_BOX}", name), text, gold, source=source)
+    if reasoning and reasoning.strip() and gold:
+        item.traces = [Trace(f"{THINK}{reasoning.strip()}\n</think>\n\n\\boxed{{{gold}}}")]
+    return item
+
+
+def boxed_gold(solution: str) -> str:
+    r"""The answer in the last box of a MATH solution, which may lack braces or hold escaped ones; "" without a box.
+
+    >>> boxed_gold(r"so $\boxed 2$."), boxed_gold(r"$\boxed{\left\{1\right.}$"), boxed_gold(r"\boxed{7}")
+    ('2', '\\left\\{1\\right.', '7')
+    """
+    if (found := last_boxed(solution)) is not None:
+        return found
+    inside = re.split(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", solution)
+    if len(inside) == 1:
+        return ""
+    if not inside[-1].startswith("{"):
+        return re.split(r"\$|\\\)|\\\]|\n|[.,;]?\s*$", inside[-1])[0].strip()
+    depth = 0
+    for mark in re.finditer(r"\\.|[{}]", inside[-1], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0 and mark[0] == "}":
+            return inside[-1][1 : mark.start()].strip()
+    return ""
+
+
+def _options(row: dict, question: str, labels, options, gold: str) -> Item:
+    """Multiple choice as LUFFY's files write it, an option a line: "A) ..."."""
+    if not isinstance(gold, str) or gold not in list(labels):
+        raise ValueError(f"the answer {gold!r} is none of the labels {', '.join(map(str, labels))}")
+    lines = [f"{label}) {_text(option, 'an option').strip()}" for label, option in zip(labels, options, strict=True)]
+    text = "\n".join([_text(row[question], f"'{question}'") + "\n", *lines])
+    return Item(_turns(f"{text}\n\n{IN_A_BOX}", question), text, gold)
+
+
+def _gpqa(row: dict) -> Item:
+    options = [row.get(name) for name in ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))]
+    options = [_text(o, "an option").strip() for o in options if o is not None and o == o]
+    right = options[0]
+    if not all(options) or options.count(right) > 1 or len(options) < 2:
+        raise ValueError("the options must be two or more, none of them blank, and the right one only once")
+    random.Random(row["Question"]).shuffle(options)  # by the question: the same in every run
+    labels = string.ascii_uppercase[: len(options)]
+    return _options(row, "Question", labels, options, labels[options.index(right)])
+
+
+def _arc(row: dict) -> Item:
+    return _options(row, "question", row["choices"]["label"], row["choices"]["text"], row["answerKey"])
+
+
+def _mmlu_pro(row: dict) -> Item:
+    if not isinstance(row["options"], list):
+        raise TypeError("'options' is not a list")
+    labels = string.ascii_uppercase[: len(row["options"])]
+    return _options(row, "question", labels, row["options"], row.get("answer"))
+
+
+def _unlabelled(row: dict) -> Item:
+    raise ValueError("'choices' are ARC's, with 'answerKey', or 'options' with the letter of 'answer'")
+
+
+SHAPES = (  # the first shape whose columns a row has
+    ({"prompt_ids", "response_ids", "reward"}, _drawn),  # what oreo.py and oreo_agents.py collect
+    ({"conversations"}, _conversation),
+    ({"generations", "correctness"}, _openr1),
+    ({"responses"}, _responses),
+    ({"chosen"}, _pair),
+    ({"rejected"}, _pair),
+    ({"response", "label"}, _single),
+    ({"response", "reward"}, _single),
+    ({"prompt", "target"}, _luffy),
+    ({"prompt", "reward_model"}, _luffy),
+    ({"response"}, _single),
+    ({"label", "prompt"}, _single),
+    ({"prompt"}, _luffy),
+    ({"question", "is_correct"}, _gsm8k_graded),
+    ({"Question", "Correct Answer"}, _gpqa),
+    ({"question", "answerKey"}, _arc),
+    ({"question", "options"}, _mmlu_pro),
+    ({"question", "choices"}, _unlabelled),
+    ({"problem"}, _problem),
+    ({"question"}, _problem),
+)
+
+
+# ------------------------------------------------------------------------------------------------ templates
+
+SWITCHES = "{# --chat_template_args #}"  # ends the settings of switches in front of a template
+
+
+def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, think: bool = False):
+    """Give the tokenizer the template of --chat_template and --chat_template_args; -> the tokenizer.
+
+    A model that is exported with this tokenizer is asked in the same way afterwards, without the flags.
+    switches: "key=value" for templates with switches. think: prompts end with "<think>\\n" if the template has no
+    tag. Raises InputError for a file that does not exist and for a switch that the template does not have."""
+    if file and not Path(file).is_file():
+        raise InputError(f"--chat_template {file}: no such file")
+    if file:
+        tokenizer.chat_template = Path(file).read_text(encoding="utf-8-sig")
+    if not tokenizer.chat_template:
+        return tokenizer  # render_prompt says what is missing, if it is called
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else tokenizer.get_chat_template()
+    for switch in switches:
+        key, equals, value = switch.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--chat_template_args {switch}: expected key=value, as in enable_thinking=false")
+        if not re.search(rf"\b{key}\b", template.rpartition(SWITCHES)[2]):
+            raise InputError(f"--chat_template_args {switch}: the chat template has no switch '{key}'")
+        setting = f"{{% set {key} = {_literal(value)} %}}"
+        before, _, rest = template.rpartition(SWITCHES)
+        before = re.sub(rf"\{{% set {key} = .*? %\}}", "", before)
+        template = f"{before}{setting}{SWITCHES}{rest}"
+    if think and "<think>" not in template:
+        template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    if switches or think:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _literal(value: str) -> str:
+    """A JSON value, or a text, as Jinja writes it."""
+    try:
+        parsed = json.loads(value.lower() if value in ("True", "False") else value)
+    except json.JSONDecodeError:
+        parsed = value
+    return "none" if parsed is None or value == "None" else json.dumps(parsed)
+
+
+def render_prompt(tokenizer, messages: list[dict], template: str | None = None) -> str:
+    """The prompt text that generation starts from. `template`: Jinja source; None takes the tokenizer's own."""
+    if template is None and not tokenizer.chat_template:
+        raise InputError(
+            "the model folder's tokenizer has no chat template: pass --chat_template FILE with a Jinja template"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except (jinja2.TemplateError, TypeError) as error:  # a broken template, or one that refuses these roles
+        raise InputError(f"the chat template cannot render {[m['role'] for m in messages]} turns ({error})") from error
+
+
+def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
+    """A teacher's trace as the model would have to produce it after this prompt.
+
+    If the prompt ends with an open `<think>`, the tag is taken off the trace, and so is the white space after it that
+    the prompt has already. Raises InputError, with `where`, if the prompt ends with a closed thought and the trace has
+    one."""
+    if not trace.startswith("<think>"):
+        return trace
+    if prompt_text.rstrip().endswith("</think>"):
+        raise InputError(
+            f"{where}{': ' if where else ''}the trace has a thought, and the chat template ends with a closed one: "
+            "pass --chat_template_args with the template's switch (such as enable_thinking=true or thinking=true), or "
+            "a --chat_template FILE"
+        )
+    opened = re.search(r"<think>(\s*)$", prompt_text)
+    if not opened:
+        return trace
+    trace, space = trace.removeprefix("<think>"), opened[1]
+    return trace.removeprefix(space) if trace.startswith(space) else trace.lstrip()
+
+
+def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[list[int]]:
+    """The ids of each response as it stands after its prompt, without an eos.
+
+    A SentencePiece tokenizer puts a word mark before a text that it is given alone. Such a response is tokenized
+    together with its prompt, where it has none."""
+    encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    for i, (prompt, response, ids) in enumerate(zip(prompts, responses, encoded, strict=True)):
+        if ids and response[0] not in " \u2581" and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
+            before, both = tokenizer([prompt, prompt + response], add_special_tokens=False)["input_ids"]
+            if both[: len(before)] == before:
+                encoded[i] = both[len(before) :]
+    return encoded
+
+
+# ------------------------------------------------------------------------------------------------- examples
+
+
+@dataclass
+class Example:
+    """One question as ids. `trace` is the teacher's response, eos included; None where the row has none."""
+
+    prompt: list[int]
+    trace: list[int] | None
+    gold: str
+    source: str
+    index: int  # row number in the data, for messages and for random streams
+    text: str  # the rendered prompt
+    trace_logps: list[float] | None = None  # the teacher's own log-probs of the trace's tokens, where they are given
+
+
+def given_logps(probs: list | None, trace: list[int] | None, where: str) -> list[float] | None:
+    """The teacher's log-probs of a trace from the column 'target_probs': a probability for each of its tokens, with or
+    without the eos (then NaN: its loss is the one without a teacher's probability). None without the column."""
+    if probs is None or trace is None:
+        return None
+    try:
+        logps = [math.log(p) for p in probs]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: 'target_probs' must be a list of numbers above 0 ({error})") from error
+    if len(trace) - len(logps) not in (0, 1) or max(logps, default=0.0) > 0:
+        raise InputError(
+            f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos included), or one "
+            "above 1; remove the column, or make it with this tokenizer"
+        )
+    return logps + [math.nan] * (len(trace) - len(logps))
+
+
+def with_bos(ids: list[int], tokenizer) -> list[int]:
+    """Ids of a text, begun with the bos that this tokenizer puts before text (Llama, DeepSeekMath; not Qwen), once."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return [bos, *ids] if adds and ids[:1] != [bos] else ids
+
+
+def make_examples(
+    rows: list[dict],
+    tokenizer,
+    *,
+    source: str,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    traces: str = "needed",
+    golds: bool = True,
+    empty_trace: str = "error",
+    long_trace: str = "reject",
+    reshape=None,
+    progress: bool = False,
+) -> tuple[list[Example], dict[str, int]]:
+    """Rows to examples, and a count of what was left out and why. The trace is the first correct one of the row.
+
+    traces:       "needed" (a row must have one) or "ignored" (on-policy methods, evaluation).
+    golds:        a row must have a gold answer.
+    empty_trace:  "error", "drop" the row, or "on_policy": keep the question without a teacher row.
+    long_trace:   "reject" a trace (eos included) of more than max_response_tokens, or "cut" it as the
+                  published code did, which loses the eos and the answer.
+    reshape:      (item, row) -> item, for a method that asks a question in its own way.
+    Raises InputError naming `source`, the row and the field."""
+    examples: list[Example] = []
+    count = {"rows": len(rows), "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0}
+    eos = tokenizer.eos_token_id
+    shared: dict[int, int] = {}
+
+    def share(encoded: list[list[int]]) -> list[list[int]]:  # one int object an id: a token takes 8 bytes, not 36
+        return [[shared.setdefault(i, i) for i in ids] for ids in encoded]
+
+    for start in tqdm(range(0, len(rows), 500), desc="tokenize", unit_scale=500, leave=False, disable=not progress):
+        part = []  # (index, item, prompt text, trace text) of 500 rows, then tokenized together
+        for index, row in enumerate(rows[start : start + 500], start):
+            where = f"{source}, row {index}"
+            item = read_row(row, where)
+            item = reshape(item, row) if reshape else item
+            if golds:
+                check_gold(item, row, where)
+            text = item.text or render_prompt(tokenizer, item.prompt)
+            found = item.first(correct=True) if traces == "needed" else None
+            part.append((index, item, text, trace_text(text, found.text, where) if found else ""))
+        texts = [text for _, _, text, _ in part]
+        prompts = share(tokenizer(texts, add_special_tokens=False)["input_ids"])
+        responses = [[]] * len(part)
+        if traces == "needed":
+            responses = share(response_ids(tokenizer, texts, [trace for *_, trace in part]))
+        for (index, item, text, trace), prompt, ids in zip(part, prompts, responses, strict=True):
+            if len(prompt) > max_prompt_tokens:
+                count["prompt_too_long"] += 1
+                continue
+            if traces == "needed":
+                if not trace.strip():
+                    if empty_trace == "error":
+                        raise InputError(
+                            f"{source}, row {index}: the trace is empty or missing ('target', 'solution', ...: the "
+                            "table of shapes is in README); remove the row (or, with luffy.py, pass --empty_trace "
+                            f"drop | on_policy; columns found: {', '.join(map(str, rows[index]))})"
+                        )
+                    count["trace_empty"] += 1
+                    if empty_trace == "drop":
+                        continue
+                    ids = []
+                elif ids[-1] != eos:
+                    ids = [*ids, eos]
+                if len(ids) > max_response_tokens:
+                    count["trace_too_long"] += 1
+                    if long_trace == "reject":
+                        continue
+                    ids = ids[:max_response_tokens]
+            probs = next((t.probs for t in item.traces[:1]), None) if ids else None
+            logps = given_logps(probs, ids, f"{source}, row {index}")
+            examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps))
+    if not examples:
+        raise InputError(
+            f"{source}: no row is left of {len(rows)} ({count['prompt_too_long']} prompts over "
+            f"--max_prompt_tokens {max_prompt_tokens}, {count['trace_too_long']} traces over "
+            f"--max_response_tokens {max_response_tokens}, {count['trace_empty']} empty traces)"
+        )
+    return examples, count | {"kept": len(examples)}
+
+
+def check_gold(item: Item, row: dict, where: str) -> None:
+    """Raise InputError if a row that is to be graded has no gold answer."""
+    if not item.gold:
+        raise InputError(
+            f"{where}: the gold answer is missing or blank ('reward_model' {{ground_truth}}, 'answer', or a box in "
+            f"'solution'); fill it in or remove the row (columns found: {', '.join(map(str, row))})"
+        )
+
+
+def read_examples(source: str, tokenizer, args, *, split: str, limit: int = 0, **options):
+    """Examples of a data flag, and the counts of what was left out. `options`: those of `make_examples`."""
+    return make_examples(
+        load_rows(source, split=split, limit=limit or None, problems=args.igsm_problems), tokenizer, source=source,
+        max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens, **options,
+    )  # fmt: skip
+
+
+def held_out_examples(tokenizer, args, **options) -> list[Example]:
+    """The examples of --eval_data. `options`: those of `make_examples`."""
+    options |= dict(split="test", limit=args.eval_limit, traces="ignored")
+    return [e for source in args.eval_data for e in read_examples(source, tokenizer, args, **options)[0]]
+
+
+def data_digest(*parts: Iterable[tuple]) -> str:
+    """Digest of what was tokenized: tuples of lists of ids and texts. Other data have another digest."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for values in part:
+            for value in values:
+                value = str(value).encode() if isinstance(value, (str, float)) else array("i", value or []).tobytes()
+                digest.update(len(value).to_bytes(8, "little") + value)
+        digest.update(b"part")
+    return digest.hexdigest()[:16]

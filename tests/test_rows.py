@@ -1,0 +1,420 @@
+"""common/rows.py: files, shapes of rows, templates, traces."""
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+
+import eval as evaluation
+import igsm
+import luffy
+import oreo
+import redi
+from common.data import InputError
+from common.rows import check_gold, data_digest, load_rows, make_examples, read_row, set_template, trace_text
+from common.trainer import parse_args
+from tests.conftest import ROOT
+
+TOKENIZER = igsm.tokenizer("symbolic")
+
+
+def row(question="a=5\na?", trace="<think>\na=5\n</think>\n\\boxed{5}", gold="5", **extra):
+    return {
+        "data_source": "toy", "prompt": [{"role": "user", "content": question}],
+        "target": [{"role": "assistant", "content": trace}], "reward_model": {"style": "rule", "ground_truth": gold},
+    } | extra
+
+
+def examples(rows, **options):
+    options = {"source": "toy.jsonl", "max_prompt_tokens": 64, "max_response_tokens": 32} | options
+    return make_examples(rows, TOKENIZER, **options)
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+
+def test_rows_load_from_parquet_json_jsonl_and_folders(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [row(gold=str(i)) for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.json", "c.parquet"):
+        assert load_rows(str(tmp_path / name)) == rows
+    assert load_rows(str(tmp_path)) == rows * 3
+    assert load_rows(str(tmp_path), limit=7) == (rows * 3)[:7]
+
+
+def test_a_json_line_may_hold_unicode_line_separators(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\n")
+    assert load_rows(str(tmp_path / "a.jsonl")) == [{"text": "a\u2028b"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no.jsonl", None, "no such file"),
+        ("bad.jsonl", '{"a": 1}\n{"a": ', "line 2: not valid JSON"),
+        ("bad.json", "[1, 2", "not valid JSON"),
+        ("bad.parquet", "not parquet", "not a readable parquet"),
+        ("empty.jsonl", "", "no rows"),
+    ],
+)
+def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        load_rows(str(tmp_path / name))
+    assert name in str(error.value)
+
+
+def test_a_hub_name_may_carry_its_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, **named: asked.append((given, named)) or [{"a": 1}])
+    assert load_rows("openai/gsm8k:main", split="test") == load_rows("some/data") == [{"a": 1}]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"}), (("some/data", None), {"split": "train"})]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [("(1, 2)", "the trace is empty"), ("so\n####", "the gold answer is missing"), ("#### 5", "the trace is empty")],
+)
+def test_an_answer_that_is_not_gsm8ks_is_refused(answer, message):
+    with pytest.raises(InputError, match=f"toy.jsonl, row 0: {message}"):
+        examples([{"question": "Q?", "answer": answer}], max_prompt_tokens=400)
+
+
+def test_where_no_trace_is_needed_an_answer_alone_will_do():
+    rows = [{"question": "Q?", "answer": answer} for answer in ("(1, 2)", "#### 1,200")]
+    found, _ = examples(rows, traces="ignored", max_prompt_tokens=400)
+    assert [e.gold for e in found] == ["(1, 2)", "1200"]
+
+
+# -------------------------------------------------------------------------------------------------- examples
+
+
+def test_the_trace_loses_its_think_tag_exactly_when_the_prompt_ends_with_it():
+    assert trace_text("...<think>\n", "<think>\nabc") == "abc"
+    assert trace_text("...<think>\n", "abc") == "abc"
+    assert trace_text("...assistant\n", "<think>\nabc") == "<think>\nabc"
+
+
+def test_a_trace_ends_with_eos_exactly_once():
+    [plain], _ = examples([row()])
+    [ended], _ = examples([row(trace="<think>\na=5\n</think>\n\\boxed{5}" + TOKENIZER.eos_token)])
+    assert plain.trace == ended.trace
+    assert plain.trace[-1] == TOKENIZER.eos_token_id and plain.trace.count(TOKENIZER.eos_token_id) == 1
+    assert TOKENIZER.decode(plain.trace[:-1]) == "a=5\n</think>\n\\boxed{5}"
+    assert plain.text.endswith("<think>\n") and TOKENIZER.decode(plain.prompt) == plain.text
+
+
+def test_rows_that_are_too_long_are_counted_and_left_out():
+    long_prompt, long_trace = row(question="a=1\n" * 40 + "a?"), row(trace="a=1\n" * 20)
+    kept, count = examples([long_prompt, row(), long_trace])
+    assert [e.index for e in kept] == [1]
+    assert count == {"rows": 3, "prompt_too_long": 1, "trace_too_long": 1, "trace_empty": 0, "kept": 1}
+
+
+def test_a_long_trace_can_be_cut_as_published_and_then_has_no_eos():
+    [e], _ = examples([row(trace="a=1\n" * 20)], long_trace="cut")
+    assert len(e.trace) == 32 and TOKENIZER.eos_token_id not in e.trace
+
+
+def test_a_trace_that_fits_with_its_eos_is_kept_whole():
+    trace = "1" * 31
+    [e], count = examples([row(trace=trace)])
+    assert len(e.trace) == 32 and count["trace_too_long"] == 0
+    with pytest.raises(InputError):
+        examples([row(trace="1" * 32)])
+
+
+def test_an_empty_trace_is_an_error_unless_told_otherwise():
+    rows = [row(), row(trace=" ")]
+    with pytest.raises(InputError, match="row 1.*--empty_trace"):
+        examples(rows)
+    assert len(examples(rows, empty_trace="drop")[0]) == 1
+    assert [e.trace is None for e in examples(rows, empty_trace="on_policy")[0]] == [False, True]
+    assert len(examples(rows, traces="ignored")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [("prompt", "no shape of row has these columns"), ("target", "the trace is empty or missing"),
+     ("reward_model", "the gold answer is missing")],
+)  # fmt: skip
+def test_a_missing_column_is_named_with_those_found(column, message):
+    broken = row()
+    del broken[column]
+    with pytest.raises(InputError, match=f"row 1: {message}.*data_source"):
+        examples([row(), broken])
+
+
+@pytest.mark.parametrize(
+    "broken", [{"prompt": 5}, {"prompt": []}, {"prompt": [{"role": "user", "content": None}]},
+               {"reward_model": None}, {"reward_model": {}}, {"target": [{"role": "assistant"}]}, {"target": 5}],
+)  # fmt: skip
+def test_a_malformed_row_is_named(broken):
+    with pytest.raises(InputError, match="toy.jsonl, row 1"):
+        examples([row(), row() | broken])
+
+
+def test_nothing_left_is_an_error_that_says_why():
+    with pytest.raises(InputError, match="no row is left of 2 .*2 prompts over --max_prompt_tokens 3"):
+        examples([row(), row()], max_prompt_tokens=3)
+
+
+def test_a_tokenizer_without_chat_template_needs_the_flag(tmp_path):
+    bare = igsm.tokenizer("symbolic")
+    bare.chat_template = None
+    with pytest.raises(InputError, match="--chat_template"):
+        make_examples([row()], bare, source="x", max_prompt_tokens=64, max_response_tokens=32)
+    (tmp_path / "template.jinja").write_text("{{ messages[0].content }}\n")
+    set_template(bare, str(tmp_path / "template.jinja"))
+    [e], _ = make_examples([row()], bare, source="x", max_prompt_tokens=64, max_response_tokens=32)
+    assert e.text == "a=5\na?"
+
+
+# --------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    "row, text, gold",
+    [
+        ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 1,004"}, "2+2?", "1004"),
+        ({"problem": "P", "answer": r"\frac{1}{2}", "solution": "..."}, "P", r"\frac{1}{2}"),
+        ({"problem": "P", "solution": r"so \boxed{\frac{1}{2}}.", "level": "Level 1"}, "P", r"\frac{1}{2}"),
+        ({"question": "Q", "answer": 7}, "Q", "7"),
+        ({"question": "Q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"},
+         "Q\n\n1) a\n2) b", "2"),
+        ({"question": "Q", "options": ["a", "b", "c"], "answer": "C", "answer_index": 2}, "Q\n\nA) a\nB) b\nC) c", "C"),
+    ],
+)  # fmt: skip
+def test_rows_of_other_benchmarks_are_read(row, text, gold):
+    item = read_row(row, "row")
+    assert (item.question, item.gold) == (text, gold)
+    [turn] = item.prompt
+    assert turn["role"] == "user" and turn["content"].startswith(text) and r"\boxed{}" in turn["content"]
+
+
+def test_gpqa_options_are_shuffled_alike_in_every_run_and_the_gold_follows():
+    golds = Counter()
+    for i in range(40):
+        row = {"Question": f"Q{i}", "Correct Answer": "yes", **{f"Incorrect Answer {j}": f"no{j}" for j in (1, 2, 3)}}
+        item = read_row(row, "row")
+        assert f"{item.gold}) yes" in item.question and read_row(row, "row") == item
+        golds[item.gold] += 1
+    assert set(golds) == set("ABCD")
+
+
+@pytest.mark.parametrize(
+    "row", [{"question": "Q"}, {"problem": "P", "solution": "no box"}, {"prompt": "text", "reward_model": {}}, "text",
+            {"question": "Q", "choices": ["a"], "answerKey": "A"}, {"question": None, "answer": "1"}]
+)  # fmt: skip
+def test_a_row_that_cannot_be_read_is_named(row):
+    with pytest.raises(InputError, match="valid.jsonl, row 7"):
+        check_gold(read_row(row, "valid.jsonl, row 7"), row, "valid.jsonl, row 7")
+
+
+USER = [{"role": "user", "content": "a=5\na?"}]
+SAID = [{"role": "assistant", "content": "a=5"}]
+VERDICTS = {"llama_verification": [True, True], "math_verify_reparsed_answer": [False, True]}
+ROWS = {  # a row of each shape: correct traces, incorrect ones, gold
+    "LUFFY": (row(trace="a=5"), ["a=5"], [], "5"),
+    "GSM8K": ({"question": "a?", "answer": "a=5\n#### 5"}, ["<think>\na=5\n</think>\n\n\\boxed{5}"], [], "5"),
+    "GSM8K graded": (
+        {"question": "a?", "ground_truth": "a is\nA: 5", "175b": {"is_correct": True, "solution": "a=5"},
+         "6b": {"is_correct": False, "solution": "a=6"}}, ["a=5"], ["a=6"], "5"),
+    "MATH": (
+        {"problem": "a?", "solution": "a=\\boxed{5}", "level": "Level 1"},
+        ["<think>\na=\\boxed{5}\n</think>\n\n\\boxed{5}"], [], "5"),
+    "OpenR1": (
+        {"problem": "a?", "answer": "5", "generations": ["a=6", "a=5"], "correctness": VERDICTS,
+         "problem_is_valid": "Yes"}, ["a=5"], ["a=6"], "5"),
+    "responses": (
+        {"prompt": "a?", "responses": ["a=6", "a=5", "a=7"], "rewards": [0, 1, 0], "answer": 5}, ["a=5"],
+        ["a=6", "a=7"], "5"),
+    "pair": ({"prompt": "a?", "chosen": "a=5", "rejected": "a=6", "ground_truth": "5"}, ["a=5"], ["a=6"], "5"),
+    "conversations of a pair": (
+        {"chosen": USER + SAID, "rejected": [*USER, {"role": "assistant", "content": "a=6"}], "answer": "5"}, ["a=5"],
+        ["a=6"], "5"),
+    "label": ({"prompt": USER, "response": "a=6", "label": 0, "answer": "5"}, [], ["a=6"], "5"),
+    "reward": ({"prompt": "a?", "response": "a=5", "reward": 1, "answer": "5"}, ["a=5"], [], "5"),
+    "conversation": (
+        {"conversations": [*USER, {"role": "assistant", "content": "<think>\na=5"}], "reward": 1.0, "answer": "5"},
+        ["<think>\na=5"], [], "5"),
+    "ARC": (
+        {"question": "a?", "choices": {"text": ["4", "5"], "label": ["A", "B"]}, "answerKey": "B"}, [], [], "B"),
+    "MMLU-Pro": ({"question": "a?", "options": ["4", "5"], "answer": "B"}, [], [], "B"),
+}  # fmt: skip
+LENGTHS = dict(max_prompt_tokens=400, max_response_tokens=99)
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_every_script_reads_every_shape(shape, tmp_path):
+    """As README's table says, for what a script needs of a row: a gold, a correct trace, or a graded one."""
+    row, correct, incorrect, gold = ROWS[shape]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    path = str(tmp_path / "rows.jsonl")
+    item = read_row(row, "row 0")
+    assert [t.text for t in item.traces if t.reward > 0] == correct and item.gold == gold
+    assert [t.text for t in item.traces if t.reward <= 0] == incorrect
+    [question] = evaluation.read_questions([path])
+    assert question.gold == gold
+    [example], _ = make_examples([row], TOKENIZER, source=path, traces="ignored", **LENGTHS)
+    assert example.gold == gold
+    if correct:
+        [example], _ = make_examples([row], TOKENIZER, source=path, **LENGTHS)
+        assert TOKENIZER.decode(example.trace[:-1]) == correct[0].removeprefix("<think>\n")
+    if correct or incorrect:
+        rows, _ = oreo.read_rows(path, TOKENIZER, oreo.Args())
+        assert [r.reward for r in rows] == [t.reward for t in item.traces]
+        assert len({r.index for r in rows}) == len(rows) and len({r.group for r in rows}) == 1
+        [pair], _ = redi.make_pairs([row], TOKENIZER, redi.Args(), source=path)
+        assert (bool(pair.chosen), bool(pair.rejected)) == (bool(correct), bool(incorrect))
+        problem = redi.read_problem(row, "row 0", redi.Args())
+        assert (problem.chosen is not None, problem.gold) == (bool(correct), gold)
+
+
+def test_columns_that_are_null_do_not_count():
+    """A file of several shapes has every column in every row."""
+    mixed = dict.fromkeys(("conversations", "generations", "responses", "label", "question", "problem", "options"))
+    assert read_row(mixed | row(), "row 0") == read_row(row(), "row 0")
+
+
+@pytest.mark.parametrize(
+    ("solution", "gold"),
+    [
+        (r"Thus $x = \boxed 2$. Done.", "2"), (r"\[ \boxed 12 \]", "12"), (r"so $\boxed\frac{1}{2}$", r"\frac{1}{2}"),
+        (r"$f(x) = \boxed{\left\{ \begin{array}{cl} 1 \\ 2 \end{array} \right.}$",
+         r"\left\{ \begin{array}{cl} 1 \\ 2 \end{array} \right."),
+        (r"$\boxed{\{1, 2)}$ and so on", r"\{1, 2)"), (r"first \boxed{3}, then \fbox{4}", "4"), (r"\boxed 5", "5"),
+    ],
+)  # fmt: skip
+def test_boxes_of_math_without_braces_or_with_escaped_ones_are_read(solution, gold):
+    assert read_row({"problem": "P", "solution": solution}, "row").gold == gold
+
+
+@pytest.mark.parametrize("answer", ["", " ", None, float("nan")])
+def test_a_blank_answer_beside_a_solution_is_the_solutions_box(answer):
+    assert read_row({"problem": "P", "answer": answer, "solution": r"so \boxed{7}"}, "row").gold == "7"
+
+
+@pytest.mark.parametrize("gold", ["", "  ", float("nan"), None])
+def test_a_blank_gold_is_refused_by_row_and_not_counted_as_a_models_failure(gold, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row(), row(gold=gold))))
+    with pytest.raises(InputError, match=r"rows.jsonl, row 1: the gold answer is missing or blank.*remove the row"):
+        evaluation.read_questions([str(tmp_path / "rows.jsonl")])
+    with pytest.raises(InputError, match="toy.jsonl, row 1: the gold answer is missing or blank"):
+        examples([row(), row(gold=gold)])
+    assert len(examples([row(), row(gold=gold)], golds=False)[0]) == 2
+
+
+def test_gpqa_options_lose_their_white_space_and_null_ones_are_left_out():
+    gpqa = {"Question": "Q", "Correct Answer": "yes\n", "Incorrect Answer 1": " no", "Incorrect Answer 2": None}
+    item = read_row(gpqa | {"Incorrect Answer 3": "never\n"}, "row")
+    assert sorted(line[3:] for line in item.question.split("\n")[2:]) == ["never", "no", "yes"]
+    assert f"{item.gold}) yes" in item.question
+    with pytest.raises(InputError, match="the right one only once"):
+        read_row(gpqa | {"Incorrect Answer 3": "yes"}, "row")
+
+
+def test_a_target_of_several_turns_is_named_unless_the_others_are_the_prompt():
+    several = [*SAID, {"role": "user", "content": "b?"}, {"role": "assistant", "content": "b=6"}]
+    with pytest.raises(InputError, match="row 0: 'target' has several turns, .*'conversations'"):
+        examples([row() | {"target": several}])
+    [e], _ = examples([row() | {"target": USER + SAID}])
+    assert TOKENIZER.decode(e.trace[:-1]) == "a=5"
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def test_files_come_with_a_byte_order_mark_in_upper_case_gzipped_and_as_csv(tmp_path):
+    rows, text = [row(), row(gold="6")], "".join(json.dumps(row(gold=gold)) + "\n" for gold in "56")
+    (tmp_path / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
+    for name in ("a.JSONL", "b.jsonl.gz", "c.json"):
+        assert load_rows(str(tmp_path / name)) == rows
+    (tmp_path / "d.csv").write_bytes(b'\xef\xbb\xbfquestion,answer\r\n"x, y\nz",7\r\n' + b"x," + b"1" * 200_000)
+    assert load_rows(str(tmp_path / "d.csv")) == [
+        {"question": "x, y\nz", "answer": "7"}, {"question": "x", "answer": "1" * 200_000},
+    ]  # fmt: skip
+    assert len(load_rows(str(tmp_path))) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("a.txt", b"x", "cannot be read; data files end in .parquet, .jsonl"), ("a.jsonl.gz", b"x", "not valid JSON"),
+     ("a.csv", b'a,b\n"x,1\n', "not valid CSV"), ("a.xlsx", b"PK", "cannot be read")],
+)  # fmt: skip
+def test_other_files_are_refused_with_what_can_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: {message}"):
+        load_rows(str(tmp_path / name))
+
+
+def files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"question": name, "answer": "1"}) + "\n")
+    return str(folder)
+
+
+def names_of(rows):
+    return [r["question"] for r in rows]
+
+
+def test_copies_that_an_editor_keeps_are_not_read(tmp_path):
+    found = load_rows(files(tmp_path, "a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "__MACOSX/._a.jsonl"))
+    assert names_of(found) == ["a.jsonl"]
+
+
+def test_of_a_folder_with_several_splits_the_one_that_is_meant_is_read(tmp_path):
+    folder = files(tmp_path / "a", "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test.jsonl")
+    assert names_of(load_rows(folder)) == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert names_of(load_rows(folder, split="test")) == ["test.jsonl"]
+    folder = files(tmp_path / "b", "train/a.jsonl", "validation/a.jsonl")
+    assert names_of(load_rows(folder, split="test")) == ["validation/a.jsonl"]
+    assert names_of(load_rows(folder)) == ["train/a.jsonl"]
+    only = files(tmp_path / "c", "train-a.jsonl", "train-b.jsonl")
+    assert len(load_rows(only, split="test")) == 2  # nothing to choose from
+    with pytest.raises(InputError, match="unclear which files are the split 'train' .*no split: x.jsonl.*name the"):
+        load_rows(files(tmp_path / "a", "x.jsonl"))
+    with pytest.raises(InputError, match="unclear which files are the split 'train'"):
+        load_rows(files(tmp_path / "d", "test.jsonl", "validation.jsonl"))
+
+
+def test_igsm_is_a_data_name_of_its_own():
+    assert len(load_rows("igsm:5-6", limit=3)) == len(load_rows("igsm:5-6", problems=3)) == 3
+    train, test = (
+        {r["extra_info"]["template"] for r in load_rows("igsm:5-6", split=s, limit=50)} for s in ("train", "test")
+    )
+    assert not train & test
+    with pytest.raises(InputError, match="igsm:5: expected igsm:LO-HI"):
+        load_rows("igsm:5")
+
+
+def test_a_run_refuses_data_that_changed_since_its_checkpoint(tmp_path):
+    """Also where names and numbers of rows are the same."""
+    data = tmp_path / "rows.jsonl"
+
+    def run(gold, steps):
+        data.write_text("".join(json.dumps(row(question=f"{q}=5\n{q}?", gold=gold)) + "\n" for q in "abcd"))
+        words = ["--preset", "tiny", "--model", str(ROOT / "models/tiny"), "--data", str(data), "--method", "sft",
+                 "--batch_size", "2", "--steps", str(steps), "--save_every", "1", "--eval_every", "0", "--out",
+                 str(tmp_path / "run")]  # fmt: skip
+        luffy.main(parse_args(luffy.Args, words, method=luffy.METHODS, preset=luffy.PRESETS))
+
+    run("5", 1)
+    run("5", 2)
+    with pytest.raises(InputError, match="--data .*rows.jsonl: the data .* changed since .*step-00000002 was written"):
+        run("6", 3)
+
+
+def test_a_digest_tells_ids_lists_and_texts_apart():
+    parts = [[([1, 2], [3], "5")], [([1], [2, 3], "5")], [([1, 2], None, "5")], [([1, 2], [3], "6")]]
+    assert len({data_digest(part) for part in parts} | {data_digest(parts[0], []), data_digest([], parts[0])}) == 6

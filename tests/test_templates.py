@@ -1,0 +1,166 @@
+"""Chat templates: what a script was told to use is what it trains on, and what it saves with the model."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import behavior_injection as bridge
+import eval as evaluation
+import igsm
+import luffy
+import oreo
+import redi
+import relift
+from common.data import InputError
+from common.rows import make_examples, render_prompt, response_ids, set_template, trace_text
+from common.trainer import load_tokenizer, parse_args
+from tests.conftest import ROOT
+
+MODEL = str(ROOT / "models/tiny")
+TINY = ["--preset", "tiny", "--model", MODEL, "--batch_size", "2", "--igsm_problems", "4", "--save_every", "0",
+        "--eval_every", "0"]  # fmt: skip
+TURNS = [{"role": "user", "content": "a=5\na?"}]
+SWITCH = (
+    "{% macro end() %}{{ '<think>\n\n</think>\n\n' if not thinking else '<think>\n' }}{% endmacro %}"
+    "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}{{ end() }}"
+)
+
+
+def saved_prompt(folder):
+    """The prompt that a model folder's own template gives."""
+    return render_prompt(load_tokenizer(str(folder)), TURNS)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "tables"),
+    [
+        (luffy, ["--method", "sft"], dict(method="METHODS", preset="PRESETS")),
+        (relift, ["--method", "sft"], dict(method="METHODS", preset="PRESETS")),
+        (redi, ["--stage", "sft"], dict(stage="STAGES", loss="LOSSES", preset="PRESETS")),
+        (oreo, ["--stage", "sft"], dict(stage="STAGES", variant="VARIANTS", preset="PRESETS")),
+    ],
+    ids=["luffy", "relift", "redi", "oreo"],
+)
+def test_the_template_that_was_used_is_saved_with_the_model(script, words, tables, tmp_path):
+    (tmp_path / "t.jinja").write_text(SWITCH)
+    flags = [*TINY, *words, "--steps", "1", "--out", str(tmp_path / "run"), "--chat_template_args", "thinking=true"]
+    flags += ["--chat_template", str(tmp_path / "t.jinja")]
+    script.main(parse_args(script.Args, flags, **{name: getattr(script, table) for name, table in tables.items()}))
+    assert saved_prompt(tmp_path / "run" / "model") == "user:a=5\na?<think>\n"
+
+
+def test_behavior_injection_saves_the_tag_that_it_adds_so_that_eval_asks_as_it_trained(tmp_path, world):
+    rows = [igsm.row(p, "train") for p in igsm.problems(2, ops=(1, 2), style="symbolic", modulus=23, max_params=4)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sft_bridge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}")
+    words = ["--preset", "tiny", "--model", MODEL, "--base_problems", "0", "--sft_batch_size", "2", "--sft_steps", "1",
+             "--out", str(tmp_path), "--chat_template", str(tmp_path / "t.jinja"), "--save_every", "0"]  # fmt: skip
+    args = bridge.settings_of(parse_args(bridge.Args, words, preset=bridge.PRESETS), "sft", "bridge")
+    bridge.train(args, world)
+    model = str(tmp_path / "bridge" / "sft" / "model")
+    trained, *_ = bridge.read_examples("sft_bridge", bridge.open_tokenizer(MODEL, args), args, traces="needed")
+    questions = evaluation.read_questions([str(tmp_path / "data" / "sft_bridge.jsonl")])
+    evaluation.make_prompts(questions, load_tokenizer(model), evaluation.Args())
+    assert [q.prompt for q in questions] == [e.prompt for e in trained]
+    assert questions[0].prompt_text.endswith("<think>\n")
+
+
+def test_switches_are_part_of_the_template_and_the_last_one_counts():
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = SWITCH
+    assert render_prompt(tokenizer, TURNS).endswith("</think>\n\n")
+    set_template(tokenizer, switches=["thinking=true"])
+    assert render_prompt(tokenizer, TURNS) == "user:a=5\na?<think>\n"
+    set_template(tokenizer, switches=["thinking=false"])
+    assert render_prompt(tokenizer, TURNS).endswith("</think>\n\n") and tokenizer.chat_template.count("set ") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("true", "True"), ("False", "False"), ("3", "3"), ("null", "None"), ("low", "low"), ('"a\'b"', "a'b")],
+)
+def test_a_switch_is_a_json_value_or_a_text(value, shown):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = "{{ effort }}"
+    assert render_prompt(set_template(tokenizer, switches=[f"effort={value}"]), TURNS) == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["thinking"], "expected key=value"), (["thinkin=true"], "the chat template has no switch 'thinkin'")],
+)
+def test_a_switch_that_does_nothing_is_refused(words, message):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = SWITCH
+    with pytest.raises(InputError, match=f"--chat_template_args {words[0]}: {message}"):
+        set_template(tokenizer, switches=words)
+
+
+def test_of_several_named_templates_the_default_gets_the_switch():
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = {"default": SWITCH, "tool_use": "x"}
+    assert render_prompt(set_template(tokenizer, switches=["thinking=true"]), TURNS).endswith("<think>\n")
+
+
+@pytest.mark.parametrize("trace", ["<think>Okay", "<think>\nOkay", "<think>\n\nOkay"])
+@pytest.mark.parametrize("end", ["<think>", "<think>\n", "<think>\n\n"])
+def test_one_think_tag_is_trained_whatever_white_space_template_and_trace_have(end, trace):
+    whole = end + trace_text(f"assistant{end}", trace)
+    assert whole.count("<think>") == 1 and whole.replace("\n", "") == "<think>Okay"
+    assert whole.count("\n") == max(end.count("\n"), trace.count("\n"))
+
+
+def test_a_thought_after_a_template_that_closes_it_is_refused(tmp_path):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = SWITCH
+    row = {"prompt": TURNS, "target": "<think>\na=5\n</think>\n\\boxed{5}", "reward_model": {"ground_truth": "5"}}
+    lengths = dict(max_prompt_tokens=99, max_response_tokens=99)
+    with pytest.raises(InputError, match="rows, row 0: the trace has a thought.*--chat_template_args.*thinking=true"):
+        make_examples([row], tokenizer, source="rows", **lengths)
+    [example], _ = make_examples([row | {"target": "\\boxed{5}"}], tokenizer, source="rows", **lengths)
+    assert tokenizer.decode(example.trace[:-1]) == "\\boxed{5}"
+    pair = {"prompt": TURNS, "chosen": row["target"], "rejected": "6"}
+    with pytest.raises(InputError, match="rows, row 0: the trace has a thought"):
+        redi.make_pairs([pair], tokenizer, redi.Args(), source="rows")
+
+
+def sentence_piece():
+    """A tokenizer that puts a word mark before every text, as SentencePiece does with its dummy prefix."""
+    pieces = ["<unk>", "\u2581", "\u2581Okay", "Okay", "\n", "\u2581is", "\u2581a", "a", "?"]
+    core = Tokenizer(models.Unigram([(piece, -float(len(pieces) - i)) for i, piece in enumerate(pieces)], unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    core.add_special_tokens([AddedToken("<think>", normalized=False), AddedToken("<eos>", normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", chat_template="{{ messages[0].content }}")
+
+
+def test_a_trace_after_a_prompt_starts_without_the_word_mark_that_sentencepiece_adds():
+    tokenizer = sentence_piece()
+    alone, spaced = response_ids(tokenizer, ["a?<think>\n"] * 2, ["Okay is", " is Okay"])
+    assert tokenizer.convert_ids_to_tokens(alone) == ["Okay", "\u2581is"]
+    assert tokenizer.convert_ids_to_tokens(spaced) == ["\u2581is", "\u2581Okay"]  # a space of its own stays
+    row = {"prompt": [{"role": "user", "content": "a?<think>\n"}], "target": "<think>\nOkay is", "answer": "a"}
+    [example], _ = make_examples([row], tokenizer, source="x", max_prompt_tokens=9, max_response_tokens=9)
+    both = tokenizer("a?<think>\nOkay is<eos>", add_special_tokens=False)["input_ids"]
+    assert example.prompt + example.trace == both
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_template_that_refuses_a_system_turn_names_the_flag(tmp_path, keep):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    row = {"prompt": [{"role": "system", "content": "Think."}, *TURNS], "answer": "5"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    questions = evaluation.read_questions([str(tmp_path / "rows.jsonl")])
+    if keep:
+        with pytest.raises(InputError, match="rows.jsonl, row 0: .*System role not supported.*--no_system"):
+            evaluation.make_prompts(questions, tokenizer, evaluation.Args())
+    else:
+        evaluation.make_prompts(questions, tokenizer, evaluation.Args(system=False))
+        assert questions[0].prompt_text == "a=5\na?"
