@@ -181,7 +181,7 @@ TEMPLATES = {
         ("user", "{question}"),
     ],
     "oreo-math": [("system", IN_A_BOX), ("user", "{question}")],
-    "oreo-deepseek": f"User: {{question}}\n{IN_A_BOX}\n\nAssistant:",  # text, so that the tokenizer's bos is put before it
+    "oreo-deepseek": f"User: {{question}}\n{IN_A_BOX}\n\nAssistant:",  # text: the tokenizer's bos is put before it
     # no newline between "assistant" and "<think>", as in the published evaluation
     "redi": QWEN.replace("{system}", IN_A_BOX).replace("{question}", REDI).removesuffix("\n") + "<think>\n",
 }
@@ -466,7 +466,8 @@ def sample(questions: list[Question], tokenizer, args: Args, world, done: dict[s
     policy = load_policy(args.model, world)
     longest = max(len(q.prompt) for q in questions) + tokens_ahead(args)
     if args.search != "none":
-        value, ends = load_policy(args.value, world, kind=ValueModel, trained_head=True), step_ids(tokenizer, args.step_delimiters)
+        value = load_policy(args.value, world, kind=ValueModel, trained_head=True)
+        ends = step_ids(tokenizer, args.step_delimiters)
         if value.lm.config.vocab_size != policy.lm.config.vocab_size:
             raise InputError(f"--value {args.value}: its vocabulary is not --model's")
     sampler = make_sampler(

@@ -87,7 +87,6 @@ from common.trainer import (
 )
 from common.verifiers import grade, grade_later
 
-
 Shape = Literal["", "no_reshape", "logp", "p_logp", "square_root", "pow", "p_div_p_0.1", "p_div_p_0.3", "p_div_p_0.5"]
 
 
@@ -455,7 +454,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             gap = torch.where(teacher, 0.0, old - sampler_logp).double()  # trainer's minus sampler's, of own tokens
             totals.add(
                 pg_loss=pg_loss, sft_loss=sft_loss, entropy=entropy.sum(), kl_old=-gone.sum(),
-                teacher_logp=torch.where(teacher, logp, 0.0).sum(), teacher_shaped=(shaped(logp, shape) * teacher).sum(),
+                teacher_logp=torch.where(teacher, logp, 0.0).sum(),
+                teacher_shaped=torch.where(teacher, shaped(logp, shape), 0.0).sum(),
                 clipped=((gone.exp() - 1).abs() > (args.clip or math.inf)).sum(),
                 mismatch=gap.abs().sum(), mismatch_kl=-gap.sum(),
             )  # fmt: skip

@@ -294,8 +294,8 @@ STAGES = {
 VARIANTS = {"step": dict(kl_coef=0.1), "response": dict(kl_coef=0.3)}
 PRESETS = {
     "paper_7b": dict(
-        model="deepseek-ai/deepseek-math-7b-instruct", out="runs/oreo_7b", ask="user", samples=16, balance=4, epochs=2.0,
-        value_lora=64, value_lr=1e-4, pairs_per_question=10,
+        model="deepseek-ai/deepseek-math-7b-instruct", out="runs/oreo_7b", ask="user", samples=16, balance=4,
+        epochs=2.0, value_lora=64, value_lr=1e-4, pairs_per_question=10,
         stage={"rejection": dict(epochs=1.0), "dpo": dict(epochs=1.0), "kto": dict(lr=1e-7)},
     ),
     "paper_alfworld": dict(
@@ -745,8 +745,8 @@ def read_problems(tokenizer, args: Args, *, traces: str = "needed", **options):
 
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
-    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "max_row_tokens", "epochs", "samples", "rounds", "width",
-                 "max_steps", "pairs_per_question", "beta"):  # fmt: skip
+    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "max_row_tokens", "epochs", "samples",
+                 "rounds", "width", "max_steps", "pairs_per_question", "beta"):  # fmt: skip
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     if args.steps < 0:
@@ -771,11 +771,12 @@ def check(args: Args) -> None:
         check_verifier(args.verifier)
 
 
-def load_value(args: Args, policy, world, *, trained_head: bool = False):
-    """The value model of --value, or of --model's body with a head of zeros."""
+def load_value(args: Args, policy, world):
+    """The value model of --value; to train one, also of --model's body with a head of zeros."""
     value = load_policy(
         args.value or args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
-        kind=ValueModel, lora=args.value_lora, trained_head=trained_head, trust_remote_code=args.trust_remote_code,
+        kind=ValueModel, lora=args.value_lora, trained_head=args.stage == "search",
+        trust_remote_code=args.trust_remote_code,
     )
     check_fit(f"--value {args.value}", value, policy)
     return value
@@ -834,7 +835,8 @@ def collect(args: Args) -> str:
     world = init_world(args.timeout_minutes)
     final, partial = Path(args.out) / "rows.jsonl", Path(args.out) / "rows.partial.jsonl"
     names = ("model", "data", "ask", "igsm_problems", "chat_template", "chat_template_args", "verifier",
-             "max_prompt_tokens", "max_response_tokens", "samples", "balance", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
+             "max_prompt_tokens", "max_response_tokens", "samples", "balance", "temperature", "top_p", "batch_size",
+             "seed")  # fmt: skip
     tokenizer = open_tokenizer(args)
     examples, left_out = read_problems(tokenizer, args, traces="ignored", progress=world.main)
     digest = data_digest((e.prompt, e.gold) for e in examples)
@@ -925,13 +927,11 @@ def train(args: Args) -> None:
         ((e.prompt, e.gold) for e in held_out),
     )
     checkpoints.check_data(state, digest, f"--rows {args.rows}" if args.rows else f"--data {' '.join(args.data)}")
+    source = args.rows or " ".join(args.data)
     if len(units) < args.batch_size:
-        raise InputError(
-            f"{args.rows or ' '.join(args.data)}: {len(units)} to train on are fewer than --batch_size {args.batch_size}"
-        )
+        raise InputError(f"{source}: {len(units)} to train on are fewer than --batch_size {args.batch_size}")
     steps = args.steps or max(1, int(args.epochs * len(units) / args.batch_size))
     if world.main:
-        source = args.rows or " ".join(args.data)
         print(f"{source}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size}")
 
     policy = load_policy(
@@ -1099,7 +1099,7 @@ def search(args: Args) -> dict:
     tokenizer = open_tokenizer(args)
     examples = held_out_examples(tokenizer, args, reshape=partial(as_published, ask=args.ask))
     policy = load_policy(args.model, world, trust_remote_code=args.trust_remote_code)
-    value = None if args.search == "greedy" else load_value(args, policy, world, trained_head=True)
+    value = None if args.search == "greedy" else load_value(args, policy, world)
     found = find_answers(policy, value, tokenizer, examples, args, world)
     best = [max(answers, key=lambda c: c.value, default=None) for answers in found]
     texts = [tokenizer.decode(c.response).removesuffix(tokenizer.eos_token) if c else "" for c in best]

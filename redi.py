@@ -610,7 +610,9 @@ def read_problem(row: dict, where: str, args: Args) -> Problem | str:
     """A problem from a row of any shape in common/rows.py, or the name of the rule that leaves it out.
 
     --own_answers adds a model's wrong trace to rows that have none."""
-    chosen = choose_openr1(row, args.drop_sources, args.right_if) if isinstance(row, dict) and "generations" in row else None
+    chosen = None
+    if isinstance(row, dict) and "generations" in row:
+        chosen = choose_openr1(row, args.drop_sources, args.right_if)
     if isinstance(chosen, str):
         return chosen
     item = read_row(row, where)

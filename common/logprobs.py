@@ -136,7 +136,7 @@ def _check(hidden, weight, targets, temperature, backend):
 
 
 def _form(temperature, cap, scale):
-    """How logits follow from a product z: (divisor, 0) for z / divisor, (divisor, outer) for outer * tanh(z / divisor)."""
+    """How logits follow from a product z. (divisor, 0): z / divisor. (divisor, outer): outer * tanh(z / divisor)."""
     if cap < 0 or not scale > 0:
         raise ValueError(f"a soft cap of {cap} and a scale of {scale}: the cap is 0 or more, the scale above 0")
     return (cap / scale, cap / temperature) if cap else (temperature / scale, 0.0)
@@ -355,7 +355,8 @@ def _outputs(state, sign, weighted, dtype):
 
 
 def _factors(state, grad_logp, grad_other, sign, form, dtype):
-    """m, f0, f1, g_y, m' [5, N] such that g_j = exp(z_j - m) (f0 + f1 w_j), but g_y for the target; a cap's slope apart."""
+    """m, f0, f1, g_y, m' [5, N] such that g_j = exp(z_j - m) (f0 + f1 w_j), but g_y for the target; without a cap's
+    slope."""
     m, s, u, z_y, m_ref, _ = state
     x_y, total = z_y - m, 1 + s
     logp, mean = x_y - s.log1p(), u / total

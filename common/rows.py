@@ -588,8 +588,8 @@ def given_logps(probs: list | None, trace: list[int] | None, where: str) -> list
         raise InputError(f"{where}: 'target_probs' must be a list of numbers above 0 ({error})") from error
     if len(trace) - len(logps) not in (0, 1) or max(logps, default=0.0) > 0:
         raise InputError(
-            f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos included), or one "
-            "above 1; remove the column, or make it with this tokenizer"
+            f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos included), or "
+            "one above 1; remove the column, or make it with this tokenizer"
         )
     return logps + [math.nan] * (len(trace) - len(logps))
 

@@ -260,8 +260,8 @@ def logit_form(config) -> dict[str, float]:
     def setting(*names):
         return next((float(x) for x in (getattr(config, name, None) for name in names) if x), None)
 
-    cap = setting("final_logit_softcapping", "logits_soft_cap") or 0.0
-    return {"cap": cap, "scale": (setting("logit_scale", "lm_head_multiplier") or 1.0) / (setting("logits_scaling") or 1.0)}
+    cap, divisor = setting("final_logit_softcapping", "logits_soft_cap") or 0.0, setting("logits_scaling") or 1.0
+    return {"cap": cap, "scale": (setting("logit_scale", "lm_head_multiplier") or 1.0) / divisor}
 
 
 def change_logits(logits: torch.Tensor, config) -> torch.Tensor:

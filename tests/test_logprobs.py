@@ -623,7 +623,7 @@ def test_soft_caps_and_scales_change_logits_and_gradients_as_written_out(place, 
     exact = values(truth, hidden.double(), weight.double(), targets)
     for function, tiles in ((ours, {}), (ours, MANY), (ours, dict(keep=True)), (from_product, {})):
         for mine, right in zip(values(function, hidden, weight, targets, **tiles), exact, strict=True):
-            tolerance = 1e-2 if tiles.get("keep") and not cap else 3e-5  # E is kept in bf16
+            tolerance = 1e-2 if tiles.get("keep") and not cap else 1e-4  # E is kept in bf16
             torch.testing.assert_close(mine.double(), right, rtol=tolerance, atol=tolerance / 10)
     upstream = torch.randn(8, generator=torch.Generator().manual_seed(0)).to(device)
     for tiles in ({}, MANY):
@@ -633,13 +633,16 @@ def test_soft_caps_and_scales_change_logits_and_gradients_as_written_out(place, 
             [out] = function(h, w, targets, **options)
             results.append((out.detach(), *torch.autograd.grad((out * upstream).sum(), (h, w))))
         for mine, right in zip(*results, strict=True):
-            torch.testing.assert_close(mine.double(), right, rtol=3e-5, atol=3e-6)
+            torch.testing.assert_close(mine.double(), right, rtol=3e-5, atol=1e-5)
 
 
 def test_a_soft_cap_in_float64_is_exact_and_bad_ones_are_refused():
     hidden, weight, targets = problem("random", n=6)
     mine = values(linear_logprobs, hidden.double(), weight.double(), targets, entropy=True, cap=3.0, scale=0.5)
-    right = values(lambda h, w, t: from_logits(changed(h @ w.T, 3.0, 0.5), t), hidden.double(), weight.double(), targets)
+    def truth(h, w, targets):
+        return from_logits(changed(h @ w.T, 3.0, 0.5), targets)
+
+    right = values(truth, hidden.double(), weight.double(), targets)
     for a, b in zip(mine, right, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     for bad in (dict(cap=-1.0), dict(scale=0.0), dict(scale=-2.0)):

@@ -323,7 +323,8 @@ def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_an
         episode.say(ids(answer + end))
     row = episode.row()
     assert row["end"] == "won"
-    assert TOKENIZER.decode(row["prompt_ids"]) == "<|user|>Open the door and go.<|assistant|>OK<|user|>A door.<|assistant|>"
+    shown = "<|user|>Open the door and go.<|assistant|>OK<|user|>A door.<|assistant|>"
+    assert TOKENIZER.decode(row["prompt_ids"]) == shown
     said = "Action: open door", "<|user|>Observation: The door is open.<|assistant|>", "Action: go out"
     assert TOKENIZER.decode(row["response_ids"]) == "".join(said)
     prompt, response, actions = oreo.conversation_ids(row["conversations"], tokenizer, skip_turns=1)
@@ -333,6 +334,6 @@ def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_an
 def test_the_published_rules_are_alfworlds_and_word_for_word():
     text = oreo_agents.PUBLISHED
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "1315010838ff752b"
-    assert "2. task {obj} from {recep}\n" in text and 'strictly follow this format:"Thought: your thoughts.\\nAction: ' in text
+    assert "2. task {obj} from {recep}\n" in text and ':"Thought: your thoughts.\\nAction: ' in text
     with pytest.raises(InputError, match="--rules published are ALFWorld's"):
         oreo_agents.main(Args(stage="collect", model="x", rules="published"))

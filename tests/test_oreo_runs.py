@@ -352,7 +352,8 @@ def test_a_folder_without_a_trained_head_searches_nothing_and_says_so(nano, rows
         evaluation.main(evaluation.Args(model=nano, value=nano, search="beam", **ask))
     with pytest.raises(InputError, match="no trained value head"):
         oreo_agents.main(oreo_agents.Args(model=nano, value=nano, games=str(tmp_path)))
-    oreo.main(settings(nano, "--rows", rows, "--steps", "1", "--value", nano, "--out", tmp_path / "run"))  # it trains one
+    words = ["--rows", rows, "--steps", "1", "--value", nano, "--out", tmp_path / "run"]
+    oreo.main(settings(nano, *words))  # it trains one
 
 
 def test_the_published_value_models_head_is_read(nano, nano_value, tmp_path, world):

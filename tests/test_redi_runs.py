@@ -317,4 +317,4 @@ def test_problems_that_share_words_with_a_benchmark_are_left_out_and_counted(set
     assert sorted(kept) == sorted([" ".join(words[:12]), "a=5\na?"])
     with pytest.raises(InputError, match="bench.jsonl, row 0: no shape of row"):
         broken = write(tmp_path / "bench.jsonl", [{"answer": 1}])
-        redi.main(settings("--stage", "data", "--data", write(tmp_path / "rows.jsonl", rows), "--decontaminate", broken))
+        redi.main(settings("--stage", "data", "--data", tmp_path / "rows.jsonl", "--decontaminate", broken))

@@ -371,8 +371,9 @@ def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_pat
 
     accuracies = iter([0.9, 0.2, 0.5, 0.4])  # the first is the base model's
     monkeypatch.setattr(luffy, "evaluate", lambda *_: {"eval/mean": next(accuracies)})
-    words = ["--steps", "3", "--save_every", "1", "--keep", "3", "--eval_every", "1", "--keep_best", "--rope_theta", "3e4"]
-    luffy.main(settings(*words, "--max_positions", "2048", "--out", str(tmp_path / "run")))
+    words = ["--steps", "3", "--save_every", "1", "--keep", "3", "--eval_every", "1", "--keep_best"]
+    words += ["--rope_theta", "3e4", "--max_positions", "2048", "--out", str(tmp_path / "run")]
+    luffy.main(settings(*words))
     for step in (1, 2, 3):
         words = ["--step", step, "--tokenizer", tmp_path / "run" / "model"]  # --model scratch has no folder
         run_script("-m", "common.trainer", "export", tmp_path / "run", tmp_path / f"{step}", *words)
@@ -383,7 +384,8 @@ def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_pat
     config = json.loads((tmp_path / "2" / "config.json").read_text())
     assert config["rope_parameters"]["rope_theta"] == 3e4 and config["max_position_embeddings"] == 2048
     assert len(load_tokenizer(str(tmp_path / "2"))) > 20
-    for words, message in ((["--step", 7], "no checkpoint of step 7 there; steps: .1, 2, 3."), (["--value"], "no value")):
+    errors = {"no checkpoint of step 7 there; steps: .1, 2, 3.": ["--step", 7], "holds no value": ["--value"]}
+    for message, words in errors.items():
         failed = run_script(
             "-m", "common.trainer", "export", tmp_path / "run", tmp_path / "no", *words, check=False
         )
@@ -449,7 +451,8 @@ def test_a_model_that_changes_its_logits_is_trained_sampled_and_saved_as_transfo
 
 def test_logit_forms_are_read_from_nested_configurations_too():
     text = AutoConfig.for_model("gemma3n_text", final_logit_softcapping=30.0)
-    assert trainer.logit_form(AutoConfig.for_model("gemma3n", text_config=text.to_dict())) == {"cap": 30.0, "scale": 1.0}
+    nested = AutoConfig.for_model("gemma3n", text_config=text.to_dict())
+    assert trainer.logit_form(nested) == {"cap": 30.0, "scale": 1.0}
     assert trainer.logit_form(AutoConfig.for_model("qwen2")) == {"cap": 0.0, "scale": 1.0}
     logits = torch.tensor([-3.0, 0.0, 50.0])
     torch.testing.assert_close(trainer.change_logits(logits, text), 30 * (logits / 30).tanh())

@@ -236,7 +236,8 @@ def test_sft_is_the_mean_of_token_means_of_so_many_rows(module, rows_per_mean, m
         oreo.accumulate_gradient(policy, None, None, units, args, ONE_RANK)
     elif module is relift:
         args.sft_entropy_coef = 0.0
-        relift.accumulate_sft_gradient(policy, [relift.Row(*pair, i, True) for i, pair in enumerate(pairs)], args, ONE_RANK)
+        rows = [relift.Row(*pair, i, True) for i, pair in enumerate(pairs)]
+        relift.accumulate_sft_gradient(policy, rows, args, ONE_RANK)
     else:
         args.entropy_coef = 0.0
         rows = [luffy.Row(*pair, i, True) for i, pair in enumerate(pairs)]
