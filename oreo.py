@@ -14,7 +14,8 @@ actions (what the model wrote) and the states (where the equation is asked for);
          + alpha * mean_rows mean_t KL(pi(. | s_t) || pi_ref(. | s_t))          over the actions and the vocabulary
 
 --variant step takes the starts of steps as states and a step as an action (the gradient reaches its tokens, and is
-stopped at the next step's start); response takes the answer as one action (Eq. 10), while V is trained on every state.
+stopped at the next step's start); response takes the answer as one action (Eq. 10), while V is trained on every state;
+dqo is the paper's comparison: token states, and the gradient reaches all that follows.
 At test time V guides a search over steps, which needs no verifier.
 
 --stage picks what to do, each with its published settings:
@@ -123,7 +124,7 @@ from common.verifiers import grade
 class Args:
     stage: Literal["sft", "collect", "oreo", "rejection", "dpo", "kto", "iterate", "search"] = "oreo"
     """What to do; the defaults below follow it."""
-    variant: Literal["token", "step", "response"] = "token"
+    variant: Literal["token", "step", "response", "dqo"] = "token"
     """OREO's policy loss; --kl_coef follows it."""
     preset: Literal["paper", "paper_7b", "paper_alfworld", "tiny"] = "paper"
     """paper: the published run of Qwen2.5-Math-1.5B. paper_7b: of DeepSeekMath-7B-Instruct. paper_alfworld: of
@@ -291,7 +292,7 @@ STAGES = {
     "kto": dict(lr=5e-8, beta=0.1),
     "iterate": dict(rounds=3),
 }
-VARIANTS = {"step": dict(kl_coef=0.1), "response": dict(kl_coef=0.3)}
+VARIANTS = {"step": dict(kl_coef=0.1), "response": dict(kl_coef=0.3), "dqo": dict(kl_coef=0.0)}
 PRESETS = {
     "paper_7b": dict(
         model="deepseek-ai/deepseek-math-7b-instruct", out="runs/oreo_7b", ask="user", samples=16, balance=4,
@@ -341,6 +342,7 @@ def oreo_row_losses(logp, ref_logp, values, action_mask, state_mask, rewards, *,
     token     S_t = d_t + sg(S_{t+1}),             d_t = log pi_t / ref_t of an action, 0 of any other token
     step      S_t = d_t + .. + d_{u-1} + sg(S_u),  u the row's next state
     response  S_t, at the row's first state alone
+    dqo       S_t, the gradient reaching every action after t (Liu et al. 2024, the paper's comparison)
 
     Raises ValueError for other shapes, an unknown variant, or a row without a state.
 
@@ -371,12 +373,14 @@ def oreo_row_losses(logp, ref_logp, values, action_mask, state_mask, rewards, *,
     elif variant == "step":
         after = F.pad(suffix, (0, 1)).gather(1, next_state(state))  # [B, T], S_u; 0 after the last state
         x = suffix - after + after.detach()
+    elif variant == "dqo":
+        x = suffix
     elif variant == "response":
         x = suffix
         first = state.int().argmax(1, keepdim=True)
         state, states = torch.zeros_like(state).scatter(1, first, True), torch.ones_like(states)
     else:
-        raise ValueError(f"variant {variant!r}: token, step or response")
+        raise ValueError(f"variant {variant!r}: token, step, response or dqo")
     return row_mean(values.detach() - reward + beta * x), value_loss
 
 
