@@ -462,3 +462,30 @@ def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(nano):
     assert "Traceback" not in result.stderr
     with pytest.raises(SystemExit, match="2"):
         parse_args(oreo.Args, ["--learning_rate", "1"])
+
+
+CODE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+
+class OwnForCausalLM(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_by_flag_only(nano, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tmp_path / "model"
+    shutil.copytree(nano, model)
+    (model / "own.py").write_text(CODE)
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    words = ["--stage", "rejection", "--rows", rows, "--steps", "1", "--eval_every", "0", "--out", tmp_path / "run"]
+    with pytest.raises(InputError, match="--model .*custom code which must be executed"):
+        oreo.main(settings(str(model), *words))
+    assert not (tmp_path / "run" / "model").exists()
+    oreo.main(settings(str(model), *words, "--trust_remote_code"))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
