@@ -38,8 +38,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GraniteConfig,
+    GranitePreTrainedModel,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
@@ -343,8 +347,9 @@ def load_policy(
     labels = {} if kind is Policy else {"num_labels": 1}
     verbosity = transformers_logging.get_verbosity()
     try:
-        config = AutoConfig.for_model(**from_config, **labels) if from_config else AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, **labels
+        config = AutoConfig.for_model(**from_config, **labels) if from_config else (
+            granite_of_minicpm(path, **labels)
+            or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **labels)
         )
         if edit_config:
             edit_config(config)
@@ -381,6 +386,29 @@ def load_policy(
         for layer in lm.get_decoder().layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
     return _shard(kind(lm), world)
+
+
+class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):
+    """Transformers has none."""
+
+
+AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceClassification, exist_ok=True)
+
+
+def granite_of_minicpm(path: str, **labels) -> GraniteConfig | None:
+    """The Granite configuration that computes what a MiniCPM folder's own code does, with the same names of weights, so
+    that none of that code is run; None for other models. A model that is trained from there is saved as Granite."""
+    theirs, _ = PreTrainedConfig.get_config_dict(path)
+    if theirs.get("model_type") != "minicpm":
+        return None
+    hidden, layers, heads = (theirs[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    known = GraniteConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    return GraniteConfig(
+        **{name: value for name, value in theirs.items() if name in known}, **labels,
+        architectures=theirs.get("architectures"), embedding_multiplier=theirs["scale_emb"],
+        residual_multiplier=theirs["scale_depth"] / layers**0.5, attention_multiplier=(hidden // heads) ** -0.5,
+        logits_scaling=hidden / theirs["dim_model_base"],
+    )  # fmt: skip
 
 
 def set_context(args, config) -> None:

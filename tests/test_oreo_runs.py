@@ -480,7 +480,8 @@ def test_code_that_comes_with_a_model_runs_by_flag_only(nano, rows, tmp_path, mo
     model = tmp_path / "model"
     shutil.copytree(nano, model)
     (model / "own.py").write_text(CODE)
-    config = json.loads((model / "config.json").read_text()) | {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     (model / "config.json").write_text(json.dumps(config))
     words = ["--stage", "rejection", "--rows", rows, "--steps", "1", "--eval_every", "0", "--out", tmp_path / "run"]

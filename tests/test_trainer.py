@@ -456,3 +456,34 @@ def test_logit_forms_are_read_from_nested_configurations_too():
     assert trainer.logit_form(AutoConfig.for_model("qwen2")) == {"cap": 0.0, "scale": 1.0}
     logits = torch.tensor([-3.0, 0.0, 50.0])
     torch.testing.assert_close(trainer.change_logits(logits, text), 30 * (logits / 30).tanh())
+
+
+def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
+    """Against Llama, into whose weights MiniCPM's scales of embeddings, residuals and logits are multiplied."""
+    scale_emb, scale_depth, base = 12.0, 1.4, 16
+    config = SMALL | dict(model_type="llama", rms_norm_eps=1e-5, tie_word_embeddings=True)
+    minicpm, tokenizer = load_policy("x", world, from_config=config, seed=5), load_tokenizer("models/tiny")
+    export(minicpm, tokenizer, tmp_path / "minicpm", world)
+    theirs = json.loads((tmp_path / "minicpm" / "config.json").read_text()) | {
+        "model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "scale_emb": scale_emb,
+        "scale_depth": scale_depth, "dim_model_base": base,
+        "auto_map": {"AutoConfig": "modeling_minicpm.MiniCPMConfig"},
+    }  # fmt: skip
+    (tmp_path / "minicpm" / "config.json").write_text(json.dumps(theirs))
+    llama = load_policy("x", world, from_config=config | {"tie_word_embeddings": False}, seed=5)
+    weights = dict(minicpm.lm.named_parameters())
+    with torch.no_grad():
+        for name, p in llama.lm.named_parameters():
+            p.copy_(weights["model.embed_tokens.weight" if name == "lm_head.weight" else name])
+            p.mul_(scale_emb if "embed_tokens" in name else base / 32 if "lm_head" in name else 1.0)
+            if "o_proj" in name or "down_proj" in name:
+                p.mul_(scale_depth / 2**0.5)
+    pairs = pack([([5, 6, 7], [8, 9, 10, 1]), ([11, 12], [13, 14])])
+    ours = load_policy(str(tmp_path / "minicpm"), world)
+    torch.testing.assert_close(ours(pairs), llama(pairs), rtol=1e-4, atol=1e-4)
+    export(ours, tokenizer, tmp_path / "granite", world)
+    torch.testing.assert_close(load_policy(str(tmp_path / "granite"), world)(pairs), ours(pairs))
+    value = load_policy(str(tmp_path / "minicpm"), world, kind=trainer.ValueModel)
+    assert value(pairs).abs().max() == 0
+    export(value, tokenizer, tmp_path / "value", world)
+    load_policy(str(tmp_path / "value"), world, kind=trainer.ValueModel, trained_head=True)
