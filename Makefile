@@ -30,8 +30,10 @@ $(VENV)/.run: requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.run requirements-test.txt
+$(VENV)/.test: $(VENV)/.run requirements-test.txt requirements-agents.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-agents.txt || \
+	  echo "TextWorld and ALFWorld cannot be installed here: the tests that need them will be skipped"
 	@touch $@
 
 # vLLM's many dependencies stay out of .venv; its torch and transformers are those of .venv, by a .pth file. It pulls

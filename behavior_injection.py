@@ -74,7 +74,7 @@ from common.data import (
     tokens_of_means,
 )
 from common.rollout import Sampling, make_sampler
-from common.rows import data_digest, load_rows, make_examples, set_template
+from common.rows import data_digest, load_rows, make_examples, report_golds, set_template
 from common.trainer import (
     BadBatches,
     Checkpoints,
@@ -423,6 +423,7 @@ class Row:
     truncated: bool = False
     reward: float = 0.0
     status: str = ""  # the verifier's; empty: not graded
+    detail: str | None = None  # why it is so
     advantage: float = 0.0
 
 
@@ -698,9 +699,10 @@ def reward(rows: list[Row], batch, tokenizer, args: Args) -> None:
     texts = [answer_text(row, tokenizer) for row in rows]
     golds = [batch[row.group].gold for row in rows]
     for row, text, verdict in zip(rows, texts, grade(texts, golds, verifier=args.verifier), strict=True):
-        row.reward, row.status = verdict.reward, verdict.status
+        row.reward, row.status, row.detail = verdict
         if args.format_reward:
             row.reward += args.format_reward * format_reward(text)
+    report_golds([batch[row.group] for row in rows], rows)
 
 
 def set_advantages(rows: list[Row]) -> None:
@@ -721,6 +723,7 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
     )
     texts = [tokenizer.decode(g[0].said) for g in groups]
     verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
+    report_golds(mine, verdicts)
     results = gather_lists(
         [(e.source, v.reward, g[0].truncated) for e, v, g in zip(mine, verdicts, groups, strict=True)], world
     )
@@ -897,7 +900,7 @@ def sample_rows(rows: list[Row], batch, tokenizer) -> list[dict]:
     """Rows as text, for samples.jsonl; batch: the step's examples."""
     return [
         {
-            "reward": row.reward if row.status else None, "advantage": row.advantage,
+            "reward": row.reward if row.status else None, "detail": row.detail, "advantage": row.advantage,
             "gold": batch[row.group].gold, "prompt": batch[row.group].text, "response": tokenizer.decode(row.response),
         }
         for row in rows

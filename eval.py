@@ -293,7 +293,7 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
             check_gold(item, row, where)
             benchmark = item.source or Path(source).stem
             read.append((benchmark, source, where, item))
-            owners.setdefault(benchmark, {"average"} & {benchmark}).add(source)
+            owners.setdefault(benchmark, {None} if benchmark == "average" else set()).add(source)
     questions: dict[str, Question] = {}
     for benchmark, source, where, item in read:
         # the same name in two files is two benchmarks; "average" is a key of results.json
@@ -585,7 +585,7 @@ def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]
     """The rows whose gold answer one of the verifiers could not read: their answers count as wrong."""
     return [
         record.get("row", record["id"]) for record in records
-        if any("gold unreadable" in detail for answer in record["answers"] for verifier in verifiers
+        if any(detail.startswith("gold unreadable") for answer in record["answers"] for verifier in verifiers
                for detail in answer["verdicts"][verifier][2:])
     ]  # fmt: skip
 
@@ -1002,7 +1002,8 @@ def page_answers(record: dict, verifier: str) -> dict:
         for answer in [a for a, x in zip(record["answers"], rewards, strict=True) if (x > 0) == right][:1]:
             thought, tag, _ = answer["text"].partition("</think>")
             verdicts = {
-                v: " ".join(["right" if reward > 0 else "wrong" if status == "ok" else status, *detail])
+                v: ("right" if reward > 0 else "wrong" if status == "ok" else status)
+                + "".join(f" ({why})" for why in detail)
                 for v, (reward, status, *detail) in answer["verdicts"].items()
             }
             shown.append({
@@ -1037,6 +1038,8 @@ def check(args: Args) -> None:
         raise InputError(f"--value {args.value} is for --search beam, best_of_n or best_of_k")
     if args.search != "none" and args.temperature == 0:
         raise InputError(f"--search {args.search}: answers that shall differ need a positive --temperature")
+    if args.chat_template_args and args.template != "own":
+        raise InputError(f"--chat_template_args are for --template own, not {args.template}")
     if not args.verifier:
         raise InputError("--verifier needs at least one name")
     for name in args.verifier if not args.compare else ():

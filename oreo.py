@@ -85,6 +85,7 @@ from common.rows import (
     read_examples,
     read_row,
     render_prompt,
+    report_golds,
     response_ids,
     set_template,
     trace_text,
@@ -139,16 +140,17 @@ class Args:
     reference: str = ""
     """Frozen reference of oreo, dpo and kto; empty takes --model."""
     data: tuple[str, ...] = ("openai/gsm8k:main", "DigitalLearningGmbH/MATH-lighteval")
-    """Problems to collect answers to (with worked solutions, for sft): .parquet / .json / .jsonl files, folders, Hub
-    names (LUFFY's columns, GSM8K's or MATH's), or igsm:LO-HI for symbolic iGSM problems, made on the spot."""
+    """Problems to collect answers to (with worked solutions, for sft): files, folders, Hub names, or igsm:LO-HI for
+    symbolic iGSM problems of LO to HI operations. README has a table of all shapes of rows."""
     ask: Literal["system", "user"] = "system"
     """How rows with GSM8K's or MATH's columns are asked. system: by the published system turn of each, as Qwen was.
     user: by a sentence after the question, as DeepSeekMath was."""
     rows: str = ""
-    """Graded rows to train on: what collect wrote, or lines of {prompt, response, reward} or {conversations, reward}
-    (docs/oreo.md). Empty collects them into OUT/rows.jsonl."""
+    """Graded rows to train on: what collect wrote, or any shape with graded traces (README's table). Empty collects
+    them into OUT/rows.jsonl."""
     eval_data: tuple[str, ...] = ()
-    """Held-out problems, like --data (Hub names: their test split; igsm: problems of other templates)."""
+    """Held-out rows, in the formats of --data. Hub names: the test split; igsm: problems whose templates are not in the
+    training set."""
     igsm_problems: int = 20000
     """How many problems igsm:LO-HI makes."""
     out: str = "runs/oreo"
@@ -817,6 +819,7 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
     )
     texts = [tokenizer.decode(g[0].said) for g in groups]
     verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
+    report_golds(mine, verdicts)
     results = gather_lists(
         [(e.source, v.reward, g[0].truncated) for e, v, g in zip(mine, verdicts, groups, strict=True)], world
     )
@@ -876,16 +879,17 @@ def collect(args: Args) -> str:
 
         # 2. reward
         said = [tokenizer.decode(c.said) for group in groups for c in group]
-        verdicts = iter(grade(
-            said, [e.gold for e in mine for _ in range(args.samples)], verifier=args.verifier
-        ))  # fmt: skip
-        rows = []
+        asked = [e for e in mine for _ in range(args.samples)]
+        verdicts = grade(said, [e.gold for e in asked], verifier=args.verifier)
+        report_golds(asked, verdicts)
+        verdicts, rows = iter(verdicts), []
         for e, group in zip(mine, groups, strict=True):
             judged = [next(verdicts) for _ in group]
             rows += [
                 {"step": step, "question": e.index, "source": e.source, "gold": e.gold, "prompt": e.text,
                  "response": tokenizer.decode(group[i].ids), "reward": judged[i].reward, "status": judged[i].status,
-                 "truncated": group[i].truncated, "prompt_ids": e.prompt, "response_ids": group[i].ids}
+                 "detail": judged[i].detail, "truncated": group[i].truncated,
+                 "prompt_ids": e.prompt, "response_ids": group[i].ids}
                 for i in balanced([v.reward for v in judged], args.balance)
             ]  # fmt: skip
         rows = sorted(gather_lists(rows, world), key=lambda row: row["question"])

@@ -78,10 +78,12 @@ from common.rows import (
     IGSM,
     Trace,
     data_digest,
+    gold_unreadable,
     held_out_examples,
     iter_rows,
     read_row,
     render_prompt,
+    report_golds,
     response_ids,
     set_template,
     trace_text,
@@ -126,11 +128,11 @@ class Args:
     model: str = "runs/redi-sft/model"
     """Model folder or Hub name to start from (stage data: whose template and tokens measure the lengths)."""
     data: str = "runs/redi-data/pairs.jsonl"
-    """Training rows: a .parquet / .json / .jsonl file, a folder or a Hub name with {prompt, chosen, rejected} or
-    {prompt, response, label}, for sft also LUFFY's or GSM8K's columns; or igsm:LO-HI for symbolic iGSM problems of
-    LO to HI operations, made on the spot (modulus 23). For stage data see docs/redi.md."""
+    """Training rows: a file, a folder, a Hub name, or igsm:LO-HI for symbolic iGSM problems of LO to HI operations
+    (modulus 23). README has a table of all shapes of rows. For stage data see docs/redi.md."""
     eval_data: tuple[str, ...] = ()
-    """Held-out rows in LUFFY's or GSM8K's columns (Hub names: their test split; igsm: problems of other templates)."""
+    """Held-out rows, in the formats of --data. Hub names: the test split; igsm: problems whose templates are not in the
+    training set."""
     igsm_problems: int = 4000
     """How many problems igsm:LO-HI makes."""
     own_answers: int = 0
@@ -647,7 +649,7 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
     was drawn is counted in own_answers.json.
 
     An answer that the limit cut short is none (it has no eos to learn from), nor is one that the verifier could not
-    grade in time. A prompt over --max_prompt_tokens gets none."""
+    grade. A prompt over --max_prompt_tokens gets none."""
     lacking = [i for i, problem in enumerate(problems) if problem.chosen is None or problem.rejected is None]
     if not all(problems[i].gold for i in lacking):
         raise InputError(f"{args.data}: --own_answers grades by 'reward_model' or 'answer', and a row has neither")
@@ -663,11 +665,11 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
     drawn = [(lacking[k], c.ids, c.truncated) for k, group in zip(mine, groups, strict=True) for c in group]
     texts = [tokenizer.decode(c.said) for group in groups for c in group]
     verdicts = grade(texts, [problems[i].gold for i, _, _ in drawn], verifier=args.verifier)
-    count, tokens = dict.fromkeys(("right", "wrong", "cut short", "not graded (time-out or error)"), 0), 0
+    count, tokens = dict.fromkeys(("right", "wrong", "cut short", "not graded"), 0), 0
     for (i, ids, cut), verdict in gather_lists(list(zip(drawn, verdicts, strict=True)), world):
         tokens += len(ids)
-        if cut or verdict.status in ("timeout", "error"):
-            count["cut short" if cut else "not graded (time-out or error)"] += 1
+        if cut or verdict.status in ("timeout", "error") or gold_unreadable(verdict):
+            count["cut short" if cut else "not graded"] += 1
             continue
         count["right" if verdict.reward else "wrong"] += 1
         trace = Trace(tokenizer.decode(ids[:-1]), verdict.reward, ids)
@@ -787,6 +789,7 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
     )
     texts = [tokenizer.decode(g[0].said) for g in groups]
     verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
+    report_golds(mine, verdicts)
     results = gather_lists(
         [(e.source, v.reward, g[0].truncated) for e, v, g in zip(mine, verdicts, groups, strict=True)], world
     )

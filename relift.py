@@ -69,7 +69,7 @@ from common.data import (
     tokens_of_means,
 )
 from common.rollout import Completion, Sampling, make_sampler
-from common.rows import IGSM, data_digest, held_out_examples, read_examples, set_template
+from common.rows import IGSM, data_digest, held_out_examples, read_examples, report_golds, set_template
 from common.trainer import (
     BadBatches,
     Checkpoints,
@@ -106,10 +106,11 @@ class Args:
     model: str = "RoadQAQ/Qwen2.5-Math-7B-16k-think"
     """Model folder or Hub name; "scratch" is a small Qwen2 with random weights and the symbolic iGSM tokenizer."""
     data: str = "Elliott/Openr1-Math-46k-8192"
-    """Training rows: a .parquet / .json / .jsonl file, a folder, a Hub name (LUFFY's columns or GSM8K's), or
-    igsm:LO-HI for symbolic iGSM problems of LO to HI operations, made on the spot (modulus 23)."""
+    """Training rows: a file, a folder, a Hub name, or igsm:LO-HI for symbolic iGSM problems of LO to HI operations
+    (modulus 23). README has a table of all shapes of rows."""
     eval_data: tuple[str, ...] = ()
-    """Held-out rows, likewise (Hub names: their test split; igsm: problems of other templates)."""
+    """Held-out rows, in the formats of --data. Hub names: the test split; igsm: problems whose templates are not in the
+    training set."""
     igsm_problems: int = 20000
     """How many problems igsm:LO-HI makes."""
     out: str = "runs/relift"
@@ -421,6 +422,7 @@ class Row:
     truncated: bool = False
     reward: float = 0.0
     status: str = ""  # the verifier's; empty: not graded
+    detail: str | None = None  # why it is so
     advantage: float = 0.0
     mean_tokens: int = 0  # demonstrations: tokens of the mean that it is part of
 
@@ -616,6 +618,7 @@ def evaluate(sampler, tokenizer, examples, buckets: list[str], args: Args, world
     )
     texts = [tokenizer.decode(g[0].said) for g in groups]
     verdicts = grade(texts, [e.gold for e in mine], verifier=args.verifier)
+    report_golds(mine, verdicts)
     names = buckets[world.rank :: world.size] or [""] * len(mine)
     results = gather_lists(
         [
@@ -757,7 +760,8 @@ def main(args: Args) -> None:
         with clock("reward"):
             for graded, verdicts_of_group in grading:
                 for row, verdict in zip(graded, verdicts_of_group.result(), strict=True):
-                    row.reward, row.status = verdict.reward, verdict.status
+                    row.reward, row.status, row.detail = verdict
+                report_golds([batch[row.group] for row in graded], graded)
             rows = sorted(gather_lists(rows, world), key=lambda row: row.group)  # every rank has all rows now
 
         # 3. advantages
@@ -880,7 +884,7 @@ def sample_rows(rows: list[Row], batch, tokenizer) -> list[dict]:
     return [
         {
             "who": "teacher" if row.teacher else "own", "reward": row.reward if row.status else None,
-            "advantage": row.advantage,
+            "detail": row.detail, "advantage": row.advantage,
             "gold": batch[row.group].gold, "prompt": batch[row.group].text, "response": tokenizer.decode(row.response),
         }
         for row in rows

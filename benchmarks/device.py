@@ -1,6 +1,6 @@
 """What a GPU does with this project's work, in minutes: the card's ceilings, attention, the head, an update, rollouts.
 
-    python benchmarks/device.py all                       # everything: about 12 minutes on one GPU
+    python benchmarks/device.py all                       # everything: about 15 minutes on one GPU
     python benchmarks/device.py ceilings head --seconds 60
 
 ceilings   rates of the card: copies, and matrix products at the shapes that occur
@@ -18,6 +18,7 @@ toys, which shows that the program runs and nothing else. docs/gpu.md says what 
 
 import argparse
 import gc
+import itertools
 import json
 import random
 import statistics
@@ -34,7 +35,9 @@ import torch  # noqa: E402
 
 import luffy  # noqa: E402
 from benchmarks import logprobs, scale  # noqa: E402
+from common import vllm  # noqa: E402
 from common.data import pack, packed_attention  # noqa: E402
+from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
 from common.trainer import init_world, load_policy, make_optimizer, optimizer_step  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -180,17 +183,22 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, words in kinds.items() if any(word in kernel.lower() for word in words)), "elementwise")
 
 
+def random_policy(shape: scale.Shape, world):
+    """A policy of a shape with random weights."""
+    return load_policy("random", world, from_config=dict(
+        model_type="qwen2", hidden_size=shape.hidden, intermediate_size=shape.intermediate, vocab_size=shape.vocab,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, tie_word_embeddings=shape.tied,
+        num_key_value_heads=shape.kv_width * shape.heads // shape.hidden, max_position_embeddings=32768,
+        eos_token_id=1, pad_token_id=0,
+    ))  # fmt: skip
+
+
 def step():
     """One LUFFY update of two micro-batches: warm up, time, profile. MFU counts no operation that is done again."""
     peak = 989e12 if CUDA else 1e12  # dense bf16 of an H100 or H200
     world = init_world()
     for name, shape in SHAPES.items():
-        config = dict(
-            model_type="qwen2", hidden_size=shape.hidden, intermediate_size=shape.intermediate, vocab_size=shape.vocab,
-            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, tie_word_embeddings=shape.tied,
-            num_key_value_heads=shape.kv_width * shape.heads // shape.hidden, max_position_embeddings=32768,
-        )  # fmt: skip
-        policy = load_policy(name, world, from_config=config)
+        policy = random_policy(shape, world)
         eager = [layer.forward for layer in policy.lm.model.layers]
         optimizer = make_optimizer(policy, lr=1e-6)
         for tokens in MICRO_BATCHES:
@@ -201,14 +209,14 @@ def step():
             squares = sum((len(row.prompt) + len(row.response)) ** 2 for row in rows)
             work = 6 * shape.layers * (shape.layer * packed + shape.hidden * squares)  # causal: half of 12 h n^2
             work += 6 * shape.hidden * shape.vocab * responses
-            for checkpointing, compiled in ((True, False), (False, False), (True, True), (False, True)):
+            for again, compiled in itertools.product((shape.layers, 0), (False, True)):
                 if compiled and tokens != MICRO_BATCHES[len(MICRO_BATCHES) // 2]:
                     continue  # compiling takes half a minute
                 row = {"model": name, "micro-batch": tokens, "tokens": packed, "responses": responses,
-                       "checkpointing": checkpointing, "compiled": compiled}  # fmt: skip
+                       "layers computed again": again, "compiled": compiled}  # fmt: skip
                 policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
                 for layer, forward in zip(policy.lm.model.layers, eager, strict=True):
-                    layer.gradient_checkpointing = checkpointing
+                    layer.gradient_checkpointing = again > 0
                     layer.forward = torch.compile(forward, dynamic=True) if compiled else forward
 
                 def update(rows=rows, args=args, policy=policy, optimizer=optimizer):
@@ -223,7 +231,7 @@ def step():
                     row |= {"seconds": taken, "tokens/s": packed / taken, "MFU": work / taken / peak}
                     if CUDA:
                         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-                    half = dict(tokens=packed // 2, responses=responses // 2, checkpointing=checkpointing)
+                    half = dict(tokens=packed // 2, responses=responses // 2, checkpointing=again > 0)
                     row["formula GB"] = scale.peak_bytes(shape, 1, **half) / 1e9
                     row["profile"] = profile(update)
                 except torch.cuda.OutOfMemoryError:
@@ -232,6 +240,52 @@ def step():
                 yield row
         del policy, optimizer, update, eager, layer, forward
         gc.collect()
+
+
+def rollout():
+    """Answers of full length: the embedded sampler, then vLLM with its head in float32 (as the scripts run it) and in
+    bf16. Mismatch: vLLM's log-probs of its own tokens against the trainer's."""
+    world, (name, shape) = init_world(), next(iter(SHAPES.items()))
+    policy, rng = random_policy(shape, world), random.Random(0)
+    prompts = [[rng.randrange(2, shape.vocab) for _ in range(128 if CUDA else 4)] for _ in range(32 if CUDA else 2)]
+
+    def tokens_per_second(sampler, tokens):
+        how = dict(n=8, keys=list(range(len(prompts))), sampling=Sampling(tokens))
+        sampler.generate(prompts, seed=0, **how | {"sampling": Sampling(min(tokens, 64))})  # warm up
+        begin = time.perf_counter()
+        groups = sampler.generate(prompts, seed=1, **how)
+        return groups, sum(len(c.ids) for g in groups for c in g) / (time.perf_counter() - begin)
+
+    sampler = EmbeddedSampler(policy, stop_ids=[])
+    sampler.sync(policy, 0)
+    yield {"model": name, "sampler": "embedded", "rows": 8 * len(prompts), "tokens/s": tokens_per_second(
+        sampler, 256 if CUDA else 4)[1]}  # fmt: skip
+    sampler.close()
+    if not CUDA or vllm.vllm_version(cuda=True) is None:
+        return
+    for head_dtype in ("float32", "model"):
+        row = {"model": name, "sampler": f"vLLM, head in {head_dtype}", "rows": 8 * len(prompts)}
+        begin = time.perf_counter()
+        sampler = vllm.VLLMSampler(policy, world, stop_ids=[], max_tokens=4096, gpu_memory=0.5,
+                                   hf_overrides={"head_dtype": head_dtype})  # fmt: skip
+        row["start s"] = time.perf_counter() - begin
+        sampler.sync(policy, 0)
+        times = {"sleep s": [], "wake and sync s": []}
+        for version in (1, 2, 3):
+            for what, act in (("sleep s", sampler.sleep), ("wake and sync s", partial(sampler.sync, policy, version))):
+                begin = time.perf_counter()
+                act()
+                times[what].append(time.perf_counter() - begin)
+        groups, row["tokens/s"] = tokens_per_second(sampler, 2048)
+        rows = [(prompt, completion.ids) for prompt, group in zip(prompts, groups, strict=True) for completion in group]
+        said = torch.tensor([x for group in groups for completion in group for x in completion.logps])
+        with torch.no_grad():
+            logp = torch.cat([policy(pack(rows[i : i + 8], DEVICE)).cpu() for i in range(0, len(rows), 8)])
+        gap = (said - logp).abs()
+        row |= {what: statistics.median(t) for what, t in times.items()}
+        row |= {"mismatch": gap.mean().item(), "mismatch max": gap.max().item()}
+        sampler.close()
+        yield row
 
 
 def profile(function) -> dict[str, float]:
@@ -256,7 +310,7 @@ def shown(row: dict) -> str:
     return ", ".join(f"{name} {text(value)}" for name, value in row.items())
 
 
-PARTS = {"ceilings": ceilings, "attention": attention, "head": head, "step": step}
+PARTS = {"ceilings": ceilings, "attention": attention, "head": head, "step": step, "rollout": rollout}
 
 
 def main() -> None:

@@ -48,10 +48,10 @@ def state_bytes(shape: Shape, ranks: int) -> float:
     return 16 * shape.parameters / ranks
 
 
-def gathered_bytes(shape: Shape) -> float:
-    """What FSDP2 holds whole in bf16: two layers (one ahead), and embeddings and output matrix."""
+def gathered_bytes(shape: Shape, ranks: int) -> float:
+    """What FSDP2 holds whole in bf16: two layers (one ahead), and embeddings and output matrix; one rank holds all."""
     heads = (1 if shape.tied else 2) * shape.vocab * shape.hidden
-    return 2 * (2 * shape.layer + heads)
+    return 2 * (min(2, shape.layers) * shape.layer + heads) if ranks > 1 else 2 * shape.parameters
 
 
 def head_bytes(shape: Shape, responses: int, *, kept: bool = True) -> float:
@@ -72,7 +72,7 @@ def peak_bytes(shape: Shape, ranks: int, tokens: int, responses: int, *, checkpo
     activations = activation_bytes(shape, tokens, checkpointing=checkpointing)
     saved = 2 * shape.layers * tokens * shape.hidden if checkpointing else activations
     moments = (saved + head_bytes(shape, responses, kept=kept), activations, root_bytes(shape))
-    return state_bytes(shape, ranks) + gathered_bytes(shape) + max(moments)
+    return state_bytes(shape, ranks) + gathered_bytes(shape, ranks) + max(moments)
 
 
 def activation_bytes(shape: Shape, tokens: int, *, checkpointing: bool, element: int = 2) -> float:
@@ -106,7 +106,7 @@ def main() -> None:
     print("|---|---|---|---|---|" + "---|" * (3 * len(options.tokens)))
     for name, shape in MODELS.items():
         for ranks in options.ranks:
-            cells = [state_bytes(shape, ranks), gathered_bytes(shape), root_bytes(shape)]
+            cells = [state_bytes(shape, ranks), gathered_bytes(shape, ranks), root_bytes(shape)]
             for t in options.tokens:
                 cells.append(activation_bytes(shape, t, checkpointing=True))
                 cells += [peak_bytes(shape, ranks, t, t, checkpointing=True, kept=kept) for kept in (True, False)]

@@ -15,6 +15,7 @@ import math
 import random
 import re
 import string
+import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -484,6 +485,8 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
     if file:
         tokenizer.chat_template = Path(file).read_text(encoding="utf-8-sig")
     if not tokenizer.chat_template:
+        if switches:
+            raise InputError("--chat_template_args: the tokenizer has no chat template; pass --chat_template FILE")
         return tokenizer  # render_prompt says what is missing, if it is called
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else tokenizer.get_chat_template()
     for switch in switches:
@@ -690,6 +693,23 @@ def check_gold(item: Item, row: dict, where: str) -> None:
             f"{where}: the gold answer is missing or blank ('reward_model' {{ground_truth}}, 'answer', or a box in "
             f"'solution'); fill it in or remove the row (columns found: {', '.join(map(str, row))})"
         )
+
+
+def gold_unreadable(verdict) -> bool:
+    """The verifier could not read the gold answer, so it would accept no response."""
+    return (verdict.detail or "").startswith("gold unreadable")
+
+
+def report_golds(examples: Iterable[Example], verdicts: Iterable) -> None:
+    """Name each row whose gold answer the verifier cannot read on the terminal, once."""
+    for example, verdict in zip(examples, verdicts, strict=True):
+        where = f"{example.source}, row {example.index}"
+        if gold_unreadable(verdict) and where not in _reported:
+            _reported.add(where)
+            print(f"warning: {where}: {verdict.detail}; every response to it counts as wrong", file=sys.stderr)
+
+
+_reported: set[str] = set()
 
 
 def read_examples(source: str, tokenizer, args, *, split: str, limit: int = 0, **options):

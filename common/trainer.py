@@ -456,6 +456,7 @@ def _shard(policy: Policy, world: World) -> Policy:
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     how = dict(
         mesh=init_device_mesh(world.device.type, (world.size,)),
+        reshard_after_forward=world.size > 1,  # one rank has nothing to gather a second time
         mp_policy=bf16 if world.device.type == "cuda" else MixedPrecisionPolicy(),
     )
     whole = policy.state_dict() if world.main else {}

@@ -78,7 +78,7 @@ def test_one_command_makes_data_models_influence_and_a_table(pipeline):
                 assert tests[test]["questions"] == 6 and 0 <= tests[test]["greedy"] <= 1
         assert rows[-1]["mismatch/max"] < 1e-4 and rows[1]["policy/kl_ref"] < 1e-9 < rows[2]["policy/kl_ref"]
         responses = read(pipeline / arm / "rl" / "samples.jsonl")
-        assert {"step", "reward", "advantage", "gold", "prompt", "response"} == responses[0].keys()
+        assert {"step", "reward", "detail", "advantage", "gold", "prompt", "response"} == responses[0].keys()
         assert rows[-1]["tokens/sampled"] == sum(16 * row["length/own"] for row in rows[1:])
         found = results[arm]["influence"]
         queries = read(pipeline / arm / "influence" / "queries.jsonl")

@@ -45,6 +45,8 @@ RESULTS = {  # page, heading of the section -> the files that its tables are fro
     ("oreo", "Results"): ["oreo-tiny.md", "agents-textworld.md", "agents-textworld-1pass.md"],
     ("behavior_injection", "Results"): ["bridge-tiny.json"],
     ("logprobs", "Measured"): ["logprobs-cpu.json"],
+    ("logprobs", "Measured on an H100"): ["device-nvidia-h100-80gb-hbm3.json"],
+    ("gpu", "What the numbers should be"): ["device-nvidia-h100-80gb-hbm3.json"],
     ("rollout", "Measured"): ["rollout-cpu.json"],
     ("igsm", "Measured"): ["igsm.md"],
     ("performance", "Against TRL, and the bare bound"): ["vs-trl-small-cpu.json", "vs-trl-memory-wide-cpu.json"],

@@ -201,6 +201,13 @@ def test_to_html_escapes_all_but_mathml(text):
     assert {name for _, attributes in found for name, _ in attributes} <= evaluation.MATHML_ATTRIBUTES
 
 
+def test_the_page_says_why_a_verdict_is_as_it_is():
+    verdicts = {"full": [0.0, "unparsable", "gold unreadable: /"]}
+    answer = {"text": "7", "tokens": 1, "truncated": False, "verdicts": verdicts}
+    [shown] = evaluation.page_answers({"answers": [answer]}, "full")["shown"]
+    assert shown["verdicts"] == {"full": "unparsable (gold unreadable: /)"}
+
+
 def test_dollars_of_money_are_no_formula():
     assert to_html("It costs $5 and $10, not $ 7 $.") == "It costs $5 and $10, not $ 7 $."
     assert to_html(r"$x$ and \(y\) and \[z\] and $$w$$ and \boxed{\frac{1}{v}}").count("<math") == 5

@@ -14,6 +14,7 @@ import eval as evaluation
 import igsm
 from common.data import InputError
 from common.trainer import ValueModel, export, init_world, load_policy, load_tokenizer
+from common.verifiers import Verdict, grade
 from tests.conftest import ROOT, run_script
 
 MODEL = str(ROOT / "models/tiny")
@@ -147,22 +148,127 @@ def test_other_graders_grade_what_is_there_and_nothing_is_sampled(finished, data
     assert set(results["short"]["graders"]) == {"mcq", "boxed"}
 
 
-def test_other_settings_other_data_or_other_weights_need_another_folder(finished, data, tmp_path):
+def test_other_settings_need_another_folder(finished, data, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     with pytest.raises(InputError, match="temperature 1.0 there, 0.5 here"):
         evaluation.main(args(data, out, temperature=0.5))
-    model = tmp_path / "model"
+
+
+def test_the_same_model_by_another_path_goes_on_and_a_changed_one_does_not(finished, data, tmp_path, monkeypatch):
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(finished, out)
     shutil.copytree(MODEL, model)
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[-1000:] = bytes(1000)
-    (model / "model.safetensors").write_bytes(weights)
     moved = args(data, out)
     moved.model = str(model)
-    settings = json.loads((out / "args.json").read_text()) | {"model": str(model)}
-    (out / "args.json").write_text(json.dumps(settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "load_policy", None)  # nothing is sampled again
+        evaluation.main(moved)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
     with pytest.raises(InputError, match="weights_digest"):
         evaluation.main(moved)
+    shutil.copy(f"{MODEL}/model.safetensors", model)
+    evaluation.main(moved)
+    stops = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": [1, 5]}
+    (model / "generation_config.json").write_text(json.dumps(stops))
+    with pytest.raises(InputError, match="weights_digest"):
+        evaluation.main(moved)
+
+
+def test_a_hub_name_whose_revision_moved_is_another_model(monkeypatch):
+    class Config:
+        _commit_hash = "abc"
+
+    monkeypatch.setattr(evaluation.AutoConfig, "from_pretrained", lambda name: Config)
+    before = evaluation.digest_of("some/model")
+    Config._commit_hash = "def"
+    assert before == "abc" != evaluation.digest_of("some/model")
+
+
+def test_regrade_needs_neither_model_nor_data_and_says_rule_and_version(finished, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    monkeypatch.setattr(evaluation, "load_policy", None)
+    before = json.loads((finished / "results.json").read_text())
+    for verifier in ("full", "boxed"):
+        evaluation.main(evaluation.Args(out=str(out), regrade=True, verifier=(verifier,)))
+        results = json.loads((out / "results.json").read_text())
+        assert results["short"]["graded_by"] == {verifier: evaluation.grader_version(verifier)}
+        assert evaluation.grader_version(verifier) in (out / "results.md").read_text()
+    assert results["short"]["pass@1"] == before["short"]["pass@1"]
+    lines = (out / "samples.jsonl").read_text().splitlines(keepends=True)
+    (out / "samples.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(InputError, match="11 of 12 questions are answered; finish the evaluation"):
+        evaluation.main(evaluation.Args(out=str(out), regrade=True, verifier=("full",)))
+
+
+def test_verdicts_of_another_version_of_a_grader_are_given_anew(finished, data, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setattr(evaluation, "load_policy", None)
+    graded = []
+
+    def watch(texts, golds, verifier):
+        graded.append((verifier, len(texts)))
+        return grade(texts, golds, verifier=verifier)
+
+    monkeypatch.setattr(evaluation, "grade", watch)
+    evaluation.main(args(data, tmp_path / "out"))
+    assert not graded
+    monkeypatch.setattr(evaluation, "grader_version", lambda verifier: "new" if verifier == "boxed" else verifier)
+    evaluation.main(args(data, tmp_path / "out"))
+    assert set(graded) == {("boxed", 36), ("exact", 36)}
+
+
+def test_a_gold_that_no_grader_can_read_is_named_by_row_once(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out")
+    records = evaluation.read_records(tmp_path / "out")
+    bad = list(records)[1]
+
+    def refuses(texts, golds, verifier):
+        cannot = Verdict(0.0, "unparsable", "gold unreadable: 1/2/")
+        return [cannot if gold == "1/2/" else Verdict(1.0, "ok") for gold in golds]
+
+    monkeypatch.setattr(evaluation, "grade", refuses)
+    records[bad]["gold"] = "1/2/"
+    evaluation.write_records(tmp_path / "out", records, records)
+    evaluation.main(evaluation.Args(out=str(tmp_path / "out"), regrade=True, verifier=("full",)))
+    where = records[bad]["row"]
+    assert where.endswith("problems.jsonl, row 1")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["short"]["unreadable_golds"] == [where]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert text.count(where) == 1 and "cannot read the gold answers of 1 questions" in text
+    told = [a["verdicts"]["full"] for a in evaluation.read_records(tmp_path / "out")[bad]["answers"]]
+    assert told == [[0.0, "unparsable", "gold unreadable: 1/2/"]] * 3
+
+
+def test_names_of_benchmarks_never_hide_one_another(data, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(json.dumps({"question": folder, "answer": "1"}) + "\n")
+    average = tmp_path / "average.jsonl"
+    average.write_text(json.dumps({"question": "c", "answer": "1"}) + "\n")
+    sources = [str(tmp_path / "a" / "test.jsonl"), str(tmp_path / "b" / "test.jsonl"), str(average), data]
+    questions = evaluation.read_questions(sources)
+    names = [q.benchmark for q in questions]
+    assert names[:3] == [f"test ({sources[0]})", f"test ({sources[1]})", f"average ({average})"]
+    assert set(names[3:]) == {"short", "long"}
+    assert evaluation.read_questions([data, data]) == evaluation.read_questions([data])  # the same file, twice
+
+
+def test_igsm_is_a_benchmark(tmp_path):
+    evaluation.main(evaluation.Args(model=MODEL, data=("igsm:2-3",), out=str(tmp_path), verifier=("boxed",), limit=2,
+                                    n=1, max_tokens=16, rollout="embedded"))  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text())["igsm-symbolic"]["questions"] == 2
+
+
+def test_a_prompt_that_leaves_no_room_is_named(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "a=5\n" * 2000}], "answer": "5"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    long = args(str(tmp_path / "rows.jsonl"), tmp_path / "out")
+    with pytest.raises(InputError, match="rows.jsonl, row 0: its prompt of .* tokens .*: remove the row"):
+        evaluation.main(long)
 
 
 def test_difficulty_is_that_of_another_run(finished, data, tmp_path):
@@ -200,7 +306,9 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
         (dict(n=0), "--n must be positive"), (dict(top_p=0), "--top_p 0"), (dict(temperature=-1), "--temperature -1"),
         (dict(max_tokens=5000), "--max_tokens .* or less fits"), (dict(stop_tokens=("<|im_end|>",)), "--stop_tokens"),
         (dict(buckets="nowhere"), "nowhere: no evaluation there"), (dict(compare=("one",)), "two or more"),
-        (dict(template="no-such"), "--template no-such"), (dict(rollout="nobody"), "--rollout nobody"),
+        (dict(template="no-such"), "--template no-such"),
+        (dict(template="qwen", chat_template_args=("a=1",)), "--chat_template_args are for --template own, not qwen"),
+        (dict(rollout="nobody"), "--rollout nobody"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(data, tmp_path, settings, message):

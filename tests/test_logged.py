@@ -13,7 +13,7 @@ import redi
 import relift
 from common.data import InputError
 from common.rollout import Completion
-from common.rows import Example, Trace
+from common.rows import Example, Trace, report_golds
 from common.search import Candidate
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
@@ -129,6 +129,20 @@ def test_a_reward_between_or_below_is_refused(reward, monkeypatch):
     monkeypatch.setattr(evaluation, "grade", lambda texts, golds, verifier: [Verdict(reward, "ok")] * len(texts))
     with pytest.raises(InputError, match=f"a reward of {reward}"):
         evaluation.grade_records([{"gold": "5", "answers": [{"text": "x"}]}], "boxed")
+
+
+def test_a_gold_that_the_verifier_cannot_read_is_named_by_row_once(capsys):
+    examples = [Example([1], None, "1/2/", "math", i, "") for i in (3, 3, 4)]
+    cannot = Verdict(0.0, "unparsable", "gold unreadable: 1/2/")
+    for _ in range(2):
+        report_golds(examples, [cannot, cannot, Verdict(0.0, "unparsable", "no answer in the response")])
+    said = capsys.readouterr().err
+    assert said.splitlines() == [
+        "warning: math, row 3: gold unreadable: 1/2/; every response to it counts as wrong"
+    ]
+    row = luffy.Row([1], [1], 0, reward=0.0, status="unparsable", detail=cannot.detail)
+    [shown] = luffy.sample_rows([row], examples, load_tokenizer("models/tiny"))
+    assert shown["detail"] == "gold unreadable: 1/2/"
 
 
 # ------------------------------------------------------------------------------------------- rows to learn from

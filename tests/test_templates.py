@@ -99,6 +99,13 @@ def test_a_switch_that_does_nothing_is_refused(words, message):
         set_template(tokenizer, switches=words)
 
 
+def test_a_switch_without_a_template_is_refused():
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="--chat_template_args: the tokenizer has no chat template"):
+        set_template(tokenizer, switches=["thinking=true"])
+
+
 def test_of_several_named_templates_the_default_gets_the_switch():
     tokenizer = load_tokenizer(MODEL)
     tokenizer.chat_template = {"default": SWITCH, "tool_use": "x"}
