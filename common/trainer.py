@@ -465,7 +465,7 @@ def _shard(policy: Policy, world: World) -> Policy:
         fully_shard(layer, **how)
     if isinstance(policy, ValueModel):
         fully_shard(policy.lm.score, mesh=how["mesh"])  # in float32 also where the rest computes in bf16
-    fully_shard(policy, **how)
+    fully_shard(policy, **how | {"reshard_after_forward": None})  # whole after a forward: OREO reads a reference's head
     policy.to_empty(device=world.device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     dcp_state.set_model_state_dict(policy, whole, options=options)
