@@ -16,7 +16,7 @@ advantage falls from 7/8 to 0, and the method turns into on-policy RL by itself.
   grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2. The paper's SFT+RL is this after `sft`, on
            other questions (Elliott/Openr1-Math-48k-Complement)
   rl_sft   own answers by RL (mean over own answers, no clip) plus the mean negative log-likelihood of the trace
-  sft      the trace's mean negative log-likelihood alone, 3 epochs
+  sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same
 
 Where this file departs from the published code, and why:
 - Scale. The published gradient is the sum over a GPU's 64 rows / 8192, averaged over 8 GPUs, whatever the rows:
@@ -59,6 +59,7 @@ from common.data import (
     pack,
     plan_micro_batches,
     to_device,
+    token_scales,
 )
 from common.rollout import Completion, Sampling, make_sampler
 from common.rows import IGSM, data_digest, held_out_examples, read_examples, report_golds, set_template
@@ -72,6 +73,7 @@ from common.trainer import (
     export,
     gather_lists,
     init_world,
+    keep_best,
     launch,
     learning_rate,
     load_policy,
@@ -81,8 +83,11 @@ from common.trainer import (
     parse_args,
     peak_memory_gb,
     replay,
+    set_context,
 )
 from common.verifiers import grade, grade_later
+
+Shape = Literal["", "no_reshape", "logp", "p_logp", "square_root", "pow", "p_div_p_0.1", "p_div_p_0.3", "p_div_p_0.5"]
 
 
 @dataclass
@@ -139,6 +144,10 @@ class Args:
     """Sampling temperature; the policy that is trained is the one at this temperature."""
     shaping_gamma: float = 0.1
     """gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0 trains on p itself (mixed policy, no shaping)."""
+    shape: Shape = ""
+    """Another f on the teacher's tokens, by its published name; empty follows --shaping_gamma."""
+    own_shape: Shape = ""
+    """The same on own tokens' ratio (the paper's Table 4: p_div_p_0.1 with --teacher_rows 0); empty for none."""
     clip: float = 0.0
     """PPO clip of the own tokens' ratio; 0 for none (published: none for luffy, 0.2 for grpo)."""
     tis_cap: float = 0.0
@@ -150,8 +159,11 @@ class Args:
     """Entropy bonus (every published script; the paper's text says 0.01)."""
     sft_coef: float = 1.0
     """Weight of rl_sft's SFT term."""
+    sft_rows_per_mean: int = 1
+    """sft: the loss is the mean of token means of so many traces each (published: 1); 0 is one mean over all tokens."""
     loss_rows: float = 64.0
-    """Scale of the summed loss: the rows a GPU of the published run held (see "Scale" at the top of this file)."""
+    """Rows of an update that one GPU of the published run held; scales the summed loss and the entropy bonus (see
+    "Scale" at the top of this file). On 8 GPUs 64, on 16 GPUs 32."""
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -166,6 +178,11 @@ class Args:
     """AdamW's."""
     max_grad_norm: float = 1.0
     """Global gradient norm to clip to."""
+    rope_theta: float = 0.0
+    """Set RoPE's base before training and save it with the model (stock Qwen2.5-Math: 40000 with 16384 positions); 0
+    keeps the model's."""
+    max_positions: int = 0
+    """Set max_position_embeddings likewise; 0 keeps the model's."""
     seed: int = 0
     """Seeds data order, sampling and random weights."""
 
@@ -195,6 +212,8 @@ class Args:
     """Checkpoint every so many steps; 0 never."""
     keep: int = 2
     """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    keep_best: bool = False
+    """Also keep the model of the highest eval/mean, in OUT/best."""
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
@@ -217,13 +236,14 @@ METHODS = {
     "grpo": dict(teacher_rows=0, clip=0.2, out="runs/luffy_grpo"),
     "rl_sft": dict(out="runs/luffy_rl_sft"),
     "sft": dict(out="runs/luffy_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, steps=0, batch_size=64,
-                group_size=1, updates_per_step=1, entropy_coef=0.0),
+                group_size=1, updates_per_step=1, entropy_coef=0.0, betas=(0.9, 0.95), weight_decay=0.0),
 }
 PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
-        eval_limit=128, save_every=20, micro_batch_tokens=4096, gradient_checkpointing=False,
+        eval_limit=128, save_every=20, micro_batch_tokens=4096, gradient_checkpointing=False, betas=(0.9, 0.999),
+        weight_decay=0.01, sft_rows_per_mean=0,
         method={name: dict(out=f"runs/tiny_{name}") for name in METHODS},
     ),
     "tiny_base": dict(
@@ -231,7 +251,7 @@ PRESETS = {
         out="runs/tiny_base", verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, steps=3000,
         batch_size=64, lr=1.5e-3, warmup=0.02, lr_floor=0.02, betas=(0.9, 0.99), weight_decay=0.1, eval_every=500,
         eval_limit=300, eval_temperature=0.0, save_every=500, log_samples=0, micro_batch_tokens=4096,
-        gradient_checkpointing=False,
+        gradient_checkpointing=False, sft_rows_per_mean=0,
     ),
 }
 SCRATCH = dict(
@@ -271,21 +291,51 @@ def group_advantages(rewards, groups, *, std: bool = False, baseline=None):
     return advantages / (sigma[group] + 1e-6)
 
 
-def luffy_token_loss(logp, old_logp, advantages, off_policy, *, gamma: float | None = 0.1, clip: float | None = None):
+def shaped(logp, shape: str):
+    """f(p) of policy shaping by its published name: no_reshape p, p_div_p_X p / (p + X) for any number X,
+    square_root (or pow) p^0.5, logp log p, p_logp p + log p.
+
+    >>> [round(shaped(torch.tensor(0.25).log(), name).item(), 4) for name in ("no_reshape", "p_div_p_0.1", "pow")]
+    [0.25, 0.7143, 0.5]
+    """
+    if shape.startswith("p_div_p_"):
+        p = logp.exp()
+        return p / (p + float(shape.removeprefix("p_div_p_")))
+    return {
+        "no_reshape": torch.exp, "logp": torch.clone, "p_logp": lambda x: x.exp() + x,
+        "square_root": lambda x: (x / 2).exp(), "pow": lambda x: (x / 2).exp(),
+    }[shape](logp)  # fmt: skip
+
+
+def luffy_token_loss(
+    logp, old_logp, advantages, off_policy, *, gamma: float | None = 0.1, clip: float | None = None,
+    shape: str = "", own_shape: str = "no_reshape", teacher_logp=None,
+):  # fmt: skip
     """Loss of each token, elementwise over any shape; what is summed in Eq. 5-8, with the sign of a loss.
 
     Teacher's tokens (off_policy True):  - A f(p),  f(p) = p / (p + gamma), p live: the gradient goes through f
-                                         (gamma None: - A p)
+                                         (gamma None: - A p; `shape`: another f, see `shaped`)
     own tokens:                          - A r,  r = p / p_old;  with clip c: max(- A r, - A clamp(r, 1-c, 1+c))
+                                         (own_shape: r = f(p) / f(p_old), where f is a product, or f(p / p_old))
+    teacher_logp, where it is not NaN, is the teacher's own log-prob: - A p / (p_teacher + 1e-6) instead of f.
 
     >>> loss = luffy_token_loss(torch.log(torch.tensor([0.1])), torch.zeros(1), torch.ones(1), torch.tensor([True]))
     >>> round(loss.item(), 6)
     -0.5
     """
-    p = torch.where(off_policy, logp, 0.0).exp()
-    off_loss = -advantages * (p if gamma is None else p / (p + gamma))
+    shape = shape or ("no_reshape" if gamma is None else f"p_div_p_{gamma}")
+    off_logp = torch.where(off_policy, logp, 0.0)
+    off_ratio = shaped(off_logp, shape)
+    if teacher_logp is not None:
+        known = ~teacher_logp.isnan()
+        given = off_logp.exp() / (torch.where(known, teacher_logp, 0.0).exp() + 1e-6)
+        off_ratio = torch.where(known, given, off_ratio)
+    off_loss = -advantages * off_ratio
     # the branch that is not taken must not overflow: its zero gradient times inf would be NaN
-    ratio = torch.where(off_policy, 0.0, logp - old_logp).exp()
+    if own_shape.startswith("p_div_p_"):
+        ratio = shaped(torch.where(off_policy, 0.0, logp), own_shape) / shaped(old_logp, own_shape)
+    else:
+        ratio = shaped(torch.where(off_policy, 0.0, logp - old_logp), own_shape)
     on_loss = -advantages * ratio
     if clip is not None:
         on_loss = torch.maximum(on_loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -304,9 +354,13 @@ def truncated_importance(old_logp, sampler_logp, cap: float):
     return torch.where(sampler_logp.isnan(), 1.0, weight)
 
 
-def published_micro_batches(tokens_per_row: float) -> int:
-    """Micro-batches of at most 32,768 tokens that a GPU of the published run made of its 64 rows an update."""
-    return max(1, math.ceil(64 * tokens_per_row / 32768))
+def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
+    """How many micro-batches of 32,768 tokens a GPU of the published run needed for its `rows` rows of an update.
+
+    >>> published_micro_batches(2560), published_micro_batches(2560, rows=32)
+    (5, 3)
+    """
+    return max(1, math.ceil(rows * tokens_per_row / 32768))
 
 
 # ----------------------------------------------------------------------------------------------- one update
@@ -320,7 +374,7 @@ class Row:
     response: list[int]
     group: int  # which question of the step
     teacher: bool = False
-    sampler_logps: list[float] | None = None  # own rows: log-probs the sampler reported
+    sampler_logps: list[float] | None = None  # log-probs that the sampler reported, or those of the teacher if given
     truncated: bool = False
     reward: float = 0.0
     status: str = ""  # the verifier's; empty: not graded
@@ -360,10 +414,14 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     Metrics of tokens are means over `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
     n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
-    n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
+    tokens_per_row = sum(len(row.prompt) + len(row.response) for row in rows) / len(rows)
+    n_micro = published_micro_batches(tokens_per_row, args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
     totals, largest = Totals(world), torch.zeros((), dtype=torch.float64, device=world.device)
     counted = rows_with_gradient(rows, args)
+    shape = args.shape or (f"p_div_p_{args.shaping_gamma}" if args.shaping_gamma else "no_reshape")
+    scales = token_scales([len(row.response) for row in rows], args.sft_rows_per_mean)  # of sft
+    scales = {id(row): scale for row, scale in zip(rows, scales, strict=True)}
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]
@@ -373,13 +431,15 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         sampler_logp = to_device(torch.tensor(drawn), logp.device)  # [N]
         pg_loss = sft_loss = logp.new_zeros(())
         if args.method == "sft":
-            loss = sft_loss = -logp.sum() / n_tokens
+            loss = sft_loss = -(logp * per_token(batch, [scales[id(row)] for row in mine])).sum() / n_tokens
         else:
             token_loss = luffy_token_loss(
-                logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
+                logp, old, advantage, teacher, clip=args.clip or None, shape=shape,
+                own_shape=args.own_shape or "no_reshape", teacher_logp=sampler_logp,
             )
             if args.tis_cap:
-                token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
+                weight = truncated_importance(old, sampler_logp, args.tis_cap)
+                token_loss = token_loss * torch.where(teacher, 1.0, weight)
             if args.method == "rl_sft":
                 token_loss = torch.where(teacher, 0.0, token_loss)
             loss = pg_loss = token_loss.sum() * row_scale
@@ -391,13 +451,12 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         with torch.no_grad():
-            p = logp.exp()
-            shaped = p / (p + args.shaping_gamma) if args.shaping_gamma else p
             gone = torch.where(teacher, 0.0, logp - old)  # since the rows were sampled
             gap = torch.where(teacher, 0.0, old - sampler_logp).double()  # trainer's minus sampler's, of own tokens
             totals.add(
                 pg_loss=pg_loss, sft_loss=sft_loss, entropy=entropy.sum(), kl_old=-gone.sum(),
-                teacher_logp=torch.where(teacher, logp, 0.0).sum(), teacher_shaped=(shaped * teacher).sum(),
+                teacher_logp=torch.where(teacher, logp, 0.0).sum(),
+                teacher_shaped=torch.where(teacher, shaped(logp, shape), 0.0).sum(),
                 clipped=((gone.exp() - 1).abs() > (args.clip or math.inf)).sum(),
                 mismatch=gap.abs().sum(), mismatch_kl=-gap.sum(),
             )  # fmt: skip
@@ -521,7 +580,8 @@ def main(args: Args) -> None:
     config = dict(SCRATCH, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id) if scratch else None
     policy = load_policy(
-        args.model, world, from_config=config, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing
+        args.model, world, from_config=config, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
+        edit_config=partial(set_context, args),
     )
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     if state:
@@ -555,8 +615,8 @@ def main(args: Args) -> None:
         with clock("sample"):
             teachers = [args.teacher_rows if e.trace else 0 for e in batch]
             rows = [
-                Row(batch[g].prompt, trace, g, True, truncated=trace[-1] != tokenizer.eos_token_id)
-                for g in mine for trace in [batch[g].trace] * teachers[g]
+                Row(e.prompt, e.trace, g, True, e.trace_logps, truncated=e.trace[-1] != tokenizer.eos_token_id)
+                for g in mine for e in [batch[g]] * teachers[g]
             ]
             own_verdicts: list[tuple[list[Row], Future]] = []
 
@@ -631,6 +691,8 @@ def main(args: Args) -> None:
         if held_out and args.eval_every and (step % args.eval_every == 0 or step == steps):
             with clock("evaluate"):
                 row_log |= evaluate(sampler, tokenizer, held_out, args, world)
+                if args.keep_best:
+                    keep_best(policy, tokenizer, out, world, row_log["eval/mean"])
         seconds = clock.flush()
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}

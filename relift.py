@@ -15,7 +15,7 @@ apart from the RL loss, with an AdamW (own moments, own rate) and a gradient cli
   relift   the above: no std, no clip, no KL, no length normalisation (the sum is divided by max_response_tokens)
   grpo     RL alone, as the published script runs it: PPO clip 0.2, gradient clip 1.0 (relift: none and 0.7).
            `--sft_data_size -1` is relift without its SFT updates and nothing else changed
-  sft      the demonstrations alone, 3 epochs (the published settings are not known: LUFFY's are taken)
+  sft      the demonstrations alone, 3 epochs (the settings are not published: LUFFY's are taken)
 
 Where this file departs from the published code, and why:
 - The buffer and the SFT optimizer's states are in the checkpoint; the published run lost both.
@@ -66,6 +66,7 @@ from common.data import (
     check_verifier,
     pack,
     plan_micro_batches,
+    tokens_of_means,
 )
 from common.rollout import Completion, Sampling, make_sampler
 from common.rows import IGSM, data_digest, held_out_examples, read_examples, report_golds, set_template
@@ -78,6 +79,7 @@ from common.trainer import (
     export,
     gather_lists,
     init_world,
+    keep_best,
     launch,
     learning_rate,
     load_policy,
@@ -87,6 +89,7 @@ from common.trainer import (
     parse_args,
     peak_memory_gb,
     replay,
+    set_context,
     sum_over_ranks,
 )
 from common.verifiers import grade, grade_later
@@ -149,7 +152,8 @@ class Args:
     entropy_coef: float = 0.001
     """Entropy bonus of the RL loss."""
     loss_rows: float = 64.0
-    """Scale of the summed loss: the rows a GPU of the published run held (see "Scale" at the top of this file)."""
+    """Rows of an update that one GPU of the published run held; scales the summed loss and the entropy bonus (see
+    "Scale" at the top of this file). On 8 GPUs 64, on 16 GPUs 32."""
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -168,9 +172,9 @@ class Args:
     # the SFT updates in between
     sft_data_size: int = 128
     """relift: questions of an SFT update, and how many the buffer must hold for one; -1 for RL alone."""
-    sft_on: Literal["hardest", "random", "all"] = "hardest"
-    """Questions of a step to buffer: those that fail, as many at random (failing ones among them; the paper's ablation
-    drew from the others), or all (the paper's ablation)."""
+    sft_on: Literal["hardest", "solved", "random", "all"] = "hardest"
+    """Questions of a step to buffer. hardest: those that fail. solved: as many at random from the others (the paper's
+    "random" ablation). random: as many at random from all. all: every question (the paper's ablation)."""
     sft_every: int = 0
     """Fine-tune after every so many steps on what the buffer holds (its newest sft_data_size at most), full or
     not (the paper's uniform interleaving); 0 as soon as it holds sft_data_size."""
@@ -187,6 +191,11 @@ class Args:
     sft_rows_per_mean: int = 4
     """The SFT loss is the mean of token means of so many demonstrations each (the published micro-batches: 4 for
     7B-Math, 2 elsewhere); 1 weighs demonstrations alike, 0 tokens."""
+    rope_theta: float = 0.0
+    """Set RoPE's base before training and save it with the model (stock Qwen2.5-Math: 40000 with 16384 positions); 0
+    keeps the model's."""
+    max_positions: int = 0
+    """Set max_position_embeddings likewise; 0 keeps the model's."""
     seed: int = 0
     """Seeds data order, sampling and random weights."""
 
@@ -219,6 +228,8 @@ class Args:
     """Checkpoint every so many steps; 0 never."""
     keep: int = 2
     """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    keep_best: bool = False
+    """Also keep the model of the highest eval/mean, in OUT/best."""
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
@@ -240,15 +251,18 @@ class Args:
 METHODS = {
     "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
     "sft": dict(out="runs/relift_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, batch_size=64,
-                group_size=1, updates_per_step=1, max_grad_norm=1.0, sft_entropy_coef=0.0, sft_rows_per_mean=0),
+                group_size=1, updates_per_step=1, max_grad_norm=1.0, sft_entropy_coef=0.0, sft_rows_per_mean=1,
+                betas=(0.9, 0.95), weight_decay=0.0),
 }
 PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny_relift", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, sft_data_size=16,
         sft_lr=2e-4, sft_max_grad_norm=1.0, eval_every=20, eval_limit=128, buckets=True, save_every=20,
-        micro_batch_tokens=4096, gradient_checkpointing=False,
-        method={name: dict(out=f"runs/tiny_relift_{name}") for name in METHODS},
+        micro_batch_tokens=4096, gradient_checkpointing=False, betas=(0.9, 0.999), weight_decay=0.01,
+        method={
+            "grpo": dict(out="runs/tiny_relift_grpo"), "sft": dict(out="runs/tiny_relift_sft", sft_rows_per_mean=0),
+        },
     ),
 }
 SCRATCH = dict(
@@ -304,16 +318,6 @@ def sft_token_loss(logp, entropy, mean_tokens, *, means: int, entropy_coef: floa
     return (-logp - entropy_coef * entropy) / mean_tokens / means
 
 
-def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
-    """For each row the tokens of its mean: `rows_per_mean` rows in a row make one, the last may have fewer.
-
-    >>> tokens_of_means([5, 3, 4, 4, 2], 2)
-    [8, 8, 8, 8, 2]
-    """
-    first = [i - i % rows_per_mean for i in range(len(lengths))]
-    return [sum(lengths[i : i + rows_per_mean]) for i in first]
-
-
 def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0.0) -> list[int]:
     """Groups whose share of right rows (reward over 0) is at most `threshold`, in order of first appearance.
 
@@ -324,6 +328,18 @@ def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0
     for reward, group in zip(rewards, groups, strict=True):
         right.setdefault(group, []).append(reward > 0)
     return [group for group, flags in right.items() if sum(flags) / len(flags) <= threshold]
+
+
+def questions_to_buffer(which: str, hardest: list[int], n: int, *, seed: str) -> list[int]:
+    """The questions of 0 .. n - 1 that --sft_on names; "solved" gives fewer where fewer questions are not hardest.
+
+    >>> questions_to_buffer("hardest", [1], 3, seed=""), sorted(questions_to_buffer("solved", [0, 2, 3], 5, seed=""))
+    ([1], [1, 4])
+    """
+    if which in ("hardest", "all"):
+        return hardest if which == "hardest" else list(range(n))
+    pool = [i for i in range(n) if which == "random" or i not in hardest]
+    return random.Random(seed).sample(pool, min(len(hardest), len(pool)))
 
 
 class HardestBuffer:
@@ -381,9 +397,13 @@ def truncated_importance(old_logp, sampler_logp, cap: float):
     return (old_logp - sampler_logp).detach().exp().clamp(max=cap)
 
 
-def published_micro_batches(tokens_per_row: float) -> int:
-    """Micro-batches of at most 32,768 tokens that a GPU of the published run made of its 64 rows an update."""
-    return max(1, math.ceil(64 * tokens_per_row / 32768))
+def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
+    """How many micro-batches of 32,768 tokens a GPU of the published run needed for its `rows` rows of an update.
+
+    >>> published_micro_batches(2560), published_micro_batches(2560, rows=32)
+    (5, 3)
+    """
+    return max(1, math.ceil(rows * tokens_per_row / 32768))
 
 
 # ----------------------------------------------------------------------------------------------- one update
@@ -433,7 +453,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     for each micro-batch; None where it is the policy as it is now (then the ratio is exactly 1).
     Metrics of tokens are means over `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
-    n_micro = published_micro_batches(sum(len(row.prompt) + len(row.response) for row in rows) / len(rows))
+    tokens_per_row = sum(len(row.prompt) + len(row.response) for row in rows) / len(rows)
+    n_micro = published_micro_batches(tokens_per_row, args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
     names = ("pg_loss", "entropy", "clipped", "kl_old")
     sums = torch.zeros(len(names), dtype=torch.float64)
@@ -667,7 +688,8 @@ def main(args: Args) -> None:
     config = dict(SCRATCH, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id) if scratch else None
     policy = load_policy(
-        args.model, world, from_config=config, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing
+        args.model, world, from_config=config, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
+        edit_config=partial(set_context, args),
     )
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     buffer, demonstrations = HardestBuffer(), 0  # questions by their place in examples; how many were trained on
@@ -750,8 +772,7 @@ def main(args: Args) -> None:
         buffer_log, sft_log, taught = {}, {}, []
         if interleave:
             hardest = hardest_groups(rewards.tolist(), question.tolist(), args.hard_threshold)
-            anyone = random.Random(f"{args.seed} {step}").sample(range(len(batch)), len(hardest))
-            chosen = {"hardest": hardest, "random": anyone, "all": range(len(batch))}[args.sft_on]
+            chosen = questions_to_buffer(args.sft_on, hardest, len(batch), seed=f"{args.seed} {step}")
             with clock("reward"):
                 questions, buffer_log = with_demonstration(
                     [indices[g] for g in chosen], examples, verdicts, tokenizer, args, world
@@ -814,6 +835,8 @@ def main(args: Args) -> None:
         if held_out and args.eval_every and (step % args.eval_every == 0 or step == steps):
             with clock("evaluate"):
                 row_log |= evaluate(sampler, tokenizer, held_out, buckets, args, world)
+                if args.keep_best:
+                    keep_best(policy, tokenizer, out, world, row_log["eval/mean"])
         seconds = clock.flush()
         tokens = sum(len(row.prompt) + len(row.response) for row in rows + taught)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
