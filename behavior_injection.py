@@ -71,6 +71,7 @@ from common.data import (
     check_verifier,
     pack,
     plan_micro_batches,
+    tokens_of_means,
 )
 from common.rollout import Sampling, make_sampler
 from common.rows import data_digest, load_rows, make_examples, report_golds, set_template
@@ -360,16 +361,6 @@ def format_reward(completion: str) -> float:
 
     Text may follow after a newline, as published."""
     return float(FORMAT.match("<think>" + completion) is not None)
-
-
-def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
-    """For each row the tokens of its mean: `rows_per_mean` rows in a row make one, the last may have fewer.
-
-    >>> tokens_of_means([5, 3, 4, 4, 2], 2)
-    [8, 8, 8, 8, 2]
-    """
-    first = [i - i % rows_per_mean for i in range(len(lengths))]
-    return [sum(lengths[i : i + rows_per_mean]) for i in first]
 
 
 def kernel_scores(kernel, advantages, groups=None):

@@ -89,7 +89,8 @@ class Args:
     """Tokens of an answer at most (LUFFY, ReLIFT: 8192)."""
     template: str = "own"
     """How a question becomes a prompt: own (the tokenizer's chat template), qwen, simplerl, prime, prime_sft,
-    prime_code, no, oreo-gsm8k, oreo-math, redi, or a file: a Jinja chat template, or plain text with {question}."""
+    prime_code, no, oreo-gsm8k, oreo-math, oreo-deepseek, redi, or a file: a Jinja chat template, or plain text with
+    {question}."""
     chat_template_args: tuple[str, ...] = ()
     """Settings of the switches of the tokenizer's chat template, key=value, as in enable_thinking=false."""
     system: bool = True
@@ -179,6 +180,7 @@ TEMPLATES = {
         ("user", "{question}"),
     ],
     "oreo-math": [("system", IN_A_BOX), ("user", "{question}")],
+    "oreo-deepseek": f"User: {{question}}\n{IN_A_BOX}\n\nAssistant:",  # text: the tokenizer's bos is put before it
     # no newline between "assistant" and "<think>", as in the published evaluation
     "redi": QWEN.replace("{system}", IN_A_BOX).replace("{question}", REDI).removesuffix("\n") + "<think>\n",
 }
@@ -463,7 +465,8 @@ def sample(questions: list[Question], tokenizer, args: Args, world, done: dict[s
     policy = load_policy(args.model, world)
     longest = max(len(q.prompt) for q in questions) + tokens_ahead(args)
     if args.search != "none":
-        value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
+        value = load_policy(args.value, world, kind=ValueModel)
+        ends = step_ids(tokenizer, args.step_delimiters)
         if value.lm.config.vocab_size != policy.lm.config.vocab_size:
             raise InputError(f"--value {args.value}: its vocabulary is not --model's")
     sampler = make_sampler(

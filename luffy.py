@@ -18,7 +18,7 @@ answers become right, the trace's advantage falls from 7/8 to 0, and the method 
   luffy    the above
   grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2
   rl_sft   own answers by RL (their mean is the baseline), plus the mean negative log-likelihood of the trace
-  sft      the trace's mean negative log-likelihood alone, 3 epochs
+  sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same
 
 Departures from the published code that change numbers (docs/luffy.md has all of them, with reasons):
 - S and M make the gradient independent of the number of GPUs and of micro-batches, at the scale of the published run.
@@ -33,12 +33,13 @@ Departures from the published code that change numbers (docs/luffy.md has all of
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from common.data import InputError, batch_indices
+from common.data import InputError, batch_indices, token_scales
 from common.rows import held_out_examples, read_examples, set_template
 from common.run import (
     Cap,
@@ -59,7 +60,9 @@ from common.run import (
     split_updates,
     teacher_rows,
 )
-from common.trainer import Totals, launch, load_policy, load_tokenizer, make_optimizer, parse_args
+from common.trainer import Totals, launch, load_policy, load_tokenizer, make_optimizer, parse_args, set_context
+
+Shape = Literal["", "no_reshape", "logp", "p_logp", "square_root", "pow", "p_div_p_0.1", "p_div_p_0.3", "p_div_p_0.5"]
 
 
 @dataclass
@@ -78,25 +81,29 @@ class Args(RunArgs):
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
     shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
+    shape: Shape = ""  # Another f on the teacher's tokens, by its published name. Empty: that of --shaping_gamma
+    own_shape: Shape = ""  # f on own tokens' ratio (paper's Table 4: p_div_p_0.1, --teacher_rows 0). Empty: none
     clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
     sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term
-    loss_rows: Positive[float] = 64.0  # Scale of the loss: rows of an update on one GPU of the published run
+    sft_rows_per_mean: NotNegative[int] = 1  # sft: mean of token means of this many traces each; 0: mean over tokens
+    loss_rows: Positive[float] = 64.0  # Rows of an update on one GPU of the published run: 64 on 8 GPUs, 32 on 16
 
 
 METHODS = {
     "grpo": dict(teacher_rows=0, clip=0.2, out="runs/luffy_grpo"),
     "rl_sft": dict(out="runs/luffy_rl_sft"),
     "sft": dict(out="runs/luffy_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, steps=0, batch_size=64,
-                group_size=1, updates_per_step=1, entropy_coef=0.0),
+                group_size=1, updates_per_step=1, entropy_coef=0.0, betas=(0.9, 0.95), weight_decay=0.0),
 }  # fmt: skip
 PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
-        eval_limit=128, save_every=20, micro_batch_tokens=4096,
+        eval_limit=128, save_every=20, micro_batch_tokens=4096, betas=(0.9, 0.999), weight_decay=0.01,
+        sft_rows_per_mean=0,
         method={name: dict(out=f"runs/tiny_{name}") for name in METHODS},
     ),
 }  # fmt: skip
@@ -131,33 +138,53 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     return advantages / (sigma[group] + 1e-6)
 
 
-def shape(p: Tensor, gamma: float | None) -> Tensor:
-    """f(p) of Eq. 7, elementwise: p / (p + gamma); without gamma p itself (mixed policy, no shaping).
+def shaped(logp: Tensor, name: str) -> Tensor:
+    """f(p) of Eq. 7 by its published name, elementwise: p_div_p_X p / (p + X) for any number X, no_reshape p,
+    square_root (or pow) p^0.5, logp log p, p_logp p + log p.
 
-    >>> round(shape(torch.tensor(0.1), 0.1).item(), 4)
-    0.5
+    >>> [round(shaped(torch.tensor(0.25).log(), name).item(), 4) for name in ("no_reshape", "p_div_p_0.1", "pow")]
+    [0.25, 0.7143, 0.5]
     """
-    return p / (p + gamma) if gamma else p
+    p = logp.exp()
+    if name.startswith("p_div_p_"):
+        return p / (p + float(name.removeprefix("p_div_p_")))
+    root = (logp / 2).exp()
+    return {"no_reshape": p, "square_root": root, "pow": root, "logp": logp, "p_logp": p + logp}[name]
+
+
+def shape_name(args: Args) -> str:
+    """The f of --shape and --shaping_gamma."""
+    return args.shape or (f"p_div_p_{args.shaping_gamma}" if args.shaping_gamma else "no_reshape")
 
 
 def luffy_token_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, off_policy: Tensor, *, gamma: float | None = 0.1,
-    clip: float | None = None,
+    clip: float | None = None, shape: str = "", own_shape: str = "no_reshape", teacher_logp: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Loss of each token, elementwise over any shape; what is summed in Eq. 5-8, with the sign of a loss.
 
-    Teacher's tokens (off_policy True):  - A f(p), p live: the gradient goes through f
+    Teacher's tokens (off_policy True):  - A f(p), p live: the gradient goes through f, which is p / (p + gamma), p
+                                         without gamma, or `shape`; - A p / (p_teacher + 1e-6) where teacher_logp
+                                         (the teacher's own log-prob) is given and not NaN
     own tokens:                          - A r,  r = p / p_old;  with clip c: max(- A r, - A clamp(r, 1-c, 1+c))
+                                         (own_shape: r = f(p) / f(p_old) for p_div_p, f(p / p_old) for the others)
 
     >>> loss = luffy_token_loss(torch.log(torch.tensor([0.1])), torch.zeros(1), torch.ones(1), torch.tensor([True]))
     >>> round(loss.item(), 6)
     -0.5
     """
     # torch.where backpropagates through both branches, and 0 * inf = NaN: the unused input is zeroed before exp
-    p = torch.where(off_policy, logp, 0.0).exp()
-    ratio = torch.where(off_policy, 0.0, logp - old_logp).exp()
-    off_loss = -advantages * shape(p, gamma)
-    on_loss = -advantages * ratio
+    off_logp = torch.where(off_policy, logp, 0.0)
+    off_ratio = shaped(off_logp, shape or (f"p_div_p_{gamma}" if gamma else "no_reshape"))
+    if teacher_logp is not None:
+        known = ~teacher_logp.isnan()
+        given = off_logp.exp() / (torch.where(known, teacher_logp, 0.0).exp() + 1e-6)
+        off_ratio = torch.where(known, given, off_ratio)
+    if own_shape.startswith("p_div_p_"):
+        ratio = shaped(torch.where(off_policy, 0.0, logp), own_shape) / shaped(old_logp, own_shape)
+    else:
+        ratio = shaped(torch.where(off_policy, 0.0, logp - old_logp), own_shape)
+    off_loss, on_loss = -advantages * off_ratio, -advantages * ratio
     if clip is not None:
         on_loss = torch.maximum(on_loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
     return torch.where(off_policy, off_loss, on_loss)
@@ -174,13 +201,13 @@ def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> 
     return torch.where(sampler_logp.isnan(), 1.0, weight)
 
 
-def published_micro_batches(tokens_per_row: float) -> int:
-    """M: how many micro-batches of 32,768 tokens a GPU of the published run needed for its 64 rows of an update.
+def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
+    """M: how many micro-batches of 32,768 tokens a GPU of the published run needed for its `rows` rows of an update.
 
-    >>> published_micro_batches(2560)
-    5
+    >>> published_micro_batches(2560), published_micro_batches(2560, rows=32)
+    (5, 3)
     """
-    return max(1, math.ceil(64 * tokens_per_row / 32768))
+    return max(1, math.ceil(rows * tokens_per_row / 32768))
 
 
 # ----------------------------------------------------------------------------------------------- one update
@@ -203,7 +230,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
     n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
-    n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows))
+    n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
     counted, totals = rows_with_gradient(rows, args), Totals(world)
     own_tokens, teacher_tokens = (sum(len(row.response) for row in counted if row.teacher == t) for t in (False, True))
@@ -214,10 +241,12 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
         sampler_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
         token_loss = luffy_token_loss(
-            logp, old, advantage, teacher, gamma=args.shaping_gamma or None, clip=args.clip or None
-        )
+            logp, old, advantage, teacher, clip=args.clip or None, shape=shape_name(args),
+            own_shape=args.own_shape or "no_reshape", teacher_logp=sampler_logp,
+        )  # fmt: skip
         if args.tis_cap:
-            token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
+            weight = truncated_importance(old, sampler_logp, args.tis_cap)
+            token_loss = token_loss * torch.where(teacher, 1.0, weight)
         if args.method == "rl_sft":
             token_loss = torch.where(teacher, 0.0, token_loss)
         loss = pg_loss = token_loss.sum() * row_scale
@@ -239,12 +268,14 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
     """Forward and backward of one SFT update on traces; the gradient is left in .grad. It is the same for any number of
-    ranks and any micro_batch_tokens."""
+    ranks and any micro_batch_tokens. Rows that share a mean are neighbours in `rows`."""
     lengths, totals = [len(row.response) for row in rows], Totals(world)
-    n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows))
-    for batch, _ in micro_batches(rows, args, world):
+    n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
+    scale_of = dict(zip(map(id, rows), token_scales(lengths, args.sft_rows_per_mean), strict=True))
+    for batch, mine in micro_batches(rows, args, world):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
-        loss = sft_loss = -logp.sum() / sum(lengths)
+        scale = per_token(batch, [scale_of[id(row)] for row in mine])  # [N]
+        loss = sft_loss = -(logp * scale).sum() / sum(lengths)
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / sum(lengths)
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
@@ -257,9 +288,9 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 
 def add_trace(totals: Totals, logp: Tensor, teacher: Tensor, args: Args, *, per: int) -> None:
     """Add to the metrics, as means over `per` teacher's tokens: log p and f(p). [N] each."""
-    shaped = shape(logp.exp(), args.shaping_gamma)
+    ratio = shaped(logp, shape_name(args))
     totals.add({"teacher/logp": torch.where(teacher, logp, 0.0).sum(),
-                "teacher/shaped_ratio": torch.where(teacher, shaped, 0.0).sum()}, per=per)  # fmt: skip
+                "teacher/shaped_ratio": torch.where(teacher, ratio, 0.0).sum()}, per=per)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -286,8 +317,9 @@ def main(args: Args) -> None:
     run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
     policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
-    )
+        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile,
+        edit_config=partial(set_context, args),
+    )  # fmt: skip
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     run.begin(policy, optimizer, tokenizer)
     sampler = open_sampler(policy, tokenizer, args, world)

@@ -14,7 +14,8 @@ actions (what the model wrote) and the states (where the equation is asked for);
          + alpha * mean_rows mean_t KL(pi(. | s_t) || pi_ref(. | s_t))          over the actions and the vocabulary
 
 --variant step takes the starts of steps as states and a step as an action (the gradient reaches its tokens, and is
-stopped at the next step's start); response takes the answer as one action (Eq. 10), while V is trained on every state.
+stopped at the next step's start); response takes the answer as one action (Eq. 10), while V is trained on every state;
+dqo is the paper's comparison: token states, and the gradient reaches all that follows.
 At test time V guides a search over steps, which needs no verifier.
 
 --stage picks what to do, each with its published settings:
@@ -27,8 +28,8 @@ At test time V guides a search over steps, which needs no verifier.
 
 Where this file departs from the paper or from its published code, and why:
 - An answer's ids are what the sampler drew, and its eos is the last action. The published rows were text, tokenised
-  again with " " and eos put behind it. (Rows of text are read too, and get an eos.)
-- A row that is too long is rejected and counted; the published code cut it, kept the reward and lost the eos
+  again with " " and eos put behind it. (Rows of text are read too. They get an eos, and the tokenizer's own bos.)
+- A row over 2,048 tokens is rejected and counted; the published code cut it, kept the reward and lost the eos
   (--long_response cut).
 - A step ends with a token that holds a delimiter: the same rule in training and in search, on ids. The published code
   split text on "\n", for MATH also on ". " and ".$ "; where a token holds two newlines it put the state before it.
@@ -37,9 +38,8 @@ Where this file departs from the paper or from its published code, and why:
 - Policy and reference are read once a batch; the published code read the policy twice.
 - The schedule ends with the last step; the published one had epochs^2 as many. Rewards are 0 and 1, as in every
   published script and not as in the code's defaults (+1 and -1: --reward_scale 2 --reward_shift -1).
-- GSM8K's solutions are trained as <think>...</think> and a box behind a user turn; the published SFT had them as they
-  are, "#### 2" at the end, behind a system turn (rows of that form: --data with 'prompt' and 'target'; eval.py's
-  --template oreo-gsm8k asks in it). Evaluation is greedy within max_response_tokens (published: 2048).
+- The SFT loss is the mean of token means of 8 rows each, in the order in which an update draws them, as in the
+  published micro-batches of a GPU.
 - Not here: one-step PCL, hinge, log-ratio clipping, forward or sampled KL, adaptive alpha: not in the paper.
 Open in the paper: which model a round of iterate starts from and which is its reference (--round_init,
 --round_reference), and KTO's beta (0.1 here, as DPO's).
@@ -49,7 +49,7 @@ Commands:
   python oreo.py --preset tiny --model runs/tiny-oreo-sft/model                         collects, trains, evaluates
   python oreo.py --preset tiny --stage search --model runs/tiny-oreo/model --value runs/tiny-oreo/value --width 5
   python oreo.py --stage sft --data train.jsonl; python oreo.py --data train.jsonl      one GPU
-  torchrun --nproc_per_node 8 oreo.py --data train.jsonl                                the paper's run
+  torchrun --nproc_per_node 8 oreo.py --stage sft; torchrun --nproc_per_node 8 oreo.py  the paper's run, GSM8K and MATH
 """
 
 import dataclasses
@@ -72,9 +72,11 @@ from common.data import (
     check_verifier,
     pack,
     plan_micro_batches,
+    token_scales,
 )
 from common.rollout import Sampling, make_sampler
 from common.rows import (
+    IN_A_BOX,
     Item,
     Trace,
     data_digest,
@@ -87,6 +89,7 @@ from common.rows import (
     response_ids,
     set_template,
     trace_text,
+    with_bos,
 )
 from common.search import Candidate, search_answers, step_ids
 from common.trainer import (
@@ -101,10 +104,12 @@ from common.trainer import (
     gather_lists,
     gradient_norm,
     init_world,
+    keep_best,
     launch,
     learning_rate,
     load_policy,
     load_tokenizer,
+    logit_form,
     make_optimizer,
     max_positions,
     optimizer_step,
@@ -121,10 +126,12 @@ from common.verifiers import grade
 class Args:
     stage: Literal["sft", "collect", "oreo", "rejection", "dpo", "kto", "iterate", "search"] = "oreo"
     """What to do; the defaults below follow it."""
-    variant: Literal["token", "step", "response"] = "token"
+    variant: Literal["token", "step", "response", "dqo"] = "token"
     """OREO's policy loss; --kl_coef follows it."""
-    preset: Literal["paper", "tiny"] = "paper"
-    """paper: the published run of 1.5B. tiny: the repository's model on symbolic iGSM, for a laptop."""
+    preset: Literal["paper", "paper_7b", "paper_alfworld", "tiny"] = "paper"
+    """paper: the published run of Qwen2.5-Math-1.5B. paper_7b: of DeepSeekMath-7B-Instruct. paper_alfworld: of
+    MiniCPM-2B on ALFWorld, whose rows oreo_agents.py makes. tiny: the repository's model on symbolic iGSM, for a
+    laptop."""
 
     # what
     model: str = "runs/oreo-sft/model"
@@ -133,9 +140,12 @@ class Args:
     """Value model to start from, or to search with; empty starts from the model's body and a head of zeros."""
     reference: str = ""
     """Frozen reference of oreo, dpo and kto; empty takes --model."""
-    data: str = "gsm8k/train.jsonl"
-    """Problems to collect answers to (with worked solutions, for sft): a file, a folder, a Hub name, or igsm:LO-HI for
+    data: tuple[str, ...] = ("openai/gsm8k:main", "DigitalLearningGmbH/MATH-lighteval")
+    """Problems to collect answers to (with worked solutions, for sft): files, folders, Hub names, or igsm:LO-HI for
     symbolic iGSM problems of LO to HI operations. README has a table of all shapes of rows."""
+    ask: Literal["system", "user"] = "system"
+    """How rows with GSM8K's or MATH's columns are asked. system: by the published system turn of each, as Qwen was.
+    user: by a sentence after the question, as DeepSeekMath was."""
     rows: str = ""
     """Graded rows to train on: what collect wrote, or any shape with graded traces (README's table). Empty collects
     them into OUT/rows.jsonl."""
@@ -150,15 +160,19 @@ class Args:
     """File with a Jinja chat template; empty takes the tokenizer's own. It is saved with the model."""
     chat_template_args: tuple[str, ...] = ()
     """Settings of a template's switches, key=value, as in enable_thinking=false. They are saved with the model."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with --model."""
     verifier: str = "full"
     """How answers are graded: full (Math-Verify), robust (for your own data), math, boxed, exact, ... or
     "module:function" of your own, (response, gold) -> reward (common/verifiers.py)."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int = 2048
     """Rows with longer prompts are left out and counted."""
-    max_response_tokens: int = 1024
-    """Tokens to sample at most, and the longest response (prompt and response together: 2048, as published)."""
+    max_response_tokens: int = 2048
+    """Tokens to sample at most (published), and the longest response to train on."""
+    max_row_tokens: int = 2048
+    """Tokens of prompt and response together to train on (published; ALFWorld: 4096)."""
     long_response: Literal["reject", "cut"] = "reject"
-    """A response longer than that: leave the row out, or cut it as the published code did."""
+    """A row over these limits: leave it out, or cut its response as the published code did."""
     skip_turns: int = 0
     """First assistant turns of a conversation that are context and not trained (ALFWorld: 1)."""
     step_delimiters: tuple[str, ...] = ("\n",)
@@ -196,6 +210,9 @@ class Args:
     """Passes over the rows (published: 1; sft 3)."""
     batch_size: int = 128
     """Rows (dpo: pairs) an update; collect: problems between two writes."""
+    sft_rows_per_mean: int = 8
+    """sft: the loss is the mean of token means of so many rows each (the published micro-batches of 8); 0 is one mean
+    over the update, as in rejection, whose micro-batches are not published."""
     lr: float = 5e-6
     """Peak learning rate of the policy's AdamW (published: sft 2e-5, dpo 5e-7, kto 5e-8)."""
     value_lr: float = 5e-6
@@ -251,6 +268,8 @@ class Args:
     """Checkpoint every so many steps; 0 never."""
     keep: int = 2
     """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    keep_best: bool = False
+    """Also keep the model of the highest eval/mean, in OUT/best."""
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
@@ -275,18 +294,31 @@ STAGES = {
     "kto": dict(lr=5e-8, beta=0.1),
     "iterate": dict(rounds=3),
 }
-VARIANTS = {"step": dict(kl_coef=0.1), "response": dict(kl_coef=0.3)}
+VARIANTS = {"step": dict(kl_coef=0.1), "response": dict(kl_coef=0.3), "dqo": dict(kl_coef=0.0)}
 PRESETS = {
+    "paper_7b": dict(
+        model="deepseek-ai/deepseek-math-7b-instruct", out="runs/oreo_7b", ask="user", samples=16, balance=4,
+        epochs=2.0, value_lora=64, value_lr=1e-4, pairs_per_question=10,
+        stage={"rejection": dict(epochs=1.0), "dpo": dict(epochs=1.0), "kto": dict(lr=1e-7)},
+    ),
+    "paper_alfworld": dict(
+        model="jwhj/MiniCPM-ALFWorld-SFT", out="runs/oreo_alfworld", epochs=5.0, max_prompt_tokens=4096,
+        max_response_tokens=4096, max_row_tokens=4096, skip_turns=1, pairs_per_question=5, eval_every=0,
+        stage={"rejection": dict(lr=2e-5, epochs=1.0), "dpo": dict(epochs=1.0), "kto": dict(epochs=1.0)},
+    ),
     "tiny": dict(
-        model="models/tiny", data="igsm:5-8", igsm_problems=500, eval_data=("igsm:5-8",), out="runs/tiny-oreo",
+        model="models/tiny", data=("igsm:5-8",), igsm_problems=500, eval_data=("igsm:5-8",), out="runs/tiny-oreo",
         verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, samples=8, batch_size=64, lr=1e-4,
         value_lr=1e-3, eval_every=20, eval_limit=128, save_every=20, max_steps=40, micro_batch_tokens=4096,
-        gradient_checkpointing=False,
+        gradient_checkpointing=False, sft_rows_per_mean=0,
         stage={
             "sft": dict(out="runs/tiny-oreo-sft", igsm_problems=4000, steps=40, lr=5e-4), "dpo": dict(lr=2e-5),
             "kto": dict(lr=2e-5),
         },
     ),
+}
+SYSTEM = {  # the published system turns
+    "gsm8k": "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'", "math": IN_A_BOX,
 }
 
 
@@ -312,6 +344,7 @@ def oreo_row_losses(logp, ref_logp, values, action_mask, state_mask, rewards, *,
     token     S_t = d_t + sg(S_{t+1}),             d_t = log pi_t / ref_t of an action, 0 of any other token
     step      S_t = d_t + .. + d_{u-1} + sg(S_u),  u the row's next state
     response  S_t, at the row's first state alone
+    dqo       S_t, the gradient reaching every action after t (Liu et al. 2024, the paper's comparison)
 
     Raises ValueError for other shapes, an unknown variant, or a row without a state.
 
@@ -342,12 +375,14 @@ def oreo_row_losses(logp, ref_logp, values, action_mask, state_mask, rewards, *,
     elif variant == "step":
         after = F.pad(suffix, (0, 1)).gather(1, next_state(state))  # [B, T], S_u; 0 after the last state
         x = suffix - after + after.detach()
+    elif variant == "dqo":
+        x = suffix
     elif variant == "response":
         x = suffix
         first = state.int().argmax(1, keepdim=True)
         state, states = torch.zeros_like(state).scatter(1, first, True), torch.ones_like(states)
     else:
-        raise ValueError(f"variant {variant!r}: token, step or response")
+        raise ValueError(f"variant {variant!r}: token, step, response or dqo")
     return row_mean(values.detach() - reward + beta * x), value_loss
 
 
@@ -467,6 +502,7 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int):
         said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
         for so_far, piece, action in ((text, before[len(text) :], False), (before, said + eos, True)):
             [piece_ids] = response_ids(tokenizer, [so_far], [piece])
+            piece_ids = piece_ids if ids else with_bos(piece_ids, tokenizer)
             ids += piece_ids
             actions += [action] * len(piece_ids)
         text = before + said + eos
@@ -482,6 +518,7 @@ def row_ids(item: Item, trace: Trace, tokenizer, args: Args) -> tuple[list[int],
         return conversation_ids(item.conversation, tokenizer, args.skip_turns)
     prompt = item.text or render_prompt(tokenizer, item.prompt)
     prompt_ids = tokenizer([prompt], add_special_tokens=False)["input_ids"][0]
+    prompt_ids = with_bos(prompt_ids, tokenizer) if item.text else prompt_ids
     said = trace.text if item.text else trace_text(prompt, trace.text)
     response, eos = trace.ids or response_ids(tokenizer, [prompt], [said])[0], tokenizer.eos_token_id
     return prompt_ids, response if response[-1:] in ([], [eos]) else [*response, eos], None
@@ -516,11 +553,11 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
         if len(prompt) > args.max_prompt_tokens:
             count["prompt_too_long"] += 1
             continue
-        if len(response) > args.max_response_tokens:
+        if len(response) > (longest := min(args.max_response_tokens, args.max_row_tokens - len(prompt))):
             count["response_too_long"] += 1
-            if args.long_response == "reject":
+            if args.long_response == "reject" or longest < 1:
                 continue
-            response, actions = response[: args.max_response_tokens], actions[: args.max_response_tokens]
+            response, actions = response[:longest], actions[:longest]
         if not prompt or not any(actions):
             raise InputError(f"{where}: no prompt, or no action token; remove the row")
         # in a conversation a step is a turn
@@ -533,7 +570,7 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
         raise InputError(
             f"{source}: no row is left of {count['rows']} ({count['prompt_too_long']} prompts over "
             f"--max_prompt_tokens {args.max_prompt_tokens}, {count['response_too_long']} responses over "
-            f"--max_response_tokens {args.max_response_tokens})"
+            f"--max_response_tokens {args.max_response_tokens} or --max_row_tokens {args.max_row_tokens})"
         )
     return rows, count | {"kept": len(rows), "right": sum(row.reward > 0 for row in rows)}
 
@@ -541,9 +578,7 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
 def training_units(tokenizer, args: Args, progress: bool) -> tuple[list[list[Row]], dict[str, int]]:
     """What an update draws from: lists of rows that stay together, one row or a pair; and the counts."""
     if args.stage == "sft":
-        examples, count = read_examples(
-            args.data, tokenizer, args, split="train", golds=False, long_trace=args.long_response, progress=progress
-        )
+        examples, count = read_problems(tokenizer, args, golds=False, progress=progress)
         masks = [[True] * len(e.trace) for e in examples]
         return [[Row(e.prompt, e.trace, m, m, index=e.index)] for e, m in zip(examples, masks, strict=True)], count
     rows, count = read_rows(args.rows, tokenizer, args)
@@ -594,7 +629,9 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
     any number of ranks and any micro_batch_tokens. oreo's policy loss takes the values as they are before the
     update, and its value loss the log-probs: of the two steps that follow, either may be first."""
     every = {row.index: row for unit in units for row in unit}
-    n_actions = sum(sum(row.actions) for unit in units for row in unit)
+    lengths = [sum(row.actions) for row in every.values()]
+    rows_per_mean = args.sft_rows_per_mean if args.stage == "sft" else 0
+    n_actions, scales = sum(lengths), dict(zip(every, token_scales(lengths, rows_per_mean), strict=True))
     baseline = kto_baseline(policy, reference, units, args, world) if args.stage == "kto" else 0.0
     losses, measured = torch.zeros(2, dtype=torch.float64), []
     for batch, mine in micro_batches(units, args, world):
@@ -603,7 +640,8 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
         kl, values = torch.zeros_like(action), None
         if args.stage in ("sft", "rejection"):
             logp = ref_logp = policy(batch)  # [N]
-            loss = -(logp * action).sum() / n_actions
+            scale = torch.tensor([scales[row.index] for row in mine], device=logp.device)[batch.sequence]  # [N]
+            loss = -(logp * action * scale).sum() / n_actions
         elif args.stage in ("dpo", "kto"):
             logp = policy(batch)  # [N]
             with torch.no_grad():
@@ -675,10 +713,46 @@ def kto_baseline(policy, reference, units: list[list[Row]], args: Args, world) -
 # ------------------------------------------------------------------------------------------------- the loop
 
 
+def open_tokenizer(args: Args):
+    """The tokenizer of --model, with the template that the flags set."""
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    return set_template(tokenizer, args.chat_template, args.chat_template_args)
+
+
+def as_published(item: Item, row: dict, ask: str) -> Item:
+    """A row with GSM8K's or MATH's columns as the published code asks and answers it: the solution word for word is the
+    trace. Any other row as it is."""
+    asked = row.get("problem") or row.get("question")
+    if row.get("prompt") is not None or not asked or item.question != asked:
+        return item
+    kind = item.source or "math"
+    prompt = [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": asked}]
+    if ask == "user":
+        prompt = [{"role": "user", "content": f"{asked}\n{IN_A_BOX}"}]
+    solution = row.get("answer") if kind == "gsm8k" else row.get("solution")
+    return dataclasses.replace(item, prompt=prompt, traces=[Trace(solution)] if item.traces else [], source=kind)
+
+
+def read_problems(tokenizer, args: Args, *, traces: str = "needed", **options):
+    """The examples of all --data, numbered through, and the counts of what was left out."""
+    examples, counts, before = [], {}, 0
+    options |= dict(traces=traces, long_trace=args.long_response, reshape=partial(as_published, ask=args.ask))
+    for source in args.data:
+        found, count = read_examples(source, tokenizer, args, split="train", **options)
+        examples += [dataclasses.replace(e, index=before + e.index) for e in found]
+        before += count["rows"]
+        counts = {name: counts.get(name, 0) + n for name, n in count.items()}
+    if traces == "needed":
+        kept = [e for e in examples if len(e.prompt) + len(e.trace) <= args.max_row_tokens]
+        counts |= {"row_too_long": len(examples) - len(kept), "kept": len(kept)}
+        examples = kept
+    return examples, counts
+
+
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
-    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "epochs", "samples", "rounds", "width",
-                 "max_steps", "pairs_per_question", "beta"):  # fmt: skip
+    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "max_row_tokens", "epochs", "samples",
+                 "rounds", "width", "max_steps", "pairs_per_question", "beta"):  # fmt: skip
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     if args.steps < 0:
@@ -704,10 +778,11 @@ def check(args: Args) -> None:
 
 
 def load_value(args: Args, policy, world):
-    """The value model of --value, or of --model's body with a head of zeros."""
+    """The value model of --value; to train one, also of --model's body with a head of zeros."""
     value = load_policy(
         args.value or args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
-        kind=ValueModel, new_head=not args.value, lora=args.value_lora,
+        kind=ValueModel, new_head=args.stage != "search", lora=args.value_lora,
+        trust_remote_code=args.trust_remote_code,
     )
     check_fit(f"--value {args.value}", value, policy)
     return value
@@ -718,6 +793,8 @@ def check_fit(which: str, model, policy) -> None:
     mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
     if mine != its:
         raise InputError(f"{which}: a vocabulary of {mine} does not fit --model's of {its}")
+    if logit_form(model.lm.config) != logit_form(policy.lm.config):
+        raise InputError(f"{which}: its soft cap or scale of logits is not --model's")
 
 
 def open_sampler(policy, tokenizer, args: Args, world):
@@ -764,12 +841,11 @@ def collect(args: Args) -> str:
     Killed and started again, it goes on after the last batch of problems that was written whole."""
     world = init_world(args.timeout_minutes)
     final, partial = Path(args.out) / "rows.jsonl", Path(args.out) / "rows.partial.jsonl"
-    names = ("model", "data", "igsm_problems", "chat_template", "chat_template_args", "verifier", "max_prompt_tokens",
-             "max_response_tokens", "samples", "balance", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
-    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
-    examples, left_out = read_examples(
-        args.data, tokenizer, args, split="train", traces="ignored", progress=world.main
-    )
+    names = ("model", "data", "ask", "igsm_problems", "chat_template", "chat_template_args", "verifier",
+             "max_prompt_tokens", "max_response_tokens", "samples", "balance", "temperature", "top_p", "batch_size",
+             "seed")  # fmt: skip
+    tokenizer = open_tokenizer(args)
+    examples, left_out = read_problems(tokenizer, args, traces="ignored", progress=world.main)
     digest = data_digest((e.prompt, e.gold) for e in examples)
     settings = json.loads(json.dumps({name: getattr(args, name) for name in names})) | {"data_digest": digest}
     described = Path(args.out) / "collect.json"
@@ -782,10 +858,10 @@ def collect(args: Args) -> str:
 
     written = partial.read_text().split("\n")[:-1] if partial.exists() else []
     done = max((json.loads(line)["step"] for line in written), default=1) - 1  # the last batch may not be whole
-    policy = load_policy(args.model, world)
+    policy = load_policy(args.model, world, trust_remote_code=args.trust_remote_code)
     sampler = open_sampler(policy, tokenizer, args, world)
     if world.main:
-        print(f"{args.data}: {left_out}; {args.samples} answers each; {done} batches are there already")
+        print(f"{' '.join(args.data)}: {left_out}; {args.samples} answers each; {done} batches are there already")
         final.parent.mkdir(parents=True, exist_ok=True)
         write_whole(described, json.dumps({"settings": settings}) + "\n")
         write_whole(partial, "".join(line + "\n" for line in written if json.loads(line)["step"] <= done))
@@ -851,29 +927,29 @@ def train(args: Args) -> None:
     state = checkpoints.state()
     start = state["step"] if state else 0
 
-    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    tokenizer = open_tokenizer(args)
     units, left_out = training_units(tokenizer, args, world.main)
-    held_out = held_out_examples(tokenizer, args)
+    held_out = held_out_examples(tokenizer, args, reshape=partial(as_published, ask=args.ask))
     digest = data_digest(
         ((row.prompt, row.response, row.actions, row.reward) for unit in units for row in unit),
         ((e.prompt, e.gold) for e in held_out),
     )
-    checkpoints.check_data(state, digest, f"--rows {args.rows}" if args.rows else f"--data {args.data}")
+    checkpoints.check_data(state, digest, f"--rows {args.rows}" if args.rows else f"--data {' '.join(args.data)}")
+    source = args.rows or " ".join(args.data)
     if len(units) < args.batch_size:
-        raise InputError(
-            f"{args.rows or args.data}: {len(units)} to train on are fewer than --batch_size {args.batch_size}"
-        )
+        raise InputError(f"{source}: {len(units)} to train on are fewer than --batch_size {args.batch_size}")
     steps = args.steps or max(1, int(args.epochs * len(units) / args.batch_size))
     if world.main:
-        print(f"{args.rows or args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size}")
+        print(f"{source}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size}")
 
     policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, lora=args.policy_lora
+        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, lora=args.policy_lora,
+        trust_remote_code=args.trust_remote_code,
     )
     longest = max(len(row.prompt) + len(row.response) for unit in units for row in unit)
     if (positions := max_positions(policy.lm.config)) and longest > positions:
         raise InputError(
-            f"{args.rows or args.data}: a row has {longest} tokens, --model {positions} positions: lower "
+            f"{source}: a row has {longest} tokens, --model {positions} positions: lower "
             "--max_response_tokens"
         )
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
@@ -881,8 +957,9 @@ def train(args: Args) -> None:
     value_optimizer = value and make_optimizer(
         value, lr=args.value_lr, betas=args.betas, weight_decay=args.weight_decay
     )
-    reference = load_policy(args.reference or args.model, world) if args.stage in ("oreo", "dpo", "kto") else None
-    if reference:
+    reference = None
+    if args.stage in ("oreo", "dpo", "kto"):
+        reference = load_policy(args.reference or args.model, world, trust_remote_code=args.trust_remote_code)
         check_fit(f"--reference {args.reference}", reference.requires_grad_(False), policy)
     more = {"value": (value, value_optimizer)} if value else {}
     if state:
@@ -935,6 +1012,8 @@ def train(args: Args) -> None:
         if evaluates:
             with clock("evaluate"):
                 row_log |= evaluate(sampler, tokenizer, held_out, args, world)
+                if args.keep_best:
+                    keep_best(policy, tokenizer, out, world, row_log["eval/mean"])
         seconds = clock.flush()
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}
@@ -1031,9 +1110,9 @@ def find_answers(policy, value, tokenizer, examples, args: Args, world) -> list[
 def search(args: Args) -> dict:
     """Answer the problems of --eval_data by --search; writes OUT/search-NAME.json and the answers beside it."""
     world = init_world(args.timeout_minutes)
-    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
-    examples = held_out_examples(tokenizer, args)
-    policy = load_policy(args.model, world)
+    tokenizer = open_tokenizer(args)
+    examples = held_out_examples(tokenizer, args, reshape=partial(as_published, ask=args.ask))
+    policy = load_policy(args.model, world, trust_remote_code=args.trust_remote_code)
     value = None if args.search == "greedy" else load_value(args, policy, world)
     found = find_answers(policy, value, tokenizer, examples, args, world)
     best = [max(answers, key=lambda c: c.value, default=None) for answers in found]

@@ -47,7 +47,7 @@ from typing import Literal
 
 from common.data import InputError
 from common.rollout import Sampling, make_sampler
-from common.rows import render_prompt, set_template
+from common.rows import render_prompt, set_template, with_bos
 from common.search import state_values
 from common.trainer import (
     ValueModel,
@@ -77,6 +77,10 @@ class Args:
     """File with a Jinja chat template; empty takes the tokenizer's own."""
     chat_template_args: tuple[str, ...] = ()
     """Settings of a template's switches, key=value, as in enable_thinking=false."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with --model."""
+    rules: Literal["own", "published"] = "own"
+    """What the first turn of an ALFWorld episode says. published: the text that OREO's MiniCPM models know."""
 
     # how
     repeat: int = 5
@@ -151,6 +155,20 @@ ALFWORLD = (
     "examine {object}, clean {object} with {place}, heat {object} with {place}, cool {object} with {place}, "
     "slice {object} with {object}. 'Nothing happens' says that a command was not possible."
 )
+PUBLISHED = (  # word for word, with its slips, for models that were trained on it
+    "Interact with a household to solve a task. Imagine you are an intelligent agent in a household environment "
+    "and your target is to perform actions to complete the task goal. At the beginning of your interactions, you "
+    "will be given the detailed description of the current environment and your goal to accomplish. \nFor each of "
+    "your turn, you will be given the observation of the last turn. You should first think about the current "
+    "condition and plan for your future actions, and then output your action in this turn. Your output must "
+    "strictly follow this format:\"Thought: your thoughts.\\nAction: your next action\".\n\nThe available actions "
+    "are:\n1. go to {recep}\n2. task {obj} from {recep}\n3. put {obj} in/on {recep}\n4. open {recep}\n5. close "
+    "{recep}\n6. toggle {obj} {recep}\n7. clean {obj} with {recep}\n8. heat {obj} with {recep}\n9. cool {obj} with "
+    "{recep}\nwhere {obj} and {recep} correspond to objects and receptacles.\nAfter your each turn, the "
+    "environment will give you immediate feedback based on which you plan your next few steps. if the envrionment "
+    "output \"Nothing happened\", that means the previous action is invalid and you should try more options.\n\n"
+    "Your response should use the following format:\n\nThought: <your thoughts>\nAction: <your next action>"
+)
 
 
 # ------------------------------------------------------------------------------------------ the protocol
@@ -166,12 +184,30 @@ def parse_action(answer: str) -> str | None:
     return found[1].strip() or None if found else None
 
 
+def turn_end(tokenizer) -> tuple[bool, list[int]]:
+    """-> (does the template put eos behind an answer?, the ids that end one).
+
+    A template without eos (MiniCPM's) shows an answer, then the mark of the next user turn: where that is one token, it
+    ends an answer too, as the published stop string does."""
+    turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
+    talk = [{"role": role, "content": content} for role, content in turns]
+    shown, more = (
+        tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3)
+    )
+    if tokenizer.eos_token in shown.rpartition("answer")[2]:
+        return True, [tokenizer.eos_token_id]
+    mark = more[len(shown) :].partition("question")[0].strip()
+    ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
+    return False, [tokenizer.eos_token_id, *(i for i in ids if mark and tokenizer.decode([i]).strip() == mark)]
+
+
 class Episode:
     """One game as it is played: the conversation, its ids, and which of them are actions."""
 
     def __init__(self, name: str, number: int, game, tokenizer):
         self.name, self.number, self.game, self.tokenizer = name, number, game, tokenizer
         self.messages = [{"role": "user", "content": game.rules}, {"role": "assistant", "content": "OK"}]
+        self.keeps_eos, self.stops = turn_end(tokenizer)
         self.text, self.ids, self.actions = "", [], []  # text: what the ids stand for, as the template shows it
         self.end = ""  # won | lost | max_turns | no_action | too_long
         self.turns = 0
@@ -187,24 +223,27 @@ class Episode:
                 "that keeps the history as it is"
             )
         new = self.tokenizer(shown[len(self.text) :], add_special_tokens=False)["input_ids"]
+        new = new if self.ids else with_bos(new, self.tokenizer)
         self.ids, self.actions, self.text = self.ids + new, self.actions + [0] * len(new), shown
 
     def say(self, ids: list[int]) -> None:
-        """The model's answer, eos included, and what the game makes of it."""
+        """The model's answer, with the token that ended it, and what the game makes of it.
+
+        Under a template without eos that token, and spaces before it, are not kept: no history shows them."""
         self.turns += 1
-        self.ids, self.actions = self.ids + ids, self.actions + [1] * len(ids)
-        eos = self.tokenizer.eos_token_id
-        answer = self.tokenizer.decode(ids[:-1] if ids[-1] == eos else ids)
+        ended, kept = ids[-1] in self.stops, ids
+        answer = self.tokenizer.decode(ids[:-1] if ended else ids)
         self.messages.append({"role": "assistant", "content": answer})
         shown = self.tokenizer.apply_chat_template(self.messages, tokenize=False)
-        said, mark, _ = shown[len(self.text) :].partition(self.tokenizer.eos_token)
-        if not mark:
-            raise InputError(
-                f"the chat template ends no turn with the tokenizer's eos {self.tokenizer.eos_token}: pass a "
-                "--chat_template that does"
-            )
-        self.text += said + mark
-        action = parse_action(answer) if ids[-1] == eos else None
+        if self.keeps_eos:
+            said, mark, _ = shown[len(self.text) :].partition(self.tokenizer.eos_token)
+            self.text += said + mark
+        else:
+            self.text, kept = shown, ids[:-1] if ended else ids
+            while len(kept) > 1 and not self.tokenizer.decode(kept[-1:]).strip():
+                kept = kept[:-1]
+        self.ids, self.actions = self.ids + kept, self.actions + [1] * len(kept)
+        action = parse_action(answer) if ended else None
         if action is None:
             self.end = "no_action"
             return
@@ -369,9 +408,8 @@ def make_games(args: Args) -> None:
 
 def choose(groups: list[list], episodes: list[Episode], value, tokenizer, args: Args, world) -> list[list[int]]:
     """Of each episode's candidate answers the one that leads to the text of the highest value (a collective)."""
-    eos = tokenizer.eos_token_id
     texts = [
-        episode.ids + (c.ids[:-1] if c.ids[-1] == eos else c.ids)
+        episode.ids + (c.ids[:-1] if c.ids[-1] in episode.stops else c.ids)
         for episode, group in zip(episodes, groups, strict=True) for c in group
     ]  # fmt: skip
     counts = gather_lists([len(texts)], world)
@@ -388,9 +426,8 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
     """Every game `repeat` times -> rows, of all ranks. Ranks play their own games, turn by turn together."""
     jobs = [(game, r) for game in find_games(args.games) for r in range(repeat)]
     numbers = range(world.rank, len(jobs), world.size)
-    eos = tokenizer.eos_token_id
     sampler = make_sampler(
-        args.rollout, policy, world, stop_ids=[eos], max_batch_tokens=args.sampler_tokens,
+        args.rollout, policy, world, stop_ids=turn_end(tokenizer)[1], max_batch_tokens=args.sampler_tokens,
         max_tokens=args.max_episode_tokens, gpu_memory=args.rollout_gpu_memory,
     )
     sampler.sync(policy, version=0)
@@ -469,6 +506,8 @@ def names_of(args: Args) -> dict[str, list[str]]:
 def open_game(name: str, path: str, kind: type, args: Args):
     """A game that can be played; with --names its things are called by those, in every run alike."""
     game = kind(path)
+    if args.rules == "published":
+        game.rules = PUBLISHED
     if not args.names:
         return game
     game.reset()  # its things are known from here on
@@ -533,6 +572,8 @@ def check(args: Args) -> None:
         raise InputError(f"--renamed {args.renamed}: a number of times, for --stage expert of TextWorld games")
     if not 0 <= args.names <= len(NAMES["c"]) or (args.names and args.games.startswith("alfworld:")):
         raise InputError(f"--names {args.names}: 0 to {len(NAMES['c'])}, for TextWorld games")
+    if args.rules == "published" and not args.games.startswith("alfworld:"):
+        raise InputError("--rules published are ALFWorld's: --games alfworld:SPLIT")
     for name in ("repeat", "candidates", "max_turns", "max_turn_tokens", "parallel", "count", "quest_length"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
@@ -547,17 +588,18 @@ def main(args: Args) -> dict | None:
     try:
         if args.stage == "make":
             return make_games(args)
-        world = init_world()
+        world, remote = init_world(), dict(trust_remote_code=True) if args.trust_remote_code else {}
         if args.stage == "expert":
             if world.size > 1:
                 raise InputError("--stage expert runs in one process")
             model = scratch_model(args, world) if args.model == "scratch" else args.model
-            tokenizer = set_template(load_tokenizer(model), args.chat_template, args.chat_template_args)
-            rows = play_walkthroughs(args, tokenizer)
+            tokenizer = load_tokenizer(model, **remote)
+            rows = play_walkthroughs(args, set_template(tokenizer, args.chat_template, args.chat_template_args))
         else:
-            tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
-            policy = load_policy(args.model, world)
-            value = load_policy(args.value, world, kind=ValueModel) if args.value else None
+            tokenizer = load_tokenizer(args.model, **remote)
+            tokenizer = set_template(tokenizer, args.chat_template, args.chat_template_args)
+            policy = load_policy(args.model, world, **remote)
+            value = load_policy(args.value, world, kind=ValueModel, **remote) if args.value else None
             rows = play(args, tokenizer, policy, value, world, args.repeat if args.stage == "collect" else 1)
     except ModuleNotFoundError as error:
         if error.name not in ("textworld", "alfworld"):

@@ -65,7 +65,6 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from common.data import (
     InputError,
@@ -94,11 +93,13 @@ from common.trainer import (
     Checkpoints,
     Clock,
     Metrics,
+    check_context,
     check_finite,
     export,
     full_parameters,
     gather_lists,
     init_world,
+    keep_best,
     launch,
     learning_rate,
     load_policy,
@@ -110,6 +111,7 @@ from common.trainer import (
     peak_memory_gb,
     read_metrics,
     replay,
+    set_context,
 )
 from common.verifiers import grade
 
@@ -139,6 +141,13 @@ class Args:
     temperature 1 and take the first that is. 0: none; igsm:LO-HI then gets corrupted solutions, as in stage redi."""
     drop_sources: tuple[str, ...] = ("cn_k12",)
     """Values of OpenR1's column 'source' that stage data leaves out."""
+    right_if: Literal["both", "llama", "math_verify", "either"] = "both"
+    """Stage data: which of OpenR1's two verifiers must accept a trace for it to be right; all others are wrong."""
+    decontaminate: tuple[str, ...] = ()
+    """Stage data: benchmark files (or Hub names: their test split). Problems that share --ngram words in a row with one
+    of their questions are left out and counted. Published: a check that left nothing out."""
+    ngram: int = 13
+    """Words in a row for --decontaminate (published: 8)."""
     out: str = "runs/redi"
     """Run folder. Running the same command again goes on from its last checkpoint."""
     chat_template: str = ""
@@ -224,6 +233,8 @@ class Args:
     """Checkpoint every so many steps; 0 never."""
     keep: int = 2
     """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    keep_best: bool = False
+    """Also keep the model of the highest eval/mean, in OUT/best."""
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
@@ -566,11 +577,11 @@ class Problem:
     source: str
 
 
-def choose_openr1(row: dict, drop_sources=("cn_k12",)) -> tuple[int | None, int | None] | str:
+def choose_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> tuple[int | None, int | None] | str:
     """The first right and the first wrong generation of a row of OpenR1-Math-Raw, or the rule that leaves it out.
 
     A generation is right if both verifiers (correctness.llama_verification and .math_verify_reparsed_answer) say
-    so, else wrong; a missing verdict is a no."""
+    so, or as `right_if` says (llama, math_verify, either), else wrong; a missing verdict is a no."""
     generations, correctness = row.get("generations"), row.get("correctness")
     if str(row.get("problem_is_valid")).strip().lower() != "yes":
         return "problem not valid"
@@ -584,7 +595,12 @@ def choose_openr1(row: dict, drop_sources=("cn_k12",)) -> tuple[int | None, int 
     verdicts = [correctness.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
     if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
         return "not a verdict of both verifiers for each generation"
-    return first_of_each([bool(llama) and bool(math_verify) for llama, math_verify in zip(*verdicts, strict=True)])
+    llama, math_verify = ([bool(v) for v in verdict] for verdict in verdicts)
+    return first_of_each({
+        "llama": llama, "math_verify": math_verify,
+        "both": [a and b for a, b in zip(llama, math_verify, strict=True)],
+        "either": [a or b for a, b in zip(llama, math_verify, strict=True)],
+    }[right_if])  # fmt: skip
 
 
 def first_of_each(right: list[bool]) -> tuple[int | None, int | None]:
@@ -596,7 +612,9 @@ def read_problem(row: dict, where: str, args: Args) -> Problem | str:
     """A problem from a row of any shape in common/rows.py, or the name of the rule that leaves it out.
 
     --own_answers adds a model's wrong trace to rows that have none."""
-    chosen = choose_openr1(row, args.drop_sources) if isinstance(row, dict) and "generations" in row else None
+    chosen = None
+    if isinstance(row, dict) and "generations" in row:
+        chosen = choose_openr1(row, args.drop_sources, args.right_if)
     if isinstance(chosen, str):
         return chosen
     item = read_row(row, where)
@@ -604,6 +622,26 @@ def read_problem(row: dict, where: str, args: Args) -> Problem | str:
     if chosen:
         right, wrong = (None if i is None else item.traces[i] for i in chosen)
     return Problem(item.prompt, right, wrong, item.gold, str(row.get("source") or item.source))
+
+
+def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    """All n words in a row of a text, in lower case; a shorter text is one n-gram.
+
+    >>> sorted(word_ngrams("How  many are THERE", 3)), word_ngrams("Two", 3)
+    ([('how', 'many', 'are'), ('many', 'are', 'there')], {('two',)})
+    """
+    words = text.lower().split()
+    return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} - {()}
+
+
+def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
+    """{benchmark of --decontaminate: the n-grams of its questions}."""
+    found = {}
+    for source in args.decontaminate:
+        for index, row in enumerate(iter_rows(source, split="test")):
+            question = read_row(row, f"--decontaminate {source}, row {index}").question
+            found.setdefault(source, set()).update(word_ngrams(question, args.ngram))
+    return found
 
 
 def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> None:
@@ -647,10 +685,15 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
 def make_data(args: Args, world) -> dict[str, int]:
     """Stage data: positives.jsonl, pairs.jsonl and funnel.json in --out; prints and returns the funnel."""
     tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    benchmarks = benchmark_ngrams(args)
     problems, n_rows, dropped = [], 0, {}
     for row in tqdm(read_rows(args), desc="rows", leave=False, disable=not world.main):
         found = read_problem(row, f"{args.data}, row {n_rows}", args)
         n_rows += 1
+        if not isinstance(found, str) and benchmarks:
+            ngrams = word_ngrams(found.prompt[-1]["content"], args.ngram)
+            hits = (f"shares {args.ngram} words with {name}" for name, known in benchmarks.items() if ngrams & known)
+            found = next(hits, found)
         if isinstance(found, str):
             dropped[found] = dropped.get(found, 0) + 1
         else:
@@ -702,7 +745,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
-    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "epochs", "beta"):
+    for name in ("batch_size", "max_response_tokens", "max_prompt_tokens", "epochs", "beta", "ngram"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
     for name in ("steps", "own_answers", "alpha", "chosen_coef", "rejected_gamma", "rope_theta", "max_positions"):
@@ -712,6 +755,8 @@ def check(args: Args) -> None:
         raise InputError(f"--label_smoothing must be from 0 to under 0.5, not {args.label_smoothing}")
     if args.stage != "redi" and args.loss != "redi":
         raise InputError(f"--loss {args.loss} is of --stage redi, and does nothing in --stage {args.stage}")
+    if args.decontaminate and args.stage != "data":
+        raise InputError("--decontaminate leaves problems out in --stage data; train on the files that it writes")
     if args.own_answers and args.stage != "data":
         raise InputError("--own_answers samples in --stage data; train on the pairs.jsonl that it writes")
     for name, made_by in (("model", "sft"), ("data", "data")):
@@ -785,15 +830,9 @@ def main(args: Args) -> None:
     if world.main:
         print(f"{args.data}: {left_out}; {len(held_out)} held-out; {steps} steps of {args.batch_size} rows")
 
-    def set_context(config) -> None:
-        if args.rope_theta:
-            if rope_theta(config) is None:
-                raise InputError(f"--rope_theta: the configuration of --model {args.model} has no single RoPE base")
-            config.rope_parameters["rope_theta"] = args.rope_theta
-        config.max_position_embeddings = args.max_positions or config.max_position_embeddings
-
     policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, edit_config=set_context
+        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing,
+        edit_config=partial(set_context, args),
     )
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     positions = max_positions(policy.lm.config)
@@ -862,6 +901,8 @@ def main(args: Args) -> None:
         if evaluates:
             with clock("evaluate"):
                 row_log |= evaluate(sampler, tokenizer, held_out, args, world)
+                if args.keep_best:
+                    keep_best(policy, tokenizer, out, world, row_log["eval/mean"])
                 sampler.sleep()
         seconds = clock.flush()
         tokens = sum(len(p.prompt) + len(trace) for p in batch for trace in (p.chosen, p.rejected) if trace)
@@ -881,22 +922,6 @@ def main(args: Args) -> None:
     if sampler:
         sampler.close()
     metrics.close()
-
-
-def rope_theta(config) -> float | None:
-    """RoPE's base; None for a model without it, or with one for each kind of layer."""
-    return (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
-
-
-def check_context(path: Path, args: Args) -> None:
-    """Raise RuntimeError if the saved model would not be run with the RoPE base and positions it was trained with."""
-    config = AutoConfig.from_pretrained(path)
-    saved = rope_theta(config), config.max_position_embeddings
-    if saved != (args.rope_theta or saved[0], args.max_positions or saved[1]):
-        raise RuntimeError(
-            f"{path}/config.json says rope_theta {saved[0]} and max_position_embeddings {saved[1]}, not --rope_theta "
-            f"{args.rope_theta} and --max_positions {args.max_positions}"
-        )
 
 
 def describe(pairs: list[Pair], args: Args) -> dict[str, float]:

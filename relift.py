@@ -35,12 +35,13 @@ Departures from the published code that change numbers (docs/relift.md has all o
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from common.data import InputError, batch_indices
+from common.data import InputError, batch_indices, tokens_of_means
 from common.rows import held_out_examples, read_examples, set_template
 from common.run import (
     Cap,
@@ -62,7 +63,7 @@ from common.run import (
     split_updates,
     teacher_rows,
 )
-from common.trainer import Totals, launch, load_policy, load_tokenizer, make_optimizer, parse_args
+from common.trainer import Totals, launch, load_policy, load_tokenizer, make_optimizer, parse_args, set_context
 
 
 @dataclass
@@ -81,12 +82,13 @@ class Args(RunArgs):
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
-    loss_rows: Positive[float] = 64.0  # Scale of the loss: rows of an update on one GPU of the published run
+    loss_rows: Positive[float] = 64.0  # Rows of an update on one GPU of the published run: 64 on 8 GPUs, 32 on 16
     max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
     # Questions of an SFT update, and how many the buffer must hold for one; -1: RL alone
     sft_data_size: Annotated[int, ("positive, or -1 for RL alone", lambda n: n > 0 or n == -1)] = 128
-    # Questions of the step that enter the buffer. hardest: all answers failed. random: as many, drawn from all. all
-    sft_on: Literal["hardest", "random", "all"] = "hardest"
+    # Questions of the step that enter the buffer. hardest: all answers failed. solved: as many, drawn from the others
+    # (the paper's "random" ablation). random: as many, drawn from all. all: every question
+    sft_on: Literal["hardest", "solved", "random", "all"] = "hardest"
     sft_every: NotNegative[int] = 0  # SFT every this many steps, buffer full or not (the paper's ablation); 0: if full
     hard_threshold: Share[float] = 0.0  # Fraction of correct answers up to which a question is hardest (published: 0)
     verify_demonstrations: bool = True  # Use only demonstrations that the verifier accepts (published: no).
@@ -101,14 +103,17 @@ class Args(RunArgs):
 METHODS = {
     "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
     "sft": dict(out="runs/relift_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, batch_size=64,
-                group_size=1, updates_per_step=1, max_grad_norm=1.0, sft_entropy_coef=0.0, sft_rows_per_mean=0),
+                group_size=1, updates_per_step=1, max_grad_norm=1.0, sft_entropy_coef=0.0, sft_rows_per_mean=1,
+                betas=(0.9, 0.95), weight_decay=0.0),
 }  # fmt: skip
 PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny_relift", verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
         eval_limit=128, save_every=20, micro_batch_tokens=4096, sft_data_size=16, sft_lr=2e-4, sft_max_grad_norm=1.0,
-        method={name: dict(out=f"runs/tiny_relift_{name}") for name in METHODS},
+        betas=(0.9, 0.999), weight_decay=0.01,
+        method={"grpo": dict(out="runs/tiny_relift_grpo"),
+                "sft": dict(out="runs/tiny_relift_sft", sft_rows_per_mean=0)},
     ),
 }  # fmt: skip
 
@@ -161,16 +166,6 @@ def sft_token_loss(logp: Tensor, entropy: Tensor, mean_tokens: Tensor, *, means:
     return (-logp - entropy_coef * entropy) / mean_tokens / means
 
 
-def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
-    """For each row the tokens of its mean. Each `rows_per_mean` successive rows make a mean; the last may have fewer.
-
-    >>> tokens_of_means([5, 3, 4, 4, 2], 2)
-    [8, 8, 8, 8, 2]
-    """
-    first = [i - i % rows_per_mean for i in range(len(lengths))]
-    return [sum(lengths[i : i + rows_per_mean]) for i in first]
-
-
 def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0.0) -> list[int]:
     """Groups whose fraction of correct rows (reward over 0) is at most `threshold`, in order of first appearance.
 
@@ -181,6 +176,18 @@ def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0
     for reward, group in zip(rewards, groups, strict=True):
         correct.setdefault(group, []).append(reward > 0)
     return [group for group, flags in correct.items() if sum(flags) / len(flags) <= threshold]
+
+
+def questions_to_buffer(which: str, hardest: list[int], n: int, *, seed: str) -> list[int]:
+    """The questions of 0 .. n - 1 that --sft_on names. "solved" gives fewer if fewer questions are not hardest.
+
+    >>> questions_to_buffer("hardest", [1], 3, seed=""), sorted(questions_to_buffer("solved", [0, 2, 3], 5, seed=""))
+    ([1], [1, 4])
+    """
+    if which in ("hardest", "all"):
+        return hardest if which == "hardest" else list(range(n))
+    pool = [i for i in range(n) if which == "random" or i not in hardest]
+    return random.Random(seed).sample(pool, min(len(hardest), len(pool)))
 
 
 class HardestBuffer:
@@ -233,13 +240,13 @@ def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> 
     return torch.where(sampler_logp.isnan(), 1.0, weight)
 
 
-def published_micro_batches(tokens_per_row: float) -> int:
-    """M: how many micro-batches of 32,768 tokens a GPU of the published run needed for its 64 rows of an update.
+def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
+    """M: how many micro-batches of 32,768 tokens a GPU of the published run needed for its `rows` rows of an update.
 
-    >>> published_micro_batches(2560)
-    5
+    >>> published_micro_batches(2560), published_micro_batches(2560, rows=32)
+    (5, 3)
     """
-    return max(1, math.ceil(64 * tokens_per_row / 32768))
+    return max(1, math.ceil(rows * tokens_per_row / 32768))
 
 
 # ----------------------------------------------------------------------------------------------- one update
@@ -261,7 +268,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     `policy_logps`; None in the first update, where p_old = p. Returns metrics; those of tokens are means over
     `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
-    n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows))
+    n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
     counted, totals = rows_with_gradient(rows, args), Totals(world)
     own_tokens = sum(len(row.response) for row in counted)
@@ -358,8 +365,9 @@ def main(args: Args) -> None:
     run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
     policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
-    )
+        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile,
+        edit_config=partial(set_context, args),
+    )  # fmt: skip
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     more = {}
     if interleave:
@@ -399,8 +407,7 @@ def main(args: Args) -> None:
         buffer_log = {}
         if interleave:
             hardest = hardest_groups(rewards.tolist(), question.tolist(), args.hard_threshold)
-            anyone = random.Random(f"{args.seed} {step}").sample(range(len(batch)), len(hardest))
-            chosen = {"hardest": hardest, "random": anyone, "all": range(len(batch))}[args.sft_on]
+            chosen = questions_to_buffer(args.sft_on, hardest, len(batch), seed=f"{args.seed} {step}")
             with run.clock("reward"):
                 questions, buffer_log = with_demonstration([indices[g] for g in chosen], examples, grader, args, world)
             buffer.add(questions)

@@ -14,6 +14,7 @@ Sequences that begin with the same prompt, as the answers of a group do, share i
 """
 
 import heapq
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -48,6 +49,29 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     epoch, position = divmod(step, per_epoch)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
+    """For each row the tokens of its mean: `rows_per_mean` rows in a row make one, the last may have fewer.
+
+    >>> tokens_of_means([5, 3, 4, 4, 2], 2)
+    [8, 8, 8, 8, 2]
+    """
+    first = [i - i % rows_per_mean for i in range(len(lengths))]
+    return [sum(lengths[i : i + rows_per_mean]) for i in first]
+
+
+def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
+    """For each row the weight of its tokens in the mean of token means of `rows_per_mean` rows each, as a multiple of
+    their weight in one mean over all tokens: N / (M T_m) for N tokens, M means, T_m tokens of the row's mean.
+    rows_per_mean 0: one mean, so 1.
+
+    >>> token_scales([4, 1, 5], 1), token_scales([4, 1, 5], 2), token_scales([4, 1, 5], 0)
+    ([0.8333333333333334, 3.3333333333333335, 0.6666666666666666], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
+    """
+    rows_per_mean = rows_per_mean or max(1, len(lengths))
+    means, total = math.ceil(len(lengths) / rows_per_mean), sum(lengths)
+    return [total / (means * tokens) for tokens in tokens_of_means(lengths, rows_per_mean)]
 
 
 # ------------------------------------------------------------------------------------------------- packing

@@ -22,7 +22,9 @@ logp and c on kl, or -c on entropy, for both are the same function of w,
     g_j = a (1{j = y} - p_j) + c p_j (w_j - u / (1 + s))
     grad_hidden = g @ weight / temperature             grad_weight = g.T @ hidden / temperature
 
-in float32 and without cancellation: 1 - p_y is -expm1(logp). The tile itself comes from one of two places:
+in float32 and without cancellation: 1 - p_y is -expm1(logp). Some models change their logits: `scale` (Cohere, Granite)
+and then a soft cap c (Gemma) make z = c tanh(scale * hidden @ weight.T / c) / temperature, whose slope
+1 - (z temperature / c)^2 multiplies g. The tile itself comes from one of two places:
 - It is computed again: 8NHV operations in all, and nothing of size [N, V] is in memory.
 - `keep`: the forward stored E = exp(z - its tile's maximum) in bf16, 2 bytes a logit: 6NHV operations. g then has
   bf16's relative error of 2^-9, as it has where inputs are bf16; log-probs, entropies and the target's g are exact.
@@ -59,7 +61,7 @@ ONEDNN = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.o
 
 def linear_logprobs(
     hidden, weight, targets, *, temperature=1.0, entropy=False,
-    keep=None, backend="auto", chunk_size=None, tile_size=None,
+    cap=0.0, scale=1.0, keep=None, backend="auto", chunk_size=None, tile_size=None,
 ):  # fmt: skip
     """Log-prob of every target, and the entropy of its distribution, under softmax(hidden @ weight.T / T).
 
@@ -67,39 +69,42 @@ def linear_logprobs(
     Float32 out (float64 for float64 in). Differentiable in hidden and weight; what is frozen costs nothing.
     A weight sharded by FSDP2 is whole inside the forward of the module that owns it: call this there.
 
+    scale, cap: the model's own change of its logits, cap * tanh(scale * z / cap) before T divides them; cap 0: none.
     keep: store 2 bytes a logit for the backward, which then needs no logits again (see the top of this file). None:
-    for bf16 inputs on CUDA, if that takes at most half of the free memory.
+    for bf16 inputs on CUDA, if that takes at most half of the free memory. Not with a cap.
     backend: "triton", "torch", or "auto" for Triton on CUDA and torch elsewhere. chunk_size: tokens at a time,
     tile_size: vocabulary entries at a time, chosen from the shapes when None.
     IndexError for a target outside [0, V) on the CPU; on a GPU, which a check would stall, its log-prob is NaN.
     """
-    settings = _check(hidden, weight, targets, temperature, backend), temperature, entropy
-    keep = _has_room(hidden, weight) if keep is None else keep
+    settings = _check(hidden, weight, targets, temperature, backend), _form(temperature, cap, scale), entropy
+    keep = (_has_room(hidden, weight) if keep is None else keep) and not cap
     tiling = _tiling(hidden, weight, chunk_size, tile_size)
     logp, ent = _Linear.apply(hidden, weight, targets, None, None, settings, tiling, keep)
     return (logp, ent) if entropy else logp
 
 
 def logprobs_from_logits(
-    logits, targets, *, temperature=1.0, entropy=False, backend="auto", chunk_size=None, inplace=False
+    logits, targets, *, temperature=1.0, entropy=False, cap=0.0, scale=1.0, backend="auto", chunk_size=None,
+    inplace=False,
 ):  # fmt: skip
     """The same of logits that exist already: logits [N, V], targets [N] -> logp [N], or (logp [N], entropy [N]).
 
     inplace=True writes the gradient of the logits over the logits, where nothing else needs them.
     """
-    settings = _check(logits, None, targets, temperature, backend), temperature, entropy
+    settings = _check(logits, None, targets, temperature, backend), _form(temperature, cap, scale), entropy
     logp, ent = _FromLogits.apply(logits, targets, settings, chunk_size, inplace)
     return (logp, ent) if entropy else logp
 
 
 def linear_kl(
-    hidden, weight, ref_hidden, ref_weight, *, temperature=1.0, backend="auto", chunk_size=None, tile_size=None
-):
+    hidden, weight, ref_hidden, ref_weight, *, temperature=1.0, cap=0.0, scale=1.0, backend="auto", chunk_size=None,
+    tile_size=None,
+):  # fmt: skip
     """KL(pi || ref) over the whole vocabulary at every token: [N, H], [V, H], [N, H'], [V, H'] -> [N].
 
-    Differentiable in hidden and weight; the reference is a constant. T divides the logits of both.
+    Differentiable in hidden and weight; the reference is a constant. T, scale and cap change the logits of both.
     """
-    settings = _check(hidden, weight, None, temperature, backend), temperature, True
+    settings = _check(hidden, weight, None, temperature, backend), _form(temperature, cap, scale), True
     _check(ref_hidden, ref_weight, None, temperature, backend)
     if (len(hidden), len(weight)) != (len(ref_hidden), len(ref_weight)):
         raise ValueError(
@@ -128,6 +133,13 @@ def _check(hidden, weight, targets, temperature, backend):
     if backend not in ("auto", "torch", "triton") or (backend == "triton" and not possible):
         raise ValueError(f"backend {backend!r}: torch, auto, or triton on CUDA (or interpreted) and float32 at most")
     return backend == "triton" or (backend == "auto" and possible and hidden.is_cuda)
+
+
+def _form(temperature, cap, scale):
+    """How logits follow from a product z. (divisor, 0): z / divisor. (divisor, outer): outer * tanh(z / divisor)."""
+    if cap < 0 or not scale > 0:
+        raise ValueError(f"a soft cap of {cap} and a scale of {scale}: the cap is 0 or more, the scale above 0")
+    return (cap / scale, cap / temperature) if cap else (temperature / scale, 0.0)
 
 
 # The matrix side: which tile, its product, and what takes up its gradient.
@@ -249,11 +261,11 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logp, grad_other):
         hidden, weight, targets, ref_hidden, ref_weight, state, logits = ctx.saved_tensors
-        fused, temperature, _ = ctx.settings
+        fused, form, _ = ctx.settings
         head, (rows, cols) = _Head(hidden, weight), ctx.tiling
         ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight)
         grads = _Grads(head, ctx.needs_input_grad)
-        factors = _factors(state, grad_logp, grad_other, -1 if ref is None else 1, temperature, head.sum_dtype)
+        factors = _factors(state, grad_logp, grad_other, -1 if ref is None else 1, form, head.sum_dtype)
         kept, ctx.kept = ctx.kept, None  # g is written over E: a second backward computes the logits again
         inplace = kept and kept.e.dtype == head.dtype
         for i, c in enumerate(cols):
@@ -266,7 +278,7 @@ class _Linear(torch.autograd.Function):
                 if not kept and head.dtype != head.sum_dtype:
                     g = torch.empty_like(g, dtype=head.dtype)
                 weighted = grad_other is not None
-                _gradient(tiles, g, targets[r] - c.start, factors[:, r], fused, temperature, weighted, stored)
+                _gradient(tiles, g, targets[r] - c.start, factors[:, r], fused, form, weighted, stored)
                 if not inplace:
                     grads.add(g.to(head.dtype), r, c)
         if inplace:  # g is there as a whole: two products
@@ -305,12 +317,12 @@ class _FromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         logits, targets, state = ctx.saved_tensors
-        fused, temperature, _ = ctx.settings
+        fused, form, _ = ctx.settings
         dtype = torch.promote_types(logits.dtype, torch.float32)
         grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        factors = _factors(state, grad_logp, grad_entropy, -1, temperature, dtype)
+        factors = _factors(state, grad_logp, grad_entropy, -1, form, dtype)
         for r, z in _FromLogits.chunks(logits, ctx.chunk_size, fused):
-            _gradient([z], grad[r], targets[r], factors[:, r], fused, temperature, grad_entropy is not None)
+            _gradient([z], grad[r], targets[r], factors[:, r], fused, form, grad_entropy is not None)
         return grad, None, None, None, None
 
     @staticmethod
@@ -342,8 +354,9 @@ def _outputs(state, sign, weighted, dtype):
     return logp.to(dtype), other.to(dtype) if weighted else None
 
 
-def _factors(state, grad_logp, grad_other, sign, temperature, dtype):
-    """m, f0, f1, g_y, m' [5, N] such that g_j = exp(z_j - m) (f0 + f1 w_j), but g_y for the target."""
+def _factors(state, grad_logp, grad_other, sign, form, dtype):
+    """m, f0, f1, g_y, m' [5, N] such that g_j = exp(z_j - m) (f0 + f1 w_j), but g_y for the target; without a cap's
+    slope."""
     m, s, u, z_y, m_ref, _ = state
     x_y, total = z_y - m, 1 + s
     logp, mean = x_y - s.log1p(), u / total
@@ -353,11 +366,13 @@ def _factors(state, grad_logp, grad_other, sign, temperature, dtype):
     if grad_other is not None:
         f1 = sign * grad_other / total
         f0, g_y = f0 - f1 * mean, g_y + f1 * x_y.exp() * (x_y - mean)
-    return torch.stack((m, f0 / temperature, f1 / temperature, g_y / temperature, m_ref)).to(dtype)
+    divisor = form[0] / (form[1] or 1.0)
+    return torch.stack((m, f0 / divisor, f1 / divisor, g_y / divisor, m_ref)).to(dtype)
 
 
-def _scaled(z, temperature):
-    return z if temperature == 1.0 else z.div_(temperature)
+def _scaled(z, form):
+    z = z if form[0] == 1.0 else z.div_(form[0])
+    return z.tanh_().mul_(form[1]) if form[1] else z
 
 
 def _locate(targets, v):
@@ -380,12 +395,12 @@ def _exp_sum(x, m, s):
     return e.scatter_(1, argmax, 1.0), 1 + s_tile, before, after
 
 
-def _absorb(tiles, targets, state, fused, temperature, weighted, kept=None):
+def _absorb(tiles, targets, state, fused, form, weighted, kept=None):
     """Adds a tile to the state of its tokens. (Torch works in place: z is lost.)"""
     if fused:
-        return _launch(_absorb_kernel, tiles, targets, state, temperature, kept, WEIGHTED=weighted)
+        return _launch(_absorb_kernel, tiles, targets, state, form, kept, WEIGHTED=weighted)
     m, s, u, z_y, m_ref, s_ref = state
-    x, total = _scaled(tiles[0], temperature), 1 + s
+    x, total = _scaled(tiles[0], form), 1 + s
     here, index = _locate(targets, x.shape[1])
     z_y.copy_(torch.where(here, x.gather(1, index), z_y[:, None])[:, 0])
     e, total_tile, before, after = _exp_sum(x, m, s)
@@ -395,27 +410,29 @@ def _absorb(tiles, targets, state, fused, temperature, weighted, kept=None):
     if weighted:
         w, shift, shift_tile = x.clamp_(min=LOWEST), before, after
         if len(tiles) == 2:
-            x_ref = _scaled(tiles[1], temperature)
+            x_ref = _scaled(tiles[1], form)
             _, _, before_ref, after_ref = _exp_sum(x_ref, m_ref, s_ref)
             w, shift, shift_tile = w.sub_(x_ref.clamp_(min=LOWEST)), before - before_ref, after - after_ref
         u_tile = w.mul_(e).sum(1)
         u.copy_(before.exp() * (u + shift * total) + after.exp() * (u_tile + shift_tile * total_tile))
 
 
-def _gradient(tiles, g, targets, factors, fused, temperature, weighted, kept=None):
+def _gradient(tiles, g, targets, factors, fused, form, weighted, kept=None):
     """Writes a tile's gradient to g, which may be its z or its E. With E there are no tiles."""
     if fused:
-        return _launch(_gradient_kernel, tiles, targets, factors, temperature, kept, g, WEIGHTED=weighted)
+        return _launch(_gradient_kernel, tiles, targets, factors, form, kept, g, WEIGHTED=weighted)
     m, f0, f1, g_y, m_ref = factors[:, :, None]
     if kept:
         x, shift = (g if g.dtype == factors.dtype else g.to(factors.dtype)).copy_(kept[0]), kept[1][0][:, None] - m
     else:
-        x = _scaled(tiles[0], temperature).sub_(m)
+        x = _scaled(tiles[0], form)
+        slope = 1 - (x / form[1]).square_() if form[1] else None
+        x.sub_(m)
     if weighted:
         e = x * shift.exp() if kept else x.exp()
         w = (x.log_().add_(shift) if kept else x).clamp_(min=LOWEST)
         if len(tiles) == 2:
-            w.sub_(_scaled(tiles[1], temperature).sub_(m_ref).clamp_(min=LOWEST))
+            w.sub_(_scaled(tiles[1], form).sub_(m_ref).clamp_(min=LOWEST))
         torch.addcmul(f0, w, f1, out=x).mul_(e)
     elif kept:
         x.mul_(shift.exp() * f0)
@@ -423,6 +440,8 @@ def _gradient(tiles, g, targets, factors, fused, temperature, weighted, kept=Non
         x.exp_().mul_(f0)
     here, index = _locate(targets, x.shape[1])
     x.scatter_(1, index, torch.where(here, g_y, x.gather(1, index)))
+    if form[1]:
+        x.mul_(slope)
     if g is not x:
         g.copy_(x)
 
@@ -435,28 +454,39 @@ def _block(v):
     return min(4096, 1 << (v - 1).bit_length())
 
 
-def _launch(kernel, tiles, targets, per_token, temperature, kept, *g, **flags):
+def _launch(kernel, tiles, targets, per_token, form, kept, *g, **flags):
     """Runs a kernel on all tokens of a tile; when it writes a gradient g, on all blocks of a token's logits at once."""
     e, top = kept or (None, None)
     z = tiles[0] if tiles else e
     (n, v), ref, block = z.shape, tiles[-1] if tiles else z, _block(z.shape[1])
-    flags |= {"REF": len(tiles) == 2, "SCALED": temperature != 1.0, "KEPT": kept is not None, "BLOCK": block}
+    flags |= {"REF": len(tiles) == 2, "SCALED": form[0] != 1.0, "CAPPED": form[1] != 0.0}
+    flags |= {"KEPT": kept is not None, "BLOCK": block}
     pairs = [(z, z.stride(0)), (ref, ref.stride(0)), *((x, x.stride(0) if x is not None else 0) for x in (e, top, *g))]
     with torch.cuda.device_of(z):
         kernel[(n, triton.cdiv(v, block) if g else 1)](
             *(x for pair in pairs for x in pair), targets.contiguous(), per_token, per_token.stride(0), v,
-            float(temperature), **flags, num_warps=max(1, block // 512),
+            *map(float, form), **flags, num_warps=max(1, block // 512),
         )  # fmt: skip
 
 
 if triton is not None:
 
     @triton.jit
-    def _load(z_ptr, col, v, temperature, SCALED: tl.constexpr):
+    def _tanh(x):
+        """Relative error under 3e-7: a series near 0, where 1 - exp(-2x) would cancel."""
+        y, t = x * x, tl.exp(-2.0 * tl.abs(x))
+        series = 1.0 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835 - y * (1382 / 155925)))))
+        far = tl.where(x < 0, -1.0, 1.0) * (1.0 - t) / (1.0 + t)
+        return tl.where(tl.abs(x) < 0.25, x * series, far)
+
+    @triton.jit
+    def _load(z_ptr, col, v, divisor, outer, SCALED: tl.constexpr, CAPPED: tl.constexpr):
         """Logits in float32, -inf beyond the vocabulary."""
         z = tl.load(z_ptr + col, mask=col < v, other=-float("inf")).to(tl.float32)
         if SCALED:
-            z = tl.div_rn(z, temperature)
+            z = tl.div_rn(z, divisor)
+        if CAPPED:
+            z = tl.where(col < v, outer * _tanh(z), -float("inf"))
         return z
 
     @triton.jit
@@ -475,8 +505,9 @@ if triton is not None:
     @triton.jit
     def _absorb_kernel(
         z_ptr, z_stride, ref_ptr, ref_stride, e_ptr, e_stride, top_ptr, top_stride,
-        targets_ptr, state_ptr, state_stride, v, temperature,
-        WEIGHTED: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+        targets_ptr, state_ptr, state_stride, v, divisor, outer,
+        WEIGHTED: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, KEPT: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         z_ptr += row * z_stride
@@ -490,7 +521,7 @@ if triton is not None:
         for start in range(0, v, BLOCK):
             col = start + tl.arange(0, BLOCK)
             total = 1.0 + s
-            z = _load(z_ptr, col, v, temperature, SCALED)
+            z = _load(z_ptr, col, v, divisor, outer, SCALED, CAPPED)
             m, s, w, e, total_block, before, after, top = _exp_sum_block(z, m, s, BLOCK)
             if KEPT:
                 tl.store(e_ptr + row * e_stride + col, e, mask=col < v)
@@ -498,7 +529,7 @@ if triton is not None:
             if WEIGHTED:
                 shift, shift_block = before, after
                 if REF:
-                    z = _load(ref_ptr, col, v, temperature, SCALED)
+                    z = _load(ref_ptr, col, v, divisor, outer, SCALED, CAPPED)
                     m_ref, s_ref, w_ref, _, _, before_ref, after_ref, _ = _exp_sum_block(z, m_ref, s_ref, BLOCK)
                     w -= w_ref
                     shift -= before_ref
@@ -512,13 +543,14 @@ if triton is not None:
         tl.store(state_ptr + 5 * state_stride, s_ref)
         target = tl.load(targets_ptr + row)
         if (target >= 0) & (target < v):
-            tl.store(state_ptr + 3 * state_stride, _load(z_ptr, target, v, temperature, SCALED))
+            tl.store(state_ptr + 3 * state_stride, _load(z_ptr, target, v, divisor, outer, SCALED, CAPPED))
 
     @triton.jit
     def _gradient_kernel(
         z_ptr, z_stride, ref_ptr, ref_stride, e_ptr, e_stride, top_ptr, top_stride, g_ptr, g_stride,
-        targets_ptr, factors_ptr, factors_stride, v, temperature,
-        WEIGHTED: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+        targets_ptr, factors_ptr, factors_stride, v, divisor, outer,
+        WEIGHTED: tl.constexpr, REF: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, KEPT: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -531,14 +563,16 @@ if triton is not None:
             x = tl.log(e) + shift
             e *= tl.exp(shift)
         else:
-            x = _load(z_ptr + row * z_stride, col, v, temperature, SCALED) - m
+            x = _load(z_ptr + row * z_stride, col, v, divisor, outer, SCALED, CAPPED) - m
             e = tl.exp(x)
         if WEIGHTED:
             w = tl.maximum(x, -1e30)
             if REF:
-                z = _load(ref_ptr + row * ref_stride, col, v, temperature, SCALED)
+                z = _load(ref_ptr + row * ref_stride, col, v, divisor, outer, SCALED, CAPPED)
                 w -= tl.maximum(z - tl.load(factors_ptr + 4 * factors_stride), -1e30)
             f += tl.load(factors_ptr + 2 * factors_stride) * w
         g_y = tl.load(factors_ptr + 3 * factors_stride)
         g = tl.where(col == tl.load(targets_ptr + row), g_y, f * e)
+        if CAPPED:
+            g *= 1.0 - ((x + m) / outer) * ((x + m) / outer)
         tl.store(g_ptr + row * g_stride + col, g, mask=col < v)

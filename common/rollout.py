@@ -30,6 +30,7 @@ from common.data import InputError, pack
 from common.trainer import (
     Policy,
     World,
+    change_logits,
     distance,
     first_line,
     full_parameters,
@@ -257,7 +258,7 @@ class EmbeddedSampler:
         stop_ids = torch.cat([self.stop_ids, self.stop_ids.new_tensor(sampling.stop_ids)])
         for t in range(sampling.max_tokens):
             u = uniforms[live, t] if uniforms is not None else None
-            token, logp = draw(self._logits(hidden), u, sampling)
+            token, logp = draw(change_logits(self._logits(hidden), self.lm.config), u, sampling)
             drawn[live, t], logps[live, t] = token, logp
             stopped = torch.isin(token, stop_ids) & ~done
             length[live[stopped]] = t + 1

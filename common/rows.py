@@ -163,6 +163,7 @@ class Trace:
     reward: float | None = 1.0  # above 0: correct; None: nobody graded it
     ids: list[int] | None = None  # where a model drew it: its ids, the one that ended it included
     actions: list | None = None  # which of them are the model's own; None: all
+    probs: list | None = None  # the probability that its author gave to each of its tokens
 
 
 @dataclass
@@ -288,7 +289,7 @@ def _with_prompt(row: dict, **more) -> Item:
 
 def _luffy(row: dict) -> Item:
     item = _with_prompt(row)
-    item.traces = _trace(row, "target", item.prompt)
+    item.traces = _trace(row, "target", item.prompt, probs=row.get("target_probs"))
     return item
 
 
@@ -576,6 +577,31 @@ class Example:
     source: str
     index: int  # row number in the data, for messages and for random streams
     text: str  # the rendered prompt
+    trace_logps: list[float] | None = None  # the teacher's own log-probs of the trace's tokens, where they are given
+
+
+def given_logps(probs: list | None, trace: list[int] | None, where: str) -> list[float] | None:
+    """The teacher's log-probs of a trace from the column 'target_probs': a probability for each of its tokens, with or
+    without the eos (then NaN: its loss is the one without a teacher's probability). None without the column."""
+    if probs is None or trace is None:
+        return None
+    try:
+        logps = [math.log(p) for p in probs]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: 'target_probs' must be a list of numbers above 0 ({error})") from error
+    if len(trace) - len(logps) not in (0, 1) or max(logps, default=0.0) > 0:
+        raise InputError(
+            f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos included), or "
+            "one above 1; remove the column, or make it with this tokenizer"
+        )
+    return logps + [math.nan] * (len(trace) - len(logps))
+
+
+def with_bos(ids: list[int], tokenizer) -> list[int]:
+    """Ids of a text, begun with the bos that this tokenizer puts before text (Llama, DeepSeekMath; not Qwen), once."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return [bos, *ids] if adds and ids[:1] != [bos] else ids
 
 
 def make_examples(
@@ -589,6 +615,7 @@ def make_examples(
     golds: bool = True,
     empty_trace: str = "error",
     long_trace: str = "reject",
+    reshape=None,
     progress: bool = False,
 ) -> tuple[list[Example], dict[str, int]]:
     """Rows to examples, and a count of what was left out and why. The trace is the first correct one of the row.
@@ -598,6 +625,7 @@ def make_examples(
     empty_trace:  "error", "drop" the row, or "on_policy": keep the question without a teacher row.
     long_trace:   "reject" a trace (eos included) of more than max_response_tokens, or "cut" it as the
                   published code did, which loses the eos and the answer.
+    reshape:      (item, row) -> item, for a method that asks a question in its own way.
     Raises InputError naming `source`, the row and the field."""
     examples: list[Example] = []
     count = {"rows": len(rows), "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0}
@@ -612,6 +640,7 @@ def make_examples(
         for index, row in enumerate(rows[start : start + 500], start):
             where = f"{source}, row {index}"
             item = read_row(row, where)
+            item = reshape(item, row) if reshape else item
             if golds:
                 check_gold(item, row, where)
             text = item.text or render_prompt(tokenizer, item.prompt)
@@ -645,7 +674,9 @@ def make_examples(
                     if long_trace == "reject":
                         continue
                     ids = ids[:max_response_tokens]
-            examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text))
+            probs = next((t.probs for t in item.traces[:1]), None) if ids else None
+            logps = given_logps(probs, ids, f"{source}, row {index}")
+            examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps))
     if not examples:
         raise InputError(
             f"{source}: no row is left of {len(rows)} ({count['prompt_too_long']} prompts over "
@@ -689,12 +720,10 @@ def read_examples(source: str, tokenizer, args, *, split: str, limit: int = 0, *
     )  # fmt: skip
 
 
-def held_out_examples(tokenizer, args) -> list[Example]:
-    """The examples of --eval_data."""
-    return [
-        example for source in args.eval_data
-        for example in read_examples(source, tokenizer, args, split="test", limit=args.eval_limit, traces="ignored")[0]
-    ]  # fmt: skip
+def held_out_examples(tokenizer, args, **options) -> list[Example]:
+    """The examples of --eval_data. `options`: those of `make_examples`."""
+    options |= dict(split="test", limit=args.eval_limit, traces="ignored")
+    return [e for source in args.eval_data for e in read_examples(source, tokenizer, args, **options)[0]]
 
 
 def data_digest(*parts: Iterable[tuple]) -> str:

@@ -37,12 +37,14 @@ from common.trainer import (
     Metrics,
     Totals,
     World,
+    check_context,
     check_finite,
     export,
     gather_lists,
     gradient_norm,
     init_world,
     keep_activations,
+    keep_best,
     learning_rate,
     optimizer_step,
     peak_memory_gb,
@@ -82,6 +84,8 @@ class RunArgs:
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW betas
     weight_decay: NotNegative[float] = 0.01  # AdamW weight decay
     max_grad_norm: Positive[float] = 1.0  # Clip the global gradient norm to this.
+    rope_theta: NotNegative[float] = 0.0  # Set RoPE's base, also in the saved model; 0: the model's (docs/published.md)
+    max_positions: NotNegative[int] = 0  # Set max_position_embeddings, also in the saved model; 0: the model's
     seed: int = 0  # Seed of data order, sampling and random weights
     micro_batch_tokens: Positive[int] = 32768  # Tokens per micro-batch and rank. The gradient does not depend on it.
     # Layers that recompute their activations in the backward pass. auto: as many as memory demands (on a CPU none)
@@ -100,6 +104,7 @@ class RunArgs:
     eval_limit: NotNegative[int] = 0  # Rows to read of each evaluation file; 0 reads all.
     save_every: NotNegative[int] = 50  # Write a checkpoint every this many steps and after the last. 0: never
     keep: Positive[int] = 2  # Checkpoints to keep. If the newest is damaged, the run resumes from the one before it.
+    keep_best: bool = False  # Also keep the model of the highest eval/mean, in OUT/best.
     skip_bad_updates: bool = False  # Skip an update with a non-finite loss or gradient instead of stopping.
     timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
     profile: NotNegative[int] = 0  # Profile this many steps from the second on: a summary, and traces in OUT/profile.
@@ -189,7 +194,10 @@ class Run:
         if not self.evaluates:
             return {}
         with self.clock("evaluate"):
-            return evaluate(sampler, self.tokenizer, self.held_out, self.args, self.world)
+            found = evaluate(sampler, self.tokenizer, self.held_out, self.args, self.world)
+            if self.args.keep_best and self.step:
+                keep_best(self.policy, self.tokenizer, self.out, self.world, found["eval/mean"])
+        return found
 
     def lr(self, update: int = 0, updates: int = 1, peak: float | None = None) -> float:
         """Return the learning rate of update 0, 1, ... of the `updates` of this step. peak: --lr if None."""
@@ -264,6 +272,7 @@ class Run:
             if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
         export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
+        check_context(self.out / "model", self.args)
         if sampler:
             sampler.close()
         self.metrics.close()
@@ -319,7 +328,7 @@ class Row:
     response: list[int]
     group: int  # which question of the step
     teacher: bool = False
-    sampler_logps: list[float] | None = None  # own rows: log-probs that the sampler reported
+    sampler_logps: list[float] | None = None  # log-probs that the sampler reported, or given ones of the teacher
     truncated: bool = False
     reward: float = 0.0
     status: str = ""  # the verifier's; empty: not graded
@@ -353,7 +362,7 @@ class Row:
 def teacher_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
     """Rows with the traces of the questions `mine` of a batch: counts[g] of question g, one of each if None."""
     copies = counts or [1] * len(batch)
-    return [Row(e.prompt, e.trace, g, True, example=e) for g in mine for e in [batch[g]] * copies[g]]
+    return [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for g in mine for e in [batch[g]] * copies[g]]
 
 
 def sample_rows(
@@ -485,7 +494,8 @@ def policy_logps(policy, rows: list[Row], args, world: World) -> list[torch.Tens
 
 def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per: int, own=None) -> None:
     """Add to the metrics, as means over `per` own tokens: how far the policy is from the one that sampled them
-    (policy/clipped: ratios outside the clip), and the trainer's log-probs from the sampler's (mismatch/). [N] each. own None: all tokens."""
+    (policy/clipped: ratios outside the clip), and the trainer's log-probs from the sampler's (mismatch/).
+    [N] each; own None: all tokens."""
     own = torch.ones_like(logp, dtype=torch.bool) if own is None else own
     gone = torch.where(own, logp - old_logp, 0.0)
     gap = torch.where(own, old_logp - sampler_logp, 0.0).double()

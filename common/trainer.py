@@ -38,9 +38,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GraniteConfig,
+    GranitePreTrainedModel,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
@@ -58,8 +61,11 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
 
     `parse_args(Args, argv, preset=PRESETS, method=METHODS)`: the values of PRESETS[--preset] and then of
     METHODS[--method] stand in for the dataclass's own defaults, and --help shows them; what is typed wins.
-    What holds for one value of an earlier flag only is nested under it: {"tiny": {"stage": {"sft": {"lr": 1e-3}}}}."""
-    argv = sys.argv[1:] if argv is None else argv
+    What holds for one value of an earlier flag only is nested under it: {"tiny": {"stage": {"sft": {"lr": 1e-3}}}}.
+    --print_settings: print what the command means as JSON, and exit."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if shown := "--print_settings" in argv:
+        argv.remove("--print_settings")
     values, selected = {field.name: field.default for field in dataclasses.fields(args_type)}, {}
     for flag, table in defaults.items():
         chosen = values[flag]
@@ -72,7 +78,12 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
         values |= {flag: chosen} if chosen in table else {}
         for name, value in table.get(chosen, {}).items():
             values |= value.get(selected[name], {}) if isinstance(value, dict) else {name: value}
-    return tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True)
+    about = "--print_settings prints the settings that a command means, and stops."
+    args = tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True, description=about)
+    if shown:
+        print(json.dumps(dataclasses.asdict(args), indent=2))
+        raise SystemExit
+    return args
 
 
 def launch(main, args) -> None:
@@ -232,7 +243,8 @@ class Policy(nn.Module):
         self.useful += len(batch.packing.home) + len(batch.packing.copies)
         if raw:
             return hidden, weight
-        out = linear_logprobs(hidden, weight, batch.targets, temperature=temperature, entropy=entropy)
+        form = dict(temperature=temperature, **logit_form(self.lm.config))
+        out = linear_logprobs(hidden, weight, batch.targets, entropy=entropy, **form)
         logp = out[0] if entropy else out
         if torch.is_grad_enabled():
             self.bad_logps = self.bad_logps + (~(logp.detach() <= 0)).sum()
@@ -240,8 +252,8 @@ class Policy(nn.Module):
             return out
         with torch.no_grad():
             ref_hidden, ref_weight = reference(batch, raw=True)  # FSDP2 leaves a root's own weights whole
-            ref_logp = linear_logprobs(ref_hidden, ref_weight, batch.targets, temperature=temperature)
-        return out, ref_logp, linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=temperature)
+            ref_logp = linear_logprobs(ref_hidden, ref_weight, batch.targets, **form)
+        return out, ref_logp, linear_kl(hidden, weight, ref_hidden, ref_weight, **form)
 
     def train(self, mode: bool = True):
         """Only modules that can recompute their activations are in training mode: the others would add noise."""
@@ -264,11 +276,32 @@ class Policy(nn.Module):
         return useful / cells if cells else None
 
 
+def logit_form(config) -> dict[str, float]:
+    """What the model does to hidden @ weight.T: {"cap", "scale"} of common/logprobs.py. Gemma and RecurrentGemma have a
+    soft cap, Cohere and Falcon-H1 multiply, Granite divides."""
+    config = config.get_text_config(decoder=True)
+
+    def setting(*names):
+        return next((float(x) for x in (getattr(config, name, None) for name in names) if x), None)
+
+    cap, divisor = setting("final_logit_softcapping", "logits_soft_cap") or 0.0, setting("logits_scaling") or 1.0
+    return {"cap": cap, "scale": (setting("logit_scale", "lm_head_multiplier") or 1.0) / divisor}
+
+
+def change_logits(logits: torch.Tensor, config) -> torch.Tensor:
+    """The model's own change of its logits, of any shape: cap * tanh(scale * z / cap)."""
+    cap, scale = logit_form(config).values()
+    return cap * (scale * logits / cap).tanh() if cap else logits if scale == 1.0 else scale * logits
+
+
+VALUE_HEADS = ("ForSequenceClassification", "LLMForSequenceRegression")  # architectures; the second is OREO's own
+
+
 class ValueModel(nn.Module):
     """A language model's body with a linear head: forward returns the value of a state, one number, float32.
 
-    On disk it is a sequence-classification folder with one label. A language model's folder gets a head of
-    zeros, so every value starts at 0."""
+    On disk it is a sequence-classification folder with one label, or one of the published OREO code, whose head is
+    called value_head. A language model's folder gets a head of zeros, so every value starts at 0."""
 
     auto = AutoModelForSequenceClassification
 
@@ -334,14 +367,14 @@ def load_policy(
     A folder with a configuration and no weights gives a model with random weights from `seed`.
     from_config: settings of such a configuration instead of `path`. gradient_checkpointing: "all" layers (True), "none"
     (False), or "auto": on CUDA those that `keep_activations` does not free from it.
-    kind: Policy, or ValueModel; new_head: the folder is a language model's, and the head of values starts at zero.
-    lora: rank (and alpha) of adapters on every linear layer of the body; the body's own weights are then frozen, a
-    value's head is not. edit_config: called with the configuration before the model is built (such as RoPE's theta);
-    what it sets is saved with the model. compile: fuse each layer's small operations with torch.compile;
-    attention, whose shapes change with every batch, is left as it is.
+    kind: Policy, or ValueModel; new_head: a folder without a head of values gets one of zeros, which training starts
+    from. lora: rank (and alpha) of adapters on every linear layer of the body; the body's own weights are then
+    frozen, a value's head is not. edit_config: called with the configuration before the model is built (such as
+    RoPE's theta); what it sets is saved with the model. compile: fuse each layer's small operations with
+    torch.compile; attention, whose shapes change with every batch, is left as it is.
     Dropout is set to 0, and routers have no jitter, as in the papers' runs.
     Raises InputError if there is no such model at `path`, its weights are not those of its configuration, or packed
-    sequences or `hidden @ weight.T` do not give what plain Transformers gives (`prove`)."""
+    sequences or the head do not give what plain Transformers gives (`prove`)."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
     flag = f"{'--model' if kind is Policy else '--value'} {path}"
     labels = {} if kind is Policy else {"num_labels": 1}
@@ -351,17 +384,24 @@ def load_policy(
     report = {}
     try:
         transformers_logging.set_verbosity_error()  # its loading report is an error of ours
-        config = AutoConfig.for_model(**from_config, **labels) if from_config else AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, **labels
+        config = AutoConfig.for_model(**from_config, **labels) if from_config else (
+            granite_of_minicpm(path, **labels)
+            or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **labels)
         )
         if edit_config:
             edit_config(config)
         _check_config(config, flag, kind)
+        has_value_head = any(name in str(config.architectures) for name in VALUE_HEADS)
+        if kind is ValueModel and not (has_value_head or new_head or from_config):
+            raise InputError(
+                f"{flag}: no trained value head there: {config.architectures}; --stage oreo of oreo.py trains one"
+            )
         random = from_config or not has_weights(path)
         if random and world.main and not from_config:
             print(f"{flag}: no weights there: the model starts from random ones")
         if world.main and not random:
-            lm, report = kind.auto.from_pretrained(path, config=config, output_loading_info=True, **options)
+            renamed = {"key_mapping": {r"^value_head\.": "score."}} if kind is ValueModel else {}
+            lm, report = kind.auto.from_pretrained(path, config=config, output_loading_info=True, **renamed, **options)
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
                 torch.manual_seed(seed)
@@ -373,7 +413,7 @@ def load_policy(
         raise InputError(f"{flag}: cannot be loaded ({reason})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if new_head and "score.weight" in report.get("missing_keys", ()):
+    if not has_value_head and "score.weight" in report.get("missing_keys", ()):
         report["missing_keys"].remove("score.weight")
         report["unexpected_keys"] -= {"lm_head.weight", "embed_out.weight"}
     for problem in ("missing", "unexpected"):
@@ -387,7 +427,7 @@ def load_policy(
         _add_lora(lm, lora, seed)
     if kind is ValueModel:
         lm.score.requires_grad_(True)
-        if new_head or random:
+        if not has_value_head:
             nn.init.zeros_(lm.score.weight)
     if gradient_checkpointing == "auto":
         gradient_checkpointing = world.device.type == "cuda" and lm.supports_gradient_checkpointing
@@ -402,9 +442,6 @@ def load_policy(
     with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext():
         prove(model, flag)
     return model
-
-
-LOGIT_CHANGES = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 OWN_ATTENTION = "its attention does not go through Transformers' interfaces for attention and masks"
@@ -423,12 +460,6 @@ def nested(config: PreTrainedConfig):
             yield from nested(value)
 
 
-def logit_changes(config: PreTrainedConfig) -> dict[str, float]:
-    """Settings, of every nested configuration, that make logits anything else than hidden @ weight.T."""
-    found = {name: getattr(c, name, None) for c in nested(config) for name in LOGIT_CHANGES}
-    return {name: value for name, value in found.items() if value not in (None, 1.0)}
-
-
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Number of positions for which the model computes a token alike in every batch; None: any number.
 
@@ -444,12 +475,10 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 def _check_config(config: PreTrainedConfig, flag: str, kind: type) -> None:
     """Raise InputError for what is known not to work; switch noise off."""
-    if "ForSequenceClassification" in str(config.architectures) and kind is Policy:
+    if kind is Policy and any(name in str(config.architectures) for name in VALUE_HEADS):
         raise InputError(f"{flag}: it is a value model, not a language model")
     if getattr(config, "quantization_config", None):
         raise InputError(f"{flag}: quantised weights cannot be trained: save them dequantised")
-    for name in logit_changes(config):
-        raise InputError(f"{flag}: config.{name} changes the logits, which is not supported")
     for c in nested(config):
         for name, value in vars(c).items():
             if isinstance(value, float) and "drop" in name:  # dropout, layer drop
@@ -536,6 +565,55 @@ def _plain_attention(model: nn.Module):
             c._attn_implementation = before[key]
 
 
+class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):
+    """Transformers has none."""
+
+
+AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceClassification, exist_ok=True)
+
+
+def granite_of_minicpm(path: str, **labels) -> GraniteConfig | None:
+    """The Granite configuration that computes what a MiniCPM folder's own code does, with the same names of weights, so
+    that none of that code is run; None for other models. A model that is trained from there is saved as Granite."""
+    theirs, _ = PreTrainedConfig.get_config_dict(path)
+    if theirs.get("model_type") != "minicpm":
+        return None
+    hidden, layers, heads = (theirs[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    known = GraniteConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    return GraniteConfig(
+        **{name: value for name, value in theirs.items() if name in known}, **labels,
+        architectures=theirs.get("architectures"), embedding_multiplier=theirs["scale_emb"],
+        residual_multiplier=theirs["scale_depth"] / layers**0.5, attention_multiplier=(hidden // heads) ** -0.5,
+        logits_scaling=hidden / theirs["dim_model_base"],
+    )  # fmt: skip
+
+
+def set_context(args, config) -> None:
+    """Set RoPE's base and the number of positions as --rope_theta and --max_positions say; 0 keeps the model's."""
+    if args.rope_theta:
+        if rope_theta(config) is None:
+            raise InputError(f"--rope_theta: the configuration of --model {args.model} has no single RoPE base")
+        config.rope_parameters["rope_theta"] = args.rope_theta
+    if args.max_positions:
+        config.max_position_embeddings = args.max_positions
+
+
+def rope_theta(config) -> float | None:
+    """RoPE's base; None for a model without it, or with one for each kind of layer."""
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+
+
+def check_context(path: Path, args) -> None:
+    """Raise RuntimeError if the saved model would not be run with the RoPE base and positions it was trained with."""
+    config = AutoConfig.from_pretrained(path)
+    saved = rope_theta(config), config.max_position_embeddings
+    if saved != (args.rope_theta or saved[0], args.max_positions or saved[1]):
+        raise RuntimeError(
+            f"{path}/config.json says rope_theta {saved[0]} and max_position_embeddings {saved[1]}, not --rope_theta "
+            f"{args.rope_theta} and --max_positions {args.max_positions}"
+        )
+
+
 def has_weights(path: str) -> bool:
     """False for a folder with a configuration and no weights."""
     folder = Path(path)
@@ -549,11 +627,14 @@ def layers_to_keep(config, tokens: int, free: float) -> int:
     >>> layers_to_keep(AutoConfig.for_model("qwen2", num_hidden_layers=28), 16384, 40e9)
     8
     """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kept = 20 * config.hidden_size + 4 * config.num_key_value_heads * head + 8 * config.intermediate_size  # per token
-    recomputed = 2 * config.hidden_size
-    room = free / tokens - config.num_hidden_layers * recomputed
-    return min(max(0, int(room // (kept - recomputed))), config.num_hidden_layers)
+    c = config.get_text_config(decoder=True)
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kv = head * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)
+    inside = getattr(c, "intermediate_size", None) or 4 * c.hidden_size  # of the MLP, or of each expert at most
+    kept = 20 * c.hidden_size + 4 * kv + 8 * inside * (getattr(c, "num_experts_per_tok", None) or 1)  # per token
+    recomputed = 2 * c.hidden_size
+    room = free / tokens - c.num_hidden_layers * recomputed
+    return min(max(0, int(room // (kept - recomputed))), c.num_hidden_layers)
 
 
 def keep_activations(policy: Policy, tokens: int, world: World) -> None:
@@ -614,7 +695,7 @@ def _shard(policy: Policy, world: World) -> Policy:
         fully_shard(layer, **how)
     if isinstance(policy, ValueModel):
         fully_shard(policy.lm.score, mesh=how["mesh"])  # in float32 also where the rest computes in bf16
-    fully_shard(policy, **how)
+    fully_shard(policy, **how | {"reshard_after_forward": None})  # whole after a forward: OREO reads a reference's head
     register_fsdp_forward_method(policy, "plain")
     policy.to_empty(device=world.device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
@@ -685,6 +766,38 @@ def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
     dist.barrier()
+
+
+def keep_best(policy: Policy, tokenizer, out: Path, world: World, accuracy: float) -> None:
+    """Export the model to OUT/best if its eval/mean is above that of every evaluation since training began."""
+    before = [row["eval/mean"] for row in read_metrics(out) if row["step"] and "eval/mean" in row] if world.main else []
+    if accuracy > max(gather_lists(before, world), default=-math.inf):
+        export(policy, tokenizer, out / "best", world)
+
+
+def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False, tokenizer: str = "") -> None:
+    """Write a checkpoint of a run as a model folder.
+
+    run: the run folder. out: the folder to write. step: of the checkpoint; 0 is the newest. value: the value model
+    instead of the policy. tokenizer: folder to take it from; empty takes that of the run's --model."""
+    world, checkpoints = init_world(), sorted(Path(run).glob("checkpoint/step-????????"))
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoints}
+    if not found or (step and step not in found):
+        raise InputError(f"{run}: no checkpoint{f' of step {step}' if step else ''} there; steps: {sorted(found)}")
+    path, name = found[step or max(found)], "value" if value else "policy"
+    state = json.loads((path / "state.json").read_text())
+    if name not in state.get("configs", {}):
+        raise InputError(f"{path}: it holds no {name} with its configuration")
+    model = load_policy(
+        "", world, from_config=state["configs"][name], kind=ValueModel if value else Policy,
+        lora=state["settings"].get(f"{name}_lora", 0),
+    )
+    words = load_tokenizer(tokenizer or state["settings"]["model"])
+    weights = {"model-value" if value else "model": dcp_state.get_model_state_dict(model)}
+    dcp.load(weights, checkpoint_id=path)
+    dcp_state.set_model_state_dict(model, next(iter(weights.values())))
+    export(model, words, Path(out), world)
+    print(f"{path} -> {out}")
 
 
 # ------------------------------------------------------------------------------------------------ optimizer
@@ -1004,7 +1117,11 @@ class Checkpoints:
                 shutil.rmtree(stale)
         dist.barrier()
         pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
-        state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data, **extra}
+        named = {name.removeprefix("-") or "policy": model for name, (model, _) in pairs.items()}
+        configs = {name: model.lm.config.to_dict() | {"dtype": str(model.lm.saved_dtype).removeprefix("torch.")}
+                   for name, model in named.items()}  # fmt: skip
+        state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
+        state |= {"configs": configs, **extra}
         start, tensors = time.perf_counter(), self._tensors(pairs)
         with self._explain(step):
             if not self.background:
@@ -1252,3 +1369,11 @@ def peak_memory_gb(world: World) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = ["--help"] if sys.argv[1:2] != ["export"] else sys.argv[2:]
+    try:
+        tyro.cli(export_checkpoint, prog="python -m common.trainer export", use_underscores=True)
+    except InputError as error:
+        sys.exit(print(f"export: error: {error}", file=sys.stderr) or 2)

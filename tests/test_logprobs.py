@@ -486,7 +486,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from common import logprobs
 
-types = dict(v="i32", temperature="fp32", targets_ptr="*i64", state_ptr="*fp64", g_ptr="*bf16", e_ptr="*bf16", z_ptr="*fp32")
+types = dict(v="i32", divisor="fp32", outer="fp32", targets_ptr="*i64", state_ptr="*fp64", g_ptr="*bf16", e_ptr="*bf16")
 for kernel in (logprobs._absorb_kernel, logprobs._gradient_kernel):
     for flag in (False, True):
         constants = {name: flag for name in kernel.arg_names if name.isupper()} | {"BLOCK": 4096}
@@ -577,3 +577,74 @@ def test_offsets_beyond_2_to_the_31():
     last[-1] = 5.0
     torch.testing.assert_close(logp[-1].item(), last.log_softmax(0)[-1].item(), rtol=1e-5, atol=1e-5)
     assert logits.grad[-1, -1].item() == pytest.approx(1 - last.softmax(0)[-1].item(), rel=1e-2)
+
+
+# ------------------------------------------------------------------------------------------- soft caps and scales
+
+
+def changed(z, cap, scale):
+    """What Gemma (cap), Cohere and Granite (scale) make of their logits."""
+    return cap * (scale * z / cap).tanh() if cap else scale * z
+
+
+FORMS = {  # cap, scale, temperature
+    "cap": (3.0, 1.0, 0.7), "scale": (0.0, 0.25, 0.7), "both": (2.0, 0.6, 1.0), "near the cap": (0.5, 4.0, 0.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", list(place_params("torch", "triton-interpreted", "triton-cuda")))
+@pytest.mark.parametrize("name", FORMS)
+def test_soft_caps_and_scales_change_logits_and_gradients_as_written_out(place, name):
+    """Log-probs, entropy, KL and all gradients against float64 autograd of the formula, in tiles and as one."""
+    (backend, device), (cap, scale, temperature) = place, FORMS[name]
+    hidden, weight, targets = (x.to(device) for x in problem("random", n=8, v=150, seed=3))
+    ref_hidden, ref_weight = (x.to(device) for x in problem("random", n=8, v=150, seed=4)[:2])
+    form = dict(temperature=temperature, cap=cap, scale=scale)
+
+    def truth(h, w, targets, **_):
+        return from_logits(changed(h @ w.T, cap, scale), targets, temperature)
+
+    def true_kl(h, w, targets):
+        logp, ref = (
+            (changed(x @ y.T, cap, scale) / temperature).log_softmax(-1)
+            for x, y in ((h, w), (ref_hidden.double(), ref_weight.double()))
+        )
+        return ((logp.exp() * (logp - ref)).sum(-1),)
+
+    def kl(h, w, targets, **tiles):
+        return (linear_kl(h, w, ref_hidden, ref_weight, backend=backend, **form, **tiles),)
+
+    def from_product(h, w, targets, **_):
+        return logprobs_from_logits(h @ w.T, targets, entropy=True, backend=backend, **form)
+
+    def ours(h, w, targets, **tiles):
+        return linear_logprobs(h, w, targets, entropy=True, backend=backend, **form, **tiles)
+
+    exact = values(truth, hidden.double(), weight.double(), targets)
+    for function, tiles in ((ours, {}), (ours, MANY), (ours, dict(keep=True)), (from_product, {})):
+        for mine, right in zip(values(function, hidden, weight, targets, **tiles), exact, strict=True):
+            tolerance = 1e-2 if tiles.get("keep") and not cap else 1e-4  # E is kept in bf16
+            torch.testing.assert_close(mine.double(), right, rtol=tolerance, atol=tolerance / 10)
+    upstream = torch.randn(8, generator=torch.Generator().manual_seed(0)).to(device)
+    for tiles in ({}, MANY):
+        results = []
+        for function, dtype, options in ((kl, torch.float32, tiles), (true_kl, torch.float64, {})):
+            h, w = leaves(hidden, weight, dtype=dtype)
+            [out] = function(h, w, targets, **options)
+            results.append((out.detach(), *torch.autograd.grad((out * upstream).sum(), (h, w))))
+        for mine, right in zip(*results, strict=True):
+            torch.testing.assert_close(mine.double(), right, rtol=3e-5, atol=1e-5)
+
+
+def test_a_soft_cap_in_float64_is_exact_and_bad_ones_are_refused():
+    hidden, weight, targets = problem("random", n=6)
+    mine = values(linear_logprobs, hidden.double(), weight.double(), targets, entropy=True, cap=3.0, scale=0.5)
+    def truth(h, w, targets):
+        return from_logits(changed(h @ w.T, 3.0, 0.5), targets)
+
+    right = values(truth, hidden.double(), weight.double(), targets)
+    for a, b in zip(mine, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    for bad in (dict(cap=-1.0), dict(scale=0.0), dict(scale=-2.0)):
+        with pytest.raises(ValueError, match="the cap is 0 or more, the scale above 0"):
+            linear_logprobs(hidden, weight, targets, **bad)

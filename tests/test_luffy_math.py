@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 import luffy
-from common.data import plan_micro_batches
+from common.data import InputError, pack, plan_micro_batches
+from common.rows import given_logps
 from common.trainer import World
 from luffy import Args, Row, accumulate_gradient, group_advantages, luffy_token_loss, policy_logps
 
@@ -262,3 +264,72 @@ def test_the_published_number_of_micro_batches_follows_the_rows_length():
     assert luffy.published_micro_batches(100) == 1
     assert luffy.published_micro_batches(512) == 1
     assert luffy.published_micro_batches(2560) == 5
+
+
+@pytest.mark.parametrize("shape", list(VECTORS["shaping_gradient_weight"]["table"]) + ["pow"])
+def test_every_published_shape_has_the_published_gradient(shape):
+    table = VECTORS["shaping_gradient_weight"]
+    logp = f64(table["p"]).log().requires_grad_()
+    ones = torch.ones_like(logp)
+    luffy_token_loss(logp, torch.zeros_like(logp), ones, ones.bool(), shape=shape).sum().backward()
+    expected = table["table"]["square_root" if shape == "pow" else shape]["minus_grad_wrt_logp_times_width"]
+    assert_equal(-logp.grad, expected)
+
+
+@pytest.mark.parametrize("shape", ["no_reshape", "logp", "p_logp", "square_root", "pow", "p_div_p_0.1", "p_div_p_0.5"])
+def test_own_tokens_can_be_shaped_too(shape):
+    """The published ratio: f(p) / f(p_old) for p_div_p; f of the ratio for the others (logp: its log)."""
+    logp, old = f64([0.3, 0.02]).log().requires_grad_(), f64([0.2, 0.05]).log()
+    p, q, r = logp.exp(), old.exp(), (logp - old).exp()
+    expected = {
+        "no_reshape": r, "logp": r.log(), "p_logp": r + r.log(), "square_root": r.sqrt(), "pow": r.sqrt(),
+        "p_div_p_0.1": p / (p + 0.1) / (q / (q + 0.1)), "p_div_p_0.5": p / (p + 0.5) / (q / (q + 0.5)),
+    }[shape]  # fmt: skip
+    advantages, own = f64([0.7, -0.4]), torch.zeros(2, dtype=torch.bool)
+    got = luffy_token_loss(logp, old, advantages, own, own_shape=shape)
+    torch.testing.assert_close(got, -advantages * expected)
+    [grad], [wanted] = (torch.autograd.grad(x.sum(), logp, retain_graph=True) for x in (got, -advantages * expected))
+    torch.testing.assert_close(grad, wanted)
+
+
+def test_a_given_teachers_probability_replaces_the_shape():
+    logp = f64([0.3, 0.3, 0.3]).log().requires_grad_()
+    teacher_logp, advantages = f64([0.6, math.nan, 0.6]).log(), f64([1.0, 1.0, 1.0])
+    teacher = torch.tensor([True, True, False])
+    loss = luffy_token_loss(logp, logp.detach(), advantages, teacher, teacher_logp=teacher_logp)
+    assert_equal(loss.detach(), [-0.3 / (0.6 + 1e-6), -0.75, -1.0])
+    loss.sum().backward()
+    assert_equal(logp.grad, [-0.3 / (0.6 + 1e-6), -0.3 * 0.1 / 0.4**2, -1.0])
+
+
+def test_the_teachers_probabilities_come_from_the_column_target_probs():
+    logps = given_logps([0.5, 0.25], [7, 8, 1], "x")
+    assert logps[:2] == [math.log(0.5), math.log(0.25)] and math.isnan(logps[2])  # the eos has none
+    assert given_logps(None, [7, 8, 1], "x") is None
+    for probs in ([0.5], [0.5, 0.5, 0.5, 0.5], [0.5, 0.0, 1.0], [0.5, 2.0], "no", [None, 0.1]):
+        with pytest.raises(InputError, match="x: 'target_probs' "):
+            given_logps(probs, [7, 8, 1], "x")
+
+
+def test_given_probabilities_reach_the_update_and_tis_weighs_own_tokens_alone():
+    case, rows, args = integration("luffy_one_minibatch_one_micro_sgd_noclip", "luffy", 1000)
+    policy = Bigram(case["W_before"])
+    own = policy_logps(policy, rows, args, ONE_RANK)[0]
+    start = 0
+    for row in rows:
+        drawn = own[start : start + len(row.response)]
+        row.sampler_logps = [math.log(0.4)] * len(row.response) if row.teacher else drawn.tolist()
+        start += len(row.response)
+    gradients = []
+    for tis_cap in (0.0, 1.0):
+        accumulate_gradient(policy, rows, None, dataclasses.replace(args, entropy_coef=0.0, tis_cap=tis_cap), ONE_RANK)
+        gradients.append(policy.table.grad)
+        policy.table.grad = None
+    batch = pack([(row.prompt, row.response) for row in rows])
+    teacher = torch.tensor([row.teacher for row in rows])[batch.sequence]
+    advantage = f64([row.advantage for row in rows])[batch.sequence]
+    logp = policy(batch)
+    loss = -advantage * torch.where(teacher, logp.exp() / (0.4 + 1e-6), (logp - logp.detach()).exp())
+    (loss.sum() * args.loss_rows / len(rows) / args.max_response_tokens).backward()
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, policy.table.grad, rtol=1e-6, atol=1e-9)

@@ -1,5 +1,7 @@
 """oreo_agents.py: the protocol, episodes as rows, choosing by value; and the real games where they are installed."""
 
+import copy
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -302,3 +304,36 @@ def test_alfworlds_own_engine_plays_a_game_in_the_layout_of_its_data(tmp_path, m
     assert seen[0] == ("The drawer 1 is closed.", False, False) and "You arrive" not in seen[3][0]
     assert [over for _, over, _ in seen] == [won for *_, won in seen] == [False] * 4 + [True]
     assert b.act("open drawer 1")[0] == "Nothing happens."  # b is a game of its own: still in the middle of the room
+
+
+MINICPM = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'].strip() + '<|assistant|>' }}"
+    "{% else %}{{ m['content'].strip() }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("end", ["<|eos|>", " <|eos|>", "<|user|>"])
+def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_answer_too(end):
+    assert oreo_agents.turn_end(TOKENIZER) == (True, [TOKENIZER.eos_token_id])
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = MINICPM
+    assert oreo_agents.turn_end(tokenizer) == (False, ids("<|eos|><|user|>"))
+    episode = Episode("door", 0, Door(""), tokenizer)
+    for answer in ("Action: open door", "Action: go out"):
+        episode.say(ids(answer + end))
+    row = episode.row()
+    assert row["end"] == "won"
+    shown = "<|user|>Open the door and go.<|assistant|>OK<|user|>A door.<|assistant|>"
+    assert TOKENIZER.decode(row["prompt_ids"]) == shown
+    said = "Action: open door", "<|user|>Observation: The door is open.<|assistant|>", "Action: go out"
+    assert TOKENIZER.decode(row["response_ids"]) == "".join(said)
+    prompt, response, actions = oreo.conversation_ids(row["conversations"], tokenizer, skip_turns=1)
+    assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
+
+
+def test_the_published_rules_are_alfworlds_and_word_for_word():
+    text = oreo_agents.PUBLISHED
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "1315010838ff752b"
+    assert "2. task {obj} from {recep}\n" in text and ':"Thought: your thoughts.\\nAction: ' in text
+    with pytest.raises(InputError, match="--rules published are ALFWorld's"):
+        oreo_agents.main(Args(stage="collect", model="x", rules="published"))

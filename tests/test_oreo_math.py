@@ -18,7 +18,8 @@ from oreo import Args, Row, accumulate_gradient, oreo_losses, oreo_row_losses
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "oreo.json").read_text())
 ONE_RANK = World(0, 1, 1, torch.device("cpu"))
-CASES = [(case, name) for case in VECTORS["cases"] for name in ("token", "step", "response") if name in case["outputs"]]
+CASES = [(case, name) for case in VECTORS["cases"] for name in ("token", "step", "response", "dqo")
+         if name in case["outputs"]]  # fmt: skip
 
 
 def f64(values):

@@ -9,11 +9,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
+import eval as evaluation
 import igsm
 import oreo
-from common.data import InputError
-from common.rows import IGSM
+import oreo_agents
+from common.data import InputError, pack
+from common.rows import IGSM, read_row
 from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args, read_metrics
 from tests import oreo_ranks
 from tests.conftest import NANO, run_script
@@ -32,10 +35,12 @@ def nano(world, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def value(nano, world, tmp_path_factory):
-    """A value model's folder, of the same body."""
-    folder = tmp_path_factory.mktemp("value") / "value"
-    export(load_policy(nano, world, kind=ValueModel, new_head=True), load_tokenizer(nano), folder, world)
+def nano_value(nano, world, tmp_path_factory):
+    """A value model with a random head, as --stage oreo leaves one."""
+    folder = tmp_path_factory.mktemp("nano-value") / "value"
+    model = load_policy(nano, world, kind=ValueModel, new_head=True)
+    torch.nn.init.normal_(model.lm.score.weight, generator=torch.Generator().manual_seed(0))
+    export(model, load_tokenizer(nano), folder, world)
     return str(folder)
 
 
@@ -205,9 +210,9 @@ def test_lora_without_its_package_says_how_to_get_it(nano, rows, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", ["greedy", "best_of_n", "best_of_k", "beam"])
-def test_search_answers_every_question(kind, nano, value, tmp_path):
+def test_search_answers_every_question(kind, nano, nano_value, tmp_path):
     words = ["--stage", "search", "--search", kind, "--width", "3", "--max_steps", "60", "--out", tmp_path / "run"]
-    oreo.main(settings(nano, *words, *([] if kind == "greedy" else ["--value", value])))
+    oreo.main(settings(nano, *words, *([] if kind == "greedy" else ["--value", nano_value])))
     name = "greedy" if kind == "greedy" else f"{kind}-3"
     result = json.loads((tmp_path / "run" / f"search-{name}.json").read_text())
     assert result["questions"] == 4 and result["no_answer"] == 0 and 0 <= result["eval/mean"] <= 1
@@ -338,16 +343,94 @@ def test_a_value_checkpoint_that_does_not_fit_is_refused(nano, rows, tmp_path, w
         oreo.main(settings(str(tmp_path / "value"), *words))
 
 
-def test_a_value_folder_without_a_trained_head_is_refused(nano, value, tmp_path):
-    words = ["--stage", "search", "--out", tmp_path / "run"]
-    with pytest.raises(InputError, match="--value .*model: its weights .*: missing are score.weight"):
-        oreo.main(settings(nano, *words, "--value", nano))
-    shutil.copytree(value, tmp_path / "published")  # OREO's own value models name the head so
-    weights = load_file(tmp_path / "published" / "model.safetensors")
+def test_a_folder_without_a_trained_head_searches_nothing_and_says_so(nano, rows, tmp_path, world):
+    words = ["--stage", "search", "--value", nano, "--out", tmp_path / "search"]
+    with pytest.raises(InputError, match="--value .*no trained value head there: .*Qwen2ForCausalLM"):
+        oreo.main(settings(nano, *words))
+    data = write(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **IGSM, ops=(1, 2))])
+    with pytest.raises(InputError, match="no trained value head"):
+        ask = dict(data=(data,), out=str(tmp_path / "eval"), max_tokens=40, verifier=("boxed",))
+        evaluation.main(evaluation.Args(model=nano, value=nano, search="beam", **ask))
+    with pytest.raises(InputError, match="no trained value head"):
+        oreo_agents.main(oreo_agents.Args(model=nano, value=nano, games=str(tmp_path)))
+    words = ["--rows", rows, "--steps", "1", "--value", nano, "--out", tmp_path / "run"]
+    oreo.main(settings(nano, *words))  # it trains one
+
+
+def test_the_published_value_models_head_is_read(nano, nano_value, tmp_path, world):
+    """Architecture LLMForSequenceRegression, weight value_head.weight."""
+    folder = tmp_path / "value"
+    shutil.copytree(nano_value, folder)
+    weights = load_file(folder / "model.safetensors")
     weights["value_head.weight"] = weights.pop("score.weight")
-    save_file(weights, tmp_path / "published" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="--value .*published: its weights .*: missing are score.weight"):
-        oreo.main(settings(nano, *words, "--value", tmp_path / "published"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["LLMForSequenceRegression"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs, ours = (load_policy(path, world, kind=ValueModel) for path in (folder, nano_value))
+    batch = pack([([5, 6], [7, 8, 9])])
+    assert torch.equal(theirs(batch), ours(batch)) and ours(batch).abs().min() > 0
+    with pytest.raises(InputError, match="it is a value model"):
+        load_policy(str(folder), world)
+
+
+@pytest.mark.parametrize("words", [[], ["--ask", "user"]])
+def test_gsm8k_and_math_are_asked_and_answered_as_published(nano, words, tmp_path):
+    gsm8k = {"question": "q?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
+    math_row = {"problem": "p?", "solution": "so \\boxed{\\frac{1}{2}}.", "level": "Level 1", "type": "Algebra"}
+    ask = "user" if words else "system"
+    items = [oreo.as_published(read_row(row, "x"), row, ask) for row in (gsm8k, math_row)]
+    box = "Please reason step by step, and put your final answer within \\boxed{}."
+    if words:
+        prompts = [[{"role": "user", "content": f"{q}\n{box}"}] for q in ("q?", "p?")]
+    else:
+        hashes = "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'"
+        prompts = [[{"role": "system", "content": s}, {"role": "user", "content": q}]
+                   for s, q in ((hashes, "q?"), (box, "p?"))]  # fmt: skip
+    assert [item.prompt for item in items] == prompts
+    assert [[t.text for t in item.traces] for item in items] == [[gsm8k["answer"]], [math_row["solution"]]]
+    assert [item.gold for item in items] == ["1004", "\\frac{1}{2}"]
+    other = {"question": "q?", "options": ["a", "b"], "answer": "A"}
+    assert oreo.as_published(read_row(other, "x"), other, ask) == read_row(other, "x")
+    files = [write(tmp_path / "gsm8k.jsonl", [gsm8k] * 3), write(tmp_path / "math.jsonl", [math_row] * 2)]
+    args = settings(nano, "--stage", "sft", "--data", *files, *words, "--max_prompt_tokens", "900")
+    units, count = oreo.training_units(load_tokenizer(nano), args, False)
+    assert [unit[0].index for unit in units] == [0, 1, 2, 3, 4] and count["kept"] == count["rows"] == 5
+    bad = write(tmp_path / "math.jsonl", [math_row | {"solution": "no"}])
+    with pytest.raises(InputError, match="math.jsonl, row 0: the gold answer is missing"):
+        oreo.read_problems(load_tokenizer(nano), settings(nano, "--data", bad), traces="ignored")
+
+
+def test_rows_of_text_and_conversations_begin_with_the_tokenizers_bos(nano, tmp_path):
+    tokenizer = load_tokenizer(nano)
+
+
+    def ids_of(row):
+        item = read_row(row, "x")
+        return oreo.row_ids(item, item.traces[0], tokenizer, settings(nano))
+
+    plain = ids_of(GOOD)
+    turns = [{"role": "user", "content": "a=1"}, {"role": "assistant", "content": "a=1"}]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    talk = oreo.conversation_ids(turns, tokenizer, 0)
+    tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", bos)])
+    prompt, response, _ = ids_of(GOOD)
+    assert prompt == [bos, *plain[0]] and response == plain[1]
+    assert ids_of(GOOD | {"prompt": "<|bos|>a=1\na?"})[0] == prompt  # not twice
+    assert oreo.conversation_ids(turns, tokenizer, 0) == ([bos, *talk[0]], *talk[1:])
+
+
+def test_prompt_and_response_have_one_limit_together(nano, rows, tmp_path):
+    tokenizer = load_tokenizer(nano)
+    every, _ = oreo.read_rows(rows, tokenizer, settings(nano, "--rows", rows))
+    longest = max(len(row.prompt) + len(row.response) for row in every) - 3
+    words = ["--rows", rows, "--max_row_tokens", str(longest)]
+    kept, count = oreo.read_rows(rows, tokenizer, settings(nano, *words))
+    assert [row.index for row in kept] == [r.index for r in every if len(r.prompt) + len(r.response) <= longest]
+    assert count["response_too_long"] == len(every) - len(kept) > 0
+    cut, _ = oreo.read_rows(rows, tokenizer, settings(nano, *words, "--long_response", "cut"))
+    assert max(len(row.prompt) + len(row.response) for row in cut) == longest and len(cut) == len(every)
 
 
 def test_long_responses_are_counted_and_left_out_or_cut(nano, rows, tmp_path):
@@ -380,3 +463,31 @@ def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(nano):
     assert "Traceback" not in result.stderr
     with pytest.raises(SystemExit, match="2"):
         parse_args(oreo.Args, ["--learning_rate", "1"])
+
+
+CODE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+
+class OwnForCausalLM(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_by_flag_only(nano, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tmp_path / "model"
+    shutil.copytree(nano, model)
+    (model / "own.py").write_text(CODE)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    words = ["--stage", "rejection", "--rows", rows, "--steps", "1", "--eval_every", "0", "--out", tmp_path / "run"]
+    with pytest.raises(InputError, match="--model .*custom code which must be executed"):
+        oreo.main(settings(str(model), *words))
+    assert not (tmp_path / "run" / "model").exists()
+    oreo.main(settings(str(model), *words, "--trust_remote_code"))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -392,3 +392,14 @@ def test_a_corrupted_solution_has_the_right_form_and_a_wrong_answer():
         assert not check.correct and not check.answer_correct
         changed = [a != b for a, b in zip(wrong.split("\n"), problem.solution.split("\n"), strict=True)]
         assert sum(changed) == 2 and changed[-1]
+
+
+@pytest.mark.parametrize(
+    ("right_if", "chosen"),
+    [("both", (2, 0)), ("llama", (0, 1)), ("math_verify", (1, 0)), ("either", (0, 3))],
+)
+def test_which_verifier_makes_a_trace_right(right_if, chosen):
+    row = {"problem_is_valid": "Yes", "source": "olympiads", "problem": "p", "generations": ["a", "b", "c", "d"],
+           "correctness": {"llama_verification": [True, False, True, False],
+                           "math_verify_reparsed_answer": [False, True, True, None]}}  # fmt: skip
+    assert redi.choose_openr1(row, right_if=right_if) == chosen

@@ -300,3 +300,21 @@ def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(tmp_path):
 def test_defaults_follow_stage_loss_and_preset_and_what_is_typed_wins(words, lr, batch_size):
     args = parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.LOSSES, preset=redi.PRESETS)
     assert (args.lr, args.batch_size) == (lr, batch_size)
+
+
+def test_problems_that_share_words_with_a_benchmark_are_left_out_and_counted(settings, tmp_path, capsys):
+    def row(prompt):
+        return {"prompt": prompt, "responses": ["a=5", "a=6"], "rewards": [1, 0]}
+
+    words = [f"w{i}" for i in range(20)]
+    rows = [row(" ".join(words[:12])), row("X " + " ".join(words[3:16]).upper()), row("a=5\na?"), row("b=5\nb?")]
+    benchmark = [{"prompt": [{"role": "user", "content": " ".join(words)}]}, {"problem": "b=5\nb?"}]
+    named = write(tmp_path / "bench.jsonl", benchmark)
+    redi.main(settings("--stage", "data", "--own_answers", 0, "--data", write(tmp_path / "rows.jsonl", rows),
+                       "--decontaminate", named, "--out", tmp_path / "data"))  # fmt: skip
+    assert f"-2  shares 13 words with {named}" in capsys.readouterr().out
+    kept = [json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "data" / "pairs.jsonl").open()]
+    assert sorted(kept) == sorted([" ".join(words[:12]), "a=5\na?"])
+    with pytest.raises(InputError, match="bench.jsonl, row 0: no shape of row"):
+        broken = write(tmp_path / "bench.jsonl", [{"answer": 1}])
+        redi.main(settings("--stage", "data", "--data", tmp_path / "rows.jsonl", "--decontaminate", broken))

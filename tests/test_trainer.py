@@ -4,13 +4,16 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import trainer
 from common.data import InputError, pack
+from common.rollout import EmbeddedSampler, Sampling
 from common.trainer import (
     Checkpoints,
     Metrics,
@@ -23,7 +26,7 @@ from common.trainer import (
     parse_args,
     read_metrics,
 )
-from tests.conftest import NANO, weights_digest
+from tests.conftest import NANO, run_script, weights_digest
 
 
 @dataclasses.dataclass
@@ -356,3 +359,131 @@ def test_metrics_after_a_crash_have_no_step_missing_or_doubled(world, tmp_path):
     assert (tmp_path / "samples.jsonl").read_text() == ""
     assert os.path.getsize(tmp_path / "curves.png") > 5000
     assert json.loads((tmp_path / "args.json").read_text())["steps"] == 10
+
+
+# ------------------------------------------------------------------------- models out of runs, and their settings
+
+
+def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_path, world, monkeypatch):
+    """Accuracies of steps 1, 2, 3: the second is the best."""
+    import luffy
+    from tests.test_luffy_runs import settings
+
+    accuracies = iter([0.9, 0.2, 0.5, 0.4])  # the first is the base model's
+    monkeypatch.setattr(luffy, "evaluate", lambda *_: {"eval/mean": next(accuracies)})
+    words = ["--steps", "3", "--save_every", "1", "--keep", "3", "--eval_every", "1", "--keep_best"]
+    words += ["--rope_theta", "3e4", "--max_positions", "2048", "--out", str(tmp_path / "run")]
+    luffy.main(settings(*words))
+    for step in (1, 2, 3):
+        words = ["--step", step, "--tokenizer", tmp_path / "run" / "model"]  # --model scratch has no folder
+        run_script("-m", "common.trainer", "export", tmp_path / "run", tmp_path / f"{step}", *words)
+    digests = [weights_digest(load_policy(str(tmp_path / f"{step}"), world)) for step in (1, 2, 3)]
+    assert len(set(digests)) == 3
+    assert weights_digest(load_policy(str(tmp_path / "run" / "best"), world)) == digests[1]
+    assert weights_digest(load_policy(str(tmp_path / "run" / "model"), world)) == digests[2]
+    config = json.loads((tmp_path / "2" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == 3e4 and config["max_position_embeddings"] == 2048
+    assert len(load_tokenizer(str(tmp_path / "2"))) > 20
+    errors = {"no checkpoint of step 7 there; steps: .1, 2, 3.": ["--step", 7], "holds no value": ["--value"]}
+    for message, words in errors.items():
+        failed = run_script(
+            "-m", "common.trainer", "export", tmp_path / "run", tmp_path / "no", *words, check=False
+        )
+        assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr
+
+
+def test_settings_are_printed_instead_of_run(capsys):
+    table = {"tiny": {"lr": 7.0}}
+    with pytest.raises(SystemExit) as stopped:
+        trainer.parse_args(Settings, ["--print_settings", "--preset", "tiny"], preset=table)
+    assert not stopped.value.code and json.loads(capsys.readouterr().out)["lr"] == 7.0
+
+
+# --------------------------------------------------------------------------------- models that change their logits
+
+SMALL = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, eos_token_id=1, pad_token_id=0, initializer_range=0.4,
+)  # fmt: skip
+CHANGED = {
+    "gemma2": dict(head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=None, sliding_window=256),
+    "cohere": dict(logit_scale=0.3), "granite": dict(logits_scaling=2.5, embedding_multiplier=3.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", CHANGED)
+def test_a_model_that_changes_its_logits_is_trained_sampled_and_saved_as_transformers_computes_it(
+    model_type, world, tmp_path
+):
+    config = SMALL | CHANGED[model_type] | {"model_type": model_type}
+    policy = load_policy("x", world, from_config=config, seed=3)
+    export(policy, load_tokenizer("models/tiny"), tmp_path / "model", world)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="eager")
+
+    def logps(prompt, response):  # [response], by plain Transformers
+        logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+    pairs = [([5, 6, 7], [8, 9, 10, 1]), ([11, 12], [13, 14])]
+    expected = torch.cat([logps(*pair) for pair in pairs])
+    ours = policy(pack(pairs))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    ours.sum().backward()
+    expected.sum().backward()
+    theirs = dict(plain.named_parameters())
+    for name, p in policy.lm.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-4)
+
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    sampler.sync(policy, version=0)
+    for temperature in (0.0, 0.8):
+        [[drawn]] = sampler.generate([pairs[0][0]], n=1, keys=[0], seed=0, sampling=Sampling(6, temperature))
+        sequence = torch.tensor([pairs[0][0] + drawn.ids])
+        logits = plain(sequence).logits[0, 2:-1]
+        by_plain = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, torch.tensor(drawn.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(drawn.logps), by_plain.detach(), rtol=1e-4, atol=1e-4)
+        assert temperature or drawn.ids == logits.argmax(-1).tolist()
+    reloaded = load_policy(str(tmp_path / "model"), world)
+    torch.testing.assert_close(reloaded(pack(pairs)), expected, rtol=1e-4, atol=1e-4)
+    out, ref, kl = policy(pack(pairs), reference=load_policy("x", world, from_config=config, seed=4))
+    assert kl.min() > 0 and not torch.equal(out, ref)
+
+
+def test_logit_forms_are_read_from_nested_configurations_too():
+    text = AutoConfig.for_model("gemma3n_text", final_logit_softcapping=30.0)
+    nested = AutoConfig.for_model("gemma3n", text_config=text.to_dict())
+    assert trainer.logit_form(nested) == {"cap": 30.0, "scale": 1.0}
+    assert trainer.logit_form(AutoConfig.for_model("qwen2")) == {"cap": 0.0, "scale": 1.0}
+    logits = torch.tensor([-3.0, 0.0, 50.0])
+    torch.testing.assert_close(trainer.change_logits(logits, text), 30 * (logits / 30).tanh())
+
+
+def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
+    """Against Llama, into whose weights MiniCPM's scales of embeddings, residuals and logits are multiplied."""
+    scale_emb, scale_depth, base = 12.0, 1.4, 16
+    config = SMALL | dict(model_type="llama", rms_norm_eps=1e-5, tie_word_embeddings=True)
+    minicpm, tokenizer = load_policy("x", world, from_config=config, seed=5), load_tokenizer("models/tiny")
+    export(minicpm, tokenizer, tmp_path / "minicpm", world)
+    theirs = json.loads((tmp_path / "minicpm" / "config.json").read_text()) | {
+        "model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "scale_emb": scale_emb,
+        "scale_depth": scale_depth, "dim_model_base": base,
+        "auto_map": {"AutoConfig": "modeling_minicpm.MiniCPMConfig"},
+    }  # fmt: skip
+    (tmp_path / "minicpm" / "config.json").write_text(json.dumps(theirs))
+    llama = load_policy("x", world, from_config=config | {"tie_word_embeddings": False}, seed=5)
+    weights = dict(minicpm.lm.named_parameters())
+    with torch.no_grad():
+        for name, p in llama.lm.named_parameters():
+            p.copy_(weights["model.embed_tokens.weight" if name == "lm_head.weight" else name])
+            p.mul_(scale_emb if "embed_tokens" in name else base / 32 if "lm_head" in name else 1.0)
+            if "o_proj" in name or "down_proj" in name:
+                p.mul_(scale_depth / 2**0.5)
+    pairs = pack([([5, 6, 7], [8, 9, 10, 1]), ([11, 12], [13, 14])])
+    ours = load_policy(str(tmp_path / "minicpm"), world)
+    torch.testing.assert_close(ours(pairs), llama(pairs), rtol=1e-4, atol=1e-4)
+    export(ours, tokenizer, tmp_path / "granite", world)
+    torch.testing.assert_close(load_policy(str(tmp_path / "granite"), world)(pairs), ours(pairs))
+    value = load_policy(str(tmp_path / "minicpm"), world, kind=trainer.ValueModel)
+    assert value(pairs).abs().max() == 0
+    export(value, tokenizer, tmp_path / "value", world)
+    load_policy(str(tmp_path / "value"), world, kind=trainer.ValueModel)

@@ -201,3 +201,62 @@ def test_after_the_warm_up_the_rate_falls_over_the_updates_that_are_left():
 
 def test_seeds_order_the_data():
     assert batch_indices(13, 3, 0, seed=1) != batch_indices(13, 3, 0, seed=2)
+
+
+# --------------------------------------------------------------------------- published means over rows
+
+
+def sft_rows():
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, 5, (n,), generator=generator).tolist() for n in (4, 9, 30, 2, 17)]
+    return [(i[:1], i[1:]) for i in ids]
+
+
+def mean_of_row_means(policy, pairs, rows_per_mean):
+    """The SFT loss written out: the mean over groups of rows of each group's token mean."""
+    groups = [pairs[i : i + rows_per_mean] for i in range(0, len(pairs), rows_per_mean)]
+    return sum(-policy(pack(group)).mean() for group in groups) / len(groups)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [8, 1000])
+@pytest.mark.parametrize("rows_per_mean", [1, 2, 0])
+@pytest.mark.parametrize("module", [luffy, relift, oreo])
+def test_sft_is_the_mean_of_token_means_of_so_many_rows(module, rows_per_mean, micro_batch_tokens):
+    pairs, policy = sft_rows(), Bigram(torch.eye(5).tolist())
+    mean_of_row_means(policy, pairs, rows_per_mean or 5).backward()
+    expected, policy.table.grad = policy.table.grad, None
+    name = "stage" if module is oreo else "method"
+    args = dataclasses.replace(
+        module.Args(), **{name: "sft"}, sft_rows_per_mean=rows_per_mean, micro_batch_tokens=micro_batch_tokens
+    )
+    if module is oreo:
+        masks = [[True] * len(r) for _, r in pairs]
+        units = [[oreo.Row(*pair, m, m, index=i)] for i, (pair, m) in enumerate(zip(pairs, masks, strict=True))]
+        oreo.accumulate_gradient(policy, None, None, units, args, ONE_RANK)
+    elif module is relift:
+        args.sft_entropy_coef = 0.0
+        rows = [relift.Row(*pair, i, True) for i, pair in enumerate(pairs)]
+        relift.accumulate_sft_gradient(policy, rows, args, ONE_RANK)
+    else:
+        args.entropy_coef = 0.0
+        rows = [luffy.Row(*pair, i, True) for i, pair in enumerate(pairs)]
+        luffy.accumulate_gradient(policy, rows, None, args, ONE_RANK)
+    torch.testing.assert_close(policy.table.grad, expected)
+
+
+@pytest.mark.parametrize("module", [luffy, relift])
+def test_half_the_rows_on_a_gpu_are_half_the_loss_and_their_own_micro_batches(module):
+    """loss_rows 32, as on two nodes: ceil(32 x 1200 / 32768) = 2 micro-batches for the entropy bonus, not 3."""
+    rows = [module.Row(r.prompt, r.response, 0, sampler_logps=[-1.0] * len(r.response), advantage=r.advantage)
+            for r in long_rows()]  # fmt: skip
+    plain = [gradient_of(module, rows, entropy_coef=0.0, loss_rows=n) for n in (64, 32)]
+    torch.testing.assert_close(plain[1], plain[0] / 2)
+    bonus = [gradient_of(module, rows, entropy_coef=0.5, loss_rows=n) - plain[n == 32] for n in (64, 32)]
+    torch.testing.assert_close(bonus[1], bonus[0] * 2 / 3)
+
+
+def test_solved_questions_are_drawn_from_those_that_are_not_hardest():
+    drawn = relift.questions_to_buffer("solved", [0, 3, 4], 9, seed="1 1")
+    assert len(drawn) == len(set(drawn)) == 3 and set(drawn) <= {1, 2, 5, 6, 7, 8}
+    assert sorted(relift.questions_to_buffer("solved", [0, 1, 2], 4, seed="")) == [3]
+    assert {q for i in range(9) for q in relift.questions_to_buffer("random", [0, 1], 3, seed=f"{i}")} == {0, 1, 2}
