@@ -676,8 +676,9 @@ def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
 
 
 def layers_of(lm: nn.Module) -> list[nn.Module]:
-    """The body's layers, whatever the model calls them."""
-    return [m for m in lm.get_decoder().modules() if type(m).__name__ in (lm._no_split_modules or ())]
+    """The body's layers, whatever the model calls them, sharded or not."""
+    names = {prefix + name for name in lm._no_split_modules or () for prefix in ("", "FSDP")}
+    return [m for m in lm.get_decoder().modules() if type(m).__name__ in names]
 
 
 def _shard(policy: Policy, world: World) -> Policy:
