@@ -14,13 +14,12 @@ The teacher's own probability is unknown; LUFFY uses 1, so the ratio is p. With 
 A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are learnt first. As own
 answers become right, the trace's advantage falls from 7/8 to 0, and the method becomes on-policy RL.
 
---method picks LUFFY or one of the paper's comparisons, each with its published settings:
-  luffy    the above
+--method picks the above or one of the paper's comparisons:
   grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2
   rl_sft   own answers by RL (their mean is the baseline), plus the mean negative log-likelihood of the trace
   sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same
 
-Departures from the published code that change numbers (docs/luffy.md has all of them, with reasons):
+Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - S and M make the gradient independent of the number of GPUs and of micro-batches, at the scale of the published run.
 - An update takes whole groups; the published one took rows of 128 questions by length. The expectation is the same.
 - A trace that is too long is rejected and counted; the published code cut it and lost its eos (--long_trace cut).
@@ -68,28 +67,28 @@ Shape = Literal["", "no_reshape", "logp", "p_logp", "square_root", "pow", "p_div
 @dataclass
 class Args(RunArgs):
     method: Literal["luffy", "grpo", "rl_sft", "sft"] = "luffy"  # What to train. Later defaults follow it.
-    preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
     model: str = "Elliott/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name
-    data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
     out: str = "runs/luffy"  # Run folder. Running the same command again resumes from its newest checkpoint.
+    preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
+    data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
     long_trace: Literal["reject", "cut"] = "reject"  # A trace over --max_response_tokens: reject it, or cut it
-    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A row without a trace: stop, drop, own answers only
-    steps: NotNegative[int] = 500  # Steps to train (the paper's 500); 0 follows --epochs.
     epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
-    group_size: Positive[int] = 8  # Rows per question, the teacher's included
-    teacher_rows: NotNegative[int] = 1  # How many of the group_size rows are the teacher's trace
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
-    shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
-    shape: Shape = ""  # Another f on the teacher's tokens, by its published name. Empty: that of --shaping_gamma
-    own_shape: Shape = ""  # f on own tokens' ratio (paper's Table 4: p_div_p_0.1, --teacher_rows 0). Empty: none
     clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
+    loss_rows: Positive[float] = 64.0  # Rows of an update on one GPU of the published run: 64 on 8 GPUs, 32 on 16
+    group_size: Positive[int] = 8  # Rows per question, the teacher's included
+    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A row without a trace: stop, drop, own answers only
+    steps: NotNegative[int] = 500  # Steps to train (the paper's 500); 0 follows --epochs.
+    teacher_rows: NotNegative[int] = 1  # How many of the group_size rows are the teacher's trace
+    shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
+    shape: Shape = ""  # Another f on the teacher's tokens, by its published name. Empty: that of --shaping_gamma
+    own_shape: Shape = ""  # f on own tokens' ratio (paper's Table 4: p_div_p_0.1, --teacher_rows 0). Empty: none
     sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term
     sft_rows_per_mean: NotNegative[int] = 1  # sft: mean of token means of this many traces each; 0: mean over tokens
-    loss_rows: Positive[float] = 64.0  # Rows of an update on one GPU of the published run: 64 on 8 GPUs, 32 on 16
 
 
 METHODS = {
@@ -338,8 +337,7 @@ def main(args: Args) -> None:
             if on_policy:
                 grader.add(rows)
                 own = [args.group_size - n for n in teachers]
-                seed = args.seed * 1_000_003 + step
-                rows += sample_rows(sampler, batch, mine, own, args, world, seed=seed, grader=grader)
+                rows += sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
 
         # 2. reward
         with run.clock("reward"):
@@ -349,8 +347,7 @@ def main(args: Args) -> None:
         # 3. advantages
         rewards = torch.tensor([row.reward for row in rows])  # [B]
         question = torch.tensor([row.group for row in rows])  # [B]
-        own = torch.tensor([not row.teacher for row in rows])  # [B]
-        baseline = own if args.method == "rl_sft" else None
+        baseline = torch.tensor([not row.teacher for row in rows]) if args.method == "rl_sft" else None  # [B]
         advantages = group_advantages(rewards, question, std=args.std, baseline=baseline)  # [B]
         for row, advantage in zip(rows, advantages.tolist(), strict=True):
             row.advantage = advantage

@@ -14,13 +14,12 @@ S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`.
 LUFFY puts a demonstration into every group. ReLIFT uses them only where RL has no gradient, with an AdamW (its own
 moments and rate) and a gradient clip for SFT alone.
 
---method picks ReLIFT or one of the paper's comparisons:
-  relift   the above
+--method picks the above or one of the paper's comparisons:
   grpo     RL alone, as published: PPO clip 0.2, gradient clip 1.0 (relift: none and 0.7). `--sft_data_size -1` is
            relift without its SFT updates and nothing else changed
   sft      the demonstrations alone, 3 epochs (the settings are not published: LUFFY's are taken)
 
-Departures from the published code that change numbers (docs/relift.md has all of them, with reasons):
+Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - S and M make the gradient independent of the number of GPUs and of micro-batches, at the scale of the published run.
 - The SFT gradient is the true mean; the published one was an eighth of it (8 GPUs), so sft_max_grad_norm is 8, not 1.
 - The SFT mean is one of means over `sft_rows_per_mean` demonstrations, which the published micro-batches held.
@@ -69,13 +68,12 @@ from common.trainer import Totals, launch, load_policy, load_tokenizer, make_opt
 @dataclass
 class Args(RunArgs):
     method: Literal["relift", "grpo", "sft"] = "relift"  # What to train. Later defaults follow it.
-    preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
     model: str = "RoadQAQ/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name
-    data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
     out: str = "runs/relift"  # Run folder. Running the same command again resumes from its newest checkpoint.
+    preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
+    data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
     long_trace: Literal["reject", "cut"] = "reject"  # A trace over --max_response_tokens: reject it, or cut it
     epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
-    group_size: Positive[int] = 8  # Answers per question
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
     clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
@@ -83,6 +81,7 @@ class Args(RunArgs):
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
     loss_rows: Positive[float] = 64.0  # Rows of an update on one GPU of the published run: 64 on 8 GPUs, 32 on 16
+    group_size: Positive[int] = 8  # Answers per question
     max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
     # Questions of an SFT update, and how many the buffer must hold for one; -1: RL alone
     sft_data_size: Annotated[int, ("positive, or -1 for RL alone", lambda n: n > 0 or n == -1)] = 128
@@ -100,6 +99,7 @@ class Args(RunArgs):
     sft_rows_per_mean: NotNegative[int] = 4
 
 
+LONG_TRACE = {"reject": "drop", "cut": "end"}  # read_examples: the question stays; the trace that is cut ends with eos
 METHODS = {
     "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
     "sft": dict(out="runs/relift_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, batch_size=64,
@@ -311,30 +311,16 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def read_questions(tokenizer, args: Args, *, traces: str, progress=False):
-    """Return the examples of --data and the counts of what was left out. Those without a demonstration stay in."""
-    examples, left_out = read_examples(
-        args.data, tokenizer, args, split="train", traces=traces, golds=args.method != "sft", empty_trace="on_policy",
-        long_trace="cut", progress=progress,
-    )  # fmt: skip
-    for example in examples:
-        if example.trace and example.trace[-1] != tokenizer.eos_token_id:  # it was too long, and is cut
-            example.trace = [*example.trace[:-1], tokenizer.eos_token_id] if args.long_trace == "cut" else None
-    return examples, left_out
-
-
 def check_demonstrations(have: int, questions: int, args: Args, world) -> None:
     """Raise InputError if `have` demonstrations are too few for the SFT updates; warn if questions lack theirs."""
     if not have:
         raise InputError(
             f"--data {args.data}: no row has a demonstration (column 'target', at most --max_response_tokens "
-            f"{args.max_response_tokens}), so there is nothing to fine-tune on; RL alone is --sft_data_size -1"
+            f"{args.max_response_tokens}) to fine-tune on; RL alone is --sft_data_size -1"
         )
     if args.method == "relift" and not args.sft_every and have < args.sft_data_size:
-        raise InputError(
-            f"--sft_data_size {args.sft_data_size}: only {have} questions have a demonstration, and the buffer "
-            "holds each once, so it would never be full"
-        )
+        raise InputError(f"--sft_data_size {args.sft_data_size}: only {have} questions have a demonstration, and the "
+                         "buffer holds each once, so it would never be full")  # fmt: skip
     if have < questions and world.main:
         print(f"warning: {questions - have} of {questions} questions have no demonstration to fine-tune on")
 
@@ -358,7 +344,10 @@ def main(args: Args) -> None:
     world, interleave = run.world, args.method == "relift" and args.sft_data_size > 0
     tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
     needed = interleave or not on_policy
-    examples, left_out = read_questions(tokenizer, args, traces="needed" if needed else "ignored", progress=world.main)
+    examples, left_out = read_examples(
+        args.data, tokenizer, args, split="train", traces="needed" if needed else "ignored",
+        golds=on_policy, empty_trace="on_policy", long_trace=LONG_TRACE[args.long_trace], progress=world.main,
+    )
     if needed:
         check_demonstrations(sum(e.trace is not None for e in examples), len(examples), args, world)
     examples = examples if on_policy else [e for e in examples if e.trace]
@@ -388,11 +377,10 @@ def main(args: Args) -> None:
 
         # 1. sample: own answers alone (sft: demonstrations alone)
         with run.clock("sample"):
+            rows = [] if on_policy else teacher_rows(batch, mine)
             if on_policy:
-                own, seed = [args.group_size] * len(batch), args.seed * 1_000_003 + step
-                rows = sample_rows(sampler, batch, mine, own, args, world, seed=seed, grader=grader)
-            else:
-                rows = teacher_rows(batch, mine)
+                own = [args.group_size] * len(batch)
+                rows += sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
 
         # 2. reward
         with run.clock("reward"):
@@ -402,7 +390,8 @@ def main(args: Args) -> None:
         # 3. advantages, and the hardest questions into the buffer
         rewards = torch.tensor([row.reward for row in rows])  # [B]
         question = torch.tensor([row.group for row in rows])  # [B]
-        for row, advantage in zip(rows, group_advantages(rewards, question, std=args.std).tolist(), strict=True):
+        advantages = group_advantages(rewards, question, std=args.std)  # [B]
+        for row, advantage in zip(rows, advantages.tolist(), strict=True):
             row.advantage = advantage
         buffer_log = {}
         if interleave:

@@ -623,8 +623,8 @@ def make_examples(
     traces:       "needed" (a row must have one) or "ignored" (on-policy methods, evaluation).
     golds:        a row must have a gold answer.
     empty_trace:  "error", "drop" the row, or "on_policy": keep the question without a teacher row.
-    long_trace:   "reject" a trace (eos included) of more than max_response_tokens, or "cut" it as the
-                  published code did, which loses the eos and the answer.
+    long_trace:   what becomes of a trace (eos included) of more than max_response_tokens. "reject" the row; "drop" the
+                  trace; "cut" it, which loses the eos and the answer; "end": cut it, with an eos as its last token.
     reshape:      (item, row) -> item, for a method that asks a question in its own way.
     Raises InputError naming `source`, the row and the field."""
     examples: list[Example] = []
@@ -673,7 +673,9 @@ def make_examples(
                     count["trace_too_long"] += 1
                     if long_trace == "reject":
                         continue
-                    ids = ids[:max_response_tokens]
+                    ids = [] if long_trace == "drop" else ids[:max_response_tokens]
+                    if long_trace == "end":
+                        ids[-1] = eos
             probs = next((t.probs for t in item.traces[:1]), None) if ids else None
             logps = given_logps(probs, ids, f"{source}, row {index}")
             examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps))

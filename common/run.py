@@ -131,7 +131,7 @@ SHOWN = ("reward/own", "eval/mean", "policy/entropy", "teacher/logp", "buffer/si
 
 
 class Run:
-    """A run folder and the steps that are left to do. Every method but `lr` is a collective: all ranks call it.
+    """A run folder and the steps that are left to do. All ranks call its methods.
 
     Rows that are logged have `tokens` and `shown(tokenizer)`, a dictionary for samples.jsonl."""
 
@@ -198,6 +198,11 @@ class Run:
             if self.args.keep_best and self.step:
                 keep_best(self.policy, self.tokenizer, self.out, self.world, found["eval/mean"])
         return found
+
+    @property
+    def seed(self) -> int:
+        """Seed of what this step draws."""
+        return self.args.seed * 1_000_003 + self.step
 
     def lr(self, update: int = 0, updates: int = 1, peak: float | None = None) -> float:
         """Return the learning rate of update 0, 1, ... of the `updates` of this step. peak: --lr if None."""

@@ -9,6 +9,7 @@ import torch
 import luffy
 import relift
 from common.data import pack
+from common.rows import read_examples
 from relift import (
     Args,
     HardestBuffer,
@@ -122,7 +123,7 @@ def test_an_sft_update_is_the_published_one_whatever_the_micro_batches(name, mic
 
 
 class Numbers:
-    """A tokenizer whose text is its ids; what read_questions needs of one."""
+    """A tokenizer whose text is its ids; what read_examples needs of one."""
 
     chat_template = "any"
 
@@ -159,7 +160,8 @@ def demonstrations(case, tmp_path, **settings):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     length = len(case["tgt_input_ids_right_padded"][0])
     args = Args(data=str(tmp_path / "rows.jsonl"), max_response_tokens=length, **settings)
-    return relift.read_questions(Numbers(case["eos_id"]), args, traces="needed")[0]
+    how = dict(split="train", empty_trace="on_policy", long_trace=relift.LONG_TRACE[args.long_trace])
+    return read_examples(args.data, Numbers(case["eos_id"]), args, **how)[0]
 
 
 @pytest.mark.parametrize("name", VECTORS["replace_response_in_batch"]["cases"])

@@ -240,7 +240,7 @@ def test_sft_is_the_mean_of_token_means_of_so_many_rows(module, rows_per_mean, m
     else:
         args.entropy_coef = 0.0
         rows = [luffy.Row(*pair, i, True) for i, pair in enumerate(pairs)]
-        luffy.accumulate_gradient(policy, rows, None, args, ONE_RANK)
+        luffy.accumulate_sft_gradient(policy, rows, args, ONE_RANK)
     torch.testing.assert_close(policy.table.grad, expected)
 
 
