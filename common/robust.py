@@ -14,6 +14,7 @@ Two principles keep wrong answers out. An answer is read whole or not at all: if
 
 import functools
 import itertools
+import operator
 import re
 import unicodedata
 from collections import namedtuple
@@ -126,10 +127,10 @@ def _chosen(text):
 SIGNS = {
     name: char
     for line in (
-        "≤ le leq leqslant leqq", "≥ ge geq geqslant geqq", "≠ ne neq", "∈ in", "∪ cup", "∩ cap", "∅ emptyset varnothing",
+        "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∪ cup", "∩ cap", "∅ emptyset varnothing",
         "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "≈ approx simeq", "° degree circ",
         "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert", "< lt", "> gt", "… ldots dots cdots dotsc",
-        "⦃ lbrace", "⦄ rbrace", "∨ lor vee", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil", "¢ cent", "/ slash", "' prime",
+        "⦃ lbrace {", "⦄ rbrace }", "% %", "_ _", "& &", "∨ lor vee", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil", "¢ cent", "/ slash", "' prime",
     )
     for char, *names in [line.split()]
     for name in names
@@ -176,32 +177,15 @@ NOT_UNITS = set(  # words after a number that change it
     "remainder base negative positive north south east west left right choose power larger smaller bigger either neither "
     "hundreds thousands millions dozens is are was be but only odd even prime divides multiple multiples".split()
 )
-SHORT_WORDS = NOT_UNITS | {unit for unit in UNITS if len(unit) > 1} | set(
+SHORT_WORDS = NOT_UNITS | {unit.lower() for unit in UNITS if len(unit) > 1} | set(
     "in the yes st nd rd th am pm mph kph oz lb lbs hrs mins secs sq cu gal mol rad per".split()
 )  # fmt: skip
 
 
 def _repeating(match):
     r"""0.1\overline{6} as a fraction."""
-    whole, fixed, period = match[1] or "0", match[2], match[3]
-    top = int(whole + fixed + period) - int(whole + fixed)
-    return rf"\frac{{{top}}}{{{'9' * len(period) + '0' * len(fixed)}}}"
-
-
-def _words(match):
-    """The text in a wrapper: a run of letters is a word, even a short one."""
-    text = match[1].strip()
-    if text in ("e", "i") or not re.search("[A-Za-z]", text):
-        return match[1]
-    return " " + re.sub(r"(?<![\\~A-Za-z])[A-Za-z]{2,}", lambda m: _name(m) if m[0] in FUNCTIONS else "~" + m[0], text) + " "
-
-
-def _name(match):
-    """A run of letters outside a wrapper: a function, a word, or a product of symbols."""
-    letters = match[0]
-    if letters in FUNCTIONS or letters == "pi":
-        return rf"\{letters} "
-    return "~" + letters if len(letters) >= 4 or {letters, letters.lower()} & SHORT_WORDS else letters
+    fixed, period = (match[1] or "0") + match[2], match[3]
+    return rf"\frac{{{int(fixed + period) - int(fixed)}}}{{{'9' * len(period) + '0' * len(match[2])}}}"
 
 
 PLUS, MINUS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
@@ -215,37 +199,25 @@ SPELLINGS = [
         (r"\\!", ""),
         (r"(?<!\\)\\(?:[,;:> \n]|q?quad(?![a-zA-Z]))|~|\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
         (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"),
-        (rf"\\(?:{LAYOUT})(?![a-zA-Z])\.?|\\(?:text)?color\s*\{{\w*\}}|\\underline(?=\s*\{{[^\d{{}}])", ""),
-        (r"(?:\\underline\s*\{\d+\}\s*)+", lambda m: re.sub(r"\D", "", m[0])),
-        (r"\\\{", "⦃"),
-        (r"\\\}", "⦄"),
-        (r"\\([%_&])", r"\1"),
-        *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", _words)] * 3,
+        (r"(?:\\underline\s*\{\d+\}\s*)+", lambda m: re.sub(r"\D", "", m[0])),  # blanks that are filled in
+        (rf"\\(?:{LAYOUT})(?![a-zA-Z])\.?|\\(?:text)?color\s*\{{\w*\}}", ""),
+        (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]", lambda m: SIGNS.get(m[1] or m[0], m[0])),
+        *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: re.sub(r"(?<![\\~A-Za-z])([A-Za-z]{2,})", r" ~\1 ", m[1]))] * 3,
         (WRAPPER + "(?![a-zA-Z])", ""),
-        (r"\\([a-zA-Z]+)", lambda m: SIGNS.get(m[1], m[0])),
         (r"\^\s*\{?\s*°\s*\}?", "°"),
         (r"⦃ ?⦄", "∅"),
-        (r"<=|=<", "≤"),
-        (r">=|=>", "≥"),
-        (r"!=|/=", "≠"),
         (r"^(\S+) ?≠ ?([^=≠]+)$", r"\1 ∈ (-∞,\2)∪(\2,∞)"),
         (r"\\mathbb ?\{?R\}? ?∖ ?⦃([^⦃⦄,;]+)⦄", r"(-∞,\1)∪(\1,∞)"),
         (r"(?s).*[±∓].*", lambda m: m[0].translate(PLUS) + "," + m[0].translate(MINUS)),
         (r"(?<=\d) ?: ?(?=\d)", ":"),
         (r"(?<![\\~a-zA-Z])(?:infinity|inf|infty)(?![a-zA-Z])", "∞"),
-        (r"(?<![\\~a-zA-Z])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}", _name),
+        (rf"(?<![\\a-zA-Z])~?({'|'.join(FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 "),
+        (r"(?<![\\~a-zA-Z])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}", lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS) + m[0]),
         (r"\\frac\s*([0-9a-zA-Z])", r"\\frac{\1}"),
         (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\frac\1{\2}"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\sqrt\s+(\d+)", r"\\sqrt{\1}"),
-        (r"\\sqrt\s*(\[[^\[\]]*\])?\s*([0-9a-zA-Z]|\\[a-z]+)", r"\\sqrt\1{\2}"),
         (r"\*\*", "^"),
-        (r"\^\s*\(([^()]*)\)", r"^{\1}"),
-        (r"\s*([_^])\s*", r"\1"),
-        (r"\^(-\d+)", r"^{\1}"),
-        (r"\^(?:'|\{('+)\})", lambda m: m[1] or "'"),
         (r"_\{ ?[~\\]*([a-zA-Z]+) ?\}", r"_{\1}"),
-        (r"([_^])\{(\w)\}", r"\1\2"),
+        (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
         (r"\\frac\{ *(~[a-z]+) *\}\{ *(~?[a-z]+) *\}", r"\1/ \2"),  # km over h
         (r"(?<![\d.,])\d{1,3}(?:[ ']\s*\d{3})+(?!\d|\s*/)", lambda m: re.sub(r"\D", "", m[0])),  # 10 080
         (r"\s+", " "),
@@ -259,8 +231,7 @@ def spell(text: str) -> str:
     >>> spell(r"$x \leq 1\,000\text{ cm}$."), spell("½√2")
     ('x ≤ 1000 ~cm', '\\frac{1}{2}\\sqrt{2}')
     """
-    if re.search("[\ud800-\udfff]", text):
-        raise Unreadable("half a character")
+    text = text.encode(errors="replace").decode()
     for chars, mark in [("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "^"), ("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "_")]:
         text = re.sub(f"[{chars}]+", lambda m, mark=mark: mark + "{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
     text = re.sub("[½⅓⅔¼¾⅕-⅞]", lambda m: r"\frac{%s}{%s}" % (*unicodedata.normalize("NFKC", m[0]).split("⁄"),), text)
@@ -278,13 +249,8 @@ def spell(text: str) -> str:
 
 def _trim(text):
     """Remove what stands around an answer and is no part of it."""
-    before = None
-    while text != before:
-        before = text
-        text = text.strip(" *`\"").rstrip(".,;:").removeprefix(":").strip()
-        if text[:1] == "{" and _is_wrapped(text):
-            text = text[1:-1]
-    return text
+    text = text.lstrip(' *`":').rstrip(' *`".,;:')
+    return _trim(text[1:-1]) if text[:1] == "{" and _is_wrapped(text) else text
 
 
 def _depths(text):
@@ -293,7 +259,8 @@ def _depths(text):
 
 
 def _is_wrapped(text):
-    return len(text) > 1 and text[0] in "([{⦃⟨" and _depths(text).index(0) == len(text) - 1
+    *inside, last = _depths(text)
+    return last == 0 and 0 not in inside
 
 
 def _split(text, pattern):
@@ -312,7 +279,7 @@ def _split(text, pattern):
 
 Text = namedtuple("Text", "words")
 Number = namedtuple("Number", "value unit", defaults=[""])  # unit: "%", or a name in UNITS and its power: "cm^2"
-Group = namedtuple("Group", "kind items")  # ( [ ⦃ , : for how its items are written, or one of TABLES or "row"
+Group = namedtuple("Group", "kind items")  # ( [ ⦃ , : for how its items are written, or matrix, cases, or "row"
 Region = namedtuple("Region", "intervals")  # a union of (low, low is in it, high, high is in it)
 Named = namedtuple("Named", "name value")  # x = 5, x ∈ (0, 1)
 Relation = namedtuple("Relation", "sign difference")  # left - right, which is = 0, < 0 or ≤ 0
@@ -341,17 +308,16 @@ NAME = re.compile(
 THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
 CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] "
 LETTER_UNIT = re.compile(r"(?<=[\d)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
-UNIT = r"(?:~[A-Za-z]+\.?|°(?: ?[CF](?![A-Za-z]))?|¢|%)(?:\^(?:\{-?\d+\}|-?\d))?"
+UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°(?: ?[CF](?![A-Za-z]))?|¢|%)(?:\^(?:\{-?\d+\}|-?\d))?"
 QUANTITY = re.compile(rf"(.*?[^ /·~])\s*({UNIT}(?: ?[/·]? ?{UNIT})*)")
 UNIT_WORD = re.compile(r"([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d+)\}?)?")
 CLOCK = re.compile(r"(\d{1,2}:[0-5]\d(?::[0-5]\d)?)(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
 TABLE = re.compile(
     r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin ?\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end ?\{\3\} ?[)\]]?"
 )
-TABLES = {("", "pmatrix"): "matrix", ("", "bmatrix"): "matrix", ("(", "array"): "matrix", ("[", "array"): "matrix",
-          ("(", "matrix"): "matrix", ("[", "matrix"): "matrix", ("⦃", "array"): "cases", ("", "matrix"): "bare"}  # fmt: skip
 
 
+@functools.lru_cache(4096)
 def readings(text: str) -> list:
     """Return all that a spelled answer may mean. Raises Unreadable if it means nothing."""
     if len(text) > MAX_ANSWER:
@@ -401,7 +367,8 @@ def _table(text):
         return None
     name, bracket, kind, body = table.groups()
     rows = [[_read(cell) for cell in row.split("&") if cell.strip()] for row in body.split(r"\\") if row.strip()]
-    value = Group(TABLES.get((bracket or "", kind), kind), [Group("row", row) for row in rows])
+    kind = "cases" if bracket == "⦃" else "matrix" if bracket or kind in ("pmatrix", "bmatrix") else kind
+    value = Group(kind, [Group("row", row) for row in rows])
     return Named(name.strip(), value) if name else value
 
 
@@ -566,11 +533,9 @@ NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")
 TOKEN = re.compile(
     rf" *({NUMBER.pattern}|{FUNCTION.pattern}|{SYMBOL.pattern}|\\frac|\\binom|[-+*/^!()⟦⟧{{}}\[\]·×÷∞⌊⌋⌈⌉]) *"
 )
-CONSTANTS = {"e": sympy.E, "i": sympy.I, r"\pi": sympy.pi}
+CONSTANTS = {"e": sympy.E, "i": sympy.I, r"\pi": sympy.pi, "∞": sympy.oo}
 AROUND = {"(": (")", sympy.Add), "{": ("}", sympy.Add), "[": ("]", sympy.Add),  # sympy.Add(x) is x
           "⌊": ("⌋", sympy.floor), "⌈": ("⌉", sympy.ceiling), "⟦": ("⟧", sympy.Abs)}  # fmt: skip
-PRODUCT, ARGUMENT, FACTOR, POWER = 2, 2.5, 3, 4  # how tightly an operator binds
-BINDS = {"+": 1, "-": 1, **dict.fromkeys("·*×/÷", PRODUCT), "^": 5, "!": 5}
 
 
 @functools.lru_cache(4096)
@@ -585,7 +550,7 @@ def formula(text: str) -> sympy.Expr:
     text = re.sub(r"\|([^|]*)\|", r"⟦\1⟧", MIXED.sub(r"(\1+\2)", _trim(text)))
     tokens = [match[1] for match in TOKEN.finditer(text)]
     for left, right in zip(tokens, tokens[1:], strict=False):
-        if NUMBER.match(right) and (left in "}]" or NUMBER.match(left) or SYMBOL.fullmatch(left)):
+        if NUMBER.match(right) and (left == "}" or NUMBER.match(left) or SYMBOL.fullmatch(left)):
             raise Unreadable("a number after a factor")  # x2, 1 2
     if TOKEN.sub("", text) or len(text) > 2 * MAX_ANSWER:
         raise Unreadable("a sign that no rule reads")
@@ -601,26 +566,19 @@ def _parse(tokens, binds=0):
     value = _atom(tokens, binds)
     while True:
         sign = tokens[-1]
-        tightness = BINDS.get(sign)
-        if tightness is None and sign:  # factors side by side; a function's argument ends at a bracket or function
-            closes = sign in ")}]⌋⌉⟧"
-            tightness = 0 if closes else ARGUMENT if sign in AROUND or FUNCTION.fullmatch(sign) else FACTOR
-        if not sign or tightness <= binds:
+        if sign in OPERATORS:
+            left, right, apply = OPERATORS[sign]
+        else:  # factors side by side; the argument of a function ends at a bracket or at another function
+            left = ARGUMENT if sign in AROUND or FUNCTION.fullmatch(sign) else FACTOR
+            right, apply = FACTOR, operator.mul
+        if left <= binds:
             return value
-        if sign not in BINDS:
-            value = value * _parse(tokens, FACTOR)
-            continue
-        tokens.pop()
-        if sign == "!":
-            value = _factorial(value)
-        elif sign == "^":
-            value = _power(value, _parse(tokens, POWER))
-        else:
-            other = _parse(tokens, tightness)
-            value = value + other if sign == "+" else value - other if sign == "-" else value / other if sign in "/÷" else value * other
+        if sign in OPERATORS:
+            tokens.pop()
+        value = apply(value) if sign == "!" else apply(value, _parse(tokens, right))
 
 
-def _atom(tokens, binds=POWER):
+def _atom(tokens, binds=4):
     token = tokens.pop()
     if token in ("+", "-"):
         value = _parse(tokens, max(binds, PRODUCT))
@@ -638,12 +596,12 @@ def _atom(tokens, binds=POWER):
     if token == r"\binom":
         top, bottom = _atom(tokens), _atom(tokens)
         return sympy.binomial(top, bottom) if _factorial(top) else None
-    if token == "∞":
-        return sympy.oo
+    if token in CONSTANTS:
+        return CONSTANTS[token]
+    if SYMBOL.fullmatch(token):
+        return sympy.Symbol(re.sub(r"[{} ]", "", token))
     if not (function := FUNCTION.fullmatch(token)):
-        if not SYMBOL.fullmatch(token):
-            raise Unreadable("not a formula")
-        return CONSTANTS.get(token) or sympy.Symbol(re.sub(r"[{} ]", "", token))
+        raise Unreadable("not a formula")
     name, base = function.groups()
     if name == "sqrt":
         root = _atom(tokens) if tokens[-1] == "[" else 2
@@ -687,6 +645,14 @@ def _bits(value):
     if value.is_Pow:
         return (parts[0] + 1) * (_size(value.exp) + 1)
     return max(parts) + len(parts) if value.is_Add else sum(parts) + 3
+
+
+PRODUCT, ARGUMENT, FACTOR, POWER = 2, 2.5, 3, 4
+OPERATORS = {  # how tightly they bind on their left and on their right
+    **dict.fromkeys(["", *")}]⌋⌉⟧"], (0, 0, None)), "+": (1, 1, operator.add), "-": (1, 1, operator.sub),
+    **dict.fromkeys("·*×", (PRODUCT, PRODUCT, operator.mul)), **dict.fromkeys("/÷", (PRODUCT, PRODUCT, operator.truediv)),
+    "^": (5, POWER, _power), "!": (5, 5, _factorial),
+}  # fmt: skip
 
 
 # 4. Compare.
@@ -837,26 +803,18 @@ def robust(response: str, gold: str) -> bool:
     answer = answer if marked else re.sub(r"\*\*([^*]+)\*\*", r"\1", said.strip().rpartition("\n")[2])
     if not answer.strip() or len(answer) > 4 * MAX_ANSWER:
         raise NoAnswer(f"no answer in the response, or one of {len(answer)} characters")
+    spelled, truth = spell(answer), spell(gold)
+    if spelled and _key(spelled) == _key(truth):
+        return True
+    faulty = f"gold unreadable: {gold[:100]}"
     try:
-        spelled = spell(answer)
-        if spelled and _key(spelled) == _key(spell(gold)):
-            return True
-        truth = _gold(gold)
+        golds = readings(truth)
+        faulty = f"answer unreadable: {answer[:100]}"
         if not marked and re.search(r"\d[^\d]*~", spelled):  # an unmarked last line must end in the answer
             raise Unreadable("words after a number")
-        return any(same(a, b) for a in truth for b in readings(spelled))
-    except NoAnswer:
-        raise
+        return any(same(a, b) for a in golds for b in readings(spelled))
     except (ValueError, ArithmeticError, NotImplementedError, TypeError, RecursionError) as error:
-        raise NoAnswer(f"answer unreadable: {answer[:100]} ({type(error).__name__}: {error})"[:300]) from error
-
-
-@functools.lru_cache(2048)
-def _gold(gold):
-    try:
-        return readings(spell(gold))
-    except (ValueError, ArithmeticError, NotImplementedError, TypeError, RecursionError) as error:
-        raise NoAnswer(f"gold unreadable: {gold[:100]} ({error})") from error
+        raise NoAnswer(f"{faulty} ({type(error).__name__}: {error})"[:300]) from error
 
 
 def _key(text):
