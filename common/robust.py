@@ -163,7 +163,7 @@ UNITS = {  # name: (what is measured, how many of its first unit)
         "mass": "1 g gram,1/1000 mg milligram,1000 kg kilogram,1000000 ton tonne",
         "volume": "1 L l liter litre,1/1000 mL ml milliliter millilitre",
         "money": "1 dollar USD,1/100 cent ¢",
-        "angle": "1 ° degree deg,1/60 arcminute", "morning": "1 am", "evening": "1 pm",
+        "angle": "1 ° degree deg,1/60 arcminute", "morning": "1 am", "evening": "1 pm", "share": "1 %",
     }.items()
     for line in table.split(",")
     for factor, *names in [line.split()]
@@ -218,6 +218,9 @@ SPELLINGS = [
         (r"\*\*", "^"),
         (r"_\{ ?[~\\]*([a-zA-Z]+) ?\}", r"_{\1}"),
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
+        (r" ?~(?:percent|pct)(?![a-z])", "%"),
+        (r"~(?:square|sq\.?|(cubic|cu\.?)) ~([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
+        (rf" ?~({'|'.join(SCALES)})s?(?![a-z])", lambda m: f"·{SCALES[m[1]]}"),
         (r"\\frac\{ *(~[a-z]+) *\}\{ *(~?[a-z]+) *\}", r"\1/ \2"),  # km over h
         (r"(?<![\d.,])\d{1,3}(?:[ ']\s*\d{3})+(?!\d|\s*/)", lambda m: re.sub(r"\D", "", m[0])),  # 10 080
         (r"\s+", " "),
@@ -278,7 +281,7 @@ def _split(text, pattern):
 
 
 Text = namedtuple("Text", "words")
-Number = namedtuple("Number", "value unit", defaults=[""])  # unit: "%", or a name in UNITS and its power: "cm^2"
+Number = namedtuple("Number", "value unit", defaults=[None])  # unit: ("cm", 2) is cm^2, None an unknown one or none
 Group = namedtuple("Group", "kind items")  # ( [ ⦃ , : for how its items are written, or matrix, cases, or "row"
 Region = namedtuple("Region", "intervals")  # a union of (low, low is in it, high, high is in it)
 Named = namedtuple("Named", "name value")  # x = 5, x ∈ (0, 1)
@@ -386,7 +389,7 @@ def _list(text):
     values = _flat(map(_read, items))
     if len(values) == 1:
         return values[0]
-    if len({value.unit for value in values if isinstance(value, Number)} - {""}) > 1:
+    if len({value.unit for value in values if isinstance(value, Number)} - {None}) > 1:
         raise Unreadable("several units")
     names = {value.name for value in values if isinstance(value, Named)}
     if len(names) == len(values):  # y = 2, x = 1 is (1, 2)
@@ -473,7 +476,7 @@ def _brackets(text):
 def _ratio(text):
     """3:4 is a quotient, 7:05 p.m. a symbol with a unit."""
     if clock := CLOCK.fullmatch(text):
-        return Number(sympy.Symbol(clock[1]), f"{clock[2].lower()}m^1" if clock[2] else "")
+        return Number(sympy.Symbol(clock[1]), (clock[2].lower() + "m", 1) if clock[2] else None)
     parts, signs = _split(text, ":")
     if not signs:
         return None
@@ -496,20 +499,15 @@ def _quantity(text):
     text = re.sub(r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\d)? ?[({]?)(\d+) ?°", r"\1{\\frac{\2\\pi}{180}}", text)
     if not (found := QUANTITY.fullmatch(text)):
         return Number(formula(text))
-    value, units, power = formula(found[1]), [], 1
+    units = []
     for word, exponent in UNIT_WORD.findall(found[2]):
-        name = word if word in UNITS or len(word) < 2 else word.lower()
-        name = name.removesuffix("s") if name not in UNITS and name.removesuffix("s") in UNITS else name
+        names = (word, word.lower(), word.lower().removesuffix("s"))
+        name = next((name for name in names if name in UNITS), word.lower())
         if name in NOT_UNITS:
             raise Unreadable(f"{name} after a number")
-        if name in SCALES:
-            value *= SCALES[name]
-        elif name in ("square", "sq", "cubic", "cu"):
-            power = 2 if name[0] == "s" else 3
-        else:
-            units.append("%" if name in ("percent", "pct", "%") else f"{name}^{exponent or power}")
-    known = len(units) == 1 and (units[0] == "%" or units[0].partition("^")[0] in UNITS)
-    return Number(value, units[0] if known else "")
+        units.append((name, int(exponent or 1)))
+    known = len(units) == 1 and units[0][0] in UNITS
+    return Number(formula(found[1]), units[0] if known else None)
 
 
 def _region(value):
@@ -657,26 +655,22 @@ OPERATORS = {  # how tightly they bind on their left and on their right
 
 # 4. Compare.
 
-POINTS = [sympy.Rational(p, q) for p, q in [(37, 29), (-53, 31), (101, 41), (17, 43), (-7, 47), (223, 59)]]
-
-
-def _points(*formulas):
-    """Up to four points, {symbol: number}, at which formulas are compared. Some numbers are negative."""
-    symbols = sorted(set().union(*(f.free_symbols for f in formulas)), key=str)
+def _points(symbols):
+    """Return four points {symbol: number} with all signs of two symbols; one without symbols."""
     if len(symbols) > 8:
         raise Unreadable("too many symbols")
     return [
-        {symbol: POINTS[(i + k) % len(POINTS)] + sympy.Rational(k * i, 7) for i, symbol in enumerate(symbols)}
+        {s: (-1) ** (k >> i % 2) * sympy.Rational(37 + 24 * i + 10 * k, 29 + 2 * i) for i, s in enumerate(symbols)}
         for k in range(4 if symbols else 1)
     ]
 
 
-def _zero(value, at):
-    """Is it 0 there? None if it is not a number."""
-    number = value.evalf(8, subs=at, maxn=300)
-    if not number.is_number or number.has(sympy.nan, sympy.zoo, sympy.oo):
+def _equal_at(a, b, at):
+    """Are they equal at a point? None if one is no number there, or if one is real and the other is not."""
+    difference = (a - b).evalf(8, subs=at, maxn=300)
+    if at and a.evalf(8, subs=at).is_real != b.evalf(8, subs=at).is_real or not difference.is_finite:
         return None
-    return number == 0 or all(part == 0 or part._prec == 1 for part in number.as_real_imag())
+    return difference == 0 or all(part == 0 or part._prec == 1 for part in difference.as_real_imag())
 
 
 @functools.lru_cache(4096)
@@ -686,19 +680,11 @@ def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
     >>> equal(formula("2^{-60}"), formula("2^{-61}")), equal(formula("(x+1)^2"), formula("x^2+2x+1"))
     (False, True)
     """
-    if a == b:
-        return True
-    if a.is_Rational and b.is_Rational or a.is_infinite or b.is_infinite:
-        return False
-    tested = 0
-    for at in _points(a, b):
-        if at and a.evalf(8, subs=at).is_real != b.evalf(8, subs=at).is_real:
-            continue  # outside the domain of one of them
-        zero = _zero(a - b, at)
-        if zero is False:
-            return False
-        tested += zero is True
-    return tested > 0
+    if a == b or a.is_Rational and b.is_Rational or a.is_infinite or b.is_infinite:
+        return a == b
+    points = _points(sorted(a.free_symbols | b.free_symbols, key=str))
+    verdicts = {_equal_at(a, b, at) for at in points}
+    return True in verdicts and False not in verdicts
 
 
 def _near(exact, rounded):
@@ -713,7 +699,7 @@ def _proportional(f, g, *, positive):
     """Is f a multiple of g at all points, a positive one if asked for?"""
     if f.free_symbols != g.free_symbols or not f.free_symbols:
         return False
-    ratios = [f.subs(at) / g.subs(at) for at in _points(f)]
+    ratios = [f.subs(at) / g.subs(at) for at in _points(sorted(f.free_symbols, key=str))]
     if not all(ratio.is_finite and ratio != 0 and equal(ratio, ratios[0]) for ratio in ratios):
         return False
     return not positive or bool(ratios[0].is_positive)
@@ -776,15 +762,12 @@ def _paired(items, others, same):
 
 
 def _same_quantity(a, b):
-    if b.unit == "%" != a.unit:
-        a, b = b, a
-    if a.unit == "%" != b.unit:
-        return not b.unit and (equal(a.value, b.value) or equal(a.value, 100 * b.value))
+    """A unit may be missing on one side. 25 % is 25 or 0.25."""
     if a.unit == b.unit or not a.unit or not b.unit:
-        return equal(a.value, b.value)
-    (name, power), (other, other_power) = a.unit.split("^"), b.unit.split("^")
-    (kind, x), (other_kind, y) = UNITS[name], UNITS[other]
-    return kind == other_kind and power == other_power and equal(a.value * x ** int(power), b.value * y ** int(power))
+        percent = a.value / 100 if a.unit == ("%", 1) else a.value
+        return equal(a.value, b.value) or a.unit != b.unit and equal(percent, b.value)
+    (kind, x), (other, y) = UNITS[a.unit[0]], UNITS[b.unit[0]]
+    return kind == other and a.unit[1] == b.unit[1] and equal(a.value * x ** a.unit[1], b.value * y ** b.unit[1])
 
 
 def robust(response: str, gold: str) -> bool:
