@@ -92,6 +92,12 @@ def find_answer(text: str) -> str | None:
     return None
 
 
+def _last_line(text):
+    """Return the last line of a text without a mark; "" for an unfinished thought or box."""
+    line = text.strip().rpartition("\n")[2]
+    return "" if "<think>" in text or BOX.search(line) else re.sub(r"\*\*([^*]+)\*\*", r"\1", line)
+
+
 CHOICE = re.compile(
     r"\b(?:answer|antwort|option|choice|respuesta|réponse)\b[^.\n:：]{0,40}?(?:[:：]|\bis\b|\bist\b)(?![\s*_:$]*not\b)", re.I
 )
@@ -253,7 +259,7 @@ def spell(text: str) -> str:
 def _trim(text):
     """Remove what stands around an answer and is no part of it."""
     text = text.lstrip(' *`":').rstrip(' *`".,;:')
-    return _trim(text[1:-1]) if text[:1] == "{" and _is_wrapped(text) else text
+    return _trim(text[1:-1]) if text[:1] == "{" and text[-1] == "}" and _is_wrapped(text) else text
 
 
 def _depths(text):
@@ -310,7 +316,7 @@ NAME = re.compile(
 )
 THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
 CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] "
-LETTER_UNIT = re.compile(r"(?<=[\d)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
+LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
 UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°(?: ?[CF](?![A-Za-z]))?|¢|%)(?:\^(?:\{-?\d+\}|-?\d))?"
 QUANTITY = re.compile(rf"(.*?[^ /·~])\s*({UNIT}(?: ?[/·]? ?{UNIT})*)")
 UNIT_WORD = re.compile(r"([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d+)\}?)?")
@@ -398,7 +404,10 @@ def _list(text):
     if "∪" in separators and None in regions:
         raise Unreadable("a union of what is no interval")
     if None not in regions and any("or" in s.lower() or s in "∨∪" for s in separators):
-        return Region([interval for region in regions for interval in region.intervals])
+        region = Region([interval for region in regions for interval in region.intervals])
+        if len(names) > 1:
+            raise Unreadable("several names")
+        return Named(*names, region) if names else region
     first, *others = values
     if isinstance(first, Named) and not any(isinstance(value, Named | Relation) for value in others):
         return Named(first.name, Group(",", [first.value, *others]))  # x = 1, 2
@@ -783,7 +792,7 @@ def robust(response: str, gold: str) -> bool:
             return chosen == label[1]
     answer = find_answer(said) or find_answer(whole)
     marked = answer is not None
-    answer = answer if marked else re.sub(r"\*\*([^*]+)\*\*", r"\1", said.strip().rpartition("\n")[2])
+    answer = answer if marked else _last_line(said)
     if not answer.strip() or len(answer) > 4 * MAX_ANSWER:
         raise NoAnswer(f"no answer in the response, or one of {len(answer)} characters")
     spelled, truth = spell(answer), spell(gold)
