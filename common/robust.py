@@ -101,7 +101,7 @@ def _last_line(text):
 CHOICE = re.compile(
     r"\b(?:answer|antwort|option|choice|respuesta|réponse)\b[^.\n:：]{0,40}?(?:[:：]|\bis\b|\bist\b)(?![\s*_:$]*not\b)", re.I
 )
-LABEL = re.compile(r"\W*?(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([A-Za-z])(?![A-Za-z0-9_'’^])(\)?)(.*)", re.I | re.S)
+LABEL = re.compile(r"[\s\"'“.\-]*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([A-Za-z])(?![A-Za-z0-9_'’^])(\)?)(.*)", re.I | re.S)
 SECOND_LABEL = re.compile(r"\s*(?:[,/&+]|and\b|or\b|[-:]\s)\s*(?:and |or )?\(?[A-Z]\)?\s*(?:$|[).:,]|and\b|or\b)")
 
 
@@ -286,17 +286,16 @@ def _split(text, pattern):
 # 3. Read it.
 
 
-Text = namedtuple("Text", "words")
 Number = namedtuple("Number", "value unit", defaults=[None])  # unit: ("cm", 2) is cm^2, None an unknown one or none
-Group = namedtuple("Group", "kind items")  # ( [ ⦃ , : for how its items are written, or matrix, cases, or "row"
-Region = namedtuple("Region", "intervals")  # a union of (low, low is in it, high, high is in it)
+Group = namedtuple("Group", "kind items")  # kind: its brackets, as (] for an interval; "," or ∪ ; matrix, cases or row
 Named = namedtuple("Named", "name value")  # x = 5, x ∈ (0, 1)
 Relation = namedtuple("Relation", "sign difference")  # left - right, which is = 0, < 0 or ≤ 0
 
-REALS = Region([(-sympy.oo, False, sympy.oo, False)])
+INTERVALS = ("()", "[]", "(]", "[)", "∪")
+REALS = Group("()", [Number(-sympy.oo), Number(sympy.oo)])
 SETS = {
     **dict.fromkeys(["∅", "no solution", "no solutions", "no real solution", "no real solutions", "empty set",
-                     "there is no solution", "there are no solutions", "no such solution exists"], Group("⦃", [])),
+                     "there is no solution", "there are no solutions", "no such solution exists"], Group("⦃⦄", [])),
     **dict.fromkeys([r"\mathbb{r}", "all real numbers", "all reals", "real numbers", "any real number", "all real x",
                      "every real number"], REALS),
 }  # fmt: skip
@@ -400,14 +399,13 @@ def _list(text):
     names = {value.name for value in values if isinstance(value, Named)}
     if len(names) == len(values):  # y = 2, x = 1 is (1, 2)
         return Group(",", sorted(values, key=lambda value: value.name))
-    regions = [_region(value.value if isinstance(value, Named) else value) for value in values]
-    if "∪" in separators and None in regions:
-        raise Unreadable("a union of what is no interval")
-    if None not in regions and any("or" in s.lower() or s in "∨∪" for s in separators):
-        region = Region([interval for region in regions for interval in region.intervals])
-        if len(names) > 1:
-            raise Unreadable("several names")
-        return Named(*names, region) if names else region
+    regions = [value.value if isinstance(value, Named) else value for value in values]
+    if any("or" in s.lower() or s in "∨∪" for s in separators):
+        if len(names) < 2 and all(isinstance(region, Group) and region.kind in INTERVALS for region in regions):
+            region = Group("∪", regions)
+            return Named(*names, region) if names else region
+        if "∪" in separators or len(names) > 1:
+            raise Unreadable("a union of what is no interval")
     first, *others = values
     if isinstance(first, Named) and not any(isinstance(value, Named | Relation) for value in others):
         return Named(first.name, Group(",", [first.value, *others]))  # x = 1, 2
@@ -440,12 +438,11 @@ def _relation(text):
     if len(sides) == 2 and len(names) != 1:
         return Relation(signs[0], values[0] - values[1])
     if names == [0]:  # x < 1 is -∞ < x < 1
-        sides, values, closed = ["", *sides], [-sympy.oo, *values], [False, *closed]
-    if len(values) == 2:
-        values, closed = [*values, sympy.oo], [*closed, False]
-    if len(values) > 3 or not values[1].is_Symbol:
+        values, closed = [-sympy.oo, *values], [False, *closed]
+    values, (low, high) = [*values, sympy.oo], [*closed, False][:2]
+    if len(sides) > 3 or not values[1].is_Symbol:
         raise Unreadable("a chain of relations")
-    return Named(sides[1], Region([(values[0], closed[0], values[2], closed[1])]))
+    return Named(str(values[1]), Group("[" * low + "(" * (not low) + "]" * high + ")" * (not high), [*map(Number, values[:3:2])]))
 
 
 def _equation(sides):
@@ -464,22 +461,18 @@ def _equation(sides):
 
 
 def _brackets(text):
-    kind = text[0].replace("⟨", "(")
-    if kind not in "([⦃" or not _is_wrapped(text):
+    if text[0] not in "([⦃⟨" or not _is_wrapped(text):
         return None
-    inside, close = text[1:-1], text[-1].replace("⟩", ")")
-    items, separators = _split(inside, "[,;]")
-    if not inside.strip() or kind == "⦃" and (inside.count("|") == 1 or ":" in inside or r"\mid" in inside):
-        raise Unreadable("a set by its property, or nothing")
-    if kind == "(" and not separators:
-        return _read(inside)
-    values = [_read(item) for item in items]
-    if kind + close in ("()", "[]", "⦃⦄"):
-        return Group(kind, _flat(values) if kind == "⦃" else values)
-    if not (region := _region(Group("(", values))):
+    kind = (text[0] + text[-1]).replace("⟨⟩", "()")
+    items, separators = _split(text[1:-1], "[,;]")
+    if kind == "()" and not separators:
+        return _read(text[1:-1])
+    if kind == "⦃⦄" and re.search(r"^[^|]*\|[^|]*$|:|\\mid", text):
+        raise Unreadable("a set by its property")
+    if kind not in ("()", "[]", "⦃⦄") and (kind not in INTERVALS or len(items) != 2):
         raise Unreadable("brackets that do not match")
-    ((low, _, high, _),) = region.intervals
-    return Region([(low, kind == "[", high, close == "]")])
+    values = [*map(_read, items)]
+    return Group(kind, _flat(values) if kind == "⦃⦄" else values)
 
 
 def _ratio(text):
@@ -496,11 +489,11 @@ def _ratio(text):
 
 def _text(text):
     """Words without a number, or a number with a base."""
-    if based := re.fullmatch(r"(\d\w*)_(\w|\{\w+\})", text):
-        return Text(based.groups())
+    if re.fullmatch(r"\d\w*_(\w|\{\w+\})", text):
+        return Number(sympy.Symbol(text))
     if re.fullmatch(r"[~A-Za-z .\-/]+", text) and ("~" in text or len(re.sub("[^A-Za-z]", "", text)) > 2):
-        words = tuple(re.findall("[a-z]+", text.lower()))
-        return Text(tuple(w for w in words if w not in ("the", "a", "an", "is", "it")) or words)
+        words = re.findall("[a-z]+", text.lower())
+        return Number(sympy.Symbol(" ".join(w for w in words if w not in ("the", "a", "an", "is", "it")) or text))
     return None
 
 
@@ -517,18 +510,6 @@ def _quantity(text):
         units.append((name, int(exponent or 1)))
     known = len(units) == 1 and units[0][0] in UNITS
     return Number(formula(found[1]), units[0] if known else None)
-
-
-def _region(value):
-    """An interval, or a set of numbers, as a Region; None if it is neither."""
-    match value:
-        case Region():
-            return value
-        case Group("(" | "[" as kind, [Number(low), Number(high)]):
-            return Region([(low, kind == "[", high, kind == "[")])
-        case Group("⦃", items) if all(isinstance(item, Number) for item in items):
-            return Region([(item.value, True, item.value, True) for item in items])
-    return None
 
 
 MIXED = re.compile(r"(?<![\d.^_}])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+ ?/ ?\d+)")
@@ -598,11 +579,10 @@ def _atom(tokens, binds=4):
         return around(value)
     if NUMBER.fullmatch(token):
         return sympy.Rational(token)
-    if token == r"\frac":
-        return _atom(tokens) / _atom(tokens)
-    if token == r"\binom":
-        top, bottom = _atom(tokens), _atom(tokens)
-        return sympy.binomial(top, bottom) if _factorial(top) else None
+    if token in (r"\frac", r"\binom") and tokens[-1] == "{":
+        top = _atom(tokens)
+        bottom = _atom(tokens) if tokens[-1] == "{" else None
+        return top / bottom if token == r"\frac" else _factorial(top) and sympy.binomial(top, bottom)
     if token in CONSTANTS:
         return CONSTANTS[token]
     if SYMBOL.fullmatch(token):
@@ -612,6 +592,8 @@ def _atom(tokens, binds=4):
     name, base = function.groups()
     if name == "sqrt":
         root = _atom(tokens) if tokens[-1] == "[" else 2
+        if base or tokens[-1] in ("+", "-"):
+            raise Unreadable("not a formula")
         return _power(_atom(tokens), sympy.Integer(1) / root)
     exponent = 1
     if tokens[-1] == "^":
@@ -721,8 +703,6 @@ def same(a, b) -> bool:
 
 def _same(a, b):
     match a, b:
-        case Text(), Text():
-            return a == b
         case Number(), Number():
             return _same_quantity(a, b)
         case Named(), Named() if a.name == b.name:
@@ -733,25 +713,19 @@ def _same(a, b):
             return same(a.value, b)
         case Relation(), Relation():
             return a.sign == b.sign and _proportional(a.difference, b.difference, positive=a.sign != "=")
-        case Group("⦃" | "[", [item]), Number() | Text() | Named():
+        case Group("⦃⦄" | "[]", [item]), Number() | Named():
             return same(item, b)
-        case Group("⦃", items), Group("⦃" | ",", others):
+        case Group("⦃⦄", items), Group("⦃⦄" | ",", others):
             return all(any(same(x, y) for y in others) for x in items) and all(any(same(x, y) for x in items) for y in others)
-        case Group("," | "cases" as kind, items), Group(other, others) if kind == other:
-            return _paired(items, others, same)
-        case Group("matrix", rows), Group("(" | ",", items):
+        case Group("," | "∪" | "cases" as kind, items), Group(other, others) if kind == other:
+            return _paired(items, others)
+        case Group("matrix", rows), Group("()" | ",", items):
             row = rows[0].items if len(rows) == 1 else [row.items[0] for row in rows if len(row.items) == 1]
             return len(row) == max(len(rows), len(rows[0].items)) and _in_order(row, items)
-        case Group(kind, items), Group(other, others) if kind == other != "⦃":
-            return _in_order(items, others)
-        case Group("(" | "[", items), Group(",", others):
-            return _in_order(items, others)
-        case Group("(", items), Group("[", others):
-            return len(items) != 2 and _in_order(items, others)
-        case Region(intervals), Region(others):
-            return _paired(intervals, others, lambda p, q: p[1::2] == q[1::2] and equal(p[0], q[0]) and equal(p[2], q[2]))
-        case Region(), Group("(" | "[", _):
-            return (region := _region(b)) is not None and _same(a, region)
+        case Group("()" | "[]" as kind, items), Group("()" | "[]" | "," as other, others) if kind != other:
+            return (other == "," or len(items) != 2) and _in_order(items, others)
+        case Group(kind, items), Group(other, others):
+            return kind == other and _in_order(items, others)
     return False
 
 
@@ -759,7 +733,7 @@ def _in_order(items, others):
     return len(items) == len(others) and all(map(same, items, others))
 
 
-def _paired(items, others, same):
+def _paired(items, others):
     """Has every item a partner of its own among the others?"""
     others = list(others)
     for item in items:
