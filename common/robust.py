@@ -1,12 +1,13 @@
+# ruff: noqa: SIM905 (words of a table)
 r"""The rule `robust`: is the answer of a response the gold? For your own data; no published run used it.
 
     robust(r"So \boxed{x = 1\frac12\text{ cm}}", "1.5")  ->  True
 
 Four stages, one section each:
-    1. find      `find_answer` takes the answer from the text: the last box, else <answer>, ####, "answer is", the last line
-    2. spell     `spell` writes it in one way: every sign is one character, a word starts with ~, \dfrac12 is \frac{1}{2}
-    3. read      `readings` splits it at the loosest operator: list, relation, union, brackets, quantity, then `formula`
-    4. compare   `same` compares two readings part by part; numbers exactly or to 300 digits
+    1. find     `find_answer` takes it from the text: the last box, else <answer>, ####, "answer is", the last line
+    2. spell    `spell` writes it in one way: a sign is one character, a word starts with ~, \dfrac12 is \frac{1}{2}
+    3. read     `readings` splits it at the loosest operator: list, relation, brackets, quantity; then `formula`
+    4. compare  `same` compares two readings part by part, numbers exactly or to 300 digits
 
 Two principles keep wrong answers out. An answer is read whole or not at all: if no rule knows a part, the answer is
 `Unreadable`, and only the same spelling as the gold is correct. Sizes are checked before anything is computed.
@@ -38,7 +39,8 @@ class Unreadable(ValueError):
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 BARE_BOX = re.compile(r"\\[dtc]?frac\s*(?:\w\s*\w|\{[^{}]*\}\s*\{[^{}]*\})|-?[\d.,]*\d|\\?[A-Za-z]+")
 JOINED_BOXES = re.compile(  # what stands between the boxes of a list
-    r"(?s)(?=.*(?:[,;]|and|or))(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
+    r"(?s)(?=.*(?:[,;]|and|or))"
+    r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
 )
 TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
@@ -46,7 +48,8 @@ ANSWER = r"answer(?:[ *_]{0,3}to[^.\n]{0,80})?|antwort|respuesta|réponse|отв
 PHRASE = re.compile(rf"\b(?:{ANSWER})[\s*_$]{{0,4}}(?:[:：]|\b(?:is|are|ist)\b|=)(?![\s*_:]*not\b)[\s*_:]*", re.I)
 MARKED = re.compile(r"\$+([^$\n]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]|\*\*([^*\n]+)\*\*")
 SENTENCE_END = re.compile(
-    r"\n|[.!?](?=\s|$)|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=)|\s(?:because|since|which|so|as|where|but)\b|\s\((?=[a-z])|;\s|<"
+    r"\n|[.!?](?=\s|$)|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=)|"
+    r"\s(?:because|since|which|so|as|where|but)\b|\s\((?=[a-z])|;\s|<"
 )
 
 
@@ -99,9 +102,11 @@ def _last_line(text):
 
 
 CHOICE = re.compile(
-    r"\b(?:answer|antwort|option|choice|respuesta|réponse)\b[^.\n:：]{0,40}?(?:[:：]|\bis\b|\bist\b)(?![\s*_:$]*not\b)", re.I
+    r"\b(?:answer|antwort|option|choice|respuesta|réponse)\b[^.\n:：]{0,40}?"
+    r"(?:[:：]|\bis\b|\bist\b)(?![\s*_:$]*not\b)",
+    re.I,
 )
-LABEL = re.compile(r"[\s\"'“.\-]*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([A-Za-z])(?![A-Za-z0-9_'’^])(\)?)(.*)", re.I | re.S)
+LABEL = re.compile(r"(?is)[\s\"'“.\-]*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z])(?![a-z0-9_'’^])(\)?)(.*)")
 SECOND_LABEL = re.compile(r"\s*(?:[,/&+]|and\b|or\b|[-:]\s)\s*(?:and |or )?\(?[A-Z]\)?\s*(?:$|[).:,]|and\b|or\b)")
 
 
@@ -133,10 +138,11 @@ def _chosen(text):
 SIGNS = {
     name: char
     for line in (
-        "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∪ cup", "∩ cap", "∅ emptyset varnothing",
-        "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "≈ approx simeq", "° degree circ",
-        "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert", "< lt", "> gt", "… ldots dots cdots dotsc",
-        "⦃ lbrace {", "⦄ rbrace }", "% %", "_ _", "& &", "∨ lor vee", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil", "¢ cent", "/ slash", "' prime",
+        "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∪ cup", "∩ cap",
+        "∅ emptyset varnothing", "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "/ slash", "< lt",
+        "> gt", "≈ approx simeq", "° degree circ", "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert",
+        "… ldots dots cdots dotsc", "⦃ lbrace {", "⦄ rbrace }", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil",
+        "∨ lor vee", "¢ cent", "' prime", "% %", "_ _", "& &",
     )
     for char, *names in [line.split()]
     for name in names
@@ -147,14 +153,15 @@ LOOKALIKES = {
     **{c: rf"\{unicodedata.name(c).split()[-1].lower()} " for c in "αβγδεζηθικμνξπρστυφχψω"}, "λ": r"\lambda ",
     **{c: rf"\{unicodedata.name(c).split()[-1].capitalize()} " for c in "ΓΔΘΞΠΣΦΨΩ"}, "Λ": r"\Lambda ",
 }  # fmt: skip
-WRAPPER = r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
+WRAPPER = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)|text|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
 LAYOUT = (
-    "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare square "
-    "qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
+    "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare "
+    "square qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
 ).replace(" ", "|")
 FUNCTIONS = {
     **{name: getattr(sympy, name) for name in "sin cos tan cot csc sec sinh cosh tanh sqrt exp".split()},
-    "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "ln": sympy.log, "log": lambda x: sympy.log(x, 10),
+    "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "ln": sympy.log,
+    "log": lambda x: sympy.log(x, 10),
 }  # fmt: skip
 GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau "
@@ -163,8 +170,9 @@ GREEK = (
 UNITS = {  # name: (what is measured, how many of its first unit)
     name: (kind, sympy.Rational(factor))
     for kind, table in {
-        "length": "1 m meter metre,1/1000 mm millimeter millimetre,1/100 cm centimeter centimetre,1000 km kilometer kilometre,"
-        "127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,201168/125 mi mile",
+        "length": "1 m meter metre,1/1000 mm millimeter millimetre,1/100 cm centimeter centimetre,"
+        "1000 km kilometer kilometre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,"
+        "201168/125 mi mile",
         "time": "1 s sec second,60 min minute,3600 h hr hour,86400 day,604800 week",
         "mass": "1 g gram,1/1000 mg milligram,1000 kg kilogram,1000000 ton tonne",
         "volume": "1 L l liter litre,1/1000 mL ml milliliter millilitre",
@@ -177,11 +185,11 @@ UNITS = {  # name: (what is measured, how many of its first unit)
 }  # fmt: skip
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 NOT_UNITS = set(  # words after a number that change it
-    "and or to by of than out not no if for when where with without except plus minus over under below above before after "
-    "ago more less fewer greater least most up down between through until score pair half halves third thirds quarter "
+    "and or to by of than out not no if for when where with without except plus minus over under below above before "
+    "after ago more less fewer greater least most up down between through until score pair half halves third thirds quarter "
     "quarters fourth fourths fifth fifths tenth tenths hundredth hundredths squared cubed factorial root mod modulo "
-    "remainder base negative positive north south east west left right choose power larger smaller bigger either neither "
-    "hundreds thousands millions dozens is are was be but only odd even prime divides multiple multiples".split()
+    "remainder base negative positive north south east west left right choose power larger smaller bigger either "
+    "neither hundreds thousands millions dozens is are was be but only odd even prime divides multiple multiples".split()
 )
 SHORT_WORDS = NOT_UNITS | {unit.lower() for unit in UNITS if len(unit) > 1} | set(
     "in the yes st nd rd th am pm mph kph oz lb lbs hrs mins secs sq cu gal mol rad per".split()
@@ -194,6 +202,7 @@ def _repeating(match):
     return rf"\frac{{{int(fixed + period) - int(fixed)}}}{{{'9' * len(period) + '0' * len(match[2])}}}"
 
 
+WORD = re.compile(r"(?<![\\~a-zA-Z])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}")
 PLUS, MINUS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 SPELLINGS = [
     (re.compile(pattern), replacement)
@@ -208,7 +217,7 @@ SPELLINGS = [
         (r"(?:\\underline\s*\{\d+\}\s*)+", lambda m: re.sub(r"\D", "", m[0])),  # blanks that are filled in
         (rf"\\(?:{LAYOUT})(?![a-zA-Z])\.?|\\(?:text)?color\s*\{{\w*\}}", ""),
         (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]", lambda m: SIGNS.get(m[1] or m[0], m[0])),
-        *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: re.sub(r"(?<![\\~A-Za-z])([A-Za-z]{2,})", r" ~\1 ", m[1]))] * 3,
+        *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: WORD.sub(r" ~\g<0> ", m[1]))] * 3,
         (WRAPPER + "(?![a-zA-Z])", ""),
         (r"\^\s*\{?\s*°\s*\}?", "°"),
         (r"⦃ ?⦄", "∅"),
@@ -218,9 +227,10 @@ SPELLINGS = [
         (r"(?<=\d) ?: ?(?=\d)", ":"),
         (r"(?<![\\~a-zA-Z])(?:infinity|inf|infty)(?![a-zA-Z])", "∞"),
         (rf"(?<![\\a-zA-Z])~?({'|'.join(FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 "),
-        (r"(?<![\\~a-zA-Z])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}", lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS) + m[0]),
+        (WORD, lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS) + m[0]),
         (r"\\frac\s*([0-9a-zA-Z])", r"\\frac{\1}"),
         (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\frac\1{\2}"),
+        (r"\\sqrt(\d)(?=\d)", r"\\sqrt{\1}"),  # \sqrt53 is not the root of 53
         (r"\*\*", "^"),
         (r"_\{ ?[~\\]*([a-zA-Z]+) ?\}", r"_{\1}"),
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
@@ -243,8 +253,9 @@ def spell(text: str) -> str:
     text = text.encode(errors="replace").decode()
     for chars, mark in [("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "^"), ("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "_")]:
         text = re.sub(f"[{chars}]+", lambda m, mark=mark: mark + "{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
-    text = re.sub("[½⅓⅔¼¾⅕-⅞]", lambda m: r"\frac{%s}{%s}" % (*unicodedata.normalize("NFKC", m[0]).split("⁄"),), text)
-    text = unicodedata.normalize("NFKC", text.translate(str.maketrans(LOOKALIKES))).replace("−", "-")
+    text = re.sub("[½⅓⅔¼¾⅕-⅞]", lambda m: rf"\frac{unicodedata.normalize('NFKC', m[0])} ", text)
+    text = re.sub(r"\\frac(\d)⁄(\d) ", r"\\frac{\1}{\2}", text)
+    text = unicodedata.normalize("NFKC", text.translate(str.maketrans(LOOKALIKES)))
     text = "".join(c for c in re.sub(r"\s", " ", text) if unicodedata.category(c)[0] != "C").strip(" *`")
     if r"\begin" not in text:  # else \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text).replace(r"\\", " ")
@@ -442,7 +453,8 @@ def _relation(text):
     values, (low, high) = [*values, sympy.oo], [*closed, False][:2]
     if len(sides) > 3 or not values[1].is_Symbol:
         raise Unreadable("a chain of relations")
-    return Named(str(values[1]), Group("[" * low + "(" * (not low) + "]" * high + ")" * (not high), [*map(Number, values[:3:2])]))
+    kind = "(["[low] + ")]"[high]
+    return Named(str(values[1]), Group(kind, [Number(values[0]), Number(values[2])]))
 
 
 def _equation(sides):
@@ -514,9 +526,9 @@ def _quantity(text):
 
 MIXED = re.compile(r"(?<![\d.^_}])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+ ?/ ?\d+)")
 SYMBOL = re.compile(
-    r"(?:\\(?:%s)(?![a-zA-Z])|[A-Za-z])(?:_(?:\w|\{\w+\}))?'*(?:(?<=[fghFGHP]) ?\([^()]*\))?" % "|".join(GREEK)
+    rf"(?:\\(?:{'|'.join(GREEK)})(?![a-zA-Z])|[A-Za-z])(?:_(?:\w|\{{\w+\}}))?'*(?:(?<=[fghFGHP]) ?\([^()]*\))?"
 )
-FUNCTION = re.compile(r"\\(%s)(?![a-zA-Z])(?:_(\w|\{\w+\}))?" % "|".join(FUNCTIONS))
+FUNCTION = re.compile(rf"\\({'|'.join(FUNCTIONS)})(?![a-zA-Z])(?:_(\w|\{{\w+\}}))?")
 NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")
 TOKEN = re.compile(
     rf" *({NUMBER.pattern}|{FUNCTION.pattern}|{SYMBOL.pattern}|\\frac|\\binom|[-+*/^!()⟦⟧{{}}\[\]·×÷∞⌊⌋⌈⌉]) *"
@@ -579,10 +591,11 @@ def _atom(tokens, binds=4):
         return around(value)
     if NUMBER.fullmatch(token):
         return sympy.Rational(token)
-    if token in (r"\frac", r"\binom") and tokens[-1] == "{":
-        top = _atom(tokens)
-        bottom = _atom(tokens) if tokens[-1] == "{" else None
-        return top / bottom if token == r"\frac" else _factorial(top) and sympy.binomial(top, bottom)
+    if token == r"\frac":
+        return _group(tokens) / _group(tokens)
+    if token == r"\binom":
+        top, bottom = _group(tokens), _group(tokens)
+        return sympy.binomial(top, bottom) if _factorial(top) else None
     if token in CONSTANTS:
         return CONSTANTS[token]
     if SYMBOL.fullmatch(token):
@@ -608,6 +621,13 @@ def _atom(tokens, binds=4):
     return _power(value, sympy.sympify(exponent))
 
 
+def _group(tokens):
+    """Take the braces of a \\frac."""
+    if tokens[-1] != "{":
+        raise Unreadable("a fraction without braces")
+    return _atom(tokens)
+
+
 def _factorial(value):
     if value.is_number and not (value.is_Integer and 0 <= value <= 4000):
         raise Unreadable("too large a number")
@@ -615,36 +635,26 @@ def _factorial(value):
 
 
 def _power(base, exponent):
-    """Return base ** exponent if a bound of its size is at most MAX_BITS."""
-    if (_bits(base) + 1) * (_size(exponent) + 1) > MAX_BITS:
+    """Return base ** exponent unless its rational factor may have more than MAX_BITS bits."""
+    factor, _ = base.as_coeff_Mul()
+    size = abs(exponent.subs(dict.fromkeys(exponent.free_symbols, 8)).evalf(3))
+    bits = max(abs(factor.p), factor.q).bit_length() + 3 if factor.is_Rational else MAX_BITS
+    if not size.is_finite or bits * size > MAX_BITS:
         raise Unreadable("too large a number")
     return base**exponent
-
-
-def _size(value):
-    size = abs(value.subs(dict.fromkeys(value.free_symbols, 8)).evalf(3))
-    return size if size.is_number and size.is_finite else MAX_BITS
-
-
-def _bits(value):
-    """An upper bound of log2 |value|, symbols at most 8."""
-    if value.is_Rational:
-        return max(abs(value.p), value.q).bit_length()
-    parts = [_bits(part) for part in value.args]
-    if value.is_Pow:
-        return (parts[0] + 1) * (_size(value.exp) + 1)
-    return max(parts) + len(parts) if value.is_Add else sum(parts) + 3
 
 
 PRODUCT, ARGUMENT, FACTOR, POWER = 2, 2.5, 3, 4
 OPERATORS = {  # how tightly they bind on their left and on their right
     **dict.fromkeys(["", *")}]⌋⌉⟧"], (0, 0, None)), "+": (1, 1, operator.add), "-": (1, 1, operator.sub),
-    **dict.fromkeys("·*×", (PRODUCT, PRODUCT, operator.mul)), **dict.fromkeys("/÷", (PRODUCT, PRODUCT, operator.truediv)),
-    "^": (5, POWER, _power), "!": (5, 5, _factorial),
+    **dict.fromkeys("·*×", (PRODUCT, PRODUCT, operator.mul)),
+    **dict.fromkeys("/÷", (PRODUCT, PRODUCT, operator.truediv)),
+    "^": (5, POWER, _power), "!": (POWER, POWER, _factorial),
 }  # fmt: skip
 
 
 # 4. Compare.
+
 
 def _points(symbols):
     """Return four points {symbol: number} with all signs of two symbols; one without symbols."""
@@ -716,7 +726,7 @@ def _same(a, b):
         case Group("⦃⦄" | "[]", [item]), Number() | Named():
             return same(item, b)
         case Group("⦃⦄", items), Group("⦃⦄" | ",", others):
-            return all(any(same(x, y) for y in others) for x in items) and all(any(same(x, y) for x in items) for y in others)
+            return _all_in(items, others) and _all_in(others, items)
         case Group("," | "∪" | "cases" as kind, items), Group(other, others) if kind == other:
             return _paired(items, others)
         case Group("matrix", rows), Group("()" | ",", items):
@@ -727,6 +737,10 @@ def _same(a, b):
         case Group(kind, items), Group(other, others):
             return kind == other and _in_order(items, others)
     return False
+
+
+def _all_in(items, others):
+    return all(any(same(item, other) for other in others) for item in items)
 
 
 def _in_order(items, others):
