@@ -36,8 +36,10 @@ class Unreadable(ValueError):
 
 # 1. Find the answer of a text.
 
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-BARE_BOX = re.compile(r"\\[dtc]?frac\s*(?:\w\s*\w|\{[^{}]*\}\s*\{[^{}]*\})|-?[\d.,]*\d|\\?[A-Za-z]+")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![a-zA-Z{])\s*(\\[dtc]?frac\s*(?:\w\s*\w|\{[^{}]*\}\s*\{[^{}]*\})|-?[\d.,]*\d|\\?[A-Za-z]+)"
+)
 JOINED_BOXES = re.compile(  # what stands between the boxes of a list
     r"(?s)(?=.*(?:[,;]|and|or))"
     r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
@@ -54,21 +56,15 @@ SENTENCE_END = re.compile(
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""Return (start, end, content) of the last boxes of a text. `\boxed 5` needs no braces; `\{` is not a brace."""
+    r"""Return (start, end, content) of the last boxes of a text, without boxes in boxes. `\{` is not a brace."""
     found = []
     for box in [*BOX.finditer(text)][-50:]:
-        start, at = box.span()
-        if found and start < found[-1][1]:  # a box in a box
-            continue
-        if text[at : at + 1] != "{":
-            if bare := BARE_BOX.match(text, at):
-                found.append((start, bare.end(), bare[0]))
-            continue
-        depth = 0
-        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, at):
+        depth, start = 0, box.end() - 1
+        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
             depth += (brace[0] == "{") - (brace[0] == "}")
             if depth == 0:
-                found.append((start, brace.end(), text[at + 1 : brace.start()].strip()))
+                if not found or box.start() > found[-1][1]:
+                    found.append((box.start(), brace.end(), text[start + 1 : brace.start()].strip()))
                 break
     return found
 
@@ -95,10 +91,13 @@ def find_answer(text: str) -> str | None:
     return None
 
 
+HEDGE = re.compile(r"(?i)\\(?:boxed|fbox)|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have)\b")
+
+
 def _last_line(text):
-    """Return the last line of a text without a mark; "" for an unfinished thought or box."""
+    """Return the last line of a text without a mark; "" for a hedge or an unfinished thought or box."""
     line = text.strip().rpartition("\n")[2]
-    return "" if "<think>" in text or BOX.search(line) else re.sub(r"\*\*([^*]+)\*\*", r"\1", line)
+    return "" if "<think>" in text or HEDGE.search(line) else re.sub(r"\*\*([^*]+)\*\*", r"\1", line)
 
 
 CHOICE = re.compile(
@@ -184,12 +183,12 @@ UNITS = {  # name: (what is measured, how many of its first unit)
     for name in names
 }  # fmt: skip
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-NOT_UNITS = set(  # words after a number that change it
+NOT_UNITS = set(  # words after a number that change it, most of them without a plural's s
     "and or to by of than out not no if for when where with without except plus minus over under below above before "
-    "after ago more less fewer greater least most up down between through until score pair half halves third thirds quarter "
-    "quarters fourth fourths fifth fifths tenth tenths hundredth hundredths squared cubed factorial root mod modulo "
-    "remainder base negative positive north south east west left right choose power larger smaller bigger either "
-    "neither hundreds thousands millions dozens is are was be but only odd even prime divides multiple multiples".split()
+    "after ago more less fewer greater least most up down between through until score pair half halve third quarter "
+    "fourth fifth tenth hundredth squared cubed factorial root mod modulo remainder base negative positive north "
+    "south east west left right choose power larger smaller bigger either neither hundred thousand million dozen is "
+    "are was be but only odd even prime divide multiple".split()
 )
 SHORT_WORDS = NOT_UNITS | {unit.lower() for unit in UNITS if len(unit) > 1} | set(
     "in the yes st nd rd th am pm mph kph oz lb lbs hrs mins secs sq cu gal mol rad per".split()
@@ -234,12 +233,12 @@ SPELLINGS = [
         (r"\*\*", "^"),
         (r"_\{ ?[~\\]*([a-zA-Z]+) ?\}", r"_{\1}"),
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
+        (r"\s+", " "),
         (r" ?~(?:percent|pct)(?![a-z])", "%"),
         (r"~(?:square|sq\.?|(cubic|cu\.?)) ~([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
         (rf" ?~({'|'.join(SCALES)})s?(?![a-z])", lambda m: f"·{SCALES[m[1]]}"),
         (r"\\frac\{ *(~[a-z]+) *\}\{ *(~?[a-z]+) *\}", r"\1/ \2"),  # km over h
         (r"(?<![\d.,])\d{1,3}(?:[ ']\s*\d{3})+(?!\d|\s*/)", lambda m: re.sub(r"\D", "", m[0])),  # 10 080
-        (r"\s+", " "),
     ]
 ]
 
@@ -304,12 +303,10 @@ Relation = namedtuple("Relation", "sign difference")  # left - right, which is =
 
 INTERVALS = ("()", "[]", "(]", "[)", "∪")
 REALS = Group("()", [Number(-sympy.oo), Number(sympy.oo)])
-SETS = {
-    **dict.fromkeys(["∅", "no solution", "no solutions", "no real solution", "no real solutions", "empty set",
-                     "there is no solution", "there are no solutions", "no such solution exists"], Group("⦃⦄", [])),
-    **dict.fromkeys([r"\mathbb{r}", "all real numbers", "all reals", "real numbers", "any real number", "all real x",
-                     "every real number"], REALS),
-}  # fmt: skip
+SETS = [
+    (r"∅|empty set|(?:there (?:is|are) )?no (?:such |real )?solutions?(?: exists?)?", Group("⦃⦄", [])),
+    (r"\\mathbb ?\{?r\}?|(?:(?:all|any|every) )?(?:reals|real numbers?|real x)", REALS),
+]
 FILLERS = re.compile(
     "(?:~?(?:the|final|answers?|is|are|it|exactly|about|around|approximately|approx|roughly|equals?|so|thus|hence|then|"
     "therefore|value|total|sum|result|probability|we|get|have|obtain|if|when|for)(?![A-Za-z])[ :,]*)+(?=.)", re.I
@@ -324,7 +321,7 @@ NAME = re.compile(
     r"(?!(?:e|i|\\pi)$)(?:\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'*(?:\([\w ,\\]*\))?|\([a-z](?:, ?[a-z])+\)|(?:~[A-Za-z]+ ?)+"
     r"|\\(?:angle|overline|triangle|vec)\W*\w+\W*)"
 )
-THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
 CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] "
 LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
 UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°(?: ?[CF](?![A-Za-z]))?|¢|%)(?:\^(?:\{-?\d+\}|-?\d))?"
@@ -350,9 +347,10 @@ def readings(text: str) -> list:
     found, error = [], None
     texts = [text, re.sub(CHOICE_LABEL, "", text), re.sub("^([^=<>≤≥]+)=([^=<>≤≥]+)$", r"\1-(\2)=0", text)]
     texts += [LETTER_UNIT.sub(r"~\1", t) for t in texts]
-    for attempt, join in dict.fromkeys(itertools.product(texts, (False, True))):
+    texts += [THOUSANDS.sub(lambda m: m[0].replace(",", ""), t) for t in texts]
+    for attempt in dict.fromkeys(texts):
         try:
-            value = _read(_join_thousands(attempt) if join else attempt)
+            value = _read(attempt)
             found += [value] * (value not in found)
         except Unreadable as reason:
             error = error or reason
@@ -361,20 +359,15 @@ def readings(text: str) -> list:
     return found
 
 
-def _join_thousands(text):
-    """1,234 as 1234, but not in brackets: (1,234) is a pair."""
-    parts, numbers = _split(text, THOUSANDS)
-    return "".join(part + number.replace(",", "") for part, number in zip(parts, [*numbers, ""], strict=True))
-
-
 def _read(text):
     """Read a text by the first rule that applies, the loosest operator first."""
     text = _trim(text)
     text = text[filler.end() if (filler := FILLERS.match(text)) else 0 :].lstrip("=≈: ")
     if not text or re.search(r"[…∀∃≡→\"?#@]|(?<![A-Za-z'])'", text):
         raise Unreadable("a sign that no rule reads" if text else "empty")
-    if (known := SETS.get(text.replace("~", "").lower().strip())) is not None:
-        return known
+    for pattern, value in SETS:
+        if re.fullmatch(pattern, text.replace("~", "").lower().strip()):
+            return value
     for rule in (_table, _list, _relation, _brackets, _ratio, _text):
         if (value := rule(text)) is not None:
             return value
@@ -459,7 +452,7 @@ def _relation(text):
 
 def _equation(sides):
     """x = 5 and 5 = x name a value, x + y = 5 is a relation, 6·7 = 42 is its last value."""
-    name = next((side for side in (sides[0], *sides[1:][-1:] * (len(sides) == 2)) if NAME.fullmatch(side)), None)
+    name = next(filter(NAME.fullmatch, sides if len(sides) == 2 else sides[:1]), None)
     if name:
         sides.remove(name)
         if len(sides) == 1:
@@ -503,7 +496,7 @@ def _text(text):
     """Words without a number, or a number with a base."""
     if re.fullmatch(r"\d\w*_(\w|\{\w+\})", text):
         return Number(sympy.Symbol(text))
-    if re.fullmatch(r"[~A-Za-z .\-/]+", text) and ("~" in text or len(re.sub("[^A-Za-z]", "", text)) > 2):
+    if re.fullmatch(r"[~A-Za-z .\-/]+", text) and ("~" in text or len(text) > 2 and text.isalpha()):
         words = re.findall("[a-z]+", text.lower())
         return Number(sympy.Symbol(" ".join(w for w in words if w not in ("the", "a", "an", "is", "it")) or text))
     return None
@@ -517,8 +510,8 @@ def _quantity(text):
     for word, exponent in UNIT_WORD.findall(found[2]):
         names = (word, word.lower(), word.lower().removesuffix("s"))
         name = next((name for name in names if name in UNITS), word.lower())
-        if name in NOT_UNITS:
-            raise Unreadable(f"{name} after a number")
+        if NOT_UNITS & {*names}:
+            raise Unreadable(f"{word} after a number")
         units.append((name, int(exponent or 1)))
     known = len(units) == 1 and units[0][0] in UNITS
     return Number(formula(found[1]), units[0] if known else None)
@@ -769,15 +762,15 @@ def _same_quantity(a, b):
 
 def robust(response: str, gold: str) -> bool:
     """Apply the rule. Raises NoAnswer if the response gives no answer, or if the gold cannot be read."""
-    whole = response.rstrip()[-MAX_CHARS:]
+    whole = BARE_BOX.sub(r"\\boxed{\1}", response.rstrip()[-MAX_CHARS:])
     whole = whole[:-400] + SPECIAL_TOKENS.sub("", whole[-400:])
     said = whole.rpartition("</think>")[2]
     gold = find_answer(gold) if boxes(gold) else gold
     if not gold.strip():
         raise NoAnswer("gold unreadable: it is empty")
-    if label := re.fullmatch(r"\W*([A-Z])\W*", re.sub(r"\\(?:text|mathrm|textbf|mathbf)", "", gold)):
-        if (chosen := _chosen(said)) is not None:
-            return chosen == label[1]
+    label = re.fullmatch(r"\W*([A-Z])\W*", re.sub(r"\\(?:text|mathrm|textbf|mathbf)", "", gold))
+    if label and (chosen := _chosen(said)) is not None:
+        return chosen == label[1]
     answer = find_answer(said) or find_answer(whole)
     marked = answer is not None
     answer = answer if marked else _last_line(said)
