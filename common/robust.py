@@ -247,7 +247,7 @@ def spell(text: str) -> str:
     r"""Write an answer in one way. A word starts with ~, a sign is one character, a fraction has braces.
 
     >>> spell(r"$x \leq 1\,000\text{ cm}$."), spell("½√2")
-    ('x ≤ 1000 ~cm', '\\frac{1}{2}\\sqrt{2}')
+    ('x ≤ 1000 ~cm', '\\frac{1}{2}\\sqrt 2')
     """
     text = text.encode(errors="replace").decode()
     for chars, mark in [("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "^"), ("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "_")]:
@@ -375,6 +375,7 @@ def _read(text):
 
 
 def _table(text):
+    """A matrix, or f(x) = a list of cases, as a Group of rows."""
     if not (table := TABLE.fullmatch(text)):
         return None
     name, bracket, kind, body = table.groups()
@@ -385,6 +386,7 @@ def _table(text):
 
 
 def _list(text):
+    """2, 3 and 4 is a Group; x < 1 or x > 2 is a union of intervals."""
     items, separators = _split(text, SEPARATOR)
     if not separators:
         return None
@@ -422,6 +424,7 @@ def _flat(values):
 
 
 def _relation(text):
+    """x ∈ S and 1 < x ≤ 2 are Named, x + 2y ≤ 4 is a Relation."""
     sides, signs = _split(text, "[=<>≤≥≠∈]")
     if not signs:
         return None
@@ -466,6 +469,7 @@ def _equation(sides):
 
 
 def _brackets(text):
+    """(1, 2) is a tuple or an interval, (1, 2] an interval, ⦃1, 2⦄ a set; (5) is 5."""
     if text[0] not in "([⦃⟨" or not _is_wrapped(text):
         return None
     kind = (text[0] + text[-1]).replace("⟨⟩", "()")
@@ -503,6 +507,7 @@ def _text(text):
 
 
 def _quantity(text):
+    """A formula with a unit: 5 ~cm^2 has the unit ("cm", 2)."""
     text = re.sub(r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\d)? ?[({]?)(\d+) ?°", r"\1{\\frac{\2\\pi}{180}}", text)
     if not (found := QUANTITY.fullmatch(text)):
         return Number(formula(text))
@@ -572,6 +577,7 @@ def _parse(tokens, binds=0):
 
 
 def _atom(tokens, binds=4):
+    """Take a sign and its operand, a bracket, a number, a symbol, or a function with its argument."""
     token = tokens.pop()
     if token in ("+", "-"):
         value = _parse(tokens, max(binds, PRODUCT))
@@ -588,7 +594,8 @@ def _atom(tokens, binds=4):
         return _group(tokens) / _group(tokens)
     if token == r"\binom":
         top, bottom = _group(tokens), _group(tokens)
-        return sympy.binomial(top, bottom) if _factorial(top) else None
+        _factorial(top)  # refuses a large one
+        return sympy.binomial(top, bottom)
     if token in CONSTANTS:
         return CONSTANTS[token]
     if SYMBOL.fullmatch(token):
@@ -622,6 +629,7 @@ def _group(tokens):
 
 
 def _factorial(value):
+    """Return value! unless it is too large or no natural number."""
     if value.is_number and not (value.is_Integer and 0 <= value <= 4000):
         raise Unreadable("too large a number")
     return sympy.factorial(value)
