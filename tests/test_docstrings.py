@@ -8,7 +8,7 @@ import torch
 
 MODULES = [
     "luffy", "relift", "redi", "oreo", "behavior_injection", "eval", "common.data", "common.logprobs", "common.rollout",
-    "common.search",
+    "common.robust", "common.search",
     "common.trainer", "common.verifiers", "igsm.behaviors", "igsm.checker", "igsm.graph", "igsm.problem", "igsm.solver",
     "igsm.text", "igsm.tokens",
 ]  # fmt: skip
