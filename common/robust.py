@@ -223,7 +223,6 @@ SPELLINGS = [
         (r"^(\S+) ?≠ ?([^=≠]+)$", r"\1 ∈ (-∞,\2)∪(\2,∞)"),
         (r"\\mathbb ?\{?R\}? ?∖ ?⦃([^⦃⦄,;]+)⦄", r"(-∞,\1)∪(\1,∞)"),
         (r"(?s).*[±∓].*", lambda m: m[0].translate(PLUS) + "," + m[0].translate(MINUS)),
-        (r"(?<=\d) ?: ?(?=\d)", ":"),
         (r"(?<![\\~a-zA-Z])(?:infinity|inf|infty)(?![a-zA-Z])", "∞"),
         (rf"(?<![\\a-zA-Z])~?({'|'.join(FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 "),
         (WORD, lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS) + m[0]),
