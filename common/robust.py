@@ -307,7 +307,7 @@ SETS = [
     (r"\\mathbb ?\{?r\}?|(?:(?:all|any|every) )?(?:reals|real numbers?|real x)", REALS),
 ]
 FILLERS = re.compile(
-    "(?:~?(?:the|final|answers?|is|are|it|exactly|about|around|approximately|approx|roughly|equals?|so|thus|hence|then|"
+    "(?:~?(?:the|final|answers?|is|are|it|exactly|about|around|approximately|approx|roughly|equals?|so|thus|hence|"
     "therefore|value|total|sum|result|probability|we|get|have|obtain|if|when|for)(?![A-Za-z])[ :,]*)+(?=.)", re.I
 )  # fmt: skip
 CONJUNCTION = "~(?:and|or|where|with|for)(?![a-z])"
