@@ -93,7 +93,6 @@ from common.trainer import (
     parse_args,
     peak_memory_gb,
     plot_curves,
-    replay,
     sum_over_ranks,
 )
 from common.verifiers import grade
@@ -260,9 +259,6 @@ class Args:
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
-    replay: str = ""
-    """A folder OUT/bad/step-N: show what each of its rows does to loss and gradient, with the weights it met, and
-    stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
     profile: int = 0
@@ -514,13 +510,6 @@ def compare_logps(difference: torch.Tensor, world) -> dict[str, float]:
     n = max(1.0, sums[0].item())
     return {"mismatch/mean_abs": sums[1].item() / n, "mismatch/kl": sums[2].item() / n, "mismatch/max": largest}
 
-
-def replayed(rows: list[Row], old_logps, args: Args, world, policy, reference=None) -> dict[str, float]:
-    """The update of --replay."""
-    if args.stage != "rl":
-        return accumulate_sft_gradient(policy, rows, args, world)
-    ref = policy_logps(reference, rows, args, world) if reference else None
-    return accumulate_gradient(policy, rows, old_logps, ref, args, world)
 
 
 @torch.no_grad()
@@ -782,7 +771,7 @@ def train(args: Args, world) -> None:
         ["eval/mean"], ["reward/own"], ["group/solve_all", "group/solve_none"], ["policy/entropy"], ["policy/kl_ref"],
         ["length/own"], ["loss/pg"], ["optim/grad_norm"], ["mismatch/mean_abs"],
     ]
-    bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
+    bad_batches, models = BadBatches(out, world, skip=args.skip_bad_updates), {"policy": policy}
     if reference:
         models["reference"] = reference
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
@@ -829,7 +818,7 @@ def train(args: Args, world) -> None:
                     schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor,
                 )
                 texts = partial(sample_rows, update, batch, tokenizer)
-                with bad_batches(step, update, models, texts, old[u]):
+                with bad_batches(step, models, texts):
                     if sft:
                         log = accumulate_sft_gradient(policy, update, args, world)
                     else:
@@ -1208,8 +1197,6 @@ def report(args: Args) -> dict:
 
 
 def main(args: Args) -> None:
-    if args.replay:
-        return replay(args.replay, Args, Row, replayed)
     check(args)
     world = init_world(args.timeout_minutes)
     stages = ["data", "base", "sft", "rl", "influence", "eval"] if args.stage == "all" else [args.stage]

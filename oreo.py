@@ -116,7 +116,6 @@ from common.trainer import (
     parse_args,
     peak_memory_gb,
     plot_curves,
-    replay,
     sum_over_ranks,
 )
 from common.verifiers import grade
@@ -273,9 +272,6 @@ class Args:
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
-    replay: str = ""
-    """A folder OUT/bad/step-N: show what each of its rows does to loss and gradient, with the weights it met, and
-    stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
     profile: int = 0
@@ -680,10 +676,6 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
     return {"loss/policy": policy_loss} | ({"loss/value": value_loss} if value else {})
 
 
-def replayed(units: list[list[Row]], _, args: Args, world, policy, value=None, reference=None) -> dict[str, float]:
-    """The update of --replay."""
-    return accumulate_gradient(policy, value, reference, units, args, world)
-
 
 def per_token(lists: list[list], world) -> torch.Tensor:
     """One list a row, of one entry for each response token -> [N]."""
@@ -970,7 +962,7 @@ def train(args: Args) -> None:
 
     curves = [["eval/mean"], ["loss/policy"], ["loss/value"], ["value/right", "value/wrong"], ["policy/kl"],
               ["log_ratio/right", "log_ratio/wrong"], ["optim/grad_norm", "optim/value_grad_norm"]]  # fmt: skip
-    bad_batches, models = BadBatches(out, args, world, skip=args.skip_bad_updates), {"policy": policy}
+    bad_batches, models = BadBatches(out, world, skip=args.skip_bad_updates), {"policy": policy}
     models |= {name: model for name, model in (("value", value), ("reference", reference)) if model}
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
     if start == 0 and sampler:
@@ -990,7 +982,7 @@ def train(args: Args) -> None:
                 sampler.sleep()  # its memory is the trainer's until the sync
             schedule = dict(steps=steps, schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor)
             row_log = {}
-            with bad_batches(step, batch, models, partial(sample_rows, rows, tokenizer)):
+            with bad_batches(step, models, partial(sample_rows, rows, tokenizer)):
                 log = accumulate_gradient(policy, value, reference, batch, args, world) | describe(rows, args)
                 check_finite(log, policy, world)
                 if value:
@@ -1143,8 +1135,6 @@ def search(args: Args) -> dict:
 
 
 def main(args: Args) -> None:
-    if args.replay:
-        return replay(args.replay, Args, Row, replayed)
     check(args)
     if args.stage == "search":
         search(args)

@@ -110,7 +110,6 @@ from common.trainer import (
     parse_args,
     peak_memory_gb,
     read_metrics,
-    replay,
     set_context,
 )
 from common.verifiers import grade
@@ -238,9 +237,6 @@ class Args:
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
-    replay: str = ""
-    """A folder OUT/bad/step-N: show what each of its rows does to loss and gradient, with the weights it met, and
-    stop."""
     timeout_minutes: float = 30.0
     """End the run if a rank has not answered the others for so long."""
     profile: int = 0
@@ -415,11 +411,6 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> None:
         p.loss, means = results[p.index]
         p.logp, p.entropy = (means[0], means[1]), (means[2], means[3])
 
-
-def replayed(pairs: list[Pair], _, args: Args, world, policy) -> dict[str, float]:
-    """The update of --replay."""
-    accumulate_gradient(policy, pairs, args, world)
-    return describe(pairs, args)
 
 
 @torch.no_grad()
@@ -800,8 +791,6 @@ def evaluate(sampler, tokenizer, examples, args: Args, world) -> dict[str, float
 
 
 def main(args: Args) -> None:
-    if args.replay:
-        return replay(args.replay, Args, Pair, replayed)
     check(args)
     world = init_world(args.timeout_minutes)
     if args.stage == "data":
@@ -853,7 +842,7 @@ def main(args: Args) -> None:
 
     curves = [["logp/chosen", "logp/rejected"], ["logp/gap"], ["pair/accuracy"], ["entropy/chosen", "entropy/rejected"],
               ["eval/mean"], ["loss/mean"], ["optim/grad_norm"], ["optim/lr"]]  # fmt: skip
-    bad_batches = BadBatches(out, args, world, skip=args.skip_bad_updates)
+    bad_batches = BadBatches(out, world, skip=args.skip_bad_updates)
     metrics = Metrics(out, args, world, start=start, steps=steps, curves=curves)
     followed = [  # what the alarm looks at
         (row["step"], row["logp/chosen"]) for row in (read_metrics(out) if world.main else []) if "logp/chosen" in row
@@ -876,7 +865,7 @@ def main(args: Args) -> None:
                 step - 1, lr=args.lr, steps=steps, schedule=args.schedule, warmup=args.warmup, floor=args.lr_floor
             )
             row_log = {}
-            with bad_batches(step, batch, {"policy": policy}, partial(sample_rows, batch, tokenizer)):
+            with bad_batches(step, {"policy": policy}, partial(sample_rows, batch, tokenizer)):
                 accumulate_gradient(policy, batch, args, world)
                 log = describe(batch, args)
                 check_finite(log, policy, world)

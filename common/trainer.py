@@ -867,94 +867,33 @@ def check_finite(log: dict[str, float], policy: Policy, world: World) -> None:
 
 
 class BadBatches:
-    """What becomes of an update whose numbers are not finite: `with bad_batches(step, rows, models): ...`
+    """Handles an update with a non-finite loss or gradient: `with bad_batches(step, models, texts): ...`
 
-    On a FloatingPointError inside (of every rank) the weights are untouched. The batch, the weights that it met and
-    the settings are written to OUT/bad/step-N (the second of a step to step-N-2), for --replay, and the run stops; with
-    `skip` it goes on without that update, and `skipped` counts them."""
+    On a FloatingPointError inside (on every rank) the weights are untouched. The rows of the update are written to
+    OUT/bad/step-N-K.jsonl and the run stops. With `skip` it continues without that update; `skipped` counts them."""
 
-    def __init__(self, out: Path, args, world: World, *, skip: bool):
-        self.out, self.args, self.world, self.skip = out, args, world, skip
-        self.steps: list[int] = []  # of the bad ones so far
-
-    @property
-    def skipped(self) -> int:
-        return len(self.steps)
+    def __init__(self, out: Path, world: World, *, skip: bool):
+        self.out, self.world, self.skip, self.skipped = out, world, skip, 0
 
     @contextlib.contextmanager
-    def __call__(self, step: int, rows: list, models: dict[str, nn.Module], texts, old_logps=None):
-        """rows: dataclasses, or lists of them. texts(): what a person wants to see of them, for rows.jsonl.
-        old_logps: this rank's tensors, one for each micro-batch."""
+    def __call__(self, step: int, models: dict[str, nn.Module], texts):
+        """texts() returns the rows of the update as a person reads them, one dictionary each."""
         try:
             yield
         except FloatingPointError as error:
             for model in models.values():
                 model.zero_grad(set_to_none=True)
-            self.steps.append(step)
-            again = f"-{self.steps.count(step)}" if self.steps.count(step) > 1 else ""
-            folder = self.out / "bad" / f"step-{step:08d}{again}"
-            weights = {name: dcp_state.get_model_state_dict(model) for name, model in models.items()}
-            dcp.save(weights, checkpoint_id=folder / "weights")
-            old = gather_lists([old_logps and [x.cpu() for x in old_logps]], self.world)
+            self.skipped += 1
+            path, rows = self.out / "bad" / f"step-{step:08d}-{self.skipped}.jsonl", texts()
             if self.world.main:
-                torch.save({"old_logps": old}, folder / "old_logps.pt")
-                plain = [[dataclasses.asdict(r) for r in row] if isinstance(row, list) else dataclasses.asdict(row)
-                         for row in rows]  # fmt: skip
-                (folder / "rows.json").write_text(json.dumps(plain, default=list))
-                lines = [json.dumps(text, ensure_ascii=False) + "\n" for text in texts()]
-                (folder / "rows.jsonl").write_text("".join(lines))
-                config = {name: model.lm.config.to_dict() for name, model in models.items()}
-                about = {"step": step, "error": str(error), "config": config, "args": dataclasses.asdict(self.args)}
-                (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-            dist.barrier()
-            message = f"step {step}: {error}. The batch is in {folder}; see it again with --replay {folder}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            dist.barrier()  # the file is complete before a rank ends
+            message = f"step {step}: {error}. The {len(rows)} rows of this update are in {path}"
             if not self.skip:
-                raise FloatingPointError(message) from error
+                raise FloatingPointError(f"{message}. The same command resumes before it") from error
             if self.world.main:
-                tqdm.write(f"{message}. Its update is skipped (--skip_bad_updates)", file=sys.stderr)
-
-
-def replay(folder: str, args_type, row_type, accumulate) -> None:
-    """Show what a batch that BadBatches wrote does: each row alone, then all of them, with the weights it met.
-
-    accumulate(rows, old_logps, args, world, **models) -> the update's log."""
-    path = Path(folder)
-    if not (path / "about.json").is_file():
-        raise InputError(f"--replay {folder}: no about.json there; it names a folder OUT/bad/step-N of a run")
-    about, world = json.loads((path / "about.json").read_text()), init_world()
-    args = args_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["args"].items()})
-    models = {
-        name: load_policy(
-            "", world, from_config=config, kind=ValueModel if name == "value" else Policy,
-            lora=about["args"].get(f"{name}_lora", 0),
-        )
-        for name, config in about["config"].items()
-    }
-    weights = {name: dcp_state.get_model_state_dict(model) for name, model in models.items()}
-    dcp.load(weights, checkpoint_id=path / "weights")
-    for name, model in models.items():
-        dcp_state.set_model_state_dict(model, weights[name])
-    rows = [[row_type(**r) for r in row] if isinstance(row, list) else row_type(**row)
-            for row in json.loads((path / "rows.json").read_text())]  # fmt: skip
-    old = torch.load(path / "old_logps.pt", weights_only=True)["old_logps"]
-    if old[0] is not None and len(old) != world.size:
-        raise InputError(f"--replay {folder}: this batch was made by {len(old)} ranks, and replays with as many")
-    mine = old[world.rank] and [x.to(world.device) for x in old[world.rank]]
-    if world.main:
-        print(f"{path}: {about['error']}\n\n   row  gradient norm  loss")
-    for i, some in enumerate([*([row] for row in rows), rows]):
-        log = accumulate(some, mine if some is rows else None, args, world, **models)
-        norm, odd = math.nan, ""
-        try:
-            check_finite(log, models["policy"], world)
-            norm = max(gradient_norm(model) for model in models.values())
-        except FloatingPointError as error:
-            odd = f"  <- {error}"
-        for model in models.values():
-            model.zero_grad(set_to_none=True)
-        if world.main:
-            loss = next((value for name, value in log.items() if "loss" in name), math.nan)
-            print(f"{'all' if some is rows else i:>6} {norm:14.6g}  {loss:.6g}{odd}")
+                tqdm.write(f"{message}. It is skipped (--skip_bad_updates)", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -988,7 +927,7 @@ class Checkpoints:
 
     # settings that may change between two starts of one run
     FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "wandb", "tensorboard", "rollout",
-            "sampler_tokens", "timeout_minutes", "replay", "skip_bad_updates", "profile"}  # fmt: skip
+            "sampler_tokens", "timeout_minutes", "skip_bad_updates", "profile"}  # fmt: skip
 
     def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
         """background: write while training goes on; None: on CUDA."""

@@ -75,12 +75,14 @@ REFUSED = kinds_of(
 )
 SETTINGS = {
     "afmoe": BOTH, "bamba": MAMBA | {"attn_layer_indices": [1]}, "cohere": {"logit_scale": 0.5},
-    "cohere2": BOTH | {"logit_scale": 0.5}, "cohere2_moe": BOTH, "granite": {"logits_scaling": 4.0}, "dots1": BOTH, "exaone4": BOTH, "exaone_moe": BOTH,
+    "cohere2": BOTH | {"logit_scale": 0.5}, "cohere2_moe": BOTH,
+    "granite": {"logits_scaling": 4.0}, "dots1": BOTH, "exaone4": BOTH, "exaone_moe": BOTH,
     "dbrx": dict(
         d_model=32, n_heads=4, n_layers=2, max_seq_len=64, attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=1e4),
         ffn_config=dict(ffn_hidden_size=16, moe_num_experts=4, moe_top_k=2, hidden_size=32),
     ),
-    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5}, "gemma2": BOTH | SOFT, "vaultgemma": BOTH | SOFT,
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5}, "gemma2": BOTH | SOFT,
+    "vaultgemma": BOTH | SOFT,
     "gemma3_text": BOTH | {"query_pre_attn_scalar": 8},
     "gemma4_text": BOTH | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=61, global_head_dim=8),
     "gpt2": GPT | {"resid_pdrop": 0.2}, "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),

@@ -8,8 +8,8 @@ import torch
 
 MODULES = [
     "luffy", "relift", "redi", "oreo", "behavior_injection", "eval", "common.data", "common.logprobs", "common.rollout",
-    "common.run", "common.search", "common.trainer", "common.verifiers", "igsm.behaviors", "igsm.checker", "igsm.graph",
-    "igsm.problem", "igsm.solver", "igsm.text", "igsm.tokens",
+    "common.robust", "common.run", "common.search", "common.trainer", "common.verifiers", "igsm.behaviors",
+    "igsm.checker", "igsm.graph", "igsm.problem", "igsm.solver", "igsm.text", "igsm.tokens",
 ]  # fmt: skip
 
 

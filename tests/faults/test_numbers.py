@@ -41,47 +41,24 @@ def poison(monkeypatch, calls):
     monkeypatch.setattr(trainer, "linear_logprobs", poisoned)
 
 
-REPLAYED = [name for name in TABLES if name not in ("luffy", "relift")]
-
-
-@pytest.mark.parametrize("name", [name for name in TABLES if name not in REPLAYED])
+@pytest.mark.parametrize("name", TABLES)
 def test_a_bad_update_stops_the_run_and_its_rows_are_kept(name, tmp_path, monkeypatch):
     words = ["--save_every", "1", "--eval_every", "0", "--steps", "4"]
     run(name, "--out", tmp_path / "whole", *words)
-    poison(monkeypatch, range(5, 100))
+    poison(monkeypatch, range(5 if name in ("luffy", "relift") else 3, 100))  # the third step
     with pytest.raises(FloatingPointError, match=r"step \d: .*log-probs are NaN.* rows of this update are in"):
         run(name, "--out", tmp_path / "run", *words)
-    [path] = (tmp_path / "run" / "bad").iterdir()
+    [path] = (tmp_path / "run").glob("**/bad/*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 8 and all(row["prompt"] and row["response"] for row in rows)
+    assert len(rows) > 3 and all(any(isinstance(value, str) and value for value in row.values()) for row in rows)
     # the weights that the batch met are in the checkpoint before it, and the same command meets them again
     monkeypatch.undo()
     run(name, "--out", tmp_path / "run", *words)
-    a, b = (tmp_path / folder / "model" / "model.safetensors" for folder in ("whole", "run"))
-    assert a.read_bytes() == b.read_bytes()
-
-
-@pytest.mark.parametrize("name", REPLAYED)
-def test_a_bad_batch_is_kept_and_replay_names_its_rows(name, tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, range(3, 100))
-    with pytest.raises(FloatingPointError, match=r"step \d: .*log-probs are NaN.*--replay"):
-        run(name, "--out", tmp_path / "run", "--save_every", "0", "--eval_every", "0")
-    [folder] = (tmp_path / "run").glob("**/bad/step-*")
-    rows = json.loads((folder / "rows.json").read_text())
-    texts = (folder / "rows.jsonl").read_text().splitlines()
-    assert len(rows) == len(texts) > 0
-    assert "NaN" in json.loads((folder / "about.json").read_text())["error"]
-
-    poison(monkeypatch, None)
-    capsys.readouterr()
-    run(name, "--replay", folder)
-    said = capsys.readouterr().out.splitlines()
-    lines = [line for line in said if line[:6].strip().isdigit()]
-    assert len(lines) == len(rows) and said[-1].split()[0] == "all" and "<-" in said[-1]
-    traces = [[t for part in (row if isinstance(row, list) else [row]) for key in ("response", "chosen", "rejected")
-               for t in part.get(key, [])] for row in rows]  # fmt: skip
-    assert ["<-" in line for line in lines] == [POISON in trace for trace in traces]
-    assert 0 < sum(POISON in trace for trace in traces) < len(rows)
+    whole, again = (
+        {path.relative_to(tmp_path / folder): path.read_bytes() for path in (tmp_path / folder).glob("**/*.safetensors")}
+        for folder in ("whole", "run")
+    )
+    assert whole and whole == again
 
 
 def test_a_bad_update_can_be_skipped_and_is_counted(tmp_path, monkeypatch):
