@@ -33,7 +33,7 @@ def poison(monkeypatch, calls):
     def poisoned(hidden, weight, targets, **options):
         out = real(hidden, weight, targets, **options)
         made.append(torch.is_grad_enabled())
-        if calls is not None and (not made[-1] or sum(made) not in calls):
+        if not made[-1] or (calls is not None and sum(made) not in calls):  # loading a model proves it without gradient
             return out
         logp = torch.where(targets == POISON, math.nan, out[0] if options.get("entropy") else out)
         return (logp, out[1]) if options.get("entropy") else logp
