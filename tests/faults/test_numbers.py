@@ -55,7 +55,8 @@ def test_a_bad_update_stops_the_run_and_its_rows_are_kept(name, tmp_path, monkey
     monkeypatch.undo()
     run(name, "--out", tmp_path / "run", *words)
     whole, again = (
-        {path.relative_to(tmp_path / folder): path.read_bytes() for path in (tmp_path / folder).glob("**/*.safetensors")}
+        {str(path.relative_to(tmp_path / folder)): path.read_bytes()
+         for path in (tmp_path / folder).glob("**/*.safetensors")}
         for folder in ("whole", "run")
     )
     assert whole and whole == again
