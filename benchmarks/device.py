@@ -210,7 +210,7 @@ def step():
             work = 6 * shape.layers * (shape.layer * packed + shape.hidden * squares)  # causal: half of 12 h n^2
             work += 6 * shape.hidden * shape.vocab * responses
             for again, compiled in itertools.product((shape.layers, 0), (False, True)):
-                if compiled and tokens != MICRO_BATCHES[len(MICRO_BATCHES) // 2]:
+                if compiled and (not CUDA or tokens != MICRO_BATCHES[len(MICRO_BATCHES) // 2]):
                     continue  # compiling takes half a minute
                 row = {"model": name, "micro-batch": tokens, "tokens": packed, "responses": responses,
                        "layers computed again": again, "compiled": compiled}  # fmt: skip

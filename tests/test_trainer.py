@@ -156,6 +156,17 @@ def test_gradient_checkpointing_changes_nothing(world):
         torch.testing.assert_close(a, b)
 
 
+def test_compiled_layers_compute_the_same(world):
+    results = []
+    for flag in (False, True):
+        policy = load_policy("nano", world, from_config=NANO | {"num_hidden_layers": 1}, seed=3, compile=flag)
+        logp = policy(pack([([3, 4], [5, 6, 7]), ([3, 4], [9, 8]), ([5], [6] * 9)]))
+        logp.sum().backward()
+        results.append([logp.detach(), *(p.grad for p in policy.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
