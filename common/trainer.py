@@ -712,8 +712,9 @@ def _shard(policy: Policy, world: World) -> Policy:
 def reshard(policy: nn.Module) -> None:
     """Give a rank its shards back: a forward without gradient leaves FSDP2's own weights whole, and rounded to what it
     computes in."""
-    if isinstance(policy, FSDPModule):
-        policy.reshard()
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def full_parameters(policy: Policy):
@@ -1058,8 +1059,10 @@ class Checkpoints:
         dist.barrier()
         pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
         named = {name.removeprefix("-") or "policy": model for name, (model, _) in pairs.items()}
-        configs = {name: model.lm.config.to_dict() | {"dtype": str(model.lm.saved_dtype).removeprefix("torch.")}
-                   for name, model in named.items()}  # fmt: skip
+        configs = {}
+        for name, model in named.items():  # where a model was read from is no part of what it is
+            about = {"dtype": str(model.lm.saved_dtype).removeprefix("torch."), "_name_or_path": ""}
+            configs[name] = model.lm.config.to_dict() | about
         state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
         state |= {"configs": configs, **extra}
         start, tensors = time.perf_counter(), self._tensors(pairs)

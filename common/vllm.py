@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.reductions import reduce_tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -35,7 +34,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from common.data import pack
 from common.rollout import Completion, Sampling
-from common.trainer import Policy, World, full_parameters, gather_lists
+from common.trainer import Policy, World, full_parameters, gather_lists, reshard
 
 VLLM = "0.32.0"  # the version whose calls are used here
 MAX_RESTARTS = 3  # of one generate or sync
@@ -288,8 +287,7 @@ class VLLMSampler:
     def _free(self) -> None:
         """Give what the trainer's allocator holds to vLLM."""
         if self.cuda:
-            if isinstance(self.policy, FSDPModule):
-                self.policy.reshard()  # a forward without gradient leaves the root's weights whole
+            reshard(self.policy)
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import claims
 from benchmarks.claims import RUNS, Claims, check, error, paired, tables, verdict
 from benchmarks.held_out import roc_area, valued
+from common.trainer import ValueModel, export, load_policy, load_tokenizer
 
 
 def test_a_verdict_needs_twice_the_standard_error():
@@ -33,9 +34,11 @@ def test_the_area_under_the_roc_curve_counts_pairs():
     assert math.isnan(roc_area([(1.0, 0.9), (1.0, 0.2)])) and math.isnan(roc_area([(0.0, 0.9)]))
 
 
-def test_answers_are_valued_where_the_next_token_would_be_the_last():
-    tiny = str(claims.ROOT / "models" / "tiny")
-    groups = valued(tiny, tiny, "igsm:5-8", 3, tries=2, progress=False)  # a policy's folder: the head is 0
+def test_answers_are_valued_where_the_next_token_would_be_the_last(world, tmp_path):
+    tiny, value = str(claims.ROOT / "models" / "tiny"), tmp_path / "value"
+    zero = load_policy(tiny, world, kind=ValueModel, new_head=True)  # its head
+    export(zero, load_tokenizer(tiny), value, world)
+    groups = valued(tiny, str(value), "igsm:5-8", 3, tries=2, progress=False)
     assert [len(group) for group in groups] == [2, 2, 2]
     assert {value for group in groups for _, value in group} == {0.0}
 

@@ -269,6 +269,7 @@ RENDERED = {
     "oreo-gsm8k": "<|im_start|>system\nPlease reason step by step, and produce a final answer following 4 '#', like "
     f"'#### 0'<|im_end|>\n<|im_start|>user\nQ?{TAIL}<think>\n",
     "oreo-math": f"{HEAD}<|im_start|>user\nQ?{TAIL}<think>\n",
+    "oreo-deepseek": "User: Q?\nPlease reason step by step, and put your final answer within \\boxed{}.\n\nAssistant:",
 }
 
 

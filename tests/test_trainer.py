@@ -381,7 +381,7 @@ def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_pat
     from tests.test_luffy_runs import settings
 
     accuracies = iter([0.9, 0.2, 0.5, 0.4])  # the first is the base model's
-    monkeypatch.setattr(luffy, "evaluate", lambda *_: {"eval/mean": next(accuracies)})
+    monkeypatch.setattr("common.run.evaluate", lambda *_: {"eval/mean": next(accuracies)})
     words = ["--steps", "3", "--save_every", "1", "--keep", "3", "--eval_every", "1", "--keep_best"]
     words += ["--rope_theta", "3e4", "--max_positions", "2048", "--out", str(tmp_path / "run")]
     luffy.main(settings(*words))
@@ -494,7 +494,7 @@ def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
     torch.testing.assert_close(ours(pairs), llama(pairs), rtol=1e-4, atol=1e-4)
     export(ours, tokenizer, tmp_path / "granite", world)
     torch.testing.assert_close(load_policy(str(tmp_path / "granite"), world)(pairs), ours(pairs))
-    value = load_policy(str(tmp_path / "minicpm"), world, kind=trainer.ValueModel)
+    value = load_policy(str(tmp_path / "minicpm"), world, kind=trainer.ValueModel, new_head=True)
     assert value(pairs).abs().max() == 0
     export(value, tokenizer, tmp_path / "value", world)
     load_policy(str(tmp_path / "value"), world, kind=trainer.ValueModel)
