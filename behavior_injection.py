@@ -84,6 +84,7 @@ from common.trainer import (
     export,
     gather_lists,
     init_world,
+    keep_best,
     launch,
     learning_rate,
     load_policy,
@@ -210,9 +211,9 @@ class Args:
     lr_floor: float = 0.0
     """Where linear and cosine end, as a share of the peak."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's (SFT: 0.9, 0.95)."""
+    """AdamW betas of RL (SFT: 0.9, 0.95)."""
     weight_decay: float = 0.01
-    """AdamW's."""
+    """AdamW weight decay."""
     max_grad_norm: float = 8.0
     """Global gradient norm of RL to clip to (published: 1, for Llama 0.2, of an eighth of this gradient). SFT: 1."""
     seed: int = 0
@@ -243,8 +244,8 @@ class Args:
     rollout_gpu_memory: float = 0.7
     """Fraction of each GPU's memory for vLLM, which frees it while the trainer updates."""
     sampler_tokens: int = 0
-    """Rows x (prompt + response) tokens that the embedded sampler decodes at once; 0: 65,536 on a CPU, what half of the
-    free memory holds on a GPU."""
+    """Largest batch of the embedded sampler, counted as rows x (prompt + response) tokens. 0 picks 65,536 on a CPU, and
+    what fits into half of the free memory on a GPU."""
     max_mismatch: float = 0.0
     """Stop if the sampler's and the trainer's log-probs of the same tokens differ by more on average (stale
     weights, another template); 0 takes 0.05 on CUDA and 0.001 on a CPU."""
@@ -255,14 +256,16 @@ class Args:
     save_every: int = 50
     """Checkpoint every so many steps; 0 never."""
     keep: int = 2
-    """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    """Number of checkpoints to keep. With 2, a damaged newest one costs only the steps since the one before."""
+    keep_best: bool = False
+    """Also keep the model of the highest eval/mean, in OUT/ARM/rl/best."""
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
     timeout_minutes: float = 30.0
-    """End the run if a rank has not answered the others for so long."""
+    """Abort if a rank does not respond for this many minutes."""
     profile: int = 0
-    """Trace so many steps, after the first: OUT/profile, and where their time went on the terminal."""
+    """Profile this many steps, starting with the second. Traces go to OUT/profile, a summary to the terminal."""
     log_samples: int = 4
     """Rows a step to write to samples.jsonl."""
     tensorboard: bool = False
@@ -845,6 +848,8 @@ def train(args: Args, world) -> None:
         if held_out and (step % args.eval_every == 0 or step == steps):
             with clock("evaluate"):
                 row_log |= evaluate(sampler, tokenizer, held_out, args, world)
+                if args.keep_best:
+                    keep_best(policy, tokenizer, out, world, row_log["eval/mean"])
         seconds = clock.flush()
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
         row_log |= seconds | {"speed/tokens_per_second": tokens / seconds["seconds/step"]}

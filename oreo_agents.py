@@ -125,8 +125,8 @@ class Args:
     rollout_gpu_memory: float = 0.7
     """Fraction of each GPU's memory for vLLM."""
     sampler_tokens: int = 0
-    """Rows x (prompt + response) tokens that the embedded sampler decodes at once; 0: 65,536 on a CPU, what half of the
-    free memory holds on a GPU."""
+    """Largest batch of the embedded sampler, counted as rows x (prompt + response) tokens. 0 picks 65,536 on a CPU, and
+    what fits into half of the free memory on a GPU."""
     micro_batch_tokens: int = 16384
     """Tokens that the value model reads at once on each rank."""
 

@@ -192,9 +192,9 @@ class Args:
     lr_floor: float = 0.0
     """Where linear and cosine end, as a share of the peak."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
+    """AdamW betas."""
     weight_decay: float = 1e-4
-    """AdamW's."""
+    """AdamW weight decay."""
     max_grad_norm: float = 1.0
     """Global gradient norm to clip to."""
     rope_theta: float = 0.0
@@ -220,8 +220,8 @@ class Args:
     rollout_gpu_memory: float = 0.7
     """Fraction of each GPU's memory for vLLM, which frees it while the trainer updates."""
     sampler_tokens: int = 0
-    """Rows x (prompt + response) tokens that the embedded sampler decodes at once; 0: 65,536 on a CPU, what half of the
-    free memory holds on a GPU."""
+    """Largest batch of the embedded sampler, counted as rows x (prompt + response) tokens. 0 picks 65,536 on a CPU, and
+    what fits into half of the free memory on a GPU."""
     eval_every: int = 200
     """Evaluate every so many steps, and before the first and after the last; 0 never."""
     eval_temperature: float = 0.6
@@ -231,16 +231,16 @@ class Args:
     save_every: int = 200
     """Checkpoint every so many steps; 0 never."""
     keep: int = 2
-    """Checkpoints to keep; the second last is the way out where the last one is damaged."""
+    """Number of checkpoints to keep. With 2, a damaged newest one costs only the steps since the one before."""
     keep_best: bool = False
     """Also keep the model of the highest eval/mean, in OUT/best."""
     skip_bad_updates: bool = False
     """Go on without an update whose loss, gradient or log-probs are not finite; else stop. Either way its batch is
     written to OUT/bad/step-N."""
     timeout_minutes: float = 30.0
-    """End the run if a rank has not answered the others for so long."""
+    """Abort if a rank does not respond for this many minutes."""
     profile: int = 0
-    """Trace so many steps, after the first: OUT/profile, and where their time went on the terminal."""
+    """Profile this many steps, starting with the second. Traces go to OUT/profile, a summary to the terminal."""
     log_samples: int = 4
     """Rows a step to write to samples.jsonl."""
     tensorboard: bool = False

@@ -927,8 +927,8 @@ class Checkpoints:
     On CUDA a checkpoint is copied to the host's memory and written while training goes on; wait() for the last."""
 
     # settings that may change between two starts of one run
-    FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "wandb", "tensorboard", "rollout",
-            "sampler_tokens", "timeout_minutes", "skip_bad_updates", "profile"}  # fmt: skip
+    FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "keep_best", "wandb", "tensorboard",
+            "rollout", "sampler_tokens", "timeout_minutes", "skip_bad_updates", "profile"}  # fmt: skip
 
     def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
         """background: write while training goes on; None: on CUDA."""

@@ -34,7 +34,7 @@ def pipeline(tmp_path_factory):
     out = tmp_path_factory.mktemp("pipeline") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bridge, "grade", ranks.odd_length)
-        bridge.main(settings("--out", out))
+        bridge.main(settings("--out", out, "--keep_best"))
     return out
 
 
@@ -76,6 +76,7 @@ def test_one_command_makes_data_models_influence_and_a_table(pipeline):
             for test in ("test_id", "test_ood"):
                 assert {"accuracy", "chain", "accuracy_other", "reflections", "truncated"} <= tests[test].keys()
                 assert tests[test]["questions"] == 6 and 0 <= tests[test]["greedy"] <= 1
+        assert (pipeline / arm / "rl" / "best" / "model.safetensors").exists()
         assert rows[-1]["mismatch/max"] < 1e-4 and rows[1]["policy/kl_ref"] < 1e-9 < rows[2]["policy/kl_ref"]
         responses = read(pipeline / arm / "rl" / "samples.jsonl")
         assert {"step", "reward", "detail", "advantage", "gold", "prompt", "response"} == responses[0].keys()
