@@ -157,9 +157,13 @@ def _has_room(hidden, weight):
     """Whether E may be kept without being asked for."""
     if not hidden.is_cuda or hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
-    free = torch.cuda.mem_get_info(hidden.device)[0]
-    free += torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
-    return 2 * len(hidden) * len(weight) <= free / 2
+    return 2 * len(hidden) * len(weight) <= free_memory(hidden.device) / 2
+
+
+def free_memory(device) -> int:
+    """Bytes of a GPU that can still be allocated: free ones, and those that torch's allocator holds unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _slices(total, size):

@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from common.data import InputError, pack
+from common.logprobs import free_memory
 from common.trainer import (
     Policy,
     World,
@@ -34,6 +35,7 @@ from common.trainer import (
     distance,
     first_line,
     full_parameters,
+    logit_form,
     max_positions,
     reshard,
     tolerance,
@@ -221,9 +223,7 @@ class EmbeddedSampler:
         """Tokens that are decoded at once."""
         if self.max_batch_tokens or self.device.type != "cuda":
             return self.max_batch_tokens or 65536
-        free = torch.cuda.mem_get_info(self.device)[0]
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return max(65536, free // 2 // token_bytes(self.lm.config, self.dtype))
+        return max(65536, free_memory(self.device) // 2 // token_bytes(self.lm.config, self.dtype))
 
     def _generate_batch(self, batch, prompts, counts, keys, seed, sampling, groups, bar) -> None:
         device, width = self.device, max(len(prompts[i]) for i in batch)
@@ -256,9 +256,10 @@ class EmbeddedSampler:
         live = torch.arange(len(rows), device=device)  # rows still being written; the batch holds just these
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)  # of the live ones
         stop_ids = torch.cat([self.stop_ids, self.stop_ids.new_tensor(sampling.stop_ids)])
+        form = logit_form(self.lm.config)
         for t in range(sampling.max_tokens):
             u = uniforms[live, t] if uniforms is not None else None
-            token, logp = draw(change_logits(self._logits(hidden), self.lm.config), u, sampling)
+            token, logp = draw(change_logits(self._logits(hidden), **form), u, sampling)
             drawn[live, t], logps[live, t] = token, logp
             stopped = torch.isin(token, stop_ids) & ~done
             length[live[stopped]] = t + 1

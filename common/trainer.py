@@ -48,7 +48,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from common.data import InputError, TokenBatch, pack, read
-from common.logprobs import linear_kl, linear_logprobs
+from common.logprobs import free_memory, linear_kl, linear_logprobs
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 transformers_logging.disable_progress_bar()  # shards read and written: noise beside a training bar
@@ -288,9 +288,8 @@ def logit_form(config) -> dict[str, float]:
     return {"cap": cap, "scale": (setting("logit_scale", "lm_head_multiplier") or 1.0) / divisor}
 
 
-def change_logits(logits: torch.Tensor, config) -> torch.Tensor:
-    """The model's own change of its logits, of any shape: cap * tanh(scale * z / cap)."""
-    cap, scale = logit_form(config).values()
+def change_logits(logits: torch.Tensor, *, cap: float, scale: float) -> torch.Tensor:
+    """The model's own change of its logits, of any shape: cap * tanh(scale * z / cap). See `logit_form`."""
     return cap * (scale * logits / cap).tanh() if cap else logits if scale == 1.0 else scale * logits
 
 
@@ -642,10 +641,9 @@ def keep_activations(policy: Policy, tokens: int, world: World) -> None:
     optimizer must be there already; gradients are still to come. On a CPU: nothing to do."""
     if world.device.type != "cuda":
         return
-    free = torch.cuda.mem_get_info(world.device)[0]
-    free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
     gradients = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad) / world.size
-    kept = min(gather_lists([layers_to_keep(policy.lm.config, tokens, 0.8 * free - gradients)], world))
+    free = 0.8 * free_memory(world.device) - gradients
+    kept = min(gather_lists([layers_to_keep(policy.lm.config, tokens, free)], world))
     layers = layers_of(policy.lm)
     for layer in layers[:kept]:
         layer.gradient_checkpointing = False
