@@ -247,6 +247,8 @@ def rollout():
     bf16. Mismatch: vLLM's log-probs of its own tokens against the trainer's."""
     world, (name, shape) = init_world(), next(iter(SHAPES.items()))
     policy, rng = random_policy(shape, world), random.Random(0)
+    with torch.no_grad():
+        policy.lm.model.norm.weight.mul_(6)  # next tokens as uncertain as a trained model's: about one nat
     prompts = [[rng.randrange(2, shape.vocab) for _ in range(128 if CUDA else 4)] for _ in range(32 if CUDA else 2)]
 
     def tokens_per_second(sampler, tokens):
