@@ -19,7 +19,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,12 +299,19 @@ def check_mismatch(gap: float, step: int, args, world: World) -> None:
         )
 
 
+def stop_ids(policy, tokenizer, more: Iterable[str] = ()) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's eos, the generation config's, and the tokens `more`."""
+    also = policy.lm.generation_config.eos_token_id or []
+    if unknown := [token for token in more if token not in tokenizer.get_vocab()]:
+        raise InputError(f"--stop_tokens {unknown[0]}: not a token of --model")
+    eos = [tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])]
+    return eos + tokenizer.convert_tokens_to_ids(list(more))
+
+
 def open_sampler(policy, tokenizer, args, world: World):
     """Return the sampler that --rollout names. It draws after its first sync."""
-    also_stop = policy.lm.generation_config.eos_token_id or []
-    stop_ids = [tokenizer.eos_token_id, *(also_stop if isinstance(also_stop, list) else [also_stop])]
     return make_sampler(
-        args.rollout, policy, world, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens,
+        args.rollout, policy, world, stop_ids=stop_ids(policy, tokenizer), max_batch_tokens=args.sampler_tokens,
         max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,
     )  # fmt: skip
 
