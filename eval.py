@@ -189,7 +189,7 @@ class Question:
     turns: list[dict]  # as its row asks it: what "own" renders
     gold: str
     where: str  # file and row, for messages
-    index: int  # the row
+    index: int  # the row, which names the random stream of a search
     rows: int = 1  # how often the files have it
     n: int = 1  # answers to draw
     prompt_text: str = ""
@@ -302,10 +302,10 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # lists, as in the file
     answered = bool(read_records(path.parent / "samples.jsonl"))
-    changed = [k for k in settings if k not in FREE | BY_DIGEST and settings[k] != old.get(k, settings[k])]
+    compared = [k for k in settings if k in old and k not in FREE | BY_DIGEST]
+    changed = "; ".join(f"{k} {old[k]!r} there, {settings[k]!r} here" for k in compared if old[k] != settings[k])
     if answered and changed:
-        words = "; ".join(f"{k} {old[k]!r} there, {settings[k]!r} here" for k in changed)
-        raise InputError(f"--out {args.out} holds an evaluation with other settings ({words}): use the same ones to "
+        raise InputError(f"--out {args.out} holds an evaluation with other settings ({changed}): use the same ones to "
                          "resume it, or another --out")  # fmt: skip
     dist.barrier()  # all have compared before one writes
     if world.main:

@@ -321,7 +321,8 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
     "settings, message",
     [
         (dict(sampler_tokens=-1), "--sampler_tokens must be 0 or more"),
-        (dict(n=0), "--n must be positive"), (dict(top_p=0), "--top_p must be positive"), (dict(top_p=2), "--top_p must be between 0 and 1"),
+        (dict(n=0), "--n must be positive"), (dict(top_p=0), "--top_p must be positive"),
+        (dict(top_p=2), "--top_p must be between 0 and 1"),
         (dict(temperature=-1), "--temperature must be 0 or more"),
         (dict(max_tokens=5000), "--max_tokens .* or less fits"), (dict(stop_tokens=("<|im_end|>",)), "--stop_tokens"),
         (dict(buckets="nowhere"), "nowhere: no evaluation there"),
