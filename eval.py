@@ -83,9 +83,9 @@ class Args:
     # simplerl, prime, prime_sft, prime_code, no, oreo-gsm8k, oreo-math, oreo-deepseek, redi), or a file: a Jinja chat
     # template, or plain text with {question}
     template: str = "own"
-    chat_template_args: tuple[str, ...] = ()  # Switches of the tokenizer's chat template, as enable_thinking=false
+    chat_template_args: tuple[str, ...] = ()  # Switches of the chat template, such as enable_thinking=false
     system: bool = True  # Keep the rows' system turns under "own" and Jinja files (LUFFY and ReLIFT drop them).
-    stop_tokens: tuple[str, ...] = ()  # Tokens that also end an answer, as <|im_end|> for a base model asked in ChatML
+    stop_tokens: tuple[str, ...] = ()  # Tokens that also end an answer: <|im_end|> for a base model asked in ChatML
     seed: int = 0  # Seed of the sampling
     # Let a value model choose: one answer per question. beam: --width states, as many next steps of each; the best go
     # on. best_of_n: --width answers. best_of_k: --width next steps of one state
@@ -627,12 +627,13 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work."""
     check_ranges(args)
-    searches, t = args.search != "none", args.temperature
+    searches = args.search != "none"
     for wrong, message in (
         (not args.regrade and not (args.model and args.data), "--model and --data are needed (or --regrade)"),
         (searches and not args.value, f"--search {args.search} needs --value, a value model that oreo.py wrote"),
         (args.value and not searches, f"--value {args.value} is for --search beam, best_of_n or best_of_k"),
-        (searches and t == 0, f"--search {args.search}: only a positive --temperature draws different answers"),
+        (searches and args.temperature == 0,
+         f"--search {args.search}: only a positive --temperature draws different answers"),
         (args.chat_template_args and args.template != "own",
          f"--chat_template_args are for --template own, not {args.template}"),
         (not args.verifier, "--verifier needs at least one name"),
@@ -644,8 +645,7 @@ def check(args: Args) -> None:
 
 
 def tokens_ahead(args: Args) -> int:
-    """Return the most tokens that the sampler must have room for after a prompt."""
-    # a state of these is a prompt with an answer so far, and a step from it may be of any length
+    """Return how many tokens may follow a question: an answer, and in a search by steps one more step after it."""
     return 2 * args.max_tokens if args.search in ("beam", "best_of_k") else args.max_tokens
 
 
