@@ -17,8 +17,9 @@ graded in the background, split into micro-batches and turned into vectors.
 import functools
 import json
 import math
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +114,17 @@ class RunArgs:
     wandb: str = ""  # Also log to this Weights & Biases project.
 
 
+def check_ranges(args) -> None:
+    """Raise InputError for a flag whose value is outside the range of its type."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        for rule in getattr(kind, "__metadata__", ()):
+            if isinstance(rule, tuple) and not rule[1](getattr(args, name)):
+                raise InputError(f"--{name} must be {rule[0]}, not {getattr(args, name)}")
+
+
 def check_flags(args) -> None:
     """Raise InputError for a value outside the range of its type, and for flags that every script combines alike."""
-    for name, kind in get_type_hints(type(args), include_extras=True).items():
-        for words, holds in getattr(kind, "__metadata__", ()):
-            if not holds(getattr(args, name)):
-                raise InputError(f"--{name} must be {words}, not {getattr(args, name)}")
+    check_ranges(args)
     if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
         raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
     check_verifier(args.verifier)
@@ -293,12 +299,19 @@ def check_mismatch(gap: float, step: int, args, world: World) -> None:
         )
 
 
+def stop_ids(policy, tokenizer, more: Iterable[str] = ()) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's eos, the generation config's, and the tokens `more`."""
+    also = policy.lm.generation_config.eos_token_id or []
+    if unknown := [token for token in more if token not in tokenizer.get_vocab()]:
+        raise InputError(f"--stop_tokens {unknown[0]}: not a token of --model")
+    eos = [tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])]
+    return eos + tokenizer.convert_tokens_to_ids(list(more))
+
+
 def open_sampler(policy, tokenizer, args, world: World):
     """Return the sampler that --rollout names. It draws after its first sync."""
-    also_stop = policy.lm.generation_config.eos_token_id or []
-    stop_ids = [tokenizer.eos_token_id, *(also_stop if isinstance(also_stop, list) else [also_stop])]
     return make_sampler(
-        args.rollout, policy, world, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens,
+        args.rollout, policy, world, stop_ids=stop_ids(policy, tokenizer), max_batch_tokens=args.sampler_tokens,
         max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,
     )  # fmt: skip
 
@@ -424,6 +437,66 @@ class Grader:
                 row.reward, row.status, row.detail = verdict
             report_golds([row.example for row in rows], rows)
         self.jobs = []
+
+
+# ------------------------------------------------------------------------- records that outlast a killed run
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, path)
+
+
+def part_files(path: Path) -> list[Path]:
+    """The files beside `path` to which the ranks of `keep_records` append."""
+    return sorted(path.parent.glob(f"{path.stem}.part-*.jsonl"))
+
+
+def read_records(path: Path) -> dict:
+    """Return {id: record} of the JSON lines of `path`, and of those that a killed run left beside it."""
+    files = [file for file in [*part_files(path), path] if file.exists()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]  # a last one is cut
+    return {record["id"]: record for record in map(json.loads, lines)}
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """Write `path`, one record per line. What lies beside it is then no longer needed."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    for part in part_files(path):
+        part.unlink()
+
+
+def keep_records(path: Path, parts: list[list], make, world: World, *, together: bool = False) -> dict:
+    """Make a record for each id, keep them in `path`, and return {id: record} in the order of the ids.
+
+    parts: lists of ids that are made at once. make(part) returns the part's records, each with its "id". One rank makes
+    a part; with `together` all ranks make every part, as a collective. A rank that has nothing left calls make([]).
+    Records are appended to a file of each rank as they come. If the run is killed, the next call makes only the parts
+    that are missing, whatever the number of ranks."""
+
+    def merge() -> dict:
+        dist.barrier()  # all have written
+        if world.main:
+            found = read_records(path)
+            write_records(path, [found[i] for part in parts for i in part if i in found])
+        dist.barrier()
+        found = read_records(path)
+        dist.barrier()  # all have read before one appends
+        return found
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = merge()
+    todo = [part for part in parts if not all(i in done for i in part)]
+    mine, calls = (todo, len(todo)) if together else (todo[world.rank :: world.size], -(-len(todo) // world.size))
+    with open(path.with_name(f"{path.stem}.part-{world.rank}.jsonl"), "a", encoding="utf-8") as file:
+        for part in tqdm([*mine, *[[]] * (calls - len(mine))], desc=path.name, unit="part", disable=not world.main):
+            records = make(part)
+            if world.main or not together:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+                file.flush()
+    return merge()
 
 
 def mean(values) -> float | None:

@@ -193,5 +193,4 @@ def test_an_evaluation_draws_with_its_seed_and_top_p_from_the_test_split(tmp_pat
 
 def test_stop_tokens_end_answers():
     policy, tokenizer = load_policy("models/tiny", ONE_RANK), load_tokenizer("models/tiny")
-    args = evaluation.Args(model="models/tiny", stop_tokens=("=",))
-    assert tokenizer.convert_tokens_to_ids("=") in evaluation.stop_ids(policy, tokenizer, args)
+    assert tokenizer.convert_tokens_to_ids("=") in evaluation.stop_ids(policy, tokenizer, ("=",))
