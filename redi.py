@@ -1,16 +1,16 @@
 """REDI: reinforcement distillation, from correct and from incorrect traces, offline (Xu et al., arXiv 2505.24850).
 
 Distillation fine-tunes on a teacher's correct traces and throws the incorrect ones away. REDI learns from both, in two
-stages. c_i is a correct ("chosen") trace of problem i, r_i an incorrect ("rejected") one; log p(y) is the sum of the
+stages. c_i is a correct ("chosen") trace of problem i, r_i an incorrect ("rejected") one. log p(y) is the sum of the
 log-probs of trace y's tokens, |y| their number, eos included:
 
     --stage sft     loss = - sum_i log p(c_i) / sum_i |c_i|                                                   (Eq. 1)
     --stage redi    loss = mean_i [- log p(c_i) / |c_i|  +  alpha log p(r_i) / |r_i|],  alpha = 0.8           (Eq. 5)
 
-So in stage redi every trace weighs the same, however long it is. Each token is pushed by a constant, 1 / |c| up or
-alpha / |r| down, whatever its probability: there is no reference model, KL, clip or sigmoid, and the loss has no lower
-bound. Both traces share most of their tokens, so pushing r down takes c with it. What limits this is alpha < 1 and a
-small learning rate. Watch logp/chosen: alarm/collapsed_at is the step at which it had fallen by --collapse_margin.
+In stage redi every trace weighs the same, however long it is. The gradient w.r.t. a token's log-prob is a constant,
+-1 / |c| or alpha / |r|, whatever its probability: there is no reference model, KL, clip or sigmoid, and the loss has no
+lower bound. The traces share most of their tokens, so pushing r down takes c with it. Only alpha < 1 and a small
+learning rate limit this. Watch logp/chosen: alarm/collapsed_at is the step at which it had fallen too far.
 
 --loss picks the above or one of the paper's comparisons. Those start from `--stage sft --epochs 3`, redi from 5 epochs:
   symmetric  alpha = 1 (Eq. 4), the limit of SimPO for beta -> 0; stable up to a learning rate of 2e-7 (redi: 1e-6)
@@ -26,10 +26,10 @@ Departures from the published code that change numbers (the docs page has all of
 - Log-probs are float32 and their sums float64; the published ones were bf16.
 - SFT's mean is over the correct tokens of all GPUs; the published one averaged the GPUs' means over 16 rows.
 
-  python redi.py --preset tiny --stage sft                            a laptop, minutes, nothing downloaded
-  python redi.py --preset tiny --model runs/tiny-sft/model            then the pairs
-  python -m tools.redi_data                                           the paper's run: positives and pairs, ...
-  torchrun --nproc_per_node 8 redi.py --stage sft; torchrun --nproc_per_node 8 redi.py         ... both stages
+  python redi.py --preset tiny --stage sft                             a laptop, minutes, nothing downloaded
+  python redi.py --preset tiny --model runs/tiny-sft/model             the second stage, from that model
+  python -m tools.redi_data                                            the data of both stages of the paper's run
+  torchrun --nproc_per_node 8 redi.py --stage sft                      ... its first stage; the second without --stage
 """
 
 import random
@@ -88,7 +88,7 @@ class Args(RunArgs):
     chosen_coef: NotNegative[float] = 1.0  # Weight of the correct trace in redi and symmetric
     beta: Positive[float] = 0.001  # beta of dpo and simpo
     gamma: float = 1.0  # Target margin of simpo
-    # Probability that a pair is the wrong way round, as dpo assumes
+    # Fraction of the pairs that dpo takes to be the wrong way round
     label_smoothing: Annotated[float, ("from 0 to under 0.5", lambda x: 0 <= x < 0.5)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # Learning rate after the warm-up
     warmup: Share[float] = 0.1  # Fraction of the updates in which the learning rate rises linearly
@@ -247,20 +247,20 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> dict[st
 
     `pairs` are those of all ranks. The denominator is counted over them before the first backward, so the gradient is
     the same for any number of ranks and any micro_batch_tokens. Every rank gets the loss, log-probs and entropies of
-    every pair, in `pairs`. Returns metrics."""
-    n = denominator(pairs, args)
-    known = [(len(p.chosen), len(p.rejected), *p.reference, p.weight) for p in pairs]
-    known = torch.tensor(known, dtype=torch.float64, device=world.device)  # [P, 5], P pairs on all ranks
-    lengths, reference, weight = known[:, :2], known[:, 2:4], known[:, 4]  # [P, 2], [P, 2], [P]
-    measured = torch.zeros_like(known)  # [P, 5]: loss, mean log-probs and mean entropies
+    every pair, written into `pairs`. Returns metrics."""
+    n, float64 = denominator(pairs, args), dict(dtype=torch.float64, device=world.device)
+    lengths = torch.tensor([(len(p.chosen), len(p.rejected)) for p in pairs], **float64)  # [P, 2], P pairs on all ranks
+    reference = torch.tensor([p.reference for p in pairs], **float64)  # [P, 2]
+    weight = torch.tensor([p.weight for p in pairs], **float64)  # [P]
+    measured = torch.zeros(len(pairs), 5, **float64)  # loss, two mean log-probs, two mean entropies
     for batch, mine in micro_batches(range(len(pairs)), args, world, sequences=lambda i: pairs[i].sequences):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
         logps, entropies = (sum_by_trace(x, batch, [pairs[i] for i in mine]) for x in (logp, entropy.detach()))
         losses = pair_losses(logps, lengths[mine], reference[mine], args)  # [B]
         ((weight[mine] * losses).sum() / n * world.size).backward()  # FSDP averages over ranks; the sum is wanted
 
-        per_token = torch.cat([logps.detach(), entropies], 1) / lengths[mine].clamp(min=1).repeat(1, 2)  # [B, 4]
-        measured[mine] = torch.cat([losses.detach()[:, None], per_token], 1)
+        means = torch.cat([logps.detach(), entropies], 1) / lengths[mine].clamp(min=1).repeat(1, 2)  # [B, 4]
+        measured[mine] = torch.cat([losses.detach()[:, None], means], 1)
     for pair, (loss, *means) in zip(pairs, sum_over_ranks(measured, world).tolist(), strict=True):
         pair.loss, pair.logp, pair.entropy = loss, tuple(means[:2]), tuple(means[2:])
     return describe(pairs, args)
@@ -329,6 +329,9 @@ def trace_ids(tokenizer, traces: list[Trace | None], prompts: list[str], rows: l
     return encoded
 
 
+BAD = {"trace_empty": "a trace is empty", "traces_equal": "the correct and the incorrect trace are equal"}
+
+
 def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress=False):
     """Rows to pairs of ids -> (pairs, counts of what was left out). Stage sft reads correct traces alone.
 
@@ -353,13 +356,12 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
         chosen = trace_ids(tokenizer, [correct for _, _, correct, _ in part], texts, names)
         rejected = trace_ids(tokenizer, [incorrect for *_, incorrect in part], texts, names)
         for (index, item, *traces), name, prompt, *ids in zip(part, names, prompts, chosen, rejected, strict=True):
-            there = [bool(trace.text.strip() and i) for trace, i in zip(traces, ids, strict=True) if trace]
-            problem = "" if there and all(there) else "trace_empty"
-            if problem or ids[0] == ids[1]:
-                what = "a trace is empty" if problem else "the correct and the incorrect trace are equal"
+            blank = [not (trace.text.strip() and own) for trace, own in zip(traces, ids, strict=True) if trace]
+            if not blank or any(blank) or ids[0] == ids[1]:
+                reason = "trace_empty" if not blank or any(blank) else "traces_equal"
                 if args.bad_rows == "error":
-                    raise InputError(f"{name}: {what}; remove the row or pass --bad_rows drop")
-                count[problem or "traces_equal"] += 1
+                    raise InputError(f"{name}: {BAD[reason]}; remove the row or pass --bad_rows drop")
+                count[reason] += 1
             elif len(prompt) > args.max_prompt_tokens:
                 count["prompt_too_long"] += 1
             elif max(map(len, ids)) > args.max_response_tokens:
@@ -438,7 +440,7 @@ def main(args: Args) -> None:
     for step in run:
         batch = [pairs[i] for i in batch_indices(len(pairs), args.batch_size, step - 1, args.seed)]
 
-        # 1. sample, 2. reward, 3. advantages: offline, the rows have all three
+        # 1. sample, 2. reward, 3. advantages: none; the data holds traces and which of them are correct
 
         # 4. update
         with run.clock("update"):
