@@ -120,7 +120,7 @@ def check_flags(args) -> None:
         for words, holds in getattr(kind, "__metadata__", ()):
             if not holds(getattr(args, name)):
                 raise InputError(f"--{name} must be {words}, not {getattr(args, name)}")
-    if getattr(args, "batch_size", 0) % (updates := getattr(args, "updates_per_step", 1)):
+    if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
         raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
     check_verifier(args.verifier)
 
