@@ -22,10 +22,10 @@ from typing import Literal
 from tqdm import tqdm
 
 import redi
-from common.data import InputError
+from common.data import InputError, check_verifier
 from common.rollout import Sampling
 from common.rows import Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt, set_template
-from common.run import NotNegative, Positive, Share, check_flags, keep_records, open_sampler, write_whole
+from common.run import NotNegative, Positive, Share, check_ranges, keep_records, open_sampler, write_whole
 from common.trainer import full_parameters, init_world, launch, load_policy, load_tokenizer, parse_args
 from common.verifiers import grade
 
@@ -177,7 +177,7 @@ def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list
 
 def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> None:
     """Sample answers of --model to the problems that lack a correct or an incorrect trace, and take the first that
-    fits. What was drawn is counted in own_answers.json. If the run is killed, the next one goes on with its answers.
+    fits. Counts go to own_answers.json. The answers are kept: if the command is killed, the same command resumes.
 
     An answer that the length limit cut is not taken (it has no eos to learn from), nor one that the verifier could not
     grade. A problem whose prompt is over --max_prompt_tokens gets no answers."""
@@ -244,7 +244,8 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 def main(args: Args) -> dict[str, int]:
     """Write positives.jsonl, pairs.jsonl and funnel.json; print and return the funnel."""
-    check_flags(args)
+    check_ranges(args)
+    check_verifier(args.verifier)
     world = init_world(args.timeout_minutes)
     tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
     training = redi.Args(
