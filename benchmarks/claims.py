@@ -198,14 +198,15 @@ def offline(script: str, start: Path, seed: int, claims: Claims) -> list:
     if script == "oreo.py":
         drawn, flags = folder / "answers" / "rows.jsonl", ["--stage", "collect"]
     else:
-        drawn, flags = folder / "pairs" / "pairs.jsonl", ["--stage", "data", "--igsm_problems", 2000]
+        drawn, flags = folder / "pairs" / "pairs.jsonl", ["--igsm_problems", 2000]
+    maker = [script] if script == "oreo.py" else ["-m", "tools.redi_data"]
     with LOCKS[drawn]:
         if not drawn.exists():
             flags += ["--preset", "tiny", "--model", start, "--out", drawn.parent, "--seed", seed]
-            call([script, *flags], folder / f"log-{drawn.parent.name}.txt", claims)
+            call([*maker, *flags], folder / f"log-{drawn.parent.name}.txt", claims)
     if script == "oreo.py":
         return ["--rows", drawn, "--steps", claims.steps]
-    return ["--data", drawn, "--reference_cache", folder / "reference", "--steps", claims.steps]
+    return ["--data", drawn, "--steps", claims.steps]
 
 
 # ------------------------------------------------------------------------------------------------- measuring

@@ -11,8 +11,7 @@ import luffy
 import oreo
 import redi
 from common.data import InputError
-from common.rollout import Completion
-from common.rows import Example, Trace, report_golds
+from common.rows import Example, report_golds
 from common.search import Candidate
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
@@ -68,7 +67,7 @@ def test_what_is_logged_of_pairs():
 def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkeypatch):
     drawn = igsm.problems(40, ops=(2, 3), style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False)
     first, second = [p for p in drawn if p.answer][:2]
-    corrupted = redi.corrupt(first.solution, random.Random(0), 23)
+    corrupted = igsm.corrupt(first.solution, random.Random(0), 23)
     wrong_step = corrupted.rpartition("\n")[0] + "\n" + first.solution.rpartition("\n")[2]  # a right box after it
     tokenizer, said = Says(first.solution, "no", wrong_step, second.solution), {0.0: 0, 0.6: 2}
     examples = [Example([1], None, str(p.answer), "t", i, "") for i, p in enumerate((first, second))]
@@ -141,29 +140,3 @@ def test_rejection_trains_on_right_answers_alone(tmp_path):
     args = oreo_ranks.settings("models/tiny", "--stage", "rejection", "--rows", tmp_path / "rows.jsonl")
     units, _ = oreo.training_units(load_tokenizer("models/tiny"), args, False)
     assert [row.reward for unit in units for row in unit] == [1.0]
-
-
-def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(tmp_path, monkeypatch):
-    tokenizer = load_tokenizer("models/tiny")
-    texts = tokenizer(["a=1", "a=2", "a=3"], add_special_tokens=False)["input_ids"]
-    answers = [[*ids, tokenizer.eos_token_id] for ids in texts]
-
-    class Three(Asked):
-        def generate(self, prompts, **_):
-            return [[Completion(ids, [0.0] * len(ids), "stop") for ids in answers] for _ in prompts]
-
-    monkeypatch.setattr(redi, "open_sampler", lambda *_: Three())
-    monkeypatch.setattr(redi, "load_policy", lambda *_: None)
-    turns = [{"role": "user", "content": "a=1\na?"}]
-    problems = [redi.Problem(turns, Trace("x"), None, "9", ""), redi.Problem(turns, None, Trace("y", 0.0), "9", "")]
-    redi.add_own_answers(problems, tokenizer, redi.Args(out=str(tmp_path), verifier="boxed", own_answers=3), ONE_RANK)
-    assert problems[0].rejected == Trace("a=1", 0.0, answers[0]) and problems[0].chosen == Trace("x")
-    assert problems[1].rejected == Trace("y", 0.0) and problems[1].chosen is None
-
-
-def test_other_sources_can_be_left_out():
-    verdicts = {"llama_verification": [True, False], "math_verify_reparsed_answer": [True, False]}
-    row = {"problem_is_valid": "Yes", "source": "olympiads", "problem": "p", "answer": "4", "generations": ["x", "y"],
-           "correctness": verdicts}  # fmt: skip
-    assert redi.read_problem(row, "row 0", redi.Args(drop_sources=("olympiads",))) == "source left out"
-    assert redi.read_problem(row | {"source": "cn_k12"}, "row 0", redi.Args(drop_sources=())).gold == "4"

@@ -38,7 +38,7 @@ def saved_prompt(folder):
     [
         (luffy, ["--method", "sft"], dict(method="METHODS", preset="PRESETS")),
         (relift, ["--method", "sft"], dict(method="METHODS", preset="PRESETS")),
-        (redi, ["--stage", "sft"], dict(stage="STAGES", loss="LOSSES", preset="PRESETS")),
+        (redi, ["--stage", "sft"], dict(stage="STAGES", loss="COMPARISONS", preset="PRESETS")),
         (oreo, ["--stage", "sft"], dict(stage="STAGES", variant="VARIANTS", preset="PRESETS")),
     ],
     ids=["luffy", "relift", "redi", "oreo"],

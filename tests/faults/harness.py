@@ -38,7 +38,7 @@ RUNS = {
     "relift": ["relift.py", *ONLINE, "--sft_data_size", "3"],
     "redi-sft": ["redi.py", *OFFLINE, "--stage", "sft"],
     "redi": ["redi.py", *OFFLINE],
-    "redi-dpo": ["redi.py", *OFFLINE, "--loss", "dpo", "--reference_cache", "{out}/reference"],
+    "redi-dpo": ["redi.py", *OFFLINE, "--loss", "dpo"],
     "oreo": ["oreo.py", *OFFLINE, "--samples", "4"],
     "oreo-dpo": ["oreo.py", *OFFLINE, "--samples", "4", "--stage", "dpo"],
     "behavior_injection": [
@@ -55,7 +55,7 @@ MOMENTS = ("any time", "first file of a checkpoint", "before its checksums", "af
 
 def words_of(name: str, out: Path) -> list[str]:
     """The command of a run into folder `out`."""
-    return [*(word.replace("{out}", str(out)) for word in RUNS[name]), "--out", str(out)]
+    return [*RUNS[name], "--out", str(out)]
 
 
 def reached(moment: str, out: Path, since: float = 0.0) -> bool:
