@@ -17,6 +17,7 @@ graded in the background, split into micro-batches and turned into vectors.
 import functools
 import json
 import math
+import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -427,6 +428,66 @@ class Grader:
                 row.reward, row.status, row.detail = verdict
             report_golds([row.example for row in rows], rows)
         self.jobs = []
+
+
+# ------------------------------------------------------------------------- records that outlast a killed run
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, path)
+
+
+def part_files(path: Path) -> list[Path]:
+    """The files beside `path` to which the ranks of `keep_records` append."""
+    return sorted(path.parent.glob(f"{path.stem}.part-*.jsonl"))
+
+
+def read_records(path: Path) -> dict:
+    """Return {id: record} of the JSON lines of `path`, and of those that a killed run left beside it."""
+    files = [file for file in [*part_files(path), path] if file.exists()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]  # a last one is cut
+    return {record["id"]: record for record in map(json.loads, lines)}
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """Write `path`, one record per line. What lies beside it is then no longer needed."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    for part in part_files(path):
+        part.unlink()
+
+
+def keep_records(path: Path, parts: list[list], make, world: World, *, together: bool = False) -> dict:
+    """Make a record for each id, keep them in `path`, and return {id: record} in the order of the ids.
+
+    parts: lists of ids that are made at once. make(part) returns the part's records, each with its "id". One rank makes
+    a part; with `together` all ranks make every part, as a collective. A rank that has nothing left calls make([]).
+    Records are appended to a file of each rank as they come. If the run is killed, the next call makes only the parts
+    that are missing, whatever the number of ranks."""
+
+    def merge() -> dict:
+        dist.barrier()  # all have written
+        if world.main:
+            found = read_records(path)
+            write_records(path, [found[i] for part in parts for i in part if i in found])
+        dist.barrier()
+        found = read_records(path)
+        dist.barrier()  # all have read before one appends
+        return found
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = merge()
+    todo = [part for part in parts if not all(i in done for i in part)]
+    mine, calls = (todo, len(todo)) if together else (todo[world.rank :: world.size], -(-len(todo) // world.size))
+    with open(path.with_name(f"{path.stem}.part-{world.rank}.jsonl"), "a", encoding="utf-8") as file:
+        for part in tqdm([*mine, *[[]] * (calls - len(mine))], desc=path.name, unit="part", disable=not world.main):
+            records = make(part)
+            if world.main or not together:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+                file.flush()
+    return merge()
 
 
 def mean(values) -> float | None:

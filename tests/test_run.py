@@ -81,6 +81,26 @@ def test_a_trace_is_graded_once_and_own_answers_every_time(monkeypatch):
     assert sorted(graded) == ["5 6", "7", "8 9", "8 9"]  # without the eos; what was cut has none
 
 
+def test_records_of_a_killed_run_are_kept_and_those_missing_are_made(tmp_path, world):
+    path, made = tmp_path / "rows.jsonl", []
+
+    def make(part):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(part)
+        return [{"id": i, "square": i * i} for i in part]
+
+    with pytest.raises(KeyboardInterrupt):
+        run.keep_records(path, [[3, 1], [4], [2]], make, world)
+    assert not path.read_text() and made == [[3, 1], [4]]
+    with open(tmp_path / "rows.part-5.jsonl", "w") as file:  # of a rank that this run does not have
+        file.write('{"id": 4, "square": 16}\n{"id": 2, "squ')
+    made.pop(0)
+    records = run.keep_records(path, [[3, 1], [4], [2]], make, world)
+    assert made == [[4], [2]] and list(records) == [3, 1, 4, 2] and records == run.read_records(path)
+    assert records[4] == {"id": 4, "square": 16} and list(tmp_path.iterdir()) == [path]
+
+
 def test_values_of_rows_become_values_of_tokens():
     batch = pack([([3], [4, 5]), ([3], [6]), ([7], [8, 9, 1])])
     assert per_token(batch, [0.5, 2.0, 3.0]).tolist() == [0.5, 0.5, 2.0, 3.0, 3.0, 3.0]
