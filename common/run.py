@@ -114,12 +114,17 @@ class RunArgs:
     wandb: str = ""  # Also log to this Weights & Biases project.
 
 
+def check_ranges(args) -> None:
+    """Raise InputError for a flag whose value is outside the range of its type."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        for rule in getattr(kind, "__metadata__", ()):
+            if isinstance(rule, tuple) and not rule[1](getattr(args, name)):
+                raise InputError(f"--{name} must be {rule[0]}, not {getattr(args, name)}")
+
+
 def check_flags(args) -> None:
     """Raise InputError for a value outside the range of its type, and for flags that every script combines alike."""
-    for name, kind in get_type_hints(type(args), include_extras=True).items():
-        for words, holds in getattr(kind, "__metadata__", ()):
-            if not holds(getattr(args, name)):
-                raise InputError(f"--{name} must be {words}, not {getattr(args, name)}")
+    check_ranges(args)
     if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
         raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
     check_verifier(args.verifier)
