@@ -38,6 +38,7 @@ from common.trainer import (
     Metrics,
     Totals,
     World,
+    changed_settings,
     check_context,
     check_finite,
     export,
@@ -47,6 +48,7 @@ from common.trainer import (
     keep_activations,
     keep_best,
     learning_rate,
+    logit_form,
     optimizer_step,
     peak_memory_gb,
 )
@@ -286,7 +288,8 @@ class Run:
             if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
         export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
-        check_context(self.out / "model", self.args)
+        if self.args.rope_theta or self.args.max_positions:
+            check_context(self.out / "model", self.args)
         if sampler:
             sampler.close()
         self.metrics.close()
@@ -300,6 +303,15 @@ def check_mismatch(gap: float, step: int, args, world: World) -> None:
             f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.4f} per token (--max_mismatch "
             f"{limit}): the sampler has stale weights, or runs another model"
         )
+
+
+def check_fit(flag: str, model, policy) -> None:
+    """Raise InputError if the model of a flag cannot read the ids of the policy, or changes its logits otherwise."""
+    mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
+    if mine != its:
+        raise InputError(f"{flag}: a vocabulary of {mine} does not fit --model's of {its}")
+    if logit_form(model.lm.config) != logit_form(policy.lm.config):
+        raise InputError(f"{flag}: its soft cap or scale of logits is not --model's")
 
 
 def open_sampler(policy, tokenizer, args, world: World):
@@ -380,8 +392,9 @@ def teacher_rows(batch: list[Example], mine, counts: list[int] | None = None) ->
 
 
 def sample_rows(
-    sampler, batch: list[Example], mine, counts: list[int], args, world: World, *, seed: int, grader: "Grader"
-) -> list[Row]:
+    sampler, batch: list[Example], mine, counts: list[int], args, world: World, *, seed: int, grader: "Grader",
+    top_p: float = 1.0,
+) -> list[Row]:  # fmt: skip
     """Sample counts[g] answers to question g of a batch, for the questions `mine`. The answers to a question are graded
     while others are still being sampled."""
     groups: list[list[Row]] = [[] for _ in mine]
@@ -393,7 +406,7 @@ def sample_rows(
 
     sampler.generate(
         [batch[g].prompt for g in mine], n=[counts[g] for g in mine], keys=[batch[g].index for g in mine], seed=seed,
-        sampling=Sampling(args.max_response_tokens, args.temperature), drawn=drawn,
+        sampling=Sampling(args.max_response_tokens, args.temperature, top_p), drawn=drawn,
         progress="sample" if world.main and args.max_response_tokens > 1000 else None,
     )  # fmt: skip
     return [row for group in groups for row in group]
@@ -493,6 +506,46 @@ def keep_records(path: Path, parts: list[list], make, world: World, *, together:
                 file.write("".join(json.dumps(record) + "\n" for record in records))
                 file.flush()
     return merge()
+
+
+def keep_answers(
+    path: Path, examples: list[Example], open_sampler, settings: dict, tokenizer, args, world: World, *, n: int,
+    top_p: float = 1.0,
+) -> list[list[dict]]:  # fmt: skip
+    """Sample n answers to each example, grade them, keep them in `path` (a question per line), and return them:
+    [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
+
+    After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
+    it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
+    kept, sampler, grader = path.with_suffix(".json"), functools.cache(open_sampler), Grader(tokenizer, args.verifier)
+    settings = json.loads(json.dumps(settings)) | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
+    if kept.exists() and (changed := changed_settings(json.loads(kept.read_text()), settings, settings)):
+        raise InputError(f"{path} has answers of other settings ({changed}): choose another --out")
+    dist.barrier()  # all have compared
+    if world.main:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(settings, indent=2) + "\n")
+
+    def answer(part: list[int]) -> list[dict]:
+        batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
+        rows = sample_rows(
+            sampler(), batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader,
+            top_p=top_p,
+        )  # fmt: skip
+        grader.wait()
+        for row in rows:
+            records[row.group]["answers"].append({
+                "response": tokenizer.decode(row.response), "response_ids": row.response, "truncated": row.truncated,
+                "reward": row.reward, "status": row.status, "detail": row.detail,
+            })  # fmt: skip
+        return records
+
+    ids = list(range(len(examples)))
+    parts = [ids[i : i + args.batch_size] for i in ids[:: args.batch_size]]
+    records = keep_records(path, parts, answer, world)
+    if sampler.cache_info().currsize:
+        sampler().close()
+    return [record["answers"] for record in records.values()]
 
 
 def mean(values) -> float | None:
