@@ -1,34 +1,31 @@
 """OREO: offline reasoning optimization (Wang et al., arXiv 2412.16145).
 
 DPO learns from pairs of whole answers, rejection sampling from correct answers alone. OREO learns from single answers,
-correct or not, of which only the end is graded, and finds out which tokens mattered: a value model V is trained beside
-the policy pi, so that both agree with the reward R on every state of every answer:
+correct or not, of which only the end is graded, and finds out which tokens mattered. It trains a value model V beside
+the policy pi until both agree with the reward R at every state of every answer:
 
     V(s_t) = R - beta S_t,      S_t = sum_{i >= t} log pi(a_i | s_i) / pi_ref(a_i | s_i)             (soft Bellman)
 
-Only the optimum of  E[R] - beta KL(pi || pi_ref)  satisfies it everywhere. s_t is the text before token a_t. Actions
-are the tokens that the model wrote, states are the texts at which the equation is imposed; sg stops the gradient:
+Only the optimum of  E[R] - beta KL(pi || pi_ref)  satisfies this. s_t is the text before token a_t. Actions are the
+tokens that the model wrote. States are the texts at which the equation is imposed. sg stops the gradient.
 
     L_V  = mean_rows mean_t (V_t - R + beta sg(S_t))^2
     L_pi = mean_rows mean_t (sg(V_t) - R + beta (log pi_t / ref_t + sg(S_{t+1})))^2                 (Eq. 9, "token")
-         + alpha * mean_rows mean_t KL(pi(. | s_t) || pi_ref(. | s_t))         over the actions and the vocabulary
+         + alpha mean_rows mean_t KL(pi(. | s_t) || pi_ref(. | s_t))            over all actions and the vocabulary
 
---variant step: the states are the starts of steps, and a step is one action, so the gradient reaches all its tokens.
-response: the answer is one action (Eq. 10); V is still trained on every state. dqo: token states, and the gradient
-reaches all tokens that follow (the paper's comparison). At test time V guides a search over steps: eval.py --search.
+--variant step: a state before each step, which is one action: the gradient reaches all its tokens. response: the whole
+answer is one action (Eq. 10), and V is still trained at every state. dqo: token states, and the gradient reaches all
+tokens that follow (the paper's comparison). At test time V guides a search without a verifier: eval.py --search.
 
---stage picks what to do, each with its published settings:
-  sft        worked solutions, 3 epochs: where everything starts
-  collect    sample answers to the problems and grade them: rows of prompt, response and reward
-  oreo       the above, on --rows; without --rows it collects them first
-  rejection, dpo, kto    the paper's comparisons, on the same rows
-  iterate    oreo for three rounds, each on rows that the model of the round before it wrote
+--stage sft: worked solutions, 3 epochs: where everything starts. collect: sample answers to the problems, grade them.
+oreo: the above, on --rows; without --rows it collects them. rejection, dpo, kto: the paper's comparisons, on the same
+rows. iterate: oreo for three rounds, each on answers of the model of the round before.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- An answer's ids are those that were sampled, eos included; the published rows were text, tokenised again.
+- An answer's ids are those that were sampled, eos included. The published rows were text, tokenized again.
 - A row over 2,048 tokens is rejected and counted; the published code cut it and lost its eos (--long_response cut).
-- A step ends with a token that holds a delimiter, in training and in search; the published code split text.
-- The cosine ends with the last step; the published one was epochs^2 as long. Search reads V where training has states.
+- A step ends with a token that holds a delimiter, in training and in search. The published code split text.
+- The cosine ends with the last step; the published one was epochs^2 as long.
 
   python oreo.py --preset tiny --stage sft                        a laptop, a minute, nothing downloaded
   python oreo.py --preset tiny --model runs/tiny-oreo-sft/model   collects, trains, evaluates
@@ -86,7 +83,8 @@ from common.trainer import (
 
 @dataclass
 class Args(RunArgs):
-    stage: Literal["sft", "collect", "oreo", "rejection", "dpo", "kto", "iterate"] = "oreo"  # Later defaults follow it.
+    # What to do. Later defaults follow it.
+    stage: Literal["sft", "collect", "oreo", "rejection", "dpo", "kto", "iterate"] = "oreo"
     variant: Literal["token", "step", "response", "dqo"] = "token"  # OREO's policy loss. --kl_coef follows it.
     # The published runs. paper: Qwen2.5-Math-1.5B. paper_7b: DeepSeekMath-7B. paper_alfworld: MiniCPM-2B on ALFWorld,
     # with rows of tools/agents.py. tiny: a laptop, symbolic iGSM
@@ -97,7 +95,8 @@ class Args(RunArgs):
     trust_remote_code: bool = False  # Run the Python files that come with --model.
     # Problems to collect answers to (sft: with solutions): files, folders, Hub names (shapes: README) or igsm:LO-HI
     data: tuple[str, ...] = ("openai/gsm8k:main", "DigitalLearningGmbH/MATH-lighteval")
-    ask: Literal["system", "user"] = "system"  # GSM8K and MATH: by a system turn (Qwen), or by a sentence after it
+    # How GSM8K's and MATH's rows are asked: with a system turn (Qwen), or with a sentence after the question (DeepSeek)
+    ask: Literal["system", "user"] = "system"
     rows: str = ""  # Graded rows to train on: of collect, or any with graded traces (README). Empty: collect first
     out: str = "runs/oreo"  # Run folder. Running the same command again resumes from its newest checkpoint.
     verifier: str = "full"  # Grader: full (Math-Verify), robust (for your own data), boxed, ... or your module:function
@@ -122,16 +121,16 @@ class Args(RunArgs):
     round_reference: Literal["last", "first"] = "last"  # Its reference: what collected its rows, or --reference
     pairs_per_question: Positive[int] = 6  # dpo: pairs to draw per question (published: 6; 7B: 10; ALFWorld: 5)
     epochs: Positive[float] = 1.0  # Passes over the rows if --steps is 0 (published: 1; sft: 3)
-    batch_size: Positive[int] = 128  # Rows (dpo: pairs) per update; collect: problems per file that is written
+    batch_size: Positive[int] = 128  # Rows (dpo: pairs) per update; collect: problems to sample at once
     sft_rows_per_mean: NotNegative[int] = 8  # sft: mean of token means of this many rows each; 0: mean over tokens
     lr: NotNegative[float] = 5e-6  # Peak learning rate of AdamW (published: sft 2e-5, dpo 5e-7, kto 5e-8)
-    value_lr: NotNegative[float] = 5e-6  # That of the value model (published; 7B: 1e-4, with LoRA)
+    value_lr: NotNegative[float] = 5e-6  # Peak learning rate of the value model's AdamW (published; 7B: 1e-4)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # Learning rate after the warm-up
     warmup: Share[float] = 0.03  # Fraction of the updates in which the learning rate rises linearly
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW betas
     weight_decay: NotNegative[float] = 0.0  # AdamW weight decay
     policy_lora: NotNegative[int] = 0  # Train the policy by LoRA of this rank, on all linear layers (needs peft). 0: no
-    value_lora: NotNegative[int] = 0  # The same for the value model, whose head is trained whole (published 7B: 64)
+    value_lora: NotNegative[int] = 0  # Train the value by LoRA of this rank, its head whole (published 7B: 64). 0: no
     micro_batch_tokens: Positive[int] = 16384  # Tokens per micro-batch and rank. The gradient does not depend on it.
     gradient_checkpointing: Literal["auto", "all", "none"] = "all"  # Layers that recompute their activations
     eval_every: NotNegative[int] = 50  # Evaluate every this many steps, before the first and after the last. 0: never
@@ -378,11 +377,9 @@ def training_units(tokenizer, args: Args, progress: bool) -> tuple[list[list[Row
             f"--rows {args.rows}: all {len(rows)} rewards are {rewards.pop():g}, so there is nothing to tell apart: "
             "collect more --samples, at a higher --temperature, or to other problems"
         )
-    lacks = "no answer is right"
+    units, lacks = [[row] for row in rows if args.stage != "rejection" or row.reward > 0], "no answer is right"
     if args.stage == "dpo":
         units, lacks = dpo_pairs(rows, args.pairs_per_question, args.seed), "no question has a right and a wrong answer"
-    else:
-        units = [[row] for row in rows if args.stage != "rejection" or row.reward > 0]
     if not units:
         raise InputError(f"--rows {args.rows}: {lacks}: --stage {args.stage} has nothing to learn from")
     return units, count | {"units": len(units)}
@@ -418,7 +415,7 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
     update, and its value loss the log-probs, so the order of the two optimizer steps that follow does not matter."""
     every = {row.index: row for unit in units for row in unit}
     actions = [sum(row.actions) for row in every.values()]
-    n_units, n_actions = len(units), sum(actions)
+    n_units, n_actions = len(units), sum(actions)  # the denominators: rows (dpo: pairs); sft's and rejection's tokens
     scales = token_scales(actions, args.sft_rows_per_mean if args.stage == "sft" else 0)
     scale_of = dict(zip(every, scales, strict=True))
     baseline = kto_baseline(policy, reference, units, args, world) if args.stage == "kto" else 0.0
@@ -457,9 +454,9 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         totals.add({"loss/policy": loss})
-        sums = torch.stack([row_sums((x * action).detach(), batch, len(rows)) for x in (logp, logp - ref_logp, kl)])
+        sums = [row_sums((x * action).detach(), batch, len(rows)) for x in (logp, logp - ref_logp, kl)]  # [B] each
         by_row = [None] * len(rows) if values is None else values.detach().split(lengths)
-        measured += zip(rows, sums.T, by_row, strict=True)
+        measured += zip(rows, torch.stack(sums, 1), by_row, strict=True)
     found = [(row.index, measurements(row, sums, values)) for row, sums, values in measured]
     for index, fields in gather_lists(found, world):
         vars(every[index]).update(fields)
@@ -557,7 +554,7 @@ def train(args: Args) -> None:
         check_fit(f"--reference {args.reference}", reference, policy)
     run.begin(policy, optimizer, tokenizer, **more)
     sampler = open_sampler(policy, tokenizer, args, world) if run.held_out and args.eval_every else None
-    if run.evaluates:
+    if sampler:
         sampler.sync(policy, version=run.start)
     run.log(run.evaluate(sampler))
 
@@ -565,18 +562,17 @@ def train(args: Args) -> None:
         batch = [units[i] for i in batch_indices(len(units), args.batch_size, step - 1, args.seed)]
         rows = [row for unit in batch for row in unit]
 
-        # 1. sample, 2. reward: `collect` has done both. 3. advantages: the residuals of the loss take their place
+        # 1. sample, 2. reward: `collect` has done both. 3. advantages: the loss has residuals instead
 
         # 4. update
         with run.clock("update"):
             if sampler:
                 sampler.sleep()  # its memory is the trainer's until the sync
             log = accumulate_gradient(policy, value, reference, batch, args, world) | describe(rows, args)
-            limit = dict(max_grad_norm=args.max_grad_norm)
-            if not value or run.update(
-                "value", log, rows, lr=run.lr(peak=args.value_lr), norm="optim/value_grad_norm", **limit
-            ):
-                run.update("policy", log, rows, lr=run.lr(), **limit)
+            clip, norm = dict(max_grad_norm=args.max_grad_norm), "optim/value_grad_norm"
+            # both models take their step, or none does
+            if not value or run.update("value", log, rows, lr=run.lr(peak=args.value_lr), norm=norm, **clip):
+                run.update("policy", log, rows, lr=run.lr(), **clip)
 
         # 5. sync
         with run.clock("sync"):
@@ -589,13 +585,7 @@ def train(args: Args) -> None:
     run.finish(sampler)
 
 
-# ----------------------------------------------------------------------------------------- collection, rounds
-
-
-COLLECTED_BY = (  # the settings that collected rows depend on
-    "model", "data", "ask", "igsm_problems", "chat_template", "chat_template_args", "verifier", "max_prompt_tokens",
-    "max_response_tokens", "samples", "temperature", "top_p", "batch_size", "seed",
-)  # fmt: skip
+# ------------------------------------------------------------------------------------------ collection, rounds
 
 
 def collect(args: Args) -> str:
@@ -610,9 +600,11 @@ def collect(args: Args) -> str:
         sampler.sync(policy, version=0)
         return sampler
 
-    settings = {name: getattr(args, name) for name in COLLECTED_BY}
+    names = ("model", "data", "ask", "igsm_problems", "chat_template", "chat_template_args", "verifier", "samples",
+             "max_prompt_tokens", "max_response_tokens", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
     answers = keep_answers(
-        out / "answers.jsonl", examples, sampler, settings, tokenizer, args, world, n=args.samples, top_p=args.top_p
+        out / "answers.jsonl", examples, sampler, {name: getattr(args, name) for name in names}, tokenizer, args, world,
+        n=args.samples, top_p=args.top_p,
     )  # fmt: skip
     if world.main:
         rows = [
