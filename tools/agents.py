@@ -102,20 +102,7 @@ TEXTWORLD = (
     "after a line 'Thought: ' if you want to think first. Commands are like: look, inventory, go north, "
     "examine box, open box, take key from table, put key on table, insert key into box, unlock box with key."
 )
-ALFWORLD = (  # the published text, word for word, with its slips: OREO's models were trained on it
-    "Interact with a household to solve a task. Imagine you are an intelligent agent in a household environment "
-    "and your target is to perform actions to complete the task goal. At the beginning of your interactions, you "
-    "will be given the detailed description of the current environment and your goal to accomplish. \nFor each of "
-    "your turn, you will be given the observation of the last turn. You should first think about the current "
-    "condition and plan for your future actions, and then output your action in this turn. Your output must "
-    "strictly follow this format:\"Thought: your thoughts.\\nAction: your next action\".\n\nThe available actions "
-    "are:\n1. go to {recep}\n2. task {obj} from {recep}\n3. put {obj} in/on {recep}\n4. open {recep}\n5. close "
-    "{recep}\n6. toggle {obj} {recep}\n7. clean {obj} with {recep}\n8. heat {obj} with {recep}\n9. cool {obj} with "
-    "{recep}\nwhere {obj} and {recep} correspond to objects and receptacles.\nAfter your each turn, the "
-    "environment will give you immediate feedback based on which you plan your next few steps. if the envrionment "
-    "output \"Nothing happened\", that means the previous action is invalid and you should try more options.\n\n"
-    "Your response should use the following format:\n\nThought: <your thoughts>\nAction: <your next action>"
-)
+ALFWORLD = Path(__file__).with_name("alfworld_rules.txt").read_text()  # the published text, with its slips
 
 
 # ------------------------------------------------------------------------------------------ the protocol
