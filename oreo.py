@@ -607,11 +607,10 @@ def collect(args: Args) -> str:
         n=args.samples, top_p=args.top_p,
     )  # fmt: skip
     if world.main:
-        rows = [
-            {"question": e.index, "gold": e.gold, "prompt": e.text, "prompt_ids": e.prompt} | mine[i]
-            for e, mine in zip(examples, answers, strict=True)
-            for i in balanced([answer["reward"] for answer in mine], args.balance)
-        ]  # fmt: skip
+        rows = []
+        for e, mine in zip(examples, answers, strict=True):
+            about = dict(question=e.index, source=e.source, gold=e.gold, prompt=e.text, prompt_ids=e.prompt)
+            rows += [about | mine[i] for i in balanced([answer["reward"] for answer in mine], args.balance)]
         write_whole(out / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         statuses = Counter(answer["status"] for mine in answers for answer in mine)
         right = sum(row["reward"] > 0 for row in rows)
