@@ -25,9 +25,9 @@ def test_every_recipe_has_a_command():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_command_means_the_published_settings(recipe):
-    words = COMMANDS[recipe].split()
-    at = next(i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1] == "-m")
-    name, words = words[at].removesuffix(".py"), words[at + 1 :]
+    command = COMMANDS[recipe].split()
+    start = next(i for i, word in enumerate(command) if word.endswith(".py") or word.startswith("tools."))
+    name, words = command[start].removesuffix(".py"), command[start + 1 :]
     script = importlib.import_module(name)
     tables = {flag: getattr(script, table) for flag, table in TABLES[name].items()}
     settings = json.loads(json.dumps(dataclasses.asdict(parse_args(script.Args, words, **tables))))
