@@ -305,15 +305,6 @@ def check_mismatch(gap: float, step: int, args, world: World) -> None:
         )
 
 
-def check_fit(flag: str, model, policy) -> None:
-    """Raise InputError if the model of a flag cannot read the ids of the policy, or changes its logits otherwise."""
-    mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
-    if mine != its:
-        raise InputError(f"{flag}: a vocabulary of {mine} does not fit --model's of {its}")
-    if logit_form(model.lm.config) != logit_form(policy.lm.config):
-        raise InputError(f"{flag}: its soft cap or scale of logits is not --model's")
-
-
 def open_sampler(policy, tokenizer, args, world: World):
     """Return the sampler that --rollout names. It draws after its first sync."""
     also_stop = policy.lm.generation_config.eos_token_id or []
@@ -322,6 +313,15 @@ def open_sampler(policy, tokenizer, args, world: World):
         args.rollout, policy, world, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens,
         max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,
     )  # fmt: skip
+
+
+def check_fit(flag: str, model, policy) -> None:
+    """Raise InputError if the model of a flag cannot read the ids of the policy, or changes its logits otherwise."""
+    mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
+    if mine != its:
+        raise InputError(f"{flag}: a vocabulary of {mine} does not fit --model's of {its}")
+    if logit_form(model.lm.config) != logit_form(policy.lm.config):
+        raise InputError(f"{flag}: its soft cap or scale of logits is not --model's")
 
 
 def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
