@@ -417,6 +417,46 @@ def gather_rows(rows: list[Row], world: World) -> list[Row]:
     return sorted(gather_lists(rows, world), key=lambda row: row.group)
 
 
+def keep_answers(
+    path: Path, examples: list[Example], open_sampler, settings: dict, tokenizer, args, world: World, *, n: int,
+    top_p: float = 1.0,
+) -> list[list[dict]]:  # fmt: skip
+    """Sample n answers to each example, grade them, keep them in `path` (a question per line), and return them:
+    [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
+
+    After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
+    it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
+    kept, sampler, grader = path.with_suffix(".json"), functools.cache(open_sampler), Grader(tokenizer, args.verifier)
+    settings = json.loads(json.dumps(settings)) | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
+    if kept.exists() and (changed := changed_settings(json.loads(kept.read_text()), settings, settings)):
+        raise InputError(f"{path} has answers of other settings ({changed}): choose another --out")
+    dist.barrier()  # all have compared
+    if world.main:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(settings, indent=2) + "\n")
+
+    def answer(part: list[int]) -> list[dict]:
+        batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
+        rows = sample_rows(
+            sampler(), batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader,
+            top_p=top_p,
+        )  # fmt: skip
+        grader.wait()
+        for row in rows:
+            records[row.group]["answers"].append({
+                "response": tokenizer.decode(row.response), "response_ids": row.response, "truncated": row.truncated,
+                "reward": row.reward, "status": row.status, "detail": row.detail,
+            })  # fmt: skip
+        return records
+
+    ids = list(range(len(examples)))
+    parts = [ids[i : i + args.batch_size] for i in ids[:: args.batch_size]]
+    records = keep_records(path, parts, answer, world)
+    if sampler.cache_info().currsize:
+        sampler().close()
+    return [record["answers"] for record in records.values()]
+
+
 class Grader:
     """Grades rows in the background: `add`, then `wait`. A trace is graded once in a run."""
 
@@ -506,46 +546,6 @@ def keep_records(path: Path, parts: list[list], make, world: World, *, together:
                 file.write("".join(json.dumps(record) + "\n" for record in records))
                 file.flush()
     return merge()
-
-
-def keep_answers(
-    path: Path, examples: list[Example], open_sampler, settings: dict, tokenizer, args, world: World, *, n: int,
-    top_p: float = 1.0,
-) -> list[list[dict]]:  # fmt: skip
-    """Sample n answers to each example, grade them, keep them in `path` (a question per line), and return them:
-    [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
-
-    After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
-    it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
-    kept, sampler, grader = path.with_suffix(".json"), functools.cache(open_sampler), Grader(tokenizer, args.verifier)
-    settings = json.loads(json.dumps(settings)) | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
-    if kept.exists() and (changed := changed_settings(json.loads(kept.read_text()), settings, settings)):
-        raise InputError(f"{path} has answers of other settings ({changed}): choose another --out")
-    dist.barrier()  # all have compared
-    if world.main:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps(settings, indent=2) + "\n")
-
-    def answer(part: list[int]) -> list[dict]:
-        batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
-        rows = sample_rows(
-            sampler(), batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader,
-            top_p=top_p,
-        )  # fmt: skip
-        grader.wait()
-        for row in rows:
-            records[row.group]["answers"].append({
-                "response": tokenizer.decode(row.response), "response_ids": row.response, "truncated": row.truncated,
-                "reward": row.reward, "status": row.status, "detail": row.detail,
-            })  # fmt: skip
-        return records
-
-    ids = list(range(len(examples)))
-    parts = [ids[i : i + args.batch_size] for i in ids[:: args.batch_size]]
-    records = keep_records(path, parts, answer, world)
-    if sampler.cache_info().currsize:
-        sampler().close()
-    return [record["answers"] for record in records.values()]
 
 
 def mean(values) -> float | None:
