@@ -51,7 +51,16 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from benchmarks.held_out import answers, error, mean, roc_area, save, valued  # noqa: E402
+from benchmarks.held_out import (  # noqa: E402
+    answers,
+    error,
+    mean,
+    roc_area,
+    save,
+    search_command,
+    searched,
+    valued,
+)
 from common.trainer import read_metrics  # noqa: E402
 
 TESTS = {"id": "igsm:5-8", "ood": "igsm:9-10"}
@@ -237,12 +246,11 @@ def beam(seed: int, claims: Claims) -> dict[str, list[float]]:
     start, rates = model_of("oreo_token", seed, claims).parent, {}
     for test, source in TESTS.items():
         out = start / f"beam-{test}-{claims.problems}"
-        if not (out / "search-beam-5.jsonl").exists():
-            call(["oreo.py", "--preset", "tiny", "--stage", "search", "--search", "beam", "--width", 5, "--model",
-                  start / "model", "--value", start / "value", "--eval_data", source, "--eval_limit", claims.problems,
-                  "--out", out, "--seed", seed], start.parent / "log-oreo_beam.txt", claims)  # fmt: skip
-        lines = (out / "search-beam-5.jsonl").read_text().splitlines()
-        rates[test] = [float(json.loads(line)["reward"]) for line in lines]
+        if not (out / "results.json").exists():
+            words = search_command(start / "model", start / "value", source, claims.problems, kind="beam", width=5,
+                                   out=out, seed=seed)  # fmt: skip
+            call(words, start.parent / "log-oreo_beam.txt", claims)
+        rates[test] = searched(out)
     return rates
 
 

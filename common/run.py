@@ -38,6 +38,7 @@ from common.trainer import (
     Metrics,
     Totals,
     World,
+    changed_settings,
     check_context,
     check_finite,
     export,
@@ -47,6 +48,7 @@ from common.trainer import (
     keep_activations,
     keep_best,
     learning_rate,
+    logit_form,
     optimizer_step,
     peak_memory_gb,
 )
@@ -152,19 +154,22 @@ class Run:
         self.logs: list[dict] = []  # of the updates of this step
         self.skipped = 0
 
-    def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, steps_per_epoch=None) -> None:
+    def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, steps_per_epoch=None,
+             source: str = "") -> None:  # fmt: skip
         """Check that the data is that of the checkpoint and fills a batch; count the steps.
 
-        key(item): what the digest of the data is made of. steps_per_epoch: whole batches alone if None."""
+        key(item): what the digest of the data is made of. steps_per_epoch: whole batches alone if None. source: the
+        data's name in messages, if it is not --data."""
         args, key = self.args, key or (lambda e: (e.prompt, e.trace, e.gold))
+        source = source or f"--data {args.data}"
         digest = data_digest(map(key, items), ((e.prompt, e.trace, e.gold) for e in held_out))
-        self.checkpoints.check_data(self.state, digest, f"--data {args.data}")
+        self.checkpoints.check_data(self.state, digest, source)
         if len(items) < args.batch_size:
-            raise InputError(f"--data {args.data}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
+            raise InputError(f"{source}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
         per_epoch = steps_per_epoch or len(items) // args.batch_size
         self.steps, self.held_out = args.steps or max(1, int(args.epochs * per_epoch)), held_out
         if self.world.main:
-            print(f"{args.data}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
+            print(f"{source}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as
@@ -283,7 +288,8 @@ class Run:
             if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
         export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
-        check_context(self.out / "model", self.args)
+        if self.args.rope_theta or self.args.max_positions:
+            check_context(self.out / "model", self.args)
         if sampler:
             sampler.close()
         self.metrics.close()
@@ -314,6 +320,15 @@ def open_sampler(policy, tokenizer, args, world: World):
         args.rollout, policy, world, stop_ids=stop_ids(policy, tokenizer), max_batch_tokens=args.sampler_tokens,
         max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,
     )  # fmt: skip
+
+
+def check_fit(flag: str, model, policy) -> None:
+    """Raise InputError if the model of a flag cannot read the ids of the policy, or changes its logits otherwise."""
+    mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
+    if mine != its:
+        raise InputError(f"{flag}: a vocabulary of {mine} does not fit --model's of {its}")
+    if logit_form(model.lm.config) != logit_form(policy.lm.config):
+        raise InputError(f"{flag}: its soft cap or scale of logits is not --model's")
 
 
 def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
@@ -384,8 +399,9 @@ def teacher_rows(batch: list[Example], mine, counts: list[int] | None = None) ->
 
 
 def sample_rows(
-    sampler, batch: list[Example], mine, counts: list[int], args, world: World, *, seed: int, grader: "Grader"
-) -> list[Row]:
+    sampler, batch: list[Example], mine, counts: list[int], args, world: World, *, seed: int, grader: "Grader",
+    top_p: float = 1.0,
+) -> list[Row]:  # fmt: skip
     """Sample counts[g] answers to question g of a batch, for the questions `mine`. The answers to a question are graded
     while others are still being sampled."""
     groups: list[list[Row]] = [[] for _ in mine]
@@ -397,7 +413,7 @@ def sample_rows(
 
     sampler.generate(
         [batch[g].prompt for g in mine], n=[counts[g] for g in mine], keys=[batch[g].index for g in mine], seed=seed,
-        sampling=Sampling(args.max_response_tokens, args.temperature), drawn=drawn,
+        sampling=Sampling(args.max_response_tokens, args.temperature, top_p), drawn=drawn,
         progress="sample" if world.main and args.max_response_tokens > 1000 else None,
     )  # fmt: skip
     return [row for group in groups for row in group]
@@ -406,6 +422,46 @@ def sample_rows(
 def gather_rows(rows: list[Row], world: World) -> list[Row]:
     """The rows of all ranks, on every rank, by question."""
     return sorted(gather_lists(rows, world), key=lambda row: row.group)
+
+
+def keep_answers(
+    path: Path, examples: list[Example], open_sampler, settings: dict, tokenizer, args, world: World, *, n: int,
+    top_p: float = 1.0,
+) -> list[list[dict]]:  # fmt: skip
+    """Sample n answers to each example, grade them, keep them in `path` (a question per line), and return them:
+    [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
+
+    After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
+    it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
+    kept, sampler, grader = path.with_suffix(".json"), functools.cache(open_sampler), Grader(tokenizer, args.verifier)
+    settings = json.loads(json.dumps(settings)) | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
+    if kept.exists() and (changed := changed_settings(json.loads(kept.read_text()), settings, settings)):
+        raise InputError(f"{path} has answers of other settings ({changed}): choose another --out")
+    dist.barrier()  # all have compared
+    if world.main:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(settings, indent=2) + "\n")
+
+    def answer(part: list[int]) -> list[dict]:
+        batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
+        rows = sample_rows(
+            sampler(), batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader,
+            top_p=top_p,
+        )  # fmt: skip
+        grader.wait()
+        for row in rows:
+            records[row.group]["answers"].append({
+                "response": tokenizer.decode(row.response), "response_ids": row.response, "truncated": row.truncated,
+                "reward": row.reward, "status": row.status, "detail": row.detail,
+            })  # fmt: skip
+        return records
+
+    ids = list(range(len(examples)))
+    parts = [ids[i : i + args.batch_size] for i in ids[:: args.batch_size]]
+    records = keep_records(path, parts, answer, world)
+    if sampler.cache_info().currsize:
+        sampler().close()
+    return [record["answers"] for record in records.values()]
 
 
 class Grader:

@@ -27,7 +27,8 @@ CASES = {  # script: {method: its flags}
     | {name: [*SHORT, "--igsm_problems", "80", "--loss", name] for name in ("redi", "dpo", "simpo")},
     "oreo": {name: [*SHORT, "--igsm_problems", "40", "--samples", "4", *flags] for name, flags in (
         ("token", ["--variant", "token"]), ("step", ["--variant", "step"]), ("response", ["--variant", "response"]),
-        ("kto", ["--stage", "kto"]), ("dpo", ["--stage", "dpo"]),
+        ("dqo", ["--variant", "dqo"]), ("iterate", ["--stage", "iterate", "--rounds", "2"]),
+        *((stage, ["--stage", stage]) for stage in ("kto", "dpo", "rejection", "sft")),
     )},
     "behavior_injection": {"sft and rl": [*SHORT, *BRIDGE]},
 }  # fmt: skip

@@ -12,7 +12,6 @@ import oreo
 import redi
 from common.data import InputError
 from common.rows import Example, report_golds
-from common.search import Candidate
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
 from tests import oreo_ranks
@@ -84,22 +83,6 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
     found = bridge.test_model("m", args, ONE_RANK)["test_id"]
     assert (found["greedy"], found["accuracy"], found["chain"]) == (0.5, 1.0, 0.5)
     assert (found["accuracy_other"], found["accuracy_zero"]) == (1.0, None)
-
-
-def test_a_searchs_accuracy_is_that_of_the_answers_of_the_highest_value(tmp_path, monkeypatch):
-    def found(policy, value, tokenizer, examples, args, world):
-        def ids(answer):
-            return tokenizer(f"\\boxed{{{answer}}}", add_special_tokens=False)["input_ids"]
-
-        pools = [[Candidate(ids(e.gold), True, 0.9), Candidate(ids("99"), True, 0.1)] for e in examples]
-        return [*pools[:-1], []]
-
-    model = "models/tiny"
-    monkeypatch.setattr(oreo, "find_answers", found)
-    monkeypatch.setattr(oreo, "load_value", lambda *_: None)
-    words = ["--stage", "search", "--value", model, "--verifier", "boxed", "--out", tmp_path]
-    result = oreo.search(oreo_ranks.settings(model, *words))
-    assert (result["eval/mean"], result["no_answer"], result["questions"]) == (0.75, 1, 4)
 
 
 def test_answers_that_were_not_graded_in_time_are_graded_again():

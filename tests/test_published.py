@@ -16,7 +16,7 @@ TABLES = {
     "luffy": {"method": "METHODS", "preset": "PRESETS"}, "relift": {"method": "METHODS", "preset": "PRESETS"},
     "redi": {"stage": "STAGES", "loss": "COMPARISONS", "preset": "PRESETS"},
     "behavior_injection": {"preset": "PRESETS"}, "tools.redi_data": {"preset": "PRESETS"},
-    "oreo": {"stage": "STAGES", "variant": "VARIANTS", "preset": "PRESETS"}, "oreo_agents": {}, "eval": {},
+    "oreo": {"stage": "STAGES", "variant": "VARIANTS", "preset": "PRESETS"}, "tools.agents": {}, "eval": {},
 }  # fmt: skip
 
 
