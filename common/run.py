@@ -146,19 +146,22 @@ class Run:
         self.logs: list[dict] = []  # of the updates of this step
         self.skipped = 0
 
-    def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, steps_per_epoch=None) -> None:
+    def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, steps_per_epoch=None,
+             source: str = "") -> None:  # fmt: skip
         """Check that the data is that of the checkpoint and fills a batch; count the steps.
 
-        key(item): what the digest of the data is made of. steps_per_epoch: whole batches alone if None."""
+        key(item): what the digest of the data is made of. steps_per_epoch: whole batches alone if None. source: the
+        data's name in messages, if it is not --data."""
         args, key = self.args, key or (lambda e: (e.prompt, e.trace, e.gold))
+        source = source or f"--data {args.data}"
         digest = data_digest(map(key, items), ((e.prompt, e.trace, e.gold) for e in held_out))
-        self.checkpoints.check_data(self.state, digest, f"--data {args.data}")
+        self.checkpoints.check_data(self.state, digest, source)
         if len(items) < args.batch_size:
-            raise InputError(f"--data {args.data}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
+            raise InputError(f"{source}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
         per_epoch = steps_per_epoch or len(items) // args.batch_size
         self.steps, self.held_out = args.steps or max(1, int(args.epochs * per_epoch)), held_out
         if self.world.main:
-            print(f"{args.data}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
+            print(f"{source}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as
