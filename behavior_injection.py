@@ -49,9 +49,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import igsm
-from common import rows as data_rows
 from common.data import InputError, batch_indices, tokens_of_means
-from common.rows import load_rows, set_template
+from common.rows import load_rows, read_examples, set_template
 from common.run import (
     Grader,
     NotNegative,
@@ -365,18 +364,13 @@ def write_set(
     dist.barrier()
 
 
-def set_path(name: str, args: Args) -> Path:
-    """The file of a set, which may also come from elsewhere."""
+def read_set(name: str, tokenizer, args: Args, **options):
+    """Return the examples of OUT/data/NAME.jsonl, and the counts of what was left out. `options`: those of
+    `make_examples`."""
     path = Path(args.out, "data", f"{name}.jsonl")
     if not path.exists():
         raise InputError(f"{path} is missing: run --stage data first (with --arms that name it)")
-    return path
-
-
-def read_set(name: str, tokenizer, args: Args, **options):
-    """Return the examples of a set, and the counts of what was left out. `options`: those of `make_examples`."""
-    path = str(set_path(name, args))
-    examples, left_out = data_rows.read_examples(path, tokenizer, args, split="train", **options)
+    examples, left_out = read_examples(str(path), tokenizer, args, split="train", **options)
     for example in examples:
         example.source = name
     return examples, left_out
@@ -523,14 +517,12 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     sampler.sync(policy, version=0)
     results = {}
     for name in ("test_id", "test_ood"):
-        questions = [row["prompt"][-1]["content"] for row in load_rows(str(set_path(name, args)))]
         examples, _ = read_set(name, tokenizer, args, traces="ignored")
-        mine, rows = range(world.rank, len(examples), world.size), {}
-        for temperature in (0.0, args.eval_temperature):
-            drawn_at, one = replace(args, temperature=temperature), [1] * len(examples)
-            rows[temperature] = sample_rows(
-                sampler, examples, mine, one, drawn_at, world, seed=args.seed + 1, grader=grader
-            )
+        questions = [row["prompt"][-1]["content"] for row in load_rows(f"{args.out}/data/{name}.jsonl")]
+        mine, ones, rows = range(world.rank, len(examples), world.size), [1] * len(examples), {}
+        for t in sorted({0.0, args.eval_temperature}):
+            how = replace(args, temperature=t)
+            rows[t] = sample_rows(sampler, examples, mine, ones, how, world, seed=args.seed + 1, grader=grader)
         grader.wait()
         greedy, sampled = gather_rows(rows[0.0], world), gather_rows(rows[args.eval_temperature], world)
         checks = [igsm.check_solution(questions[row.example.index], row.text(tokenizer), modulus=args.modulus or None)
