@@ -333,7 +333,7 @@ def write_set(
 ) -> None:
     """Write OUT/data/NAME.jsonl, rows in LUFFY's schema: n problems, seeded by `seed`. With arms: a file NAMEARM.jsonl
     for each, of the same problems. A file that is there with the same settings is kept."""
-    folder, arms = Path(args.out, "data"), arms or {"": [{}]}
+    folder, title, arms = Path(args.out, "data"), name.rstrip("_"), arms or {"": [{}]}
     settings = dict(ops=ops, split=split, seed=seed, style=args.style, modulus=args.modulus or None,
                     max_params=args.max_params, shuffle=args.shuffle,
                     max_literal=min(9, args.modulus - 1) if args.modulus else 9)  # fmt: skip
@@ -348,13 +348,13 @@ def write_set(
         try:
             with ExitStack() as stack:
                 out = {arm: stack.enter_context(open(f"{files[arm]}.partial", "w")) for arm in new}
-                for problem in tqdm(igsm.problems(n, **settings), f"data {name}", n, unit="problem", leave=False):
+                for problem in tqdm(igsm.problems(n, **settings), f"data {title}", n, unit="problem", leave=False):
                     for arm, ways in new.items():
                         for way in ways:
                             row = igsm.row(igsm.retell(problem, **way), split, args.system_prompt)
                             out[arm].write(json.dumps(row) + "\n")
         except ValueError as error:
-            raise InputError(f"problems of {name.rstrip('_')}: {error}") from error
+            raise InputError(f"problems of {title}: {error}") from error
         if not kept:  # arms of other problems must not stay beside the new ones
             for stale in [made, *folder.glob(f"{name}*.jsonl")]:
                 stale.unlink(missing_ok=True)
