@@ -1,7 +1,7 @@
 """Behavior injection (BRIDGE): preparing a model for reinforcement learning (Cen et al., arXiv 2505.18917).
 
-Two models with the same accuracy after SFT can gain very differently from RL. A small step of RL on all queries raises
-the expected reward J(q) of a query q by
+Models with the same accuracy after SFT can gain very differently from RL. A small RL step on all queries raises the
+expected reward J(q) of query q by
 
     dJ(q) = eta <G, grad J(q)> = eta mean_{q',o'} A(q',o') sqrt(a (1 - a)) (mean_+ K - mean_- K)                (Eq. 5)
     K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J over all queries
@@ -9,7 +9,8 @@ the expected reward J(q) of a query q by
 a is the fraction of correct answers to q, the means are over its correct (+) and incorrect (-) answers o, and log pi is
 the mean over an answer's tokens. So RL needs queries that are solved sometimes, and answers that teach each other (K).
 BRIDGE injects behaviours into the SFT solutions that raise both: looking ahead and coming back (reflection), repeating
-the information (analysis), one operation at a time (subgoals). Then GRPO, with the SFT model as reference:
+the information (analysis), one operation at a time (subgoals). SFT minimises the mean of -log p over the
+tokens of prompts and solutions. Then GRPO, with the SFT model as reference:
 
     A_i  = (R_i - mean R) / (std R + 1e-6)                                     over the group of answers to a question
     loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef (e^d - d - 1) - entropy_coef H ]
@@ -18,26 +19,24 @@ r = p / p_old, d = log p_ref - log p and the entropy H are those of token t of a
 
 --stage does one part for every arm of --arms (ways to write the solutions of the same problems: `arms_of`):
   data   problems, and each arm's solutions of them, as files in OUT/data
-  base   the base model: --model trained on easy plain problems (--base_problems; the paper takes --model as it is)
+  base   OUT/base: --model trained on easy plain problems (--base_problems; in the paper --model is the base model)
   sft    OUT/ARM/sft: the base model, fine-tuned on the arm's solutions
   rl     OUT/ARM/rl: GRPO from there
   eval   accuracy of both models, in distribution and out of it; then the table of all arms
-`python -m tools.influence` measures dJ and K of the SFT models (--preset and --out as here).
+tools/influence.py measures dJ and K of the SFT models.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - All arms use the same problems. Literals begin at 1: at 0, always answering 0 was correct for 27 % of the problems.
 - The RL gradient is the true mean over rows; the published one was an eighth of it, so max_grad_norm is 8, not 1.
 - A response ends with its first eos. In the published code a pad after the answer was trained on as an eos.
 
-  python behavior_injection.py --preset tiny                    a laptop, everything, nothing downloaded
-  torchrun --nproc_per_node 2 behavior_injection.py             the paper's run (Llama: --preset paper_llama)
+  python behavior_injection.py --preset tiny               a laptop, all stages, nothing downloaded
+  torchrun --nproc_per_node 2 behavior_injection.py        the paper's run (Llama: --preset paper_llama)
 """
 
 import json
 import math
-import os
 import re
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -156,7 +155,6 @@ PRESETS = {
         save_every=40, micro_batch_tokens=4096,
     ),
 }  # fmt: skip
-FORMAT = re.compile(r"^<think>.*?</think>\s*<answer>.*?</answer>$", re.DOTALL | re.MULTILINE)
 
 
 def arms_of(args: Args) -> dict[str, list[dict]]:
@@ -225,7 +223,8 @@ def format_reward(completion: str) -> float:
     >>> format_reward("1 + 1 = 2</think><answer>2</answer>"), format_reward("2")
     (1.0, 0.0)
     """
-    return float(FORMAT.match("<think>" + completion) is not None)
+    form = r"^.*?</think>\s*<answer>.*?</answer>$"
+    return float(re.match(form, completion, re.DOTALL | re.MULTILINE) is not None)
 
 
 def kernel_scores(kernel: Tensor, advantages: Tensor, groups: Tensor | None = None) -> Tensor:
@@ -318,8 +317,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 def make_data(args: Args, world) -> None:
     """Write the sets of all stages into OUT/data. All arms of sft_ARM use the same problems. The solution templates of
     val, test_id and test_ood occur in no training set."""
-    seed, ways = 1000 * args.seed, arms_of(args)
-    arms = {arm: ways[arm] for arm in args.arms}
+    seed, arms = 1000 * args.seed, {arm: arms_of(args)[arm] for arm in args.arms}
     write_set("sft_", args.sft_problems, args.ops, "train", seed + 100, args, world, arms)
     write_set("rl", args.rl_problems, args.ops, "train", seed + 200, args, world)
     write_set("base", args.base_problems, args.base_ops, "train", seed + 600, args, world)
@@ -344,29 +342,28 @@ def write_set(
     files = {arm: folder / f"{name}{arm}.jsonl" for arm in arms}
     new = {arm: ways for arm, ways in arms.items() if kept.get(arm) != ways or not files[arm].exists()}
     if n and new and world.main:
-        folder.mkdir(parents=True, exist_ok=True)
+        lines: dict[str, list[str]] = {arm: [] for arm in new}
         try:
-            with ExitStack() as stack:
-                out = {arm: stack.enter_context(open(f"{files[arm]}.partial", "w")) for arm in new}
-                for problem in tqdm(igsm.problems(n, **settings), f"data {title}", n, unit="problem", leave=False):
-                    for arm, ways in new.items():
-                        for way in ways:
-                            row = igsm.row(igsm.retell(problem, **way), split, args.system_prompt)
-                            out[arm].write(json.dumps(row) + "\n")
+            for problem in tqdm(igsm.problems(n, **settings), f"data {title}", n, unit="problem", leave=False):
+                for arm, ways in new.items():
+                    told = [igsm.row(igsm.retell(problem, **way), split, args.system_prompt) for way in ways]
+                    lines[arm] += [json.dumps(row) + "\n" for row in told]
         except ValueError as error:
             raise InputError(f"problems of {title}: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
         if not kept:  # arms of other problems must not stay beside the new ones
             for stale in [made, *folder.glob(f"{name}*.jsonl")]:
                 stale.unlink(missing_ok=True)
         for arm in new:
-            os.replace(f"{files[arm]}.partial", files[arm])
+            unfinished = files[arm].with_suffix(".partial")
+            unfinished.write_text("".join(lines[arm]))
+            unfinished.replace(files[arm])
         made.write_text(json.dumps({"problems": problems, "arms": kept | new}) + "\n")
     dist.barrier()
 
 
 def read_set(name: str, tokenizer, args: Args, **options):
-    """Return the examples of OUT/data/NAME.jsonl, and the counts of what was left out. `options`: those of
-    `make_examples`."""
+    """Return the examples of OUT/data/NAME.jsonl, and counts of what was left out (options: `make_examples`)."""
     path = Path(args.out, "data", f"{name}.jsonl")
     if not path.exists():
         raise InputError(f"{path} is missing: run --stage data first (with --arms that name it)")
@@ -385,14 +382,13 @@ def check(args: Args) -> None:
     if unknown := [arm for arm in args.arms if arm not in arms_of(args)]:
         raise InputError(f"--arms {unknown[0]}: no such arm; there are {', '.join(arms_of(args))}")
     if args.stage == "base" and not args.base_problems:
-        raise InputError("--stage base trains the base model: how many problems? --base_problems N")
+        raise InputError("--stage base needs --base_problems, the number of problems to train on")
     if args.sft_model and len(args.arms) != 1:
         raise InputError(f"--sft_model {args.sft_model} is the model of one arm: name that arm with --arms")
     if args.sft_model and args.stage in ("all", "sft"):
         raise InputError(f"--sft_model {args.sft_model} stands in for stage sft: choose --stage rl or eval")
     if args.data or args.eval_data:
-        raise InputError("--data and --eval_data are not read here: own rows go into OUT/data/sft_ARM.jsonl, rl.jsonl "
-                         "and val.jsonl")  # fmt: skip
+        raise InputError("--data and --eval_data: put your own rows into OUT/data (sft_ARM, rl and val.jsonl) instead")
 
 
 def settings_of(args: Args, stage: str, arm: str) -> Args:
@@ -537,15 +533,14 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
             "chain": mean(check.correct for check in checks),
             "tokens": mean(len(row.response) for row in sampled),
             "truncated": mean(row.truncated for row in sampled),
-        } | {name: mean(getattr(check, name) for check in checks)
-             for name in ("reflections", "analyses", "subgoals", "retries")}  # fmt: skip
+        } | {behavior: mean(getattr(check, behavior) for check in checks)
+             for behavior in ("reflections", "analyses", "subgoals", "retries")}  # fmt: skip
     sampler.close()
     return results
 
 
-def evaluate_arm(args: Args, world) -> None:
+def evaluate_arm(arm: str, args: Args, world) -> None:
     """Test an arm's SFT and RL models (of the arm "base": the base model); write OUT/ARM/eval.json."""
-    [arm] = args.arms
     models = {stage: model_of(args, stage, arm) for stage in (["base"] if arm == "base" else ["sft", "rl"])}
     there = {s: m for s, m in models.items() if s == "base" or m == args.sft_model or Path(m).exists()}
     if not there:
@@ -558,38 +553,30 @@ def evaluate_arm(args: Args, world) -> None:
     dist.barrier()
 
 
-def report(args: Args) -> dict:
-    """Print what is known of all arms in one table; write OUT/results.json and curves.png. dJ and how often queries are
-    solved are there after tools.influence."""
-    out, results = Path(args.out), {}
-    for arm in ("base", *args.arms):
-        if (path := out / arm / "eval.json").exists():
-            results[arm] = json.loads(path.read_text())
-        if (path := out / arm / "influence" / "influence.json").exists():
-            results.setdefault(arm, {})["influence"] = json.loads(path.read_text())
+def report(args: Args) -> None:
+    """Print the table of all arms; write OUT/results.json and curves.png."""
+    out = Path(args.out)
+    files = {arm: out / arm / "eval.json" for arm in ("base", *args.arms)}
+    results = {arm: json.loads(path.read_text()) for arm, path in files.items() if path.exists()}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     runs = {arm: out / arm / "rl" for arm in args.arms if (out / arm / "rl" / "metrics.jsonl").exists()}
     if runs:
         names = ("eval/mean", "reward/own", "group/solve_none", "policy/entropy", "policy/kl_ref", "length/own")
         plot_curves(runs, [[name] for name in names], out / "curves.png")
 
-    def percent(stage: str, test: str, name: str = "accuracy") -> str:
-        value = found.get(stage, {}).get(test, {}).get(name)
+    def percent(arm: str, stage: str, test: str, name: str = "accuracy") -> str:
+        value = results[arm].get(stage, {}).get(test, {}).get(name)
         return "-" if value is None else f"{100 * value:.1f}"
 
-    print(f"\n{'':11}in distribution, %      out of distribution, %    queries solved, fraction      dJ")
-    print(f"{'':11}  SFT ->    RL (chain)    SFT ->    RL (chain)    never  sometimes  always    mean")
-    for arm, found in results.items():
+    print(f"\n{'':11}in distribution, %      out of distribution, %")
+    print(f"{'':11}  SFT ->    RL (chain)    SFT ->    RL (chain)")
+    for arm in results:
         line = f"{arm:10}"
         for test in ("test_id", "test_ood"):
-            before, after = percent("base" if arm == "base" else "sft", test), percent("rl", test)
-            line += f" {before:>5} -> {after:>5} ({percent('rl', test, 'chain'):>5})  "
-        if measured := found.get("influence"):
-            never, sometimes, always = (measured[name] for name in ("never", "sometimes", "always"))
-            line += f"   {never:.2f}     {sometimes:.2f}     {always:.2f}   {measured['dJ']:8.4f}"
+            before, after = percent(arm, "base" if arm == "base" else "sft", test), percent(arm, "rl", test)
+            line += f" {before:>5} -> {after:>5} ({percent(arm, 'rl', test, 'chain'):>5})  "
         print(line)
     print(f"\n{out}: results.json{', curves.png' * bool(runs)}")
-    return results
 
 
 def main(args: Args) -> None:
@@ -603,11 +590,9 @@ def main(args: Args) -> None:
     for arm in args.arms:
         for stage in [stage for stage in ("sft", "rl") if stage in stages]:
             train(settings_of(args, stage, arm))
-        if "eval" in stages:
-            evaluate_arm(settings_of(args, "eval", arm), world)
     if "eval" in stages:
-        if args.base_problems or not args.arms:
-            evaluate_arm(settings_of(args, "eval", "base"), world)
+        for arm in [*args.arms, "base"] if args.base_problems or not args.arms else args.arms:
+            evaluate_arm(arm, args, world)
         if world.main:
             report(args)
 

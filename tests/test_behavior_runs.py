@@ -94,7 +94,7 @@ def test_the_stages_and_the_influence_leave_models_metrics_and_a_table(pipeline)
         responses = read(pipeline / arm / "rl" / "samples.jsonl")
         assert {"step", "who", "reward", "detail", "advantage", "gold", "prompt", "response"} == responses[0].keys()
         assert rows[-1]["tokens/sampled"] == sum(16 * row["length/own"] for row in rows[1:])
-        found = results[arm]["influence"]
+        found = json.loads((pipeline / arm / "influence" / "influence.json").read_text())
         queries = read(pipeline / arm / "influence" / "queries.jsonl")
         assert found["queries"] == len(queries) == 6 == sum(group["queries"] for group in found["by_right"])
         assert found["never"] + found["sometimes"] + found["always"] == pytest.approx(1)
@@ -182,7 +182,6 @@ def test_the_difference_along_g_agrees_with_the_inner_product_of_gradients(pipel
 
 def test_the_own_influence_is_in_the_papers_form_only(folder, monkeypatch):
     half_right(monkeypatch)
-    monkeypatch.setattr(bridge, "report", lambda args: None)
     for own in (True, False):
         measure("--out", folder, "--arms", "bridge", "--kernel_dims", 200_000, *["--influence_self"] * own)
         found = json.loads((folder / "bridge" / "influence" / "influence.json").read_text())
@@ -247,8 +246,8 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--arms", "bridge", "oops"], "--arms oops: no such arm; there are vanilla, bridge"),
         (["--analysis", "2"], '--analysis must be between 0 and 1, or "table", not 2'),
         (["--reflection", "2"], "--reflection must be between 0 and 1, not 2"),
-        (["--stage", "base", "--base_problems", "0"], "--stage base trains the base model: .* --base_problems N"),
-        (["--data", "igsm:1-2"], "--data and --eval_data are not read here"),
+        (["--stage", "base", "--base_problems", "0"], "--stage base needs --base_problems"),
+        (["--data", "igsm:1-2"], "--data and --eval_data: put your own rows into OUT/data"),
         (["--batch_size", "5", "--updates_per_step", "2"], "--batch_size 5 does not divide into --updates_per_step 2"),
         (["--steps", "-1"], "--steps must be 0 or more"),
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),

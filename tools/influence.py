@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 2 -m tools.influence --out OUT --arms bridge   any run folder
 
 For every arm it writes OUT/ARM/influence/ (influence.json, influence.png, queries.jsonl), then OUT/influence.png, and
-prints the table of all arms with dJ. OUT/data/influence.jsonl may hold your own queries; else it is made. The equations
+prints the table of all arms. OUT/data/influence.jsonl may hold your own queries; else it is made. The equations
 are in behavior_injection.py, the details on its docs page. In short:
 
 - The model answers queries; each answer gets its advantage. G is the exact gradient on answers to other queries.
@@ -111,12 +111,11 @@ def sketch_codes(parameters: list[Tensor], dims: int, seed: int = 0) -> list[Ten
 # -------------------------------------------------------------------------------------------------- one model
 
 
-def influence(args: Args, world) -> dict:
-    """Measure dJ and K of the SFT model of one arm; write OUT/ARM/influence/. Return the summary.
+def influence(arm: str, args: Args, world) -> dict:
+    """Measure dJ and K of the SFT model of an arm; write OUT/ARM/influence/. Return the summary.
 
     Every rank holds the whole model in float32 and takes its share of the queries. The reward is the verdict alone,
     without --format_reward, so that a query that is never solved has no gradient."""
-    [arm] = args.arms
     alone = replace(world, rank=0, size=1)
     on_cpu = replace(alone, device=torch.device("cpu"))  # neither sharded nor in bf16
     model = model_of(args, "sft", arm)
@@ -279,10 +278,13 @@ def main(args: Args) -> None:
     if not own_rows:
         n = 2 * args.influence_queries
         bridge.write_set("influence", n, args.ops, "train", 1000 * args.seed + 500, args, world)
-    summaries = {arm: influence(bridge.settings_of(args, "eval", arm), world) for arm in args.arms}
+    summaries = {arm: influence(arm, args, world) for arm in args.arms}
     if world.main:
         plot(summaries, Path(args.out, "influence.png"))
-        bridge.report(args)
+        print(f"\n{'':11}queries solved: never  sometimes  always   mean dJ  cosine")
+        for arm, found in summaries.items():
+            never, sometimes, always, d_j, cosine = map(found.get, ("never", "sometimes", "always", "dJ", "cosine"))
+            print(f"{arm:11}{never:21.2f}{sometimes:11.2f}{always:8.2f}{d_j:10.4f}{cosine:8.3f}")
 
 
 if __name__ == "__main__":
