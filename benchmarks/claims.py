@@ -197,8 +197,9 @@ def make(name: str, seed: int, claims: Claims) -> None:
         words += ["--steps", claims.steps] if run.kind == ONLINE else offline(words[0], start, seed, claims)
     call([*words, *shlex.split(claims.extra)], log, claims)
     if name in ("vanilla_sft", "bridge_sft"):
-        words[words.index("--stage") + 1] = "influence"
-        call([*words, "--influence_queries", 200 if claims.steps >= 60 else 60], log, claims)
+        words += ["--influence_queries", 200 if claims.steps >= 60 else 60]
+        with LOCKS[behaviors / "influence"]:  # the first makes the queries for both
+            call(["-m", "tools.influence", *words[1:]], log, claims)
 
 
 def offline(script: str, start: Path, seed: int, claims: Claims) -> list:

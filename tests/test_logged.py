@@ -40,8 +40,6 @@ def test_what_is_logged_of_rows():
     teacher = luffy.Row([1], [1], 1, True, reward=1.0, status="ok")  # does not make its question a solved one
     log = luffy.describe([*own, teacher])
     assert (log["group/solve_all"], log["group/solve_none"], log["reward/own"]) == (0.25, 0.5, 2 / 6)
-    log = bridge.describe([bridge.Row([1], [1], group, reward=reward, status="ok") for group, reward in told])
-    assert (log["group/solve_all"], log["group/solve_none"]) == (0.25, 0.5)
 
 
 def test_what_is_logged_of_values():
@@ -70,15 +68,19 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
     wrong_step = corrupted.rpartition("\n")[0] + "\n" + first.solution.rpartition("\n")[2]  # a right box after it
     tokenizer, said = Says(first.solution, "no", wrong_step, second.solution), {0.0: 0, 0.6: 2}
     examples = [Example([1], None, str(p.answer), "t", i, "") for i, p in enumerate((first, second))]
+    questions = [{"prompt": [{"content": problem.question}]} for problem in (first, second)]
     monkeypatch.setattr(bridge, "load_tokenizer", lambda *_: tokenizer)
     monkeypatch.setattr(bridge, "load_policy", lambda *_: None)
-    monkeypatch.setattr(bridge, "start_sampler", lambda *_: Asked())
-    monkeypatch.setattr(bridge, "read_examples", lambda *_: (examples, [first.question, second.question], {}))
+    monkeypatch.setattr(bridge, "open_sampler", lambda *_: Asked())
+    monkeypatch.setattr(bridge, "read_set", lambda *_, **options: (examples, {}))
+    monkeypatch.setattr(bridge, "load_rows", lambda *_: questions)
 
-    def sample(sampler, batch, mine, n, seed, args, world):
-        return [bridge.Row([1], [said[args.temperature] + g, 1], g) for g in mine]
+    def sample_rows(sampler, batch, mine, counts, args, world, *, seed, grader):
+        rows = [bridge.Row([1], [said[args.temperature] + g, 1], g, example=batch[g]) for g in mine]
+        grader.add(rows)
+        return rows
 
-    monkeypatch.setattr(bridge, "sample", sample)
+    monkeypatch.setattr(bridge, "sample_rows", sample_rows)
     args = bridge.Args(eval_temperature=0.6, modulus=23, verifier="boxed", format_reward=0.05)
     found = bridge.test_model("m", args, ONE_RANK)["test_id"]
     assert (found["greedy"], found["accuracy"], found["chain"]) == (0.5, 1.0, 0.5)

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+import behavior_injection as bridge
 import luffy
 import redi
 import relift
@@ -19,7 +20,7 @@ from common.trainer import layers_to_keep, load_policy, make_optimizer, parse_ar
 from common.verifiers import Verdict
 from tests.conftest import NANO
 from tests.test_luffy_math import ONE_RANK
-from tools import redi_data
+from tools import influence, redi_data
 
 EXAMPLES = [Example([3, 4], [5, 6, 1], "6", "s", 0, "q"), Example([3], [7, 1], "7", "s", 1, "r")]
 
@@ -27,12 +28,13 @@ EXAMPLES = [Example([3, 4], [5, 6, 1], "6", "s", 0, "q"), Example([3], [7, 1], "
 # ------------------------------------------------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize("script", [luffy, relift, redi, redi_data])
+@pytest.mark.parametrize("script", [luffy, relift, redi, redi_data, bridge, influence])
 def test_every_flag_has_a_help_text(script, capsys, monkeypatch):
     """A field that is declared again without its comment loses it."""
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
-        parse_args(script.Args, ["--help"], preset=script.PRESETS)
+        tables = {"method": script.METHODS} if hasattr(script, "METHODS") else {}
+        parse_args(script.Args, ["--help"], **tables, preset=script.PRESETS)
     _, *parts = re.split(r"^[│ ] --(\w+)", capsys.readouterr().out, flags=re.MULTILINE)
     helps = {name: re.sub(r"[│\s]+", " ", text) for name, text in zip(parts[::2], parts[1::2], strict=True)}
     assert helps.keys() == {field.name for field in dataclasses.fields(script.Args)}

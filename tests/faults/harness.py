@@ -46,7 +46,7 @@ RUNS = {
         "--sft_problems", "12", "--sft_batch_size", "4", "--sft_steps", "4", "--rl_problems", "20", "--eval_problems",
         "6", "--ops", "1", "3", "--val_ops", "2", "2", "--test_ops", "2", "3", "--base_ops", "1", "2", "--batch_size",
         "4", "--group_size", "4", "--max_response_tokens", "40", "--steps", "6", "--eval_every", "2", "--save_every",
-        "2", "--influence_queries", "6", "--influence_group", "4", "--kernel_queries", "4", "--kernel_dims", "64",
+        "2",
     ],
 }  # fmt: skip
 SHORT = ("luffy", "relift", "redi-dpo", "oreo", "behavior_injection")  # those of the ordinary tests
