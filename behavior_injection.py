@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 import igsm
 from common.data import InputError, batch_indices, tokens_of_means
+from common.metrics import plot_curves
 from common.rows import load_rows, read_examples, set_template
 from common.run import (
     Grader,
@@ -79,7 +80,6 @@ from common.trainer import (
     load_tokenizer,
     make_optimizer,
     parse_args,
-    plot_curves,
     set_context,
 )
 

@@ -46,7 +46,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, batch_indices, token_scales
+from common.metrics import plot_curves
 from common.rows import IN_A_BOX, Item, Trace, held_out_examples, read_examples, read_traces, set_template
 from common.run import (
     NotNegative,
@@ -65,10 +67,8 @@ from common.run import (
 )
 from common.search import step_ids, step_starts
 from common.trainer import (
-    Checkpoints,
     Totals,
     ValueModel,
-    changed_settings,
     gather_lists,
     init_world,
     launch,
@@ -76,7 +76,6 @@ from common.trainer import (
     load_tokenizer,
     make_optimizer,
     parse_args,
-    plot_curves,
     set_context,
 )
 

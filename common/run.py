@@ -29,16 +29,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
+from common.metrics import Clock, Metrics, peak_memory_gb, read_metrics
 from common.rollout import Sampling, make_sampler
 from common.rows import Example, data_digest, report_golds
 from common.trainer import (
-    Checkpoints,
-    Clock,
-    Metrics,
     Totals,
     World,
-    changed_settings,
     check_context,
     check_finite,
     export,
@@ -46,11 +44,9 @@ from common.trainer import (
     gradient_norm,
     init_world,
     keep_activations,
-    keep_best,
     learning_rate,
     logit_form,
     optimizer_step,
-    peak_memory_gb,
 )
 from common.verifiers import grade, grade_later
 
@@ -563,6 +559,13 @@ def mean(values) -> float | None:
     """
     values = list(values)
     return sum(values) / len(values) if values else None
+
+
+def keep_best(policy, tokenizer, out: Path, world: World, accuracy: float) -> None:
+    """Export the model to OUT/best if its eval/mean is above that of every evaluation since training began."""
+    before = [row["eval/mean"] for row in read_metrics(out) if row["step"] and "eval/mean" in row] if world.main else []
+    if accuracy > max(gather_lists(before, world), default=-math.inf):
+        export(policy, tokenizer, out / "best", world)
 
 
 def describe(rows: list[Row]) -> dict[str, float | None]:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import behavior_injection as bridge
 from common import run, verifiers
 from common.data import InputError, batch_indices
-from common.trainer import load_tokenizer, parse_args, read_metrics
+from common.metrics import read_metrics
+from common.trainer import load_tokenizer, parse_args
 from tests import behavior_ranks as ranks
 from tests.conftest import run_script
 from tools import influence

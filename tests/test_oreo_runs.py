@@ -15,8 +15,9 @@ import eval as evaluation
 import igsm
 import oreo
 from common.data import InputError, pack
+from common.metrics import read_metrics
 from common.rows import IGSM, conversation_ids, read_row, trace_ids
-from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args, read_metrics
+from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args
 from tests import oreo_ranks
 from tests.conftest import NANO, run_script
 from tests.oreo_ranks import SMALL, search, settings
