@@ -38,7 +38,6 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -65,6 +64,7 @@ from common.run import (
     gather_rows,
     mean,
     micro_batches,
+    open_policy,
     open_sampler,
     per_token,
     policy_logps,
@@ -72,16 +72,7 @@ from common.run import (
     split_updates,
     teacher_rows,
 )
-from common.trainer import (
-    Totals,
-    init_world,
-    launch,
-    load_policy,
-    load_tokenizer,
-    make_optimizer,
-    parse_args,
-    set_context,
-)
+from common.trainer import Totals, init_world, launch, load_policy, load_tokenizer, make_optimizer, parse_args
 
 Group = Annotated[int, ("2 or more: the only answer to a question has no advantage over others", lambda n: n > 1)]
 Chance = Annotated[float | Literal["table"], ('between 0 and 1, or "table"', lambda x: x == "table" or 0 <= x <= 1)]
@@ -430,10 +421,11 @@ def train(args: Args) -> None:
     held_out = read_set("val", tokenizer, args, traces="ignored")[0] if args.eval_every else []
     run.plan(examples, held_out[: args.eval_limit or None], left_out, source=f"{args.out}/data/{name}.jsonl")
 
-    load = partial(load_policy, model, world, seed=args.seed, edit_config=partial(set_context, args))
-    policy = load(gradient_checkpointing=args.gradient_checkpointing, compile=args.compile)
+    policy = open_policy(model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
-    reference = load().requires_grad_(False) if rl and (args.kl_coef or args.kl_mask) else None
+    reference = None
+    if rl and (args.kl_coef or args.kl_mask):
+        reference = open_policy(model, args, world, gradient_checkpointing="none").requires_grad_(False)
     run.begin(policy, optimizer, tokenizer)
     sampler = open_sampler(policy, tokenizer, args, world) if rl else None
     if sampler:

@@ -32,7 +32,6 @@ Departures from the published code that change numbers (the docs page has all of
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -52,14 +51,16 @@ from common.run import (
     describe,
     gather_rows,
     micro_batches,
+    open_policy,
     open_sampler,
     per_token,
     policy_logps,
     sample_rows,
     split_updates,
     teacher_rows,
+    truncated_importance,
 )
-from common.trainer import Totals, launch, load_policy, load_tokenizer, make_optimizer, parse_args, set_context
+from common.trainer import Totals, launch, load_tokenizer, make_optimizer, parse_args
 
 Shape = Literal["", "no_reshape", "logp", "p_logp", "square_root", "pow", "p_div_p_0.1", "p_div_p_0.3", "p_div_p_0.5"]
 
@@ -92,18 +93,17 @@ class Args(RunArgs):
 
 
 METHODS = {
-    "grpo": dict(teacher_rows=0, clip=0.2, out="runs/luffy_grpo"),
+    "grpo": dict(out="runs/luffy_grpo", clip=0.2, teacher_rows=0),
     "rl_sft": dict(out="runs/luffy_rl_sft"),
-    "sft": dict(out="runs/luffy_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, steps=0, batch_size=64,
-                group_size=1, updates_per_step=1, entropy_coef=0.0, betas=(0.9, 0.95), weight_decay=0.0),
+    "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, betas=(0.9, 0.95), weight_decay=0.0,
+                batch_size=64, group_size=1, updates_per_step=1, out="runs/luffy_sft", steps=0, entropy_coef=0.0),
 }  # fmt: skip
 PRESETS = {
     "tiny": dict(
-        model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny", verifier="boxed",
+        model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
         eval_limit=128, save_every=20, micro_batch_tokens=4096, betas=(0.9, 0.999), weight_decay=0.01,
-        sft_rows_per_mean=0,
-        method={name: dict(out=f"runs/tiny_{name}") for name in METHODS},
+        out="runs/tiny", sft_rows_per_mean=0, method={name: dict(out=f"runs/tiny_{name}") for name in METHODS},
     ),
 }  # fmt: skip
 
@@ -112,11 +112,11 @@ PRESETS = {
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, baseline: Tensor | None = None) -> Tensor:
-    """A_i = R_i - mean of the rewards of i's group (Eq. 4); with `std` also divided by their unbiased std + 1e-6.
+    """A_i = R_i - mean of the rewards of i's group (LUFFY's Eq. 4); with `std` divided by their unbiased std + 1e-6.
 
     rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
-    baseline [B] bool selects the rows whose rewards define mean and std (None: all); the result is applied to all rows.
-    With `baseline` a std of 0 becomes 1. A group with one such row has mean 0 and std 1.
+    A group of one row has mean 0 and std 1.
+    baseline [B] bool: only these rows count for mean and std, which apply to all rows; a std of 0 then becomes 1.
 
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.tensor([7, 7, 7, 7])).tolist()
     [0.75, -0.25, -0.25, -0.25]
@@ -125,8 +125,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
     zeros = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
     n = zeros.index_add(0, group, weight)  # [G]
-    mean = zeros.index_add(0, group, weight * rewards) / n.clamp(min=1)
-    mean = torch.where(n > 1, mean, 0.0)
+    mean = torch.where(n > 1, zeros.index_add(0, group, weight * rewards) / n.clamp(min=1), 0.0)
     advantages = rewards - mean[group]
     if not std:
         return advantages
@@ -137,13 +136,14 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     return advantages / (sigma[group] + 1e-6)
 
 
-def shaped(logp: Tensor, name: str) -> Tensor:
+def shaped(logp: Tensor, name: str, gamma: float | None = None) -> Tensor:
     """f(p) of Eq. 7 by its published name, elementwise: p_div_p_X p / (p + X) for any number X, no_reshape p,
-    square_root (or pow) p^0.5, logp log p, p_logp p + log p.
+    square_root (or pow) p^0.5, logp log p, p_logp p + log p. Without a name: p / (p + gamma), or p without gamma.
 
     >>> [round(shaped(torch.tensor(0.25).log(), name).item(), 4) for name in ("no_reshape", "p_div_p_0.1", "pow")]
     [0.25, 0.7143, 0.5]
     """
+    name = name or (f"p_div_p_{gamma}" if gamma else "no_reshape")
     p = logp.exp()
     if name.startswith("p_div_p_"):
         return p / (p + float(name.removeprefix("p_div_p_")))
@@ -151,14 +151,9 @@ def shaped(logp: Tensor, name: str) -> Tensor:
     return {"no_reshape": p, "square_root": root, "pow": root, "logp": logp, "p_logp": p + logp}[name]
 
 
-def shape_name(args: Args) -> str:
-    """The f of --shape and --shaping_gamma."""
-    return args.shape or (f"p_div_p_{args.shaping_gamma}" if args.shaping_gamma else "no_reshape")
-
-
 def luffy_token_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, off_policy: Tensor, *, gamma: float | None = 0.1,
-    clip: float | None = None, shape: str = "", own_shape: str = "no_reshape", teacher_logp: Tensor | None = None,
+    clip: float | None = None, shape: str = "", own_shape: str = "", teacher_logp: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Loss of each token, elementwise over any shape; what is summed in Eq. 5-8, with the sign of a loss.
 
@@ -174,7 +169,7 @@ def luffy_token_loss(
     """
     # torch.where backpropagates through both branches, and 0 * inf = NaN: the unused input is zeroed before exp
     off_logp = torch.where(off_policy, logp, 0.0)
-    off_ratio = shaped(off_logp, shape or (f"p_div_p_{gamma}" if gamma else "no_reshape"))
+    off_ratio = shaped(off_logp, shape, gamma)
     if teacher_logp is not None:
         known = ~teacher_logp.isnan()
         given = off_logp.exp() / (torch.where(known, teacher_logp, 0.0).exp() + 1e-6)
@@ -183,21 +178,10 @@ def luffy_token_loss(
         ratio = shaped(torch.where(off_policy, 0.0, logp), own_shape) / shaped(old_logp, own_shape)
     else:
         ratio = shaped(torch.where(off_policy, 0.0, logp - old_logp), own_shape)
-    off_loss, on_loss = -advantages * off_ratio, -advantages * ratio
+    loss = -advantages * ratio
     if clip is not None:
-        on_loss = torch.maximum(on_loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    return torch.where(off_policy, off_loss, on_loss)
-
-
-def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025). p_old and p_sampler are
-    the same weights as two programs compute them. 1 where there is no sampler (NaN: the teacher's tokens).
-
-    >>> truncated_importance(torch.log(torch.tensor([0.2, 0.9])), torch.log(torch.tensor([0.2, 0.1])), 2.0).tolist()
-    [1.0, 2.0]
-    """
-    weight = (old_logp - sampler_logp).detach().exp().clamp(max=cap)
-    return torch.where(sampler_logp.isnan(), 1.0, weight)
+        loss = torch.maximum(loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    return torch.where(off_policy, -advantages * off_ratio, loss)
 
 
 def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
@@ -228,11 +212,11 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     `policy_logps`; None in the first update, where p_old = p. Returns metrics; those of tokens are means over
     `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
-    n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
     counted, totals = rows_with_gradient(rows, args), Totals(world)
-    own_tokens, teacher_tokens = (sum(len(row.response) for row in counted if row.teacher == t) for t in (False, True))
+    n_counted = sum(len(row.response) for row in counted)
+    n_teacher = sum(len(row.response) for row in counted if row.teacher)
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
@@ -240,8 +224,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
         sampler_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
         token_loss = luffy_token_loss(
-            logp, old, advantage, teacher, clip=args.clip or None, shape=shape_name(args),
-            own_shape=args.own_shape or "no_reshape", teacher_logp=sampler_logp,
+            logp, old, advantage, teacher, gamma=args.shaping_gamma, clip=args.clip or None, shape=args.shape,
+            own_shape=args.own_shape, teacher_logp=sampler_logp,
         )  # fmt: skip
         if args.tis_cap:
             weight = truncated_importance(old, sampler_logp, args.tis_cap)
@@ -250,7 +234,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             token_loss = torch.where(teacher, 0.0, token_loss)
         loss = pg_loss = token_loss.sum() * row_scale
         if args.method == "rl_sft":
-            sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher_tokens)
+            sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
             loss = loss + args.sft_coef * n_micro * sft_loss
             totals.add({"loss/sft": sft_loss})
         if args.entropy_coef:
@@ -258,16 +242,16 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         totals.add({"loss/pg": pg_loss})
-        totals.add({"policy/entropy": entropy.sum()}, per=own_tokens + teacher_tokens)
-        add_drift(totals, logp.detach(), old, sampler_logp, clip=args.clip, per=own_tokens, own=~teacher)
-        if teacher_tokens:
-            add_trace(totals, logp.detach(), teacher, args, per=teacher_tokens)
+        totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
+        add_drift(totals, logp.detach(), old, sampler_logp, clip=args.clip, per=n_counted - n_teacher, own=~teacher)
+        if n_teacher:
+            add_trace(totals, logp.detach(), teacher, args, per=n_teacher)
     return totals.reduce()
 
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
-    """Forward and backward of one SFT update on traces; the gradient is left in .grad. It is the same for any number of
-    ranks and any micro_batch_tokens. Rows that share a mean are neighbours in `rows`."""
+    """Forward and backward of one SFT update on traces; the gradient is left in .grad.
+    It is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours."""
     lengths, totals = [len(row.response) for row in rows], Totals(world)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     scale_of = dict(zip(map(id, rows), token_scales(lengths, args.sft_rows_per_mean), strict=True))
@@ -287,7 +271,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 
 def add_trace(totals: Totals, logp: Tensor, teacher: Tensor, args: Args, *, per: int) -> None:
     """Add to the metrics, as means over `per` teacher's tokens: log p and f(p). [N] each."""
-    ratio = shaped(logp, shape_name(args))
+    ratio = shaped(logp, args.shape, args.shaping_gamma)
     totals.add({"teacher/logp": torch.where(teacher, logp, 0.0).sum(),
                 "teacher/shaped_ratio": torch.where(teacher, ratio, 0.0).sum()}, per=per)  # fmt: skip
 
@@ -315,10 +299,7 @@ def main(args: Args) -> None:
     )
     run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
-    policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile,
-        edit_config=partial(set_context, args),
-    )  # fmt: skip
+    policy = open_policy(args.model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     run.begin(policy, optimizer, tokenizer)
     sampler = open_sampler(policy, tokenizer, args, world)

@@ -62,6 +62,7 @@ from common.run import (
     keep_answers,
     mean,
     micro_batches,
+    open_policy,
     open_sampler,
     per_token,
     write_whole,
@@ -73,11 +74,9 @@ from common.trainer import (
     gather_lists,
     init_world,
     launch,
-    load_policy,
     load_tokenizer,
     make_optimizer,
     parse_args,
-    set_context,
 )
 
 
@@ -508,14 +507,6 @@ def open_tokenizer(args: Args):
     return set_template(tokenizer, args.chat_template, args.chat_template_args)
 
 
-def load(path: str, args: Args, world, **options):
-    """Load a model as the flags say."""
-    return load_policy(
-        path, world, seed=args.seed, compile=args.compile, edit_config=partial(set_context, args),
-        trust_remote_code=args.trust_remote_code, **options,
-    )  # fmt: skip
-
-
 def describe(rows: list[Row], args: Args) -> dict[str, float | None]:
     """Metrics of the rows of a step."""
     right, wrong = [r for r in rows if r.reward > 0], [r for r in rows if r.reward <= 0]
@@ -542,17 +533,17 @@ def train(args: Args) -> None:
         source=f"--rows {args.rows}" if args.rows else f"--data {' '.join(args.data)}",
     )  # fmt: skip
 
-    options = dict(gradient_checkpointing=args.gradient_checkpointing)
     adam = dict(betas=args.betas, weight_decay=args.weight_decay)
-    policy = load(args.model, args, world, lora=args.policy_lora, **options)
+    policy = open_policy(args.model, args, world, lora=args.policy_lora)
     optimizer, more, value, reference = make_optimizer(policy, lr=args.lr, **adam), {}, None, None
     if args.stage == "oreo":
-        options |= dict(kind=ValueModel, new_head=True, lora=args.value_lora)
-        value = load(args.value or args.model, args, world, **options)
+        head = dict(kind=ValueModel, new_head=True, lora=args.value_lora)
+        value = open_policy(args.value or args.model, args, world, **head)
         check_fit(f"--value {args.value}", value, policy)
         more = {"value": (value, make_optimizer(value, lr=args.value_lr, **adam))}
     if args.stage in ("oreo", "dpo", "kto"):
-        reference = load(args.reference or args.model, args, world).requires_grad_(False)
+        reference = open_policy(args.reference or args.model, args, world, gradient_checkpointing="none")
+        reference.requires_grad_(False)
         check_fit(f"--reference {args.reference}", reference, policy)
     run.begin(policy, optimizer, tokenizer, **more)
     sampler = open_sampler(policy, tokenizer, args, world) if run.held_out and args.eval_every else None
@@ -597,7 +588,7 @@ def collect(args: Args) -> str:
     examples, left_out = read_problems(tokenizer, args, traces="ignored", progress=world.main)
 
     def sampler():
-        policy = load(args.model, args, world)
+        policy = open_policy(args.model, args, world, gradient_checkpointing="none")
         sampler = open_sampler(policy, tokenizer, args, world)
         sampler.sync(policy, version=0)
         return sampler

@@ -37,7 +37,6 @@ Departures from the published code that change numbers (the docs page has all of
 import random
 from array import array
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,17 +58,8 @@ from common.rows import (
     set_template,
     trace_text,
 )
-from common.run import NotNegative, Positive, Run, RunArgs, Share, mean, micro_batches, open_sampler
-from common.trainer import (
-    launch,
-    load_policy,
-    load_tokenizer,
-    make_optimizer,
-    max_positions,
-    parse_args,
-    set_context,
-    sum_over_ranks,
-)
+from common.run import NotNegative, Positive, Run, RunArgs, Share, mean, micro_batches, open_policy, open_sampler
+from common.trainer import launch, load_tokenizer, make_optimizer, max_positions, parse_args, sum_over_ranks
 
 
 @dataclass
@@ -419,10 +409,7 @@ def main(args: Args) -> None:
         steps_per_epoch=len(pairs) / args.batch_size,
     )  # fmt: skip
 
-    policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile,
-        edit_config=partial(set_context, args),
-    )  # fmt: skip
+    policy = open_policy(args.model, args, world)
     longest = max(len(prompt) + len(trace) for p in pairs for prompt, trace in p.sequences)
     positions = max_positions(policy.lm.config)
     if positions and longest > positions:

@@ -45,8 +45,10 @@ from common.trainer import (
     init_world,
     keep_activations,
     learning_rate,
+    load_policy,
     logit_form,
     optimizer_step,
+    set_context,
 )
 from common.verifiers import grade, grade_later
 
@@ -308,6 +310,15 @@ def stop_ids(policy, tokenizer, more: Iterable[str] = ()) -> list[int]:
         raise InputError(f"--stop_tokens {unknown[0]}: not a token of --model")
     eos = [tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])]
     return eos + tokenizer.convert_tokens_to_ids(list(more))
+
+
+def open_policy(path: str, args, world: World, **options):
+    """Load a model by the flags of RunArgs. options: those of `load_policy`, which replace the flags."""
+    flags = dict(
+        seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile,
+        edit_config=functools.partial(set_context, args), trust_remote_code=getattr(args, "trust_remote_code", False),
+    )  # fmt: skip
+    return load_policy(path, world, **flags | options)
 
 
 def open_sampler(policy, tokenizer, args, world: World):
@@ -640,3 +651,14 @@ def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per:
     totals.add({"policy/clipped": clipped.sum(), "policy/kl_old": -gone.sum(),
                 "mismatch/mean_abs": gap.abs().sum(), "mismatch/kl": -gap.sum()}, per=max(1, per))  # fmt: skip
     totals.largest({"mismatch/max": gap.abs()})
+
+
+def truncated_importance(old_logp: torch.Tensor, sampler_logp: torch.Tensor, cap: float) -> torch.Tensor:
+    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025). p_old and p_sampler are
+    the same weights as two programs compute them. 1 where there is no sampler (NaN: the teacher's tokens).
+
+    >>> truncated_importance(torch.log(torch.tensor([0.2, 0.9])), torch.log(torch.tensor([0.2, 0.1])), 2.0).tolist()
+    [1.0, 2.0]
+    """
+    weight = (old_logp - sampler_logp).detach().exp().clamp(max=cap)
+    return torch.where(sampler_logp.isnan(), 1.0, weight)
