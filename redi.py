@@ -248,8 +248,8 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> dict[st
     measured = torch.zeros(len(pairs), 5, **float64)  # loss, two mean log-probs, two mean entropies
     for batch, mine in micro_batches(range(len(pairs)), args, world, sequences=lambda i: pairs[i].sequences):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        sums = partial(sum_by_trace, batch=batch, pairs=[pairs[i] for i in mine])
-        logps, entropies = sums(logp), sums(entropy.detach())  # [B, 2], [B, 2]
+        here = [pairs[i] for i in mine]
+        logps, entropies = (sum_by_trace(x, batch, here) for x in (logp, entropy.detach()))  # [B, 2], [B, 2]
         losses = pair_losses(logps, lengths[mine], reference[mine], args)  # [B]
         ((weight[mine] * losses).sum() / n * world.size).backward()  # FSDP averages over ranks; the sum is wanted
 
