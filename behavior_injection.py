@@ -24,8 +24,8 @@ Departures from the published code that change numbers (the docs page has all of
 - The RL gradient is the true mean over rows; the published one was an eighth of it, so max_grad_norm is 8, not 1.
 - A response ends with its first eos. In the published code a pad after the answer was trained on as an eos.
 
-  python behavior_injection.py --preset tiny               all stages on a laptop in MINUTES, nothing downloaded
-    ... --model models/scratch --base_problems 160000      with a base model from random weights first, BASE more
+  python behavior_injection.py --preset tiny               all stages on two CPU cores in 15 minutes, no download
+    ... --model models/scratch --base_problems 160000      15 more: trains a base model from random weights
   torchrun --nproc_per_node 2 behavior_injection.py        the paper's run (Llama: --preset paper_llama)
 """
 
@@ -86,9 +86,9 @@ Chance = Annotated[float | Literal["table"], ('between 0 and 1, or "table"', lam
 
 @dataclass
 class Args(RunArgs):
-    # data: write problems, and each arm's solutions, into OUT/data. base: train --model on easy plain problems first
-    # (with --base_problems). sft: fine-tune the base model on the arm's solutions. rl: GRPO from there. eval: test both
-    # models and print the table of all arms. all: these five
+    # data: write problems, and each arm's solutions, into OUT/data. base: train --model on --base_problems easy plain
+    # problems. sft: fine-tune the base model on the arm's solutions. rl: GRPO from there. eval: test both models and
+    # print the table of all arms. all: these five
     stage: Literal["all", "data", "base", "sft", "rl", "eval"] = "all"
     # paper: the published run of Qwen2.5-1.5B. paper_llama: of Llama-3.2-1B. tiny: a laptop, symbolic iGSM
     preset: Literal["paper", "paper_llama", "tiny"] = "paper"
@@ -151,7 +151,7 @@ class Args(RunArgs):
     format_reward: NotNegative[float] = 0.0  # RL: bonus for <think>...</think><answer>...</answer> (Llama: 0.05)
     # RL: clip the gradient norm (8 here is 1 in the published code, whose gradient was 8 times smaller). SFT: 1
     max_grad_norm: Positive[float] = 8.0
-    eval_every: NotNegative[int] = 5  # RL: evaluate every this many steps, before and after all. 0: never
+    eval_every: NotNegative[int] = 5  # RL: evaluate every this many steps, before the first, after the last
     eval_temperature: NotNegative[float] = 0.0  # Sampling temperature of evaluation; 0 is greedy.
     keep_best: bool = False  # RL: also keep the model of the highest eval/mean, in OUT/ARM/rl/best.
 
