@@ -145,13 +145,13 @@ class Args(RunArgs):
     betas: tuple[float, float] = (0.9, 0.999)  # RL: AdamW betas (SFT: 0.9 0.95)
     temperature: Positive[float] = 1.0  # RL: sampling temperature. The policy is trained at it too.
     clip: NotNegative[float] = 0.2  # RL: PPO clip of the ratio; 0: none
-    kl_coef: NotNegative[float] = 0.001  # RL: weight of the KL to the SFT model. If kl_mask is 0 too, it is not loaded
+    kl_coef: NotNegative[float] = 0.001  # RL: weight of the KL to the SFT model, which 0 leaves out (with kl_mask 0)
     kl_mask: NotNegative[float] = 0.0  # RL: leave out answers whose mean KL is this or more; 0: none (Llama: 0.15)
     entropy_coef: NotNegative[float] = 0.001  # RL: weight of the entropy bonus
     format_reward: NotNegative[float] = 0.0  # RL: bonus for <think>...</think><answer>...</answer> (Llama: 0.05)
     # RL: clip the gradient norm (8 here is 1 in the published code, whose gradient was 8 times smaller). SFT: 1
     max_grad_norm: Positive[float] = 8.0
-    eval_every: NotNegative[int] = 5  # RL: evaluate every this many steps, before the first, after the last
+    eval_every: NotNegative[int] = 5  # RL: evaluate every this many steps, before step 1 and after the last; 0: never
     eval_temperature: NotNegative[float] = 0.0  # Sampling temperature of evaluation; 0 is greedy.
     keep_best: bool = False  # RL: also keep the model of the highest eval/mean, in OUT/ARM/rl/best.
 

@@ -13,9 +13,9 @@
             run.save()
         run.finish(sampler)                             the model, curves.png
 
-policy and optimizer come from load_policy and make_optimizer (common/trainer.py). To read an algorithm you can skip this
-file: how flags are checked, where metrics, samples and checkpoints go, how rows are graded in the background, split into
-micro-batches and turned into vectors.
+policy and optimizer come from load_policy and make_optimizer (common/trainer.py). To read an algorithm you can skip
+this file: how flags are checked, where metrics, samples and checkpoints go, how rows are graded in the background,
+split into micro-batches and turned into vectors.
 """
 
 import functools
@@ -67,7 +67,7 @@ Cap = Annotated[T, ("1 or more, or 0 for none", lambda x: x == 0 or x >= 1)]
 class RunArgs:
     """Flags of every training script. A comment is its flag's help.
 
-    Scripts that sample during training add --temperature, and --updates_per_step, which functions here read."""
+    Scripts that sample add --temperature, those with RL also --updates_per_step: functions here read both."""
 
     model: str = ""  # Model folder or Hub name. A folder without weights starts from random ones.
     data: str = ""  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI

@@ -301,6 +301,15 @@ def test_influence_is_the_same_by_eq_5_by_inner_product_by_jvp_and_by_difference
         assert_equal(one, by_jvp, 1e-9)
 
 
+def test_an_error_while_the_weights_are_moved_leaves_them_as_they_were():
+    policy, rows = Toy(), toy_rows()
+    theta = policy.theta.detach().clone()
+    policy.phi = policy.phi[:, :1]  # answers are longer
+    with pytest.raises(IndexError):
+        scores_along(policy, [torch.ones_like(theta)], rows, Args(), ONE_RANK)
+    assert torch.equal(policy.theta, theta)
+
+
 def test_a_query_can_be_left_out_of_the_step_that_it_is_measured_against():
     rows = toy_rows()
     advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float64)

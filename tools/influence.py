@@ -127,7 +127,8 @@ def influence(arm: str, args: Args, world) -> None:
     tokenizer = bridge.open_tokenizer(model, args)
     recompute = world.device.type == "cuda" and args.gradient_checkpointing != "none"
     policy = load_policy(model, on_cpu, gradient_checkpointing=recompute).to(world.device)
-    sampler, grader, clock = open_sampler(policy, tokenizer, args, world), Grader(tokenizer, args.verifier), Clock()
+    sampler, grader = open_sampler(policy, tokenizer, args, world), Grader(tokenizer, args.verifier)
+    clock = Clock()
     sampler.sync(policy, version=0)
     n, size = args.influence_queries, args.influence_group
     examples, left_out = read_set("influence", tokenizer, args, traces="ignored")
