@@ -1,17 +1,21 @@
 """What surrounds a training loop and is the same in every script: flags, the run folder, rows of a step, metrics.
 
-    run = Run(args)                                     processes, and the newest checkpoint of OUT
-    run.plan(examples, held_out, left_out)              checks the data, counts the steps
-    run.begin(policy, optimizer, tokenizer)             loads that checkpoint
-    for step in run:                                    from the step after it to the last
-        with run.clock("update"):
-            run.update("policy", log, rows, lr=run.lr(), max_grad_norm=args.max_grad_norm)
-        run.log(describe(rows), rows)                   metrics.jsonl, samples.jsonl
-        run.save()
-    run.finish(sampler)                                 the model, curves.png
+    def main(args):                                     a RunArgs; the script ends with launch(main, args)
+        run = Run(args)                                 processes, and the newest checkpoint of OUT
+        run.plan(examples, held_out, left_out)          checks the data (lists of Example), counts the steps
+        run.begin(policy, optimizer, tokenizer)         after plan: loads that checkpoint, or checks the disk
+        for step in run:                                from the step after it to the last
+            rows = ...                                  a list of Row: answers, or traces, with rewards and advantages
+            with run.clock("update"):
+                log = accumulate_gradient(...)          the script's forward and backward; {name of a metric: number}
+                run.update("policy", log, rows, lr=run.lr(), max_grad_norm=args.max_grad_norm)
+            run.log(describe(rows), rows)               metrics.jsonl, samples.jsonl
+            run.save()
+        run.finish(sampler)                             the model, curves.png
 
-A reader of an algorithm need not know: how flags are checked, where metrics, samples and checkpoints go, how rows are
-graded in the background, split into micro-batches and turned into vectors.
+policy and optimizer come from load_policy and make_optimizer (common/trainer.py). To read an algorithm you can skip
+this file: how flags are checked, where metrics, samples and checkpoints go, how rows are graded in the background,
+split into micro-batches and turned into vectors.
 """
 
 import functools
@@ -63,7 +67,9 @@ Cap = Annotated[T, ("1 or more, or 0 for none", lambda x: x == 0 or x >= 1)]
 
 @dataclass
 class RunArgs:
-    """Flags of every training script. A comment is its flag's help."""
+    """Flags of every training script. A comment is its flag's help.
+
+    Scripts that sample add --temperature, those with RL also --updates_per_step: functions here read both."""
 
     model: str = ""  # Model folder or Hub name. A folder without weights starts from random ones.
     data: str = ""  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
