@@ -440,14 +440,9 @@ def keep_answers(
 
     After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
     it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
-    kept, sampler, grader = path.with_suffix(".json"), functools.cache(open_sampler), Grader(tokenizer, args.verifier)
-    settings = json.loads(json.dumps(settings)) | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
-    if kept.exists() and (changed := changed_settings(json.loads(kept.read_text()), settings, settings)):
-        raise InputError(f"{path} has answers of other settings ({changed}): choose another --out")
-    dist.barrier()  # all have compared
-    if world.main:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps(settings, indent=2) + "\n")
+    sampler, grader = functools.cache(open_sampler), Grader(tokenizer, args.verifier)
+    settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
+    keep_settings(path.with_suffix(".json"), settings, settings, f"{path} has answers of other settings", world)
 
     def answer(part: list[int]) -> list[dict]:
         batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
@@ -510,6 +505,17 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
+
+
+def keep_settings(path: Path, settings: dict, names: Iterable[str], wrong: str, world: World) -> None:
+    """Write settings to a JSON file. Raise InputError, which begins with `wrong`, if those `names` differ there."""
+    settings = json.loads(json.dumps(settings))  # lists, as in the file
+    if path.exists() and (changed := changed_settings(json.loads(path.read_text()), settings, names)):
+        raise InputError(f"{wrong} ({changed}): use the same ones to resume, or another --out")
+    dist.barrier()  # all have compared before one writes
+    if world.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
 def part_files(path: Path) -> list[Path]:

@@ -22,11 +22,12 @@ from typing import Literal
 from tqdm import tqdm
 
 import redi
+from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
 from common.rollout import Sampling
 from common.rows import Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt, set_template
 from common.run import NotNegative, Positive, Share, check_ranges, keep_records, open_sampler, write_whole
-from common.trainer import full_parameters, init_world, launch, load_policy, load_tokenizer, parse_args
+from common.trainer import init_world, launch, load_policy, load_tokenizer, parse_args
 from common.verifiers import grade
 
 
@@ -203,8 +204,8 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
             for i, group in zip(part, groups, strict=True)
         ]
 
-    weights = ((str(value.double().sum().item()),) for _, value in full_parameters(policy))
-    digest = data_digest([(json.dumps(dataclasses.asdict(args)),)], ((prompts[i],) for i in asked), weights)
+    settings = json.dumps(dataclasses.asdict(args)), digest_of(args.model)
+    digest = data_digest([settings], ((prompts[i],) for i in asked))
     kept = Path(args.out) / f"own_answers-{digest}.jsonl"  # other settings, data or weights have another file
     parts = [asked[k : k + TOGETHER] for k in range(0, len(asked), TOGETHER)]
     drawn = keep_records(kept, parts, answers, world)
