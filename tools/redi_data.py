@@ -16,6 +16,7 @@ import dataclasses
 import json
 import random
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -90,12 +91,7 @@ class Problem:
         return row | {f"{name}_ids": trace.ids for name, trace in traces.items() if trace.ids is not None}
 
 
-ACCEPTED = {
-    "llama": lambda llama, math_verify: llama,
-    "math_verify": lambda llama, math_verify: math_verify,
-    "both": lambda llama, math_verify: llama and math_verify,
-    "either": lambda llama, math_verify: llama or math_verify,
-}
+ACCEPTED = {"llama": itemgetter(0), "math_verify": itemgetter(1), "both": all, "either": any}  # (llama, math_verify)
 
 
 def choose_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> tuple[int | None, int | None] | str:
@@ -114,7 +110,7 @@ def choose_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> tuple
     verdicts = [correctness.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
     if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
         return "not a verdict of both verifiers for each generation"
-    correct = [bool(ACCEPTED[right_if](*pair)) for pair in zip(*verdicts, strict=True)]
+    correct = [bool(ACCEPTED[right_if](pair)) for pair in zip(*verdicts, strict=True)]
     return tuple(correct.index(value) if value in correct else None for value in (True, False))
 
 
