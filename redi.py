@@ -45,9 +45,20 @@ from tqdm import tqdm
 
 import igsm
 from common.data import InputError, batch_indices
-from common.rows import IGSM, Item, Trace, encode, held_out_examples, iter_rows, read_row, set_template, with_kept
-from common.run import NotNegative, Positive, Run, RunArgs, Share, mean, micro_batches, open_policy, open_sampler
-from common.trainer import launch, load_tokenizer, make_optimizer, max_positions, parse_args, sum_over_ranks
+from common.rows import IGSM, Item, Trace, encode, held_out_examples, iter_rows, read_row, with_kept
+from common.run import (
+    NotNegative,
+    Positive,
+    Run,
+    RunArgs,
+    Share,
+    mean,
+    micro_batches,
+    open_policy,
+    open_sampler,
+    open_tokenizer,
+)
+from common.trainer import launch, make_optimizer, max_positions, parse_args, sum_over_ranks
 
 
 @dataclass
@@ -353,7 +364,7 @@ def main(args: Args) -> None:
     check(args)
     run = Run(args)
     world = run.world
-    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    tokenizer = open_tokenizer(args.model, args)
     pairs, left_out = make_pairs(list(read_rows(args)), tokenizer, args, source=args.data, progress=world.main)
     check_pairs(pairs, args)
     run.plan(

@@ -33,7 +33,7 @@ from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
 from common.metrics import Clock, Metrics, peak_memory_gb, read_metrics
 from common.rollout import Sampling, make_sampler
-from common.rows import Example, data_digest, report_golds
+from common.rows import Example, data_digest, report_golds, set_template
 from common.trainer import (
     Totals,
     World,
@@ -46,6 +46,7 @@ from common.trainer import (
     keep_activations,
     learning_rate,
     load_policy,
+    load_tokenizer,
     logit_form,
     optimizer_step,
     set_context,
@@ -312,6 +313,12 @@ def stop_ids(policy, tokenizer, more: Iterable[str] = ()) -> list[int]:
     return eos + tokenizer.convert_tokens_to_ids(list(more))
 
 
+def open_tokenizer(path: str, args):
+    """Load a tokenizer with the template that the flags set."""
+    tokenizer = load_tokenizer(path, trust_remote_code=getattr(args, "trust_remote_code", False))
+    return set_template(tokenizer, args.chat_template, args.chat_template_args)
+
+
 def open_policy(path: str, args, world: World, **options):
     """Load a model by the flags of RunArgs. options: those of `load_policy`, which replace the flags."""
     flags = dict(
@@ -516,6 +523,12 @@ def keep_settings(path: Path, settings: dict, names: Iterable[str], wrong: str, 
     if world.main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=2) + "\n")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write one JSON object per line; the file is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def part_files(path: Path) -> list[Path]:

@@ -26,9 +26,18 @@ import redi
 from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
 from common.rollout import Sampling
-from common.rows import Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt, set_template
-from common.run import NotNegative, Positive, Share, check_ranges, keep_records, open_sampler, write_whole
-from common.trainer import init_world, launch, load_policy, load_tokenizer, parse_args
+from common.rows import Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt
+from common.run import (
+    NotNegative,
+    Positive,
+    Share,
+    check_ranges,
+    keep_records,
+    open_sampler,
+    open_tokenizer,
+    write_lines,
+)
+from common.trainer import init_world, launch, load_policy, parse_args
 from common.verifiers import grade
 
 
@@ -233,18 +242,12 @@ def kind_of(cut: bool, verdict) -> str:
 # ------------------------------------------------------------------------------------------------- the files
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """Write one JSON object per line; the file is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def main(args: Args) -> dict[str, int]:
     """Write positives.jsonl, pairs.jsonl and funnel.json; print and return the funnel."""
     check_ranges(args)
     check_verifier(args.verifier)
     world = init_world(args.timeout_minutes)
-    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    tokenizer = open_tokenizer(args.model, args)
     training = redi.Args(
         data=args.data, igsm_problems=args.igsm_problems, seed=args.seed, bad_rows="drop",
         max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
