@@ -37,7 +37,7 @@ from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
 from common.metrics import Clock, Metrics, peak_memory_gb, read_metrics
 from common.rollout import Sampling, make_sampler
-from common.rows import Example, data_digest, report_golds
+from common.rows import Example, data_digest, report_golds, set_template
 from common.trainer import (
     Totals,
     World,
@@ -50,6 +50,7 @@ from common.trainer import (
     keep_activations,
     learning_rate,
     load_policy,
+    load_tokenizer,
     logit_form,
     optimizer_step,
     set_context,
@@ -318,6 +319,12 @@ def stop_ids(policy, tokenizer, more: Iterable[str] = ()) -> list[int]:
     return eos + tokenizer.convert_tokens_to_ids(list(more))
 
 
+def open_tokenizer(path: str, args):
+    """Load a tokenizer with the template that the flags set."""
+    tokenizer = load_tokenizer(path, trust_remote_code=getattr(args, "trust_remote_code", False))
+    return set_template(tokenizer, args.chat_template, args.chat_template_args)
+
+
 def open_policy(path: str, args, world: World, **options):
     """Load a model by the flags of RunArgs. options: those of `load_policy`, which replace the flags."""
     flags = dict(
@@ -446,14 +453,9 @@ def keep_answers(
 
     After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
     it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
-    kept, sampler, grader = path.with_suffix(".json"), functools.cache(open_sampler), Grader(tokenizer, args.verifier)
-    settings = json.loads(json.dumps(settings)) | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
-    if kept.exists() and (changed := changed_settings(json.loads(kept.read_text()), settings, settings)):
-        raise InputError(f"{path} has answers of other settings ({changed}): choose another --out")
-    dist.barrier()  # all have compared
-    if world.main:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps(settings, indent=2) + "\n")
+    sampler, grader = functools.cache(open_sampler), Grader(tokenizer, args.verifier)
+    settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
+    keep_settings(path.with_suffix(".json"), settings, settings, f"{path} has answers of other settings", world)
 
     def answer(part: list[int]) -> list[dict]:
         batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
@@ -516,6 +518,23 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
+
+
+def keep_settings(path: Path, settings: dict, names: Iterable[str], wrong: str, world: World) -> None:
+    """Write settings to a JSON file. Raise InputError, which begins with `wrong`, if those `names` differ there."""
+    settings = json.loads(json.dumps(settings))  # lists, as in the file
+    if path.exists() and (changed := changed_settings(json.loads(path.read_text()), settings, names)):
+        raise InputError(f"{wrong} ({changed}): use the same ones to resume, or another --out")
+    dist.barrier()  # all have compared before one writes
+    if world.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write one JSON object per line; the file is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def part_files(path: Path) -> list[Path]:
