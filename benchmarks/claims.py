@@ -61,7 +61,7 @@ from benchmarks.held_out import (  # noqa: E402
     searched,
     valued,
 )
-from common.trainer import read_metrics  # noqa: E402
+from common.metrics import read_metrics  # noqa: E402
 
 TESTS = {"id": "igsm:5-8", "ood": "igsm:9-10"}
 ONLINE, OFFLINE, BRIDGE = "online", "offline", "bridge"

@@ -33,7 +33,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 from benchmarks.held_out import answers, mean_and_spread, save  # noqa: E402
-from common.trainer import read_metrics  # noqa: E402
+from common.metrics import read_metrics  # noqa: E402
 from eval import difficulty  # noqa: E402
 
 ARMS = {
