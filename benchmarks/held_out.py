@@ -51,6 +51,20 @@ def valued(model: str, value: str, source: str, problems: int, **how) -> list[li
     return [[(reward, next(values)) for _, _, reward in group] for group in groups]
 
 
+def search_command(model, value, source: str, problems: int, *, kind: str, width: int, out, seed: int) -> list[str]:
+    """Words of the command that answers the first `problems` held-out problems by a search with a value."""
+    words = ["eval.py", "--model", model, "--value", value, "--data", source, "--limit", problems, "--out", out,
+             "--seed", seed, "--search", kind, "--width", width, "--max_steps", 40, "--temperature", 1,
+             "--max_tokens", 160, "--verifier", "boxed"]  # fmt: skip
+    return list(map(str, words))
+
+
+def searched(out: Path) -> list[float]:
+    """The reward of the answer to each problem of that command."""
+    records = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+    return [record["answers"][0]["verdicts"]["boxed"][0] for record in records]
+
+
 def roc_area(scored: list[tuple[float, float]]) -> float:
     """Of (reward, score): the chance that a right one has a higher score than a wrong one; ties count half. NaN where
     all are right or none is."""
