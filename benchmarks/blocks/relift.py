@@ -20,14 +20,14 @@ from benchmarks.blocks import Claim, Run, made
 PROBLEMS = "-m igsm --ops 5 8 --style symbolic --modulus 23 --max_params 4 --max_literal 9 --no_shuffle --subgoals"
 RUN = "--preset tiny --data {train}/rows.jsonl --seed {seed} --out {out} --eval_every 0 --log_samples 0"
 ARM = f"relift.py --model {{start}}/model --lr {{lr}} --sft_lr {{lr}} --steps {{steps}} {RUN}"
-RATES = dict(lrs=(2e-5, 6e-5, 2e-4), trained=7)  # half of the rows are read before the second update of a step
+RATES = dict(lrs=(2e-5, 6e-5, 2e-4), trained=7)  # half of the rows are read once before the second update
 
 TEST, VALID, STEPS, START = "{test}/rows.jsonl", "{valid}/rows.jsonl", (60, 30), "start"
 RUNS = {
     "train": made(PROBLEMS + " --n 5000 --split train --out {out}/rows.jsonl", once=True),
     "test": made(PROBLEMS + " --n 300 --split test --out {out}/rows.jsonl", once=True),
     "valid": made(PROBLEMS + " --n 300 --split test --seed 1 --out {out}/rows.jsonl", once=True),
-    "start": Run("luffy.py --method sft --schedule constant --warmup 0 --batch_size 16 --lr 2e-4 --steps 20 "
+    "start": Run("luffy.py --method sft --schedule constant --warmup 0 --batch_size 16 --lr 2e-4 --steps 12 "
                  "--model {tiny} " + RUN, once=True),
     "rl": Run(ARM + " --sft_data_size -1", **RATES),
     **{name: Run(f"{ARM} --sft_data_size 8 --sft_every 3 --sft_on {name}", **RATES)

@@ -30,7 +30,7 @@ from common.trainer import read_metrics
 
 RUN = "--preset tiny --seed {seed} --out {out} --eval_every 0 --log_samples 0"
 SFT = "luffy.py --method sft --schedule constant --warmup 0 --batch_size 32 " + RUN
-LEVELS = {"0.1": (10, 1e-4), "0.01": (15, 1e-4), "0.001": (60, 1e-4), "0.0001": (60, 5e-4)}  # habit steps, rate
+LEVELS = {"0.1": (10, 1e-4), "0.01": (15, 1e-4), "0.001": (60, 1e-4), "0.0001": (32, 1e-3)}  # habit steps, rate
 ADAM, SGD = (5e-5, 2e-4, 5e-4), (0.03, 0.1, 0.3)
 ARMS = {"shaped": "", "plain": " --shaping_gamma 0"}
 
