@@ -182,10 +182,16 @@ class Block:
             return self.futures[key]
 
     def fill(self, text: str, seed: int, **values) -> str:
-        """A text whose {NAME}s are replaced, by values and by folders of other runs, which are made first."""
+        """A text whose {NAME}s are replaced, by values and by folders of other runs, which are made first. Folders are
+        relative to the repository, so that the runs may move with it."""
         steps = self.setting("STEPS", (0, 0))[self.flags.quick]
         values |= {"seed": seed, "steps": steps, "half": steps // 2, "tiny": ROOT / "models/tiny"}
-        return re.sub(r"\{([\w.]+)\}", lambda m: str(values[m[1]] if m[1] in values else self.folder(m[1], seed)), text)
+
+        def value(match) -> str:
+            found = values[match[1]] if match[1] in values else self.folder(match[1], seed)
+            return os.path.relpath(found, ROOT) if isinstance(found, Path) else str(found)
+
+        return re.sub(r"\{([\w.]+)\}", value, text)
 
     def rate(self, name: str) -> float | None:
         """The learning rate of a row."""
@@ -244,8 +250,8 @@ class Block:
         return self.once(self.ask, name, seed, folder, split, problems, tries).result()
 
     def ask(self, name: str, seed: int, folder: Path, split: str, problems: int, tries: tuple) -> dict:
-        model = self.fill(self.module.RUNS[name].model, seed, out=folder)
-        data = self.fill(self.setting(split), seed)
+        model = str(ROOT / self.fill(self.module.RUNS[name].model, seed, out=folder))
+        data = str(ROOT / self.fill(self.setting(split), seed))
         words = "-".join([split.lower(), str(problems), *(f"{how}{n}" for how, n in tries)])
         with self.slots:
             return self.workers.submit(
@@ -261,7 +267,7 @@ class Block:
             tries = ("sampled", self.flags.tries), ("greedy", 1)
             answered = self.answers(name, seed, folder, "TEST", self.flags.problems, *tries)
             found = {how: [100 * mean(rewards) for rewards in answered[how]] for how, _ in tries}
-            metrics = Path(self.fill(run.model, seed, out=folder)).parent
+            metrics = (ROOT / self.fill(run.model, seed, out=folder)).parent
             found |= cost(metrics, run.trained) if run.command and (metrics / "metrics.jsonl").exists() else {}
         if besides := self.setting("besides"):
             found |= besides(name, seed, answered, lambda other: self.folder(other, seed))

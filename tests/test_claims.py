@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import re
 import shlex
 import threading
@@ -113,10 +114,11 @@ def test_a_run_is_made_once_and_after_those_that_its_command_names(tmp_path, mon
     mine = block(tmp_path, monkeypatch, **settings)
     results = mine.run()
     folder = tmp_path / "full" / "mine"
+    shown = os.path.relpath(folder, claims.ROOT)
     assert (folder / "once" / "data" / "note").read_text() == "d"
-    assert (folder / "seed-1" / "start" / "note").read_text() == f"{folder}/once/data 1"
-    assert (folder / "seed-1" / "end" / "note").read_text() == f"{folder}/seed-1/start 60 30"
-    assert results["claims"]["c"]["by_seed"] == [float(len(f"{folder}/seed-0/start 60 30"))] * 2
+    assert (folder / "seed-1" / "start" / "note").read_text() == f"{shown}/once/data 1"
+    assert (folder / "seed-1" / "end" / "note").read_text() == f"{shown}/seed-1/start 60 30"
+    assert results["claims"]["c"]["by_seed"] == [float(len(f"{shown}/seed-0/start 60 30"))] * 2
     block(tmp_path, monkeypatch, **settings).run()  # resumed: nothing is made again
     assert (folder / "once" / "data" / "note").read_text() == "d"
     changed = block(tmp_path, monkeypatch, **settings | {"STEPS": (80, 20)})
@@ -138,7 +140,7 @@ def test_every_row_takes_the_rate_that_validation_chose_at_seed_0(tmp_path, monk
     results = mine.run()
     assert results["rates"] == {"a": {"chosen": 0.2, "validation": {0.1: 0.0, 0.2: 100.0, 0.4: 0.0}}}
     folder = tmp_path / "full" / "mine"
-    assert (folder / "seed-1" / "b" / "note").read_text() == str(folder / "seed-1" / "a@0.2")
+    assert (folder / "seed-1" / "b" / "note").read_text() == os.path.relpath(folder, claims.ROOT) + "/seed-1/a@0.2"
     assert {run.name for run in (folder / "seed-1").iterdir()} == {"a@0.2", "b"}  # the others at seed 0 alone
     assert sorted(asked) == [("a", 0, "TEST"), *[("a", 0, "VALID")] * 3, ("a", 1, "TEST"), ("b", 0, "TEST"),
                              ("b", 1, "TEST")]  # fmt: skip
