@@ -1,51 +1,39 @@
-r"""Evaluate a model on benchmark files, and compare evaluations.
+r"""Evaluate a model on benchmark files.
 
     python eval.py --model PATH --data FILE ... --out DIR       sample, grade, count: results.json, a table, a plot
     torchrun --nproc_per_node 8 eval.py ...                     the same on eight GPUs
     python eval.py --model PATH --data FILE ... --dry_run       the first prompts, as text and as ids
-    python eval.py --compare DIR_A DIR_B ... --out DIR          side by side: tables, intervals, a page of samples
+    python -m tools.compare DIR_A DIR_B ... --out DIR           evaluations side by side
 
-A *question* is what is asked, once. Benchmark files repeat rows to get several answers to a question (30 questions
-x 32 rows of AIME, for "avg@32"): such rows are one question here. Each question gets --n answers, or one for each
-of its rows where those are more; greedy decoding gets one. With m_q the share of right answers to question q,
-n_q answers, c_q of them right, and Q questions:
+Benchmark files repeat rows to get several answers to a question (30 questions x 32 rows of AIME, for "avg@32"). Such
+rows are one question here. A question gets --n answers, or one per row if it has more rows; greedy decoding gives one.
+With m_q the fraction of correct answers to question q, n_q its answers, c_q correct ones among them, and Q questions:
 
     pass@1              mean of m_q; for equal n_q this is the mean over all answers (avg@n)
-    pass@k              mean of 1 - C(n_q - c_q, k) / C(n_q, k): is one of k answers right? (Chen et al., 2021)
-    maj@k               is the commonest of k answers right? Exact expectation over all k-subsets; ties share
-    pass@1_se           sqrt(var(m_q) / Q): how pass@1 varies from one set of such questions to the next
-    pass@1_se_sampling  sqrt(sum of var_q / n_q) / Q: how it varies from one run to the next on these questions
+    pass@k              mean of 1 - C(n_q - c_q, k) / C(n_q, k): is one of k answers correct? (Chen et al., 2021)
+    maj@k               is the most frequent of k answers correct? Exact expectation over all k-subsets; ties share
+    pass@1_se           sqrt(var(m_q) / Q): standard error over sets of such questions
+    pass@1_se_sampling  sqrt(sum of var_q / n_q) / Q: standard error over runs on these questions
     average             mean of the benchmarks' pass@1, each counted once whatever its size
 
-Answers are written to --out as they come. A run that is killed goes on where it was when the same command is given
-again, with the same result: every answer has a random stream of its own, and batches are the same ones again.
+Answers are written as they come, and the same command resumes a run that was killed, with the same result.
 
-What differs from the published evaluations, and why (docs/eval.md has each paper's protocol and command):
-- All print one number a benchmark; none gives its error, truncated answers or answers without a verdict.
-- LUFFY's and ReLIFT's scripts mix up data sources for n > 1. Here the files' repeats and --n do the same thing.
-- The papers grade differently (strict box, whole text, after </think>), and the graders differ by many points on
-  one and the same text: --verifier takes several, and results.md says where they disagree.
-- The final stop token is taken off a text before it is graded; every other special token stays.
+The published evaluations differ (docs/eval.md has each paper's protocol and command): LUFFY's and ReLIFT's scripts mix
+up data sources for n > 1, and the papers grade in different ways, which are many points apart on the same text.
+--verifier takes several graders, and results.md lists where they disagree.
 """
 
-import base64
-import csv
 import dataclasses
-import functools
 import hashlib
-import html
 import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import re
-import string
 import textwrap
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -54,15 +42,25 @@ from statistics import fmean as mean
 from statistics import variance
 from typing import Annotated, Literal
 
-import numpy as np
 import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from common.data import InputError, check_verifier
-from common.rollout import EmbeddedSampler, Sampling, make_sampler
-from common.rows import IN_A_BOX, check_gold, load_rows, read_row, render_prompt, set_template
+from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler
+from common.rows import check_gold, load_rows, read_row, render_prompt, set_template
+from common.run import (
+    NotNegative,
+    Positive,
+    Share,
+    check_ranges,
+    keep_records,
+    read_records,
+    stop_ids,
+    write_records,
+    write_whole,
+)
 from common.search import search_answers, step_ids
 from common.trainer import ValueModel, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
 from common.verifiers import after_think, grade, last_boxed
@@ -70,129 +68,65 @@ from common.verifiers import after_think, grade, last_boxed
 
 @dataclass
 class Args:
-    model: str = ""
-    """Model folder or Hub name."""
+    model: str = ""  # Model folder or Hub name
+    # Benchmark files, folders, Hub names (their test split) or igsm:LO-HI, with rows of any shape in README's table
     data: tuple[str, ...] = ()
-    """Benchmark files, folders, Hub names (their test split) or igsm:LO-HI, in any shape of row of README's table."""
-    out: str = "runs/eval"
-    """Folder for samples.jsonl, results.json, results.md and results.png."""
+    out: str = "runs/eval"  # Folder for samples.jsonl, results.json, results.md and results.png
 
-    # how to ask
-    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8
-    """Answers to each question; a question that its file repeats more often gets an answer for each of its rows.
-    (Under torchrun write -n: it takes --n for an abbreviation of a flag of its own.)"""
-    temperature: float = 0.6
-    """Sampling temperature (LUFFY, ReLIFT, REDI: 0.6); 0 is greedy: one answer a question."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that hold this much probability (LUFFY, ReLIFT: 1; REDI: 0.95)."""
-    max_tokens: int = 8192
-    """Tokens of an answer at most (LUFFY, ReLIFT: 8192)."""
+    # Answers per question; a question that its file repeats more often gets one per row. (Under torchrun write -n: it
+    # takes --n for an abbreviation of a flag of its own.)
+    n: Annotated[Positive[int], tyro.conf.arg(aliases=["-n"])] = 8
+    temperature: NotNegative[float] = 0.6  # Sampling temperature (LUFFY, ReLIFT, REDI: 0.6); 0 is greedy.
+    top_p: Positive[Share[float]] = 1.0  # Draw from the likeliest tokens with this much probability (REDI: 0.95).
+    max_tokens: Positive[int] = 8192  # Longest answer, in tokens (LUFFY, ReLIFT: 8192)
+    # How a question becomes a prompt: own (the tokenizer's chat template), a name in benchmarks/templates.json (qwen,
+    # simplerl, prime, prime_sft, prime_code, no, oreo-gsm8k, oreo-math, oreo-deepseek, redi), or a file: a Jinja chat
+    # template, or plain text with {question}
     template: str = "own"
-    """How a question becomes a prompt: own (the tokenizer's chat template), qwen, simplerl, prime, prime_sft,
-    prime_code, no, oreo-gsm8k, oreo-math, oreo-deepseek, redi, or a file: a Jinja chat template, or plain text with
-    {question}."""
-    chat_template_args: tuple[str, ...] = ()
-    """Settings of the switches of the tokenizer's chat template, key=value, as in enable_thinking=false."""
-    system: bool = True
-    """Keep the system turns of the rows under "own" and Jinja files (LUFFY's and ReLIFT's evaluations drop them)."""
-    stop_tokens: tuple[str, ...] = ()
-    """Tokens that end an answer besides the model's own, as in <|im_end|> for a base model that is asked in ChatML."""
-    seed: int = 0
-    """Seed of the sampling."""
+    chat_template_args: tuple[str, ...] = ()  # Switches of the chat template, such as enable_thinking=false
+    system: bool = True  # Keep the rows' system turns under "own" and Jinja files (LUFFY and ReLIFT drop them).
+    stop_tokens: tuple[str, ...] = ()  # Tokens that also end an answer: <|im_end|> for a base model asked in ChatML
+    seed: int = 0  # Seed of the sampling
+    # Let a value model choose: one answer per question. beam: --width states, as many next steps of each; the best go
+    # on. best_of_n: --width answers. best_of_k: --width next steps of one state
     search: Literal["none", "beam", "best_of_n", "best_of_k"] = "none"
-    """Let a value model (--value; oreo.py trains one) choose: one answer a question. beam: --width states, as many next
-    steps of each, the best go on. best_of_n: --width answers. best_of_k: --width next steps of one state."""
-    value: str = ""
-    """The value model of --search."""
-    width: int = 5
-    """See --search (OREO: 3, 5, 7)."""
-    max_steps: int = 20
-    """Steps of beam and best_of_k at most (OREO: 20); a question without an answer by then is answered by nothing."""
-    step_delimiters: tuple[str, ...] = ("\n",)
-    """A step ends with a token that holds one of these."""
-    limit: int = 0
-    """Questions of each benchmark at most, the first ones; 0 for all (igsm:LO-HI: 1000)."""
-    dry_run: bool = False
-    """Print the first prompts of each benchmark with their ids, and stop."""
+    value: str = ""  # Value model of --search (oreo.py trains one)
+    width: Positive[int] = 5  # Width of --search (OREO: 3, 5, 7)
+    max_steps: Positive[int] = 20  # Most steps of beam and best_of_k (OREO: 20). No answer by then is an empty answer.
+    step_delimiters: tuple[str, ...] = ("\n",)  # A step ends with a token that contains one of these.
+    limit: NotNegative[int] = 0  # First questions of each benchmark to ask; 0: all (igsm:LO-HI: 1000)
+    dry_run: bool = False  # Print the first prompts of each benchmark with their ids, and exit.
 
-    # how to grade
+    # Graders: strict_box (as LUFFY's evaluation), math (the training reward), full (math on the whole text), mcq,
+    # exact, boxed, robust, or "module:function", which must return 0 or 1. The first one's verdicts make the numbers.
     verifier: tuple[str, ...] = ("strict_box", "math", "full")
-    """Graders (common/verifiers.py): strict_box (as LUFFY's evaluation), math (the training reward: what follows
-    </think>), full (whole text), mcq, exact, boxed, or "module:function", which must say 0 or 1 and is asked anew each
-    time. The first one's verdicts make the numbers."""
-    regrade: bool = False
-    """Grade the answers in --out again by --verifier, and sample nothing. Needs neither --model nor --data."""
-    buckets: str = ""
-    """Folder of the base model's evaluation: accuracy by how often the base was right."""
+    regrade: bool = False  # Grade the answers in --out again, without sampling. Needs neither --model nor --data.
+    buckets: str = ""  # Folder of the base model's evaluation: adds accuracy by how often the base was correct.
 
-    # how to compare
-    compare: tuple[str, ...] = ()
-    """Folders of evaluations: compare them (the first is what the others are measured against)."""
-    page_questions: int = 200
-    """Questions on the page of samples at most: those on which the runs differ most."""
-
-    # machinery
+    # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
     rollout: str = "auto"
-    """Where answers are sampled. embedded: in this process. vllm: by a vLLM process beside each rank, which the script
-    starts (docs/rollout.md). auto: vllm on CUDA, embedded on a CPU."""
-    sampler_tokens: int = 0
-    """Rows x (prompt + response) tokens that the embedded sampler decodes at once, and that are written at once (at
-    least one question with all its answers); 0: 65,536 on a CPU, 524,288 on CUDA (30 GB for a Qwen2.5 of 7B)."""
-    write_every: int = 2048
-    """Answers that vLLM is given at once, and that are written at once."""
+    # Largest batch of the embedded sampler, as rows x (prompt + response) tokens; it is also written at once. 0: 65,536
+    # on a CPU, 524,288 on CUDA (30 GB for a Qwen2.5 of 7B)
+    sampler_tokens: NotNegative[int] = 0
+    write_every: Positive[int] = 2048  # Answers that vLLM is given at once, and that are written at once
 
 
 SAMPLER_TOKENS = {"cpu": 65536, "cuda": 524288}  # of --sampler_tokens 0
-DIGEST_PART = 2**24  # bytes
-FREE = {"out", "verifier", "regrade", "buckets", "rollout", "dry_run", "compare", "page_questions"}  # may change
-BY_DIGEST = {"model", "value", "data"}  # names may change: digests of the contents are compared
+FREE = {"out", "verifier", "regrade", "buckets", "rollout", "dry_run"}  # may change between two starts of a run
+BY_DIGEST = {"model", "value", "data"}  # their names may change: digests of the contents are compared
 
-# Text is the whole prompt; turns go through the tokenizer's chat template.
-QWEN = (
-    "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-)
-PRIME = "{question}\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
-ASSISTANT = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
-    "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. The "
-    "reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
-    "i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: {task}. Assistant:"
-)
-REDI = (
-    "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
-    "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
-    "where ANSWER is just the final number or expression that solves the problem. Think step by step before "
-    "answering.\n\n{question}"
-)
-TEMPLATES = {
-    "no": "{question}",
-    "qwen": QWEN.replace("{system}", IN_A_BOX),
-    "simplerl": QWEN.replace("{system}", "You are a helpful assistant.").replace(
-        # the doubled braces are the published script's
-        "{question}", "{question}\nPlease reason step by step, and put your final answer within\\boxed{{}}."
-    ),
-    "prime": ASSISTANT.replace("{task}", PRIME),
-    "prime_sft": [("user", PRIME)],
-    "prime_code": ASSISTANT.replace("{task}", "{question}\n\nWrite Python code to solve the problem. Present the code "
-    "in \n```python\nYour code\n```\nat the end."),
-    "oreo-gsm8k": [
-        ("system", "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'"),
-        ("user", "{question}"),
-    ],
-    "oreo-math": [("system", IN_A_BOX), ("user", "{question}")],
-    "oreo-deepseek": f"User: {{question}}\n{IN_A_BOX}\n\nAssistant:",  # text: the tokenizer's bos is put before it
-    # no newline between "assistant" and "<think>", as in the published evaluation
-    "redi": QWEN.replace("{system}", IN_A_BOX).replace("{question}", REDI).removesuffix("\n") + "<think>\n",
-}
+
+# The published evaluations' prompts. Text is the whole prompt; turns go through the tokenizer's chat template.
+TEMPLATES = json.loads((Path(__file__).parent / "benchmarks" / "templates.json").read_text())
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that k of n answers, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k).
+    """Probability that k of n answers, drawn without replacement, include a correct one: 1 - C(n - c, k) / C(n, k).
 
-    Unbiased for the chance that k fresh answers hold one. 1 <= k <= n.
+    Unbiased for the chance that k fresh answers include one. 1 <= k <= n.
 
     >>> pass_at_k(n=4, right=1, k=2)
     0.5
@@ -201,10 +135,10 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority_at_k(right: int, wrong: list[int], blank: int, k: int) -> float:
-    """Probability that the commonest of k answers, drawn without replacement, is the right one; ties share.
+    """Probability that the most frequent of k answers, drawn without replacement, is the correct one; ties share.
 
-    right: answers that are right; wrong: how often each wrong answer was given; blank: answers that give none, and
-    do not vote. For j votes for the right answer, the other k - j draws may give no wrong one more than j:
+    right: number of correct answers; wrong: how often each wrong answer was given; blank: answers that do not vote. If
+    the correct answer has j votes, the other k - j draws may give no wrong one more than j:
 
         sum_j C(right, j) * [x^(k-j)] (1 + x)^blank * prod_w sum_{i <= j} C(w, i) x^i / (1 + ties) / C(n, k)
 
@@ -213,25 +147,23 @@ def majority_at_k(right: int, wrong: list[int], blank: int, k: int) -> float:
     """
     total = Fraction(0)
     for j in range(1, min(right, k) + 1):
-        free = blank + sum(w for w in wrong if w < j)  # these cannot reach j: however many of them are drawn
-        ways = {0: [math.comb(free, d) for d in range(k - j + 1)]}  # by number of ties: coefficients of x^d
+        free = blank + sum(w for w in wrong if w < j)  # these cannot reach j, however many of them are drawn
+        ways = Counter({(d, 0): math.comb(free, d) for d in range(k - j + 1)})  # {(power of x, ties): coefficient}
         for w in (w for w in wrong if w >= j):
-            more: dict[int, list[int]] = {}
-            for ties, poly in ways.items():
-                for i in range(min(j, k - j) + 1):
-                    out = more.setdefault(ties + (i == j), [0] * (k - j + 1))
-                    for d in range(k - j + 1 - i):
-                        out[d + i] += math.comb(w, i) * poly[d]
-            ways = more
-        total += math.comb(right, j) * sum(Fraction(poly[k - j], 1 + ties) for ties, poly in ways.items())
+            old, ways = ways, Counter()
+            for (d, ties), count in old.items():
+                for i in range(min(j, k - j - d) + 1):
+                    ways[d + i, ties + (i == j)] += count * math.comb(w, i)
+        shares = sum(Fraction(count, 1 + ties) for (d, ties), count in ways.items() if d == k - j)
+        total += math.comb(right, j) * shares
     return float(total / math.comb(right + sum(wrong) + blank, k))
 
 
 def mean_and_errors(rewards: list[list[float]]) -> tuple[float, float | None, float | None]:
-    """Mean over questions of their mean rewards, and its two standard errors (see the top of this file).
+    """Mean over questions of their mean rewards, and its two standard errors (docstring of this file).
 
-    rewards: a list for each question, one reward an answer. The squares of both errors are unbiased. None where
-    they are not known: one question; a question with one answer."""
+    rewards: a list per question, one reward per answer. The squares of both errors are unbiased. An error is None if
+    it is unknown: for one question, or a question with one answer."""
     means = [mean(r) for r in rewards]  # [Q]
     error = sampling_error = None
     if len(means) > 1:
@@ -241,24 +173,8 @@ def mean_and_errors(rewards: list[list[float]]) -> tuple[float, float | None, fl
     return mean(means), error, sampling_error
 
 
-def bootstrap_interval(differences: list[np.ndarray], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean over benchmarks of their mean difference, by resampling questions.
-
-    differences: for each benchmark [Q], run B's share of right answers minus run A's. Questions are drawn anew within
-    each benchmark, the same ones for both runs (a paired bootstrap), so that what makes a question hard for both
-    cancels. A question's answers are not resampled: the scatter of the shares holds their noise already."""
-    rng = np.random.default_rng(seed)
-    means = np.zeros(draws)
-    for values in differences:
-        for start in range(0, draws, 500):  # [500, Q] indices at a time
-            drawn = rng.integers(len(values), size=(min(500, draws - start), len(values)))
-            means[start : start + 500] += values[drawn].mean(1) / len(differences)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def difficulty(base_rate: float) -> str:
-    """ReLIFT's buckets by the base's share of right answers: of 8, easy has 6 or more, medium 3, hard 1."""
+    """ReLIFT's bucket for the base's fraction of correct answers: of 8, easy has 6 or more, medium 3, hard 1."""
     return "easy" if base_rate >= 6 / 8 else "medium" if base_rate >= 3 / 8 else "hard" if base_rate > 0 else "hardest"
 
 
@@ -273,6 +189,7 @@ class Question:
     turns: list[dict]  # as its row asks it: what "own" renders
     gold: str
     where: str  # file and row, for messages
+    index: int  # the row, which names the random stream of a search
     rows: int = 1  # how often the files have it
     n: int = 1  # answers to draw
     prompt_text: str = ""
@@ -280,68 +197,71 @@ class Question:
 
 
 def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
-    """The distinct questions of benchmark files, in order; equal rows are counted in `rows`.
+    """Return the distinct questions of benchmark files, in order; equal rows are counted in `rows`.
 
-    A benchmark is named by its rows' data_source, else by its file. limit: questions of each benchmark at most.
+    A benchmark is named by its rows' data_source, else by its file. limit: first questions of each benchmark.
     Raises InputError naming file, row and columns."""
-    read, owners = [], {}  # benchmark names, and the sources that have them
+    read, owners = [], {}  # owners: the sources of each benchmark name
     for source in dict.fromkeys(sources):
         for index, row in enumerate(load_rows(source, split="test", problems=limit or 1000)):
-            where = f"{source}, row {index}"
-            item = read_row(row, where)
-            check_gold(item, row, where)
-            benchmark = item.source or Path(source).stem
-            read.append((benchmark, source, where, item))
-            owners.setdefault(benchmark, {None} if benchmark == "average" else set()).add(source)
+            item = read_row(row, f"{source}, row {index}")
+            check_gold(item, row, f"{source}, row {index}")
+            name = item.source or Path(source).stem
+            read.append((name, source, index, item))
+            owners.setdefault(name, {None} if name == "average" else set()).add(source)
     questions: dict[str, Question] = {}
-    for benchmark, source, where, item in read:
+    seen = Counter()
+    for name, source, index, item in read:
         # the same name in two files is two benchmarks; "average" is a key of results.json
-        benchmark = f"{benchmark} ({source})" if len(owners[benchmark]) > 1 else benchmark
-        key = hashlib.sha256(json.dumps([benchmark, item.prompt, item.gold]).encode()).hexdigest()[:16]
+        name = f"{name} ({source})" if len(owners[name]) > 1 else name
+        key = hashlib.sha256(json.dumps([name, item.prompt, item.gold]).encode()).hexdigest()[:16]
         if key in questions:
             questions[key].rows += 1
-        else:
-            questions[key] = Question(key, benchmark, item.question, item.prompt, item.gold, where)
-    kept, seen = [], Counter()
-    for question in questions.values():
-        seen[question.benchmark] += 1
-        if not limit or seen[question.benchmark] <= limit:
-            kept.append(question)
-    return kept
+        elif not limit or seen[name] < limit:
+            seen[name] += 1
+            where = f"{source}, row {index}"
+            questions[key] = Question(key, name, item.question, item.prompt, item.gold, where, index)
+    return list(questions.values())
+
+
+def read_template(name: str, tokenizer) -> str | list[dict] | None:
+    """Return --template as text with {question}, or as turns; None means the row's own turns.
+
+    A Jinja file becomes the tokenizer's chat template."""
+    template = TEMPLATES.get(name)
+    if name not in ("own", *TEMPLATES):
+        if not Path(name).is_file():
+            raise InputError(f"--template {name}: no such file, and not one of own, {', '.join(TEMPLATES)}")
+        template = Path(name).read_text()
+        if "{question}" not in template:
+            if "messages" not in template:
+                raise InputError(f"--template {name}: neither {{question}} nor messages occurs in it")
+            tokenizer.chat_template, template = template, None
+    if not isinstance(template, str) and not tokenizer.chat_template:
+        plain = ", ".join(name for name, text in TEMPLATES.items() if isinstance(text, str))
+        raise InputError(
+            f"--template {name}: the model's tokenizer has no chat template; pass a file with one, or {plain}"
+        )
+    return template
 
 
 def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
-    """Render and tokenize every question by --template, and set how many answers it gets."""
-    known = ", ".join(["own", *TEMPLATES])
-    template, jinja = TEMPLATES.get(args.template), None
-    if args.template not in ("own", *TEMPLATES):
-        if not Path(args.template).is_file():
-            raise InputError(f"--template {args.template}: no such file, and not one of {known}")
-        template = Path(args.template).read_text()
-        if "{question}" not in template:
-            template, jinja = None, template
-            if "messages" not in jinja:
-                raise InputError(f"--template {args.template}: neither {{question}} nor messages occurs in it")
+    """Render and tokenize every question by --template, and set its number of answers."""
+    template = read_template(args.template, tokenizer)
     plain = isinstance(template, str)
-    if not plain and not jinja and not tokenizer.chat_template:
-        raise InputError(
-            f"--template {args.template}: the model's tokenizer has no chat template; pass a file with one, or "
-            + ", ".join(name for name, text in TEMPLATES.items() if isinstance(text, str))
-        )
     for question in questions:
+        question.n = max(args.n, question.rows) if args.temperature > 0 and args.search == "none" else 1
         if plain:
             question.prompt_text = template.replace("{question}", question.text)
-        else:
-            turns = [t for t in question.turns if args.system or t["role"] != "system"]
-            if template:
-                turns = [{"role": r, "content": text.replace("{question}", question.text)} for r, text in template]
-            try:
-                question.prompt_text = render_prompt(tokenizer, turns, jinja)
-            except InputError as error:
-                system = any(turn["role"] == "system" for turn in turns)
-                remedy = "; --no_system leaves the system turns out" if system else ""
-                raise InputError(f"{question.where}: {error}{remedy}") from error
-        question.n = max(args.n, question.rows) if args.temperature > 0 and args.search == "none" else 1
+            continue
+        turns = [t for t in question.turns if args.system or t["role"] != "system"]
+        if template:
+            turns = [t | {"content": t["content"].replace("{question}", question.text)} for t in template]
+        try:
+            question.prompt_text = render_prompt(tokenizer, turns)
+        except InputError as error:
+            remedy = "; --no_system drops the system turns" if any(t["role"] == "system" for t in turns) else ""
+            raise InputError(f"{question.where}: {error}{remedy}") from error
     # a chat template writes the bos token itself; plain text gets the tokens that the tokenizer puts around text
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=plain)["input_ids"]
     for question, ids in zip(questions, encoded, strict=True):
@@ -350,7 +270,7 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
             raise InputError(f"{question.where}: its prompt has no tokens under --template {args.template}")
 
 
-# -------------------------------------------------------------------------------------------------- the samples
+# ---------------------------------------------------------------------------------------------------- answers
 
 
 def digest_of(model: str) -> str:
@@ -358,92 +278,44 @@ def digest_of(model: str) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None) or model
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".jinja"))
-    parts = [(path, start) for path in files for start in range(0, path.stat().st_size, DIGEST_PART)]
 
-    def digest(part: tuple[Path, int]) -> bytes:
-        with open(part[0], "rb") as file:
-            file.seek(part[1])
-            return hashlib.sha256(file.read(DIGEST_PART)).digest()
+    def digest(path: Path) -> bytes:
+        with open(path, "rb") as file:
+            return path.name.encode() + hashlib.file_digest(file, "sha256").digest()
 
-    whole = hashlib.sha256()
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # sha256 runs without Python's lock
-        for (path, _), found in zip(parts, pool.map(digest, parts), strict=True):
-            whole.update(path.name.encode() + found)
-    return whole.hexdigest()[:16]
-
-
-def fingerprint(args: Args, questions: list[Question]) -> dict:
-    """Digests of the models and of all prompts, to notice when one of them changed."""
-    asked = json.dumps([[q.id, q.prompt, q.n] for q in questions])
-    return {
-        "weights_digest": " ".join(digest_of(model) for model in (args.model, args.value) if model),
-        "questions": len(questions),
-        "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
-    }
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".jinja"))
+    with ThreadPoolExecutor(16) as pool:  # sha256 runs without Python's lock
+        return hashlib.sha256(b"".join(pool.map(digest, files))).hexdigest()[:16]
 
 
 def check_settings(args: Args, questions: list[Question], world) -> None:
-    """Write args.json, or check that answers in --out were drawn with these settings; InputError if not."""
+    """Write args.json. Raise InputError if the answers in --out are of other settings, models or questions."""
     path = Path(args.out) / "args.json"
-    if path.exists() and "questions_digest" not in json.loads(path.read_text()):
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if old and "questions_digest" not in old:
         raise InputError(f"--out {args.out} is the folder of something else than an evaluation: name another")
-    [found] = gather_lists([fingerprint(args, questions)] if world.main else [], world)
-    settings = json.loads(json.dumps(dataclasses.asdict(args) | found))
-    old = json.loads(path.read_text()) if read_records(path.parent) else settings
-    changed = [k for k in settings if k not in FREE | BY_DIGEST and settings[k] != old.get(k, settings[k])]
-    if changed:
-        raise InputError(
-            f"--out {args.out} holds an evaluation with other settings ("
-            + "; ".join(f"{k} {old.get(k)!r} there, {settings[k]!r} here" for k in changed)
-            + "): use the same ones to go on, or another --out"
-        )
+    models = [digest_of(model) for model in (args.model, args.value) if model] if world.main else []
+    asked = json.dumps([[q.id, q.prompt, q.n] for q in questions])
+    settings = dataclasses.asdict(args) | {
+        "weights_digest": " ".join(gather_lists(models, world)),
+        "questions": len(questions), "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))  # lists, as in the file
+    answered = bool(read_records(path.parent / "samples.jsonl"))
+    compared = [k for k in settings if k in old and k not in FREE | BY_DIGEST]
+    changed = "; ".join(f"{k} {old[k]!r} there, {settings[k]!r} here" for k in compared if old[k] != settings[k])
+    if answered and changed:
+        raise InputError(f"--out {args.out} holds an evaluation with other settings ({changed}): use the same ones to "
+                         "resume it, or another --out")  # fmt: skip
     dist.barrier()  # all have compared before one writes
     if world.main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
-
-
-def read_records(out: Path) -> dict[str, dict]:
-    """Complete records of samples.jsonl and of what a killed run left in samples.part-*.jsonl, by question."""
-    records = {}
-    for path in [*sorted(out.glob("samples.part-*.jsonl")), out / "samples.jsonl"]:
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may be cut short
-                record = json.loads(line)
-                records[record["id"]] = record
-    return records
-
-
-def write_records(out: Path, ids: Iterable[str], records: dict[str, dict]) -> None:
-    """samples.jsonl, one question a line with all its answers; then the parts are not needed."""
-    lines = [json.dumps(records[i]) + "\n" for i in ids if i in records]
-    write_whole(out / "samples.jsonl", "".join(lines))
-    for path in out.glob("samples.part-*.jsonl"):
-        path.unlink()
-
-
-def merge(out: Path, questions: list[Question], world) -> dict[str, dict]:
-    """Rank 0 puts what all ranks have written into samples.jsonl; -> its records by question, on every rank."""
-    dist.barrier()  # all have written
-    if world.main:
-        write_records(out, [q.id for q in questions], read_records(out))
-    dist.barrier()
-    records = read_records(out)
-    dist.barrier()  # all have read before one appends
-    return records
-
-
 def chunks(questions: list[Question], args: Args, *, embedded: bool) -> list[list[Question]]:
-    """Questions that are sampled and written together. They depend on the settings alone, not on ranks or on what
-    is done already: batches of other shapes round differently, and a draw could tip."""
+    """Split the questions into those that are sampled together. The split depends on the settings alone, not on ranks
+    or on what is done already: batches of other shapes round differently, which could change a draw."""
     result: list[list[Question]] = []
     answers = width = 0
     each = 1 if args.search == "none" else args.width**2  # drawn at once for one of a question's answers
@@ -458,96 +330,75 @@ def chunks(questions: list[Question], args: Args, *, embedded: bool) -> list[lis
     return result
 
 
-def sample(questions: list[Question], tokenizer, args: Args, world, done: dict[str, dict]) -> None:
-    """Draw what is not done yet; every rank appends its chunks to a file of its own as they come."""
-    if all(q.id in done for q in questions):
-        return
-    policy = load_policy(args.model, world)
+def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str, dict]:
+    """Return the records of all questions by id: those of samples.jsonl, and new ones for the others."""
+    path, by_id = Path(args.out) / "samples.jsonl", {q.id: q for q in questions}
+    done = read_records(path)
+    if world.main and done:
+        print(f"{args.out}: {len(done)} of {len(questions)} questions are answered already")
+    if by_id.keys() <= done.keys():
+        return {key: done[key] for key in by_id}
+    policy, searches = load_policy(args.model, world), args.search != "none"
     longest = max(len(q.prompt) for q in questions) + tokens_ahead(args)
-    if args.search != "none":
-        value = load_policy(args.value, world, kind=ValueModel)
-        ends = step_ids(tokenizer, args.step_delimiters)
+    if searches:
+        value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
         if value.lm.config.vocab_size != policy.lm.config.vocab_size:
             raise InputError(f"--value {args.value}: its vocabulary is not --model's")
+    stops = stop_ids(policy, tokenizer, args.stop_tokens)
     sampler = make_sampler(
-        args.rollout, policy, world, stop_ids=stop_ids(policy, tokenizer, args), max_tokens=longest,
-        max_batch_tokens=args.sampler_tokens,
+        args.rollout, policy, world, stop_ids=stops, max_tokens=longest, max_batch_tokens=args.sampler_tokens
     )
     sampler.sync(policy, version=0)
+    parts = chunks(questions, args, embedded=isinstance(sampler, EmbeddedSampler))
     del policy
-    embedded = isinstance(sampler, EmbeddedSampler)
-    todo = [c for c in chunks(questions, args, embedded=embedded) if not all(q.id in done for q in c)]
-    mine = todo[world.rank :: world.size] if args.search == "none" else todo  # all ranks search together
-    if args.search == "none":
-        mine += [[]] * (-(-len(todo) // world.size) - len(mine))  # as many calls on every rank
-    answers = sum(q.n for chunk in mine for q in chunk)
-    with (
-        open(Path(args.out) / f"samples.part-{world.rank}.jsonl", "a", encoding="utf-8") as file,
-        tqdm(total=answers, desc=args.model, unit="answer", disable=not world.main, smoothing=0.1) as bar,
-    ):
-        for chunk in mine:
-            prompts, keys = [q.prompt for q in chunk], [int(q.id[:8], 16) for q in chunk]
-            if args.search == "none":
-                groups = sampler.generate(
-                    prompts, n=[q.n for q in chunk], keys=keys, seed=args.seed,
-                    sampling=Sampling(args.max_tokens, args.temperature, args.top_p),
-                    progress="batch" if world.main else None,
-                )
-                lines = [
-                    make_record(q, [make_answer(c.ids, c.truncated, tokenizer) for c in g])
-                    for q, g in zip(chunk, groups, strict=True)
-                ]
-            else:
-                found = search_answers(
-                    args.search, sampler, value, prompts, keys, world, width=args.width, max_steps=args.max_steps,
-                    max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, step_ends=ends,
-                    micro_batch_tokens=max(longest, args.sampler_tokens // 4), seed=args.seed,
-                )
-                best = [best_answer(candidates, sampler, tokenizer) for candidates in found]
-                lines = [make_record(q, [one]) for q, one in zip(chunk, best, strict=True)]
-            if args.search == "none" or world.main:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-                file.flush()
-            bar.update(sum(q.n for q in chunk))
+
+    def make(ids: list[str]) -> list[dict]:
+        part = [by_id[key] for key in ids]
+        prompts = [q.prompt for q in part]
+        if searches:
+            found = search_answers(
+                args.search, sampler, value, prompts, [q.index for q in part], world, width=args.width,
+                max_steps=args.max_steps, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
+                step_ends=ends, micro_batch_tokens=max(longest, args.sampler_tokens // 4), seed=args.seed,
+            )  # fmt: skip
+            groups = [[best_answer(candidates, stops, tokenizer)] for candidates in found]
+        else:
+            drawn = sampler.generate(
+                prompts, n=[q.n for q in part], keys=[int(q.id[:8], 16) for q in part], seed=args.seed,
+                sampling=Sampling(args.max_tokens, args.temperature, args.top_p),
+                progress="batch" if world.main else None,
+            )  # fmt: skip
+            groups = [[make_answer(completion, tokenizer) for completion in group] for group in drawn]
+        return [
+            {"id": q.id, "benchmark": q.benchmark, "rows": q.rows, "question": q.text, "gold": q.gold, "row": q.where,
+             "prompt": q.prompt_text, "answers": answers}
+            for q, answers in zip(part, groups, strict=True)
+        ]  # fmt: skip
+
+    records = keep_records(path, [[q.id for q in part] for part in parts], make, world, together=searches)
     sampler.close()
+    return records
 
 
-def stop_ids(policy, tokenizer, args: Args) -> list[int]:
-    """Ids that end an answer: the tokenizer's eos, the generation config's, and --stop_tokens."""
-    also = policy.lm.generation_config.eos_token_id or []
-    stop = [tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])]
-    for token in args.stop_tokens:
-        if token not in tokenizer.get_vocab():
-            raise InputError(f"--stop_tokens {token}: not a token of {args.model}")
-        stop.append(tokenizer.convert_tokens_to_ids(token))
-    return stop
+def make_answer(completion: Completion, tokenizer) -> dict:
+    """Return an answer of a line of samples.jsonl."""
+    return {
+        "text": tokenizer.decode(completion.said), "tokens": len(completion.ids), "truncated": completion.truncated
+    }  # fmt: skip
 
 
-def make_answer(ids: list[int], truncated: bool, tokenizer) -> dict:
-    """An answer of a line of samples.jsonl."""
-    text = tokenizer.decode(ids if truncated else ids[:-1])  # without the token that ended it
-    return {"text": text, "tokens": len(ids), "truncated": truncated}
-
-
-def best_answer(found, sampler, tokenizer) -> dict:
-    """Of the answers that a search found the one of the highest value; an empty one where it found none."""
+def best_answer(found, stops: list[int], tokenizer) -> dict:
+    """Return the answer with the highest value of those that a search found; an empty answer if it found none."""
     if not found:
         return {"text": "", "tokens": 0, "truncated": True, "found": 0}
     best = max(found, key=lambda candidate: candidate.value)
-    ended = best.response[-1] in set(map(int, sampler.stop_ids))
-    return make_answer(best.response, not ended, tokenizer) | {"found": len(found), "value": round(best.value, 6)}
-
-
-def make_record(question: Question, answers: list[dict]) -> dict:
-    """A line of samples.jsonl: a question and its answers."""
-    return {
-        "id": question.id, "benchmark": question.benchmark, "rows": question.rows, "question": question.text,
-        "gold": question.gold, "row": question.where, "prompt": question.prompt_text, "answers": answers,
-    }
+    finish = "stop" if best.response[-1] in stops else "length"
+    answer = make_answer(Completion(best.response, [], finish), tokenizer)
+    return answer | {"found": len(found), "value": round(best.value, 6)}
 
 
 def grader_version(verifier: str) -> str:
-    """What a grader's verdicts depend on: a digest of its code, and the version of Math-Verify."""
+    """Return what a grader's verdicts depend on: a digest of its code, and the version of Math-Verify."""
     module = verifier.partition(":")[0] if ":" in verifier else "common.verifiers"
     file = Path(importlib.util.find_spec(module).origin)
     files = [file] if ":" in verifier else [file, *file.parent.glob("robust.py")]
@@ -558,8 +409,8 @@ def grader_version(verifier: str) -> str:
 def grade_records(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:
     """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one.
 
-    Verdicts of the same version stay, unless the time ran out or `again` is set. Raises InputError on a reward that is
-    not 0 or 1."""
+    Verdicts of the same version are kept, unless they are time-outs or errors, or `again` is set. Raises InputError on
+    a reward that is not 0 or 1."""
     version, todo = grader_version(verifier), []
     for record in records:
         same = record.setdefault("graded_by", {}).get(verifier) == version and not again
@@ -568,33 +419,22 @@ def grade_records(records: list[dict], verifier: str, *, again: bool = False, pr
             found = answer.setdefault("verdicts", {}).get(verifier, [0, "timeout"])
             if not same or found[1] in ("timeout", "error"):
                 todo.append((record["gold"], answer))
-    with tqdm(total=len(todo), desc=f"grade {verifier}", unit="answer", disable=not (progress and todo)) as bar:
-        for start in range(0, len(todo), 256):
-            part = todo[start : start + 256]
-            verdicts = grade([a["text"] for _, a in part], [gold for gold, _ in part], verifier=verifier)
-            for (_, answer), verdict in zip(part, verdicts, strict=True):
-                if verdict.reward not in (0, 1):
-                    raise InputError(f"--verifier {verifier}: a reward of {verdict.reward}; here it must be 0 or 1")
-                detail = [verdict.detail] if verdict.detail else []
-                answer["verdicts"][verifier] = [verdict.reward, verdict.status, *detail]
-            bar.update(len(part))
-
-
-def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]:
-    """The rows whose gold answer one of the verifiers could not read: their answers count as wrong."""
-    return [
-        record.get("row", record["id"]) for record in records
-        if any(detail.startswith("gold unreadable") for answer in record["answers"] for verifier in verifiers
-               for detail in answer["verdicts"][verifier][2:])
-    ]  # fmt: skip
+    parts = [todo[start : start + 256] for start in range(0, len(todo), 256)]
+    for part in tqdm(parts, desc=f"grade {verifier}", unit_scale=256, disable=not (progress and todo)):
+        verdicts = grade([a["text"] for _, a in part], [gold for gold, _ in part], verifier=verifier)
+        for (_, answer), verdict in zip(part, verdicts, strict=True):
+            if verdict.reward not in (0, 1):
+                raise InputError(f"--verifier {verifier}: a reward of {verdict.reward}; here it must be 0 or 1")
+            detail = [verdict.detail] if verdict.detail else []
+            answer["verdicts"][verifier] = [verdict.reward, verdict.status, *detail]
 
 
 # -------------------------------------------------------------------------------------------------- the numbers
 
 
 def vote(text: str) -> str | None:
-    r"""What an answer votes for in maj@k: its last box, else what follows the last ####, else what follows the last
-    "answer is", else its last number; None for nothing. Spelled alike where cheap: 1,000.0 is 1000, \frac12 is 0.5.
+    r"""Return what an answer votes for in maj@k: its last box, else what follows the last ####, else what follows the
+    last "answer is", else its last number, else None. Cheap spellings are made equal: 1,000.0 is 1000, \frac12 is 0.5.
     """
     text = after_think(text)[-20_000:]
     found = last_boxed(text)
@@ -613,39 +453,54 @@ def vote(text: str) -> str | None:
 
 
 def rewards_of(record: dict, verifier: str) -> list[float]:
-    """The rewards of a question's answers, one each."""
+    """Return the reward of each answer to a question."""
     return [answer["verdicts"][verifier][0] for answer in record["answers"]]
 
 
-def summarise(records: list[dict], verifiers: tuple[str, ...], base: dict[str, dict] | None = None) -> dict:
-    """results.json: the numbers of each benchmark by the first verifier, and the average of their pass@1.
+def count_votes(record: dict, verifier: str) -> tuple[int, list[int], int]:
+    """Return (number of correct answers, how often each wrong one was given, answers that give none). All answers that
+    the verifier accepts are one answer; wrong answers are told apart by `vote`."""
+    wrong, right, blank = Counter(), 0, 0
+    for answer in record["answers"]:
+        reward, status, *_ = answer["verdicts"][verifier]
+        if reward > 0:
+            right += 1
+        elif status == "unparsable" or (voted := vote(answer["text"])) is None:
+            blank += 1
+        else:
+            wrong[voted] += 1
+    return right, sorted(wrong.values()), blank
 
-    base: records of the base model by question, for the numbers by difficulty."""
+
+def summarise(records: list[dict], verifiers: tuple[str, ...], base: dict[str, dict] | None = None) -> dict:
+    """Return results.json: the numbers of each benchmark by the first verifier, and the average of their pass@1.
+
+    base: records of the base model by question, for the numbers by difficulty. docs/eval.md explains the keys."""
     results: dict = {}
     for benchmark in dict.fromkeys(r["benchmark"] for r in records):
         mine = [r for r in records if r["benchmark"] == benchmark]
-        results[benchmark] = summarise_benchmark(mine, verifiers, base)
+        results[benchmark] = summarise_benchmark(mine, verifiers)
+        if base is not None:
+            results[benchmark]["by_difficulty"] = by_difficulty(mine, verifiers[0], base)
     results["average"] = mean(r["pass@1"] for r in results.values())
     return results
 
 
-def summarise_benchmark(records: list[dict], verifiers: tuple[str, ...], base: dict[str, dict] | None) -> dict:
-    """The numbers of one benchmark; the keys are explained in docs/eval.md."""
+def summarise_benchmark(records: list[dict], verifiers: tuple[str, ...]) -> dict:
+    """Return the numbers of one benchmark."""
     first = verifiers[0]
     rewards = [rewards_of(r, first) for r in records]
     answers = [a for r in records for a in r["answers"]]
-    result: dict = {
-        "rows": sum(r["rows"] for r in records), "questions": len(records), "answers": len(answers),
-        **dict(zip(("pass@1", "pass@1_se", "pass@1_se_sampling"), mean_and_errors(rewards), strict=True)),
-    }
-    n = min(map(len, rewards))
-    ks = sorted({2**i for i in range(1, n.bit_length())} | {n} - {1})
+    status = Counter(a["verdicts"][first][1] for a in answers)
+    fewest = min(map(len, rewards))
+    ks = sorted({2**i for i in range(1, fewest.bit_length())} | {fewest} - {1})
     counts = [(len(r), sum(x > 0 for x in r)) for r in rewards]
     votes = [count_votes(r, first) for r in records] if ks else []
-    result |= {f"pass@{k}": mean(pass_at_k(m, c, k) for m, c in counts) for k in ks}
-    result |= {f"maj@{k}": mean(majority_at_k(*v, k) for v in votes) for k in ks}
-    status = Counter(a["verdicts"][first][1] for a in answers)
-    result |= {
+    return {
+        "rows": sum(r["rows"] for r in records), "questions": len(records), "answers": len(answers),
+        **dict(zip(("pass@1", "pass@1_se", "pass@1_se_sampling"), mean_and_errors(rewards), strict=True)),
+        **{f"pass@{k}": mean(pass_at_k(n, c, k) for n, c in counts) for k in ks},
+        **{f"maj@{k}": mean(majority_at_k(*v, k) for v in votes) for k in ks},
         "mean_tokens": mean(a["tokens"] for a in answers),
         "truncated": mean(a["truncated"] for a in answers),
         "no_answer": status["unparsable"] / len(answers),
@@ -653,114 +508,41 @@ def summarise_benchmark(records: list[dict], verifiers: tuple[str, ...], base: d
         "graders": {v: mean_and_errors([rewards_of(r, v) for r in records])[0] for v in verifiers},
         "graded_by": {v: versions_of(records, v) for v in verifiers},
         "unreadable_golds": unreadable_golds(records, verifiers),
-    }
-    if base is not None:
-        result["by_difficulty"] = by_difficulty(records, first, base)
-    return result
+    }  # fmt: skip
 
 
 def versions_of(records: Iterable[dict], verifier: str) -> str:
-    """The versions of a grader that graded these records."""
+    """Return the versions of a grader that graded these records."""
     return "; ".join(sorted({r.get("graded_by", {}).get(verifier, "?") for r in records}))
 
 
-def count_votes(record: dict, verifier: str) -> tuple[int, list[int], int]:
-    """-> (right answers, how often each wrong one was given, answers that give none). What the verifier accepts is
-    one and the same answer, however it is written; wrong answers are told apart by `vote`."""
-    wrong, right, blank = Counter(), 0, 0
-    for answer in record["answers"]:
-        if answer["verdicts"][verifier][0] > 0:
-            right += 1
-        elif answer["verdicts"][verifier][1] == "unparsable" or (voted := vote(answer["text"])) is None:
-            blank += 1
-        else:
-            wrong[voted] += 1
-    return right, sorted(wrong.values()), blank
+def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]:
+    """Return the rows whose gold answer one of the verifiers could not read: their answers count as wrong."""
+    return [
+        record.get("row", record["id"]) for record in records
+        if any(detail.startswith("gold unreadable") for answer in record["answers"] for verifier in verifiers
+               for detail in answer["verdicts"][verifier][2:])
+    ]  # fmt: skip
 
 
 def by_difficulty(records: list[dict], verifier: str, base: dict[str, dict]) -> dict:
-    """pass@1 of this model and of the base in ReLIFT's buckets; questions that the base was not asked are counted."""
-    buckets: dict = {}
+    """Return pass@1 of this model and of the base in ReLIFT's buckets; not_in_base: the base was not asked."""
+    buckets = {name: [] for name in ("easy", "medium", "hard", "hardest", "not_in_base")}
     for record in records:
-        name, base_rate = "not_in_base", None
-        if record["id"] in base:
-            base_rate = mean(rewards_of(base[record["id"]], verifier))
-            name = difficulty(base_rate)
-        buckets.setdefault(name, []).append((rewards_of(record, verifier), base_rate))
+        base_rate = mean(rewards_of(base[record["id"]], verifier)) if record["id"] in base else None
+        name = "not_in_base" if base_rate is None else difficulty(base_rate)
+        buckets[name].append((rewards_of(record, verifier), base_rate))
     result = {}
-    for name in [n for n in ("easy", "medium", "hard", "hardest", "not_in_base") if n in buckets]:
-        rate, error, _ = mean_and_errors([rewards for rewards, _ in buckets[name]])
-        base_rates = [rate for _, rate in buckets[name] if rate is not None]
-        base_mean = mean(base_rates) if base_rates else None
-        result[name] = {"questions": len(buckets[name]), "pass@1": rate, "pass@1_se": error, "base": base_mean}
+    for name, found in buckets.items():
+        if found:
+            rate, error, _ = mean_and_errors([rewards for rewards, _ in found])
+            base_mean = None if name == "not_in_base" else mean(rate for _, rate in found)
+            result[name] = {"questions": len(found), "pass@1": rate, "pass@1_se": error, "base": base_mean}
     return result
 
 
-# ------------------------------------------------------------------------------------------------------- tables
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows of cells, the first row the head -> a Markdown table, aligned to be read as it is."""
-    rows = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
-             for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]) + "\n"
-
-
-def percent(value: float | None, error: float | None = None) -> str:
-    """A share in percent, with its error where there is one."""
-    if value is None:
-        return ""
-    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
-
-
-def results_tables(results: dict, records: list[dict], args: Args) -> str:
-    """results.md: the numbers, where the graders disagree, and accuracy by difficulty."""
-    benchmarks = [b for b in results if b != "average"]
-    rows = [["benchmark", "rows", "questions", "answers", "pass@1 ± se", "se, same questions", "pass@k", "maj@k",
-             "tokens", "truncated", "no answer", "verifier"]]
-    for name in benchmarks:
-        r = results[name]
-        k = max(int(key[5:]) for key in r if re.fullmatch(r"pass@\d+", key))
-        at_k = [f"{percent(r[f'{what}@{k}'])} (k={k})" if k > 1 else "" for what in ("pass", "maj")]
-        status = ", ".join(f"{status} {count}" for status, count in sorted(r["verifier"].items()))
-        rows.append([
-            name, r["rows"], r["questions"], r["answers"], percent(r["pass@1"], r["pass@1_se"]),
-            percent(r["pass@1_se_sampling"]), *at_k, f"{r['mean_tokens']:.0f}", percent(r["truncated"]),
-            percent(r["no_answer"]), status,
-        ])
-    rows.append(["average", "", "", "", percent(results["average"]), *[""] * 7])
-    drawn = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, top_p {args.top_p}"
-    if args.search != "none":
-        drawn = f"{args.search} of width {args.width} by {args.value}, {drawn}"
-    text = (f"# {args.model}\n\nTemplate {args.template}, {drawn}, at most {args.max_tokens} tokens, "
-            f"graded by {args.verifier[0]} ({results[benchmarks[0]]['graded_by'][args.verifier[0]]}). "
-            f"Percent.\n\n{table(rows)}")
-    if bad := unreadable_golds(records, args.verifier):
-        text += (f"\nA grader cannot read the gold answers of {len(bad)} questions, whose answers count as wrong: "
-                 f"{'; '.join(bad[:20])}{', ...' if len(bad) > 20 else ''}\n")
-    if len(args.verifier) > 1:
-        text += "\n## Where the graders disagree\n\npass@1 by each grader, of the same answers:\n\n"
-        text += table([["benchmark", *args.verifier]] + [
-            [b, *(percent(results[b]["graders"][v]) for v in args.verifier)] for b in benchmarks
-        ])
-        text += "\nAnswers by who accepts them, with a question to look up in samples.jsonl:\n\n"
-        rows = disagreements(records, args.verifier)
-        text += table(rows) if len(rows) > 1 else "None: they agree on every answer.\n"
-    if args.buckets:
-        text += f"\n## By difficulty for {args.buckets}\n\n"
-        text += "By the base's share of right answers: easy 6/8 or more, medium 3/8, hard above 0, hardest 0.\n\n"
-        rows = [["benchmark", "bucket", "questions", "base", "pass@1 ± se"]]
-        for b in benchmarks:
-            rows += [[b, name, r["questions"], percent(r["base"]), percent(r["pass@1"], r["pass@1_se"])]
-                     for name, r in results[b]["by_difficulty"].items()]
-        text += table(rows)
-    return text
-
-
 def disagreements(records: list[dict], verifiers: tuple[str, ...]) -> list[list[str]]:
-    """Rows of a table: for each benchmark and each set of graders that accept an answer, how many and an example."""
+    """Return rows of a table: for each benchmark and set of graders that accept an answer, how many and an example."""
     found: dict[tuple, list[str]] = {}
     for record in records:
         for answer in record["answers"]:
@@ -773,244 +555,70 @@ def disagreements(records: list[dict], verifiers: tuple[str, ...]) -> list[list[
     return rows
 
 
+# ------------------------------------------------------------------------------------------- tables and plot
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return rows of cells, the head first, as a Markdown table that is aligned to be read as it is."""
+    rows = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in padded]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]) + "\n"
+
+
+def numbers(values: dict, before: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the numbers in (nested) results as (key, text): counts as they are, fractions in percent."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{before}{key} ")
+        elif isinstance(value, int | float):
+            digits = 0 if isinstance(value, int) or key == "mean_tokens" else 1
+            yield before + key, f"{value if digits == 0 else 100 * value:.{digits}f}"
+
+
+def results_tables(results: dict, records: list[dict], args: Args) -> str:
+    """Return results.md: the numbers, and where the graders disagree."""
+    drawn = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, top_p {args.top_p}"
+    if args.search != "none":
+        drawn = f"{args.search} of width {args.width} by {args.value}, {drawn}"
+    first, columns = args.verifier[0], {n: dict(numbers(r)) for n, r in results.items() if n != "average"}
+    columns["average"] = dict(numbers({"pass@1": results["average"]}))
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    rows = [[key, *(column.get(key, "") for column in columns.values())] for key in keys]
+    text = (f"# {args.model}\n\nTemplate {args.template}, {drawn}, at most {args.max_tokens} tokens, graded by {first} "
+            f"({versions_of(records, first)}). Fractions in percent.\n\n{table([['', *columns], *rows])}")  # fmt: skip
+    if bad := unreadable_golds(records, args.verifier):
+        text += (f"\nA grader cannot read the gold answers of {len(bad)} questions, whose answers count as wrong: "
+                 f"{'; '.join(bad[:20])}{', ...' if len(bad) > 20 else ''}\n")  # fmt: skip
+    if len(args.verifier) > 1:
+        rows = disagreements(records, args.verifier)
+        text += "\n## Where the graders disagree\n\nAnswers by who accepts them, with a question in samples.jsonl:\n\n"
+        text += table(rows) if len(rows) > 1 else "None: they agree on every answer.\n"
+    return text
+
+
 def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path) -> None:
-    """Grouped bars of pass@1 in percent with 95 % intervals: {run: {benchmark: (mean, standard error)}}."""
+    """Draw grouped bars of pass@1 in percent with 95 % intervals: {run: {benchmark: (mean, standard error)}}."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    benchmarks = list(dict.fromkeys(b for run in bars.values() for b in run))
-    figure, axis = plt.subplots(figsize=(max(4.5, 0.5 + 0.45 * len(benchmarks) * (len(bars) + 1)), 3.6),
-                                layout="constrained")
-    width = 0.8 / len(bars)
+    benchmarks, width = list(dict.fromkeys(b for run in bars.values() for b in run)), 0.8 / len(bars)
+    size = (max(4.5, 0.5 + 0.45 * len(benchmarks) * (len(bars) + 1)), 3.6)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
     for i, (run, values) in enumerate(bars.items()):
         at = [benchmarks.index(b) + (i - (len(bars) - 1) / 2) * width for b in values]
         means = [100 * mean for mean, _ in values.values()]
         errors = [196 * (error or 0) for _, error in values.values()]
-        drawn = axis.bar(at, means, width * 0.92, label=run, yerr=errors, error_kw=dict(ecolor="0.25", lw=1))
+        drawn = axis.bar(at, means, width * 0.92, label=run, yerr=errors)
         axis.bar_label(drawn, [f"{m:.1f}" for m in means], fontsize=7, padding=2)
     axis.set_xticks(range(len(benchmarks)), benchmarks, rotation=20 if len(benchmarks) > 4 else 0)
-    axis.set_ylabel("pass@1, %")
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.12)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set(ylabel="pass@1, %", ylim=(0, None))
     figure.legend(loc="outside upper left", ncols=len(bars), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-# --------------------------------------------------------------------------------------------------- comparison
-
-
-@dataclass
-class Run:
-    """An evaluation that --compare has read."""
-
-    name: str
-    settings: dict
-    records: dict[str, dict]  # of the questions that all runs were asked, by id
-
-
-def load_run(folder: str, verifier: str | None) -> Run:
-    """A finished evaluation. Raises InputError if the folder holds none, or no verdicts of `verifier`."""
-    path = Path(folder)
-    if not (path / "args.json").is_file() or not (path / "samples.jsonl").is_file():
-        raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
-    records = read_records(path)
-    if verifier and any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
-        raise InputError(
-            f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier {verifier} "
-            "(nothing is sampled twice), or name another grader with --verifier"
-        )
-    return Run(path.resolve().name, json.loads((path / "args.json").read_text()), records)
-
-
-def load_answers(args: Args) -> tuple[Args, dict[str, dict]]:
-    """--regrade: the settings of the finished evaluation in --out, with the new graders, and its records."""
-    run = load_run(args.out, None)
-    if len(run.records) < run.settings.get("questions", 0):
-        raise InputError(
-            f"--out {args.out}: {len(run.records)} of {run.settings['questions']} questions are answered; finish the "
-            "evaluation before --regrade"
-        )
-    old = {f.name: run.settings[f.name] for f in dataclasses.fields(Args) if f.name in run.settings}
-    new = dict(out=args.out, verifier=args.verifier, buckets=args.buckets, regrade=True)
-    return Args(**(old | new)), run.records
-
-
-def load_runs(folders: tuple[str, ...], verifier: str) -> list[Run]:
-    """Runs cut down to the questions that all of them were asked; what is left out is printed."""
-    runs = [load_run(folder, verifier) for folder in folders]
-    names = Counter(run.name for run in runs)
-    for i, run in enumerate(runs):
-        if names[run.name] > 1:
-            run.name = f"{run.name} ({i + 1})"
-    common = set.intersection(*(set(run.records) for run in runs))
-    if not common:
-        raise InputError(f"--compare {' '.join(folders)}: no question was asked in all of them")
-    for run in runs:
-        if len(run.records) > len(common):
-            print(f"{run.name}: {len(run.records) - len(common)} questions were not asked in all runs; left out")
-        run.records = {key: record for key, record in run.records.items() if key in common}
-    return runs
-
-
-def compare_rates(rates: dict[str, np.ndarray], names: list[str]) -> list[dict]:
-    """Rows of comparison.csv: for each benchmark and their unweighted average, for each run, pass@1, its standard
-    error, and the difference to the first run with its 95 % interval.
-
-    rates: for each benchmark [runs, questions], the share of right answers; names: the runs'."""
-    rows = []
-    for benchmark, part in [*((b, [b]) for b in rates), ("average", list(rates))]:
-        for i, name in enumerate(names):
-            errors = [mean_and_errors([[rate] for rate in rates[b][i]])[1] for b in part]
-            known = None not in errors
-            row = {
-                "benchmark": benchmark, "run": name, "questions": sum(rates[b].shape[1] for b in part),
-                "pass@1": float(mean(rates[b][i].mean() for b in part)),
-                "se": math.sqrt(sum(e**2 for e in errors)) / len(part) if known else None,
-                "difference": None, "low": None, "high": None,
-            }
-            if i:
-                differences = [rates[b][i] - rates[b][0] for b in part]
-                low, high = bootstrap_interval(differences)
-                row |= {"difference": float(mean(d.mean() for d in differences)), "low": low, "high": high}
-            rows.append(row)
-    return rows
-
-
-def compare(args: Args) -> None:
-    """--compare: comparison.md, .csv, .png and .html in --out."""
-    verifier, out = args.verifier[0], Path(args.out)
-    runs = load_runs(args.compare, verifier)
-    first, names = runs[0], [run.name for run in runs]
-    keys: dict[str, list[str]] = {}  # questions by benchmark
-    for key, record in first.records.items():
-        keys.setdefault(record["benchmark"], []).append(key)
-    rates = {b: np.array([[mean(rewards_of(run.records[k], verifier)) for k in keys[b]] for run in runs]) for b in keys}
-    rows = compare_rates(rates, names)
-
-    cells = [["benchmark", "questions", *names, *(f"{name} - {first.name}" for name in names[1:])]]
-    for start in range(0, len(rows), len(runs)):
-        mine = rows[start : start + len(runs)]
-        gains = [f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]" for r in mine[1:]]
-        numbers = [percent(r["pass@1"], r["se"]) for r in mine]
-        cells.append([mine[0]["benchmark"], mine[0]["questions"], *numbers, *gains])
-    flags = [k for k in first.settings if k not in FREE and not k.endswith("_digest")]
-    settings = [[k, *(run.settings.get(k) for run in runs)] for k in flags]
-    answers = ["answers", *(sum(len(r["answers"]) for r in run.records.values()) for run in runs)]
-    graded = ["graded by", *(versions_of(run.records.values(), verifier) for run in runs)]
-    different = [row for row in [answers, graded, *settings] if any(value != row[1] for value in row[2:])]
-    text = (f"# Comparison\n\npass@1 in percent ± standard error, graded by {verifier}. In brackets: 95 % interval "
-            f"of the difference on the same questions (paired bootstrap).\n\n{table(cells)}")
-    if different:
-        text += f"\nWhat differs between the runs:\n\n{table([['', *names], *different])}"
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "comparison.md", text)
-    with open(out / "comparison.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    bars = {name: {r["benchmark"]: (r["pass@1"], r["se"]) for r in rows if r["run"] == name} for name in names}
-    plot_bars(bars, out / "comparison.png")
-    write_whole(out / "comparison.html", page(runs, verifier, cells, args.page_questions))
-    print(f"{text}\n{out}/comparison.html shows answers on which the runs differ; comparison.md, .csv, .png")
-
-
-# The page of samples. What is on it was written by models: the page gets it as data and shows it as text. Formulas are
-# turned into MathML here, of which only the elements and attributes listed pass: the converter makes links of \href and
-# does not escape \text. And the page's policy lets no script run but its own.
-
-FORMULA = re.compile(
-    r"\$\$(?P<display>.+?)\$\$|\\\[(?P<brackets>.+?)\\\]|\\\((?P<inline>.+?)\\\)"
-    r"|(?<![\\$])\$(?=[^\s$])(?P<dollars>[^$\n]{0,400}?[^\s$\\])\$(?!\d)"  # $5 and $10 are no formula
-    r"|(?P<box>\\boxed\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})",
-    re.DOTALL,
-)
-MATHML = {"math", "mrow", "mi", "mo", "mn", "mtext", "mspace", "mfrac", "msqrt", "mroot", "msub", "msup", "msubsup",
-          "munder", "mover", "munderover", "mtable", "mtr", "mtd", "mstyle", "mpadded", "mphantom", "menclose"}
-MATHML_ATTRIBUTES = {"display", "displaystyle", "scriptlevel", "mathvariant", "stretchy", "fence", "form", "accent",
-                     "accentunder", "movablelimits", "minsize", "maxsize", "linethickness", "width", "columnalign"}
-SHOWN = 4000  # characters of a text on the page: the end of a longer one, where its answer is
-
-
-def to_html(text: str) -> str:
-    """Untrusted text -> HTML: escaped, its formulas as MathML where they can be read."""
-    cut, text = len(text) - SHOWN, text[-SHOWN:]
-    parts, at = [f'<span class="cut">({cut:,} characters before)</span>\n'] if cut > 0 else [], 0
-    for match in FORMULA.finditer(text):
-        kind = match.lastgroup
-        formula = to_mathml(match[kind], block=kind in ("display", "brackets"))
-        parts += [html.escape(text[at : match.start()]), formula or html.escape(match[0])]
-        at = match.end()
-    return "".join([*parts, html.escape(text[at:])])
-
-
-@functools.lru_cache(4096)
-def to_mathml(formula: str, *, block: bool = False) -> str | None:
-    """MathML of a LaTeX formula, or None if it is long, cannot be read, or needs an element that is not in MATHML.
-    Attributes that are not in MATHML_ATTRIBUTES are taken off."""
-    from latex2mathml.converter import convert
-
-    if len(formula) > 1000:
-        return None
-    try:
-        tree = ElementTree.fromstring(convert(formula, display="block" if block else "inline"))
-    except Exception:  # the converter raises many types, down to IndexError and RecursionError
-        return None
-    for element in tree.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        if element.tag not in MATHML:
-            return None
-        for name in element.attrib.keys() - MATHML_ATTRIBUTES:
-            del element.attrib[name]
-    return ElementTree.tostring(tree, encoding="unicode", short_empty_elements=False)
-
-
-def page(runs: list[Run], verifier: str, summary: list[list], limit: int) -> str:
-    """The page of samples, one self-contained file: eval_page.html around the questions on which the runs differ."""
-    rates = {key: [mean(rewards_of(run.records[key], verifier)) for run in runs] for key in runs[0].records}
-    differing = [key for key, values in rates.items() if max(values) > min(values)]
-    shown = sorted(differing, key=lambda key: min(rates[key]) - max(rates[key]))[:limit]
-    questions = [
-        {
-            "id": key, "benchmark": record["benchmark"], "gold": record["gold"], "html": to_html(record["question"]),
-            "runs": [page_answers(run.records[key], verifier) for run in runs],
-        }
-        for key in shown
-        for record in [runs[0].records[key]]
-    ]
-    note = (f"The runs differ on {len(differing)} of {len(rates)} questions, graded by {verifier}; here are the "
-            f"{len(shown)} on which they differ most, each with a run's first right and first wrong answer.")
-    data = json.dumps({"runs": [run.name for run in runs], "summary": summary, "note": note, "questions": questions})
-    frame = string.Template((Path(__file__).parent / "eval_page.html").read_text(encoding="utf-8"))
-    script = re.search(r"<script>(.*?)</script>", frame.template, re.DOTALL)[1]
-    return frame.substitute(
-        title=html.escape(" / ".join(run.name for run in runs)), data=data.replace("<", "\\u003c"),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
-
-
-def page_answers(record: dict, verifier: str) -> dict:
-    """What the page shows of a run's answers to a question: how many are right, the first right and wrong ones."""
-    rewards = rewards_of(record, verifier)
-    shown = []
-    for right in (True, False):
-        for answer in [a for a, x in zip(record["answers"], rewards, strict=True) if (x > 0) == right][:1]:
-            thought, tag, _ = answer["text"].partition("</think>")
-            verdicts = {
-                v: ("right" if reward > 0 else "wrong" if status == "ok" else status)
-                + "".join(f" ({why})" for why in detail)
-                for v, (reward, status, *detail) in answer["verdicts"].items()
-            }
-            shown.append({
-                "right": right, "tokens": answer["tokens"], "truncated": answer["truncated"], "verdicts": verdicts,
-                "thought": thought[-SHOWN:] if tag else None,
-                "html": to_html(after_think(answer["text"]).strip()),
-            })
-    return {"right": sum(x > 0 for x in rewards), "answers": len(rewards), "shown": shown}
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -1018,94 +626,102 @@ def page_answers(record: dict, verifier: str) -> dict:
 
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work."""
-    if args.compare and len(args.compare) < 2:
-        raise InputError("--compare needs two or more folders of evaluations")
-    if not args.compare and not args.regrade and not (args.model and args.data):
-        raise InputError("--model and --data are needed (or --regrade, or --compare)")
-    for name in ("n", "max_tokens", "write_every", "width", "max_steps"):
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name} must be positive, not {getattr(args, name)}")
-    if args.limit < 0:
-        raise InputError(f"--limit must be positive, or 0 for all questions, not {args.limit}")
-    if args.sampler_tokens < 0:
-        raise InputError(f"--sampler_tokens must be positive, or 0 for the device's, not {args.sampler_tokens}")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise InputError(f"--temperature {args.temperature} must not be negative, --top_p {args.top_p} be in (0, 1]")
-    if args.search != "none" and not args.value:
-        raise InputError(f"--search {args.search} needs --value, a value model that oreo.py wrote")
-    if args.value and args.search == "none":
-        raise InputError(f"--value {args.value} is for --search beam, best_of_n or best_of_k")
-    if args.search != "none" and args.temperature == 0:
-        raise InputError(f"--search {args.search}: answers that shall differ need a positive --temperature")
-    if args.chat_template_args and args.template != "own":
-        raise InputError(f"--chat_template_args are for --template own, not {args.template}")
-    if not args.verifier:
-        raise InputError("--verifier needs at least one name")
-    for name in args.verifier if not args.compare else ():
+    check_ranges(args)
+    searches = args.search != "none"
+    for wrong, message in (
+        (not args.regrade and not (args.model and args.data), "--model and --data are needed (or --regrade)"),
+        (searches and not args.value, f"--search {args.search} needs --value, a value model that oreo.py wrote"),
+        (args.value and not searches, f"--value {args.value} is for --search beam, best_of_n or best_of_k"),
+        (searches and args.temperature == 0,
+         f"--search {args.search}: only a positive --temperature draws different answers"),
+        (args.chat_template_args and args.template != "own",
+         f"--chat_template_args are for --template own, not {args.template}"),
+        (not args.verifier, "--verifier needs at least one name"),
+    ):  # fmt: skip
+        if wrong:
+            raise InputError(message)
+    for name in args.verifier:
         check_verifier(name)
 
 
 def tokens_ahead(args: Args) -> int:
-    """Tokens that the sampler must have room for after a prompt."""
-    # a state of these is a prompt with an answer so far, and a step from it may be of any length
+    """Return how many tokens may follow a question: an answer, and in a search by steps one more step after it."""
     return 2 * args.max_tokens if args.search in ("beam", "best_of_k") else args.max_tokens
 
 
 def check_lengths(questions: list[Question], args: Args) -> None:
-    """Raise InputError if a prompt and --max_tokens (twice, in a search by steps) exceed the model's positions."""
+    """Raise InputError if the longest prompt and its answer exceed the model's positions."""
     try:
         positions = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
         raise InputError(f"--model {args.model}: no readable config.json ({str(error).splitlines()[0]})") from error
-    longest = max(questions, key=lambda q: len(q.prompt))
-    length, times = len(longest.prompt), tokens_ahead(args) // args.max_tokens
-    if positions and length + times * args.max_tokens > positions:
-        fits = (positions - length) // times
+    longest, times = max(questions, key=lambda q: len(q.prompt)), tokens_ahead(args) // args.max_tokens
+    fits = (positions - len(longest.prompt)) // times if positions else args.max_tokens
+    if fits < args.max_tokens:
         remedy = f"--max_tokens {fits} or less fits" if fits > 0 else "remove the row, or use another --template"
         raise InputError(
-            f"{longest.where}: its prompt of {length} tokens and {times} answer{'s' * (times > 1)} of --max_tokens "
-            f"{args.max_tokens} (--search {args.search}) exceed the {positions} positions of {args.model}: {remedy}"
+            f"{longest.where}: its prompt of {len(longest.prompt)} tokens and {times} x --max_tokens {args.max_tokens} "
+            f"(--search {args.search}) exceed the {positions} positions of {args.model}: {remedy}"
         )
 
 
-def dry_run(questions: list[Question]) -> None:
-    """Print the first two prompts of each benchmark, as text and as ids."""
+def show_prompts(questions: list[Question]) -> None:
+    """--dry_run: print the first two prompts of each benchmark, as text and as ids."""
     for benchmark in dict.fromkeys(q.benchmark for q in questions):
         mine = [q for q in questions if q.benchmark == benchmark]
         print(f"\n{benchmark}: {sum(q.rows for q in mine)} rows, {len(mine)} questions, "
-              f"{sum(q.n for q in mine)} answers to draw")
+              f"{sum(q.n for q in mine)} answers to draw")  # fmt: skip
         for question in mine[:2]:
             print(textwrap.indent(question.prompt_text, "  | ", lambda line: True))
             print(f"  ids ({len(question.prompt)}): {question.prompt}\n  gold: {question.gold}")
 
 
+def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, dict]]:
+    """Return the settings and the records of a finished evaluation. Raises InputError if the folder holds none, or no
+    verdicts of `verifier`."""
+    path = Path(folder)
+    if not (path / "args.json").is_file() or not (path / "samples.jsonl").is_file():
+        raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
+    records = read_records(path / "samples.jsonl")
+    if verifier and any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
+        raise InputError(
+            f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier {verifier} "
+            "(nothing is sampled twice), or name another grader with --verifier"
+        )
+    return json.loads((path / "args.json").read_text()), records
+
+
+def load_answers(args: Args) -> tuple[Args, dict[str, dict]]:
+    """--regrade: return the settings of the finished evaluation in --out, with the new graders, and its records."""
+    settings, records = load_run(args.out)
+    if len(records) < settings.get("questions", 0):
+        raise InputError(
+            f"--out {args.out}: {len(records)} of {settings['questions']} questions are answered; finish the "
+            "evaluation before --regrade"
+        )
+    names = {f.name for f in dataclasses.fields(Args)} - {"out", "verifier", "buckets", "regrade"}
+    return dataclasses.replace(args, **{k: v for k, v in settings.items() if k in names}), records
+
+
 def main(args: Args) -> None:
     check(args)
-    if args.compare:
-        return compare(args)
     world = init_world(timeout_minutes=24 * 60)  # ranks wait for the one with the longest answers
     if args.regrade:
         args, records = load_answers(args)
     else:
         args.sampler_tokens = args.sampler_tokens or SAMPLER_TOKENS[world.device.type]
-        tokenizer, out = load_tokenizer(args.model), Path(args.out)
-        set_template(tokenizer, switches=args.chat_template_args)
+        tokenizer = set_template(load_tokenizer(args.model), switches=args.chat_template_args)
         questions = read_questions(args.data, limit=args.limit)
         make_prompts(questions, tokenizer, args)
         if args.dry_run:
-            return dry_run(questions) if world.main else None
+            return show_prompts(questions) if world.main else None
         check_lengths(questions, args)
-    base = load_run(args.buckets, args.verifier[0]).records if args.buckets else None
+    base = load_run(args.buckets, args.verifier[0])[1] if args.buckets else None
 
     # 1. sample
     if not args.regrade:
         check_settings(args, questions, world)
-        done = merge(out, questions, world)
-        if world.main and done:
-            print(f"{out}: {len(done)} of {len(questions)} questions are answered already")
-        sample(questions, tokenizer, args, world, done)
-        found = merge(out, questions, world)
-        records = {q.id: found[q.id] for q in questions}
+        records = sample(questions, tokenizer, args, world)
 
     # 2. reward
     mine = list(records.values())[world.rank :: world.size]
@@ -1122,7 +738,7 @@ def main(args: Args) -> None:
     # 3. numbers
     if world.main:
         out, ordered = Path(args.out), list(records.values())
-        write_records(out, records, records)
+        write_records(out / "samples.jsonl", ordered)
         results = summarise(ordered, args.verifier, base)
         text = results_tables(results, ordered, args)
         write_whole(out / "results.md", text)
@@ -1131,7 +747,7 @@ def main(args: Args) -> None:
         write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
         print(text)
         print(f"{answers} answers graded in {seconds:.1f} s on rank 0 by {len(args.verifier)} graders; "
-              f"{out}/results.json, results.md, results.png, samples.jsonl")
+              f"{out}/results.json, results.md, results.png, samples.jsonl")  # fmt: skip
 
 
 if __name__ == "__main__":

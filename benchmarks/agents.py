@@ -35,6 +35,7 @@ from common.trainer import read_metrics  # noqa: E402
 
 LONG = ["--max_prompt_tokens", "1000", "--max_response_tokens", "2000", "--eval_every", "0"]
 ARMS = ("rejection", "oreo")
+AGENTS = ("-m", "tools.agents")
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Bench:
 
 
 def run(*words, done: Path) -> None:
-    """A script with these flags, unless `done` is there."""
+    """A script or module with these flags, unless `done` is there."""
     if not done.exists():
         print("\n$ python", *words, flush=True)
         subprocess.run(
@@ -86,7 +87,7 @@ def success(out: Path, games: Path, bench: Bench, *words) -> float:
     """Percent of episodes won."""
     done = out / "results.json"
     play = ["--names", bench.names, "--max_turns", bench.max_turns, *words]
-    run("oreo_agents.py", "--games", games, "--out", out, *play, done=done)
+    run(*AGENTS, "--games", games, "--out", out, *play, done=done)
     return 100 * json.loads(done.read_text())["success"]
 
 
@@ -169,10 +170,10 @@ def main(bench: Bench) -> dict:
     counts = {train: bench.train_games, practice: bench.practice_games, test: bench.test_games}
     for (games, count), first in zip(counts.items(), (0, 50_000, 100_000), strict=True):
         words = ["--stage", "make", "--games", games, "--count", count, "--first_seed", first]
-        run("oreo_agents.py", *words, done=games / f"seed-{first + count - 1:06d}.z8")
+        run(*AGENTS, *words, done=games / f"seed-{first + count - 1:06d}.z8")
     words = ["--stage", "expert", "--games", train, "--model", "scratch", "--out", expert]
     words += ["--renamed", bench.renamed, "--names", bench.names]
-    run("oreo_agents.py", *words, done=expert / "rows.jsonl")
+    run(*AGENTS, *words, done=expert / "rows.jsonl")
     words = ["--stage", "rejection", "--model", expert / "model", "--rows", expert / "rows.jsonl"]
     words += ["--batch_size", "16", "--epochs", bench.sft_epochs, "--lr", "1e-3", *LONG]
     run("oreo.py", "--preset", "tiny", *words, "--out", sft, done=sft / "model")

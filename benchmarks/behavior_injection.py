@@ -48,9 +48,9 @@ class Claim:
     """More flags for every run, as in --extra="--steps 20"."""
 
 
-def run(*words) -> None:
-    """behavior_injection.py --preset tiny with these words; raises CalledProcessError where it fails."""
-    command = [sys.executable, "behavior_injection.py", "--preset", "tiny", *map(str, words)]
+def run(*words, program: str = "behavior_injection.py") -> None:
+    """A program with --preset tiny and these words; raises CalledProcessError where it fails."""
+    command = [sys.executable, *program.split(), "--preset", "tiny", *map(str, words)]
     print("\n$", " ".join(["python", *command[1:]]), flush=True)
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
@@ -108,11 +108,13 @@ def main(claim: Claim) -> dict:
     seeds = []
     for seed in claim.seeds:
         folder = out / f"seed-{seed}"
-        run(*extra, "--seed", seed, "--out", folder, *start, "--arms", *claim.arms)
+        for program in ("behavior_injection.py", "-m tools.influence"):
+            run(*extra, "--seed", seed, "--out", folder, *start, "--arms", *claim.arms, program=program)
         results, tokens = json.loads((folder / "results.json").read_text()), at_equal_tokens(folder, claim.arms)
         arms = {}
         for arm in claim.arms:
-            sft, rl, measured = (results[arm][name] for name in ("sft", "rl", "influence"))
+            sft, rl = results[arm]["sft"], results[arm]["rl"]
+            measured = json.loads((folder / arm / "influence" / "influence.json").read_text())
             arms[arm] = {
                 f"{name}_{test}_{kind}": stage[f"test_{test}"][kind]
                 for name, stage in (("sft", sft), ("rl", rl)) for test in ("id", "ood")

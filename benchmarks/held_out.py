@@ -14,13 +14,14 @@ from common.verifiers import grade
 
 def drawn(
     model: str, source: str, problems: int, *, tries: int = 8, temperature: float = 1.0, max_tokens: int = 160,
-    seed: int = 12345, name: str = "", progress: bool = True,
+    seed: int = 12345, verifier: str = "boxed", name: str = "", progress: bool = True,
 ) -> list[list[tuple[list[int], list[int], float]]]:
-    """(prompt, answer, reward) of each of `tries` answers to each of the first `problems` held-out problems of an igsm
-    source: [problems][tries], prompts and answers as ids. Their solution templates occur in no training problem; the
-    same seed asks every model with the same random streams."""
+    """(prompt, answer, reward) of each of `tries` answers to each of the first `problems` held-out problems of a source
+    (a file, or igsm:LO-HI): [problems][tries], prompts and answers as ids. The same seed asks every model with the same
+    random streams."""
     world, tokenizer = init_world(), load_tokenizer(model)
-    args = parse_args(luffy.Args, ["--preset", "tiny"], method=luffy.METHODS, preset=luffy.PRESETS)
+    flags = ["--preset", "tiny", "--max_prompt_tokens", "1024"]
+    args = parse_args(luffy.Args, flags, method=luffy.METHODS, preset=luffy.PRESETS)
     examples, _ = read_examples(source, tokenizer, args, split="test", traces="ignored", limit=problems)
     policy = load_policy(model, world)
     sampler = EmbeddedSampler(policy, stop_ids=[tokenizer.eos_token_id])
@@ -31,7 +32,7 @@ def drawn(
     )  # fmt: skip
     texts = [tokenizer.decode(c.ids) for group in groups for c in group]
     golds = [e.gold for e in examples for _ in range(tries)]
-    rewards = iter(v.reward for v in grade(texts, golds, verifier=args.verifier))
+    rewards = iter(v.reward for v in grade(texts, golds, verifier=verifier))
     return [[(e.prompt, c.ids, next(rewards)) for c in group] for e, group in zip(examples, groups, strict=True)]
 
 
@@ -48,6 +49,20 @@ def valued(model: str, value: str, source: str, problems: int, **how) -> list[li
     world = init_world()
     values = iter(state_values(load_policy(value, world, kind=ValueModel), states, world, 16384))
     return [[(reward, next(values)) for _, _, reward in group] for group in groups]
+
+
+def search_command(model, value, source: str, problems: int, *, kind: str, width: int, out, seed: int) -> list[str]:
+    """Words of the command that answers the first `problems` held-out problems by a search with a value."""
+    words = ["eval.py", "--model", model, "--value", value, "--data", source, "--limit", problems, "--out", out,
+             "--seed", seed, "--search", kind, "--width", width, "--max_steps", 40, "--temperature", 1,
+             "--max_tokens", 160, "--verifier", "boxed"]  # fmt: skip
+    return list(map(str, words))
+
+
+def searched(out: Path) -> list[float]:
+    """The reward of the answer to each problem of that command."""
+    records = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+    return [record["answers"][0]["verdicts"]["boxed"][0] for record in records]
 
 
 def roc_area(scored: list[tuple[float, float]]) -> float:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
-from benchmarks.held_out import cell, mean, mean_and_spread, save, solve_rates  # noqa: E402
+from benchmarks.held_out import cell, mean, mean_and_spread, save, search_command, searched, solve_rates  # noqa: E402
 from common.trainer import read_metrics  # noqa: E402
 
 ARMS = {
@@ -87,13 +87,17 @@ def measure(model: str, bench: Bench) -> dict[str, float]:
     return accuracy
 
 
+def call(words: list[str], done: Path) -> None:
+    """A script with these flags, unless `done` is there."""
+    if not done.exists():
+        print("\n$ python", *words, flush=True)
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
 def run(words: list[str], out: Path, done: Path, bench: Bench) -> None:
     """oreo.py with these flags, unless `done` is there."""
-    command = [sys.executable, "oreo.py", "--preset", "tiny", *words, "--data", bench.data, "--eval_data", bench.data]
-    command += ["--out", str(out.absolute()), *([] if "sft" in words else shlex.split(bench.extra))]
-    if not done.exists():
-        print("\n$", " ".join(["python", *command[1:]]), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    words = ["oreo.py", "--preset", "tiny", *words, "--data", bench.data, "--eval_data", bench.data]
+    call([*words, "--out", str(out.absolute()), *([] if "sft" in words else shlex.split(bench.extra))], done)
 
 
 def train(arm: str, seed: int, rows: Path, bench: Bench) -> list[Path]:
@@ -120,12 +124,11 @@ def search(first: Path, seed: int, bench: Bench) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {"beam": {}, "best_of_n": {}}
     for kind in found:
         for width in bench.widths:
-            result = first / "search" / f"search-{kind}-{width}.json"
-            words = ["--stage", "search", "--search", kind, "--width", str(width), "--seed", str(seed)]
-            words += ["--model", str(first / "model"), "--value", str(first / "value")]
-            words += ["--eval_limit", str(bench.search_problems)]
-            run(words, first / "search", result, bench)
-            found[kind][str(width)] = 100 * json.loads(result.read_text())["eval/mean"]
+            out = first / f"search-{kind}-{width}"
+            words = search_command(first / "model", first / "value", bench.data, bench.search_problems, kind=kind,
+                                   width=width, out=out, seed=seed)  # fmt: skip
+            call(words, out / "results.json")
+            found[kind][str(width)] = 100 * mean(searched(out))
     return found
 
 
@@ -212,11 +215,11 @@ def main(bench: Bench) -> dict:
     rows = collected / "rows.jsonl"
     run(["--stage", "sft", "--model", bench.model], sft, sft / "model", bench)
     run(["--stage", "collect", "--model", str(sft / "model")], collected, rows, bench)
-    about = json.loads((collected / "collect.json").read_text())
+    rewards = [json.loads(line)["reward"] for line in rows.read_text().splitlines()]
     results: dict = {
         "command": " ".join(["python", "benchmarks/oreo.py", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-        "problems": bench.problems, "tries": TRIES, "collected": {k: v for k, v in about.items() if k != "settings"},
+        "problems": bench.problems, "tries": TRIES, "collected": {"rows": len(rewards), "right": sum(rewards)},
         "base": measure(str(sft / "model"), bench), "runs": {}, "search": {}, "rounds": {},
     }
     for seed in bench.seeds:

@@ -3,7 +3,7 @@
     python benchmarks/redi.py --results benchmarks/results/redi-tiny.json
 
 For every seed, from the base of `--preset tiny`: SFT on right traces (--stage sft), then that model's own wrong answers
-to the same problems (--stage data), then from the SFT model, on those pairs, one run for each arm:
+to the same problems (tools/redi_data.py), then from the SFT model, on those pairs, one run for each arm:
 
     redi     every --alphas at every --lrs; alpha 0 is the control: the same steps on the right traces alone
     dpo      every --dpo_betas at every --dpo_lrs
@@ -65,7 +65,7 @@ class Benchmark:
     extra_sft: str = ""
     """More flags for stage sft, as in --extra_sft="--steps 20"."""
     extra_data: str = ""
-    """More flags for stage data."""
+    """More flags for tools/redi_data.py."""
     extra: str = ""
     """More flags for every arm."""
 
@@ -80,11 +80,11 @@ def arms(bench: Benchmark) -> dict[str, dict]:
     return {" ".join([s["loss"], *(f"{k}={v:g}" for k, v in s.items() if k != "loss")]): s for s in settings}
 
 
-def run(out: Path, extra: str, **flags) -> None:
-    """redi.py --preset tiny with these flags, unless it has run to its end."""
+def run(out: Path, extra: str, program: tuple = ("redi.py",), **flags) -> None:
+    """Run a program with --preset tiny and these flags, unless it has run to its end."""
     if (out / "model").exists() or (out / "pairs.jsonl").exists():
         return
-    command = [sys.executable, "redi.py", "--preset", "tiny", "--out", str(out.absolute())]
+    command = [sys.executable, *program, "--preset", "tiny", "--out", str(out.absolute())]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))] + shlex.split(extra)
     print("\n$", " ".join(["python", *command[1:]]), flush=True)
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -125,12 +125,11 @@ def main(bench: Benchmark) -> dict:
         sft, pairs = folder / "sft", (folder / "data").absolute() / "pairs.jsonl"
         model = (sft / "model").absolute()
         run(sft, bench.extra_sft, stage="sft", seed=seed)
-        run(folder / "data", bench.extra_data, stage="data", seed=seed, model=model)
+        run(folder / "data", bench.extra_data, ("-m", "tools.redi_data"), seed=seed, model=model)
         table["sft"]["seeds"].append(accuracies(model, bench))
         for name, flags in arms(bench).items():
             arm = folder / name.replace(" ", "-")
-            reference = (folder / "reference").absolute()
-            run(arm, bench.extra, **flags, seed=seed, model=model, data=pairs, reference_cache=reference)
+            run(arm, bench.extra, **flags, seed=seed, model=model, data=pairs)
             table[name]["seeds"].append(accuracies(arm / "model", bench) | curve_ends(arm))
 
     for row in table.values():

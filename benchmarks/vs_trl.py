@@ -129,7 +129,7 @@ class Ours:
         self.step_name, self.world = step, init_world()
         if step == "dpo":
             words = ["--stage", "redi", "--loss", "dpo"]
-            tables = dict(stage=redi.STAGES, loss=redi.LOSSES, preset=redi.PRESETS)
+            tables = dict(stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
             self.args = redi.parse_args(redi.Args, words, **tables)
         else:
             words = ["--method", step, "--max_response_tokens", str(NEW)]
@@ -169,13 +169,9 @@ class Ours:
 
     def dpo(self, data) -> int:
         pairs = [redi.Pair(*(array("i", ids) for ids in pair), index=i) for i, pair in enumerate(data)]
-        with torch.no_grad():  # redi.set_reference without its file
-            for batch, mine in redi.micro_batches(pairs, self.args, self.world):
-                sums = redi.sum_by_trace(self.policy(batch), batch, mine).tolist()
-                for pair, reference in zip(mine, sums, strict=True):
-                    pair.reference = tuple(reference)
-        redi.accumulate_gradient(self.policy, pairs, self.args, self.world)
-        check_finite(redi.describe(pairs, self.args), self.policy, self.world)
+        for pair, sums in zip(pairs, redi.reference_logps(self.policy, pairs, self.args, self.world), strict=True):
+            pair.reference = tuple(sums)
+        check_finite(redi.accumulate_gradient(self.policy, pairs, self.args, self.world), self.policy, self.world)
         optimizer_step(self.policy, self.optimizer, lr=LR, max_grad_norm=1.0)
         return sum(len(p.chosen) + len(p.rejected) for p in pairs)
 

@@ -446,7 +446,7 @@ def _unlabelled(row: dict) -> Item:
 
 
 SHAPES = (  # the first shape whose columns a row has
-    ({"prompt_ids", "response_ids", "reward"}, _drawn),  # what oreo.py and oreo_agents.py collect
+    ({"prompt_ids", "response_ids", "reward"}, _drawn),  # what oreo.py and tools/agents.py collect
     ({"conversations"}, _conversation),
     ({"generations", "correctness"}, _openr1),
     ({"responses"}, _responses),
@@ -602,6 +602,102 @@ def with_bos(ids: list[int], tokenizer) -> list[int]:
     bos = getattr(tokenizer, "bos_token_id", None)
     adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return [bos, *ids] if adds and ids[:1] != [bos] else ids
+
+
+def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[list[int], list[int], list[bool]]:
+    """Return (prompt ids, response ids, action mask of the response) of a conversation.
+
+    Every assistant turn after the first `skip_turns` is an action, with the eos that the template puts behind it; what
+    is between two turns is not. The pieces are tokenized one by one, so the ids are those that a sampler reads:
+
+        user  assistant  user  assistant
+        p p p r r r r    r r r r r r
+        actions 1 1 1 1  0 0 0 1 1 1
+
+    A template that puts no eos behind a turn (the one of the paper's agents) trains none: the model learns no stop.
+    Raises InputError if the template shows earlier turns otherwise than when they were said."""
+    text, ids, actions = "", [], []
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"][skip_turns:]
+    if not turns:
+        raise InputError(f"no action: {len(messages)} turns, none of them an assistant's after --skip_turns")
+    for turn in turns:
+        before = render_prompt(tokenizer, messages[:turn])
+        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        if not (before.startswith(text) and after.startswith(before)):
+            raise InputError(
+                f"the chat template shows turn {turn} or what is before it otherwise than when it was said; "
+                "pass a --chat_template that keeps the history as it is"
+            )
+        said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
+        for so_far, piece, action in ((text, before[len(text) :], False), (before, said + eos, True)):
+            [piece_ids] = response_ids(tokenizer, [so_far], [piece])
+            piece_ids = piece_ids if ids else with_bos(piece_ids, tokenizer)
+            ids += piece_ids
+            actions += [action] * len(piece_ids)
+        text = before + said + eos
+    first = actions.index(True) if any(actions) else len(ids)
+    return ids[:first], ids[first:], actions[first:]
+
+
+def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tuple[list[int], list[int], list | None]:
+    """Return (prompt ids, response ids, action mask) of a graded trace. The mask is None if the model chose all tokens.
+
+    Ids that a row holds are taken as they are; text gets an eos. Raises InputError if there is no reward, if ids are of
+    another tokenizer, or if the mask has another length."""
+    if trace is None or trace.reward is None:
+        raise InputError(f"no {'reward' if trace else 'response'}: --rows are graded (README's table)")
+    eos = tokenizer.eos_token_id
+    if item.conversation:
+        return conversation_ids(item.conversation, tokenizer, skip_turns)
+    if not item.prompt_ids:
+        prompt = item.text or render_prompt(tokenizer, item.prompt)
+        prompt_ids = tokenizer([prompt], add_special_tokens=False)["input_ids"][0]
+        prompt_ids = with_bos(prompt_ids, tokenizer) if item.text else prompt_ids
+        said = trace.text if item.text else trace_text(prompt, trace.text)
+        response = trace.ids or response_ids(tokenizer, [prompt], [said])[0]
+        return prompt_ids, response if response[-1:] in ([], [eos]) else [*response, eos], None
+    known = max(item.prompt_ids + trace.ids) < len(tokenizer)
+    if not known or (trace.text and trace.actions is None and tokenizer.decode(trace.ids) != trace.text):
+        raise InputError("ids of another tokenizer")
+    if trace.actions is not None and len(trace.actions) != len(trace.ids):
+        raise InputError(f"'actions' is a mask of another length ({len(trace.actions)}) than 'response_ids'")
+    return item.prompt_ids, trace.ids, None if trace.actions is None else [bool(a) for a in trace.actions]
+
+
+def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, int]]:
+    """Return the graded traces of a file, as many as its rows have, and counts of what was left out. A trace is (prompt
+    ids, response ids, action mask or None, reward, which question, its number). Raises InputError naming the row."""
+    found, questions, count = [], {}, {"rows": 0, "prompt_too_long": 0, "response_too_long": 0}
+    rows = ((f"{source}, row {number}", row) for number, row in enumerate(load_rows(source)))
+    items = ((where, row, read_row(row, where)) for where, row in rows)
+    traces = ((where, row, item, trace) for where, row, item in items for trace in item.traces or [None])
+    for index, (where, row, item, trace) in enumerate(traces):
+        count["rows"] += 1
+        try:
+            prompt, response, mask = trace_ids(item, trace, tokenizer, args.skip_turns)
+        except (InputError, TypeError) as error:
+            raise InputError(f"{where}: {error}") from error
+        if len(prompt) > args.max_prompt_tokens:
+            count["prompt_too_long"] += 1
+            continue
+        longest = min(args.max_response_tokens, args.max_row_tokens - len(prompt))
+        if len(response) > longest:
+            count["response_too_long"] += 1
+            if args.long_response == "reject" or longest < 1:
+                continue
+            response, mask = response[:longest], mask and mask[:longest]
+        if not prompt or not response or (mask and not any(mask)):
+            raise InputError(f"{where}: no prompt, or no action token; remove the row")
+        question = str(row.get("question")), tuple(prompt)  # files of several sources may number alike
+        number = questions.setdefault(question, len(questions))
+        found.append((prompt, response, mask, trace.reward, number, index))
+    if not found:
+        raise InputError(
+            f"{source}: no row is left of {count['rows']} ({count['prompt_too_long']} prompts over "
+            f"--max_prompt_tokens {args.max_prompt_tokens}, {count['response_too_long']} responses over "
+            f"--max_response_tokens {args.max_response_tokens} or --max_row_tokens {args.max_row_tokens})"
+        )
+    return found, count | {"kept": len(found)}
 
 
 def make_examples(

@@ -17,8 +17,9 @@ graded in the background, split into micro-batches and turned into vectors.
 import functools
 import json
 import math
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from common.trainer import (
     Metrics,
     Totals,
     World,
+    changed_settings,
     check_context,
     check_finite,
     export,
@@ -46,6 +48,7 @@ from common.trainer import (
     keep_activations,
     keep_best,
     learning_rate,
+    logit_form,
     optimizer_step,
     peak_memory_gb,
 )
@@ -113,12 +116,17 @@ class RunArgs:
     wandb: str = ""  # Also log to this Weights & Biases project.
 
 
+def check_ranges(args) -> None:
+    """Raise InputError for a flag whose value is outside the range of its type."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        for rule in getattr(kind, "__metadata__", ()):
+            if isinstance(rule, tuple) and not rule[1](getattr(args, name)):
+                raise InputError(f"--{name} must be {rule[0]}, not {getattr(args, name)}")
+
+
 def check_flags(args) -> None:
     """Raise InputError for a value outside the range of its type, and for flags that every script combines alike."""
-    for name, kind in get_type_hints(type(args), include_extras=True).items():
-        for words, holds in getattr(kind, "__metadata__", ()):
-            if not holds(getattr(args, name)):
-                raise InputError(f"--{name} must be {words}, not {getattr(args, name)}")
+    check_ranges(args)
     if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
         raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
     check_verifier(args.verifier)
@@ -146,19 +154,22 @@ class Run:
         self.logs: list[dict] = []  # of the updates of this step
         self.skipped = 0
 
-    def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, steps_per_epoch=None) -> None:
+    def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, steps_per_epoch=None,
+             source: str = "") -> None:  # fmt: skip
         """Check that the data is that of the checkpoint and fills a batch; count the steps.
 
-        key(item): what the digest of the data is made of. steps_per_epoch: whole batches alone if None."""
+        key(item): what the digest of the data is made of. steps_per_epoch: whole batches alone if None. source: the
+        data's name in messages, if it is not --data."""
         args, key = self.args, key or (lambda e: (e.prompt, e.trace, e.gold))
+        source = source or f"--data {args.data}"
         digest = data_digest(map(key, items), ((e.prompt, e.trace, e.gold) for e in held_out))
-        self.checkpoints.check_data(self.state, digest, f"--data {args.data}")
+        self.checkpoints.check_data(self.state, digest, source)
         if len(items) < args.batch_size:
-            raise InputError(f"--data {args.data}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
+            raise InputError(f"{source}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
         per_epoch = steps_per_epoch or len(items) // args.batch_size
         self.steps, self.held_out = args.steps or max(1, int(args.epochs * per_epoch)), held_out
         if self.world.main:
-            print(f"{args.data}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
+            print(f"{source}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as
@@ -277,7 +288,8 @@ class Run:
             if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
         export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
-        check_context(self.out / "model", self.args)
+        if self.args.rope_theta or self.args.max_positions:
+            check_context(self.out / "model", self.args)
         if sampler:
             sampler.close()
         self.metrics.close()
@@ -293,14 +305,30 @@ def check_mismatch(gap: float, step: int, args, world: World) -> None:
         )
 
 
+def stop_ids(policy, tokenizer, more: Iterable[str] = ()) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's eos, the generation config's, and the tokens `more`."""
+    also = policy.lm.generation_config.eos_token_id or []
+    if unknown := [token for token in more if token not in tokenizer.get_vocab()]:
+        raise InputError(f"--stop_tokens {unknown[0]}: not a token of --model")
+    eos = [tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])]
+    return eos + tokenizer.convert_tokens_to_ids(list(more))
+
+
 def open_sampler(policy, tokenizer, args, world: World):
     """Return the sampler that --rollout names. It draws after its first sync."""
-    also_stop = policy.lm.generation_config.eos_token_id or []
-    stop_ids = [tokenizer.eos_token_id, *(also_stop if isinstance(also_stop, list) else [also_stop])]
     return make_sampler(
-        args.rollout, policy, world, stop_ids=stop_ids, max_batch_tokens=args.sampler_tokens,
+        args.rollout, policy, world, stop_ids=stop_ids(policy, tokenizer), max_batch_tokens=args.sampler_tokens,
         max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,
     )  # fmt: skip
+
+
+def check_fit(flag: str, model, policy) -> None:
+    """Raise InputError if the model of a flag cannot read the ids of the policy, or changes its logits otherwise."""
+    mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
+    if mine != its:
+        raise InputError(f"{flag}: a vocabulary of {mine} does not fit --model's of {its}")
+    if logit_form(model.lm.config) != logit_form(policy.lm.config):
+        raise InputError(f"{flag}: its soft cap or scale of logits is not --model's")
 
 
 def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
@@ -371,8 +399,9 @@ def teacher_rows(batch: list[Example], mine, counts: list[int] | None = None) ->
 
 
 def sample_rows(
-    sampler, batch: list[Example], mine, counts: list[int], args, world: World, *, seed: int, grader: "Grader"
-) -> list[Row]:
+    sampler, batch: list[Example], mine, counts: list[int], args, world: World, *, seed: int, grader: "Grader",
+    top_p: float = 1.0,
+) -> list[Row]:  # fmt: skip
     """Sample counts[g] answers to question g of a batch, for the questions `mine`. The answers to a question are graded
     while others are still being sampled."""
     groups: list[list[Row]] = [[] for _ in mine]
@@ -384,7 +413,7 @@ def sample_rows(
 
     sampler.generate(
         [batch[g].prompt for g in mine], n=[counts[g] for g in mine], keys=[batch[g].index for g in mine], seed=seed,
-        sampling=Sampling(args.max_response_tokens, args.temperature), drawn=drawn,
+        sampling=Sampling(args.max_response_tokens, args.temperature, top_p), drawn=drawn,
         progress="sample" if world.main and args.max_response_tokens > 1000 else None,
     )  # fmt: skip
     return [row for group in groups for row in group]
@@ -393,6 +422,46 @@ def sample_rows(
 def gather_rows(rows: list[Row], world: World) -> list[Row]:
     """The rows of all ranks, on every rank, by question."""
     return sorted(gather_lists(rows, world), key=lambda row: row.group)
+
+
+def keep_answers(
+    path: Path, examples: list[Example], open_sampler, settings: dict, tokenizer, args, world: World, *, n: int,
+    top_p: float = 1.0,
+) -> list[list[dict]]:  # fmt: skip
+    """Sample n answers to each example, grade them, keep them in `path` (a question per line), and return them:
+    [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
+
+    After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
+    it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
+    kept, sampler, grader = path.with_suffix(".json"), functools.cache(open_sampler), Grader(tokenizer, args.verifier)
+    settings = json.loads(json.dumps(settings)) | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
+    if kept.exists() and (changed := changed_settings(json.loads(kept.read_text()), settings, settings)):
+        raise InputError(f"{path} has answers of other settings ({changed}): choose another --out")
+    dist.barrier()  # all have compared
+    if world.main:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(settings, indent=2) + "\n")
+
+    def answer(part: list[int]) -> list[dict]:
+        batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
+        rows = sample_rows(
+            sampler(), batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader,
+            top_p=top_p,
+        )  # fmt: skip
+        grader.wait()
+        for row in rows:
+            records[row.group]["answers"].append({
+                "response": tokenizer.decode(row.response), "response_ids": row.response, "truncated": row.truncated,
+                "reward": row.reward, "status": row.status, "detail": row.detail,
+            })  # fmt: skip
+        return records
+
+    ids = list(range(len(examples)))
+    parts = [ids[i : i + args.batch_size] for i in ids[:: args.batch_size]]
+    records = keep_records(path, parts, answer, world)
+    if sampler.cache_info().currsize:
+        sampler().close()
+    return [record["answers"] for record in records.values()]
 
 
 class Grader:
@@ -424,6 +493,66 @@ class Grader:
                 row.reward, row.status, row.detail = verdict
             report_golds([row.example for row in rows], rows)
         self.jobs = []
+
+
+# ------------------------------------------------------------------------- records that outlast a killed run
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, path)
+
+
+def part_files(path: Path) -> list[Path]:
+    """The files beside `path` to which the ranks of `keep_records` append."""
+    return sorted(path.parent.glob(f"{path.stem}.part-*.jsonl"))
+
+
+def read_records(path: Path) -> dict:
+    """Return {id: record} of the JSON lines of `path`, and of those that a killed run left beside it."""
+    files = [file for file in [*part_files(path), path] if file.exists()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]  # a last one is cut
+    return {record["id"]: record for record in map(json.loads, lines)}
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """Write `path`, one record per line. What lies beside it is then no longer needed."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    for part in part_files(path):
+        part.unlink()
+
+
+def keep_records(path: Path, parts: list[list], make, world: World, *, together: bool = False) -> dict:
+    """Make a record for each id, keep them in `path`, and return {id: record} in the order of the ids.
+
+    parts: lists of ids that are made at once. make(part) returns the part's records, each with its "id". One rank makes
+    a part; with `together` all ranks make every part, as a collective. A rank that has nothing left calls make([]).
+    Records are appended to a file of each rank as they come. If the run is killed, the next call makes only the parts
+    that are missing, whatever the number of ranks."""
+
+    def merge() -> dict:
+        dist.barrier()  # all have written
+        if world.main:
+            found = read_records(path)
+            write_records(path, [found[i] for part in parts for i in part if i in found])
+        dist.barrier()
+        found = read_records(path)
+        dist.barrier()  # all have read before one appends
+        return found
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = merge()
+    todo = [part for part in parts if not all(i in done for i in part)]
+    mine, calls = (todo, len(todo)) if together else (todo[world.rank :: world.size], -(-len(todo) // world.size))
+    with open(path.with_name(f"{path.stem}.part-{world.rank}.jsonl"), "a", encoding="utf-8") as file:
+        for part in tqdm([*mine, *[[]] * (calls - len(mine))], desc=path.name, unit="part", disable=not world.main):
+            records = make(part)
+            if world.main or not together:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+                file.flush()
+    return merge()
 
 
 def mean(values) -> float | None:

@@ -76,6 +76,15 @@ def step_ids(tokenizer, delimiters: tuple[str, ...]) -> frozenset[int]:
     return frozenset(i for i, text in zip(ids, texts, strict=True) if any(d in text for d in delimiters))
 
 
+def step_starts(response: list[int], ends: frozenset[int]) -> list[bool]:
+    """Return where a step starts: at the first token, and after every token that ends a step.
+
+    >>> step_starts([7, 8, 2, 2, 9], frozenset([2]))
+    [True, False, False, True, True]
+    """
+    return [i == 0 or response[i - 1] in ends for i in range(len(response))]
+
+
 @torch.no_grad()
 def state_values(value, states: list[list[int]], world, micro_batch_tokens: int) -> list[float]:
     """V of each text (ids) as it stands; every rank passes all texts, computes its share and gets all values."""

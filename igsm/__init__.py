@@ -4,6 +4,9 @@ every step of a solution. `python -m igsm --help` tells how to write data sets; 
 from igsm.checker import Check, check_solution
 from igsm.problem import Problem, generate, problems, retell, row
 from igsm.solver import solve
+from igsm.text import corrupt
 from igsm.tokens import tokenizer
 
-__all__ = ["Check", "Problem", "check_solution", "generate", "problems", "retell", "row", "solve", "tokenizer"]
+__all__ = [
+    "Check", "Problem", "check_solution", "corrupt", "generate", "problems", "retell", "row", "solve", "tokenizer",
+]  # fmt: skip

@@ -245,3 +245,24 @@ def _with_terms(node, terms, space):
         return terms[0] if node.const is None else f"{node.const}{space}{node.const_op}{space}{terms[0]}"
     core = f"{space}{node.sign}{space}".join(terms)
     return core if node.const is None else f"{node.const}{space}{node.const_op}{space}({core})"
+
+
+def corrupt(solution, rng, modulus):
+    r"""A wrong symbolic solution out of a right one: one random line ends in another number, and so does the answer.
+
+    >>> import random
+    >>> corrupt("<think>\nz=9\nu=z+1=10\n</think>\n\\boxed{10}", random.Random(1), 23).split("\n")
+    ['<think>', 'z=5', 'u=z+1=10', '</think>', '\\boxed{13}']
+    """
+
+    def other(number):
+        return str((int(number) + rng.randrange(1, modulus)) % modulus)
+
+    lines = solution.split("\n")
+    steps = [i for i, line in enumerate(lines) if "=" in line]
+    answer, slip = lines[steps[-1]].rpartition("=")[2], rng.choice(steps)
+    formula, _, value = lines[slip].rpartition("=")
+    value = other(value)
+    lines[slip] = f"{formula}={value}"
+    lines[-1] = f"\\boxed{{{value if slip == steps[-1] else other(answer)}}}"
+    return "\n".join(lines)

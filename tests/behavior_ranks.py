@@ -9,11 +9,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
-import behavior_injection as bridge  # noqa: E402
 from behavior_injection import Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
-from common.trainer import init_world, launch, load_policy  # noqa: E402
+from common import run, verifiers  # noqa: E402
+from common.trainer import init_world, launch, load_policy, parse_args  # noqa: E402
 from common.verifiers import Verdict  # noqa: E402
 from tests.conftest import NANO  # noqa: E402
+from tools import influence  # noqa: E402
 
 
 def odd_length(responses, golds, **_):
@@ -30,7 +31,7 @@ def fixed_rows() -> list[Row]:
     rows = []
     for i in range(13):
         prompt, response = ids(rng.randint(1, 20)), ids(rng.randint(1, 30))
-        rows.append(Row(prompt, response, i // 4, [-1.0] * len(response), advantage=rng.uniform(-1, 1)))
+        rows.append(Row(prompt, response, i // 4, False, [-1.0] * len(response), advantage=rng.uniform(-1, 1)))
     return rows
 
 
@@ -39,7 +40,7 @@ def gradient(world, what: str, micro_batch_tokens: int) -> tuple[dict[str, torch
     args = dataclasses.replace(
         Args(), micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01, kl_coef=0.3, sft_rows_per_mean=4,
         kl_mask=0.01 if what == "masked" else 0.0,
-    )
+    )  # fmt: skip
     policy = load_policy("nano", world, from_config=NANO, seed=3)
     rows = fixed_rows()
     if what == "sft":
@@ -64,9 +65,8 @@ def main(out: str, *settings: str) -> None:
                 torch.save(grads, f"{out}/{what}-{tokens}.pt")
                 with open(f"{out}/{what}-{tokens}.json", "w") as file:
                     json.dump(metrics, file)
-    bridge.grade = odd_length
-    args = bridge.parse_args(Args, list(settings), preset=bridge.PRESETS)
-    bridge.influence(bridge.settings_of(args, "influence", "bridge"), world)
+    run.grade = verifiers.grade = odd_length
+    influence.main(parse_args(influence.Args, list(settings), preset=influence.PRESETS))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-COMMON = ["--preset", "tiny", "--rollout", "embedded", "--save_every", "0", "--eval_limit", "16", "--eval_every", "5"]
-SHORT = [*COMMON, "--steps", "5", "--batch_size", "8"]
+COMMON = ["--preset", "tiny", "--rollout", "embedded", "--save_every", "0", "--eval_every", "5", "--steps", "5",
+          "--batch_size", "8"]  # fmt: skip
+SHORT = [*COMMON, "--eval_limit", "16"]
 BRIDGE = ["--arms", "bridge", "--base_problems", "320", "--base_steps", "5", "--sft_problems", "80", "--sft_steps", "5",
-          "--sft_batch_size", "16", "--rl_problems", "80", "--eval_problems", "4", "--influence_queries", "4",
-          "--influence_group", "4", "--kernel_queries", "4", "--kernel_dims", "64"]  # fmt: skip
+          "--sft_batch_size", "16", "--rl_problems", "80", "--eval_problems", "4"]  # fmt: skip
 RELIFT = ["--sft_data_size", "8"]
 CASES = {  # script: {method: its flags}
     "luffy": {name: [*SHORT, "--method", name] for name in ("luffy", "grpo", "rl_sft", "sft")},
@@ -27,20 +27,23 @@ CASES = {  # script: {method: its flags}
     | {name: [*SHORT, "--igsm_problems", "80", "--loss", name] for name in ("redi", "dpo", "simpo")},
     "oreo": {name: [*SHORT, "--igsm_problems", "40", "--samples", "4", *flags] for name, flags in (
         ("token", ["--variant", "token"]), ("step", ["--variant", "step"]), ("response", ["--variant", "response"]),
-        ("kto", ["--stage", "kto"]), ("dpo", ["--stage", "dpo"]),
+        ("dqo", ["--variant", "dqo"]), ("iterate", ["--stage", "iterate", "--rounds", "2"]),
+        *((stage, ["--stage", stage]) for stage in ("kto", "dpo", "rejection", "sft")),
     )},
-    "behavior_injection": {"sft and rl": [*SHORT, *BRIDGE]},
+    "behavior_injection": {"sft and rl": [*COMMON, *BRIDGE]},
 }  # fmt: skip
+STAGES = {"behavior_injection": [["--stage", stage] for stage in ("data", "base", "sft", "rl")]}  # one after the other
 
 
 def train(checkout: Path, script: str, flags: list[str], ranks: int, out: Path) -> tuple[dict, dict]:
     """Run a script; return {model file: digest} and {(log, step, name): value}."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, *launcher, f"{script}.py", *flags, "--out", str(out)]
-    done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{checkout}: {' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    for stage in STAGES.get(script, [[]]):
+        words = [sys.executable, *launcher, f"{script}.py", *flags, *stage, "--out", str(out)]
+        done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{checkout}: {' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     models = sorted(out.rglob("*.safetensors"))
     digests = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in models}
     metrics = {}

@@ -1,7 +1,6 @@
 """Run by test_oreo_runs.py under torchrun: the gradients of one update on fixed rows, written by rank 0, and a whole
 run: collect, train, search."""
 
-import dataclasses
 import json
 import random
 import sys
@@ -11,8 +10,10 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
 import oreo  # noqa: E402
-from common.search import state_values  # noqa: E402
-from common.trainer import ValueModel, init_world, launch, load_policy, parse_args  # noqa: E402
+from common.rows import held_out_examples  # noqa: E402
+from common.run import open_sampler  # noqa: E402
+from common.search import search_answers, state_values, step_ids  # noqa: E402
+from common.trainer import ValueModel, init_world, launch, load_policy, load_tokenizer, parse_args  # noqa: E402
 from oreo import PRESETS, STAGES, VARIANTS, Args, Row, accumulate_gradient  # noqa: E402
 from tests.conftest import NANO  # noqa: E402
 
@@ -76,12 +77,29 @@ def settings(model: str, *words) -> Args:
     return parse_args(Args, words, stage=STAGES, variant=VARIANTS, preset=PRESETS)
 
 
+def search(kind: str, width: int, model: str, value):
+    """The held-out examples, and the answers that a search of this kind finds to each."""
+    args, world = settings(model), init_world()
+    policy, tokenizer = load_policy(model, world), load_tokenizer(model)
+    examples = held_out_examples(tokenizer, args)
+    sampler = open_sampler(policy, tokenizer, args, world)
+    sampler.sync(policy, version=0)
+    found = search_answers(
+        kind, sampler, value, [e.prompt for e in examples], [e.index for e in examples], world, width=width,
+        max_steps=60, max_tokens=args.max_response_tokens, step_ends=step_ids(tokenizer, args.step_delimiters),
+        micro_batch_tokens=args.micro_batch_tokens,
+    )  # fmt: skip
+    return examples, found
+
+
 def run(model: str, out: str) -> None:
     """Collect and train, then search with what came of it."""
-    args = settings(model, "--out", out)
-    oreo.main(args)
-    searching = dict(stage="search", model=f"{out}/model", value=f"{out}/value", width=2)
-    oreo.main(dataclasses.replace(args, **searching))
+    oreo.main(settings(model, "--out", out))
+    world = init_world()
+    _, found = search("beam", 2, f"{out}/model", load_policy(f"{out}/value", world, kind=ValueModel))
+    if world.main:
+        with open(f"{out}/found.json", "w") as file:
+            json.dump([[c.response for c in answers] for answers in found], file)
 
 
 def main(out: str, model: str) -> None:

@@ -65,7 +65,7 @@ def test_both_arms_learn_from_the_same_rows_and_every_policy_plays_the_test_game
     for words in trained[1:]:
         assert value_of(words, "--model") == str(runs / "sft" / "model")
         assert Path(value_of(words, "--rows")).parent.name == f"collected-{value_of(words, '--seed')}"
-    played = [words for words in commands if words[0] == "oreo_agents.py" and value_of(words, "--stage") != "make"]
+    played = [words for words in commands if words[0] == "-m" and value_of(words, "--stage") != "make"]
     for words in played:
         expert, own = value_of(words, "--stage") == "expert", "collected-" in value_of(words, "--out")
         games = "train" if expert else "practice" if own else "test"

@@ -49,9 +49,16 @@ def test_gains_are_compared_where_each_arm_has_sampled_as_many_tokens(tmp_path):
 def test_all_seeds_start_from_one_base_and_end_in_one_table(tmp_path, monkeypatch):
     commands = []
 
-    def run(*words):  # in the place of the script: what it leaves behind
+    def run(*words, program="behavior_injection.py"):  # in the place of both programs: what they leave behind
         commands.append(words)
         out, arms = words[words.index("--out") + 1], words[words.index("--arms") + 1 :]
+        if program == "-m tools.influence":
+            for arm in arms:
+                gain = 0.01 * words[words.index("--seed") + 1] + (0.3 if arm == "bridge" else 0.1)
+                measured = dict.fromkeys(("dJ", "cosine", "accuracy", "never", "sometimes", "always"), gain)
+                (out / arm / "influence").mkdir()
+                (out / arm / "influence" / "influence.json").write_text(json.dumps(measured))
+            return
         (out / "base").mkdir(parents=True, exist_ok=True)
         (out / "base" / "eval.json").write_text(json.dumps({"base": {"test_id": {"accuracy": 0.1}}}))
         results = {}
@@ -59,8 +66,7 @@ def test_all_seeds_start_from_one_base_and_end_in_one_table(tmp_path, monkeypatc
             gain = 0.01 * words[words.index("--seed") + 1] + (0.3 if arm == "bridge" else 0.1)
             tests = {s: {f"test_{t}": dict(accuracy=0.2 + g, greedy=0.4, chain=0.1, tokens=50.0, accuracy_other=0.2)
                          for t in ("id", "ood")} for s, g in (("sft", 0.0), ("rl", gain))}  # fmt: skip
-            measured = dict.fromkeys(("dJ", "cosine", "accuracy", "never", "sometimes", "always"), gain)
-            results[arm] = tests | {"influence": measured}
+            results[arm] = tests
             (out / arm / "rl").mkdir(parents=True)
             rows = [{"step": i, "tokens/sampled": 100 * i, "eval/mean": 0.2 + i * gain} for i in range(2)]
             (out / arm / "rl" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,29 +12,26 @@ import pytest
 import torch
 from torch.func import functional_call, jvp
 
-import behavior_injection as bridge
 import common.rollout
 from behavior_injection import (
-    Args,
     Row,
     accumulate_gradient,
     accumulate_sft_gradient,
-    count_sketch,
     format_reward,
     group_advantages,
     kernel_scores,
     low_variance_kl,
-    objective_gradient,
+    micro_batches,
     per_step_influence,
     policy_token_loss,
-    scores_along,
-    sketch_codes,
+    row_means,
     tokens_of_means,
 )
 from common.data import plan_micro_batches
 from common.rollout import EmbeddedSampler, Sampling
 from common.trainer import World
 from common.verifiers import boxed_reward
+from tools.influence import Args, count_sketch, inner, objective_gradient, scores_along, sketch_codes
 
 FOLDER = Path(__file__).parent / "vectors"
 VECTORS = json.loads((FOLDER / "behavior_injection.json").read_text())
@@ -103,7 +100,7 @@ def published_update(micro_batch_tokens, **changes):
     lengths = ADVANTAGES["lengths"]
     new = torch.tensor(LOSS["new"], dtype=torch.float64, requires_grad=True)
     rows = [
-        Row([i], [0] * n, i // 4, [math.nan] * n, advantage=a)
+        Row([i], [0] * n, i // 4, False, [math.nan] * n, advantage=a)
         for i, (n, a) in enumerate(zip(lengths, ADVANTAGES["advantage_per_sequence"], strict=True))
     ]
     args = dataclasses.replace(
@@ -170,9 +167,7 @@ def test_the_sft_loss_is_the_mean_of_token_means(rows_per_mean, micro_batch_toke
     metrics = accumulate_sft_gradient(Given(logp, lengths), rows, args, ONE_RANK)
     size = rows_per_mean or 16
     means = [range(first, min(first + size, 16)) for first in range(0, 16, size)]
-    expected = sum(
-        torch.cat([logp[i, : lengths[i]] for i in mean]).mean() / len(means) for mean in means
-    )
+    expected = sum(torch.cat([logp[i, : lengths[i]] for i in mean]).mean() / len(means) for mean in means)
     assert metrics["sft/loss"] == pytest.approx(-expected.item(), rel=1e-7)  # weights of tokens are float32
     assert_equal(logp.grad, -torch.autograd.grad(expected, logp)[0], 1e-8)
 
@@ -275,15 +270,13 @@ def test_influence_is_the_same_by_eq_5_by_inner_product_by_jvp_and_by_difference
     assert_equal(by_kernel, TOY["deltaJ_eq5"])
 
     direction = objective_gradient(policy, rows, len(rows), args, ONE_RANK)
-    inner = torch.tensor([
-        bridge.inner(objective_gradient(policy, [r for r in rows if r.group == q], 8, args, ONE_RANK), direction)
-        for q in range(4)
-    ], dtype=torch.float64)
-    assert_equal(inner, TOY["deltaJ_direct"])
+    own = [objective_gradient(policy, [r for r in rows if r.group == q], 8, args, ONE_RANK) for q in range(4)]
+    products = torch.tensor([inner(gradient, direction) for gradient in own], dtype=torch.float64)
+    assert_equal(products, TOY["deltaJ_direct"])
 
     def log_probs(theta):
-        [(batch, mine)] = bridge.micro_batches(rows, Args(), ONE_RANK)
-        return bridge.row_means(functional_call(policy, {"theta": theta}, (batch,)), batch, mine)
+        [(batch, mine)] = micro_batches(rows, Args(), ONE_RANK)
+        return row_means(functional_call(policy, {"theta": theta}, (batch,)), batch, mine)
 
     _, scores = jvp(log_probs, (policy.theta.detach(),), (direction[0],))
     by_jvp = influence_of(scores.detach(), rows)
@@ -292,7 +285,7 @@ def test_influence_is_the_same_by_eq_5_by_inner_product_by_jvp_and_by_difference
     theta = policy.theta.detach().clone()
     by_difference = influence_of(scores_along(policy, direction, rows, args, ONE_RANK), rows)
     assert torch.equal(policy.theta, theta)
-    for one in (by_kernel, inner, by_difference):
+    for one in (by_kernel, products, by_difference):
         assert_equal(one, by_jvp, 1e-9)
 
 
@@ -318,9 +311,9 @@ def test_a_sketch_is_exact_where_no_two_numbers_meet_and_close_otherwise():
     generator = torch.Generator().manual_seed(0)
     a, b = ([1 + torch.randn(30, 20, generator=generator), torch.randn(7, generator=generator)] for _ in range(2))
     alone = [torch.arange(600, dtype=torch.int32) * 2 + 1, torch.arange(600, 607, dtype=torch.int32) * 2]
-    exact = bridge.inner(a, b)
+    exact = inner(a, b)
     assert (count_sketch(a, alone, 700) @ count_sketch(b, alone, 700)).item() == pytest.approx(exact, rel=1e-5)
-    size = math.sqrt(bridge.inner(a, a) * bridge.inner(b, b))
+    size = math.sqrt(inner(a, a) * inner(b, b))
     found = []
     for seed in range(200):
         codes = sketch_codes(a, 64, seed)

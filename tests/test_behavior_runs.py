@@ -10,31 +10,44 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import behavior_injection as bridge
+from common import run, verifiers
 from common.data import InputError, batch_indices
 from common.trainer import load_tokenizer, parse_args, read_metrics
 from tests import behavior_ranks as ranks
 from tests.conftest import run_script
+from tools import influence
 
 SMALL = [
     "--preset", "tiny", "--arms", "vanilla", "bridge", "--base_problems", "80", "--base_steps", "2",
     "--sft_problems", "12", "--sft_batch_size", "4", "--sft_steps", "2", "--rl_problems", "20", "--eval_problems", "6",
     "--ops", "1", "3", "--val_ops", "2", "2", "--test_ops", "2", "3", "--base_ops", "1", "2", "--batch_size", "4",
     "--group_size", "4", "--max_response_tokens", "50", "--steps", "2", "--eval_every", "2", "--save_every", "0",
-    "--influence_queries", "6", "--influence_group", "4", "--kernel_queries", "4",
 ]  # fmt: skip
+MEASURE = [*SMALL, "--influence_queries", "6", "--influence_group", "4", "--kernel_queries", "4"]
 
 
 def settings(*words, **changes):
     return dataclasses.replace(parse_args(bridge.Args, [*SMALL, *map(str, words)], preset=bridge.PRESETS), **changes)
 
 
+def measure(*words):
+    influence.main(parse_args(influence.Args, [*MEASURE, *map(str, words)], preset=influence.PRESETS))
+
+
+def half_right(patch):
+    """A verifier that accepts half of the answers."""
+    for module in (run, verifiers):
+        patch.setattr(module, "grade", ranks.odd_length)
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """Everything in one command, with a verifier that makes half of the answers right; a folder not to be changed."""
+    """All stages, then the influence; a folder not to be changed."""
     out = tmp_path_factory.mktemp("pipeline") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bridge, "grade", ranks.odd_length)
+        half_right(patch)
         bridge.main(settings("--out", out, "--keep_best"))
+        measure("--out", out)
     return out
 
 
@@ -63,7 +76,7 @@ def test_a_stage_has_its_own_settings_whatever_command_it_is_part_of():
     ]  # fmt: skip
 
 
-def test_one_command_makes_data_models_influence_and_a_table(pipeline):
+def test_the_stages_and_the_influence_leave_models_metrics_and_a_table(pipeline):
     results = json.loads((pipeline / "results.json").read_text())
     assert results.keys() == {"base", "vanilla", "bridge"}
     for arm in ("vanilla", "bridge"):
@@ -79,9 +92,9 @@ def test_one_command_makes_data_models_influence_and_a_table(pipeline):
         assert (pipeline / arm / "rl" / "best" / "model.safetensors").exists()
         assert rows[-1]["mismatch/max"] < 1e-4 and rows[1]["policy/kl_ref"] < 1e-9 < rows[2]["policy/kl_ref"]
         responses = read(pipeline / arm / "rl" / "samples.jsonl")
-        assert {"step", "reward", "detail", "advantage", "gold", "prompt", "response"} == responses[0].keys()
+        assert {"step", "who", "reward", "detail", "advantage", "gold", "prompt", "response"} == responses[0].keys()
         assert rows[-1]["tokens/sampled"] == sum(16 * row["length/own"] for row in rows[1:])
-        found = results[arm]["influence"]
+        found = json.loads((pipeline / arm / "influence" / "influence.json").read_text())
         queries = read(pipeline / arm / "influence" / "queries.jsonl")
         assert found["queries"] == len(queries) == 6 == sum(group["queries"] for group in found["by_right"])
         assert found["never"] + found["sometimes"] + found["always"] == pytest.approx(1)
@@ -92,7 +105,7 @@ def test_one_command_makes_data_models_influence_and_a_table(pipeline):
         assert (pipeline / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_all_arms_tell_the_same_problems(tmp_path, world):
+def test_all_arms_tell_the_same_problems(pipeline, tmp_path, world):
     arms = list(bridge.arms_of(settings()))
     bridge.make_data(settings("--out", tmp_path, "--arms", *arms), world)
     told = {arm: read(tmp_path / "data" / f"sft_{arm}.jsonl") for arm in arms}
@@ -105,7 +118,7 @@ def test_all_arms_tell_the_same_problems(tmp_path, world):
         assert copies[0] == row and all(copy["target"] == row["target"] for copy in copies)
         lines = [sorted(copy["prompt"][0]["content"].split("\n")) for copy in copies]
         assert lines == [lines[0]] * 4
-    templates = [{row["extra_info"]["template"] for row in read(tmp_path / "data" / f"{name}.jsonl")}
+    templates = [{row["extra_info"]["template"] for row in read(pipeline / "data" / f"{name}.jsonl")}
                  for name in ("sft_vanilla", "rl", "influence", "base", "val", "test_id", "test_ood")]  # fmt: skip
     assert not set.union(*templates[:4]) & set.union(*templates[4:])
 
@@ -138,7 +151,7 @@ def test_the_same_command_again_keeps_the_data_and_ends_with_the_same_bits(folde
 
 
 def test_the_gradient_and_the_influence_are_the_same_for_one_and_two_ranks(pipeline, folder, tmp_path, world):
-    run_script("tests/behavior_ranks.py", tmp_path, *SMALL, "--out", folder, ranks=2)
+    run_script("tests/behavior_ranks.py", tmp_path, *MEASURE, "--arms", "bridge", "--out", folder, ranks=2)
     for what in ("rl", "masked", "sft"):
         expected, metrics = ranks.gradient(world, what, 10_000)
         if what != "sft":
@@ -167,11 +180,10 @@ def test_the_difference_along_g_agrees_with_the_inner_product_of_gradients(pipel
         assert json.loads((pipeline / arm / "influence" / "influence.json").read_text())["relative_error"] < 2e-3
 
 
-def test_the_own_influence_is_in_the_papers_form_only(folder, world, monkeypatch):
-    monkeypatch.setattr(bridge, "grade", ranks.odd_length)
+def test_the_own_influence_is_in_the_papers_form_only(folder, monkeypatch):
+    half_right(monkeypatch)
     for own in (True, False):
-        args = settings("--out", folder, influence_self=own, kernel_dims=200_000)
-        bridge.influence(bridge.settings_of(args, "influence", "bridge"), world)
+        measure("--out", folder, "--arms", "bridge", "--kernel_dims", 200_000, *["--influence_self"] * own)
         found = json.loads((folder / "bridge" / "influence" / "influence.json").read_text())
         queries = read(folder / "bridge" / "influence" / "queries.jsonl")
         # G of the queries themselves: mean dJ = <mean grad J(q), G> = |G|^2
@@ -181,12 +193,12 @@ def test_the_own_influence_is_in_the_papers_form_only(folder, world, monkeypatch
 
 
 @pytest.mark.parametrize("prompt_loss", [True, False])
-def test_sft_trains_on_prompts_and_solutions_or_on_solutions_alone(folder, world, prompt_loss):
+def test_sft_trains_on_prompts_and_solutions_or_on_solutions_alone(folder, prompt_loss):
     """The logged loss of the first step is that of a plain Transformers model on the whole texts."""
     args = settings("--out", folder, prompt_loss=prompt_loss, sft_steps=1, sft_rows_per_mean=0)
     tokenizer = load_tokenizer(str(folder / "base" / "model"))
     lm = AutoModelForCausalLM.from_pretrained(folder / "base" / "model")
-    examples, _, _ = bridge.read_examples("sft_bridge", tokenizer, args, traces="needed")
+    examples, _ = bridge.read_set("sft_bridge", tokenizer, args, traces="needed")
     losses = []
     for i in batch_indices(len(examples), 4, 0, args.seed):
         example = examples[i]
@@ -194,21 +206,34 @@ def test_sft_trains_on_prompts_and_solutions_or_on_solutions_alone(folder, world
         assert tokenizer.decode(ids).endswith("<|eos|>")
         logp = lm(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         losses.append(-(logp if prompt_loss else logp[len(example.prompt) - 1 :]))
-    bridge.train(bridge.settings_of(args, "sft", "bridge"), world)
+    bridge.train(bridge.settings_of(args, "sft", "bridge"))
     [row] = read_metrics(folder / "bridge" / "sft")
     assert row["sft/loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+
+
+def test_the_bonus_for_form_is_in_the_reward_but_solves_no_question(folder, monkeypatch):
+    half_right(monkeypatch)
+    monkeypatch.setattr(bridge, "format_reward", lambda said: float("<|eos|>" not in said))  # of every answer
+    args = settings("--out", folder, format_reward=0.05, steps=1, eval_every=0, log_samples=16)
+    bridge.train(bridge.settings_of(args, "rl", "bridge"))
+    [row], samples = read_metrics(folder / "bridge" / "rl"), read(folder / "bridge" / "rl" / "samples.jsonl")
+    rewards = [sample["reward"] for sample in samples]
+    assert set(rewards) == {0.05, 1.05} and row["reward/own"] == pytest.approx(sum(rewards) / 16)
+    groups = {sample["prompt"]: [s["reward"] for s in samples if s["prompt"] == sample["prompt"]] for sample in samples}
+    assert row["group/solve_all"] == sum(min(group) > 1 for group in groups.values()) / 4
+    assert row["group/solve_none"] == sum(max(group) < 1 for group in groups.values()) / 4
 
 
 def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(folder / "base" / "model", model)
     tokenizer = bridge.open_tokenizer(str(model), settings())
-    before = bridge.read_examples("rl", tokenizer, settings("--out", folder))[0][0]
+    before = bridge.read_set("rl", tokenizer, settings("--out", folder), traces="ignored")[0][0]
     assert before.text.count("<think>") == 1
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("<think>\n", ""))
     tokenizer = bridge.open_tokenizer(str(model), settings())
-    after = bridge.read_examples("rl", tokenizer, settings("--out", folder))[0][0]
+    after = bridge.read_set("rl", tokenizer, settings("--out", folder), traces="ignored")[0][0]
     assert after.text == before.text and after.text.endswith("<think>\n") and after.prompt == before.prompt
 
 
@@ -219,19 +244,20 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
     ("words", "message"),
     [
         (["--arms", "bridge", "oops"], "--arms oops: no such arm; there are vanilla, bridge"),
-        (["--analysis", "often"], '--analysis must be a chance from 0 to 1 or "table", not often'),
-        (["--reflection", "2"], "problems of sft: reflection must be a chance"),
-        (["--base_problems", "0"], "--model scratch and --base_problems 0"),
+        (["--analysis", "2"], '--analysis must be between 0 and 1, or "table", not 2'),
+        (["--reflection", "2"], "--reflection must be between 0 and 1, not 2"),
+        (["--stage", "base", "--base_problems", "0"], "--stage base needs --base_problems"),
+        (["--data", "igsm:1-2"], "--data and --eval_data: put your own rows into OUT/data"),
         (["--batch_size", "5", "--updates_per_step", "2"], "--batch_size 5 does not divide into --updates_per_step 2"),
-        (["--steps", "0"], "--steps must be positive"),
+        (["--steps", "-1"], "--steps must be 0 or more"),
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--ops", "40", "40"], "problems of sft: no problem of 40 to 40 operations"),
         (["--stage", "sft"], "sft_vanilla.jsonl is missing: run --stage data first"),
         (["--stage", "rl", "--sft_model", "no/such"], "--sft_model no/such is the model of one arm"),
         (["--stage", "rl", "--sft_model", "no/such", "--arms", "bridge"], "--model no/such: no tokenizer there"),
         (["--stage", "eval"], "no model there; run --stage sft and --stage rl first"),
-        (["--stage", "sft", "--sft_model", "some/model", "--arms", "bridge"], "--sft_model some/model is what --stage"),
-        (["--group_size", "1"], "--group_size 1: the only answer to a question has no advantage"),
+        (["--stage", "sft", "--sft_model", "some/model", "--arms", "bridge"], "--sft_model some/model stands in for"),
+        (["--group_size", "1"], "--group_size must be 2 or more: the only answer to a question has no advantage"),
         (["--sft_epochs", "0"], "--sft_epochs must be positive"),
         (["--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
     ],
@@ -244,16 +270,21 @@ def test_bad_settings_get_one_message(tmp_path, words, message, pipeline):
     assert not list(tmp_path.rglob("metrics.jsonl")) or words[1] == "sft"
 
 
-def test_too_few_rows_and_other_settings_are_named(folder, world):
-    with pytest.raises(InputError, match="rl.jsonl: 20 rows are fewer than a batch of 32"):
-        bridge.train(bridge.settings_of(settings("--out", folder, "--batch_size", "32"), "rl", "bridge"), world)
-    with pytest.raises(InputError, match="12 questions fit, 40 are needed"):
-        args = settings("--out", folder, "--influence_queries", "20")
-        bridge.influence(bridge.settings_of(args, "influence", "bridge"), world)
+def test_too_few_rows_and_other_settings_are_named(folder):
+    with pytest.raises(InputError, match="rl.jsonl: 20 rows are fewer than --batch_size 32"):
+        bridge.train(bridge.settings_of(settings("--out", folder, "--batch_size", "32"), "rl", "bridge"))
     args = settings("--out", folder, "--save_every", "1", "--steps", "1", "--eval_every", "0")
-    bridge.train(bridge.settings_of(args, "rl", "bridge"), world)
+    bridge.train(bridge.settings_of(args, "rl", "bridge"))
     with pytest.raises(InputError, match="--kl_coef 0.001 there, 0.5 here"):
-        bridge.train(bridge.settings_of(dataclasses.replace(args, kl_coef=0.5), "rl", "bridge"), world)
+        bridge.train(bridge.settings_of(dataclasses.replace(args, kl_coef=0.5), "rl", "bridge"))
+
+
+def test_own_queries_stay_and_must_be_enough(folder):
+    (folder / "data" / "influence.settings.json").unlink()  # what the tool leaves beside queries that it made
+    before = (folder / "data" / "influence.jsonl").read_bytes()
+    with pytest.raises(InputError, match="12 questions fit, 40 are needed"):
+        measure("--out", folder, "--arms", "bridge", "--influence_queries", 20)
+    assert (folder / "data" / "influence.jsonl").read_bytes() == before
 
 
 def test_bad_input_exits_with_code_2_and_one_line():

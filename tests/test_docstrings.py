@@ -9,7 +9,8 @@ import torch
 MODULES = [
     "luffy", "relift", "redi", "oreo", "behavior_injection", "eval", "common.data", "common.logprobs", "common.rollout",
     "common.robust", "common.run", "common.search", "common.trainer", "common.verifiers", "igsm.behaviors",
-    "igsm.checker", "igsm.graph", "igsm.problem", "igsm.solver", "igsm.text", "igsm.tokens",
+    "igsm.checker", "igsm.graph", "igsm.problem", "igsm.solver", "igsm.text", "igsm.tokens", "tools.agents",
+    "tools.redi_data",
 ]  # fmt: skip
 
 

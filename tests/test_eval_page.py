@@ -1,4 +1,4 @@
-"""eval.py --compare: the page of samples, in a real headless browser where there is one."""
+"""tools/compare.py: the page of samples, in a real headless browser where there is one."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-import eval as evaluation
-from eval import to_html, to_mathml
+from tools import compare
+from tools.compare import to_html, to_mathml
 
 pytest.importorskip("latex2mathml")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -59,8 +59,7 @@ def compared(tmp_path):
         write_run(tmp_path / "luffy", [2, 1, 2, 0, 2, 0, 1, 2, 1], text=texts),
         write_run(tmp_path / "<i>grpo", [0, 1, 2, 0, 2, 0, 1, 0, 1], text="short: {answer}"),
     ]
-    args = evaluation.Args(compare=tuple(runs), out=str(tmp_path / "out"), verifier=("full",))
-    evaluation.compare(args)
+    compare.main(compare.Args(tuple(runs), out=str(tmp_path / "out"), verifier="full"))
     return tmp_path / "out"
 
 
@@ -197,14 +196,14 @@ def test_to_html_escapes_all_but_mathml(text):
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: found.append((tag, attributes))
     parser.feed(to_html(text))
-    assert {tag for tag, _ in found} <= evaluation.MATHML
-    assert {name for _, attributes in found for name, _ in attributes} <= evaluation.MATHML_ATTRIBUTES
+    assert {tag for tag, _ in found} <= compare.MATHML
+    assert {name for _, attributes in found for name, _ in attributes} <= compare.MATHML_ATTRIBUTES
 
 
 def test_the_page_says_why_a_verdict_is_as_it_is():
     verdicts = {"full": [0.0, "unparsable", "gold unreadable: /"]}
     answer = {"text": "7", "tokens": 1, "truncated": False, "verdicts": verdicts}
-    [shown] = evaluation.page_answers({"answers": [answer]}, "full")["shown"]
+    [shown] = compare.page_answers({"answers": [answer]}, "full")["shown"]
     assert shown["verdicts"] == {"full": "unparsable (gold unreadable: /)"}
 
 

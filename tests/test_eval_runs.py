@@ -13,9 +13,11 @@ import torch
 import eval as evaluation
 import igsm
 from common.data import InputError
+from common.run import read_records, write_records
 from common.trainer import ValueModel, export, init_world, load_policy, load_tokenizer
 from common.verifiers import Verdict, grade
 from tests.conftest import ROOT, run_script
+from tools import compare
 
 MODEL = str(ROOT / "models/tiny")
 
@@ -102,6 +104,19 @@ def test_search_answers_with_what_the_value_prefers(data, tmp_path, value):
     assert searched(data, tmp_path / "again", value, "beam", 2) == beam
     with pytest.raises(InputError, match="--search beam needs --value"):
         evaluation.main(args(data, tmp_path / "none", search="beam"))
+
+
+@pytest.mark.parametrize("kind", ["beam", "best_of_n", "best_of_k"])
+def test_a_search_finds_what_the_search_stage_of_oreo_found(kind, data, value, tmp_path):
+    """The vectors are from `oreo.py --stage search` as it was: same model, value, questions and seed."""
+    single = tmp_path / "single.jsonl"
+    with open(data) as file:
+        single.write_text("".join(dict.fromkeys(file)))
+    expected = json.loads((ROOT / "tests/vectors/search.json").read_text())[kind]
+    answers = searched(str(single), tmp_path / "out", value, kind, 3, top_p=0.95)
+    assert [a["text"] for a in answers] == expected["texts"] and [a["found"] for a in answers] == expected["found"]
+    assert [a["value"] for a in answers] == pytest.approx(expected["values"], abs=1e-3)
+    assert json.loads((tmp_path / "out/results.json").read_text())["average"] == pytest.approx(expected["average"])
 
 
 def test_a_run_that_is_killed_goes_on_and_ends_alike(finished, data, tmp_path):
@@ -223,7 +238,8 @@ def test_verdicts_of_another_version_of_a_grader_are_given_anew(finished, data, 
 
 def test_a_gold_that_no_grader_can_read_is_named_by_row_once(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "out")
-    records = evaluation.read_records(tmp_path / "out")
+    samples = tmp_path / "out" / "samples.jsonl"
+    records = read_records(samples)
     bad = list(records)[1]
 
     def refuses(texts, golds, verifier):
@@ -232,14 +248,14 @@ def test_a_gold_that_no_grader_can_read_is_named_by_row_once(finished, tmp_path,
 
     monkeypatch.setattr(evaluation, "grade", refuses)
     records[bad]["gold"] = "1/2/"
-    evaluation.write_records(tmp_path / "out", records, records)
+    write_records(samples, list(records.values()))
     evaluation.main(evaluation.Args(out=str(tmp_path / "out"), regrade=True, verifier=("full",)))
     where = records[bad]["row"]
     assert where.endswith("problems.jsonl, row 1")
     assert json.loads((tmp_path / "out" / "results.json").read_text())["short"]["unreadable_golds"] == [where]
     text = (tmp_path / "out" / "results.md").read_text()
     assert text.count(where) == 1 and "cannot read the gold answers of 1 questions" in text
-    told = [a["verdicts"]["full"] for a in evaluation.read_records(tmp_path / "out")[bad]["answers"]]
+    told = [a["verdicts"]["full"] for a in read_records(samples)[bad]["answers"]]
     assert told == [[0.0, "unparsable", "gold unreadable: 1/2/"]] * 3
 
 
@@ -276,20 +292,22 @@ def test_difficulty_is_that_of_another_run(finished, data, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     buckets = results["short"]["by_difficulty"]
     assert sum(b["questions"] for b in buckets.values()) == results["short"]["questions"] == 3
-    assert results["short"]["answers"] == 3 and "## By difficulty" in (tmp_path / "results.md").read_text()
+    assert results["short"]["answers"] == 3 and "| by_difficulty" in (tmp_path / "results.md").read_text()
 
 
 def test_comparing_uses_the_questions_that_all_runs_have(finished, data, tmp_path, capsys):
     evaluation.main(args(data, tmp_path / "greedy", temperature=0, limit=4))
     out = tmp_path / "out"
     runs = (str(finished), str(tmp_path / "greedy"))
-    evaluation.main(evaluation.Args(compare=runs, out=str(out), verifier=("boxed",)))
+    compare.main(compare.Args(runs, out=str(out), verifier="boxed"))
     assert "4 questions were not asked in all runs" in capsys.readouterr().out
     text = (out / "comparison.md").read_text()
     assert "| average" in text and "| temperature" in text and (out / "comparison.png").exists()
     assert (out / "comparison.csv").read_text().count("\n") == 1 + 3 * 2
     with pytest.raises(InputError, match="without a verdict of full"):
-        evaluation.main(evaluation.Args(compare=(str(finished),) * 2, out=str(out), verifier=("full",)))
+        compare.main(compare.Args((str(finished),) * 2, out=str(out), verifier="full"))
+    with pytest.raises(InputError, match="two or more"):
+        compare.main(compare.Args(runs[:1], out=str(out)))
 
 
 def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsys):
@@ -302,10 +320,12 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(sampler_tokens=-1), "--sampler_tokens must be positive, or 0"),
-        (dict(n=0), "--n must be positive"), (dict(top_p=0), "--top_p 0"), (dict(temperature=-1), "--temperature -1"),
+        (dict(sampler_tokens=-1), "--sampler_tokens must be 0 or more"),
+        (dict(n=0), "--n must be positive"), (dict(top_p=0), "--top_p must be positive"),
+        (dict(top_p=2), "--top_p must be between 0 and 1"),
+        (dict(temperature=-1), "--temperature must be 0 or more"),
         (dict(max_tokens=5000), "--max_tokens .* or less fits"), (dict(stop_tokens=("<|im_end|>",)), "--stop_tokens"),
-        (dict(buckets="nowhere"), "nowhere: no evaluation there"), (dict(compare=("one",)), "two or more"),
+        (dict(buckets="nowhere"), "nowhere: no evaluation there"),
         (dict(template="no-such"), "--template no-such"),
         (dict(template="qwen", chat_template_args=("a=1",)), "--chat_template_args are for --template own, not qwen"),
         (dict(rollout="nobody"), "--rollout nobody"),

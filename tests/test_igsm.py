@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igsm import check_solution, generate, problems, retell, solve, tokenizer
+from common.rows import IGSM
+from igsm import check_solution, corrupt, generate, problems, retell, solve, tokenizer
 from igsm.__main__ import main
 from igsm.graph import Node
 from igsm.solver import canonical, evaluate, parse_expression
@@ -714,3 +715,12 @@ def test_the_benchmark_counts_problems_and_behaviors():
     assert 0 < told["reflections"] < 3 and 0 < told["flat_analyses"] < told["analyses"] < told["lines"]
     text = tables({"problems": {"4-8": counted}, "behaviors": {"10-15": told}})
     assert "| 4-8 | 40 of 40 | 40 40 40 |" in text and "| accepted | 100 % |" in text
+
+
+def test_a_corrupted_solution_has_the_right_form_and_a_wrong_answer():
+    for problem in generate(200, ops=(1, 6), **IGSM):
+        wrong = corrupt(problem.solution, random.Random(problem.index), 23)
+        check = check_solution(problem.question, wrong, modulus=23)
+        assert not check.correct and not check.answer_correct
+        changed = [a != b for a, b in zip(wrong.split("\n"), problem.solution.split("\n"), strict=True)]
+        assert sum(changed) == 2 and changed[-1]

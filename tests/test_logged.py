@@ -11,9 +11,7 @@ import luffy
 import oreo
 import redi
 from common.data import InputError
-from common.rollout import Completion
-from common.rows import Example, Trace, report_golds
-from common.search import Candidate
+from common.rows import Example, report_golds
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
 from tests import oreo_ranks
@@ -42,8 +40,6 @@ def test_what_is_logged_of_rows():
     teacher = luffy.Row([1], [1], 1, True, reward=1.0, status="ok")  # does not make its question a solved one
     log = luffy.describe([*own, teacher])
     assert (log["group/solve_all"], log["group/solve_none"], log["reward/own"]) == (0.25, 0.5, 2 / 6)
-    log = bridge.describe([bridge.Row([1], [1], group, reward=reward, status="ok") for group, reward in told])
-    assert (log["group/solve_all"], log["group/solve_none"]) == (0.25, 0.5)
 
 
 def test_what_is_logged_of_values():
@@ -68,39 +64,27 @@ def test_what_is_logged_of_pairs():
 def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkeypatch):
     drawn = igsm.problems(40, ops=(2, 3), style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False)
     first, second = [p for p in drawn if p.answer][:2]
-    corrupted = redi.corrupt(first.solution, random.Random(0), 23)
+    corrupted = igsm.corrupt(first.solution, random.Random(0), 23)
     wrong_step = corrupted.rpartition("\n")[0] + "\n" + first.solution.rpartition("\n")[2]  # a right box after it
     tokenizer, said = Says(first.solution, "no", wrong_step, second.solution), {0.0: 0, 0.6: 2}
     examples = [Example([1], None, str(p.answer), "t", i, "") for i, p in enumerate((first, second))]
+    questions = [{"prompt": [{"content": problem.question}]} for problem in (first, second)]
     monkeypatch.setattr(bridge, "load_tokenizer", lambda *_: tokenizer)
     monkeypatch.setattr(bridge, "load_policy", lambda *_: None)
-    monkeypatch.setattr(bridge, "start_sampler", lambda *_: Asked())
-    monkeypatch.setattr(bridge, "read_examples", lambda *_: (examples, [first.question, second.question], {}))
+    monkeypatch.setattr(bridge, "open_sampler", lambda *_: Asked())
+    monkeypatch.setattr(bridge, "read_set", lambda *_, **options: (examples, {}))
+    monkeypatch.setattr(bridge, "load_rows", lambda *_: questions)
 
-    def sample(sampler, batch, mine, n, seed, args, world):
-        return [bridge.Row([1], [said[args.temperature] + g, 1], g) for g in mine]
+    def sample_rows(sampler, batch, mine, counts, args, world, *, seed, grader):
+        rows = [bridge.Row([1], [said[args.temperature] + g, 1], g, example=batch[g]) for g in mine]
+        grader.add(rows)
+        return rows
 
-    monkeypatch.setattr(bridge, "sample", sample)
+    monkeypatch.setattr(bridge, "sample_rows", sample_rows)
     args = bridge.Args(eval_temperature=0.6, modulus=23, verifier="boxed", format_reward=0.05)
     found = bridge.test_model("m", args, ONE_RANK)["test_id"]
     assert (found["greedy"], found["accuracy"], found["chain"]) == (0.5, 1.0, 0.5)
     assert (found["accuracy_other"], found["accuracy_zero"]) == (1.0, None)
-
-
-def test_a_searchs_accuracy_is_that_of_the_answers_of_the_highest_value(tmp_path, monkeypatch):
-    def found(policy, value, tokenizer, examples, args, world):
-        def ids(answer):
-            return tokenizer(f"\\boxed{{{answer}}}", add_special_tokens=False)["input_ids"]
-
-        pools = [[Candidate(ids(e.gold), True, 0.9), Candidate(ids("99"), True, 0.1)] for e in examples]
-        return [*pools[:-1], []]
-
-    model = "models/tiny"
-    monkeypatch.setattr(oreo, "find_answers", found)
-    monkeypatch.setattr(oreo, "load_value", lambda *_: None)
-    words = ["--stage", "search", "--value", model, "--verifier", "boxed", "--out", tmp_path]
-    result = oreo.search(oreo_ranks.settings(model, *words))
-    assert (result["eval/mean"], result["no_answer"], result["questions"]) == (0.75, 1, 4)
 
 
 def test_answers_that_were_not_graded_in_time_are_graded_again():
@@ -141,29 +125,3 @@ def test_rejection_trains_on_right_answers_alone(tmp_path):
     args = oreo_ranks.settings("models/tiny", "--stage", "rejection", "--rows", tmp_path / "rows.jsonl")
     units, _ = oreo.training_units(load_tokenizer("models/tiny"), args, False)
     assert [row.reward for unit in units for row in unit] == [1.0]
-
-
-def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(tmp_path, monkeypatch):
-    tokenizer = load_tokenizer("models/tiny")
-    texts = tokenizer(["a=1", "a=2", "a=3"], add_special_tokens=False)["input_ids"]
-    answers = [[*ids, tokenizer.eos_token_id] for ids in texts]
-
-    class Three(Asked):
-        def generate(self, prompts, **_):
-            return [[Completion(ids, [0.0] * len(ids), "stop") for ids in answers] for _ in prompts]
-
-    monkeypatch.setattr(redi, "open_sampler", lambda *_: Three())
-    monkeypatch.setattr(redi, "load_policy", lambda *_: None)
-    turns = [{"role": "user", "content": "a=1\na?"}]
-    problems = [redi.Problem(turns, Trace("x"), None, "9", ""), redi.Problem(turns, None, Trace("y", 0.0), "9", "")]
-    redi.add_own_answers(problems, tokenizer, redi.Args(out=str(tmp_path), verifier="boxed", own_answers=3), ONE_RANK)
-    assert problems[0].rejected == Trace("a=1", 0.0, answers[0]) and problems[0].chosen == Trace("x")
-    assert problems[1].rejected == Trace("y", 0.0) and problems[1].chosen is None
-
-
-def test_other_sources_can_be_left_out():
-    verdicts = {"llama_verification": [True, False], "math_verify_reparsed_answer": [True, False]}
-    row = {"problem_is_valid": "Yes", "source": "olympiads", "problem": "p", "answer": "4", "generations": ["x", "y"],
-           "correctness": verdicts}  # fmt: skip
-    assert redi.read_problem(row, "row 0", redi.Args(drop_sources=("olympiads",))) == "source left out"
-    assert redi.read_problem(row | {"source": "cn_k12"}, "row 0", redi.Args(drop_sources=())).gold == "4"

@@ -1,4 +1,4 @@
-"""oreo_agents.py: the protocol, episodes as rows, choosing by value; and the real games where they are installed."""
+"""tools/agents.py: the protocol, episodes as rows, choosing by value; and the real games where they are installed."""
 
 import copy
 import hashlib
@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import oreo
-import oreo_agents
 from common.data import InputError
 from common.rollout import Completion
+from common.rows import conversation_ids
 from common.trainer import ValueModel, load_policy
-from oreo_agents import (
+from tests.conftest import NANO
+from tools import agents
+from tools.agents import (
     Args,
     Episode,
     RenamedGame,
@@ -24,7 +26,6 @@ from oreo_agents import (
     replace_words,
     word_tokenizer,
 )
-from tests.conftest import NANO
 
 
 class Door:
@@ -65,7 +66,7 @@ def ids(text):
 
 @pytest.fixture
 def games(monkeypatch):
-    monkeypatch.setattr(oreo_agents, "find_games", lambda source: [(f"door-{i}", "", Door) for i in range(3)])
+    monkeypatch.setattr(agents, "find_games", lambda source: [(f"door-{i}", "", Door) for i in range(3)])
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def scripted(monkeypatch, answer):
         def close(self):
             pass
 
-    monkeypatch.setattr(oreo_agents, "make_sampler", lambda *args, **options: Sampler())
+    monkeypatch.setattr(agents, "make_sampler", lambda *args, **options: Sampler())
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_an_episode_is_a_row_of_the_ids_that_were_drawn_with_the_answers_as_acti
     assert spans[0] == "Thought: I wait\nAction: open door<|eos|>Action: go out<|eos|>"
     assert spans[1] == "<|user|>Observation: The door is open.<|assistant|>"
     # the same as the conversation's text gives, its "OK" being context
-    prompt, response, actions = oreo.conversation_ids(row["conversations"], TOKENIZER, skip_turns=1)
+    prompt, response, actions = conversation_ids(row["conversations"], TOKENIZER, skip_turns=1)
     assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
 
 
@@ -223,23 +224,24 @@ def test_other_names_are_of_the_same_kind_and_share_no_word():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(games="no/such/folder"), "no games there; --stage make generates some"),
-        (dict(games="alfworld:test"), "expected alfworld: and one of train, eval_in_distribution"),
-        (dict(games="alfworld:train"), "no games there; pip install alfworld, then alfworld-download"),
+        (dict(games="no/such/folder"), "no games there; --stage make generates"),
+        (dict(games="alfworld:test"), "expected one of alfworld:train, alfworld:eval_in_distribution"),
+        (dict(games="alfworld:train"), "no games there; .*pip install alfworld, then alfworld-download"),
         (dict(model=""), "--stage evaluate needs --model"),
         (dict(candidates=0), "--candidates must be positive"),
-        (dict(names=9), "--names 9: 0 to 8, for TextWorld games"),
-        (dict(names=2, games="alfworld:train"), "--names 2: 0 to 8, for TextWorld games"),
-        (dict(renamed=2), "--renamed 2: a number of times, for --stage expert of TextWorld games"),
-        (dict(stage="collect", temperature=0.0), "answers that shall differ need a positive one"),
+        (dict(names=9), "--names must be 0 to 8, not 9"),
+        (dict(names=2, games="alfworld:train"), "--names 2 is for TextWorld games"),
+        (dict(renamed=2), "--renamed 2 is for --stage expert with --names"),
+        (dict(renamed=2, stage="expert"), "--renamed 2 is for --stage expert with --names"),
+        (dict(stage="collect", temperature=0.0), "answers that must differ need a positive one"),
     ],
 )
 def test_bad_settings_get_one_message(changes, message, agent, tmp_path, monkeypatch, world):
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
-    monkeypatch.setattr(oreo_agents, "load_tokenizer", lambda path: TOKENIZER)
-    monkeypatch.setattr(oreo_agents, "load_policy", lambda path, world, **options: agent)
+    monkeypatch.setattr(agents, "load_tokenizer", lambda path: TOKENIZER)
+    monkeypatch.setattr(agents, "load_policy", lambda path, world, **options: agent)
     with pytest.raises(InputError, match=message):
-        oreo_agents.main(Args(**{"model": "m", "out": str(tmp_path / "out")} | changes))
+        agents.main(Args(**{"model": "m", "out": str(tmp_path / "out")} | changes))
 
 
 # ----------------------------------------------------------------------------------------- the real games
@@ -248,23 +250,24 @@ def test_bad_settings_get_one_message(changes, message, agent, tmp_path, monkeyp
 def test_a_generated_textworld_game_is_won_by_its_walkthrough_and_seeds_differ(tmp_path, world):
     pytest.importorskip("textworld", reason="needs requirements-agents.txt")
     args = Args(stage="make", games=str(tmp_path / "games"), count=2, out=str(tmp_path / "out"), model="scratch")
-    oreo_agents.main(args)
-    games = oreo_agents.find_games(args.games)
+    agents.main(args)
+    games = agents.find_games(args.games)
     first = [kind(path).reset() for _, path, kind in games]
     assert len(games) == 2 and first[0] != first[1]
     assert all("$" not in text and "\n\n" not in text for text in first)  # no banner
-    args.stage, args.renamed = "expert", 3
-    result = oreo_agents.main(args)
+    args.stage, args.names, args.renamed = "expert", 4, 3
+    result = agents.main(args)
     assert result["success"] == 1 and result["turns"] == 2 and result["episodes"] == 8
+    args.names, args.renamed = 0, 0
+    assert agents.main(args)["success"] == 1
     args.names = 4
-    assert oreo_agents.main(args)["success"] == 1
-    things = oreo_agents.open_game(*games[0], args).things
-    assert things and all(name in oreo_agents.NAMES[kind][:4] for name, kind in things.items())
-    assert things == oreo_agents.open_game(*games[0], args).things  # the same in every run
-    args.stage, args.renamed, args.max_turns, args.max_turn_tokens = "collect", 0, 2, 12
+    things = agents.open_game(*games[0], args).things
+    assert things and all(name in agents.NAMES[kind][:4] for name, kind in things.items())
+    assert things == agents.open_game(*games[0], args).things  # the same in every run
+    args.stage, args.max_turns, args.max_turn_tokens = "collect", 2, 12
     args.model = str(tmp_path / "out" / "model")
     args.out, args.repeat = str(tmp_path / "played"), 2
-    result = oreo_agents.main(args)
+    result = agents.main(args)
     assert result["episodes"] == 4 and result["success"] == 0  # random weights
 
 
@@ -293,7 +296,7 @@ def test_alfworlds_own_engine_plays_a_game_in_the_layout_of_its_data(tmp_path, m
         folder.mkdir(parents=True)
         (folder / "game.tw-pddl").write_text(json.dumps(game | {"solvable": solvable}))
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
-    [(name, path, kind)] = oreo_agents.find_games("alfworld:eval_out_of_distribution")
+    [(name, path, kind)] = agents.find_games("alfworld:eval_out_of_distribution")
     assert "pick-Mug" in name
     a, b = kind(path), kind(path)
     first = a.reset()
@@ -314,10 +317,10 @@ MINICPM = (
 
 @pytest.mark.parametrize("end", ["<|eos|>", " <|eos|>", "<|user|>"])
 def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_answer_too(end):
-    assert oreo_agents.turn_end(TOKENIZER) == (True, [TOKENIZER.eos_token_id])
+    assert agents.turn_end(TOKENIZER) == (True, [TOKENIZER.eos_token_id])
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = MINICPM
-    assert oreo_agents.turn_end(tokenizer) == (False, ids("<|eos|><|user|>"))
+    assert agents.turn_end(tokenizer) == (False, ids("<|eos|><|user|>"))
     episode = Episode("door", 0, Door(""), tokenizer)
     for answer in ("Action: open door", "Action: go out"):
         episode.say(ids(answer + end))
@@ -327,13 +330,12 @@ def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_an
     assert TOKENIZER.decode(row["prompt_ids"]) == shown
     said = "Action: open door", "<|user|>Observation: The door is open.<|assistant|>", "Action: go out"
     assert TOKENIZER.decode(row["response_ids"]) == "".join(said)
-    prompt, response, actions = oreo.conversation_ids(row["conversations"], tokenizer, skip_turns=1)
+    prompt, response, actions = conversation_ids(row["conversations"], tokenizer, skip_turns=1)
     assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
 
 
 def test_the_published_rules_are_alfworlds_and_word_for_word():
-    text = oreo_agents.PUBLISHED
+    text = agents.ALFWORLD
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "1315010838ff752b"
     assert "2. task {obj} from {recep}\n" in text and ':"Thought: your thoughts.\\nAction: ' in text
-    with pytest.raises(InputError, match="--rules published are ALFWorld's"):
-        oreo_agents.main(Args(stage="collect", model="x", rules="published"))
+    assert agents.AlfworldGame.rules == text

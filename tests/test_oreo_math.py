@@ -11,7 +11,8 @@ import torch
 import oreo
 from common.data import InputError
 from common.logprobs import linear_kl, logprobs_from_logits
-from common.search import Candidate, beam_search, select_beam, step_ids
+from common.rows import conversation_ids
+from common.search import Candidate, beam_search, select_beam, step_ids, step_starts
 from common.trainer import World, learning_rate, make_optimizer, optimizer_step
 from common.verifiers import grade
 from oreo import Args, Row, accumulate_gradient, oreo_losses, oreo_row_losses
@@ -327,7 +328,7 @@ def test_a_turns_eos_is_an_action_and_what_the_template_puts_behind_it_is_not():
 
     said = (("user", "q"), ("assistant", "a"), ("user", "o"), ("assistant", "b"))
     messages = [{"role": role, "content": content} for role, content in said]
-    prompt, response, actions = oreo.conversation_ids(messages, Chat(), 0)
+    prompt, response, actions = conversation_ids(messages, Chat(), 0)
     assert "".join(Chat().batch_decode([[i] for i in prompt])) == "<U>q<E>\n<A>"
     assert "".join(Chat().batch_decode([[i] for i in response])) == "a<E>\n<U>o<E>\n<A>b<E>"
     assert actions == [True] * 2 + [False] * 6 + [True] * 2
@@ -340,7 +341,7 @@ def test_a_template_that_rewrites_the_history_is_refused():
 
     messages = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
     with pytest.raises(InputError, match="keeps the history"):
-        oreo.conversation_ids(messages, Forgets(), 0)
+        conversation_ids(messages, Forgets(), 0)
 
 
 def test_a_token_that_holds_a_delimiter_ends_a_step():
@@ -355,7 +356,7 @@ def test_a_token_that_holds_a_delimiter_ends_a_step():
 
     ends = step_ids(Tokens(), ("\n",))
     assert ends == {1, 2, 4}
-    assert oreo.step_starts([0, 2, 3, 1, 1, 0], ends) == [True, False, True, False, True, True]
+    assert step_starts([0, 2, 3, 1, 1, 0], ends) == [True, False, True, False, True, True]
 
 
 # --------------------------------------------------------------------------- comparisons, selection, search
@@ -369,7 +370,7 @@ def test_the_default_verifier_reads_the_answers_that_the_published_extraction_re
 
 
 def test_dpo_is_the_logistic_loss_of_the_margin():
-    loss = oreo.dpo_loss(f64([-1.0, -3]), f64([-2.0, -1]), f64([-1.5, -3]), f64([-1.0, -1]), beta=0.1)
+    loss = oreo.dpo_loss(f64([-1.0 + 1.5, 0]), f64([-2.0 + 1.0, 0]), beta=0.1)
     assert_equal(loss, [math.log1p(math.exp(-0.15)), math.log(2)])
 
 

@@ -14,13 +14,13 @@ from tokenizers.processors import TemplateProcessing
 import eval as evaluation
 import igsm
 import oreo
-import oreo_agents
 from common.data import InputError, pack
-from common.rows import IGSM, read_row
+from common.rows import IGSM, conversation_ids, read_row, trace_ids
 from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args, read_metrics
 from tests import oreo_ranks
 from tests.conftest import NANO, run_script
-from tests.oreo_ranks import SMALL, settings
+from tests.oreo_ranks import SMALL, search, settings
+from tools import agents
 
 
 @pytest.fixture(scope="session")
@@ -127,25 +127,25 @@ def test_two_ranks_collect_train_and_search_as_one_does(two_ranks, nano, tmp_pat
         models = [load_policy(str(folder / name), world, kind=kind) for folder in (one, two)]
         for a, b in zip(*(model.parameters() for model in models), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
-    found = [(folder / "search-beam-2.jsonl").read_text().splitlines() for folder in (one, two)]
-    assert [json.loads(x)["response"] for x in found[0]] == [json.loads(x)["response"] for x in found[1]]
+    found = [json.loads((folder / "found.json").read_text()) for folder in (one, two)]
+    assert found[0] == found[1] and all(found[0])
 
 
 def test_a_collection_that_was_cut_short_goes_on_and_is_the_same(nano, tmp_path):
     words = ("--stage", "collect", "--batch_size", "4", "--out")
     oreo.main(settings(nano, *words, tmp_path / "whole"))
     whole = (tmp_path / "whole" / "rows.jsonl").read_text()
-    rows = [json.loads(line) for line in whole.splitlines()]
-    assert len(rows) == 48 and {row["step"] for row in rows} == {1, 2, 3}
-    about = json.loads((tmp_path / "whole" / "collect.json").read_text())
-    assert about["rows"] == 48 and about["right"] == sum(row["reward"] for row in rows)
+    answers = (tmp_path / "whole" / "answers.jsonl").read_text()
+    assert len(whole.splitlines()) == 48 and len(answers.splitlines()) == 12
 
     cut = tmp_path / "cut"
     cut.mkdir()
-    (cut / "collect.json").write_text(json.dumps({"settings": about["settings"]}))
-    (cut / "rows.partial.jsonl").write_text("".join(line + "\n" for line in whole.split("\n")[:27]) + '{"step": 2, "qu')
+    shutil.copy(tmp_path / "whole" / "answers.json", cut)
+    lines = answers.splitlines(keepends=True)
+    (cut / "answers.part-0.jsonl").write_text("".join(lines[:4]) + lines[4][:30])  # the second batch was cut short
     oreo.main(settings(nano, *words, cut))
-    assert (cut / "rows.jsonl").read_text() == whole and not (cut / "rows.partial.jsonl").exists()
+    assert (cut / "rows.jsonl").read_text() == whole and (cut / "answers.jsonl").read_text() == answers
+    assert not list(cut.glob("*part*"))
     with pytest.raises(InputError, match="--samples 4 there, 5 here"):
         oreo.main(settings(nano, *words, cut, "--samples", "5"))
 
@@ -210,15 +210,11 @@ def test_lora_without_its_package_says_how_to_get_it(nano, rows, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", ["greedy", "best_of_n", "best_of_k", "beam"])
-def test_search_answers_every_question(kind, nano, nano_value, tmp_path):
-    words = ["--stage", "search", "--search", kind, "--width", "3", "--max_steps", "60", "--out", tmp_path / "run"]
-    oreo.main(settings(nano, *words, *([] if kind == "greedy" else ["--value", nano_value])))
-    name = "greedy" if kind == "greedy" else f"{kind}-3"
-    result = json.loads((tmp_path / "run" / f"search-{name}.json").read_text())
-    assert result["questions"] == 4 and result["no_answer"] == 0 and 0 <= result["eval/mean"] <= 1
-    rows = [json.loads(line) for line in (tmp_path / "run" / f"search-{name}.jsonl").read_text().splitlines()]
-    assert len(rows) == 4
-    assert all(len(row["values"]) == (3 if kind == "best_of_n" else 1) or kind == "beam" for row in rows)
+def test_search_answers_every_question(kind, nano, nano_value, world):
+    value = None if kind == "greedy" else load_policy(nano_value, world, kind=ValueModel)
+    examples, found = search(kind, 3, nano, value)
+    assert len(examples) == len(found) == 4
+    assert all(len(answers) == (3 if kind == "best_of_n" else 1) or (kind == "beam" and answers) for answers in found)
 
 
 class Likes(torch.nn.Module):
@@ -235,16 +231,12 @@ class Likes(torch.nn.Module):
         return (counts[batch.predictors] - before).float()
 
 
-def test_search_takes_the_answer_of_the_highest_value_and_wider_is_higher(nano, tmp_path, world):
-    tokenizer = load_tokenizer(nano)
-    args = settings(nano, "--stage", "search", "--value", nano, "--out", tmp_path, "--max_steps", "60")
-    examples, policy = oreo.held_out_examples(tokenizer, args), load_policy(nano, world)
-    likes = tokenizer("=", add_special_tokens=False)["input_ids"][0]
+def test_search_takes_the_answer_of_the_highest_value_and_wider_is_higher(nano):
+    likes = load_tokenizer(nano)("=", add_special_tokens=False)["input_ids"][0]
     heights = {}
     for kind, width in (("greedy", 1), ("best_of_n", 8), ("beam", 1), ("beam", 3), ("beam", 5), ("best_of_k", 5)):
-        searching = dataclasses.replace(args, search=kind, width=width)
         value = None if kind == "greedy" else Likes(likes)
-        found = oreo.find_answers(policy, value, tokenizer, examples, searching, world)
+        examples, found = search(kind, width, nano, value)
         best = [max(answers, key=lambda c: c.value) for answers in found]
         if value is not None:  # eos is not read, and the prompt's are counted
             for e, c in zip(examples, best, strict=True):
@@ -270,18 +262,17 @@ def write(path, rows):
         (["--eval_data", "igsm:lots"], "igsm:LO-HI"),
         (["--model", "no/such/model"], "--model no/such/model"),
         (["--model", "runs/no-such/model"], "--model runs/no-such/model: not there; --stage sft makes it"),
-        (["--batch_size", "400"], "24 to train on are fewer than --batch_size 400"),
+        (["--batch_size", "400"], "24 rows are fewer than --batch_size 400"),
         (["--max_prompt_tokens", "3"], "no row is left of 24 .24 prompts over"),
         (["--max_response_tokens", "3"], "no row is left of 24 .*24 responses over"),
         (["--eval_data", "igsm:5-8", "--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
-        (["--steps", "-1"], "--steps must be positive"),
+        (["--steps", "-1"], "--steps must be 0 or more"),
         (["--beta", "0"], "--beta must be positive"),
-        (["--temperature", "0"], "--temperature 0.0: answers that shall differ"),
+        (["--temperature", "0"], "--temperature must be positive"),
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--stage", "iterate"], "--rounds collects rows of its own"),
-        (["--stage", "search"], "--search beam needs --value"),
         (["--value", "no/such/value"], "--value no/such/value: cannot be loaded"),
-        (["--balance", "-1"], "--balance must be positive, or 0"),
+        (["--balance", "-1"], "--balance must be 0 or more"),
         (["--stage", "sft"], "--stage sft trains on the solutions of --data"),
         (["--rounds", "2", "--reference", "some/model"], "--reference some/model is not used with --round_reference"),
     ],
@@ -344,15 +335,12 @@ def test_a_value_checkpoint_that_does_not_fit_is_refused(nano, rows, tmp_path, w
 
 
 def test_a_folder_without_a_trained_head_searches_nothing_and_says_so(nano, rows, tmp_path, world):
-    words = ["--stage", "search", "--value", nano, "--out", tmp_path / "search"]
-    with pytest.raises(InputError, match="--value .*no trained value head there: .*Qwen2ForCausalLM"):
-        oreo.main(settings(nano, *words))
     data = write(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **IGSM, ops=(1, 2))])
-    with pytest.raises(InputError, match="no trained value head"):
+    with pytest.raises(InputError, match="--value .*no trained value head there: .*Qwen2ForCausalLM"):
         ask = dict(data=(data,), out=str(tmp_path / "eval"), max_tokens=40, verifier=("boxed",))
         evaluation.main(evaluation.Args(model=nano, value=nano, search="beam", **ask))
     with pytest.raises(InputError, match="no trained value head"):
-        oreo_agents.main(oreo_agents.Args(model=nano, value=nano, games=str(tmp_path)))
+        agents.main(agents.Args(model=nano, value=nano, games=str(tmp_path)))
     words = ["--rows", rows, "--steps", "1", "--value", nano, "--out", tmp_path / "run"]
     oreo.main(settings(nano, *words))  # it trains one
 
@@ -403,22 +391,21 @@ def test_gsm8k_and_math_are_asked_and_answered_as_published(nano, words, tmp_pat
 def test_rows_of_text_and_conversations_begin_with_the_tokenizers_bos(nano, tmp_path):
     tokenizer = load_tokenizer(nano)
 
-
     def ids_of(row):
         item = read_row(row, "x")
-        return oreo.row_ids(item, item.traces[0], tokenizer, settings(nano))
+        return trace_ids(item, item.traces[0], tokenizer, 0)
 
     plain = ids_of(GOOD)
     turns = [{"role": "user", "content": "a=1"}, {"role": "assistant", "content": "a=1"}]
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    talk = oreo.conversation_ids(turns, tokenizer, 0)
+    talk = conversation_ids(turns, tokenizer, 0)
     tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", bos)])
     prompt, response, _ = ids_of(GOOD)
     assert prompt == [bos, *plain[0]] and response == plain[1]
     assert ids_of(GOOD | {"prompt": "<|bos|>a=1\na?"})[0] == prompt  # not twice
-    assert oreo.conversation_ids(turns, tokenizer, 0) == ([bos, *talk[0]], *talk[1:])
+    assert conversation_ids(turns, tokenizer, 0) == ([bos, *talk[0]], *talk[1:])
 
 
 def test_prompt_and_response_have_one_limit_together(nano, rows, tmp_path):

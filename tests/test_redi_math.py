@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import random
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import igsm
-import redi
 from common.data import InputError
-from common.rows import Trace
 from common.trainer import World
 from redi import Args, Pair, accumulate_gradient, collapsed_at, dpo_loss, make_pairs, redi_loss, simpo_loss
 from tests.conftest import NANO
@@ -50,13 +47,10 @@ def losses_and_gradients(case, loss):
             assert_equal(torch.zeros_like(row) if row.grad is None else row.grad, expected)
 
 
-@pytest.mark.parametrize("name", ["redi_a0.8", "redi_a0.0_sft_only", "redi_negw_gamma1"])
+@pytest.mark.parametrize("name", ["redi_a0.8", "redi_a0.0_sft_only"])
 def test_redi_losses_and_gradients_are_the_published_ones(name):
     flags = CASES[name]["flags"]
-    losses_and_gradients(
-        CASES[name],
-        lambda *sums: redi_loss(*sums, alpha=flags["rc"], chosen_coef=flags["cc"], rejected_gamma=flags.get("gamma")),
-    )
+    losses_and_gradients(CASES[name], lambda *sums: redi_loss(*sums, alpha=flags["rc"], chosen_coef=flags["cc"]))
 
 
 def test_dpo_losses_and_gradients_are_the_published_ones():
@@ -305,7 +299,7 @@ def test_traces_come_as_text_turns_conversations_labels_or_in_luffys_columns(tok
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([pair_row(rejected="a=5")], "row 0: the right and the wrong trace are equal; .*--bad_rows drop"),
+        ([pair_row(rejected="a=5")], "row 0: the correct and the incorrect trace are equal; .*--bad_rows drop"),
         ([pair_row(), pair_row(chosen=" ")], "row 1: a trace is empty"),
         ([pair_row(chosen="<think>\n")], "row 0: a trace is empty"),
         ([pair_row(chosen="a=1+1+1+1+1+1")], "no row is left of 1 .*1 traces over"),
@@ -329,77 +323,3 @@ def test_bad_rows_drop_leaves_them_out_and_counts_them(tokenizer):
     rows = [pair_row(), pair_row(rejected="a=5"), pair_row(chosen="")]
     pairs, count = make_pairs(rows, tokenizer, args_of(bad_rows="drop"), source="rows")
     assert [p.index for p in pairs] == [0] and (count["traces_equal"], count["trace_empty"]) == (1, 1)
-
-
-# ---------------------------------------------------------------------------------------------- stage data
-
-
-def test_openr1_selection_keeps_the_published_rows():
-    expected = VECTORS["data_selection"]["outputs"]
-    chosen = {r["original_index"]: redi.choose_openr1(r) for r in VECTORS["data_selection"]["inputs"]}
-    kept = {i: c for i, c in chosen.items() if not isinstance(c, str)}
-    assert [[i, right] for i, (right, _) in kept.items() if right is not None] == expected["sft_LandMV"]
-    assert [[i, *both] for i, both in kept.items() if None not in both] == expected["pairs"]
-    reasons = [c for c in chosen.values() if isinstance(c, str)]
-    counters = expected["counters"]
-    assert reasons.count("problem not valid") == counters["filtered_invalid_count"]
-    assert reasons.count("source left out") == counters["filtered_source_count"]
-    assert reasons.count("no problem") == counters["no_problem_count"]
-    assert reasons.count("no generations") == counters["no_generation_count"]
-    assert len(reasons) - sum(reasons.count(r) for r in set(reasons) if "verdict" not in r) == (
-        counters["mismatched_lengths_count"]
-    )
-    assert sum(None in both for both in kept.values()) == counters["skipped_dpo_condition_count"]
-
-
-def test_graded_traces_of_three_forms_give_the_first_right_and_the_first_wrong_one():
-    rows = [
-        {"problem_is_valid": "Yes", "source": "s", "problem": "p", "answer": "4", "generations": ["x", "y", "z"],
-         "correctness": {"llama_verification": [True, True, True],
-                         "math_verify_reparsed_answer": [False, True, True]}},
-        {"prompt": "p", "responses": ["x", "y", "z"], "rewards": [0, 1.0, 1], "answer": "4", "source": "s"},
-        {"question": "p", "ground_truth": "so\nA: 4", "m1": {"is_correct": False, "solution": "x"},
-         "m2": {"is_correct": True, "solution": "y"}, "source": "s"},
-    ]  # fmt: skip
-    for row in rows:
-        problem = redi.read_problem(row, "row 0", Args())
-        assert problem == redi.Problem([{"role": "user", "content": "p"}], Trace("y"), Trace("x", 0.0), "4", "s")
-    luffys = {"prompt": [{"role": "user", "content": "p"}], "target": "y", "reward_model": {"ground_truth": 0}}
-    assert redi.read_problem(luffys, "row 0", Args()).gold == "0"
-    gsm8k = redi.read_problem({"question": "p", "answer": "so\n#### 1,000"}, "row 0", Args())
-    assert gsm8k.gold == "1000" and gsm8k.chosen.text.startswith("<think>\nso") and gsm8k.rejected is None
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "p", "responses": ["x"], "rewards": [1, 0]}, "lists of one length"),
-        ({"prompt": "p", "responses": ["x", "y"], "rewards": [1, 0.5]}, "'rewards' must be 1 .right. or 0 .wrong."),
-        ({"prompt": "p", "responses": ["x", None], "rewards": [1, 0]}, "traces must be texts"),
-        ({"responses": ["x"], "rewards": [1]}, "'prompt' must be a text"),
-        (["x"], "expected an object"),
-    ],
-)
-def test_graded_traces_that_cannot_be_read_are_named(row, message):
-    with pytest.raises(InputError, match=f"data, row 3: .*{message}"):
-        redi.read_problem(row, "data, row 3", Args())
-
-
-def test_a_corrupted_solution_has_the_right_form_and_a_wrong_answer():
-    for problem in igsm.generate(200, ops=(1, 6), **redi.IGSM):
-        wrong = redi.corrupt(problem.solution, random.Random(problem.index), 23)
-        check = igsm.check_solution(problem.question, wrong, modulus=23)
-        assert not check.correct and not check.answer_correct
-        changed = [a != b for a, b in zip(wrong.split("\n"), problem.solution.split("\n"), strict=True)]
-        assert sum(changed) == 2 and changed[-1]
-
-
-@pytest.mark.parametrize(
-    ("right_if", "chosen"),
-    [("both", (2, 0)), ("llama", (0, 1)), ("math_verify", (1, 0)), ("either", (0, 3))],
-)
-def test_which_verifier_makes_a_trace_right(right_if, chosen):
-    row = {"problem_is_valid": "Yes", "source": "olympiads", "problem": "p", "generations": ["a", "b", "c", "d"],
-           "correctness": {"llama_verification": [True, False, True, False],
-                           "math_verify_reparsed_answer": [False, True, True, None]}}  # fmt: skip
-    assert redi.choose_openr1(row, right_if=right_if) == chosen

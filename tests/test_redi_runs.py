@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 import igsm
 import redi
+from common import trainer
 from common.data import InputError
-from common.rows import Trace
 from common.trainer import load_policy, parse_args, read_metrics
 from tests import redi_ranks
 from tests.conftest import NANO, run_script
@@ -38,8 +37,8 @@ def model(tmp_path_factory):
 @pytest.fixture
 def settings(model, tmp_path):
     def make(*words, **changes):
-        words = [*SMALL, "--model", model, "--reference_cache", str(tmp_path / "reference"), *map(str, words)]
-        args = parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.LOSSES, preset=redi.PRESETS)
+        words = [*SMALL, "--model", model, *map(str, words)]
+        args = parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
         return dataclasses.replace(args, **changes)
 
     return make
@@ -69,109 +68,51 @@ def test_every_stage_and_loss_trains_and_leaves_a_run_folder(words, settings, tm
     assert {"prompt", "chosen", "rejected", "chosen_logp", "rejected_logp", "loss"} < sample.keys()
 
 
-def test_data_then_sft_then_redi_on_a_models_own_wrong_answers(settings, tmp_path):
-    """The stages hand on files and a model, and what the sampler drew is what is trained, to the id."""
-    redi.main(settings("--stage", "sft", "--out", tmp_path / "sft"))
-    model = str(tmp_path / "sft" / "model")
-    redi.main(settings("--stage", "data", "--model", model, "--own_answers", "3", "--out", tmp_path / "data"))
-    rows = [json.loads(line) for line in (tmp_path / "data" / "pairs.jsonl").read_text().splitlines()]
-    [funnel] = [json.loads(line) for line in (tmp_path / "data" / "funnel.json").read_text().splitlines()]
-    drawn = json.loads((tmp_path / "data" / "own_answers.json").read_text())
-    assert sum(n for name, n in drawn.items() if name != "tokens") == 3 * 40 <= drawn["tokens"]
-    assert funnel["rows"] == funnel["positives.jsonl"] == 40
-    assert funnel["pairs.jsonl"] == len(rows) == 40 + sum(n for n in funnel.values() if n < 0)
-    tokenizer = igsm.tokenizer("symbolic", modulus=23)
-    args = settings("--model", model, "--data", tmp_path / "data" / "pairs.jsonl", "--out", tmp_path / "redi")
-    pairs, _ = redi.make_pairs(rows, tokenizer, args, source="pairs")
-    for pair, row in zip(pairs, rows, strict=True):
-        assert list(pair.rejected) == row["rejected_ids"] and pair.rejected[-1] == tokenizer.eos_token_id
-        assert row["rejected"].find("\\boxed{" + row["reward_model"]["ground_truth"] + "}") == -1
-    redi.main(args)
-    assert len(read_metrics(tmp_path / "redi")) == 4
-    sft = settings("--stage", "sft", "--data", tmp_path / "data" / "positives.jsonl", "--out", tmp_path / "again")
-    redi.main(sft)
-
-
-def test_what_a_model_drew_keeps_its_ids_in_both_files(settings, tmp_path, monkeypatch):
-    tokenizer = igsm.tokenizer("symbolic", modulus=23)
-    drawn = [*tokenizer("a=")["input_ids"], *tokenizer("2")["input_ids"] * 2, tokenizer.eos_token_id]
-    assert drawn[:-1] != tokenizer("a=22")["input_ids"]  # as text it would be one token less
-
-    def answer(problems, *_):
-        for problem in problems:
-            problem.chosen = problem.chosen or Trace(tokenizer.decode(drawn[:-1]), 1.0, drawn)
-
-    monkeypatch.setattr(redi, "add_own_answers", answer)
-    graded = [{"prompt": "a=22\na?", "responses": ["a=6"], "rewards": [0], "answer": "22"}]
-    data = write(tmp_path / "rows.jsonl", graded)
-    redi.main(settings("--stage", "data", "--data", data, "--out", tmp_path / "data"))
-    for stage, name in (("sft", "positives"), ("redi", "pairs")):
-        [row] = [json.loads(line) for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
-        [pair], _ = redi.make_pairs([row], tokenizer, settings("--stage", stage), source=name)
-        assert list(pair.chosen) == drawn
-
-
-def test_the_funnel_counts_every_row_once(settings, tmp_path, capsys):
-    def row(right="a=5", wrong="a=6", prompt="a=5\na?", **more):
-        return {"prompt": prompt, "responses": [wrong, right, "other"], "rewards": [0, 1, 0], **more}
-
-    rows = [row(), row(rewards=[1, 1, 1]), row(rewards=[0, 0, 0]), row(wrong="a=5"), row(wrong="+" * 70),
-            row(prompt="a=5\n" * 60), row(wrong=" ")]  # fmt: skip
-    redi.main(settings("--stage", "data", "--own_answers", 0, "--data", write(tmp_path / "rows.jsonl", rows),
-                       "--out", tmp_path / "data"))  # fmt: skip
-    printed = re.findall(r"^ *([-+]?\d+)  (.+)$", capsys.readouterr().out, re.M)
-    assert {name: int(n) for n, name in printed} == {
-        "rows": 7, "no right trace": -1, "positives.jsonl": 6, "no wrong trace": -1, "prompt too long": -1,
-        "trace too long": -1, "trace empty": -1, "traces equal": -1, "pairs.jsonl": 1,
-    }  # fmt: skip
-
-
 def test_two_ranks_log_what_one_rank_logs(settings, model, tmp_path):
     """With dpo: its reference is computed without gradients before the first update, which must leave no trace."""
-    words = ["--model", model, "--loss", "dpo", "--reference_cache"]
-    run_script("redi.py", *SMALL, *words, tmp_path / "cache-two", "--out", tmp_path / "two", ranks=2)
-    redi.main(settings(*words, tmp_path / "cache-one", "--out", tmp_path / "one"))
+    words = ["--model", model, "--loss", "dpo", "--save_every", 3, "--out"]
+    run_script("redi.py", *SMALL, *words, tmp_path / "two", ranks=2)
+    redi.main(settings(*words, tmp_path / "one"))
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for name in a:
             if not name.startswith(("seconds/", "memory/", "speed/")):
                 assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), (a["step"], name)
-    [a], [b] = ((tmp_path / f"cache-{n}").glob("*.json") for n in ("one", "two"))
-    assert a.name == b.name  # named after weights and pairs, not after ranks
-    for x, y in zip(json.loads(a.read_text()), json.loads(b.read_text()), strict=True):
+    [a], [b] = ((tmp_path / name).glob("checkpoint/*/state.json") for name in ("one", "two"))
+    references = [json.loads(path.read_text())["reference"] for path in (a, b)]
+    for x, y in zip(*references, strict=True):
         assert y == pytest.approx(x, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------- reference, alarm, context
 
 
-def test_the_reference_is_computed_once_and_anew_for_other_weights_or_other_pairs(tmp_path, world, policy):
-    args = redi.Args(loss="dpo", reference_cache=str(tmp_path), micro_batch_tokens=100)
+def test_the_reference_is_the_policy_before_the_first_update_also_after_a_resume(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
+    words = ["--loss", "dpo", "--beta", "0.1", "--eval_every", 0, "--schedule", "constant", "--out"]
+    redi.main(settings(*words, tmp_path / "whole", "--steps", 4))
+    redi.main(settings(*words, tmp_path / "run", "--save_every", 2, "--steps", 2))
+    monkeypatch.setattr(redi, "reference_logps", None)  # not needed again
+    redi.main(settings(*words, tmp_path / "run", "--save_every", 2, "--steps", 4))
+    whole, resumed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "run")
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4]
+    for name in ("loss/mean", "reward/margin"):
+        assert [row[name] for row in resumed] == [row[name] for row in whole]
+
+
+def test_the_reference_sums_the_log_probs_of_every_trace(world, policy):
+    args = redi.Args(loss="dpo", micro_batch_tokens=100)
     pairs = redi_ranks.fixed_pairs("dpo")
-    redi.set_reference(policy, pairs, args, world)
-    computed = [p.reference for p in pairs]
+    reference = redi.reference_logps(policy, pairs, args, world)
     redi.accumulate_gradient(policy, pairs, args, world)
-    assert [p.reference for p in pairs] == [
-        pytest.approx((len(p.chosen) * p.logp[0], len(p.rejected) * p.logp[1]), rel=1e-5) for p in pairs
-    ]
-    real = policy.forward
-    policy.forward = None  # not needed again
-    again = redi_ranks.fixed_pairs("dpo")
-    redi.set_reference(policy, again, args, world)
-    assert [p.reference for p in again] == computed
-    policy.forward = real
-    with torch.no_grad():
-        policy.lm.get_output_embeddings().weight[0, 0] += 1
-    redi.set_reference(policy, again, args, world)
-    redi.set_reference(policy, again[:-1], args, world)
-    assert len(list(tmp_path.iterdir())) == 3 and [p.reference for p in again] != computed
+    sums = [[len(p.chosen) * p.logp[0], len(p.rejected) * p.logp[1]] for p in pairs]
+    assert reference == [pytest.approx(pair, rel=1e-5) for pair in sums]
 
 
 def test_no_reference_is_computed_where_none_is_used(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(redi, "set_reference", None)
+    monkeypatch.setattr(redi, "reference_logps", None)
     redi.main(settings("--out", tmp_path / "run", "--steps", 1, "--eval_every", 0))
-    assert not (tmp_path / "reference").exists()
 
 
 def test_a_collapse_raises_the_alarm_once_with_its_step(settings, tmp_path, capsys):
@@ -188,8 +129,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_its_rows_are_kept(setti
     real = redi.accumulate_gradient
 
     def spoiled(policy, pairs, args, world):
-        real(policy, pairs, args, world)
+        log = real(policy, pairs, args, world)
         next(policy.parameters()).grad[0] = math.nan
+        return log
 
     monkeypatch.setattr(redi, "accumulate_gradient", spoiled)
     with pytest.raises(FloatingPointError, match="step 1: the gradient's norm is nan. The .* rows of this update are"):
@@ -215,11 +157,11 @@ def test_rope_theta_and_positions_act_in_training_and_are_saved_for_the_next_sta
 def test_a_saved_configuration_without_the_asked_for_context_is_an_error(model):
     from pathlib import Path
 
-    redi.check_context(Path(model), redi.Args())
+    trainer.check_context(Path(model), redi.Args())
     with pytest.raises(RuntimeError, match="says rope_theta 10000.0 .* not --rope_theta 300000.0"):
-        redi.check_context(Path(model), redi.Args(rope_theta=3e5))
+        trainer.check_context(Path(model), redi.Args(rope_theta=3e5))
     with pytest.raises(RuntimeError, match="max_position_embeddings 256, not .* --max_positions 512"):
-        redi.check_context(Path(model), redi.Args(max_positions=512))
+        trainer.check_context(Path(model), redi.Args(max_positions=512))
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -229,8 +171,8 @@ def test_a_saved_configuration_without_the_asked_for_context_is_an_error(model):
     ("words", "message"),
     [
         (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"),
-        (["--data", "runs/no-such.jsonl"], "--data runs/no-such.jsonl: not there; --stage data makes it"),
-        (["--model", "runs/no-such"], "--model runs/no-such: not there; --stage sft makes it"),
+        (["--data", "runs/no-such.jsonl"], "runs/no-such.jsonl: no such file or folder; `python -m tools.redi_data`"),
+        (["--model", "runs/no-such"], "runs/no-such: no such file or folder; `redi.py --stage sft`"),
         (["--data", "igsm:lots"], "igsm:LO-HI"),
         (["--batch_size", "400"], "40 rows are fewer than --batch_size 400"),
         (["--model", "no/such/model"], "--model no/such/model"),
@@ -238,11 +180,10 @@ def test_a_saved_configuration_without_the_asked_for_context_is_an_error(model):
         (["--max_prompt_tokens", "3"], "no row is left of 40 .40 prompts over"),
         (["--max_response_tokens", "3"], "no row is left of 40 .*40 traces over"),
         (["--eval_data", "igsm:5-8", "--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
-        (["--steps", "-1"], "--steps must not be negative"),
-        (["--alpha", "-1"], "--alpha must not be negative"),
+        (["--steps", "-1"], "--steps must be 0 or more"),
+        (["--alpha", "-1"], "--alpha must be 0 or more"),
         (["--beta", "0"], "--beta must be positive"),
         (["--label_smoothing", "0.5"], "--label_smoothing must be from 0"),
-        (["--own_answers", "2"], "--own_answers samples in --stage data"),
         (["--stage", "sft", "--loss", "dpo"], "--loss dpo is of --stage redi"),
         (["--max_positions", "20"], "the longest row has \\d+ tokens, .* 20 positions: raise --max_positions"),
     ],
@@ -256,12 +197,10 @@ def test_bad_settings_get_one_message_before_anything_is_written(settings, tmp_p
 def test_data_without_what_a_stage_needs_gets_one_message(settings, tmp_path):
     right = {"prompt": "a=5\na?", "response": "a=5", "label": 1}
     wrong = right | {"label": 0, "response": "a=6"}
-    graded = {"prompt": "p", "responses": ["x"], "rewards": [1]}
     for words, rows, message in [
-        ([], [right] * 4, "no row has a wrong trace"),
-        (["--stage", "sft"], [wrong] * 4, "no row is left of 4 .*4 wrong traces alone"),
+        ([], [right] * 4, "no row has an incorrect trace"),
+        (["--stage", "sft"], [wrong] * 4, "no row is left of 4 .*4 incorrect traces alone"),
         (["--loss", "dpo"], [right, wrong] * 4, "8 rows have one trace, and --loss dpo compares two"),
-        (["--stage", "data", "--own_answers", "0"], [graded], "no pair is left .*--own_answers samples"),
         ([], [], "no row is left of 0"),
     ]:
         data = write(tmp_path / "rows.jsonl", rows)
@@ -282,8 +221,8 @@ def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(tmp_path):
     result = run_script("redi.py", *SMALL, "--data", data, check=False)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
-    assert last == f"redi.py: error: {data}, row 0: the right and the wrong trace are equal; remove the row or pass " \
-                   "--bad_rows drop"  # fmt: skip
+    what = "the correct and the incorrect trace are equal; remove the row or pass --bad_rows drop"
+    assert last == f"redi.py: error: {data}, row 0: {what}"
     assert "Traceback" not in result.stderr
     result = run_script("redi.py", "--learning_rate", "1", check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -298,23 +237,5 @@ def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(tmp_path):
     ],
 )  # fmt: skip
 def test_defaults_follow_stage_loss_and_preset_and_what_is_typed_wins(words, lr, batch_size):
-    args = parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.LOSSES, preset=redi.PRESETS)
+    args = parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
     assert (args.lr, args.batch_size) == (lr, batch_size)
-
-
-def test_problems_that_share_words_with_a_benchmark_are_left_out_and_counted(settings, tmp_path, capsys):
-    def row(prompt):
-        return {"prompt": prompt, "responses": ["a=5", "a=6"], "rewards": [1, 0]}
-
-    words = [f"w{i}" for i in range(20)]
-    rows = [row(" ".join(words[:12])), row("X " + " ".join(words[3:16]).upper()), row("a=5\na?"), row("b=5\nb?")]
-    benchmark = [{"prompt": [{"role": "user", "content": " ".join(words)}]}, {"problem": "b=5\nb?"}]
-    named = write(tmp_path / "bench.jsonl", benchmark)
-    redi.main(settings("--stage", "data", "--own_answers", 0, "--data", write(tmp_path / "rows.jsonl", rows),
-                       "--decontaminate", named, "--out", tmp_path / "data"))  # fmt: skip
-    assert f"-2  shares 13 words with {named}" in capsys.readouterr().out
-    kept = [json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "data" / "pairs.jsonl").open()]
-    assert sorted(kept) == sorted([" ".join(words[:12]), "a=5\na?"])
-    with pytest.raises(InputError, match="bench.jsonl, row 0: no shape of row"):
-        broken = write(tmp_path / "bench.jsonl", [{"answer": 1}])
-        redi.main(settings("--stage", "data", "--data", tmp_path / "rows.jsonl", "--decontaminate", broken))

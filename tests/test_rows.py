@@ -15,6 +15,7 @@ from common.data import InputError
 from common.rows import check_gold, data_digest, load_rows, make_examples, read_row, set_template, trace_text
 from common.trainer import parse_args
 from tests.conftest import ROOT
+from tools import redi_data
 
 TOKENIZER = igsm.tokenizer("symbolic")
 
@@ -274,7 +275,7 @@ def test_every_script_reads_every_shape(shape, tmp_path):
         assert len({r.index for r in rows}) == len(rows) and len({r.group for r in rows}) == 1
         [pair], _ = redi.make_pairs([row], TOKENIZER, redi.Args(), source=path)
         assert (bool(pair.chosen), bool(pair.rejected)) == (bool(correct), bool(incorrect))
-        problem = redi.read_problem(row, "row 0", redi.Args())
+        problem = redi_data.read_problem(row, "row 0", redi_data.Args())
         assert (problem.chosen is not None, problem.gold) == (bool(correct), gold)
 
 

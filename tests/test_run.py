@@ -7,7 +7,9 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+import behavior_injection as bridge
 import luffy
+import redi
 import relift
 from benchmarks.scale import MODELS, activation_bytes
 from common import run, trainer
@@ -18,6 +20,7 @@ from common.trainer import layers_to_keep, load_policy, make_optimizer, parse_ar
 from common.verifiers import Verdict
 from tests.conftest import NANO
 from tests.test_luffy_math import ONE_RANK
+from tools import influence, redi_data
 
 EXAMPLES = [Example([3, 4], [5, 6, 1], "6", "s", 0, "q"), Example([3], [7, 1], "7", "s", 1, "r")]
 
@@ -25,12 +28,13 @@ EXAMPLES = [Example([3, 4], [5, 6, 1], "6", "s", 0, "q"), Example([3], [7, 1], "
 # ------------------------------------------------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize("script", [luffy, relift])
+@pytest.mark.parametrize("script", [luffy, relift, redi, redi_data, bridge, influence])
 def test_every_flag_has_a_help_text(script, capsys, monkeypatch):
     """A field that is declared again without its comment loses it."""
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
-        parse_args(script.Args, ["--help"], method=script.METHODS, preset=script.PRESETS)
+        tables = {"method": script.METHODS} if hasattr(script, "METHODS") else {}
+        parse_args(script.Args, ["--help"], **tables, preset=script.PRESETS)
     _, *parts = re.split(r"^[│ ] --(\w+)", capsys.readouterr().out, flags=re.MULTILINE)
     helps = {name: re.sub(r"[│\s]+", " ", text) for name, text in zip(parts[::2], parts[1::2], strict=True)}
     assert helps.keys() == {field.name for field in dataclasses.fields(script.Args)}
@@ -79,6 +83,26 @@ def test_a_trace_is_graded_once_and_own_answers_every_time(monkeypatch):
         grader.wait()
         assert [(row.reward, row.status) for row in rows] == [(1.0, "ok")] * 3 + [(0.0, "ok")]
     assert sorted(graded) == ["5 6", "7", "8 9", "8 9"]  # without the eos; what was cut has none
+
+
+def test_records_of_a_killed_run_are_kept_and_those_missing_are_made(tmp_path, world):
+    path, made = tmp_path / "rows.jsonl", []
+
+    def make(part):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(part)
+        return [{"id": i, "square": i * i} for i in part]
+
+    with pytest.raises(KeyboardInterrupt):
+        run.keep_records(path, [[3, 1], [4], [2]], make, world)
+    assert not path.read_text() and made == [[3, 1], [4]]
+    with open(tmp_path / "rows.part-5.jsonl", "w") as file:  # of a rank that this run does not have
+        file.write('{"id": 4, "square": 16}\n{"id": 2, "squ')
+    made.pop(0)
+    records = run.keep_records(path, [[3, 1], [4], [2]], make, world)
+    assert made == [[4], [2]] and list(records) == [3, 1, 4, 2] and records == run.read_records(path)
+    assert records[4] == {"id": 4, "square": 16} and list(tmp_path.iterdir()) == [path]
 
 
 def test_values_of_rows_become_values_of_tokens():

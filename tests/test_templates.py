@@ -38,7 +38,7 @@ def saved_prompt(folder):
     [
         (luffy, ["--method", "sft"], dict(method="METHODS", preset="PRESETS")),
         (relift, ["--method", "sft"], dict(method="METHODS", preset="PRESETS")),
-        (redi, ["--stage", "sft"], dict(stage="STAGES", loss="LOSSES", preset="PRESETS")),
+        (redi, ["--stage", "sft"], dict(stage="STAGES", loss="COMPARISONS", preset="PRESETS")),
         (oreo, ["--stage", "sft"], dict(stage="STAGES", variant="VARIANTS", preset="PRESETS")),
     ],
     ids=["luffy", "relift", "redi", "oreo"],
@@ -51,7 +51,7 @@ def test_the_template_that_was_used_is_saved_with_the_model(script, words, table
     assert saved_prompt(tmp_path / "run" / "model") == "user:a=5\na?<think>\n"
 
 
-def test_behavior_injection_saves_the_tag_that_it_adds_so_that_eval_asks_as_it_trained(tmp_path, world):
+def test_behavior_injection_saves_the_tag_that_it_adds_so_that_eval_asks_as_it_trained(tmp_path):
     rows = [igsm.row(p, "train") for p in igsm.problems(2, ops=(1, 2), style="symbolic", modulus=23, max_params=4)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sft_bridge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,9 +59,9 @@ def test_behavior_injection_saves_the_tag_that_it_adds_so_that_eval_asks_as_it_t
     words = ["--preset", "tiny", "--model", MODEL, "--base_problems", "0", "--sft_batch_size", "2", "--sft_steps", "1",
              "--out", str(tmp_path), "--chat_template", str(tmp_path / "t.jinja"), "--save_every", "0"]  # fmt: skip
     args = bridge.settings_of(parse_args(bridge.Args, words, preset=bridge.PRESETS), "sft", "bridge")
-    bridge.train(args, world)
+    bridge.train(args)
     model = str(tmp_path / "bridge" / "sft" / "model")
-    trained, *_ = bridge.read_examples("sft_bridge", bridge.open_tokenizer(MODEL, args), args, traces="needed")
+    trained, _ = bridge.read_set("sft_bridge", bridge.open_tokenizer(MODEL, args), args, traces="needed")
     questions = evaluation.read_questions([str(tmp_path / "data" / "sft_bridge.jsonl")])
     evaluation.make_prompts(questions, load_tokenizer(model), evaluation.Args())
     assert [q.prompt for q in questions] == [e.prompt for e in trained]

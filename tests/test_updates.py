@@ -2,21 +2,17 @@
 over ranks and micro-batches."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import behavior_injection as bridge
 import luffy
 import oreo
 import redi
 import relift
 from common.data import batch_indices, pack
-from common.rows import Example
 from common.trainer import ValueModel, learning_rate, load_policy, make_optimizer, parse_args
-from common.verifiers import Verdict
 from tests import oreo_ranks, ranks
 from tests.conftest import NANO
 from tests.test_luffy_math import ONE_RANK, Bigram, assert_equal, f64
@@ -87,26 +83,12 @@ def test_demonstrations_are_learnt_at_temperature_one_whatever_the_sampling(poli
     assert a == b
 
 
-@pytest.mark.parametrize("module", [relift, bridge])
-def test_behaviour_log_probs_are_at_the_sampling_temperature(module, policy):
-    rows = [module.Row(r.prompt, r.response, r.group) for r in ranks.fixed_rows()]
-    args = module.Args(temperature=0.5, micro_batch_tokens=10_000)
-    [logp] = module.policy_logps(policy, rows, args, ONE_RANK)
-    [(batch, _)] = module.micro_batches(rows, args, ONE_RANK)
+def test_behaviour_log_probs_are_at_the_sampling_temperature(policy):
+    rows = [relift.Row(r.prompt, r.response, r.group) for r in ranks.fixed_rows()]
+    args = relift.Args(temperature=0.5, micro_batch_tokens=10_000)
+    [logp] = relift.policy_logps(policy, rows, args, ONE_RANK)
+    [(batch, _)] = relift.micro_batches(rows, args, ONE_RANK)
     torch.testing.assert_close(logp, policy(batch, temperature=0.5).detach())
-
-
-def test_the_bonus_for_form_is_in_the_reward(monkeypatch):
-    class Tokenizer:
-        said = ("</think><answer>x</answer>", "x")
-
-        def decode(self, ids):
-            return self.said[ids[0]]
-
-    monkeypatch.setattr(bridge, "grade", lambda texts, golds, verifier: [Verdict(1.0, "ok"), Verdict(0.0, "ok")])
-    rows = [bridge.Row([1], [0, 1], 0), bridge.Row([1], [1, 1], 0)]
-    bridge.reward(rows, [Example([1], None, "x", "s", 0, "")], Tokenizer(), bridge.Args(format_reward=0.05))
-    assert [row.reward for row in rows] == [1.05, 0.0]
 
 
 # ------------------------------------------------------------------------------------------------ redi, oreo
@@ -118,7 +100,7 @@ def test_flags_of_the_losses_reach_them():
 
     dpo = redi.dpo_loss(*f64([[-3.0], [-8.0], [-2.0], [-9.0]]), beta=0.5, label_smoothing=0.2)
     assert_equal(of(loss="dpo", beta=0.5, label_smoothing=0.2), dpo.tolist())
-    assert_equal(of(chosen_coef=0.3, alpha=0.6, rejected_gamma=0.7), [0.6 * -2 * math.exp(-1.4) + 0.3 * 1.5])
+    assert_equal(of(chosen_coef=0.3, alpha=0.6), [0.6 * -2 + 0.3 * 1.5])
 
 
 def oreo_update(kind, **changes):

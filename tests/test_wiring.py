@@ -41,10 +41,10 @@ class Seen(list):
 def test_flags_reach_what_they_name(name, tmp_path, monkeypatch):
     script = importlib.import_module(name)
     monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
-    steps = Seen().watch(monkeypatch, run if name in ("luffy", "relift") else script, "optimizer_step")
+    steps = Seen().watch(monkeypatch, run if hasattr(script, "Run") else script, "optimizer_step")
     drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
     problems = Seen().watch(monkeypatch, igsm, "problems")
-    tables = {flag: getattr(script, {"loss": "LOSSES"}.get(flag, f"{flag}s".upper())) for flag in TABLES[name]}
+    tables = {flag: getattr(script, {"loss": "COMPARISONS"}.get(flag, f"{flag}s".upper())) for flag in TABLES[name]}
     words = [*RUNS[name][1:], *ODD, *MORE.get(name, []), "--out", str(tmp_path)]
     args, out = trainer.parse_args(script.Args, words, **tables), tmp_path
     if name == "behavior_injection":  # its other stages have settings of their own
@@ -193,5 +193,4 @@ def test_an_evaluation_draws_with_its_seed_and_top_p_from_the_test_split(tmp_pat
 
 def test_stop_tokens_end_answers():
     policy, tokenizer = load_policy("models/tiny", ONE_RANK), load_tokenizer("models/tiny")
-    args = evaluation.Args(model="models/tiny", stop_tokens=("=",))
-    assert tokenizer.convert_tokens_to_ids("=") in evaluation.stop_ids(policy, tokenizer, args)
+    assert tokenizer.convert_tokens_to_ids("=") in evaluation.stop_ids(policy, tokenizer, ("=",))

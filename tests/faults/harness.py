@@ -38,7 +38,7 @@ RUNS = {
     "relift": ["relift.py", *ONLINE, "--sft_data_size", "3"],
     "redi-sft": ["redi.py", *OFFLINE, "--stage", "sft"],
     "redi": ["redi.py", *OFFLINE],
-    "redi-dpo": ["redi.py", *OFFLINE, "--loss", "dpo", "--reference_cache", "{out}/reference"],
+    "redi-dpo": ["redi.py", *OFFLINE, "--loss", "dpo"],
     "oreo": ["oreo.py", *OFFLINE, "--samples", "4"],
     "oreo-dpo": ["oreo.py", *OFFLINE, "--samples", "4", "--stage", "dpo"],
     "behavior_injection": [
@@ -46,7 +46,7 @@ RUNS = {
         "--sft_problems", "12", "--sft_batch_size", "4", "--sft_steps", "4", "--rl_problems", "20", "--eval_problems",
         "6", "--ops", "1", "3", "--val_ops", "2", "2", "--test_ops", "2", "3", "--base_ops", "1", "2", "--batch_size",
         "4", "--group_size", "4", "--max_response_tokens", "40", "--steps", "6", "--eval_every", "2", "--save_every",
-        "2", "--influence_queries", "6", "--influence_group", "4", "--kernel_queries", "4", "--kernel_dims", "64",
+        "2",
     ],
 }  # fmt: skip
 SHORT = ("luffy", "relift", "redi-dpo", "oreo", "behavior_injection")  # those of the ordinary tests
@@ -55,7 +55,7 @@ MOMENTS = ("any time", "first file of a checkpoint", "before its checksums", "af
 
 def words_of(name: str, out: Path) -> list[str]:
     """The command of a run into folder `out`."""
-    return [*(word.replace("{out}", str(out)) for word in RUNS[name]), "--out", str(out)]
+    return [*RUNS[name], "--out", str(out)]
 
 
 def reached(moment: str, out: Path, since: float = 0.0) -> bool:

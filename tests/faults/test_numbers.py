@@ -22,7 +22,7 @@ real = trainer.linear_logprobs
 def run(name, *words):
     """The script's main, in this process."""
     module = importlib.import_module(name)
-    tables = {flag: getattr(module, {"loss": "LOSSES"}.get(flag, f"{flag}s".upper())) for flag in TABLES[name]}
+    tables = {flag: getattr(module, {"loss": "COMPARISONS"}.get(flag, f"{flag}s".upper())) for flag in TABLES[name]}
     module.main(parse_args(module.Args, [*RUNS[name][1:], *map(str, words)], **tables))
 
 

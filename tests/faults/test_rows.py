@@ -86,7 +86,7 @@ def examples(path, tokenizer):
 
 def pairs(path, tokenizer):
     args = parse_args(redi.Args, ["--data", path, "--max_prompt_tokens", "500", "--max_response_tokens", "500"],
-                      stage=redi.STAGES, loss=redi.LOSSES, preset=redi.PRESETS)  # fmt: skip
+                      stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)  # fmt: skip
     rows = list(redi.read_rows(args))
     kept, count = redi.make_pairs(rows, tokenizer, args, source=path)
     return len(rows), len(kept) + sum(v for k, v in count.items() if k not in ("rows", "kept"))

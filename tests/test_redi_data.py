@@ -1,0 +1,218 @@
+"""tools/redi_data.py: which traces of graded rows become REDI's training files, and a model's own answers."""
+
+import json
+import re
+
+import pytest
+
+import igsm
+import redi
+from common.data import InputError
+from common.rollout import Completion
+from common.rows import Trace
+from common.trainer import load_tokenizer, parse_args, read_metrics
+from tests.test_luffy_math import ONE_RANK
+from tests.test_redi_math import VECTORS
+from tests.test_redi_runs import SMALL, write
+from tests.test_wiring import Asked
+from tools import redi_data
+from tools.redi_data import Args, Problem, choose_openr1, read_problem
+
+# ---------------------------------------------------------------------------------------- which traces are taken
+
+
+def test_openr1_selection_keeps_the_published_rows():
+    expected = VECTORS["data_selection"]["outputs"]
+    chosen = {r["original_index"]: choose_openr1(r) for r in VECTORS["data_selection"]["inputs"]}
+    kept = {i: c for i, c in chosen.items() if not isinstance(c, str)}
+    assert [[i, right] for i, (right, _) in kept.items() if right is not None] == expected["sft_LandMV"]
+    assert [[i, *both] for i, both in kept.items() if None not in both] == expected["pairs"]
+    reasons = [c for c in chosen.values() if isinstance(c, str)]
+    counters = expected["counters"]
+    assert reasons.count("problem not valid") == counters["filtered_invalid_count"]
+    assert reasons.count("source left out") == counters["filtered_source_count"]
+    assert reasons.count("no problem") == counters["no_problem_count"]
+    assert reasons.count("no generations") == counters["no_generation_count"]
+    assert sum("verdict" in reason for reason in reasons) == counters["mismatched_lengths_count"]
+    assert sum(None in both for both in kept.values()) == counters["skipped_dpo_condition_count"]
+
+
+def test_graded_traces_of_three_forms_give_the_first_right_and_the_first_wrong_one():
+    rows = [
+        {"problem_is_valid": "Yes", "source": "s", "problem": "p", "answer": "4", "generations": ["x", "y", "z"],
+         "correctness": {"llama_verification": [True, True, True],
+                         "math_verify_reparsed_answer": [False, True, True]}},
+        {"prompt": "p", "responses": ["x", "y", "z"], "rewards": [0, 1.0, 1], "answer": "4", "source": "s"},
+        {"question": "p", "ground_truth": "so\nA: 4", "m1": {"is_correct": False, "solution": "x"},
+         "m2": {"is_correct": True, "solution": "y"}, "source": "s"},
+    ]  # fmt: skip
+    for row in rows:
+        problem = read_problem(row, "row 0", Args())
+        assert problem == Problem([{"role": "user", "content": "p"}], Trace("y"), Trace("x", 0.0), "4", "s")
+    luffys = {"prompt": [{"role": "user", "content": "p"}], "target": "y", "reward_model": {"ground_truth": 0}}
+    assert read_problem(luffys, "row 0", Args()).gold == "0"
+    gsm8k = read_problem({"question": "p", "answer": "so\n#### 1,000"}, "row 0", Args())
+    assert gsm8k.gold == "1000" and gsm8k.chosen.text.startswith("<think>\nso") and gsm8k.rejected is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "responses": ["x"], "rewards": [1, 0]}, "lists of one length"),
+        ({"prompt": "p", "responses": ["x", "y"], "rewards": [1, 0.5]}, "'rewards' must be 1 .right. or 0 .wrong."),
+        ({"prompt": "p", "responses": ["x", None], "rewards": [1, 0]}, "traces must be texts"),
+        ({"responses": ["x"], "rewards": [1]}, "'prompt' must be a text"),
+        (["x"], "expected an object"),
+    ],
+)
+def test_graded_traces_that_cannot_be_read_are_named(row, message):
+    with pytest.raises(InputError, match=f"data, row 3: .*{message}"):
+        read_problem(row, "data, row 3", Args())
+
+
+@pytest.mark.parametrize(
+    ("right_if", "chosen"),
+    [("both", (2, 0)), ("llama", (0, 1)), ("math_verify", (1, 0)), ("either", (0, 3))],
+)
+def test_which_verifier_makes_a_trace_right(right_if, chosen):
+    row = {"problem_is_valid": "Yes", "source": "olympiads", "problem": "p", "generations": ["a", "b", "c", "d"],
+           "correctness": {"llama_verification": [True, False, True, False],
+                           "math_verify_reparsed_answer": [False, True, True, None]}}  # fmt: skip
+    assert choose_openr1(row, right_if=right_if) == chosen
+
+
+def test_other_sources_can_be_left_out():
+    verdicts = {"llama_verification": [True, False], "math_verify_reparsed_answer": [True, False]}
+    row = {"problem_is_valid": "Yes", "source": "olympiads", "problem": "p", "answer": "4", "generations": ["x", "y"],
+           "correctness": verdicts}  # fmt: skip
+    assert read_problem(row, "row 0", Args(drop_sources=("olympiads",))) == "source left out"
+    assert read_problem(row | {"source": "cn_k12"}, "row 0", Args(drop_sources=())).gold == "4"
+
+
+# ---------------------------------------------------------------------------------------------------- the files
+
+
+def settings(*words):
+    """Settings of redi.py for a short run."""
+    words = [*SMALL, *map(str, words)]
+    return parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
+
+
+def make(out, *words):
+    """The tool on the tiny preset, with few problems."""
+    few = ["--preset", "tiny", "--data", "igsm:1-2", "--igsm_problems", 40, "--max_response_tokens", 60, "--out", out]
+    return redi_data.main(parse_args(Args, [str(word) for word in (*few, *words)], preset=redi_data.PRESETS))
+
+
+def test_data_then_sft_then_redi_on_a_models_own_wrong_answers(tmp_path):
+    """The stages hand on files and a model, and what the sampler drew is what is trained, to the id."""
+    redi.main(settings("--stage", "sft", "--out", tmp_path / "sft"))
+    model = str(tmp_path / "sft" / "model")
+    make(tmp_path / "data", "--model", model, "--own_answers", 3)
+    rows = [json.loads(line) for line in (tmp_path / "data" / "pairs.jsonl").read_text().splitlines()]
+    [funnel] = [json.loads(line) for line in (tmp_path / "data" / "funnel.json").read_text().splitlines()]
+    drawn = json.loads((tmp_path / "data" / "own_answers.json").read_text())
+    assert sum(n for name, n in drawn.items() if name != "tokens") == 3 * 40 <= drawn["tokens"]
+    assert funnel["rows"] == funnel["positives.jsonl"] == 40
+    assert funnel["pairs.jsonl"] == len(rows) == 40 + sum(n for n in funnel.values() if n < 0)
+    tokenizer = igsm.tokenizer("symbolic", modulus=23)
+    args = settings("--model", model, "--data", tmp_path / "data" / "pairs.jsonl", "--out", tmp_path / "redi")
+    pairs, _ = redi.make_pairs(rows, tokenizer, args, source="pairs")
+    for pair, row in zip(pairs, rows, strict=True):
+        assert list(pair.rejected) == row["rejected_ids"] and pair.rejected[-1] == tokenizer.eos_token_id
+        assert row["rejected"].find("\\boxed{" + row["reward_model"]["ground_truth"] + "}") == -1
+    redi.main(args)
+    assert len(read_metrics(tmp_path / "redi")) == 4
+    sft = settings("--stage", "sft", "--data", tmp_path / "data" / "positives.jsonl", "--out", tmp_path / "again")
+    redi.main(sft)
+
+
+def test_what_a_model_drew_keeps_its_ids_in_both_files(tmp_path, monkeypatch):
+    tokenizer = igsm.tokenizer("symbolic", modulus=23)
+    drawn = [*tokenizer("a=")["input_ids"], *tokenizer("2")["input_ids"] * 2, tokenizer.eos_token_id]
+    assert drawn[:-1] != tokenizer("a=22")["input_ids"]  # as text it would be one token less
+
+    def answer(problems, *_):
+        for problem in problems:
+            problem.chosen = problem.chosen or Trace(tokenizer.decode(drawn[:-1]), 1.0, drawn)
+
+    monkeypatch.setattr(redi_data, "add_own_answers", answer)
+    graded = [{"prompt": "a=22\na?", "responses": ["a=6"], "rewards": [0], "answer": "22"}]
+    data = write(tmp_path / "rows.jsonl", graded)
+    make(tmp_path / "data", "--data", data)
+    for stage, name in (("sft", "positives"), ("redi", "pairs")):
+        [row] = [json.loads(line) for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
+        [pair], _ = redi.make_pairs([row], tokenizer, settings("--stage", stage), source=name)
+        assert list(pair.chosen) == drawn
+
+
+def test_the_funnel_counts_every_row_once(tmp_path, capsys):
+    def row(right="a=5", wrong="a=6", prompt="a=5\na?", **more):
+        return {"prompt": prompt, "responses": [wrong, right, "other"], "rewards": [0, 1, 0], **more}
+
+    rows = [row(), row(rewards=[1, 1, 1]), row(rewards=[0, 0, 0]), row(wrong="a=5"), row(wrong="+" * 70),
+            row(prompt="a=5\n" * 60), row(wrong=" ")]  # fmt: skip
+    make(tmp_path / "data", "--own_answers", 0, "--data", write(tmp_path / "rows.jsonl", rows))
+    printed = re.findall(r"^ *([-+]?\d+)  (.+)$", capsys.readouterr().out, re.M)
+    assert {name: int(n) for n, name in printed} == {
+        "rows": 7, "no right trace": -1, "positives.jsonl": 6, "no wrong trace": -1, "prompt too long": -1,
+        "trace too long": -1, "trace empty": -1, "traces equal": -1, "pairs.jsonl": 1,
+    }  # fmt: skip
+
+
+def test_problems_that_share_words_with_a_benchmark_are_left_out_and_counted(tmp_path, capsys):
+    def row(prompt):
+        return {"prompt": prompt, "responses": ["a=5", "a=6"], "rewards": [1, 0]}
+
+    words = [f"w{i}" for i in range(20)]
+    rows = [row(" ".join(words[:12])), row("X " + " ".join(words[3:16]).upper()), row("a=5\na?"), row("b=5\nb?")]
+    benchmark = [{"prompt": [{"role": "user", "content": " ".join(words)}]}, {"problem": "b=5\nb?"}]
+    named = write(tmp_path / "bench.jsonl", benchmark)
+    data = write(tmp_path / "rows.jsonl", rows)
+    make(tmp_path / "data", "--own_answers", 0, "--data", data, "--decontaminate", named)
+    assert f"-2  shares 13 words with {named}" in capsys.readouterr().out
+    kept = [json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "data" / "pairs.jsonl").open()]
+    assert sorted(kept) == sorted([" ".join(words[:12]), "a=5\na?"])
+    with pytest.raises(InputError, match="bench.jsonl, row 0: no shape of row"):
+        broken = write(tmp_path / "bench.jsonl", [{"answer": 1}])
+        make(tmp_path / "data", "--data", data, "--decontaminate", broken)
+
+
+def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer("models/tiny")
+    texts = tokenizer(["a=1", "a=2", "a=3"], add_special_tokens=False)["input_ids"]
+    answers = [[*ids, tokenizer.eos_token_id] for ids in texts]
+
+    class Three(Asked):
+        def generate(self, prompts, **_):
+            return [[Completion(ids, [0.0] * len(ids), "stop") for ids in answers] for _ in prompts]
+
+    monkeypatch.setattr(redi_data, "open_sampler", lambda *_: Three())
+    turns = [{"role": "user", "content": "a=1\na?"}]
+    problems = [Problem(turns, Trace("x"), None, "9", ""), Problem(turns, None, Trace("y", 0.0), "9", "")]
+    args = Args(model="models/tiny", out=str(tmp_path), verifier="boxed", own_answers=3)
+    redi_data.add_own_answers(problems, tokenizer, args, ONE_RANK)
+    assert problems[0].rejected == Trace("a=1", 0.0, answers[0]) and problems[0].chosen == Trace("x")
+    assert problems[1].rejected == Trace("y", 0.0) and problems[1].chosen is None
+
+
+def test_without_a_pair_the_remedy_is_named(tmp_path):
+    graded = [{"prompt": "p", "responses": ["x"], "rewards": [1]}]
+    with pytest.raises(InputError, match="no pair is left .*--own_answers samples"):
+        make(tmp_path / "data", "--own_answers", 0, "--data", write(tmp_path / "rows.jsonl", graded))
+    assert not (tmp_path / "data").exists()
+
+
+def test_own_answers_are_sampled_once_for_the_same_model_and_settings(tmp_path, monkeypatch):
+    def made():
+        return (tmp_path / "data" / "pairs.jsonl").read_bytes()
+
+    words = ["--igsm_problems", 4, "--own_answers", 2]
+    make(tmp_path / "data", *words)
+    before = made()
+    (tmp_path / "data" / "pairs.jsonl").unlink()
+    monkeypatch.setattr(redi_data, "grade", None)  # not needed again
+    make(tmp_path / "data", *words)
+    assert made() == before
+    with pytest.raises(TypeError):
+        make(tmp_path / "data", *words, "--seed", 43)

@@ -1,0 +1,524 @@
+"""OREO's agents: a model plays text games; its episodes are rows for oreo.py, whose value then chooses its actions.
+
+An episode is a conversation (Wang et al., arXiv 2412.16145, as in their ALFWorld experiments):
+
+    user       what the game is, and how to answer            context: no action, no loss
+    assistant  OK
+    user       <the task and the first observation>
+    assistant  Thought: ...                                   an action: all its tokens, eos included; the game gets
+               Action: take key from table                    what follows the first "Action: "
+    user       Observation: You take the key.                 context
+    assistant  ...
+
+Its reward is 1 if the game is won, in at most 40 actions, else 0. An answer without an action, or one that does not
+end, loses. The ids of an episode are those that the sampler read and drew: only what is new is tokenized.
+
+  pip install -r requirements-agents.txt
+  python -m tools.agents --stage make --games FOLDER         TextWorld games by seeds
+  python -m tools.agents --stage expert --games FOLDER       their walkthroughs: won episodes, to start from
+  python -m tools.agents --stage collect --games FOLDER      episodes of a model at temperature 1: rows for oreo.py
+  python -m tools.agents --games FOLDER --value VALUE        success rate; V chooses among --candidates at each turn
+
+docs/oreo.md has the whole sequence, with the training between these steps."""
+
+import json
+import os
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tqdm import tqdm
+
+from common.data import InputError
+from common.rollout import Sampling, make_sampler
+from common.rows import render_prompt, set_template, with_bos
+from common.run import NotNegative, Positive, Share, check_fit, check_ranges, write_whole
+from common.search import state_values
+from common.trainer import (
+    ValueModel,
+    export,
+    gather_lists,
+    init_world,
+    launch,
+    load_policy,
+    load_tokenizer,
+    parse_args,
+)
+
+NAMES = {  # for --names, by TextWorld's types
+    "c": ["box", "chest", "safe", "trunk", "cabinet", "drawer", "fridge", "locker"],
+    "d": ["door", "gate", "hatch", "portal", "screen", "grate", "curtain", "panel"],
+    "f": ["apple", "cookie", "onion", "salad", "peanut", "pear", "banana", "bread"],
+    "k": ["key", "passkey", "keycard", "latchkey", "token", "card", "fob", "badge"],
+    "o": ["blanket", "broom", "laptop", "mug", "pen", "scarf", "shoe", "sponge"],
+    "s": ["bed", "bowl", "chair", "counter", "rack", "shelf", "table", "workbench"],
+}
+
+
+@dataclass
+class Args:
+    stage: Literal["make", "expert", "collect", "evaluate"] = "evaluate"  # What to do
+    games: str = "runs/games/train"  # Folder of TextWorld games (.z8), or alfworld:train (eval_in_distribution, ...)
+    model: str = ""  # Model folder or Hub name. expert: or scratch, a small new model with a token per word
+    value: str = ""  # Value model of oreo.py that chooses among --candidates
+    out: str = "runs/agent"  # Where rows.jsonl (evaluate: episodes.jsonl) and results.json go
+    chat_template: str = ""  # File with a Jinja chat template. Empty: the tokenizer's own
+    chat_template_args: tuple[str, ...] = ()  # Switches of the template, such as enable_thinking=false
+    trust_remote_code: bool = False  # Run the Python files that come with --model.
+    repeat: Positive[int] = 5  # Episodes of each game that collect plays (published: 5)
+    candidates: Positive[int] = 5  # Answers that evaluate draws at each turn if there is a --value (published: 3 to 5)
+    temperature: float = 1.0  # Sampling temperature of collect and of candidates. Without a --value evaluate is greedy.
+    max_turns: Positive[int] = 40  # Actions per episode at most (published)
+    max_turn_tokens: Positive[int] = 128  # Tokens per answer at most. An answer that does not end in them loses.
+    max_episode_tokens: Positive[int] = 4096  # Tokens per episode at most (published). A longer one loses.
+    parallel: Positive[int] = 32  # Episodes that each rank plays at a time
+    seed: int = 0  # Seed of sampling
+    # TextWorld: call things by this many names of each kind, which a small model can learn. 0: as the games do
+    names: Annotated[int, ("0 to 8", lambda n: 0 <= n <= len(NAMES["c"]))] = 0
+    renamed: NotNegative[int] = 0  # expert: play each game this many times more, with other --names
+    count: Positive[int] = 100  # make: games to generate
+    first_seed: int = 0  # make: seed of the first
+    rooms: Positive[int] = 1  # make: rooms per game
+    objects: Positive[int] = 4  # make: objects per game
+    quest_length: Positive[int] = 2  # make: actions that win a game
+    # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
+    rollout: Literal["auto", "embedded", "vllm"] = "auto"
+    rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM
+    sampler_tokens: NotNegative[int] = 0  # Largest batch of the embedded sampler, as rows x tokens. 0: as fits
+    micro_batch_tokens: Positive[int] = 16384  # Tokens that the value model reads at once on each rank
+
+
+SPLITS = {"alfworld:train": "train", "alfworld:eval_in_distribution": "valid_seen",
+          "alfworld:eval_out_of_distribution": "valid_unseen"}  # fmt: skip
+SCRATCH = dict(
+    model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+TEXTWORLD = (
+    "You play a text game: you are told what to do and what you see. Answer with one line 'Action: ' and a command, "
+    "after a line 'Thought: ' if you want to think first. Commands are like: look, inventory, go north, "
+    "examine box, open box, take key from table, put key on table, insert key into box, unlock box with key."
+)
+ALFWORLD = Path(__file__).with_name("alfworld_rules.txt").read_text()  # the published text, with its slips
+
+
+# ------------------------------------------------------------------------------------------ the protocol
+
+
+def parse_action(answer: str) -> str | None:
+    """Return the command of an answer: the rest of the line after the first "Action: "; None if there is none.
+
+    >>> parse_action("Thought: it is locked\\nAction: unlock box with key"), parse_action("open box")
+    ('unlock box with key', None)
+    """
+    found = re.search(r"Action: *(.*)", answer)
+    return found[1].strip() or None if found else None
+
+
+def turn_end(tokenizer) -> tuple[bool, list[int]]:
+    """Return whether the template puts eos behind an answer, and the ids that end one.
+
+    A template without eos (MiniCPM's) shows an answer, then the mark of the next user turn. If that is one token, it
+    ends an answer too, as the published stop string does."""
+    turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
+    talk = [{"role": role, "content": content} for role, content in turns]
+    shown, more = (tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
+    if tokenizer.eos_token in shown.rpartition("answer")[2]:
+        return True, [tokenizer.eos_token_id]
+    mark = more[len(shown) :].partition("question")[0].strip()
+    ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
+    return False, [tokenizer.eos_token_id, *(i for i in ids if mark and tokenizer.decode([i]).strip() == mark)]
+
+
+class Episode:
+    """One game as it is played: the conversation, its ids, and which of them are actions."""
+
+    def __init__(self, name: str, number: int, game, tokenizer):
+        self.name, self.number, self.game, self.tokenizer = name, number, game, tokenizer
+        self.messages = [{"role": "user", "content": game.rules}, {"role": "assistant", "content": "OK"}]
+        self.keeps_eos, self.stops = turn_end(tokenizer)
+        self.text, self.ids, self.actions = "", [], []  # text: what the ids stand for, as the template shows it
+        self.end = ""  # won | lost | max_turns | no_action | too_long
+        self.turns = 0
+        self.hear(game.reset())
+
+    def hear(self, content: str) -> None:
+        """Add what the game says. The ids then end where the model's answer begins."""
+        self.messages.append({"role": "user", "content": content})
+        shown = render_prompt(self.tokenizer, self.messages)
+        if not shown.startswith(self.text):
+            raise InputError(
+                "the chat template shows earlier turns otherwise than when they were said: pass a --chat_template "
+                "that keeps the history as it is"
+            )
+        new = self.tokenizer(shown[len(self.text) :], add_special_tokens=False)["input_ids"]
+        new = new if self.ids else with_bos(new, self.tokenizer)
+        self.ids, self.actions, self.text = self.ids + new, self.actions + [0] * len(new), shown
+
+    def say(self, ids: list[int]) -> None:
+        """Add the model's answer, with the token that ended it, and what the game makes of it.
+
+        Under a template without eos that token, and spaces before it, are not kept: no history shows them."""
+        self.turns += 1
+        ended, kept = ids[-1] in self.stops, ids
+        answer = self.tokenizer.decode(ids[:-1] if ended else ids)
+        self.messages.append({"role": "assistant", "content": answer})
+        shown = self.tokenizer.apply_chat_template(self.messages, tokenize=False)
+        if self.keeps_eos:
+            said, mark, _ = shown[len(self.text) :].partition(self.tokenizer.eos_token)
+            self.text += said + mark
+        else:
+            self.text, kept = shown, ids[:-1] if ended else ids
+            while len(kept) > 1 and not self.tokenizer.decode(kept[-1:]).strip():
+                kept = kept[:-1]
+        self.ids, self.actions = self.ids + kept, self.actions + [1] * len(kept)
+        action = parse_action(answer) if ended else None
+        if action is None:
+            self.end = "no_action"
+            return
+        observation, done, won = self.game.act(action)
+        if done:
+            self.end = "won" if won else "lost"
+        else:
+            self.hear(f"Observation: {observation}")
+
+    def row(self) -> dict:
+        """Return the episode as a row for oreo.py, without what follows the last action."""
+        first = self.actions.index(1) if self.turns else len(self.ids)
+        last = len(self.ids) - self.actions[::-1].index(1) if self.turns else first
+        return {
+            "question": self.name, "reward": float(self.end == "won"), "end": self.end, "turns": self.turns,
+            "prompt_ids": self.ids[:first], "response_ids": self.ids[first:last], "actions": self.actions[first:last],
+            "conversations": self.messages if self.messages[-1]["role"] == "assistant" else self.messages[:-1],
+        }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- the games
+
+
+class Game:
+    """A game has `rules` (the first turn) and, after a reset, `things` {name: type} and a `walkthrough` that wins it.
+
+    reset() returns the first observation; act(command): what is seen, whether the game is over, whether it is won."""
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class TextWorldGame(Game):
+    """A generated TextWorld game (a .z8 file)."""
+
+    rules = TEXTWORLD
+
+    def __init__(self, path: str):
+        import textworld
+
+        wanted = dict(won=True, objective=True, description=True, typed_entities=True, extras=["walkthrough"])
+        self.env = textworld.start(path, request_infos=textworld.EnvInfos(**wanted))
+
+    def reset(self) -> str:
+        state = self.env.reset()
+        self.walkthrough = state["extra.walkthrough"]
+        self.things = dict(state.typed_entities)  # a type is a letter, as c for containers
+        return f"{tidy(state.objective)}\n{tidy(state.description)}"
+
+    def act(self, command: str) -> tuple[str, bool, bool]:
+        state, _, done = self.env.step(command)
+        return tidy(state.feedback.partition("\n>")[0]), done, bool(state.won)
+
+
+class AlfworldGame(Game):
+    """A game of ALFWorld (a game.tw-pddl file), by the package's own TextWorld environment."""
+
+    rules = ALFWORLD
+    things: dict[str, str] = {}  # unknown
+
+    def __init__(self, path: str):
+        import textworld
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+
+        self.env = textworld.start(path, textworld.EnvInfos(won=True), wrappers=[AlfredDemangler])
+        self.walkthrough = json.loads(Path(path).read_text()).get("walkthrough", [])
+
+    def reset(self) -> str:
+        return re.sub(r"^-= Welcome to TextWorld, ALFRED! =-\s*", "", self.env.reset().feedback.strip())
+
+    def act(self, command: str) -> tuple[str, bool, bool]:
+        state, _, done = self.env.step(command)
+        seen = re.sub(r"^You arrive at [^.]*\. ", "", state.feedback.strip())
+        return seen, done or bool(state.won), bool(state.won)
+
+
+class RenamedGame(Game):
+    """A TextWorld game with other names for its things. names: {name in the game: name that is said}.
+
+    Rooms keep theirs, and so does a thing that the game calls by a part of its name."""
+
+    def __init__(self, game: Game, names: dict[str, str]):
+        self.env = self.game = game
+        self.rules, self.said = game.rules, names
+        self.things = {names[name]: type_ for name, type_ in game.things.items()}
+        self.meant = dict.fromkeys(names, "nothing") | {new: old for old, new in names.items()}
+
+    def reset(self) -> str:
+        text = replace_words(self.game.reset(), self.said)
+        self.walkthrough = [replace_words(command, self.said) for command in self.game.walkthrough]
+        return text
+
+    def act(self, command: str) -> tuple[str, bool, bool]:
+        seen, done, won = self.game.act(replace_words(command, self.meant))
+        return replace_words(seen, self.said), done, won
+
+
+def tidy(text: str) -> str:
+    """Return TextWorld's text without blank lines and runs of spaces."""
+    return "\n".join(" ".join(line.split()) for line in text.strip().splitlines() if line.strip())
+
+
+def replace_words(text: str, names: dict[str, str]) -> str:
+    """Return the text with each name replaced as in `names`; of names that begin alike, the longest.
+
+    >>> replace_words("a red box in the box", {"box": "chest", "red box": "bin"})
+    'a bin in the chest'
+    """
+    names = {old.lower(): new for old, new in names.items()}
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.sub(rf"\b({pattern})\b", lambda found: names[found[0].lower()], text, flags=re.I) if names else text
+
+
+def other_names(mine: dict[str, str], things: dict[str, list[str]], rng: random.Random) -> dict[str, str]:
+    """Return, for each of a game's things, a name of its type: none twice, and no two that share a word."""
+    taken: dict[str, str] = {}
+    for name, type_ in mine.items():
+        words = {word for other in taken.values() for word in other.lower().split()}
+        free = [one for one in things.get(type_, ()) if not words & set(one.lower().split())]
+        taken[name] = rng.choice(free or [name])
+    return taken
+
+
+def find_games(source: str) -> list[tuple[str, str, type]]:
+    """Return (name, path, class) of each game of --games, in order of their names."""
+    if source.startswith("alfworld:"):
+        if source not in SPLITS:
+            raise InputError(f"--games {source}: expected one of {', '.join(SPLITS)}")
+        data = Path(os.environ.get("ALFWORLD_DATA", Path.home() / ".cache" / "alfworld")) / "json_2.1.1"
+        paths = [path for path in sorted((data / SPLITS[source]).rglob("game.tw-pddl"))
+                 if not re.search("movable|Sliced", str(path.parent))  # tasks that ALFWorld leaves out too
+                 and json.loads(path.read_text()).get("solvable")]  # fmt: skip
+        games = [(str(path.parent), str(path), AlfworldGame) for path in paths]
+    else:
+        games = [(path.stem, str(path), TextWorldGame) for path in sorted(Path(source).glob("*.z8"))]
+    if not games:
+        remedy = "pip install alfworld, then alfworld-download (it sets $ALFWORLD_DATA)"
+        raise InputError(f"--games {source}: no games there; --stage make generates TextWorld's; ALFWorld's: {remedy}")
+    return games
+
+
+def make_games(args: Args) -> None:
+    """Generate TextWorld games. Those that exist are left alone."""
+    import textworld
+
+    Path(args.games).mkdir(parents=True, exist_ok=True)
+    for seed in tqdm(range(args.first_seed, args.first_seed + args.count), desc="make", unit="game"):
+        path = Path(args.games) / f"seed-{seed:06d}.z8"
+        if path.exists():
+            continue
+        options = textworld.GameOptions()
+        options.seeds, options.path = seed, str(path)
+        options.nb_rooms, options.nb_objects = args.rooms, args.objects
+        options.chaining.min_length = options.chaining.max_length = options.chaining.max_depth = args.quest_length
+        options.grammar.theme = "house"
+        textworld.make(options)
+
+
+def names_of(args: Args) -> dict[str, list[str]]:
+    """Return {type: the first --names names of it}; empty for the games' own names."""
+    return {type_: names[: args.names] for type_, names in NAMES.items()} if args.names else {}
+
+
+def open_game(name: str, path: str, kind: type, args: Args):
+    """Return a game that can be played. With --names its things have those, the same in every run."""
+    game = kind(path)
+    if not args.names:
+        return game
+    game.reset()  # its things are known from here on
+    return RenamedGame(game, other_names(game.things, names_of(args), random.Random(name)))
+
+
+# -------------------------------------------------------------------------------------------------- play
+
+
+def choose(groups: list[list], episodes: list[Episode], value, args: Args, world) -> list[list[int]]:
+    """Return, of each episode's candidate answers, the one after which V is highest. A collective."""
+    texts = [
+        episode.ids + (c.ids[:-1] if c.ids[-1] in episode.stops else c.ids)
+        for episode, group in zip(episodes, groups, strict=True) for c in group
+    ]  # fmt: skip
+    before = sum(gather_lists([len(texts)], world)[: world.rank])
+    values = iter(state_values(value, gather_lists(texts, world), world, args.micro_batch_tokens)[before:])
+    best = []
+    for group in groups:
+        mine = [next(values) for _ in group]
+        best.append(group[mine.index(max(mine))].ids)
+    return best
+
+
+def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]:
+    """Play every game `repeat` times; return the rows of all ranks. Ranks share the games, turn by turn."""
+    jobs = [game for game in find_games(args.games) for _ in range(repeat)]
+    numbers = range(world.rank, len(jobs), world.size)
+    sampler = make_sampler(
+        args.rollout, policy, world, stop_ids=turn_end(tokenizer)[1], max_batch_tokens=args.sampler_tokens,
+        max_tokens=args.max_episode_tokens, gpu_memory=args.rollout_gpu_memory,
+    )  # fmt: skip
+    sampler.sync(policy, version=0)
+    n, greedy = args.candidates if value else 1, args.stage == "evaluate" and not value
+    sampling = Sampling(args.max_turn_tokens, 0.0 if greedy else args.temperature)
+    rows, waves = [], -(-len(jobs) // (world.size * args.parallel))
+    for wave in range(waves):
+        episodes = [
+            Episode(jobs[number][0], number, open_game(*jobs[number], args), tokenizer)
+            for number in numbers[wave * args.parallel : (wave + 1) * args.parallel]
+        ]
+        for turn in range(args.max_turns + 1):
+            for e in episodes:
+                if not e.end and turn == args.max_turns:
+                    e.end = "max_turns"
+                elif not e.end and len(e.ids) + args.max_turn_tokens > args.max_episode_tokens:
+                    e.end = "too_long"
+            live = [e for e in episodes if not e.end]
+            if not any(gather_lists([len(live)], world)):
+                break
+            groups = sampler.generate(
+                [e.ids for e in live], n=n, keys=[e.number for e in live], seed=args.seed * 1_000_003 + turn,
+                sampling=sampling, progress=f"wave {wave + 1} of {waves}, turn {turn + 1}" if world.main else None,
+            )  # fmt: skip
+            said = choose(groups, live, value, args, world) if value else [g[0].ids for g in groups]
+            for e, ids in zip(live, said, strict=True):
+                e.say(ids)
+        for e in episodes:
+            e.game.close()
+        rows += [(e.number, e.row()) for e in episodes]
+    sampler.close()
+    return [row for _, row in sorted(gather_lists(rows, world), key=lambda row: row[0])]
+
+
+def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
+    """Play every game by its walkthrough; return the rows. Raises InputError for a walkthrough that does not win."""
+    rows, rng = [], random.Random(args.seed)
+    for name, path, kind in tqdm(find_games(args.games), desc="expert", unit="game"):
+        game = open_game(name, path, kind, args)
+        for n in range(1 + args.renamed):
+            told = game if not n else RenamedGame(game, other_names(game.things, names_of(args), rng))
+            episode = Episode(name if not n else f"{name}, renamed {n}", n, told, tokenizer)
+            for command in told.walkthrough:
+                if not episode.end:
+                    answer = f"Action: {command}{tokenizer.eos_token}"
+                    episode.say(tokenizer(answer, add_special_tokens=False)["input_ids"])
+            if episode.end != "won":
+                raise InputError(f"--games {args.games}: the walkthrough of {episode.name} does not win it")
+            rows.append(episode.row())
+        game.close()
+    return rows
+
+
+def words_of_games(args: Args) -> list[str]:
+    """Return all that is said when every game is played by its walkthrough, and the names of its things."""
+    texts = ["OK", "Observation: ", "Thought: ", "Action: "]
+    texts += [f" {name}" for names in names_of(args).values() for name in names]
+    for name, path, kind in find_games(args.games):
+        game = open_game(name, path, kind, args)
+        texts += [kind.rules, game.reset(), *(f" {thing}" for thing in game.things)]  # some are hidden
+        for command in game.walkthrough:
+            texts += [f" {command}", f" {game.act(command)[0]}"]
+        game.close()
+    return texts
+
+
+def word_tokenizer(texts: list[str]):
+    """Return a tokenizer with one token for each word of the texts, with the space before it; others are <|unk|>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pattern = r" ?[A-Za-z]+|\d|[\s\S]"
+    words = sorted({piece for text in texts for piece in re.findall(pattern, text)})
+    special = ["<|pad|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>"]
+    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate([*special, *words])}, unk_token="<|unk|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|eos|>", unk_token="<|unk|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"], clean_up_tokenization_spaces=False,
+        chat_template="{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    )  # fmt: skip
+
+
+def scratch_model(args: Args, world) -> str:
+    """Make a Qwen2 of random weights in OUT/model, with a token for each word of the games; return its path."""
+    tokenizer, path = word_tokenizer(words_of_games(args)), Path(args.out) / "model"
+    config = dict(SCRATCH, vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    export(load_policy("scratch", world, from_config=config, seed=args.seed), tokenizer, path, world)
+    return str(path)
+
+
+def check(args: Args) -> None:
+    """Raise InputError for settings that cannot work, alone or together."""
+    check_ranges(args)
+    if args.renamed and (args.stage != "expert" or not args.names):
+        raise InputError(f"--renamed {args.renamed} is for --stage expert with --names")
+    if args.names and args.games.startswith("alfworld:"):
+        raise InputError(f"--names {args.names} is for TextWorld games")
+    if args.stage != "make" and not args.model:
+        raise InputError(f"--stage {args.stage} needs --model")
+    if args.temperature <= 0 and (args.stage == "collect" or args.value):
+        raise InputError(f"--temperature {args.temperature}: answers that must differ need a positive one")
+
+
+def main(args: Args) -> dict | None:
+    check(args)
+    try:
+        if args.stage == "make":
+            return make_games(args)
+        world, remote = init_world(), dict(trust_remote_code=True) if args.trust_remote_code else {}
+        if args.stage == "expert" and world.size > 1:
+            raise InputError("--stage expert runs in one process")
+        scratch = args.stage == "expert" and args.model == "scratch"
+        tokenizer = load_tokenizer(scratch_model(args, world) if scratch else args.model, **remote)
+        set_template(tokenizer, args.chat_template, args.chat_template_args)
+        if args.stage == "expert":
+            rows = play_walkthroughs(args, tokenizer)
+        else:
+            policy = load_policy(args.model, world, **remote)
+            value = load_policy(args.value, world, kind=ValueModel, **remote) if args.value else None
+            if value:
+                check_fit(f"--value {args.value}", value, policy)
+            rows = play(args, tokenizer, policy, value, world, args.repeat if args.stage == "collect" else 1)
+    except ModuleNotFoundError as error:
+        if error.name not in ("textworld", "alfworld"):
+            raise
+        raise InputError(f"{args.games} needs {error.name}: pip install -r requirements-agents.txt") from error
+    ends = Counter(row["end"] for row in rows)
+    result = {
+        "success": ends["won"] / len(rows), "episodes": len(rows), "ends": dict(sorted(ends.items())),
+        "turns": sum(row["turns"] for row in rows) / len(rows), "games": args.games, "model": args.model,
+        "value": args.value, "candidates": args.candidates if args.value else 1, "seed": args.seed,
+    }  # fmt: skip
+    if world.main:
+        path = Path(args.out) / ("episodes.jsonl" if args.stage == "evaluate" else "rows.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in rows if row["turns"]]  # the others' first observation is too long for an answer
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_whole(path.with_name("results.json"), json.dumps(result, indent=2) + "\n")
+        print(f"{path}: {result}")
+    gather_lists([], world)  # nobody leaves before the file is there
+    return result
+
+
+if __name__ == "__main__":
+    launch(main, parse_args(Args, None))

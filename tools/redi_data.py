@@ -1,0 +1,281 @@
+"""Make REDI's training files from graded traces: positives.jsonl for `redi.py --stage sft`, pairs.jsonl for stage redi.
+
+    python -m tools.redi_data                                               the paper's data, from OpenR1-Math-Raw
+    python -m tools.redi_data --preset tiny --model runs/tiny-sft/model     that model's own incorrect answers, on iGSM
+
+A row of --data is one problem with its traces, in any shape of README's table. The first correct and the first
+incorrect trace of a problem make a pair. What each rule left out is printed and written to funnel.json.
+
+As published: of OpenR1-Math-Raw, valid problems whose source is not cn_k12; a trace is correct if both verifiers accept
+it, so incorrect ones include those on which the verifiers disagree; positives are not filtered by length.
+Departures: lengths count the tokens that are trained. The published filter counted the template's system prompt and
+header as part of each trace, and left the generation prompt out of the prompt. Rows are shuffled by another generator.
+"""
+
+import dataclasses
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+import redi
+from common.data import InputError, check_verifier
+from common.rollout import Sampling
+from common.rows import Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt, set_template
+from common.run import NotNegative, Positive, Share, check_ranges, keep_records, open_sampler, write_whole
+from common.trainer import full_parameters, init_world, launch, load_policy, load_tokenizer, parse_args
+from common.verifiers import grade
+
+
+@dataclass
+class Args:
+    preset: Literal["paper", "tiny"] = "paper"  # paper: the published data. tiny: a laptop, symbolic iGSM
+    model: str = "Qwen/Qwen2.5-Math-1.5B"  # Model folder or Hub name whose template and tokens measure the lengths
+    data: str = "open-r1/OpenR1-Math-Raw"  # Graded traces: a file, folder, Hub name (shapes: README) or igsm:LO-HI
+    out: str = "runs/redi-data"  # Folder for positives.jsonl, pairs.jsonl and funnel.json
+    igsm_problems: Positive[int] = 4000  # Problems that igsm:LO-HI makes, of LO to HI operations
+    # Where the data has no incorrect (or no correct) trace of a problem, sample this many answers of --model at
+    # temperature 1 and take the first that is. 0: none; igsm:LO-HI then gets corrupted solutions, as in redi.py
+    own_answers: NotNegative[int] = 0
+    drop_sources: tuple[str, ...] = ("cn_k12",)  # Values of OpenR1's column 'source' to leave out
+    # Which of OpenR1's two verifiers must accept a trace as correct. All other traces are incorrect.
+    right_if: Literal["both", "llama", "math_verify", "either"] = "both"
+    # Benchmark files (or Hub names: their test split). Problems that share --ngram words in a row with one of their
+    # questions are left out and counted (published: a check that left nothing out).
+    decontaminate: tuple[str, ...] = ()
+    ngram: Positive[int] = 13  # Words in a row for --decontaminate (published: 8)
+    chat_template: str = ""  # File with a Jinja chat template. Empty: the tokenizer's own
+    chat_template_args: tuple[str, ...] = ()  # Switches of the template, such as enable_thinking=false
+    verifier: str = "math"  # Grader of own answers: math (LUFFY's), robust, boxed, ... or your module:function
+    max_prompt_tokens: Positive[int] = 800  # Pairs with longer prompts are left out and counted.
+    # Pairs with a longer trace (eos included) are left out and counted. Also the longest answer to sample
+    max_response_tokens: Positive[int] = 19000
+    # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
+    rollout: Literal["auto", "embedded", "vllm"] = "auto"
+    rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM
+    sampler_tokens: NotNegative[int] = 0  # Largest batch of the embedded sampler, as in redi.py
+    seed: int = 42  # Seed of order, sampling and corruption
+    timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
+
+
+PRESETS = {
+    "tiny": dict(model="models/tiny", data="igsm:5-8", out="runs/tiny-data", verifier="boxed", max_prompt_tokens=160,
+                 max_response_tokens=160, own_answers=4),
+}  # fmt: skip
+TOGETHER = 256  # problems that are sampled, graded and kept together
+
+
+# ------------------------------------------------------------------------------------------------ selection
+
+
+@dataclass
+class Problem:
+    """A problem with its first correct and its first incorrect trace."""
+
+    prompt: list[dict]
+    chosen: Trace | None
+    rejected: Trace | None
+    gold: str
+    source: str
+
+    def row(self, **traces: Trace) -> dict:
+        """A row of an output file, with these traces by column."""
+        gold = {"style": "rule", "ground_truth": self.gold}
+        row = {"data_source": self.source, "prompt": self.prompt, "reward_model": gold}
+        row |= {name: trace.text for name, trace in traces.items()}
+        return row | {f"{name}_ids": trace.ids for name, trace in traces.items() if trace.ids is not None}
+
+
+ACCEPTED = {
+    "llama": lambda llama, math_verify: llama,
+    "math_verify": lambda llama, math_verify: math_verify,
+    "both": lambda llama, math_verify: llama and math_verify,
+    "either": lambda llama, math_verify: llama or math_verify,
+}
+
+
+def choose_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> tuple[int | None, int | None] | str:
+    """Return the numbers of the first correct and the first incorrect generation of a row of OpenR1-Math-Raw (None if
+    there is none), or the rule that leaves the row out. A missing verdict counts as a no."""
+    generations, correctness = row.get("generations"), row.get("correctness")
+    if str(row.get("problem_is_valid")).strip().lower() != "yes":
+        return "problem not valid"
+    if row.get("source") in drop_sources:
+        return "source left out"
+    if not row.get("problem"):
+        return "no problem"
+    if not generations:
+        return "no generations"
+    correctness = correctness if isinstance(correctness, dict) else {}
+    verdicts = [correctness.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
+    if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
+        return "not a verdict of both verifiers for each generation"
+    correct = [bool(ACCEPTED[right_if](*pair)) for pair in zip(*verdicts, strict=True)]
+    return tuple(correct.index(value) if value in correct else None for value in (True, False))
+
+
+def read_problem(row: dict, where: str, args: Args) -> Problem | str:
+    """Return a problem from a row of any shape in common/rows.py, or the name of the rule that leaves it out."""
+    chosen = None
+    if isinstance(row, dict) and "generations" in row:
+        chosen = choose_openr1(row, args.drop_sources, args.right_if)
+    if isinstance(chosen, str):
+        return chosen
+    item = read_row(row, where)
+    correct, incorrect = item.first(correct=True), item.first(correct=False)
+    if chosen:
+        correct, incorrect = (None if i is None else item.traces[i] for i in chosen)
+    return Problem(item.prompt, correct, incorrect, item.gold, str(row.get("source") or item.source))
+
+
+def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    """All n words in a row of a text, in lower case; a shorter text is one n-gram.
+
+    >>> sorted(word_ngrams("How  many are THERE", 3)), word_ngrams("Two", 3)
+    ([('how', 'many', 'are'), ('many', 'are', 'there')], {('two',)})
+    """
+    words = text.lower().split()
+    return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} - {()}
+
+
+def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
+    """{benchmark of --decontaminate: the n-grams of its questions}."""
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for source in args.decontaminate:
+        for index, row in enumerate(iter_rows(source, split="test")):
+            question = read_row(row, f"--decontaminate {source}, row {index}").question
+            found.setdefault(source, set()).update(word_ngrams(question, args.ngram))
+    return found
+
+
+def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list[Problem], dict[str, int]]:
+    """The problems of --data in random order, and the funnel: how many rows each rule left out."""
+    benchmarks = benchmark_ngrams(args)
+    if args.own_answers:
+        training = dataclasses.replace(training, stage="sft")  # iGSM solutions are not corrupted
+    problems, dropped, n_rows = [], {}, 0
+    for row in tqdm(redi.read_rows(training), desc="rows", leave=False, disable=not progress):
+        found = read_problem(row, f"{args.data}, row {n_rows}", args)
+        n_rows += 1
+        if not isinstance(found, str) and benchmarks:
+            ngrams = word_ngrams(found.prompt[-1]["content"], args.ngram)
+            hits = (f"shares {args.ngram} words with {name}" for name, known in benchmarks.items() if ngrams & known)
+            found = next(hits, found)
+        if isinstance(found, str):
+            dropped[found] = dropped.get(found, 0) - 1
+        else:
+            problems.append(found)
+    random.Random(args.seed).shuffle(problems)
+    return problems, {"rows": n_rows, **dict(sorted(dropped.items()))}
+
+
+# ---------------------------------------------------------------------------------------------- own answers
+
+
+def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> None:
+    """Sample answers of --model to the problems that lack a correct or an incorrect trace, and take the first that
+    fits. Counts go to own_answers.json. The answers are kept: if the command is killed, the same command resumes.
+
+    An answer that the length limit cut is not taken (it has no eos to learn from), nor one that the verifier could not
+    grade. A problem whose prompt is over --max_prompt_tokens gets no answers."""
+    lacking = [i for i, problem in enumerate(problems) if problem.chosen is None or problem.rejected is None]
+    if not all(problems[i].gold for i in lacking):
+        raise InputError(f"{args.data}: --own_answers grades by 'reward_model' or 'answer', and a row has neither")
+    texts = [render_prompt(tokenizer, problems[i].prompt) for i in lacking]
+    prompts = dict(zip(lacking, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []))
+    asked = [i for i in lacking if len(prompts[i]) <= args.max_prompt_tokens]
+    policy = load_policy(args.model, world)
+    sampler = open_sampler(policy, tokenizer, args, world)
+    sampler.sync(policy, 0)
+
+    def answers(part: list[int]) -> list[dict]:
+        groups = sampler.generate(
+            [prompts[i] for i in part], n=args.own_answers, keys=part, seed=args.seed,
+            sampling=Sampling(args.max_response_tokens, 1.0),
+        )  # fmt: skip
+        golds = [problems[i].gold for i, group in zip(part, groups, strict=True) for _ in group]
+        verdicts = iter(grade([tokenizer.decode(c.said) for g in groups for c in g], golds, verifier=args.verifier))
+        return [
+            {"id": i, "answers": [(c.ids, kind_of(c.truncated, next(verdicts))) for c in group]}
+            for i, group in zip(part, groups, strict=True)
+        ]
+
+    weights = ((str(value.double().sum().item()),) for _, value in full_parameters(policy))
+    digest = data_digest([(json.dumps(dataclasses.asdict(args)),)], ((prompts[i],) for i in asked), weights)
+    kept = Path(args.out) / f"own_answers-{digest}.jsonl"  # other settings, data or weights have another file
+    parts = [asked[k : k + TOGETHER] for k in range(0, len(asked), TOGETHER)]
+    drawn = keep_records(kept, parts, answers, world)
+    sampler.close()
+    count, tokens = dict.fromkeys(("right", "wrong", "cut short", "not graded"), 0), 0
+    for i, record in drawn.items():
+        for ids, kind in record["answers"]:
+            count[kind] += 1
+            tokens += len(ids)
+            trace = Trace(tokenizer.decode(ids[:-1]), float(kind == "right"), ids)
+            if kind == "right":
+                problems[i].chosen = problems[i].chosen or trace
+            elif kind == "wrong":
+                problems[i].rejected = problems[i].rejected or trace
+    if world.main:
+        write_lines(Path(args.out) / "own_answers.json", [count | {"tokens": tokens}])
+        print("own answers:", ", ".join(f"{n} {name}" for name, n in count.items()))
+
+
+def kind_of(cut: bool, verdict) -> str:
+    """What an own answer counts as."""
+    if cut:
+        return "cut short"
+    if verdict.status in ("timeout", "error") or gold_unreadable(verdict):
+        return "not graded"
+    return "right" if verdict.reward else "wrong"
+
+
+# ------------------------------------------------------------------------------------------------- the files
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write one JSON object per line; the file is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def main(args: Args) -> dict[str, int]:
+    """Write positives.jsonl, pairs.jsonl and funnel.json; print and return the funnel."""
+    check_ranges(args)
+    check_verifier(args.verifier)
+    world = init_world(args.timeout_minutes)
+    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    training = redi.Args(
+        data=args.data, igsm_problems=args.igsm_problems, seed=args.seed, bad_rows="drop",
+        max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
+    )  # fmt: skip
+    problems, funnel = read_problems(args, training, world.main)
+    if args.own_answers:
+        add_own_answers(problems, tokenizer, args, world)
+    positives = [p for p in problems if p.chosen]
+    both = [p for p in positives if p.rejected]
+    funnel |= {"no right trace": len(positives) - len(problems), "positives.jsonl": len(positives)}
+    funnel |= {"no wrong trace": len(both) - len(positives)}
+    if not both:
+        raise InputError(f"{args.data}: no pair is left ({funnel}); --own_answers samples wrong ones of --model")
+
+    rows = [p.row(chosen=p.chosen, rejected=p.rejected) for p in both]
+    pairs, count = redi.make_pairs(rows, tokenizer, training, source=args.data, progress=world.main)
+    funnel |= {name.replace("_", " "): -n for name, n in count.items() if name not in ("rows", "kept")}
+    funnel |= {"pairs.jsonl": len(pairs)}
+    if world.main:
+        out = Path(args.out)
+        # 'target' for LUFFY's readers; 'chosen' where ids must be kept too
+        targets = [p.row(**{"target" if p.chosen.ids is None else "chosen": p.chosen}) for p in positives]
+        write_lines(out / "positives.jsonl", targets)
+        write_lines(out / "pairs.jsonl", [rows[pair.index] for pair in pairs])
+        write_lines(out / "funnel.json", [funnel])
+        print("\n".join(f"{n:>+10,}  {name}" if n <= 0 else f"{n:>10,}  {name}" for name, n in funnel.items()))
+    return funnel
+
+
+if __name__ == "__main__":
+    launch(main, parse_args(Args, None, preset=PRESETS))
