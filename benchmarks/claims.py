@@ -245,7 +245,7 @@ class Block:
 
     def ask(self, name: str, seed: int, folder: Path, split: str, problems: int, tries: tuple) -> dict:
         model = self.fill(self.module.RUNS[name].model, seed, out=folder)
-        data = self.fill(self.setting(split), seed)
+        data = self.fill((split == "TEST" and self.module.RUNS[name].test) or self.setting(split), seed)
         words = "-".join([split.lower(), str(problems), *(f"{how}{n}" for how, n in tries)])
         with self.slots:
             return self.workers.submit(
@@ -285,6 +285,8 @@ class Block:
         waiting = {(name, seed): self.once(self.row, name, seed) for seed in flags.seeds for name in rows}
         buckets = self.once(self.buckets)
         found = {name: {seed: waiting[name, seed].result() for seed in flags.seeds} for name in rows}
+        if across := self.setting("across"):
+            found["all"] = {seed: across({name: found[name][seed] for name in rows}) for seed in flags.seeds}
         return {
             "command": " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]]),
             "commit": commit(), "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",

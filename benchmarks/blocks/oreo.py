@@ -65,7 +65,7 @@ def search(policy: str, how: str) -> Run:
 RUNS = {
     "test": problems(300, 1),
     "valid": problems(300, 2),
-    "walks": problems(60000, 3),
+    "walks": problems(20000, 3),
     **{f"problems_{size}": problems(n, 4) for size, n in SIZES.items()},
     "sft": Run(f"luffy.py {TASK} --method sft --model {{tiny}} --data {{walks}} --batch_size 64 --lr 1e-3 --steps 270 "
                "--schedule constant --warmup 0.02", once=True),
