@@ -250,8 +250,9 @@ class Block:
         return self.once(self.ask, name, seed, folder, split, problems, tries).result()
 
     def ask(self, name: str, seed: int, folder: Path, split: str, problems: int, tries: tuple) -> dict:
-        model = str(ROOT / self.fill(self.module.RUNS[name].model, seed, out=folder))
-        data = str(ROOT / self.fill(self.setting(split), seed))
+        run = self.module.RUNS[name]
+        model = str(ROOT / self.fill(run.model, seed, out=folder))
+        data = str(ROOT / self.fill((split == "TEST" and run.test) or self.setting(split), seed))
         words = "-".join([split.lower(), str(problems), *(f"{how}{n}" for how, n in tries)])
         with self.slots:
             return self.workers.submit(
@@ -292,6 +293,8 @@ class Block:
         waiting = {(name, seed): self.once(self.row, name, seed) for seed in seeds for name in rows}
         buckets = self.once(self.buckets)
         found = {name: {seed: waiting[name, seed].result() for seed in seeds} for name in rows}
+        if across := self.setting("across"):
+            found["all"] = {seed: across({name: found[name][seed] for name in rows}) for seed in seeds}
         return {
             "command": " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]]),
             "commit": commit(), "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",

@@ -179,7 +179,7 @@ def test_a_blocks_rows_and_commands_exist(name):
     module = importlib.import_module(f"benchmarks.blocks.{name}")
     known = {"out", "seed", "lr", "steps", "half", "tiny"}
     for row, run in module.RUNS.items():
-        named = set(re.findall(r"\{([\w.]+)\}", run.command + run.model))
+        named = set(re.findall(r"\{([\w.]+)\}", run.command + run.model + run.test))
         assert named <= known | module.RUNS.keys() - {row} and ("lr" in named) == bool(run.lrs)
         assert row not in known and re.fullmatch(r"[\w.]+", row)
         words = [re.sub(r"\{[\w.]+\}", "1", word) for word in shlex.split(run.command)]
@@ -187,7 +187,7 @@ def test_a_blocks_rows_and_commands_exist(name):
             if " ".join(words).startswith(start):
                 flags = words[len(start.split()) :]
                 parse_args(program.Args, flags, method=program.METHODS, preset=program.PRESETS)
-    rows = {row for row, run in module.RUNS.items() if run.row}
+    rows = {row for row, run in module.RUNS.items() if run.row} | ({"all"} if hasattr(module, "across") else set())
     assert all(claim.rows.keys() <= rows for claim in module.CLAIMS)
     assert len({claim.text for claim in module.CLAIMS}) == len(module.CLAIMS)
 

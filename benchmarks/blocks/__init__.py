@@ -16,6 +16,8 @@ and if it needs them
                               what else is measured of a row. answered["sampled_texts"]: its answers, [problems][tries];
                               folder(NAME): the folder of a run at that seed. "updates", "sampled_tokens",
                               "demonstrations" and "operations" fill those columns
+    across(found) -> {measure: number}
+                              what is measured of all rows of a seed at once, {row: {measure: ...}}; the row "all"
 """
 
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ class Run:
 
     command: str = ""  # a script of the repository and its flags, or "-m module ..."; empty: nothing is run
     model: str = "{out}/model"  # what a row measures. Empty: `besides` alone does
+    test: str = ""  # its file of test problems; empty: TEST
     lrs: tuple[float, ...] = ()  # rates to choose from, by validation at seed 0; --quick takes the middle one
     row: bool = True  # measured, and a row of the table. False: a means, such as data
     once: bool = False  # one run for all seeds (its {seed} is 0)
