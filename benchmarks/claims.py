@@ -68,7 +68,9 @@ class Flags:
     out: str = "runs/claims"
     """Folder for the runs."""
     results: str = "benchmarks/results"
-    """Folder for claims-BLOCK.json, claims-BLOCK.png and the page's tables, claims.md."""
+    """Folder for claims-BLOCK.json and claims-BLOCK.png; those of --quick go to its folder quick."""
+    document: str = "docs/results.md"
+    """Page whose tables are made anew, from all results."""
     jobs: int = 0
     """Runs at once. 0: one per core."""
 
@@ -451,14 +453,32 @@ def plot(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def page(folder: Path) -> str:
-    """Write the tables of all blocks in a folder of results to claims.md; -> its text."""
-    files = {name: folder / f"claims-{name}.json" for name in BLOCKS}
-    blocks = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    parts = [claims_table(blocks), *(f"{name}\n\n{block_table(results)}" for name, results in blocks.items())]
-    text = "\n\n".join(parts) + "\n"
-    (folder / "claims.md").write_text(text)
-    return text
+def load(folder: Path) -> dict[str, dict]:
+    """The results of every block that has some in a folder of results: full ones, or else quick ones."""
+    blocks = {}
+    for name in BLOCKS:
+        for file in (folder / f"claims-{name}.json", folder / "quick" / f"claims-{name}.json"):
+            if file.exists() and name not in blocks:
+                blocks[name] = json.loads(file.read_text()) | {"picture": file.with_suffix(".png")}
+    return blocks
+
+
+def page(folder: Path, document: Path) -> str:
+    """Replace what stands between <!-- NAME --> and <!-- end --> in a document: the table and picture of block NAME
+    from a folder of results, or the table of all claims. Return the new parts."""
+    blocks = load(folder)
+    parts = {"claims": claims_table(blocks)}
+    for name, found in blocks.items():
+        picture = os.path.relpath(found["picture"], document.parent)
+        about = (f"{'Quick run: s' if 'quick' in picture else 'S'}eeds {', '.join(map(str, found['seeds']))}; "
+                 f"{found['problems']} test problems, {found['tries']} answers each; commit {found['commit']}; "
+                 f"{found['machine']}; {found['seconds'] / 60:.0f} minutes.")  # fmt: skip
+        parts[name] = f"{about}\n\n{block_table(found)}\n\n![Rows, claims and curves of {name}]({picture})"
+    text = document.read_text()
+    for name, part in parts.items():
+        text = re.sub(f"(?s)(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m, p=part: m[1] + p + m[2], text)
+    document.write_text(text)
+    return "\n\n".join(parts.values())
 
 
 def main(flags: Flags) -> None:
@@ -487,7 +507,7 @@ def main(flags: Flags) -> None:
                 block.pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(block.running):
                     process.terminate()
-    print(f"\n{page(folder)}")
+    print(f"\n{page(Path(flags.results), Path(flags.document))}")
 
 
 if __name__ == "__main__":
