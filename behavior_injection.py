@@ -1,25 +1,25 @@
 """Behavior injection (BRIDGE): preparing a model for reinforcement learning (Cen et al., arXiv 2505.18917).
 
-Models with the same accuracy after SFT can gain very differently from RL. A small RL step on all queries raises the
-expected reward J(q) of query q by
+Models with the same accuracy after SFT can gain very differently from RL. An RL step of size eta on all queries raises
+the expected reward J(q) of a query q by
 
     dJ(q) = eta <G, grad J(q)> = eta mean_{q',o'} A(q',o') sqrt(a (1 - a)) (mean_+ K - mean_- K)                (Eq. 5)
-    K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J over all queries
+    K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J over all queries q'
 
-a is the fraction of correct answers to q, the means are over its correct (+) and incorrect (-) answers o, and log pi is
-the mean over an answer's tokens. So RL needs queries that are solved sometimes, and answers that teach each other (K).
-BRIDGE injects behaviours into the SFT solutions that raise both: looking ahead and coming back (reflection), repeating
-the information (analysis), one operation at a time (subgoals). SFT minimises the mean of -log p over the
-tokens of prompts and solutions. Then GRPO, with the SFT model as reference:
+o is an answer to q, A an advantage, a the fraction of q's answers that are correct; mean_+ is over these, mean_- over
+the others; log pi is a mean over tokens. So RL needs queries that are solved sometimes, and answers that teach others
+(K). BRIDGE injects behaviours into SFT solutions that raise both: looking ahead and coming back (reflection), repeating
+the information (analysis), one operation at a time (subgoals). SFT minimises the mean of -log p over the tokens of
+prompts and solutions. Then GRPO, with the SFT model as reference, where R_i is 1 for a correct answer and else 0:
 
-    A_i  = (R_i - mean R) / (std R + 1e-6)                                     over the group of answers to a question
+    A_i  = (R_i - mean R) / (std R + 1e-6)                                         over the group of answers to q
     loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef (e^d - d - 1) - entropy_coef H ]
 
 r = p / p_old, d = log p_ref - log p and the entropy H are those of token t of answer i; c is --clip.
 
 --stage does one part for every arm of --arms (ways to write the solutions of the same problems: `arms_of`):
   data   problems, and each arm's solutions of them, as files in OUT/data
-  base   OUT/base: --model trained on easy plain problems (--base_problems; in the paper --model is the base model)
+  base   OUT/base: --model, trained on --base_problems easy plain problems (the paper skips this: --model is the base)
   sft    OUT/ARM/sft: the base model, fine-tuned on the arm's solutions
   rl     OUT/ARM/rl: GRPO from there
   eval   accuracy of both models, in distribution and out of it; then the table of all arms
@@ -38,7 +38,6 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,6 +48,7 @@ from tqdm import tqdm
 
 import igsm
 from common.data import InputError, batch_indices, tokens_of_means
+from common.metrics import plot_curves
 from common.rows import load_rows, read_examples, set_template
 from common.run import (
     Grader,
@@ -64,24 +64,15 @@ from common.run import (
     gather_rows,
     mean,
     micro_batches,
+    open_policy,
     open_sampler,
     per_token,
     policy_logps,
     sample_rows,
     split_updates,
-    teacher_rows,
+    trace_rows,
 )
-from common.trainer import (
-    Totals,
-    init_world,
-    launch,
-    load_policy,
-    load_tokenizer,
-    make_optimizer,
-    parse_args,
-    plot_curves,
-    set_context,
-)
+from common.trainer import Totals, init_world, launch, load_policy, load_tokenizer, make_optimizer, parse_args
 
 Group = Annotated[int, ("2 or more: the only answer to a question has no advantage over others", lambda n: n > 1)]
 Chance = Annotated[float | Literal["table"], ('between 0 and 1, or "table"', lambda x: x == "table" or 0 <= x <= 1)]
@@ -315,8 +306,8 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 
 
 def make_data(args: Args, world) -> None:
-    """Write the sets of all stages into OUT/data. All arms of sft_ARM use the same problems. The solution templates of
-    val, test_id and test_ood occur in no training set."""
+    """Write the sets of all stages into OUT/data. All files sft_ARM have the same problems. The solution templates of
+    val, test_id and test_ood are in no training set."""
     seed, arms = 1000 * args.seed, {arm: arms_of(args)[arm] for arm in args.arms}
     write_set("sft_", args.sft_problems, args.ops, "train", seed + 100, args, world, arms)
     write_set("rl", args.rl_problems, args.ops, "train", seed + 200, args, world)
@@ -383,10 +374,8 @@ def check(args: Args) -> None:
         raise InputError(f"--arms {unknown[0]}: no such arm; there are {', '.join(arms_of(args))}")
     if args.stage == "base" and not args.base_problems:
         raise InputError("--stage base needs --base_problems, the number of problems to train on")
-    if args.sft_model and len(args.arms) != 1:
-        raise InputError(f"--sft_model {args.sft_model} is the model of one arm: name that arm with --arms")
-    if args.sft_model and args.stage in ("all", "sft"):
-        raise InputError(f"--sft_model {args.sft_model} stands in for stage sft: choose --stage rl or eval")
+    if args.sft_model and (len(args.arms) != 1 or args.stage in ("all", "sft")):
+        raise InputError(f"--sft_model {args.sft_model} is one arm's: it needs --arms ARM and --stage rl or eval")
     if args.data or args.eval_data:
         raise InputError("--data and --eval_data: put your own rows into OUT/data (sft_ARM, rl and val.jsonl) instead")
 
@@ -427,15 +416,16 @@ def train(args: Args) -> None:
     run = Run(args, out=folder_of(args, args.stage, arm))
     world, tokenizer = run.world, open_tokenizer(model, args)
     examples, left_out = read_set(name, tokenizer, args, traces="ignored" if rl else "needed", progress=world.main)
-    if args.prompt_loss and not rl:  # a prompt's tokens are trained on as its solution's are, but the first
+    if args.prompt_loss and not rl:  # the prompt's tokens but the first, which nothing predicts, join the response
         examples = [replace(e, prompt=e.prompt[:1], trace=e.prompt[1:] + e.trace) for e in examples]
     held_out = read_set("val", tokenizer, args, traces="ignored")[0] if args.eval_every else []
     run.plan(examples, held_out[: args.eval_limit or None], left_out, source=f"{args.out}/data/{name}.jsonl")
 
-    load = partial(load_policy, model, world, seed=args.seed, edit_config=partial(set_context, args))
-    policy = load(gradient_checkpointing=args.gradient_checkpointing, compile=args.compile)
+    policy = open_policy(model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
-    reference = load().requires_grad_(False) if rl and (args.kl_coef or args.kl_mask) else None
+    reference = None
+    if rl and (args.kl_coef or args.kl_mask):
+        reference = open_policy(model, args, world, gradient_checkpointing="none").requires_grad_(False)
     run.begin(policy, optimizer, tokenizer)
     sampler = open_sampler(policy, tokenizer, args, world) if rl else None
     if sampler:
@@ -454,14 +444,14 @@ def train(args: Args) -> None:
             if rl:
                 rows = sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
             else:
-                rows = teacher_rows(batch, mine)
+                rows = trace_rows(batch, mine)
 
         # 2. reward
         with run.clock("reward"):
             grader.wait()
             rows = gather_rows(rows, world)  # every rank has all rows now
             row_log = describe(rows) if rl else {}
-            if rl and args.format_reward:  # groups are solved by verdicts alone
+            if rl and args.format_reward:  # after `describe`: the bonus does not make a question a solved one
                 for row in rows:
                     row.reward += args.format_reward * format_reward(row.text(tokenizer))
                 row_log["reward/own"] = mean(row.reward for row in rows)
@@ -507,7 +497,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     """Return {test: {accuracy, chain, ...}} of a model's answers to both test sets, sampled at eval_temperature.
 
     chain: fraction of answers whose every step is correct (igsm.check_solution). accuracy_zero: accuracy on problems
-    whose answer is 0. greedy: accuracy without sampling; RL can raise the others by making a model surer alone."""
+    whose answer is 0. greedy: accuracy at temperature 0. RL can raise the sampled accuracy alone, by certainty."""
     tokenizer, policy = open_tokenizer(model, args), load_policy(model, world)
     sampler, grader = open_sampler(policy, tokenizer, args, world), Grader(tokenizer, args.verifier)
     sampler.sync(policy, version=0)

@@ -9,10 +9,11 @@ trace. All are graded alike and share one mean:
     f(p) = p / (p + 0.1)                                                                               (Eq. 5-8)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`.
-The teacher's own probability is unknown; LUFFY uses 1, so the ratio is p. With f, the gradient w.r.t. log p is
-A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are learnt first. As own
-answers become right, the trace's advantage falls from 7/8 to 0, and the method becomes on-policy RL.
+S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001; the published code added a mean entropy for each of
+the micro-batches that it needed, and M is their number, computed from the rows (`published_micro_batches`).
+Where the teacher's own probability is unknown, as in the published data, LUFFY uses 1, so the ratio is p. With f, the
+gradient w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are
+learnt first. If k own answers are right, they and the trace have the advantage (7 - k) / 8: 7/8 at first, 0 at last.
 
 --method picks the above or one of the paper's comparisons:
   grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2
@@ -20,10 +21,10 @@ answers become right, the trace's advantage falls from 7/8 to 0, and the method 
   sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- S and M make the gradient independent of the number of GPUs and of micro-batches, at the scale of the published run.
-- An update takes whole groups; the published one took rows of 128 questions by length. The expectation is the same.
-- A trace that is too long is rejected and counted; the published code cut it and lost its eos (--long_trace cut).
-- A row without a trace is an error; the published code sampled another answer (--empty_trace on_policy).
+- Denominators count the rows of all GPUs: the gradient depends on neither GPUs nor micro-batches. S, M: its scale.
+- An update takes whole groups. The published code sorted a step's rows by length first, which could split a group.
+- A trace that is too long is left out and counted; the published code cut it and lost its eos (--long_trace cut).
+- A question without a trace is an error; the published code sampled another answer (--empty_trace on_policy).
 
   python luffy.py --preset tiny                                              a laptop, 4 minutes, nothing downloaded
   python luffy.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl      one GPU
@@ -32,7 +33,6 @@ Departures from the published code that change numbers (the docs page has all of
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -52,21 +52,23 @@ from common.run import (
     describe,
     gather_rows,
     micro_batches,
+    open_policy,
     open_sampler,
     per_token,
     policy_logps,
     sample_rows,
     split_updates,
-    teacher_rows,
+    trace_rows,
+    truncated_importance,
 )
-from common.trainer import Totals, launch, load_policy, load_tokenizer, make_optimizer, parse_args, set_context
+from common.trainer import Totals, launch, load_tokenizer, make_optimizer, parse_args
 
 Shape = Literal["", "no_reshape", "logp", "p_logp", "square_root", "pow", "p_div_p_0.1", "p_div_p_0.3", "p_div_p_0.5"]
 
 
 @dataclass
 class Args(RunArgs):
-    method: Literal["luffy", "grpo", "rl_sft", "sft"] = "luffy"  # What to train. Later defaults follow it.
+    method: Literal["luffy", "grpo", "rl_sft", "sft"] = "luffy"  # What to train. It sets other defaults.
     model: str = "Elliott/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name
     out: str = "runs/luffy"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
@@ -78,32 +80,31 @@ class Args(RunArgs):
     clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
-    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
-    loss_rows: Positive[float] = 64.0  # Rows of an update on one GPU of the published run: 64 on 8 GPUs, 32 on 16
+    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus, times M (LUFFY's text: 0.01)
+    loss_rows: Positive[float] = 64.0  # Scale S, M: rows per GPU of a published update (64: 8 GPUs; 32: 16), not yours
     group_size: Positive[int] = 8  # Rows per question, the teacher's included
-    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A row without a trace: stop, drop, own answers only
+    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A question without a trace: stop, drop, own answers
     steps: NotNegative[int] = 500  # Steps to train (the paper's 500); 0 follows --epochs.
     teacher_rows: NotNegative[int] = 1  # How many of the group_size rows are the teacher's trace
     shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
     shape: Shape = ""  # Another f on the teacher's tokens, by its published name. Empty: that of --shaping_gamma
     own_shape: Shape = ""  # f on own tokens' ratio (paper's Table 4: p_div_p_0.1, --teacher_rows 0). Empty: none
-    sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term
+    sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term, times M
     sft_rows_per_mean: NotNegative[int] = 1  # sft: mean of token means of this many traces each; 0: mean over tokens
 
 
 METHODS = {
-    "grpo": dict(teacher_rows=0, clip=0.2, out="runs/luffy_grpo"),
+    "grpo": dict(out="runs/luffy_grpo", clip=0.2, teacher_rows=0),
     "rl_sft": dict(out="runs/luffy_rl_sft"),
-    "sft": dict(out="runs/luffy_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, steps=0, batch_size=64,
-                group_size=1, updates_per_step=1, entropy_coef=0.0, betas=(0.9, 0.95), weight_decay=0.0),
+    "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, betas=(0.9, 0.95), weight_decay=0.0,
+                batch_size=64, group_size=1, updates_per_step=1, out="runs/luffy_sft", steps=0, entropy_coef=0.0),
 }  # fmt: skip
 PRESETS = {
     "tiny": dict(
-        model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny", verifier="boxed",
+        model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
         eval_limit=128, save_every=20, micro_batch_tokens=4096, betas=(0.9, 0.999), weight_decay=0.01,
-        sft_rows_per_mean=0,
-        method={name: dict(out=f"runs/tiny_{name}") for name in METHODS},
+        out="runs/tiny", sft_rows_per_mean=0, method={name: dict(out=f"runs/tiny_{name}") for name in METHODS},
     ),
 }  # fmt: skip
 
@@ -112,11 +113,11 @@ PRESETS = {
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, baseline: Tensor | None = None) -> Tensor:
-    """A_i = R_i - mean of the rewards of i's group (Eq. 4); with `std` also divided by their unbiased std + 1e-6.
+    """A_i = R_i - mean of the rewards of i's group (LUFFY's Eq. 4); with `std` divided by their unbiased std + 1e-6.
 
     rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
-    baseline [B] bool selects the rows whose rewards define mean and std (None: all); the result is applied to all rows.
-    With `baseline` a std of 0 becomes 1. A group with one such row has mean 0 and std 1.
+    A group of one row has mean 0 and std 1.
+    baseline [B] bool: only these rows count for mean and std, which apply to all rows; a std of 0 then becomes 1.
 
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.tensor([7, 7, 7, 7])).tolist()
     [0.75, -0.25, -0.25, -0.25]
@@ -125,8 +126,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
     zeros = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
     n = zeros.index_add(0, group, weight)  # [G]
-    mean = zeros.index_add(0, group, weight * rewards) / n.clamp(min=1)
-    mean = torch.where(n > 1, mean, 0.0)
+    mean = torch.where(n > 1, zeros.index_add(0, group, weight * rewards) / n.clamp(min=1), 0.0)
     advantages = rewards - mean[group]
     if not std:
         return advantages
@@ -137,13 +137,14 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     return advantages / (sigma[group] + 1e-6)
 
 
-def shaped(logp: Tensor, name: str) -> Tensor:
+def shaped(logp: Tensor, name: str, gamma: float | None = None) -> Tensor:
     """f(p) of Eq. 7 by its published name, elementwise: p_div_p_X p / (p + X) for any number X, no_reshape p,
-    square_root (or pow) p^0.5, logp log p, p_logp p + log p.
+    square_root (or pow) p^0.5, logp log p, p_logp p + log p. Without a name: p / (p + gamma), or p without gamma.
 
     >>> [round(shaped(torch.tensor(0.25).log(), name).item(), 4) for name in ("no_reshape", "p_div_p_0.1", "pow")]
     [0.25, 0.7143, 0.5]
     """
+    name = name or (f"p_div_p_{gamma}" if gamma else "no_reshape")
     p = logp.exp()
     if name.startswith("p_div_p_"):
         return p / (p + float(name.removeprefix("p_div_p_")))
@@ -151,22 +152,16 @@ def shaped(logp: Tensor, name: str) -> Tensor:
     return {"no_reshape": p, "square_root": root, "pow": root, "logp": logp, "p_logp": p + logp}[name]
 
 
-def shape_name(args: Args) -> str:
-    """The f of --shape and --shaping_gamma."""
-    return args.shape or (f"p_div_p_{args.shaping_gamma}" if args.shaping_gamma else "no_reshape")
-
-
 def luffy_token_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, off_policy: Tensor, *, gamma: float | None = 0.1,
-    clip: float | None = None, shape: str = "", own_shape: str = "no_reshape", teacher_logp: Tensor | None = None,
+    clip: float | None = None, shape: str = "", own_shape: str = "", teacher_logp: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Loss of each token, elementwise over any shape; what is summed in Eq. 5-8, with the sign of a loss.
 
-    Teacher's tokens (off_policy True):  - A f(p), p live: the gradient goes through f, which is p / (p + gamma), p
-                                         without gamma, or `shape`; - A p / (p_teacher + 1e-6) where teacher_logp
-                                         (the teacher's own log-prob) is given and not NaN
-    own tokens:                          - A r,  r = p / p_old;  with clip c: max(- A r, - A clamp(r, 1-c, 1+c))
-                                         (own_shape: r = f(p) / f(p_old) for p_div_p, f(p / p_old) for the others)
+    teacher's (off_policy True)   -A f(p), with gradient through f: `shape`, else p / (p + gamma), else p
+                                  -A p / (p_teacher + 1e-6) where teacher_logp is given and not NaN
+    own                           -A r, r = p / p_old; with clip e: max(-A r, -A clamp(r, 1-e, 1+e))
+                                  own_shape: r = f(p) / f(p_old) for p_div_p, f(p / p_old) for the others
 
     >>> loss = luffy_token_loss(torch.log(torch.tensor([0.1])), torch.zeros(1), torch.ones(1), torch.tensor([True]))
     >>> round(loss.item(), 6)
@@ -174,7 +169,7 @@ def luffy_token_loss(
     """
     # torch.where backpropagates through both branches, and 0 * inf = NaN: the unused input is zeroed before exp
     off_logp = torch.where(off_policy, logp, 0.0)
-    off_ratio = shaped(off_logp, shape or (f"p_div_p_{gamma}" if gamma else "no_reshape"))
+    off_ratio = shaped(off_logp, shape, gamma)
     if teacher_logp is not None:
         known = ~teacher_logp.isnan()
         given = off_logp.exp() / (torch.where(known, teacher_logp, 0.0).exp() + 1e-6)
@@ -183,21 +178,10 @@ def luffy_token_loss(
         ratio = shaped(torch.where(off_policy, 0.0, logp), own_shape) / shaped(old_logp, own_shape)
     else:
         ratio = shaped(torch.where(off_policy, 0.0, logp - old_logp), own_shape)
-    off_loss, on_loss = -advantages * off_ratio, -advantages * ratio
+    loss = -advantages * ratio
     if clip is not None:
-        on_loss = torch.maximum(on_loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    return torch.where(off_policy, off_loss, on_loss)
-
-
-def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025). p_old and p_sampler are
-    the same weights as two programs compute them. 1 where there is no sampler (NaN: the teacher's tokens).
-
-    >>> truncated_importance(torch.log(torch.tensor([0.2, 0.9])), torch.log(torch.tensor([0.2, 0.1])), 2.0).tolist()
-    [1.0, 2.0]
-    """
-    weight = (old_logp - sampler_logp).detach().exp().clamp(max=cap)
-    return torch.where(sampler_logp.isnan(), 1.0, weight)
+        loss = torch.maximum(loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    return torch.where(off_policy, -advantages * off_ratio, loss)
 
 
 def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
@@ -228,29 +212,29 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     `policy_logps`; None in the first update, where p_old = p. Returns metrics; those of tokens are means over
     `rows_with_gradient`."""
     n_tokens = sum(len(row.response) for row in rows)
-    n_teacher_tokens = sum(len(row.response) for row in rows if row.teacher)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
     counted, totals = rows_with_gradient(rows, args), Totals(world)
-    own_tokens, teacher_tokens = (sum(len(row.response) for row in counted if row.teacher == t) for t in (False, True))
+    n_counted = sum(len(row.response) for row in counted)
+    n_teacher = sum(len(row.response) for row in counted if row.teacher)
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
-        old = logp.detach() if old_logps is None else old_logps[i]  # [N]
+        old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        sampler_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
+        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], of who drew it; NaN: unknown
         token_loss = luffy_token_loss(
-            logp, old, advantage, teacher, clip=args.clip or None, shape=shape_name(args),
-            own_shape=args.own_shape or "no_reshape", teacher_logp=sampler_logp,
+            logp, old, advantage, teacher, gamma=args.shaping_gamma, clip=args.clip or None, shape=args.shape,
+            own_shape=args.own_shape, teacher_logp=drawn_logp,
         )  # fmt: skip
         if args.tis_cap:
-            weight = truncated_importance(old, sampler_logp, args.tis_cap)
+            weight = truncated_importance(old, drawn_logp, args.tis_cap)
             token_loss = token_loss * torch.where(teacher, 1.0, weight)
         if args.method == "rl_sft":
             token_loss = torch.where(teacher, 0.0, token_loss)
         loss = pg_loss = token_loss.sum() * row_scale
         if args.method == "rl_sft":
-            sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher_tokens)
+            sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
             loss = loss + args.sft_coef * n_micro * sft_loss
             totals.add({"loss/sft": sft_loss})
         if args.entropy_coef:
@@ -258,16 +242,16 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         totals.add({"loss/pg": pg_loss})
-        totals.add({"policy/entropy": entropy.sum()}, per=own_tokens + teacher_tokens)
-        add_drift(totals, logp.detach(), old, sampler_logp, clip=args.clip, per=own_tokens, own=~teacher)
-        if teacher_tokens:
-            add_trace(totals, logp.detach(), teacher, args, per=teacher_tokens)
+        totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
+        add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_counted - n_teacher, own=~teacher)
+        if n_teacher:
+            add_trace(totals, logp.detach(), teacher, args, per=n_teacher)
     return totals.reduce()
 
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
-    """Forward and backward of one SFT update on traces; the gradient is left in .grad. It is the same for any number of
-    ranks and any micro_batch_tokens. Rows that share a mean are neighbours in `rows`."""
+    """Forward and backward of one SFT update on traces; the gradient is left in .grad.
+    It is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours."""
     lengths, totals = [len(row.response) for row in rows], Totals(world)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     scale_of = dict(zip(map(id, rows), token_scales(lengths, args.sft_rows_per_mean), strict=True))
@@ -287,7 +271,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 
 def add_trace(totals: Totals, logp: Tensor, teacher: Tensor, args: Args, *, per: int) -> None:
     """Add to the metrics, as means over `per` teacher's tokens: log p and f(p). [N] each."""
-    ratio = shaped(logp, shape_name(args))
+    ratio = shaped(logp, args.shape, args.shaping_gamma)
     totals.add({"teacher/logp": torch.where(teacher, logp, 0.0).sum(),
                 "teacher/shaped_ratio": torch.where(teacher, ratio, 0.0).sum()}, per=per)  # fmt: skip
 
@@ -306,19 +290,16 @@ def check(args: Args) -> None:
 
 def main(args: Args) -> None:
     check(args)
-    run, on_policy = Run(args), args.method != "sft"
+    run, by_rl = Run(args), args.method != "sft"
     world = run.world
     tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored",
-        golds=on_policy, empty_trace=args.empty_trace, long_trace=args.long_trace, progress=world.main,
+        golds=by_rl, empty_trace=args.empty_trace, long_trace=args.long_trace, progress=world.main,
     )
     run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
-    policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile,
-        edit_config=partial(set_context, args),
-    )  # fmt: skip
+    policy = open_policy(args.model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     run.begin(policy, optimizer, tokenizer)
     sampler = open_sampler(policy, tokenizer, args, world)
@@ -332,11 +313,11 @@ def main(args: Args) -> None:
 
         # 1. sample: the traces, and own answers to fill each group
         with run.clock("sample"):
-            teachers = [args.teacher_rows if e.trace else 0 for e in batch]
-            rows = teacher_rows(batch, mine, teachers)
-            if on_policy:
+            traces = [args.teacher_rows if e.trace else 0 for e in batch]
+            rows = trace_rows(batch, mine, traces)
+            if by_rl:
                 grader.add(rows)
-                own = [args.group_size - n for n in teachers]
+                own = [args.group_size - n for n in traces]
                 rows += sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
 
         # 2. reward
@@ -356,9 +337,10 @@ def main(args: Args) -> None:
         with run.clock("update"):
             sampler.sleep()  # its memory is the trainer's until the sync
             updates = split_updates(rows, args)
+            # p_old of later updates is computed before the first one changes the weights; there p_old = p
             old = [None] + [policy_logps(policy, rows_with_gradient(u, args), args, world) for u in updates[1:]]
             for u, update in enumerate(updates):
-                if on_policy:
+                if by_rl:
                     log = accumulate_gradient(policy, update, old[u], args, world)
                 else:
                     log = accumulate_sft_gradient(policy, update, args, world)

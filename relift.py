@@ -10,7 +10,8 @@ holds `sft_data_size` of them, one SFT update on their demonstrations follows th
     loss = mean_it (- log p_it - 0.001 H_it)                                  SFT on the newest of the hardest questions
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`.
+S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001; the published code added a mean entropy for each of
+the micro-batches that it needed, and M is their number, computed from the rows (`published_micro_batches`).
 LUFFY puts a demonstration into every group. ReLIFT uses them only where RL has no gradient, with an AdamW (its own
 moments and rate) and a gradient clip for SFT alone.
 
@@ -20,9 +21,9 @@ moments and rate) and a gradient clip for SFT alone.
   sft      the demonstrations alone, 3 epochs (the settings are not published: LUFFY's are taken)
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- S and M make the gradient independent of the number of GPUs and of micro-batches, at the scale of the published run.
+- Denominators count the rows of all GPUs: the gradient depends on neither GPUs nor micro-batches. S, M: its scale.
 - The SFT gradient is the true mean; the published one was an eighth of it (8 GPUs), so sft_max_grad_norm is 8, not 1.
-- The SFT mean is one of means over `sft_rows_per_mean` demonstrations, which the published micro-batches held.
+- The SFT loss averages blocks of `sft_rows_per_mean` demonstrations, each over its tokens, as published micro-batches.
 - A question is in the buffer once, however often it failed. Its demonstration is verified (--no_verify_demonstrations).
 - A question whose demonstration is missing or too long is trained by RL alone and counted (--long_trace cut).
 
@@ -34,7 +35,6 @@ Departures from the published code that change numbers (the docs page has all of
 import math
 import random
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -55,19 +55,21 @@ from common.run import (
     describe,
     gather_rows,
     micro_batches,
+    open_policy,
     open_sampler,
     per_token,
     policy_logps,
     sample_rows,
     split_updates,
-    teacher_rows,
+    trace_rows,
+    truncated_importance,
 )
-from common.trainer import Totals, launch, load_policy, load_tokenizer, make_optimizer, parse_args, set_context
+from common.trainer import Totals, launch, load_tokenizer, make_optimizer, parse_args
 
 
 @dataclass
 class Args(RunArgs):
-    method: Literal["relift", "grpo", "sft"] = "relift"  # What to train. Later defaults follow it.
+    method: Literal["relift", "grpo", "sft"] = "relift"  # What to train. It sets other defaults.
     model: str = "RoadQAQ/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name
     out: str = "runs/relift"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
@@ -80,7 +82,7 @@ class Args(RunArgs):
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
-    loss_rows: Positive[float] = 64.0  # Rows of an update on one GPU of the published run: 64 on 8 GPUs, 32 on 16
+    loss_rows: Positive[float] = 64.0  # Scale S, M: rows per GPU of a published update (64: 8 GPUs; 32: 16), not yours
     group_size: Positive[int] = 8  # Answers per question
     max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
     # Questions of an SFT update, and how many the buffer must hold for one; -1: RL alone
@@ -102,16 +104,16 @@ class Args(RunArgs):
 LONG_TRACE = {"reject": "drop", "cut": "end"}  # read_examples: the question stays; the trace that is cut ends with eos
 METHODS = {
     "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
-    "sft": dict(out="runs/relift_sft", lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, batch_size=64,
-                group_size=1, updates_per_step=1, max_grad_norm=1.0, sft_entropy_coef=0.0, sft_rows_per_mean=1,
-                betas=(0.9, 0.95), weight_decay=0.0),
+    "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, betas=(0.9, 0.95), weight_decay=0.0,
+                batch_size=64, group_size=1, updates_per_step=1, out="runs/relift_sft", max_grad_norm=1.0,
+                sft_entropy_coef=0.0, sft_rows_per_mean=1),
 }  # fmt: skip
 PRESETS = {
     "tiny": dict(
-        model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny_relift", verifier="boxed",
+        model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), verifier="boxed",
         max_prompt_tokens=160, max_response_tokens=160, steps=60, batch_size=16, lr=2e-4, eval_every=20,
-        eval_limit=128, save_every=20, micro_batch_tokens=4096, sft_data_size=16, sft_lr=2e-4, sft_max_grad_norm=1.0,
-        betas=(0.9, 0.999), weight_decay=0.01,
+        eval_limit=128, save_every=20, micro_batch_tokens=4096, betas=(0.9, 0.999), weight_decay=0.01,
+        out="runs/tiny_relift", sft_data_size=16, sft_lr=2e-4, sft_max_grad_norm=1.0,
         method={"grpo": dict(out="runs/tiny_relift_grpo"),
                 "sft": dict(out="runs/tiny_relift_sft", sft_rows_per_mean=0)},
     ),
@@ -122,7 +124,7 @@ PRESETS = {
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> Tensor:
-    """A_i = R_i - mean of the rewards of i's group; with `std` also divided by their unbiased std + 1e-6.
+    """A_i = R_i - mean of the rewards of i's group (LUFFY's Eq. 4); with `std` divided by their unbiased std + 1e-6.
 
     rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
     A group of one row has mean 0 and std 1.
@@ -134,8 +136,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> T
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
     zeros = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
     n = zeros.index_add(0, group, weight)  # [G]
-    mean = zeros.index_add(0, group, weight * rewards) / n.clamp(min=1)
-    mean = torch.where(n > 1, mean, 0.0)
+    mean = torch.where(n > 1, zeros.index_add(0, group, weight * rewards) / n.clamp(min=1), 0.0)
     advantages = rewards - mean[group]
     if not std:
         return advantages
@@ -229,17 +230,6 @@ def sft_is_due(step: int, held: int, args: Args) -> bool:
     return held >= args.sft_data_size
 
 
-def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025). p_old and p_sampler are
-    the same weights as two programs compute them. 1 where there is no sampler (NaN: the teacher's tokens).
-
-    >>> truncated_importance(torch.log(torch.tensor([0.2, 0.9])), torch.log(torch.tensor([0.2, 0.1])), 2.0).tolist()
-    [1.0, 2.0]
-    """
-    weight = (old_logp - sampler_logp).detach().exp().clamp(max=cap)
-    return torch.where(sampler_logp.isnan(), 1.0, weight)
-
-
 def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
     """M: how many micro-batches of 32,768 tokens a GPU of the published run needed for its `rows` rows of an update.
 
@@ -271,32 +261,34 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
     counted, totals = rows_with_gradient(rows, args), Totals(world)
-    own_tokens = sum(len(row.response) for row in counted)
+    n_counted = sum(len(row.response) for row in counted)
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
-        old = logp.detach() if old_logps is None else old_logps[i]  # [N]
+        old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        sampler_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
+        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], of who drew it; NaN: unknown
         token_loss = policy_token_loss(logp, old, advantage, clip=args.clip or None)
         if args.tis_cap:
-            token_loss = token_loss * truncated_importance(old, sampler_logp, args.tis_cap)
+            weight = truncated_importance(old, drawn_logp, args.tis_cap)
+            token_loss = token_loss * weight
         loss = pg_loss = token_loss.sum() * row_scale
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         totals.add({"loss/pg": pg_loss})
-        totals.add({"policy/entropy": entropy.sum()}, per=own_tokens)
-        add_drift(totals, logp.detach(), old, sampler_logp, clip=args.clip, per=own_tokens)
+        totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
+        add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_counted)
     return totals.reduce()
 
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
-    """Forward and backward of one SFT update on demonstrations, at temperature 1; the gradient is left in .grad. It is
-    the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours in `rows`."""
-    lengths, rows_per_mean = [len(row.response) for row in rows], args.sft_rows_per_mean or len(rows)
+    """Forward and backward of one SFT update on demonstrations, at temperature 1; the gradient is left in .grad.
+    It is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours."""
+    lengths, totals = [len(row.response) for row in rows], Totals(world)
+    rows_per_mean = args.sft_rows_per_mean or len(rows)
+    means = math.ceil(len(rows) / rows_per_mean)
     tokens_of = dict(zip(map(id, rows), tokens_of_means(lengths, rows_per_mean), strict=True))
-    means, totals = math.ceil(len(rows) / rows_per_mean), Totals(world)
     for batch, mine in micro_batches(rows, args, world):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
         mean_tokens = per_token(batch, [tokens_of[id(row)] for row in mine])  # [N]
@@ -331,7 +323,7 @@ def with_demonstration(questions: list[int], examples, grader: Grader, args: Arg
     have = [q for q in questions if examples[q].trace]
     accepted = have
     if args.verify_demonstrations:
-        rows = teacher_rows([examples[q] for q in have], range(world.rank, len(have), world.size))
+        rows = trace_rows([examples[q] for q in have], range(world.rank, len(have), world.size))
         grader.add(rows)
         grader.wait()
         accepted = [have[row.group] for row in gather_rows(rows, world) if row.reward > 0]
@@ -340,23 +332,21 @@ def with_demonstration(questions: list[int], examples, grader: Grader, args: Arg
 
 
 def main(args: Args) -> None:
-    run, on_policy = Run(args), args.method != "sft"
-    world, interleave = run.world, args.method == "relift" and args.sft_data_size > 0
+    run, by_rl = Run(args), args.method != "sft"
+    world = run.world
+    interleave = args.method == "relift" and args.sft_data_size > 0
     tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
-    needed = interleave or not on_policy
+    needed = interleave or not by_rl
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if needed else "ignored",
-        golds=on_policy, empty_trace="on_policy", long_trace=LONG_TRACE[args.long_trace], progress=world.main,
+        golds=by_rl, empty_trace="on_policy", long_trace=LONG_TRACE[args.long_trace], progress=world.main,
     )
     if needed:
         check_demonstrations(sum(e.trace is not None for e in examples), len(examples), args, world)
-    examples = examples if on_policy else [e for e in examples if e.trace]
+    examples = examples if by_rl else [e for e in examples if e.trace]
     run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
-    policy = load_policy(
-        args.model, world, seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile,
-        edit_config=partial(set_context, args),
-    )  # fmt: skip
+    policy = open_policy(args.model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     more = {}
     if interleave:
@@ -377,8 +367,8 @@ def main(args: Args) -> None:
 
         # 1. sample: own answers alone (sft: demonstrations alone)
         with run.clock("sample"):
-            rows = [] if on_policy else teacher_rows(batch, mine)
-            if on_policy:
+            rows = [] if by_rl else trace_rows(batch, mine)
+            if by_rl:
                 own = [args.group_size] * len(batch)
                 rows += sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
 
@@ -387,14 +377,14 @@ def main(args: Args) -> None:
             grader.wait()
             rows = gather_rows(rows, world)  # every rank has all rows now
 
-        # 3. advantages, and the hardest questions into the buffer
+        # 3. advantages
         rewards = torch.tensor([row.reward for row in rows])  # [B]
         question = torch.tensor([row.group for row in rows])  # [B]
         advantages = group_advantages(rewards, question, std=args.std)  # [B]
         for row, advantage in zip(rows, advantages.tolist(), strict=True):
             row.advantage = advantage
         buffer_log = {}
-        if interleave:
+        if interleave:  # the hardest questions go into the buffer
             hardest = hardest_groups(rewards.tolist(), question.tolist(), args.hard_threshold)
             chosen = questions_to_buffer(args.sft_on, hardest, len(batch), seed=f"{args.seed} {step}")
             with run.clock("reward"):
@@ -402,23 +392,24 @@ def main(args: Args) -> None:
             buffer.add(questions)
             buffer_log["group/hardest"] = len(hardest) / len(batch)
 
-        # 4. update by RL (sft: by SFT), and by SFT if the buffer is full
+        # 4. update
         with run.clock("update"):
             sampler.sleep()  # its memory is the trainer's until the sync
             updates = split_updates(rows, args)
+            # p_old of later updates is computed before the first one changes the weights; there p_old = p
             old = [None] + [policy_logps(policy, rows_with_gradient(u, args), args, world) for u in updates[1:]]
             for u, update in enumerate(updates):
-                if on_policy:
+                if by_rl:
                     log = accumulate_gradient(policy, update, old[u], args, world)
                 else:
                     log = accumulate_sft_gradient(policy, update, args, world)
                 done = run.update("policy", log, update, lr=run.lr(u, len(updates)), max_grad_norm=args.max_grad_norm)
-                demonstrations += len(update) if done and not on_policy else 0
-        taught, fired = [], False
+                demonstrations += len(update) if done and not by_rl else 0
+        taught, fired = [], False  # an SFT update follows if the buffer is full
         if interleave and sft_is_due(step, len(buffer), args):
             with run.clock("sft"):
                 questions = buffer.take(args.sft_data_size)
-                taught = teacher_rows([examples[q] for q in questions], range(len(questions)))
+                taught = trace_rows([examples[q] for q in questions], range(len(questions)))
                 log = accumulate_sft_gradient(policy, taught, args, world)
                 fired = run.update(
                     "sft", log, taught, lr=args.sft_lr, max_grad_norm=args.sft_max_grad_norm, norm="sft/grad_norm"

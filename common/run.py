@@ -29,16 +29,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
+from common.metrics import Clock, Metrics, peak_memory_gb, read_metrics
 from common.rollout import Sampling, make_sampler
 from common.rows import Example, data_digest, report_golds
 from common.trainer import (
-    Checkpoints,
-    Clock,
-    Metrics,
     Totals,
     World,
-    changed_settings,
     check_context,
     check_finite,
     export,
@@ -46,11 +44,11 @@ from common.trainer import (
     gradient_norm,
     init_world,
     keep_activations,
-    keep_best,
     learning_rate,
+    load_policy,
     logit_form,
     optimizer_step,
-    peak_memory_gb,
+    set_context,
 )
 from common.verifiers import grade, grade_later
 
@@ -314,6 +312,15 @@ def stop_ids(policy, tokenizer, more: Iterable[str] = ()) -> list[int]:
     return eos + tokenizer.convert_tokens_to_ids(list(more))
 
 
+def open_policy(path: str, args, world: World, **options):
+    """Load a model by the flags of RunArgs. options: those of `load_policy`, which replace the flags."""
+    flags = dict(
+        seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile,
+        edit_config=functools.partial(set_context, args), trust_remote_code=getattr(args, "trust_remote_code", False),
+    )  # fmt: skip
+    return load_policy(path, world, **flags | options)
+
+
 def open_sampler(policy, tokenizer, args, world: World):
     """Return the sampler that --rollout names. It draws after its first sync."""
     return make_sampler(
@@ -392,7 +399,7 @@ class Row:
         }  # fmt: skip
 
 
-def teacher_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
+def trace_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
     """Rows with the traces of the questions `mine` of a batch: counts[g] of question g, one of each if None."""
     copies = counts or [1] * len(batch)
     return [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for g in mine for e in [batch[g]] * copies[g]]
@@ -565,6 +572,13 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def keep_best(policy, tokenizer, out: Path, world: World, accuracy: float) -> None:
+    """Export the model to OUT/best if its eval/mean is above that of every evaluation since training began."""
+    before = [row["eval/mean"] for row in read_metrics(out) if row["step"] and "eval/mean" in row] if world.main else []
+    if accuracy > max(gather_lists(before, world), default=-math.inf):
+        export(policy, tokenizer, out / "best", world)
+
+
 def describe(rows: list[Row]) -> dict[str, float | None]:
     """Metrics of the rows of a step: rewards, advantages and lengths, solved groups, the verifier's statuses."""
     own, teacher = [r for r in rows if not r.teacher], [r for r in rows if r.teacher]
@@ -637,3 +651,14 @@ def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per:
     totals.add({"policy/clipped": clipped.sum(), "policy/kl_old": -gone.sum(),
                 "mismatch/mean_abs": gap.abs().sum(), "mismatch/kl": -gap.sum()}, per=max(1, per))  # fmt: skip
     totals.largest({"mismatch/max": gap.abs()})
+
+
+def truncated_importance(old_logp: torch.Tensor, sampler_logp: torch.Tensor, cap: float) -> torch.Tensor:
+    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025): one model's probability
+    as the trainer and as the sampler compute it. 1 where the sampler's is unknown (NaN).
+
+    >>> truncated_importance(torch.log(torch.tensor([0.2, 0.9])), torch.log(torch.tensor([0.2, 0.1])), 2.0).tolist()
+    [1.0, 2.0]
+    """
+    weight = (old_logp - sampler_logp).detach().exp().clamp(max=cap)
+    return torch.where(sampler_logp.isnan(), 1.0, weight)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import behavior_injection as bridge
 from common import run, verifiers
 from common.data import InputError, batch_indices
-from common.trainer import load_tokenizer, parse_args, read_metrics
+from common.metrics import read_metrics
+from common.trainer import load_tokenizer, parse_args
 from tests import behavior_ranks as ranks
 from tests.conftest import run_script
 from tools import influence
@@ -253,10 +254,10 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--ops", "40", "40"], "problems of sft: no problem of 40 to 40 operations"),
         (["--stage", "sft"], "sft_vanilla.jsonl is missing: run --stage data first"),
-        (["--stage", "rl", "--sft_model", "no/such"], "--sft_model no/such is the model of one arm"),
+        (["--stage", "rl", "--sft_model", "no/such"], "--sft_model no/such is one arm's: it needs --arms ARM"),
         (["--stage", "rl", "--sft_model", "no/such", "--arms", "bridge"], "--model no/such: no tokenizer there"),
         (["--stage", "eval"], "no model there; run --stage sft and --stage rl first"),
-        (["--stage", "sft", "--sft_model", "some/model", "--arms", "bridge"], "--sft_model some/model stands in for"),
+        (["--stage", "sft", "--sft_model", "some/model", "--arms", "bridge"], "some/model is .* --stage rl or eval"),
         (["--group_size", "1"], "--group_size must be 2 or more: the only answer to a question has no advantage"),
         (["--sft_epochs", "0"], "--sft_epochs must be positive"),
         (["--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),

@@ -12,7 +12,8 @@ import pytest
 import luffy
 from common import logprobs, trainer
 from common.data import InputError
-from common.trainer import parse_args, read_metrics
+from common.metrics import read_metrics
+from common.trainer import parse_args
 from tests.conftest import run_script
 
 SMALL = [

@@ -15,8 +15,9 @@ import eval as evaluation
 import igsm
 import oreo
 from common.data import InputError, pack
+from common.metrics import read_metrics
 from common.rows import IGSM, conversation_ids, read_row, trace_ids
-from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args, read_metrics
+from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args
 from tests import oreo_ranks
 from tests.conftest import NANO, run_script
 from tests.oreo_ranks import SMALL, search, settings
@@ -274,7 +275,7 @@ def write(path, rows):
         (["--value", "no/such/value"], "--value no/such/value: cannot be loaded"),
         (["--balance", "-1"], "--balance must be 0 or more"),
         (["--stage", "sft"], "--stage sft trains on the solutions of --data"),
-        (["--rounds", "2", "--reference", "some/model"], "--reference some/model is not used with --round_reference"),
+        (["--rounds", "2", "--reference", "some/model"], "--reference some/model has no effect with --round_reference"),
     ],
 )
 def test_bad_settings_get_one_message_before_anything_is_written(nano, rows, tmp_path, words, message):

@@ -8,9 +8,10 @@ import pytest
 import igsm
 import redi
 from common.data import InputError
+from common.metrics import read_metrics
 from common.rollout import Completion
 from common.rows import Trace
-from common.trainer import load_tokenizer, parse_args, read_metrics
+from common.trainer import load_tokenizer, parse_args
 from tests.test_luffy_math import ONE_RANK
 from tests.test_redi_math import VECTORS
 from tests.test_redi_runs import SMALL, write

@@ -10,9 +10,10 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 import igsm
 import redi
-from common import trainer
+from common import metrics, trainer
 from common.data import InputError
-from common.trainer import load_policy, parse_args, read_metrics
+from common.metrics import read_metrics
+from common.trainer import load_policy, parse_args
 from tests import redi_ranks
 from tests.conftest import NANO, run_script
 
@@ -89,7 +90,7 @@ def test_two_ranks_log_what_one_rank_logs(settings, model, tmp_path):
 
 
 def test_the_reference_is_the_policy_before_the_first_update_also_after_a_resume(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
     words = ["--loss", "dpo", "--beta", "0.1", "--eval_every", 0, "--schedule", "constant", "--out"]
     redi.main(settings(*words, tmp_path / "whole", "--steps", 4))
     redi.main(settings(*words, tmp_path / "run", "--save_every", 2, "--steps", 2))

@@ -8,9 +8,9 @@ import torch
 
 import common.run
 import relift
-from common import trainer, verifiers
+from common import metrics, verifiers
 from common.data import InputError
-from common.trainer import read_metrics
+from common.metrics import read_metrics
 from common.verifiers import Verdict
 from tests import relift_ranks
 from tests.conftest import run_script
@@ -40,7 +40,7 @@ def grade_by(monkeypatch, verifier):
 def only_one_test_draws_curves(request, monkeypatch):
     """Drawing takes longer than training here."""
     if "leaves_a_run_folder[relift]" not in request.node.name:
-        monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
+        monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
 
 
 def run(tmp_path, *words):

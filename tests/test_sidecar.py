@@ -14,8 +14,9 @@ import torch
 
 from common import vllm
 from common.data import pack
+from common.metrics import read_metrics
 from common.rollout import EmbeddedSampler, Sampling
-from common.trainer import load_policy, read_metrics
+from common.trainer import load_policy
 from common.vllm import VLLMSampler, Worker, fill
 from tests.conftest import NANO, ROOT, gone, processes, run_script
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from common.trainer import read_metrics
+from common.metrics import read_metrics
 from tests.conftest import run_script
 from tests.faults import harness
 from tests.simulated_cuda.run import command, make

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import trainer
+from common import checkpoints, trainer
+from common.checkpoints import Checkpoints
 from common.data import InputError, pack
+from common.metrics import Metrics, read_metrics
 from common.rollout import EmbeddedSampler, Sampling
 from common.trainer import (
-    Checkpoints,
-    Metrics,
     export,
     learning_rate,
     load_policy,
@@ -24,7 +24,6 @@ from common.trainer import (
     make_optimizer,
     optimizer_step,
     parse_args,
-    read_metrics,
 )
 from tests.conftest import NANO, run_script, weights_digest
 
@@ -249,7 +248,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(policy, world, tmp_path, monke
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer.json, "dump", full)
+    monkeypatch.setattr(checkpoints.json, "dump", full)
     with pytest.raises(RuntimeError, match=r"step 2 .* could not be written .*No space.* step-00000001 is intact"):
         saved.save(2, policy, optimizer, world)
     assert saved.state()["step"] == 1
@@ -293,7 +292,7 @@ def test_sha256sum_reads_the_checksums(policy, world, tmp_path):
 def test_a_checkpoint_written_in_the_background_is_that_of_its_moment(policy, world, tmp_path):
     optimizer = make_optimizer(policy, lr=1e-2)
     train_a_little(policy, optimizer, 1)
-    saved = trainer.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
+    saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
     then = {name: p.detach().clone() for name, p in policy.named_parameters()}
     saved.save(1, policy, optimizer, world, mark=7)
     train_a_little(policy, optimizer, 3)  # while it is written
@@ -304,12 +303,12 @@ def test_a_checkpoint_written_in_the_background_is_that_of_its_moment(policy, wo
 
 
 def test_what_goes_wrong_in_the_background_is_not_lost(policy, world, tmp_path, monkeypatch):
-    saved = trainer.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
+    saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer.json, "dump", full)
+    monkeypatch.setattr(checkpoints.json, "dump", full)
     saved.save(2, policy, make_optimizer(policy, lr=1e-2), world)
     with pytest.raises(RuntimeError, match="could not be written .*No space.*There is none before it"):
         saved.wait()
@@ -346,7 +345,7 @@ def test_another_configuration_is_refused_and_the_difference_named(policy, world
 def test_too_little_disk_is_an_error_before_training(policy, tmp_path, monkeypatch):
     from collections import namedtuple
 
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
     with pytest.raises(InputError, match="GB are free"):
         checkpoint(tmp_path).check_space(policy)
 
@@ -387,7 +386,7 @@ def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_pat
     luffy.main(settings(*words))
     for step in (1, 2, 3):
         words = ["--step", step, "--tokenizer", tmp_path / "run" / "model"]  # --model scratch has no folder
-        run_script("-m", "common.trainer", "export", tmp_path / "run", tmp_path / f"{step}", *words)
+        run_script("-m", "common.checkpoints", tmp_path / "run", tmp_path / f"{step}", *words)
     digests = [weights_digest(load_policy(str(tmp_path / f"{step}"), world)) for step in (1, 2, 3)]
     assert len(set(digests)) == 3
     assert weights_digest(load_policy(str(tmp_path / "run" / "best"), world)) == digests[1]
@@ -398,7 +397,7 @@ def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_pat
     errors = {"no checkpoint of step 7 there; steps: .1, 2, 3.": ["--step", 7], "holds no value": ["--value"]}
     for message, words in errors.items():
         failed = run_script(
-            "-m", "common.trainer", "export", tmp_path / "run", tmp_path / "no", *words, check=False
+            "-m", "common.checkpoints", tmp_path / "run", tmp_path / "no", *words, check=False
         )
         assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr
 

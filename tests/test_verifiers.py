@@ -444,7 +444,8 @@ def test_the_first_failure_of_a_reward_function_is_printed_with_its_exception(us
 def test_a_step_on_which_every_answer_failed_ends_the_run_after_it_is_logged(tmp_path):
     import torch
 
-    from common.trainer import Metrics, World
+    from common.metrics import Metrics
+    from common.trainer import World
 
     world = World(0, 1, 1, torch.device("cpu"))
     log = Metrics(tmp_path, Settings(), world, start=0, steps=2, curves=[["verifier/error"]])

@@ -12,9 +12,10 @@ import igsm
 import luffy
 import oreo
 import relift
-from common import run, search, trainer, verifiers
+from common import metrics, run, search, trainer, verifiers
+from common.metrics import read_metrics
 from common.rollout import Completion, EmbeddedSampler
-from common.trainer import learning_rate, load_policy, load_tokenizer, read_metrics
+from common.trainer import learning_rate, load_policy, load_tokenizer
 from common.verifiers import Verdict
 from tests import oreo_ranks, relift_ranks, test_luffy_runs
 from tests.faults.harness import RUNS
@@ -40,7 +41,7 @@ class Seen(list):
 @pytest.mark.parametrize("name", ["luffy", "relift", "redi", "oreo", "behavior_injection"])
 def test_flags_reach_what_they_name(name, tmp_path, monkeypatch):
     script = importlib.import_module(name)
-    monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
     steps = Seen().watch(monkeypatch, run if hasattr(script, "Run") else script, "optimizer_step")
     drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
     problems = Seen().watch(monkeypatch, igsm, "problems")
@@ -96,7 +97,7 @@ def odd_text(texts, golds, *, verifier):
 
 @pytest.mark.parametrize(("method", "std"), [("luffy", False), ("rl_sft", False), ("grpo", True), ("relift", True)])
 def test_advantages_of_a_step_are_those_of_its_rewards(method, std, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
     for module in (run, verifiers):
         monkeypatch.setattr(module, "grade", odd_text)
     words = ["--out", str(tmp_path), "--steps", "1", "--eval_every", "0", "--log_samples", "99", "--group_size", "5"]

@@ -37,16 +37,7 @@ from common.rollout import Sampling, make_sampler
 from common.rows import render_prompt, set_template, with_bos
 from common.run import NotNegative, Positive, Share, check_fit, check_ranges, write_whole
 from common.search import state_values
-from common.trainer import (
-    ValueModel,
-    export,
-    gather_lists,
-    init_world,
-    launch,
-    load_policy,
-    load_tokenizer,
-    parse_args,
-)
+from common.trainer import ValueModel, export, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
 
 NAMES = {  # for --names, by TextWorld's types
     "c": ["box", "chest", "safe", "trunk", "cabinet", "drawer", "fridge", "locker"],

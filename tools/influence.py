@@ -26,8 +26,9 @@ from torch import Tensor
 import behavior_injection as bridge
 from behavior_injection import group_advantages, kernel_scores, model_of, per_step_influence, read_set, row_means
 from common.data import InputError
+from common.metrics import Clock
 from common.run import Grader, Positive, Row, mean, micro_batches, open_sampler, sample_rows
-from common.trainer import Clock, gather_lists, init_world, launch, load_policy, parse_args, sum_over_ranks
+from common.trainer import gather_lists, init_world, launch, load_policy, parse_args, sum_over_ranks
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from common.trainer import read_metrics
+from common.metrics import read_metrics
 from tests.zygote import Zygote
 
 ONLINE = [

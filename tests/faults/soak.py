@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.trainer import read_metrics
+from common.metrics import read_metrics
 from tests.conftest import ROOT
 from tests.faults.harness import ONLINE
 

@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 
-from common.trainer import read_metrics
+from common.metrics import read_metrics
 from tests.conftest import ROOT
 from tests.faults.harness import ONLINE
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common import trainer
-from common.trainer import parse_args, read_metrics
+from common.metrics import read_metrics
+from common.trainer import parse_args
 from tests.faults.harness import RUNS
 
 TABLES = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.trainer import read_metrics
+from common.metrics import read_metrics
 from tests.conftest import ROOT
 from tests.faults.harness import ONLINE
 

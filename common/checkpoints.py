@@ -1,0 +1,288 @@
+"""Checkpoints of a run: complete or absent, and an exact resume from them.
+
+A reader of an algorithm need not know how they are written, checked and removed. `common/run.py` calls this.
+
+    python -m common.checkpoints RUN FOLDER --step N        writes one as a Hugging Face model folder
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+from tqdm import tqdm
+
+from common.data import InputError
+from common.trainer import Policy, ValueModel, World, export, gather_lists, init_world, load_policy, load_tokenizer
+
+
+def _to_disk(path: Path) -> None:
+    """Return when what was written to a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def changed_settings(there: dict, here: dict, names) -> str:
+    """Which of the settings `names` differ, in words; "" for none."""
+    return "; ".join(
+        f"--{name} {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in names if there.get(name) != here.get(name)
+    )  # fmt: skip
+
+
+class Checkpoints:
+    """Checkpoints of a run under `folder`, each complete or absent: written beside, then renamed into place.
+
+    A checkpoint is model and optimizer (torch.distributed.checkpoint, so that another number of ranks can
+    load it), state.json (the step, the settings that made it, and what else the algorithm keeps) and SHA256SUMS
+    (`sha256sum -c` reads it). One that does not fit its sums is set aside, with a warning, for the one before.
+    `more` names further pairs that an algorithm trains: {"value": (model, optimizer)}, or {"sft": (policy, its
+    second optimizer)}; a model that comes twice is saved once.
+
+    On CUDA a checkpoint is copied to the host's memory and written while training goes on; wait() for the last."""
+
+    # settings that may change between two starts of one run
+    FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "keep_best", "wandb", "tensorboard",
+            "rollout", "sampler_tokens", "timeout_minutes", "skip_bad_updates", "profile"}  # fmt: skip
+
+    def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
+        """background: write while training goes on; None: on CUDA."""
+        self.folder, self.keep = folder, keep
+        self.settings = json.loads(json.dumps(dataclasses.asdict(args)))
+        self.data = None  # digest of what is trained on (check_data)
+        self.background = torch.cuda.is_available() if background is None else background
+        self._writer: threading.Thread | None = None
+        self._failed: BaseException | None = None
+        self._group = dist.new_group(backend="gloo") if self.background else None  # apart from the training's
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return max(self._complete(), default=None)
+
+    def _complete(self) -> list[Path]:
+        """All complete checkpoints, the oldest first."""
+        return sorted(p for p in self.folder.glob("step-*") if not p.suffix)
+
+    def state(self) -> dict | None:
+        """state.json of the newest intact checkpoint, after checking that this run may go on from it. Collective.
+
+        Raises InputError if it was made with other settings, or if there are checkpoints and none is intact."""
+        world = World(dist.get_rank(), dist.get_world_size(), 1, torch.device("cpu"))
+        damaged: list[str] = []
+        while (path := self.latest()) and (damage := self._damage(path, world)):
+            dist.barrier()  # all have looked
+            damaged.append(f"{path}: {damage}")
+            if world.main:
+                os.replace(path, path.with_suffix(".damaged"))
+                print(f"WARNING: {damaged[-1]}; it is set aside, and the checkpoint before it is used", file=sys.stderr)
+            dist.barrier()
+        if path is None:
+            if damaged:
+                raise InputError(
+                    f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start anew, or "
+                    "choose another --out"
+                )
+            return None
+        state = json.loads((path / "state.json").read_text())
+        there = state["settings"]
+        if changed := changed_settings(there, self.settings, [name for name in there if name not in self.FREE]):
+            raise InputError(
+                f"{path} was made with other settings ({changed}): "
+                "use the same ones to go on, or another --out to start anew"
+            )
+        if world.main and state["ranks"] != world.size:
+            print(
+                f"{path} was made by {state['ranks']} ranks and goes on with {world.size}: sums are rounded in another "
+                "order, so that the run is not bit for bit the one it would have been",
+                file=sys.stderr,
+            )
+        return state
+
+    def check_data(self, state: dict | None, digest: str, flags: str) -> None:
+        """Save `digest` with every checkpoint. Raises InputError if that of `state` is another one."""
+        self.data = digest
+        if state and state.get("data") not in (None, digest):
+            raise InputError(
+                f"{flags}: the data (or the tokenizer) changed since {self.latest()} was written; restore them, or use "
+                "another --out to start anew"
+            )
+
+    def _sums(self, path: Path, world: World, group=None) -> dict[str, str]:
+        """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
+        names = sorted(p.name for p in path.iterdir() if p.name != "SHA256SUMS")
+        mine = []
+        for name in names[world.rank :: world.size]:
+            with open(path / name, "rb") as file:
+                mine.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
+        return dict(sorted(gather_lists(mine, world, group)))
+
+    def _damage(self, path: Path, world: World) -> str | None:
+        """What is wrong with a checkpoint, or None. Collective; the same answer on every rank."""
+        listed = path / "SHA256SUMS"
+        expected = {}
+        if listed.is_file():
+            lines = listed.read_text(errors="replace").splitlines()
+            expected = {line[66:]: line[:64] for line in lines}
+        found = self._sums(path, world)
+        if missing := sorted(expected.keys() - found.keys()):
+            return f"{missing[0]} is missing"
+        wrong = [name for name, digest in found.items() if expected.get(name) != digest]
+        return f"{wrong[0]} is damaged (its checksum differs)" if wrong else None
+
+    def check_space(self, policy: nn.Module, more: dict | None = None) -> None:
+        """Raise InputError if the disk cannot hold `keep` checkpoints, the one being written and the model."""
+        models = [policy, *(model for model, _ in (more or {}).values())]
+        sizes = {model: 4 * sum(p.numel() for p in model.parameters()) for model in models}
+        checkpoint = sum(sizes.values()) + sum(2 * sizes[model] for model in models)  # two moments an optimizer
+        need = checkpoint * (self.keep + 1) + sizes[policy]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise InputError(
+                f"{self.folder}: {free / 1e9:.1f} GB are free, and checkpoints and the model need "
+                f"{need / 1e9:.1f} GB: free some, choose another --out, or --save_every 0"
+            )
+
+    @staticmethod
+    def _tensors(pairs: dict) -> dict:
+        """{"model", "optim"} of the pair named "", "model-NAME" and "optim-NAME" of the others; each model once."""
+        first = {model: name for name, (model, _) in reversed(pairs.items())}
+        tensors = {f"model{name}": dcp_state.get_model_state_dict(model) for model, name in first.items()}
+        for name, (model, optimizer) in pairs.items():
+            tensors[f"optim{name}"] = dcp_state.get_optimizer_state_dict(model, optimizer)
+        return tensors
+
+    def load(self, policy: nn.Module, optimizer, more: dict | None = None) -> None:
+        """Load model and optimizer, and `more`, in place, on any number of ranks."""
+        pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
+        tensors = self._tensors(pairs)
+        dcp.load(tensors, checkpoint_id=self.latest())
+        for name, (model, optimizer) in pairs.items():
+            if f"model{name}" in tensors:
+                dcp_state.set_model_state_dict(model, tensors[f"model{name}"])
+            dcp_state.set_optimizer_state_dict(model, optimizer, tensors[f"optim{name}"])
+
+    def save(self, step: int, policy: nn.Module, optimizer, world: World, more: dict | None = None, **extra) -> None:
+        """Write the checkpoint of `step`; `extra` (plain JSON) comes back from state().
+
+        Raises RuntimeError if it cannot be written (a full disk); the checkpoints before it are intact then."""
+        self.wait()
+        partial = self.folder / f"step-{step:08d}.partial"
+        if world.main:
+            for stale in [*self.folder.glob("*.partial"), *self.folder.glob("*.damaged")]:
+                shutil.rmtree(stale)
+        dist.barrier()
+        pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
+        named = {name.removeprefix("-") or "policy": model for name, (model, _) in pairs.items()}
+        configs = {}
+        for name, model in named.items():  # where a model was read from is no part of what it is
+            about = {"dtype": str(model.lm.saved_dtype).removeprefix("torch."), "_name_or_path": ""}
+            configs[name] = model.lm.config.to_dict() | about
+        state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
+        state |= {"configs": configs, **extra}
+        start, tensors = time.perf_counter(), self._tensors(pairs)
+        with self._explain(step):
+            if not self.background:
+                dcp.save(tensors, checkpoint_id=partial)
+                return self._commit(partial, state, world, start)
+            copied = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group)
+
+        def write():
+            try:
+                copied.result()
+                self._commit(partial, state, world, start)
+            except BaseException as error:  # raised again by wait(), in the training's thread
+                self._failed = error
+
+        self._writer = threading.Thread(target=write, name=f"checkpoint of step {step}")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is complete; raises what kept it from that."""
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+            if self._failed:
+                with self._explain(None):
+                    raise self._failed
+
+    @contextlib.contextmanager
+    def _explain(self, step: int | None):
+        try:
+            yield
+        except Exception as error:
+            last, reason = self.latest(), getattr(error, "failures", None)
+            reason = next(iter(reason.values())) if reason else error  # torch wraps each rank's own error
+            reason = reason[0] if isinstance(reason, tuple) else reason
+            raise RuntimeError(
+                f"the checkpoint{f' of step {step}' if step else ''} in {self.folder} could not be written ({reason}). "
+                + (f"{last.name} is intact: the same command goes on from it" if last else "There is none before it")
+            ) from error
+
+    def _commit(self, partial: Path, state: dict, world: World, start: float) -> None:
+        """Make a written checkpoint the newest one, then forget the oldest ones."""
+        if world.main:
+            with open(partial / "state.json", "w") as file:
+                json.dump(state, file)
+        dist.barrier(self._group)
+        sums = self._sums(partial, world, self._group)
+        if world.main:
+            (partial / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+            size = sum(p.stat().st_size for p in partial.iterdir())
+            for path in [*partial.iterdir(), partial]:
+                _to_disk(path)
+            final = partial.with_suffix("")
+            os.replace(partial, final)
+            _to_disk(self.folder)
+            for old in self._complete()[: -self.keep]:
+                # renamed first: half a checkpoint must not look like one
+                os.replace(old, old.with_suffix(".partial"))
+                shutil.rmtree(old.with_suffix(".partial"))
+            seconds = time.perf_counter() - start
+            tqdm.write(f"{final}: {size / 1e6:,.1f} MB in {seconds:.1f} s", file=sys.stderr)
+        dist.barrier(self._group)
+
+
+def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False, tokenizer: str = "") -> None:
+    """Write a checkpoint of a run as a model folder.
+
+    run: the run folder. out: the folder to write. step: of the checkpoint; 0 is the newest. value: the value model
+    instead of the policy. tokenizer: folder to take it from; empty takes that of the run's --model."""
+    world, checkpoints = init_world(), sorted(Path(run).glob("checkpoint/step-????????"))
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoints}
+    if not found or (step and step not in found):
+        raise InputError(f"{run}: no checkpoint{f' of step {step}' if step else ''} there; steps: {sorted(found)}")
+    path, name = found[step or max(found)], "value" if value else "policy"
+    state = json.loads((path / "state.json").read_text())
+    if name not in state.get("configs", {}):
+        raise InputError(f"{path}: it holds no {name} with its configuration")
+    model = load_policy(
+        "", world, from_config=state["configs"][name], kind=ValueModel if value else Policy,
+        lora=state["settings"].get(f"{name}_lora", 0),
+    )
+    words = load_tokenizer(tokenizer or state["settings"]["model"])
+    weights = {"model-value" if value else "model": dcp_state.get_model_state_dict(model)}
+    dcp.load(weights, checkpoint_id=path)
+    dcp_state.set_model_state_dict(model, next(iter(weights.values())))
+    export(model, words, Path(out), world)
+    print(f"{path} -> {out}")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(export_checkpoint, prog="python -m common.checkpoints", use_underscores=True)
+    except InputError as error:
+        sys.exit(print(f"checkpoints: error: {error}", file=sys.stderr) or 2)

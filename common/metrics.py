@@ -1,0 +1,202 @@
+"""What a run writes while it trains: metrics.jsonl, samples.jsonl, curves.png, a progress bar, seconds and a profile.
+
+A reader of an algorithm need not know where they go. `common/run.py` calls this.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.data import InputError
+from common.trainer import World
+
+
+class Metrics:
+    """metrics.jsonl (one object a step), samples.jsonl, curves.png, a progress bar; rank 0 alone writes."""
+
+    def __init__(self, out: Path, args, world: World, *, start: int, steps: int, curves: list[list[str]] | None = None):
+        """curves: the panels of curves.png; None: one for each prefix of a metric's name."""
+        self.out, self.world, self.curves, self.start_time = out, world, curves, time.time()
+        self.sinks = []
+        if not world.main:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        self.files = {}
+        for name in ("metrics", "samples"):
+            path = out / f"{name}.jsonl"
+            # after a crash: what was logged beyond the checkpoint will be done and logged again
+            kept = [line for line in _lines(path) if start and json.loads(line)["step"] <= start]
+            path.with_suffix(".partial").write_text("".join(line + "\n" for line in kept))
+            os.replace(path.with_suffix(".partial"), path)
+            self.files[name] = open(path, "a")  # noqa: SIM115 (open until close())
+        self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", dynamic_ncols=True)
+        try:
+            if getattr(args, "tensorboard", False):
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(out)
+                self.sinks.append(lambda step, v: [writer.add_scalar(k, x, step) for k, x in v.items()])
+            if getattr(args, "wandb", ""):
+                import wandb
+
+                run = wandb.init(project=args.wandb, name=out.name, config=dataclasses.asdict(args), dir=out)
+                self.sinks.append(lambda step, v: run.log(v, step=step))
+        except ImportError as error:
+            raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
+
+    def log(self, step: int, values: dict[str, float], show: list[str]) -> None:
+        """One row of metrics; `show` names those that the progress bar prints. Raises RuntimeError on
+        every rank if the verifier failed on every answer of the step: such rewards say nothing."""
+        if self.world.main:
+            self._log(step, {k: v for k, v in values.items() if v is not None}, show)
+        if values.get("verifier/error") == 1:
+            raise RuntimeError(
+                f"step {step}: --verifier failed on every answer, so all rewards are 0. Its first exception is printed "
+                "above. Mend the reward function, then run the same command again: the step is not saved"
+            )
+
+    def _log(self, step: int, values: dict[str, float], show: list[str]) -> None:
+        self._write("metrics", {"step": step, **values})
+        for sink in self.sinks:
+            sink(step, values)
+        self.bar.set_postfix({k.split("/")[-1]: f"{values[k]:.3g}" for k in show if k in values}, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        """Texts worth reading, one object a line."""
+        if self.world.main:
+            for row in rows:
+                self._write("samples", {"step": step, **row})
+
+    def _write(self, name: str, row: dict) -> None:
+        self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.files[name].flush()
+
+    def close(self) -> None:
+        """Draw curves.png and end the progress bar."""
+        if self.world.main:
+            self.bar.close()
+            for file in self.files.values():
+                file.close()
+            plot_curves({self.out.name: self.out}, self.curves, self.out / "curves.png")
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a file that a crash may have cut short."""
+    return [line for line in path.read_text().split("\n")[:-1] if line] if path.exists() else []
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The rows of a run folder's metrics.jsonl."""
+    return [json.loads(line) for line in _lines(Path(out) / "metrics.jsonl")]
+
+
+def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Path) -> None:
+    """One panel for each list of metric names that a run has (None: for each prefix of names), a line for each run and
+    name, over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metrics = {label: read_metrics(out) for label, out in runs.items()}
+    found = {name for rows in metrics.values() for row in rows for name in row}
+    if panels is None:
+        names = sorted(found - {"step", "optim/lr"})
+        prefixes = {name.split("/")[0] for name in names} - {"seconds", "speed", "memory", "verifier", "update"}
+        panels = [[name for name in names if name.split("/")[0] == prefix] for prefix in sorted(prefixes)]
+    panels = [names for names in panels if found & set(names)] or panels[:1]
+    columns = min(3, len(panels))
+    figure, axes = plt.subplots(
+        math.ceil(len(panels) / columns), columns, figsize=(5 * columns, 3.2 * math.ceil(len(panels) / columns)),
+        squeeze=False, layout="constrained",
+    )
+    for axis, names in zip(axes.flat, panels, strict=False):
+        for label, rows in metrics.items():
+            for name in names:
+                points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+                if points:
+                    text = name if len(runs) == 1 else label if len(names) == 1 else f"{label}: {name}"
+                    axis.plot(*zip(*points, strict=True), label=text, lw=1.3, marker="." if len(points) < 30 else "")
+        axis.set_title(" and ".join(names) if len(names) < 3 else names[0].split("/")[0], fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.lines and (len(names) > 1 or len(runs) > 1):
+            axis.legend(fontsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class Clock:
+    """Seconds by act: `with clock("sample"): ...`, then clock.flush() -> {"seconds/sample": 1.2, ...}.
+
+    With `profile`, steps 2 to 1 + profile of this run are traced: the trace (for ui.perfetto.dev) goes to
+    out/profile, and rank 0 prints the seconds by act and the costliest operations."""
+
+    def __init__(self, profile: int = 0, out: Path = Path()):
+        self.seconds: dict[str, float] = {}
+        self.since = time.perf_counter()
+        self.steps, self.profile, self.out = 0, profile, out
+        self.profiler, self.profiled = None, collections.Counter()
+
+    @contextlib.contextmanager
+    def __call__(self, act: str):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.profiler.record_function(act) if self.profiler else contextlib.nullcontext():
+            yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[act] = self.seconds.get(act, 0.0) + time.perf_counter() - start
+
+    def flush(self) -> dict[str, float]:
+        """Seconds by act since the last flush, and the whole step's."""
+        now = time.perf_counter()
+        row = {f"seconds/{act}": s for act, s in self.seconds.items()} | {"seconds/step": now - self.since}
+        self.steps += 1
+        if self.profiler:
+            self.profiled.update(self.seconds | {"step": row["seconds/step"]})
+            if self.steps == 1 + self.profile:
+                self._report()
+        elif self.profile and self.steps == 1:  # the first step warms everything up
+            self.profiler = torch.profiler.profile()  # of all that is there: CPU, CUDA
+            self.profiler.start()
+        self.seconds, self.since = {}, time.perf_counter()
+        return row
+
+    def _report(self) -> None:
+        """End the trace, write it, print where the time went."""
+        self.profiler.stop()
+        rank, total = os.environ.get("RANK", "0"), self.profiled.pop("step")
+        path = self.out / "profile" / f"rank-{rank}.json.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.profiler.export_chrome_trace(str(path))
+        if rank == "0":
+            self.profiled["the rest"] = total - sum(self.profiled.values())
+            lines = [f"  {act:9} {s / self.profile:8.3f} s a step  {s / total:6.1%}"
+                     for act, s in self.profiled.most_common()]  # fmt: skip
+            by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            lines += ["", self.profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)]
+            tqdm.write("\n".join([f"\n{self.profile} steps in {total:.2f} s while traced ({path}):", *lines]))
+        self.profiler = None
+
+
+def peak_memory_gb(world: World) -> float:
+    """Peak memory of this process in GB: the GPU's on CUDA, the resident set on CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
