@@ -4,8 +4,8 @@ Whether a step is right stands in the question. A critic of this size must be ab
 anything. So a gate comes first and never sees OREO: a value model, trained on exact labels of steps, must place the
 right next step above the wrong one in over 80 % of matched pairs (same question, same place, right walk so far).
 
-Found before any run of OREO: the gate failed at 56 to 66 % on three tasks (a list of edges, two or one from each node; a
-grid of 25) whose start had learned right walks until it found some. Such a start takes wrong steps because it cannot
+Found before any run of OREO: the gate failed at 56 to 66 % on three tasks (a list of edges, two or one from each node;
+a grid of 25) whose start had learned right walks until it found some. Such a start takes wrong steps because it cannot
 tell them. So the start here learns from imperfect walks, 12 % of whose steps go wrong and end them: it can tell, and
 errs all the same, in two answers of three. There the gate held (90 % after 75 updates).
 

@@ -1,6 +1,6 @@
-"""Walks: a task whose errors can be read from the text. The nodes a .. p are a grid of 4 x 4. A question names the closed
-nodes, a start and a goal. An answer names the nodes of a walk from the start to the goal. It is correct if each step is
-an edge of the grid to an open node, and the last node is the goal.
+"""Walks: a task whose errors can be read from the text. The nodes a .. p are a grid of 4 x 4. A question names the
+closed nodes, a start and a goal. An answer names the nodes of a walk from the start to the goal. It is correct if each
+step is an edge of the grid to an open node, and the last node is the goal.
 
     python -m benchmarks.blocks.walks --n 1000 --seed 0 --out walks.jsonl
     --verifier benchmarks.blocks.walks:reward --step_delimiters a b c ... p             for oreo.py and eval.py
@@ -13,7 +13,6 @@ wrong ones and takes wrong ones all the same.
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
@@ -66,7 +65,8 @@ def imperfect(question: str, walk: str, slips: float, rng: random.Random) -> str
     for i, at in enumerate(last[0] + walk[:-1]):
         if rng.random() < slips:
             beside = neighbours(at)
-            return walk[:i] + rng.choice([n for n in beside if n in closed] or [n for n in NODES if n not in beside + at])
+            elsewhere = [node for node in NODES if node not in beside + at]
+            return walk[:i] + rng.choice([node for node in beside if node in closed] or elsewhere)
     return walk
 
 
