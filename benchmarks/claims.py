@@ -1,6 +1,6 @@
 """Each paper's mechanism where it must show, with a control that could refute it: one page of results, six blocks.
 
-    python benchmarks/claims.py                         every block, three seeds
+    python benchmarks/claims.py                         every block, three to five seeds
     python benchmarks/claims.py luffy relift            two blocks
     python benchmarks/claims.py --quick                 every block at one seed, shorter runs, rates not chosen
 
@@ -59,8 +59,8 @@ class Flags:
     """Blocks to run."""
     quick: bool = False
     """One seed, short runs, half of the test problems and tries. Rates are not chosen: the middle of each grid."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of every run; data and test problems stay the same."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of every run; data and test problems stay the same. None: 0, 1, 2, or as many as the block needs."""
     problems: int = 300
     """Test problems; half as many validation problems."""
     tries: int = 8
@@ -182,10 +182,16 @@ class Block:
             return self.futures[key]
 
     def fill(self, text: str, seed: int, **values) -> str:
-        """A text whose {NAME}s are replaced, by values and by folders of other runs, which are made first."""
+        """A text whose {NAME}s are replaced, by values and by folders of other runs, which are made first. Folders are
+        relative to the repository, so that the runs may move with it."""
         steps = self.setting("STEPS", (0, 0))[self.flags.quick]
         values |= {"seed": seed, "steps": steps, "half": steps // 2, "tiny": ROOT / "models/tiny"}
-        return re.sub(r"\{([\w.]+)\}", lambda m: str(values[m[1]] if m[1] in values else self.folder(m[1], seed)), text)
+
+        def value(match) -> str:
+            found = values[match[1]] if match[1] in values else self.folder(match[1], seed)
+            return os.path.relpath(found, ROOT) if isinstance(found, Path) else str(found)
+
+        return re.sub(r"\{([\w.]+)\}", value, text)
 
     def rate(self, name: str) -> float | None:
         """The learning rate of a row."""
@@ -244,8 +250,9 @@ class Block:
         return self.once(self.ask, name, seed, folder, split, problems, tries).result()
 
     def ask(self, name: str, seed: int, folder: Path, split: str, problems: int, tries: tuple) -> dict:
-        model = self.fill(self.module.RUNS[name].model, seed, out=folder)
-        data = self.fill((split == "TEST" and self.module.RUNS[name].test) or self.setting(split), seed)
+        run = self.module.RUNS[name]
+        model = str(ROOT / self.fill(run.model, seed, out=folder))
+        data = str(ROOT / self.fill((split == "TEST" and run.test) or self.setting(split), seed))
         words = "-".join([split.lower(), str(problems), *(f"{how}{n}" for how, n in tries)])
         with self.slots:
             return self.workers.submit(
@@ -261,7 +268,7 @@ class Block:
             tries = ("sampled", self.flags.tries), ("greedy", 1)
             answered = self.answers(name, seed, folder, "TEST", self.flags.problems, *tries)
             found = {how: [100 * mean(rewards) for rewards in answered[how]] for how, _ in tries}
-            metrics = Path(self.fill(run.model, seed, out=folder)).parent
+            metrics = (ROOT / self.fill(run.model, seed, out=folder)).parent
             found |= cost(metrics, run.trained) if run.command and (metrics / "metrics.jsonl").exists() else {}
         if besides := self.setting("besides"):
             found |= besides(name, seed, answered, lambda other: self.folder(other, seed))
@@ -281,23 +288,24 @@ class Block:
     def run(self) -> dict:
         """Make and measure everything; -> the results of the block."""
         flags, started = self.flags, time.time()
+        seeds = flags.seeds or tuple(range(1 if flags.quick else self.setting("SEEDS", 3)))
         rows = [name for name, run in self.module.RUNS.items() if run.row]
-        waiting = {(name, seed): self.once(self.row, name, seed) for seed in flags.seeds for name in rows}
+        waiting = {(name, seed): self.once(self.row, name, seed) for seed in seeds for name in rows}
         buckets = self.once(self.buckets)
-        found = {name: {seed: waiting[name, seed].result() for seed in flags.seeds} for name in rows}
+        found = {name: {seed: waiting[name, seed].result() for seed in seeds} for name in rows}
         if across := self.setting("across"):
-            found["all"] = {seed: across({name: found[name][seed] for name in rows}) for seed in flags.seeds}
+            found["all"] = {seed: across({name: found[name][seed] for name in rows}) for seed in seeds}
         return {
             "command": " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]]),
             "commit": commit(), "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-            "seeds": list(flags.seeds), "problems": flags.problems, "tries": flags.tries,
+            "seeds": list(seeds), "problems": flags.problems, "tries": flags.tries,
             "buckets": {name: buckets.result().count(name) for name in BUCKETS},
             "rates": {name: {"chosen": self.rate(name), "validation": self.rates.get(name)}
                       for name in rows if self.module.RUNS[name].lrs},
             "rows": {name: {seed: short(measured, buckets.result()) for seed, measured in by_seed.items()}
                      for name, by_seed in found.items()},
             "claims": {claim.text: check(claim, found, buckets.result()) for claim in self.module.CLAIMS},
-            "curves": {title: {name: [curve(self.folder(name, seed), metric) for seed in flags.seeds] for name in rows}
+            "curves": {title: {name: [curve(self.folder(name, seed), metric) for seed in seeds] for name in rows}
                        for title, metric in self.setting("CURVES", {}).items()},
             "columns": self.setting("COLUMNS", {}),
             "seconds": time.time() - started,
@@ -457,7 +465,7 @@ def main(flags: Flags) -> None:
     if unknown := set(flags.blocks) - set(BLOCKS):
         raise SystemExit(f"{', '.join(sorted(unknown))}: no such block; choose from {', '.join(BLOCKS)}")
     if flags.quick:
-        flags.seeds, flags.problems, flags.tries = flags.seeds[:1], flags.problems // 2, flags.tries // 2
+        flags.problems, flags.tries = flags.problems // 2, flags.tries // 2
     jobs = flags.jobs or len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers that measure
     folder = Path(flags.results) / ("quick" if flags.quick else "")

@@ -1,9 +1,11 @@
-"""`make demo`: LUFFY against on-policy GRPO from the same base model, on problems that are too hard for it.
+"""`make demo`: guidance against imitation. LUFFY, SFT on its traces and on-policy GRPO from the same base model.
 
-Both runs have the same number of steps and of sampled rows (LUFFY's eighth row is the teacher's trace instead),
-the same data, seed and settings. Accuracy is measured on held-out problems, whose solution templates occur in no
-training problem: 8 answers each at temperature 1. "Never solved" are the problems that the base gets wrong 8 times
-out of 8. Everything lands in --out: results.json, curves.png, and the two ordinary run folders grpo/ and luffy/.
+The teacher's traces leap: they leave out intermediate results that this base needs (benchmarks/blocks/luffy.py). SFT
+copies the leaps, GRPO never sees reasoning, and LUFFY's own answers compete with the traces. All three have the same
+questions, steps and learning rate. Accuracy is measured on held-out problems, whose solution templates occur in no
+training problem: 8 answers each at temperature 1, and a greedy one. LUFFY trains on one core, its output is shown; SFT
+and GRPO train on the other, and write to log-METHOD.txt. Everything lands in --out: results.json, curves.png, and the
+run folders sft/, grpo/ and luffy/.
 """
 
 import json
@@ -12,7 +14,9 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,9 +24,16 @@ sys.path.insert(0, str(ROOT))
 
 import tyro  # noqa: E402
 
-import luffy  # noqa: E402
-from benchmarks.held_out import error, mean, solve_rates  # noqa: E402
+from benchmarks.blocks.luffy import PROBLEMS, intermediate_results  # noqa: E402
+from benchmarks.claims import measure  # noqa: E402
+from benchmarks.held_out import error, mean  # noqa: E402
 from common.trainer import plot_curves, read_metrics  # noqa: E402
+
+ARMS = {  # what to train besides the preset's settings
+    "luffy": "",
+    "sft": "--method sft --schedule constant --warmup 0 --lr 2e-4 --batch_size 16",
+    "grpo": "--method grpo",
+}
 
 
 @dataclass
@@ -30,57 +41,65 @@ class Demo:
     out: str = "runs/demo"
     """Folder for everything."""
     seed: int = 0
-    """Seed of both runs; the held-out problems stay the same."""
+    """Seed of all runs; the problems stay the same."""
     problems: int = 300
     """Held-out problems."""
     tries: int = 8
     """Answers to each."""
-    methods: tuple[str, ...] = ("grpo", "luffy")
-    """What to train, each for the same number of steps."""
     extra: str = ""
     """More flags for every run, as in --extra="--steps 20"."""
 
 
+def python(words: str, log=None) -> None:
+    """Run a command of ours on one core; `log`: file for its output."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *shlex.split(words)], cwd=ROOT, check=True, env=environment, stdout=log, stderr=log)
+
+
+def arm(name: str, demo: Demo) -> dict[str, float]:
+    """Train a method (base: nothing) and measure its model."""
+    out, steps, sampled = Path(demo.out).absolute(), 0, 0
+    model = ROOT / "models" / "tiny"
+    if name != "base":
+        command = f"luffy.py --preset tiny --model {model} --data {out}/train.jsonl --eval_data {out}/test.jsonl"
+        command += f" --seed {demo.seed} --out {out}/{name} {ARMS[name]} {demo.extra}"
+        print(f"\n$ python {command}", flush=True)
+        with open(out / f"log-{name}.txt", "a") as log:
+            python(command, None if name == "luffy" else log)
+        model, args = out / name / "model", json.loads((out / name / "args.json").read_text())
+        steps = len([row for row in read_metrics(out / name) if row["step"]])
+        sampled = steps * args["batch_size"] * (args["group_size"] - args["teacher_rows"])
+    found = measure(str(model), str(out / "test.jsonl"), out / f"answers-{name}-{demo.problems}x{demo.tries}.json",
+                    "boxed", 160, demo.problems, (("sampled", demo.tries), ("greedy", 1)))  # fmt: skip
+    rates = [100 * mean(rewards) for rewards in found["sampled"]]
+    return {
+        "accuracy": mean(rates), "accuracy_se": error(rates), "greedy": 100 * mean(map(mean, found["greedy"])),
+        "intermediate_results": mean(intermediate_results(text) for texts in found["sampled_texts"] for text in texts),
+        "steps": steps, "sampled_rows": sampled,
+    }  # fmt: skip
+
+
 def main(demo: Demo) -> dict:
-    out, started = Path(demo.out), time.time()
-    base = str(ROOT / luffy.PRESETS["tiny"]["model"])
-    [source] = luffy.PRESETS["tiny"]["eval_data"]
-
-    def measure(model: str, name: str) -> list[float]:
-        return solve_rates(model, source, demo.problems, tries=demo.tries, name=name)
-
-    rates = {"base": measure(base, "base")}
-    results: dict = {"seed": demo.seed, "problems": demo.problems, "tries": demo.tries, "models": {}}
-    for method in demo.methods:
-        run = out / method
-        command = [sys.executable, "luffy.py", "--preset", "tiny", "--method", method, "--model", base]
-        command += ["--seed", str(demo.seed), "--out", str(run.absolute()), *shlex.split(demo.extra)]
-        print("\n$", " ".join(["python", *command[1:]]), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        rates[method] = measure(str(run / "model"), method)
-    never = [i for i, rate in enumerate(rates["base"]) if rate == 0]
-
-    print(f"\n{demo.problems} held-out problems, {demo.tries} answers each at temperature 1, seed {demo.seed}:\n")
-    print(f"{'':10}  accuracy        on the {len(never):3} the base never solves   steps  sampled rows")
-    for name, rate in rates.items():
-        everywhere, hard = [100 * r for r in rate], [100 * rate[i] for i in never] or [0.0]
-        args = json.loads((out / name / "args.json").read_text()) if name != "base" else None
-        steps = len([r for r in read_metrics(out / name) if r["step"]]) if args else 0
-        sampled = steps * args["batch_size"] * (args["group_size"] - args["teacher_rows"]) if args else 0
-        results["models"][name] = {
-            "accuracy": mean(everywhere), "accuracy_se": error(everywhere),
-            "never_solved": mean(hard), "never_solved_se": error(hard),
-            "steps": steps, "sampled_rows": sampled,
-        }
-        print(f"{name:10}  {mean(everywhere):4.1f} % ± {error(everywhere):.1f}"
-              f"    {mean(hard):4.1f} % ± {error(hard):.1f}                           {steps:5}  {sampled:6}")
-    results |= {"never_solved_problems": len(never), "seconds": time.time() - started}
+    out, started = Path(demo.out).absolute(), time.time()
     out.mkdir(parents=True, exist_ok=True)
+    python(f"{PROBLEMS} --n 5000 --split train --out {out}/train.jsonl")
+    python(f"{PROBLEMS} --n {demo.problems} --split test --out {out}/test.jsonl")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the two processes
+    with ProcessPoolExecutor(2, get_context("spawn")) as workers:
+        waiting = {name: workers.submit(arm, name, demo) for name in (*ARMS, "base")}
+        models = {name: waiting[name].result() for name in ("base", "grpo", "sft", "luffy")}
+    results = {"seed": demo.seed, "problems": demo.problems, "tries": demo.tries, "models": models}
+    results["seconds"] = time.time() - started
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     panels = [["eval/mean"], ["reward/own"], ["group/solve_none"], ["policy/entropy"], ["teacher/logp"], ["length/own"]]
-    plot_curves({method: out / method for method in demo.methods}, panels, out / "curves.png")
+    plot_curves({name: out / name for name in ARMS}, panels, out / "curves.png")
+    print(f"\n{demo.problems} held-out problems, {demo.tries} answers each at temperature 1, seed {demo.seed}:\n\n"
+          f"{'':6}  accuracy        greedy   intermediate results per answer   steps   sampled rows")  # fmt: skip
+    for name, found in models.items():
+        print(f"{name:6}  {found['accuracy']:4.1f} % ± {found['accuracy_se']:.1f}    {found['greedy']:4.1f} %   "
+              f"{found['intermediate_results']:6.2f}   {found['steps']:30}   {found['sampled_rows']:12}")  # fmt: skip
     print(f"\n{out}/curves.png, {out}/results.json and samples worth reading in {out}/luffy/samples.jsonl "
-          f"({results['seconds']:.0f} s)")
+          f"({results['seconds']:.0f} s)")  # fmt: skip
     return results
 
 

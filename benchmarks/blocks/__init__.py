@@ -8,6 +8,7 @@ A block file defines, besides a docstring with the prediction and its reason, wr
     STEPS = (150, 40)         what {steps} stands for: in a full run and with --quick
 and if it needs them
     VERIFIER, MAX_TOKENS      grader of the answers ("boxed") and their longest length (160)
+    SEEDS                     how many seeds a verdict needs (3)
     START                     row whose other answers sort the test problems by difficulty ("base")
     CURVES {title: metric}    for the figure: metrics of runs, or functions of a run's folder, a value for each step
     COLUMNS {title: measure}  more columns of the table
