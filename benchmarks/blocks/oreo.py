@@ -71,8 +71,8 @@ RUNS = {
     "valid": problems(300, 2),
     "walks": problems(20000, 3, " --slips 0.12"),
     **{f"problems_{size}": problems(n, 4) for size, n in SIZES.items()},
-    "sft": Run(f"luffy.py {TASK} --method sft --model {{tiny}} --data {{walks}}/rows.jsonl --batch_size 64 --lr 1e-3 --steps 400 "
-               "--schedule constant --warmup 0.02", once=True),
+    "sft": Run(f"luffy.py {TASK} --method sft --model {{tiny}} --data {{walks}}/rows.jsonl --batch_size 64 --lr 1e-3 "
+               "--steps 400 --schedule constant --warmup 0.02", once=True),
     "test_answers": sampled("test"),
     **{f"answers_{size}": sampled(f"problems_{size}") for size in SIZES},
     "gate": Run("-m benchmarks.blocks.oreo --model {sft}/model --labels {answers_24k}/rows.jsonl "
