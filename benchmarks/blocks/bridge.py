@@ -61,7 +61,7 @@ def across(found: dict) -> dict:
     names = [name.removesuffix("_dJ") for name in found if name.endswith("_dJ")]
     gains = [mean(found[f"{name}_rl"]["sampled"]) - mean(found[f"{name}_sft"]["sampled"]) for name in names]
     influences = [found[f"{name}_dJ"]["dJ"] for name in names]
-    return {"rank correlation": correlation(influences, gains, method="ranked")}
+    return {"rank correlation": correlation(*([sorted(x).index(v) for v in x] for x in (influences, gains)))}
 
 
 def gain(order: str, arm: str, weight: int = 1) -> dict[str, float]:

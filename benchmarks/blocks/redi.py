@@ -15,7 +15,10 @@ Refuted if alpha 0.8 is not above alpha 0 from the long start. Earlier trials, w
 to 60 updates, found +0.9 +- 0.5 at 1e-5, -5.7 +- 1.5 at 6e-5, and +0.3 +- 0.7 best against best.
 """
 
+import json
+
 from benchmarks.blocks import Claim, Run, made
+from common.trainer import read_metrics
 
 PROBLEMS = "-m igsm --ops 5 8 --style symbolic --modulus 23 --max_params 4 --max_literal 9 --no_shuffle --split test"
 COMMON = "--preset tiny --eval_every 0 --out {out}"
@@ -34,6 +37,13 @@ RUNS = {
     **{f"{start}_{name}": Run(f"{LEARN} --model {{{start}_sft}}/model --alpha {alpha}", lrs=(1e-5, 3e-5, 6e-5, 1e-4))
        for start in STARTS for name, alpha in ALPHAS.items()},
 }  # fmt: skip
+
+
+def besides(name: str, seed: int, answered: dict, folder) -> dict:
+    """Correct traces that were read: one a row or pair of every step."""
+    args = json.loads((folder(name) / "args.json").read_text())
+    return {"demonstrations": args["batch_size"] * sum(row["step"] > 0 for row in read_metrics(folder(name)))}
+
 
 CURVES = {"log-prob of correct traces, nats a token": "logp/chosen", "of incorrect ones": "logp/rejected"}
 CLAIMS = [

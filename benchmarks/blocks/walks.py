@@ -1,37 +1,49 @@
-"""Walks: a task whose errors can be read from the text. A question lists the directed edges of a graph, a start and a
-goal; an answer names the nodes of a walk from the start to the goal. It is correct if every step is an edge and the
-last node is the goal.
+"""Walks: a task whose errors can be read from the text. The nodes a .. p are a grid of 4 x 4. A question names the
+closed nodes, a start and a goal. An answer names the nodes of a walk from the start to the goal. It is correct if each
+step is an edge of the grid to an open node, and the last node is the goal.
 
     python -m benchmarks.blocks.walks --n 1000 --seed 0 --out walks.jsonl
-    --verifier benchmarks.blocks.walks:reward --step_delimiters a b c d e f g h        for oreo.py and eval.py
+    --verifier benchmarks.blocks.walks:reward --step_delimiters a b c ... p             for oreo.py and eval.py
 
-A walk may be longer than the one in the data, and from every node the goal can be reached: as long as the steps are
-edges nothing is lost. The one error is a step that is not an edge (or to stop elsewhere), at a known place.
+A walk may be longer than the one in the data: a right step never loses a question. With --slips the walks in the file
+are imperfect: each step may go wrong, and then the walk ends. A model that learns from them can tell right steps from
+wrong ones and takes wrong ones all the same.
 """
 
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
-NODES = "abcdefgh"
-EDGES = 2  # that leave each node
-STEPS = (3, 5)  # of the shortest walk
+SIDE, CLOSED = 4, 4
+NODES = "abcdefghijklmnop"
+STEPS = (4, 8)  # of the shortest walk
 
 
-def shortest(edges: set[str], start: str, goal: str) -> str | None:
-    """Return the nodes after `start` of a shortest walk to `goal` (the first in the alphabet), or None.
+def neighbours(node: str) -> str:
+    """Return the nodes that have an edge with a node.
 
-    >>> shortest({"ab", "bc", "ad", "dc"}, "a", "c"), shortest({"ab"}, "b", "a")
-    ('bc', None)
+    >>> neighbours("a"), neighbours("f")
+    ('be', 'begj')
+    """
+    row, column = divmod(NODES.index(node), SIDE)
+    around = [(row - 1, column), (row, column - 1), (row, column + 1), (row + 1, column)]
+    return "".join(NODES[r * SIDE + c] for r, c in around if 0 <= r < SIDE and 0 <= c < SIDE)
+
+
+def shortest(closed: str, start: str, goal: str, rng: random.Random) -> str | None:
+    """Return the nodes after `start` of a shortest walk to `goal`, one of several by chance, or None.
+
+    >>> shortest("bf", "a", "c", random.Random(0)), shortest("be", "a", "c", random.Random(0))
+    ('eijkgc', None)
     """
     walks, seen = [start], {start}
     for walk in walks:
         if walk[-1] == goal:
             return walk[1:]
-        following = sorted(e[1] for e in edges if e[0] == walk[-1] and e[1] not in seen)
+        following = [node for node in neighbours(walk[-1]) if node not in seen and node not in closed]
+        rng.shuffle(following)
         seen.update(following)
         walks += [walk + node for node in following]
     return None
@@ -40,40 +52,46 @@ def shortest(edges: set[str], start: str, goal: str) -> str | None:
 def problem(rng: random.Random) -> tuple[str, str]:
     """Return a question, and a shortest walk of STEPS steps."""
     while True:
-        edges = [a + b for a in NODES for b in rng.sample(NODES.replace(a, ""), EDGES)]
-        start, goal = rng.sample(NODES, 2)
-        walks = [shortest(set(edges), a, goal) for a in NODES]
-        walk = walks[NODES.index(start)]
-        if None not in walks and STEPS[0] <= len(walk) <= STEPS[1]:
-            rng.shuffle(edges)
-            return "\n".join(edges) + f"\n{start}-{goal}?", walk
+        start, goal, *closed = rng.sample(NODES, 2 + CLOSED)
+        walk = shortest("".join(closed), start, goal, rng)
+        if walk and STEPS[0] <= len(walk) <= STEPS[1]:
+            return f"{''.join(closed)}\n{start}-{goal}?", walk
 
 
-def read(question: str) -> tuple[set[str], str, str]:
-    """Return a question's edges, start and goal."""
-    *edges, last = question.split("\n")
-    return set(edges), last[0], last[2]
+def imperfect(question: str, walk: str, slips: float, rng: random.Random) -> str:
+    """Return the walk up to its first wrong step, which has this chance at every step: to a closed node if one is
+    beside, else to any node that is not."""
+    closed, last = question.split("\n")
+    for i, at in enumerate(last[0] + walk[:-1]):
+        if rng.random() < slips:
+            beside = neighbours(at)
+            elsewhere = [node for node in NODES if node not in beside + at]
+            return walk[:i] + rng.choice([node for node in beside if node in closed] or elsewhere)
+    return walk
 
 
 def right_steps(nodes: str, question: str) -> list[bool]:
-    """For each node of an answer: is the walk up to it one along edges?
+    """Return for each node of an answer: is the walk up to it one along edges and open nodes?
 
-    >>> right_steps("bdc", "ab\\nbc\\na-c?")
+    >>> right_steps("efg", "fz\\na-g?")
     [True, False, False]
     """
-    edges, start, _ = read(question)
-    steps = [a + b in edges for a, b in zip(start + nodes, nodes)]
-    return [all(steps[: i + 1]) for i in range(len(steps))]
+    closed, last = question.split("\n")
+    at, right = last[0], [True]
+    for node in nodes:
+        right.append(right[-1] and node in neighbours(at) and node not in closed)
+        at = node
+    return right[1:]
 
 
 def reward(response: str, gold: str) -> float:
-    """Return 1.0 for a walk along edges that ends at the goal; `gold` is the question.
+    """Return 1.0 for such a walk that ends at the goal; `gold` is the question.
 
-    >>> [reward(walk, "ab\\nbc\\ncb\\na-c?") for walk in ("bc", "bcbc", "c", "b", "")]
+    >>> [reward(walk, "bf\\na-c?") for walk in ("eijkgc", "eaeijkgc", "bc", "eijkg", "")]
     [1.0, 1.0, 0.0, 0.0, 0.0]
     """
     nodes = response.strip()
-    return float(nodes[-1:] == read(gold)[2] and all(right_steps(nodes, gold)))
+    return float(nodes[-1:] == gold.split("\n")[1][2] and all(right_steps(nodes, gold)))
 
 
 def row(question: str, walk: str, index: int) -> dict:
@@ -93,12 +111,16 @@ class Flags:
     """Problems. The first of a larger file are those of a smaller one with the same seed."""
     seed: int = 0
     """Seed of the problems."""
+    slips: float = 0.0
+    """Chance that a step of a walk in the file goes wrong."""
 
 
 def main(flags: Flags) -> None:
-    rng = random.Random(flags.seed)
-    rows = (row(*problem(rng), index) for index in range(flags.n))
-    Path(flags.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rng, slipping = random.Random(flags.seed), random.Random(flags.seed + 1)
+    with open(flags.out, "w") as file:
+        for index in range(flags.n):
+            question, walk = problem(rng)
+            file.write(json.dumps(row(question, imperfect(question, walk, flags.slips, slipping), index)) + "\n")
 
 
 if __name__ == "__main__":
