@@ -340,7 +340,7 @@ def cost(folder: Path, per_token: float) -> dict[str, float]:
     answers = args["batch_size"] * (args.get("group_size", 0) - teachers)  # a step
     sampled = sum(r.get("length/own") or 0.0 for r in rows) * answers
     if args.get("rows"):  # oreo.py: graded answers of the start
-        sampled = sum(len(json.loads(line)["response_ids"]) for line in Path(args["rows"]).read_text().splitlines())
+        sampled = sum(len(json.loads(line)["response_ids"]) for line in (ROOT / args["rows"]).read_text().splitlines())
     taught = len(rows) * args["batch_size"] * teachers
     return {
         "updates": len(rows) * args.get("updates_per_step", 1) + sum(r.get("sft/fired") or 0 for r in rows),
