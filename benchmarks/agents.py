@@ -31,7 +31,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 from benchmarks.held_out import cell, mean_and_spread, save  # noqa: E402
-from common.trainer import read_metrics  # noqa: E402
+from common.metrics import read_metrics  # noqa: E402
 
 LONG = ["--max_prompt_tokens", "1000", "--max_response_tokens", "2000", "--eval_every", "0"]
 ARMS = ("rejection", "oreo")

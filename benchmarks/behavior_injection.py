@@ -28,7 +28,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 from benchmarks import held_out  # noqa: E402
-from common.trainer import read_metrics  # noqa: E402
+from common.metrics import read_metrics  # noqa: E402
 
 
 @dataclass

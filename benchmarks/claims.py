@@ -45,7 +45,8 @@ import tyro  # noqa: E402
 
 from benchmarks.blocks import Claim  # noqa: E402
 from benchmarks.held_out import drawn, error, mean  # noqa: E402
-from common.trainer import load_tokenizer, read_metrics  # noqa: E402
+from common.metrics import read_metrics  # noqa: E402
+from common.trainer import load_tokenizer  # noqa: E402
 from eval import difficulty  # noqa: E402
 
 BLOCKS = ("luffy", "shaping", "relift", "redi", "oreo", "bridge")

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 from benchmarks.held_out import cell, mean, mean_and_spread, save, search_command, searched, solve_rates  # noqa: E402
-from common.trainer import read_metrics  # noqa: E402
+from common.metrics import read_metrics  # noqa: E402
 
 ARMS = {
     "rejection": ["--stage", "rejection"],

@@ -26,7 +26,7 @@ FROM_BASE = f"--model {{tiny}} --steps {{steps}} {TRAIN}"
 RATES = dict(lrs=(5e-5, 2e-4, 5e-4))
 RL = RATES | dict(trained=7)  # the rows of a step's second update are read before its first: half of all, 2 operations
 
-TEST, VALID, STEPS = "{test}/rows.jsonl", "{valid}/rows.jsonl", (150, 40)
+TEST, VALID, STEPS, SEEDS = "{test}/rows.jsonl", "{valid}/rows.jsonl", (150, 40), 5
 RUNS = {
     "train": made(PROBLEMS + " --n 5000 --split train --out {out}/rows.jsonl", once=True),
     "test": made(PROBLEMS + " --n 300 --split test --out {out}/rows.jsonl", once=True),

@@ -32,8 +32,9 @@ import tyro
 from benchmarks.blocks import Claim, Run, made, walks
 from benchmarks.held_out import mean
 from common.data import pack
+from common.metrics import read_metrics
 from common.search import state_values
-from common.trainer import ValueModel, export, init_world, load_policy, load_tokenizer, read_metrics
+from common.trainer import ValueModel, export, init_world, load_policy, load_tokenizer
 
 VERIFIER, MAX_TOKENS, START = "benchmarks.blocks.walks:reward", 24, "sft"
 COMMON = f"--verifier {VERIFIER} --seed {{seed}} --out {{out}}"

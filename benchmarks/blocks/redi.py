@@ -18,7 +18,7 @@ to 60 updates, found +0.9 +- 0.5 at 1e-5, -5.7 +- 1.5 at 6e-5, and +0.3 +- 0.7 b
 import json
 
 from benchmarks.blocks import Claim, Run, made
-from common.trainer import read_metrics
+from common.metrics import read_metrics
 
 PROBLEMS = "-m igsm --ops 5 8 --style symbolic --modulus 23 --max_params 4 --max_literal 9 --no_shuffle --split test"
 COMMON = "--preset tiny --eval_every 0 --out {out}"

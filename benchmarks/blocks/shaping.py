@@ -26,7 +26,7 @@ from pathlib import Path
 
 from benchmarks.blocks import Claim, Run, made
 from benchmarks.held_out import mean
-from common.trainer import read_metrics
+from common.metrics import read_metrics
 
 RUN = "--preset tiny --seed {seed} --out {out} --eval_every 0 --log_samples 0"
 SFT = "luffy.py --method sft --schedule constant --warmup 0 --batch_size 32 " + RUN
