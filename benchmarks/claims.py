@@ -1,34 +1,27 @@
-"""The five papers side by side: one base model, one set of problems, one set of traces, one table.
+"""Each paper's mechanism where it must show, with a control that could refute it: one page of results, six blocks.
 
-    python benchmarks/claims.py --quick                 every row at one seed, short runs
-    python benchmarks/claims.py                         three seeds, the runs of `--preset tiny`
-    python benchmarks/claims.py --only luffy grpo --seeds 0
+    python benchmarks/claims.py                         every block, three to five seeds
+    python benchmarks/claims.py luffy relift            two blocks
+    python benchmarks/claims.py --quick                 every block at one seed, shorter runs, rates not chosen
 
-Problems: symbolic iGSM of 5 to 8 operations; tests on other templates of 5 to 8 operations and of 9 to 10 (out of
-distribution). Base: models/tiny, which could work a problem out and guesses. Traces: the generator's step-by-step
-solutions. Every online method has the same questions, steps, updates a step and answers a question; every offline
-method starts from one SFT model and its own graded answers, with the same rows a step and steps. What each cost is in
-the table: optimizer updates, sampled tokens, demonstrations read, and operations (6 P a token trained, 2 P a token
-sampled), of a row's own run, not of what it starts from.
-Learning rates are 2e-4 from the base, which has to take up another way of answering, and 5e-5 where RL starts from a
-fine-tuned model: 60 steps of GRPO at 5e-5 took SFT's sampled answers from 43 to 52 %, at 2e-4 they became worse.
+A block is a file in benchmarks/blocks: its docstring holds the prediction, written before the first run. Every run
+starts from models/tiny (0.68M parameters) or from scratch, and has one core. Complete runs are not repeated: the same
+command resumes.
 
-    base, sft, grpo, sft_grpo, rl_sft, luffy, luffy_unshaped, relift           online (sft: the same traces, no answers)
-    rejection, kto, dpo, oreo_token, oreo_step, oreo_response, oreo_beam       offline, from graded answers
-    redi, symmetric, simpo; redi_fast, symmetric_fast at ten times the rate    offline, from right and wrong traces
-    redi_alpha0                                                                the right traces of redi alone
-    vanilla_sft, vanilla_rl, bridge_sft, bridge_rl                             BRIDGE: what SFT data does to RL
-    bridge_luffy, bridge_relift                                                behaviours first, then a teacher
+Measured: --tries answers at temperature 1 and one greedy answer to each of --problems test problems, the same for
+all rows of a block. Learning rates are chosen on other problems (validation) at seed 0, for every row with a grid.
+Operations are counted per weight and token: 6 for a trained model, 2 for one that is read, 2 for a sampled token.
 
-A model is measured by --tries answers at temperature 1 to each test problem. Each paper's claims are checked by name:
-"yes" or "no" where the difference is over twice its standard error (the larger of that over seeds and that over
-problems), else "not significant". What is complete is not done again: give the same command to go on.
+Verdicts: a contrast between rows must be larger than its 95 % half-width over problems and over seeds (Student's t).
+Over problems, it is averaged over the seeds for each problem first: rows and seeds share the problems. p is the larger
+of both, corrected for the number of claims on the page (Holm). "hint" passes only without that correction.
 """
 
+import importlib
 import json
-import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -36,9 +29,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,501 +39,280 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import mpmath  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
-from benchmarks.held_out import (  # noqa: E402
-    answers,
-    error,
-    mean,
-    roc_area,
-    save,
-    search_command,
-    searched,
-    valued,
-)
+from benchmarks.blocks import Claim  # noqa: E402
+from benchmarks.held_out import drawn, error, mean  # noqa: E402
 from common.metrics import read_metrics  # noqa: E402
+from common.trainer import load_tokenizer  # noqa: E402
+from eval import difficulty  # noqa: E402
 
-TESTS = {"id": "igsm:5-8", "ood": "igsm:9-10"}
-ONLINE, OFFLINE, BRIDGE = "online", "offline", "bridge"
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a row of the table comes about: a command, and the row whose model it starts from."""
-
-    kind: str
-    command: str
-    start: str = "base"
-
-
-RUNS = {
-    "sft": Run(ONLINE, "luffy.py --method sft --schedule constant --warmup 0 --lr 2e-4 --batch_size 16"),
-    "grpo": Run(ONLINE, "luffy.py --method grpo"),
-    "sft_grpo": Run(ONLINE, "luffy.py --method grpo --lr 5e-5", "sft"),
-    "rl_sft": Run(ONLINE, "luffy.py --method rl_sft"),
-    "luffy": Run(ONLINE, "luffy.py"),
-    "luffy_unshaped": Run(ONLINE, "luffy.py --shaping_gamma 0"),
-    "relift": Run(ONLINE, "relift.py"),
-    "rejection": Run(OFFLINE, "oreo.py --stage rejection", "sft"),
-    "kto": Run(OFFLINE, "oreo.py --stage kto", "sft"),
-    "dpo": Run(OFFLINE, "oreo.py --stage dpo", "sft"),
-    "oreo_token": Run(OFFLINE, "oreo.py --stage oreo", "sft"),
-    "oreo_step": Run(OFFLINE, "oreo.py --stage oreo --variant step", "sft"),
-    "oreo_response": Run(OFFLINE, "oreo.py --stage oreo --variant response", "sft"),
-    "redi": Run(OFFLINE, "redi.py --loss redi", "sft"),
-    "redi_alpha0": Run(OFFLINE, "redi.py --loss redi --alpha 0", "sft"),
-    "symmetric": Run(OFFLINE, "redi.py --loss symmetric --lr 1e-5", "sft"),
-    "simpo": Run(OFFLINE, "redi.py --loss simpo --lr 1e-5", "sft"),
-    "redi_fast": Run(OFFLINE, "redi.py --loss redi --lr 1e-4", "sft"),
-    "symmetric_fast": Run(OFFLINE, "redi.py --loss symmetric --lr 1e-4", "sft"),
-    "vanilla_sft": Run(BRIDGE, "behavior_injection.py --stage sft --arms vanilla"),
-    "vanilla_rl": Run(BRIDGE, "behavior_injection.py --stage rl --arms vanilla", "vanilla_sft"),
-    "bridge_sft": Run(BRIDGE, "behavior_injection.py --stage sft --arms bridge"),
-    "bridge_rl": Run(BRIDGE, "behavior_injection.py --stage rl --arms bridge", "bridge_sft"),
-    "bridge_luffy": Run(ONLINE, "luffy.py --lr 5e-5 --max_response_tokens 240", "bridge_sft"),
-    "bridge_relift": Run(ONLINE, "relift.py --lr 5e-5 --max_response_tokens 240", "bridge_sft"),
-}
-ROWS = ["base", *RUNS]
-ROWS.insert(ROWS.index("oreo_response") + 1, "oreo_beam")
+BLOCKS = ("luffy", "shaping", "relift", "redi", "oreo", "bridge")
+BUCKETS = ("easy", "medium", "hard", "hardest")
+SORT, TEST = 54321, 12345  # seeds of the answers that sort problems by difficulty, and of those that measure
 
 
 @dataclass
-class Claims:
+class Flags:
+    blocks: tyro.conf.Positional[tuple[str, ...]] = BLOCKS
+    """Blocks to run."""
     quick: bool = False
-    """One seed, a third of the steps, half of the test problems and answers."""
+    """One seed, short runs, half of the test problems and tries. Rates are not chosen: the middle of each grid."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of every run; data and test problems stay the same. None: 0, 1, 2, or as many as the block needs."""
+    problems: int = 300
+    """Test problems; half as many validation problems."""
+    tries: int = 8
+    """Answers to each at temperature 1."""
     out: str = "runs/claims"
     """Folder for the runs."""
-    results: str = "benchmarks/results/claims"
-    """Where the numbers (.json), the tables (.md), the rows' figure (.png) and the claims' (-checked.png) go."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of every run; problems, traces and tests stay the same."""
-    only: tuple[str, ...] = tuple(ROWS)
-    """Rows of the table; what they start from is made too."""
-    problems: int = 300
-    """Test problems of each kind."""
-    tries: int = 4
-    """Answers to each."""
-    steps: int = 60
-    """Steps of every online and offline run."""
+    results: str = "benchmarks/results"
+    """Folder for claims-BLOCK.json and claims-BLOCK.png; those of --quick go to its folder quick."""
+    document: str = "docs/results.md"
+    """Page whose tables are made anew, from all results."""
     jobs: int = 0
-    """Runs made at once, with an equal share of the cores each; what they print goes to log-ROW.txt in --out. 0: one a
-    core (a tiny model does not use two), 1 on CUDA."""
-    extra: str = ""
-    """More flags for every run."""
+    """Runs at once. 0: one per core."""
 
 
-# -------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------ statistics
 
 
-RUNNING: set[subprocess.Popen] = set()
-LOCKS: dict[Path, threading.RLock] = defaultdict(threading.RLock)  # what two rows need is made by one of them
+def p_value(value: float, se: float, n: int) -> float:
+    """Two-sided p of a mean of n values with standard error `se`, by Student's t with n - 1 degrees of freedom.
+
+    >>> round(p_value(4.303, 1.0, 3), 3), round(p_value(2.776, 1.0, 5), 3)
+    (0.05, 0.05)
+    """
+    if not se:
+        return float(value == 0)
+    df = n - 1
+    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + (value / se) ** 2), regularized=True))
 
 
-def call(command: list, log: Path, claims: Claims) -> None:
-    """Run a script of ours; its output goes to `log` where several run at once."""
-    command = [sys.executable, *map(str, command)]
-    shown = " ".join(["python", *command[1:]])
-    threads = max(1, len(os.sched_getaffinity(0)) // claims.jobs)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") if claims.jobs > 1 else nullcontext(sys.stdout) as file:
-        print("$", shown, file=file, flush=True)
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        RUNNING.add(process)
-        code = process.wait()
-        RUNNING.discard(process)
-    if code and claims.jobs > 1:
-        last = "\n".join(log.read_text().replace("\r", "\n").splitlines()[-15:])
-        raise SystemExit(f"{shown}\nended with {code}; {log} ends with\n{last}")
-    if code:
-        raise SystemExit(f"{shown}\nended with {code}")
+def half_width(se: float, n: int) -> float:
+    """Half the 95 % interval of a mean of n values: the quantile of Student's t (n = 3: 4.30, 5: 2.78) times `se`.
+
+    >>> [round(half_width(1.0, n), 2) for n in (3, 5, 300)]
+    [4.3, 2.78, 1.97]
+    """
+    return se * float(mpmath.findroot(lambda t: p_value(t, 1.0, n) - 0.05, (1, 20), solver="anderson"))
 
 
-def model_of(name: str, seed: int, claims: Claims) -> Path:
-    """The folder of a row's model."""
-    if name == "base":
-        return ROOT / "models" / "tiny"
-    if RUNS[name].kind == BRIDGE:
-        arm, stage = name.split("_")
-        return Path(claims.out).absolute() / f"seed-{seed}" / "behaviors" / arm / stage / "model"
-    return Path(claims.out).absolute() / f"seed-{seed}" / name / "model"
+def contrast(values: list[list[float]] | list[float]) -> dict:
+    """Of a contrast's value for each seed, [seeds] or [seeds][problems]: its mean, 95 % half-width and p (None: one
+    seed). Problems are shared: their error is that of means over seeds, which is larger than that of all values alone.
+
+    >>> contrast([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])["half_width"] > 5  # two problems, however many seeds
+    True
+    """
+    by_problem = [mean(column) for column in zip(*values, strict=True)] if isinstance(values[0], list) else []
+    by_seed = [mean(v) if isinstance(v, list) else v for v in values]
+    samples = [sample for sample in (by_problem, by_seed) if len(sample) > 1]
+    value, several = mean(by_seed), len(by_seed) > 1
+    widths = [half_width(error(sample), len(sample)) for sample in samples]
+    p = max(p_value(value, error(sample), len(sample)) for sample in samples) if several else None
+    return {"by_seed": by_seed, "mean": value, "half_width": max(widths, default=None), "p": p}
 
 
-def train(name: str, seed: int, claims: Claims) -> Path:
-    """Make a row's model, and before it what it starts from; -> its folder."""
-    model = model_of(name, seed, claims)
-    with LOCKS[model]:
-        if name != "base" and not model.exists():
-            make(name, seed, claims)
-    return model
+def holm(ps: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
-def make(name: str, seed: int, claims: Claims) -> None:
-    """Train a row's model by its command, after what it starts from and the data that it shares with other rows."""
-    run, folder = RUNS[name], Path(claims.out).absolute() / f"seed-{seed}"
-    start, log = train(run.start, seed, claims), folder / f"log-{name}.txt"
-    words = [*run.command.split(), "--preset", "tiny", "--seed", seed, "--eval_every", claims.steps]
-    if run.kind == BRIDGE:
-        behaviors = folder / "behaviors"
-        shared = ["--out", behaviors, "--model", model_of("base", seed, claims), "--base_problems", 0]
-        sizes = ["--sft_steps", max(2, claims.steps * 5 // 4), "--sft_problems", 2000, "--eval_problems", 20]
-        with LOCKS[behaviors]:
-            if not (behaviors / "data").exists():
-                data = ["--stage", "data", "--arms", "vanilla", "bridge", *shared, *sizes]
-                call([*words[:1], "--preset", "tiny", *data], log, claims)
-        words += [*shared, *sizes, "--steps", claims.steps]
-    else:
-        words += ["--model", start, "--out", folder / name]
-        words += ["--steps", claims.steps] if run.kind == ONLINE else offline(words[0], start, seed, claims)
-    call([*words, *shlex.split(claims.extra)], log, claims)
-    if name in ("vanilla_sft", "bridge_sft"):
-        words += ["--influence_queries", 200 if claims.steps >= 60 else 60]
-        with LOCKS[behaviors / "influence"]:  # the first makes the queries for both
-            call(["-m", "tools.influence", *words[1:]], log, claims)
+def verdict(claim: dict, adjusted: float | None) -> str:
+    """What a contrast says of its claim, that it is positive: yes, no, hint, hint against, not shown, one seed."""
+    if adjusted is None:
+        return "one seed"
+    if claim["p"] > 0.05:
+        return "not shown"
+    positive = claim["mean"] > 0
+    if adjusted > 0.05:
+        return "hint" if positive else "hint against"
+    return "yes" if positive else "no"
 
 
-def offline(script: str, start: Path, seed: int, claims: Claims) -> list:
-    """Flags for a run on the start model's own graded answers, which are drawn once for all that learn from them."""
-    folder = Path(claims.out).absolute() / f"seed-{seed}"
-    if script == "oreo.py":
-        drawn, flags = folder / "answers" / "rows.jsonl", ["--stage", "collect"]
-    else:
-        drawn, flags = folder / "pairs" / "pairs.jsonl", ["--igsm_problems", 2000]
-    maker = [script] if script == "oreo.py" else ["-m", "tools.redi_data"]
-    with LOCKS[drawn]:
-        if not drawn.exists():
-            flags += ["--preset", "tiny", "--model", start, "--out", drawn.parent, "--seed", seed]
-            call([*maker, *flags], folder / f"log-{drawn.parent.name}.txt", claims)
-    if script == "oreo.py":
-        return ["--rows", drawn, "--steps", claims.steps]
-    return ["--data", drawn, "--steps", claims.steps]
+# ---------------------------------------------------------------------------------------------------- runs
 
 
-# ------------------------------------------------------------------------------------------------- measuring
-
-
-def measure(model: Path, claims: Claims, name: str) -> dict[str, list[float]]:
-    """Share of right answers to every test problem, by test; kept beside the model."""
-    kept = model.parent / f"measured-{claims.problems}x{claims.tries}.json"
-    if name == "base":
-        kept = Path(claims.out) / kept.name
-    if kept.exists():
-        return json.loads(kept.read_text())
-    rates = {}
-    for test, source in TESTS.items():
-        groups = answers(
-            str(model), source, claims.problems, tries=claims.tries, max_tokens=240, name=name,
-            progress=claims.jobs == 1,
-        )  # fmt: skip
-        rates[test] = [mean([reward for reward, _ in group]) for group in groups]
-        rates[f"{test}_length"] = [mean([tokens for _, tokens in group]) for group in groups]
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(rates) + "\n")
-    return rates
-
-
-def beam(seed: int, claims: Claims) -> dict[str, list[float]]:
-    """oreo_token's model by beam search of width 5 with its value, a verdict a problem."""
-    start, rates = model_of("oreo_token", seed, claims).parent, {}
-    for test, source in TESTS.items():
-        out = start / f"beam-{test}-{claims.problems}"
-        if not (out / "results.json").exists():
-            words = search_command(start / "model", start / "value", source, claims.problems, kind="beam", width=5,
-                                   out=out, seed=seed)  # fmt: skip
-            call(words, start.parent / "log-oreo_beam.txt", claims)
-        rates[test] = searched(out)
-    return rates
-
-
-def judged(model: Path, claims: Claims) -> dict[str, float]:
-    """How well the value beside an OREO model tells right answers of it from wrong ones: the area under the ROC curve
-    over all answers, and over those to one problem (its mean and error); kept beside the model."""
-    kept = model.parent / f"judged-{claims.problems}.json"
+def measure(model: str, data: str, kept: Path, verifier: str, max_tokens: int, problems: int, tries: tuple) -> dict:
+    """Answers to the first problems of a file: {how: rewards and texts, [problems][tries]}; kept in a file.
+    tries: pairs of "sampled" (temperature 1), "sort" (other such answers) or "greedy", and a number."""
     if not kept.exists():
-        groups = valued(str(model), str(model.parent / "value"), TESTS["id"], claims.problems, max_tokens=240,
-                        name="V", progress=claims.jobs == 1)  # fmt: skip
-        within = [area for area in map(roc_area, groups) if not math.isnan(area)] or [0.5]
-        found = {"roc_all": roc_area([pair for group in groups for pair in group]),
-                 "roc_within": mean(within), "roc_within_se": error(within)}  # fmt: skip
-        kept.write_text(json.dumps(found) + "\n")
+        tokenizer, found = load_tokenizer(model), {}
+        for how, n in tries:
+            groups = drawn(
+                model, data, problems, tries=n, temperature=float(how != "greedy"), max_tokens=max_tokens,
+                seed=SORT if how == "sort" else TEST, verifier=verifier, progress=False,
+            )  # fmt: skip
+            found[how] = [[reward for _, _, reward in group] for group in groups]
+            found[f"{how}_texts"] = [[tokenizer.decode(ids) for _, ids, _ in group] for group in groups]
+        half = kept.with_suffix(".partial")
+        half.write_text(json.dumps(found))
+        half.rename(kept)
     return json.loads(kept.read_text())
 
 
-def cost(name: str, seed: int, claims: Claims) -> dict[str, float]:
-    """What a run did, from its metrics: updates, sampled tokens, demonstrations, operations, seconds (of a step: the
-    median), peak memory; of this run alone."""
-    if name not in RUNS:
-        return {}
-    folder = model_of(name, seed, claims).parent
-    rows, args = [r for r in read_metrics(folder) if r["step"]], json.loads((folder / "args.json").read_text())
-    config = json.loads((folder / "model" / "config.json").read_text())
-    h, f, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    weights = config["num_hidden_layers"] * (4 * h * h + 3 * h * f) + h * vocabulary
-    trained = sum(r["speed/tokens_per_second"] * r["seconds/step"] for r in rows)
-    answers = 0
-    if RUNS[name].kind == ONLINE and name != "sft" or name.endswith("_rl"):
-        answers = args["batch_size"] * (args["group_size"] - args.get("teacher_rows", 0))
-    sampled = sum(r.get("length/own", 0.0) * answers for r in rows)
-    drawn = Path(claims.out).absolute() / f"seed-{seed}"
-    if "rows" in args:  # oreo.py: learnt from these
-        lines = (drawn / "answers" / "rows.jsonl").read_text().splitlines()
-        sampled = sum(len(json.loads(line)["response_ids"]) for line in lines)
-    elif "alpha" in args:  # redi.py
-        sampled = json.loads((drawn / "pairs" / "own_answers.json").read_text())["tokens"]
-    taught = len(rows) * args["batch_size"]  # a trace of every question of every step
-    demonstrations = {"sft": taught, "rl_sft": taught, "luffy": taught, "luffy_unshaped": taught,
-                      "bridge_luffy": taught, "vanilla_sft": taught, "bridge_sft": taught}.get(name, 0)  # fmt: skip
-    if "alpha" in args:  # redi.py: the right trace of every pair
-        demonstrations = taught
-    if "relift" in name:
-        demonstrations = rows[-1]["sft/demonstrations"]
-    extra = {}
-    if (measured := folder.parent / "influence" / "influence.json").exists() and name.endswith("_sft"):
-        extra["influence_seconds"] = json.loads(measured.read_text())["seconds/step"]
-    if name == "oreo_token":
-        extra |= judged(model_of(name, seed, claims), claims)
-    acts = {act: median(r.get(f"seconds/{act}", 0.0) for r in rows) for act in ("step", "sample", "update")}
-    return {"updates": len(rows) * args.get("updates_per_step", 1), "sampled_tokens": round(sampled),
-            "demonstrations": round(demonstrations), "operations": weights * (6 * trained + 2 * sampled),
-            "seconds": sum(r["seconds/step"] for r in rows), "seconds_a_step": acts,
-            "peak_gb": max(r["memory/peak_gb"] for r in rows)} | extra  # fmt: skip
+class Block:
+    """A block's runs: each is made once, after those that its command names. Threads wait; `slots` of them work."""
 
+    def __init__(self, name: str, flags: Flags, slots: threading.Semaphore, workers: ProcessPoolExecutor):
+        self.name, self.flags, self.slots, self.workers = name, flags, slots, workers
+        self.module = importlib.import_module(f"benchmarks.blocks.{name}")
+        self.out = Path(flags.out).absolute() / ("quick" if flags.quick else "full") / name
+        self.futures: dict[tuple, Future] = {}
+        self.rates: dict[str, dict] = {}  # row -> what validation found for each rate
+        self.lock, self.pool, self.running, self.stopped = threading.Lock(), ThreadPoolExecutor(1000), set(), False
 
-# ---------------------------------------------------------------------------------------------------- claims
+    def setting(self, name: str, default=None):
+        return getattr(self.module, name, default)
 
+    def once(self, function: Callable, *args) -> Future:
+        """function(*args) in a thread, one for all who ask."""
+        with self.lock:
+            key = (function.__name__, *args)
+            if key not in self.futures:
+                self.futures[key] = self.pool.submit(function, *args)
+            return self.futures[key]
 
-def verdict(values: list[float], errors: list[float]) -> dict:
-    """Of the claim that these are positive, a value a seed, each with its own error over problems (NaN: none).
+    def fill(self, text: str, seed: int, **values) -> str:
+        """A text whose {NAME}s are replaced, by values and by folders of other runs, which are made first. Folders are
+        relative to the repository, so that the runs may move with it."""
+        steps = self.setting("STEPS", (0, 0))[self.flags.quick]
+        values |= {"seed": seed, "steps": steps, "half": steps // 2, "tiny": ROOT / "models/tiny"}
 
-    The standard error is the larger of that over seeds and that over problems: a few seeds can agree by chance."""
-    known = [e for e in (error(values), math.hypot(*errors) / len(errors)) if not math.isnan(e)]
-    se = max(known, default=math.nan)
-    if math.isnan(se) or abs(mean(values)) < 2 * se or not mean(values):
-        word = "not significant"
-    else:
-        word = "yes" if mean(values) > 0 else "no"
-    return {"by_seed": values, "mean": mean(values), "se": None if math.isnan(se) else se, "verdict": word}
+        def value(match) -> str:
+            found = values[match[1]] if match[1] in values else self.folder(match[1], seed)
+            return os.path.relpath(found, ROOT) if isinstance(found, Path) else str(found)
 
+        return re.sub(r"\{([\w.]+)\}", value, text)
 
-def paired(a: list[float], b: list[float], among: list[int] | None = None) -> tuple[float, float]:
-    """Mean difference in percent over the same problems, and its standard error over them."""
-    chosen = range(len(a)) if among is None else among
-    if not chosen:
-        return 0.0, math.nan
-    gaps = [100 * (a[i] - b[i]) for i in chosen]
-    return mean(gaps), error(gaps)
+    def rate(self, name: str) -> float | None:
+        """The learning rate of a row."""
+        lrs = self.module.RUNS[name].lrs
+        if not lrs or self.flags.quick:
+            return sorted(lrs)[len(lrs) // 2] if lrs else None
+        return self.once(self.choose, name).result()
 
+    def choose(self, name: str) -> float:
+        """The rate whose run at seed 0 answers most validation problems."""
+        candidates = {lr: self.once(self.validate, name, lr) for lr in self.module.RUNS[name].lrs}
+        self.rates[name] = {lr: future.result() for lr, future in candidates.items()}
+        return max(self.rates[name], key=self.rates[name].get)
 
-def never_solved(base: dict[str, list[float]]) -> list[int]:
-    """Problems of the test in distribution that the base got wrong every time."""
-    return [i for i, rate in enumerate(base["id"]) if rate == 0]
+    def validate(self, name: str, lr: float) -> float:
+        folder = self.once(self.make, name, 0, lr).result()
+        found = self.answers(name, 0, folder, "VALID", self.flags.problems // 2, ("sampled", self.flags.tries))
+        return 100 * mean(map(mean, found["sampled"]))
 
+    def folder(self, name: str, seed: int) -> Path:
+        """The folder of a run, which is complete."""
+        seed = 0 if self.module.RUNS[name].once else seed
+        return self.once(self.make, name, seed, self.rate(name)).result()
 
-def curve(name: str, seed: int, metric: str, claims: Claims) -> list[float]:
-    """A metric of a row's run, a value for each step that logged it; of the steps alone, not of the start."""
-    rows = read_metrics(model_of(name, seed, claims).parent)
-    return [r[metric] for r in rows if r["step"] and r.get(metric) is not None]
+    def make(self, name: str, seed: int, lr: float | None) -> Path:
+        run = self.module.RUNS[name]
+        folder = self.out / ("once" if run.once else f"seed-{seed}") / (name + (f"@{lr:g}" if lr else ""))
+        folder.mkdir(parents=True, exist_ok=True)
+        command, complete = self.fill(run.command, seed, out=folder, lr=lr), folder / "complete.json"
+        if complete.exists() and json.loads(complete.read_text())["command"] != command:
+            raise SystemExit(f"{folder} was made by another command: remove it to make it again")
+        if command and not complete.exists():
+            with self.slots:
+                started = time.time()
+                self.call(command, folder / "log.txt")
+            complete.write_text(json.dumps({"command": command, "seconds": time.time() - started}))
+        return folder
 
+    def call(self, command: str, log: Path) -> None:
+        """Run a command of ours on one core; its output goes to `log`."""
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if self.stopped:
+            raise SystemExit("interrupted")
+        with open(log, "a") as file:
+            process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, env=environment,
+                                       stdout=file, stderr=subprocess.STDOUT)  # fmt: skip
+            self.running.add(process)
+            code = process.wait()
+            self.running.discard(process)
+        if code:
+            last = "\n".join(log.read_text().replace("\r", "\n").splitlines()[-15:])
+            raise SystemExit(f"python {command}\nended with {code}; {log} ends with\n{last}")
 
-def influence(name: str, seed: int, claims: Claims) -> list[float]:
-    """Per-step influence dJ of each query on the SFT model of a BRIDGE row."""
-    lines = (model_of(name, seed, claims).parent.parent / "influence" / "queries.jsonl").read_text().splitlines()
-    return [json.loads(line)["dJ"] for line in lines]
+    def answers(self, name: str, seed: int, folder: Path, split: str, problems: int, *tries: tuple) -> dict:
+        """What a run's model answers to the TEST or VALID problems; tries: as in `measure`."""
+        return self.once(self.ask, name, seed, folder, split, problems, tries).result()
 
+    def ask(self, name: str, seed: int, folder: Path, split: str, problems: int, tries: tuple) -> dict:
+        run = self.module.RUNS[name]
+        model = str(ROOT / self.fill(run.model, seed, out=folder))
+        data = str(ROOT / self.fill((split == "TEST" and run.test) or self.setting(split), seed))
+        words = "-".join([split.lower(), str(problems), *(f"{how}{n}" for how, n in tries)])
+        with self.slots:
+            return self.workers.submit(
+                measure, model, data, folder / f"{words}.json", self.setting("VERIFIER", "boxed"),
+                self.setting("MAX_TOKENS", 160), problems, tries,
+            ).result()  # fmt: skip
 
-def check(found: dict, claims: Claims) -> dict[str, dict]:
-    """Every claim whose rows are there: {what is claimed: by seed, mean, standard error, verdict, and what its panel of
-    the figure shows: a metric of some rows}."""
-    seeds, checked = claims.seeds, {}
+    def row(self, name: str, seed: int) -> dict:
+        """What is measured of a row at a seed: {measure: number, or a list with a number a problem}."""
+        run, folder, found, answered = self.module.RUNS[name], self.folder(name, seed), {}, {}
+        seed = 0 if run.once else seed
+        if run.model:
+            tries = ("sampled", self.flags.tries), ("greedy", 1)
+            answered = self.answers(name, seed, folder, "TEST", self.flags.problems, *tries)
+            found = {how: [100 * mean(rewards) for rewards in answered[how]] for how, _ in tries}
+            metrics = (ROOT / self.fill(run.model, seed, out=folder)).parent
+            found |= cost(metrics, run.trained) if run.command and (metrics / "metrics.jsonl").exists() else {}
+        if besides := self.setting("besides"):
+            found |= besides(name, seed, answered, lambda other: self.folder(other, seed))
+        print(f"{self.name}: {name}, seed {seed}", *(f"{mean(found[how]):.1f}" for how in ("sampled", "greedy")
+              if how in found), flush=True)  # fmt: skip
+        return found
 
-    def have(*names):
-        return all(name in claims.only for name in names)
+    def buckets(self) -> list[str]:
+        """The difficulty of each test problem, by answers of the row START that measure nothing."""
+        name = self.setting("START", "base")
+        if name not in self.module.RUNS:
+            return []
+        folder = self.folder(name, 0)
+        found = self.answers(name, 0, folder, "TEST", self.flags.problems, ("sort", 8))
+        return [difficulty(mean(rewards)) for rewards in found["sort"]]
 
-    def claim(text: str, rows: tuple[str, ...], metric: str, pairs) -> None:
-        values, errors = zip(*pairs, strict=True)
-        checked[text] = verdict(list(values), list(errors)) | {"rows": rows, "metric": metric}
-
-    def gap(a: str, b: str, test: str = "id", never: bool = False):
-        def one(seed):
-            among = never_solved(found["base"][seeds[0]]) if never else None
-            return paired(found[a][seed][test], found[b][seed][test], among)
-
-        return [one(seed) for seed in seeds]
-
-    for a in ("luffy", "relift"):
-        if have(a, "grpo", "base"):
-            three = ("base", "grpo", a)
-            claim(f"{a} over grpo where the base never succeeds (points)", three, "never", gap(a, "grpo", never=True))
-            claim(f"{a} over grpo, out of distribution (points)", three, "ood", gap(a, "grpo", "ood"))
-    for a, b in (("luffy", "sft_grpo"), ("luffy", "rl_sft"), ("luffy", "luffy_unshaped"), ("relift", "luffy"),
-                 ("redi", "sft"), ("redi", "redi_alpha0"), ("redi", "symmetric"), ("redi_fast", "symmetric_fast"),
-                 ("redi", "dpo"),
-                 ("oreo_token", "rejection"), ("oreo_token", "dpo"), ("oreo_token", "kto"), ("oreo_beam", "oreo_token"),
-                 ("bridge_rl", "vanilla_rl"), ("bridge_luffy", "luffy"), ("bridge_relift", "relift")):  # fmt: skip
-        if have(a, b):
-            claim(f"{a} over {b} (points)", (b, a), "id", gap(a, b))
-    if have("oreo_token"):
-        known = [judged(model_of("oreo_token", s, claims), claims) for s in seeds]
-        claim("OREO's value tells right answers from wrong ones (area under the ROC curve, less 0.5)", ("oreo_token",),
-              "roc_all", [(k["roc_all"] - 0.5, math.nan) for k in known])  # fmt: skip
-        claim("OREO's value tells right from wrong answers to one problem (the same)", ("oreo_token",),
-              "roc_within", [(k["roc_within"] - 0.5, k["roc_within_se"]) for k in known])  # fmt: skip
-    if have("vanilla_sft", "bridge_sft"):
-        def influences(seed):
-            pair = [influence(arm, seed, claims) for arm in ("bridge_sft", "vanilla_sft")]
-            return mean(pair[0]) - mean(pair[1]), math.hypot(*map(error, pair))
-
-        claim("BRIDGE's per-step influence dJ is larger than vanilla's before RL", ("vanilla_sft", "bridge_sft"), "dJ",
-              [influences(s) for s in seeds])  # fmt: skip
-    if have("bridge_rl", "bridge_sft", "vanilla_rl", "vanilla_sft"):
-        gains = zip(gap("bridge_rl", "bridge_sft"), gap("vanilla_rl", "vanilla_sft"), strict=True)
-        claim("BRIDGE gains more from RL than vanilla (points)",
-              ("vanilla_sft", "vanilla_rl", "bridge_sft", "bridge_rl"), "id",
-              [(a - b, math.hypot(s, t)) for (a, s), (b, t) in gains])  # fmt: skip
-
-    def tail(name, seed, metric):
-        return mean(curve(name, seed, metric, claims)[-5:])
-
-    if have("luffy", "luffy_unshaped"):
-        claim("shaping keeps entropy up (nats, last five steps)", ("luffy", "luffy_unshaped"), "policy/entropy",
-              [(tail("luffy", s, "policy/entropy") - tail("luffy_unshaped", s, "policy/entropy"), math.nan)
-               for s in seeds])  # fmt: skip
-    if have("redi_fast", "symmetric_fast"):
-        claim("at ten times the rate redi keeps the log-prob of right traces above symmetric's (nats a token)",
-              ("redi_fast", "symmetric_fast"), "logp/chosen",
-              [(tail("redi_fast", s, "logp/chosen") - tail("symmetric_fast", s, "logp/chosen"), math.nan)
-               for s in seeds])  # fmt: skip
-    if have("grpo"):
-        claim("all of grpo's answers to a question fail, and have no advantage (share of questions, first five steps)",
-              ("grpo",), "group/solve_none",
-              [(mean(curve("grpo", s, "group/solve_none", claims)[:5]), math.nan) for s in seeds])
-    if have("luffy", "rl_sft"):
-        claim("rl_sft takes the traces' length sooner than luffy (tokens, first half)",
-              ("luffy", "rl_sft"), "length/own",
-              [(mean(curve("rl_sft", s, "length/own", claims)[: claims.steps // 2])
-                - mean(curve("luffy", s, "length/own", claims)[: claims.steps // 2]), math.nan) for s in seeds])
-    if have("relift"):
-        def fall(seed):
-            hardest = curve("relift", seed, "group/hardest", claims)
-            third = max(1, len(hardest) // 3)
-            return mean(hardest[:third]) - mean(hardest[-third:]), math.nan
-
-        claim("relift teaches fewer questions as it goes (share, first less last third)", ("relift",), "group/hardest",
-              [fall(s) for s in seeds])  # fmt: skip
-    return checked
-
-
-# ---------------------------------------------------------------------------------------------------- report
-
-
-def cost_table(results: dict) -> str:
-    """Markdown: seconds of a step and memory of every row that trains; medians over the seeds."""
-    lines = ["| | a step, s | of it sampling | of it the update | peak memory, GB |", "| --- " * 5 + "|"]
-    for name, row in results["rows"].items():
-        if costs := [r for r in row.values() if "peak_gb" in r]:
-            cells = [median(r["seconds_a_step"][act] for r in costs) for act in ("step", "sample", "update")]
-            cells.append(median(r["peak_gb"] for r in costs))
-            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" if x >= 0.005 else "" for x in cells) + " |")
-    return "\n".join(lines)
-
-
-def cell(values: list[float], digits: int = 1) -> str:
-    """Mean, and with several seeds its standard error."""
-    return f"{mean(values):,.{digits}f}" + (f" ± {error(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def tables(results: dict) -> str:
-    """Markdown: the rows (costs: medians over the seeds), the claims, what a step costs."""
-    lines = ["| | in distribution, % | never solved by the base, % | out of distribution, % | updates | "
-             "sampled tokens | demonstrations | operations |", "| --- " * 8 + "|"]  # fmt: skip
-    for name, row in results["rows"].items():
-        cells = [cell([r[k] for r in row.values()]) for k in ("id", "never", "ood")]
-        costs = [r for r in row.values() if "operations" in r]
-        for k in ("updates", "sampled_tokens", "demonstrations", "operations"):
-            form = ".1e" if k == "operations" else ",.0f"
-            cells.append(format(median(r[k] for r in costs), form) if costs else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| claim | found | |", "| --- | --- | --- |"]
-    for text, c in results["claims"].items():
-        spread = "" if c["se"] is None else f" ± {c['se']:.2g}"
-        lines.append(f"| {text} | {c['mean']:.3g}{spread} | {c['verdict']} |")
-    return "\n".join([*lines, "", cost_table(results)])
-
-
-def plot(results: dict, path: Path) -> None:
-    """A bar a row: right answers in and out of distribution, in percent."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    def color(name: str) -> str:  # what a row is one of
-        if name not in RUNS:
-            return "0.6" if name == "base" else "C1"
-        return "C2" if "bridge" in name else {ONLINE: "C0", OFFLINE: "C1", BRIDGE: "C2"}[RUNS[name].kind]
-
-    size = (13, 0.32 * len(results["rows"]) + 1.2)
-    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-    for axis, test, title in zip(axes, ("id", "ood"), ("5 to 8 operations", "9 to 10 operations"), strict=True):
-        names = list(results["rows"])
-        for i, row in enumerate(results["rows"].values()):
-            values = [r[test] for r in row.values()]
-            bar = error(values)
-            axis.barh(i, mean(values), xerr=None if math.isnan(bar) else bar, color=color(names[i]), capsize=3)
-        axis.set_yticks(range(len(results["rows"])), results["rows"])
-        axis.set(title=title, xlabel="right answers, %")
-        axis.grid(alpha=0.3, axis="x")
-    axes[0].invert_yaxis()
-    kinds = {"C0": "online", "C1": "offline, from sft", "C2": "behaviours"}
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in kinds]
-    figure.legend(handles, kinds.values(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_claims(results: dict, claims: Claims, path: Path) -> None:
-    """A panel for each claim: a dot a row and seed, or the curve of a metric of each row and seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    checked = results["claims"]
-    columns = min(4, len(checked))
-    figure, axes = plt.subplots(-(-len(checked) // columns), columns, squeeze=False, layout="constrained",
-                                figsize=(4.2 * columns, 3.1 * -(-len(checked) // columns)))  # fmt: skip
-    for axis, (text, found) in zip(axes.flat, checked.items(), strict=False):
-        rows, metric = found["rows"], found["metric"]
-        percent = metric in ("id", "ood", "never")
-        if dots := percent or metric in ("dJ", "roc_all", "roc_within"):
-            by_row = [[influence(name, seed, claims) if metric == "dJ" else [results["rows"][name][str(seed)][metric]]
-                       for seed in claims.seeds] for name in rows]  # fmt: skip
-            for values in zip(*by_row, strict=True):
-                axis.plot(range(len(rows)), [mean(v) for v in values], "o-", color="0.6", mfc="C0", mec="C0", lw=0.8)
-            axis.set_xticks(range(len(rows)), rows, fontsize=8)
-            axis.margins(x=0.2)
-            low, high = axis.get_ylim()
-            if percent and high - low < 12:  # a small difference should look like one
-                axis.set_ylim((low + high) / 2 - 6, (low + high) / 2 + 6)
-        for color, name in enumerate(rows if not dots else ()):
-            for seed in claims.seeds:
-                line = curve(name, seed, metric, claims)
-                label = name if seed == claims.seeds[0] else None
-                axis.plot(range(1, len(line) + 1), line, f"C{color}", lw=1, label=label)
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_xlabel("step", fontsize=8)
-            axis.legend(fontsize=8)
-        axis.set_title(f"{textwrap.fill(text, 46)}\n{found['verdict']}", fontsize=8)
-        axis.set_ylabel("right answers, %" if percent else metric, fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(checked) :]:
-        axis.axis("off")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    def run(self) -> dict:
+        """Make and measure everything; -> the results of the block."""
+        flags, started = self.flags, time.time()
+        seeds = flags.seeds or tuple(range(1 if flags.quick else self.setting("SEEDS", 3)))
+        rows = [name for name, run in self.module.RUNS.items() if run.row]
+        waiting = {(name, seed): self.once(self.row, name, seed) for seed in seeds for name in rows}
+        buckets = self.once(self.buckets)
+        found = {name: {seed: waiting[name, seed].result() for seed in seeds} for name in rows}
+        if across := self.setting("across"):
+            found["all"] = {seed: across({name: found[name][seed] for name in rows}) for seed in seeds}
+        return {
+            "command": " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]]),
+            "commit": commit(), "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+            "seeds": list(seeds), "problems": flags.problems, "tries": flags.tries,
+            "buckets": {name: buckets.result().count(name) for name in BUCKETS},
+            "rates": {name: {"chosen": self.rate(name), "validation": self.rates.get(name)}
+                      for name in rows if self.module.RUNS[name].lrs},
+            "rows": {name: {seed: short(measured, buckets.result()) for seed, measured in by_seed.items()}
+                     for name, by_seed in found.items()},
+            "claims": {claim.text: check(claim, found, buckets.result()) for claim in self.module.CLAIMS},
+            "curves": {title: {name: [curve(self.folder(name, seed), metric) for seed in seeds] for name in rows}
+                       for title, metric in self.setting("CURVES", {}).items()},
+            "columns": self.setting("COLUMNS", {}),
+            "seconds": time.time() - started,
+        }  # fmt: skip
 
 
 def commit() -> str:
@@ -550,63 +321,197 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def main(claims: Claims) -> dict:
-    if unknown := set(claims.only) - set(ROWS):
-        raise SystemExit(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
-    if claims.quick:
-        claims.seeds, claims.steps = claims.seeds[:1], claims.steps // 3
-        claims.problems, claims.tries = claims.problems // 2, claims.tries // 2
-    claims.jobs = claims.jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // claims.jobs))
-    started, found, costs = time.time(), defaultdict(dict), defaultdict(dict)
-    wanted = [(name, seed) for seed in claims.seeds for name in ROWS if name in claims.only]
-    runners, measurers = ThreadPoolExecutor(claims.jobs), ProcessPoolExecutor(claims.jobs, get_context("spawn"))
+def curve(folder: Path, metric: str | Callable) -> list[float]:
+    """A metric of a run, a value for each step that logged it; or what a function makes of the folder."""
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    if callable(metric):
+        return metric(folder)
+    return [row[metric] for row in read_metrics(folder) if row.get(metric) is not None]
 
-    def row(name: str, seed: int) -> dict[str, list[float]]:
-        if name == "oreo_beam":
-            train("oreo_token", seed, claims)
-            return beam(seed, claims)
-        model = train(name, seed, claims)
-        with LOCKS[model]:  # the base has a row for each seed
-            if name == "oreo_token":
-                measurers.submit(judged, model, claims).result()
-            return measurers.submit(measure, model, claims, name).result()
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        waiting = {runners.submit(row, *which): which for which in wanted}
-        bar = tqdm(as_completed(waiting), total=len(waiting), desc="rows", disable=claims.jobs == 1)
-        for future in bar:
-            name, seed = waiting[future]
-            found[name][seed], costs[name][seed] = future.result(), cost(name, seed, claims)
-            bar.set_postfix_str(f"{name}, seed {seed}")
-    finally:  # an interruption ends the runs too; the next call goes on from their checkpoints
-        runners.shutdown(wait=False, cancel_futures=True)
-        for process in list(RUNNING):
-            process.terminate()
-        measurers.shutdown()
-    never = never_solved(measure(model_of("base", 0, claims), claims, "base"))
-    results = {
-        "command": " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-        "seeds": list(claims.seeds), "steps": claims.steps, "problems": claims.problems, "tries": claims.tries,
-        "never_solved_problems": len(never),
-        "rows": {name: {str(seed): {"id": 100 * mean(rates["id"]), "ood": 100 * mean(rates["ood"]),
-                                    "never": 100 * mean([rates["id"][i] for i in never] or [0.0])} | costs[name][seed]
-                        for seed, rates in sorted(found[name].items())} for name in ROWS if name in found},
-        "claims": check(found, claims),
+def cost(folder: Path, per_token: float) -> dict[str, float]:
+    """What a run did, from its metrics: updates, sampled tokens, demonstrations, operations; of this run alone."""
+    rows, args = [r for r in read_metrics(folder) if r["step"]], json.loads((folder / "args.json").read_text())
+    config = json.loads((folder / "model" / "config.json").read_text())
+    h, f = config["hidden_size"], config["intermediate_size"]
+    weights = config["num_hidden_layers"] * (4 * h * h + 3 * h * f) + h * config["vocab_size"]
+    tokens = sum(r["speed/tokens_per_second"] * r["seconds/step"] for r in rows)
+    teachers = args.get("teacher_rows", 0)
+    answers = args["batch_size"] * (args.get("group_size", 0) - teachers)  # a step
+    sampled = sum(r.get("length/own") or 0.0 for r in rows) * answers
+    if args.get("rows"):  # oreo.py: graded answers of the start
+        sampled = sum(len(json.loads(line)["response_ids"]) for line in (ROOT / args["rows"]).read_text().splitlines())
+    taught = len(rows) * args["batch_size"] * teachers
+    return {
+        "updates": len(rows) * args.get("updates_per_step", 1) + sum(r.get("sft/fired") or 0 for r in rows),
+        "sampled_tokens": sampled, "demonstrations": rows[-1].get("sft/demonstrations", taught),
+        "operations": weights * (per_token * tokens + 2 * sampled),
+        "seconds_a_step": median(r["seconds/step"] for r in rows),
+        "peak_gb": max(r["memory/peak_gb"] for r in rows),
     }  # fmt: skip
-    times = os.times()  # of this process and of all that it waited for
-    results["seconds"], results["processor_seconds"] = time.time() - started, sum(times[:4])
-    path = save(results, tables(results), claims.results + ("-quick" if claims.quick else ""))
-    plot(results, path.with_suffix(".png"))
-    if results["claims"]:
-        plot_claims(results, claims, path.with_name(path.name + "-checked.png"))
-    print(f"\n{tables(results)}\n\n{path}.json, {path}.md, {path}.png, {path}-checked.png ({results['seconds']:.0f} s, "
-          f"{results['processor_seconds']:.0f} s of processor time)")
-    return results
+
+
+def short(measured: dict, buckets: list[str]) -> dict[str, float]:
+    """Means of what is measured of a row, of sampled answers also by difficulty."""
+    means = {name: mean(v) if isinstance(v, list) else v for name, v in measured.items()}
+    for bucket in set(buckets) if "sampled" in measured else ():
+        means[bucket] = mean(v for v, b in zip(measured["sampled"], buckets, strict=True) if b == bucket)
+    return means
+
+
+def check(claim: Claim, found: dict, buckets: list[str]) -> dict:
+    """A claim's contrast, from {row: {seed: measured}}."""
+    values = []
+    for seed in next(iter(found.values())):
+        measured = [found[name][seed][claim.of] for name in claim.rows]
+        if isinstance(measured[0], list):
+            chosen = [i for i in range(len(measured[0])) if not claim.among or buckets[i] == claim.among]
+            values.append([sum(w * m[i] for w, m in zip(claim.rows.values(), measured, strict=True)) - claim.less
+                           for i in chosen])  # fmt: skip
+        else:
+            values.append(sum(w * m for w, m in zip(claim.rows.values(), measured, strict=True)) - claim.less)
+    return contrast(values) | {"of": claim.of, "among": claim.among}
+
+
+# -------------------------------------------------------------------------------------------------- the page
+
+
+def cell(values: list[float], digits: int = 1) -> str:
+    """Mean, and with several seeds its standard error."""
+    return f"{mean(values):,.{digits}f}" + (f" ± {error(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def block_table(results: dict) -> str:
+    """Markdown: a line for each row; costs are medians over the seeds."""
+    sizes = {name: n for name, n in results["buckets"].items() if n}
+    columns = {"sampled, %": "sampled", "greedy, %": "greedy"} | {f"{b} ({n}), %": b for b, n in sizes.items()}
+    columns |= results["columns"]
+    costs = {"updates": ",.0f", "sampled_tokens": ",.0f", "demonstrations": ",.0f", "operations": ".1e"}
+    lines = ["| | rate | " + " | ".join([*columns, *(name.replace("_", " ") for name in costs)]) + " |"]
+    lines.append("| --- " * (2 + len(columns) + len(costs)) + "|")
+    for name, row in results["rows"].items():
+        rate = results["rates"].get(name)
+        cells = [name, f"{rate['chosen']:g}" if rate else ""]
+        for title, key in columns.items():
+            values = [seed[key] for seed in row.values() if key in seed]
+            cells.append(cell(values, 1 if "%" in title else 2) if values else "")
+        for key, form in costs.items():
+            values = [seed[key] for seed in row.values() if key in seed]
+            cells.append(format(median(values), form) if values else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def claims_table(blocks: dict[str, dict]) -> str:
+    """Markdown: every claim of the page and its verdict; sets them in `blocks` too."""
+    claims = [(block, text, claim) for block, results in blocks.items() for text, claim in results["claims"].items()]
+    tested = [claim for _, _, claim in claims if claim["p"] is not None]
+    for claim, adjusted in zip(tested, holm([claim["p"] for claim in tested]), strict=True):
+        claim["p_adjusted"] = adjusted
+    lines = ["| block | claim | found | p | p (Holm) | |", "| --- " * 6 + "|"]
+    for block, text, claim in claims:
+        claim["verdict"] = verdict(claim, claim.get("p_adjusted"))
+        width = "" if claim["half_width"] is None else f" ± {claim['half_width']:.2g}"
+        ps = [f"{claim[key]:.2g}" if claim.get(key) is not None else "" for key in ("p", "p_adjusted")]
+        lines.append(f"| {block} | {text} | {claim['mean']:.3g}{width} | {ps[0]} | {ps[1]} | {claim['verdict']} |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Correct answers of each row, the claims with their 95 % intervals, and the block's curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = {name: row for name, row in results["rows"].items() if any("sampled" in seed for seed in row.values())}
+    panels = 2 + len(results["curves"])
+    size = (4.6 * panels, max(3.4, 0.3 * max(len(rows), 1.6 * len(results["claims"])) + 1))
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained")
+    for i, row in enumerate(rows.values()):
+        for how, offset, color in (("sampled", -0.2, "C0"), ("greedy", 0.2, "C1")):
+            values = [seed[how] for seed in row.values()]
+            axes[0].barh(i + offset, mean(values), 0.4, color=color, label=how if not i else None)
+            axes[0].plot(values, [i + offset] * len(values), "k.", ms=3)
+    axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("correct answers, %")
+    axes[0].legend(fontsize=8)
+    for i, claim in enumerate(results["claims"].values()):
+        axes[1].errorbar(claim["mean"], i, xerr=claim["half_width"], fmt="o", color="C0", capsize=3)
+    wrapped = [textwrap.fill(text, 40) for text in results["claims"]]
+    axes[1].set_yticks(range(len(wrapped)), wrapped, fontsize=7)
+    axes[1].set_ylim(len(wrapped) - 0.5, -0.5)
+    axes[1].axvline(0, color="0.5", lw=1)
+    axes[1].set_xlabel("difference, 95 %")
+    for axis, (title, runs) in zip(axes[2:], results["curves"].items(), strict=True):
+        for color, (name, lines) in enumerate((name, lines) for name, lines in runs.items() if any(lines)):
+            for line in lines:
+                label = name if line is lines[0] else None
+                axis.plot(range(1, len(line) + 1), line, f"C{color}", lw=1, label=label)
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """The results of every block that has some in a folder of results: full ones, or else quick ones."""
+    blocks = {}
+    for name in BLOCKS:
+        for file in (folder / f"claims-{name}.json", folder / "quick" / f"claims-{name}.json"):
+            if file.exists() and name not in blocks:
+                blocks[name] = json.loads(file.read_text()) | {"picture": file.with_suffix(".png")}
+    return blocks
+
+
+def page(folder: Path, document: Path) -> str:
+    """Replace what stands between <!-- NAME --> and <!-- end --> in a document: the table and picture of block NAME
+    from a folder of results, or the table of all claims. Return the new parts."""
+    blocks = load(folder)
+    parts = {"claims": claims_table(blocks)}
+    for name, found in blocks.items():
+        picture = os.path.relpath(found["picture"], document.parent)
+        about = (f"{'Quick run: s' if 'quick' in picture else 'S'}eeds {', '.join(map(str, found['seeds']))}; "
+                 f"{found['problems']} test problems, {found['tries']} answers each; commit {found['commit']}; "
+                 f"{found['machine']}; {found['seconds'] / 60:.0f} minutes.")  # fmt: skip
+        parts[name] = f"{about}\n\n{block_table(found)}\n\n![Rows, claims and curves of {name}]({picture})"
+    text = document.read_text()
+    for name, part in parts.items():
+        text = re.sub(f"(?s)(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m, p=part: m[1] + p + m[2], text)
+    document.write_text(text)
+    return "\n\n".join(parts.values())
+
+
+def main(flags: Flags) -> None:
+    if unknown := set(flags.blocks) - set(BLOCKS):
+        raise SystemExit(f"{', '.join(sorted(unknown))}: no such block; choose from {', '.join(BLOCKS)}")
+    if flags.quick:
+        flags.problems, flags.tries = flags.problems // 2, flags.tries // 2
+    jobs = flags.jobs or len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers that measure
+    folder = Path(flags.results) / ("quick" if flags.quick else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as workers:
+        slots = threading.Semaphore(jobs)
+        blocks = [Block(name, flags, slots, workers) for name in flags.blocks]
+        try:
+            for block in blocks:
+                results = json.loads(json.dumps(block.run()))
+                path = folder / f"claims-{block.name}.json"
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                plot(results, path.with_suffix(".png"))
+                print(f"{path}: {results['seconds']:.0f} s", flush=True)
+        finally:  # an interruption ends the runs too
+            for block in blocks:
+                block.stopped = True
+                block.pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(block.running):
+                    process.terminate()
+    print(f"\n{page(Path(flags.results), Path(flags.document))}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Claims, use_underscores=True))
+    main(tyro.cli(Flags, use_underscores=True))

@@ -18,10 +18,7 @@ sys.path.insert(0, str(ROOT))
 import tyro  # noqa: E402
 
 from benchmarks.held_out import mean  # noqa: E402
-from common.metrics import (
-    plot_curves,  # noqa: E402
-    read_metrics,  # noqa: E402
-)
+from common.metrics import plot_curves, read_metrics  # noqa: E402
 
 METRICS = (
     "eval/mean", "reward/own", "group/solve_none", "policy/entropy", "teacher/logp", "teacher/shaped_ratio",

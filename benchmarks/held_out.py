@@ -14,13 +14,14 @@ from common.verifiers import grade
 
 def drawn(
     model: str, source: str, problems: int, *, tries: int = 8, temperature: float = 1.0, max_tokens: int = 160,
-    seed: int = 12345, name: str = "", progress: bool = True,
+    seed: int = 12345, verifier: str = "boxed", name: str = "", progress: bool = True,
 ) -> list[list[tuple[list[int], list[int], float]]]:
-    """(prompt, answer, reward) of each of `tries` answers to each of the first `problems` held-out problems of an igsm
-    source: [problems][tries], prompts and answers as ids. Their solution templates occur in no training problem; the
-    same seed asks every model with the same random streams."""
+    """(prompt, answer, reward) of each of `tries` answers to each of the first `problems` held-out problems of a source
+    (a file, or igsm:LO-HI): [problems][tries], prompts and answers as ids. The same seed asks every model with the same
+    random streams."""
     world, tokenizer = init_world(), load_tokenizer(model)
-    args = parse_args(luffy.Args, ["--preset", "tiny"], method=luffy.METHODS, preset=luffy.PRESETS)
+    flags = ["--preset", "tiny", "--max_prompt_tokens", "1024"]
+    args = parse_args(luffy.Args, flags, method=luffy.METHODS, preset=luffy.PRESETS)
     examples, _ = read_examples(source, tokenizer, args, split="test", traces="ignored", limit=problems)
     policy = load_policy(model, world)
     sampler = EmbeddedSampler(policy, stop_ids=[tokenizer.eos_token_id])
@@ -29,9 +30,9 @@ def drawn(
         [e.prompt for e in examples], n=tries, keys=[e.index for e in examples], seed=seed,
         sampling=Sampling(max_tokens, temperature), progress=f"evaluate {name or model}" if progress else None,
     )  # fmt: skip
-    texts = [tokenizer.decode(c.ids) for group in groups for c in group]
+    texts = [tokenizer.decode(c.said) for group in groups for c in group]
     golds = [e.gold for e in examples for _ in range(tries)]
-    rewards = iter(v.reward for v in grade(texts, golds, verifier=args.verifier))
+    rewards = iter(v.reward for v in grade(texts, golds, verifier=verifier))
     return [[(e.prompt, c.ids, next(rewards)) for c in group] for e, group in zip(examples, groups, strict=True)]
 
 

@@ -33,10 +33,7 @@ import tyro  # noqa: E402
 
 import redi  # noqa: E402
 from benchmarks.held_out import error, mean, solve_rates  # noqa: E402
-from common.metrics import (
-    plot_curves,  # noqa: E402
-    read_metrics,  # noqa: E402
-)
+from common.metrics import plot_curves, read_metrics  # noqa: E402
 
 
 @dataclass

@@ -10,7 +10,7 @@ MODULES = [
     "luffy", "relift", "redi", "oreo", "behavior_injection", "eval", "common.data", "common.logprobs", "common.rollout",
     "common.robust", "common.run", "common.search", "common.trainer", "common.verifiers", "igsm.behaviors",
     "igsm.checker", "igsm.graph", "igsm.problem", "igsm.solver", "igsm.text", "igsm.tokens", "tools.agents",
-    "tools.redi_data",
+    "tools.redi_data", "benchmarks.claims", "benchmarks.blocks.luffy",
 ]  # fmt: skip
 
 
