@@ -70,7 +70,7 @@ from common.run import (
     policy_logps,
     sample_rows,
     split_updates,
-    teacher_rows,
+    trace_rows,
 )
 from common.trainer import Totals, init_world, launch, load_policy, load_tokenizer, make_optimizer, parse_args
 
@@ -444,7 +444,7 @@ def train(args: Args) -> None:
             if rl:
                 rows = sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
             else:
-                rows = teacher_rows(batch, mine)
+                rows = trace_rows(batch, mine)
 
         # 2. reward
         with run.clock("reward"):

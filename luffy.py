@@ -9,10 +9,11 @@ trace. All are graded alike and share one mean:
     f(p) = p / (p + 0.1)                                                                               (Eq. 5-8)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`.
-The teacher's own probability is unknown; LUFFY uses 1, so the ratio is p. With f, the gradient w.r.t. log p is
-A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are learnt first. As own
-answers become right, the trace's advantage falls from 7/8 to 0, and the method becomes on-policy RL.
+S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001; the published code added a mean entropy for each of
+the micro-batches that it needed, and M is their number, computed from the rows (`published_micro_batches`).
+Where the teacher's own probability is unknown, as in the published data, LUFFY uses 1, so the ratio is p. With f, the
+gradient w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are
+learnt first. If k own answers are right, they and the trace have the advantage (7 - k) / 8: 7/8 at first, 0 at last.
 
 --method picks the above or one of the paper's comparisons:
   grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2
@@ -20,10 +21,10 @@ answers become right, the trace's advantage falls from 7/8 to 0, and the method 
   sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- S and M make the gradient independent of the number of GPUs and of micro-batches, at the scale of the published run.
-- An update takes whole groups; the published one took rows of 128 questions by length. The expectation is the same.
-- A trace that is too long is rejected and counted; the published code cut it and lost its eos (--long_trace cut).
-- A row without a trace is an error; the published code sampled another answer (--empty_trace on_policy).
+- Denominators count the rows of all GPUs: the gradient depends on neither GPUs nor micro-batches. S, M: its scale.
+- An update takes whole groups. The published code sorted a step's rows by length first, which could split a group.
+- A trace that is too long is left out and counted; the published code cut it and lost its eos (--long_trace cut).
+- A question without a trace is an error; the published code sampled another answer (--empty_trace on_policy).
 
   python luffy.py --preset tiny                                              a laptop, 4 minutes, nothing downloaded
   python luffy.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl      one GPU
@@ -58,7 +59,7 @@ from common.run import (
     policy_logps,
     sample_rows,
     split_updates,
-    teacher_rows,
+    trace_rows,
     truncated_importance,
 )
 from common.trainer import Totals, launch, make_optimizer, parse_args
@@ -68,7 +69,7 @@ Shape = Literal["", "no_reshape", "logp", "p_logp", "square_root", "pow", "p_div
 
 @dataclass
 class Args(RunArgs):
-    method: Literal["luffy", "grpo", "rl_sft", "sft"] = "luffy"  # What to train. Later defaults follow it.
+    method: Literal["luffy", "grpo", "rl_sft", "sft"] = "luffy"  # What to train. It sets other defaults.
     model: str = "Elliott/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name
     out: str = "runs/luffy"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
@@ -80,16 +81,16 @@ class Args(RunArgs):
     clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
-    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
-    loss_rows: Positive[float] = 64.0  # Rows of an update on one GPU of the published run: 64 on 8 GPUs, 32 on 16
+    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus, times M (LUFFY's text: 0.01)
+    loss_rows: Positive[float] = 64.0  # Scale S, M: rows per GPU of a published update (64: 8 GPUs; 32: 16), not yours
     group_size: Positive[int] = 8  # Rows per question, the teacher's included
-    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A row without a trace: stop, drop, own answers only
+    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A question without a trace: stop, drop, own answers
     steps: NotNegative[int] = 500  # Steps to train (the paper's 500); 0 follows --epochs.
     teacher_rows: NotNegative[int] = 1  # How many of the group_size rows are the teacher's trace
     shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
     shape: Shape = ""  # Another f on the teacher's tokens, by its published name. Empty: that of --shaping_gamma
     own_shape: Shape = ""  # f on own tokens' ratio (paper's Table 4: p_div_p_0.1, --teacher_rows 0). Empty: none
-    sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term
+    sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term, times M
     sft_rows_per_mean: NotNegative[int] = 1  # sft: mean of token means of this many traces each; 0: mean over tokens
 
 
@@ -158,11 +159,10 @@ def luffy_token_loss(
 ) -> Tensor:  # fmt: skip
     """Loss of each token, elementwise over any shape; what is summed in Eq. 5-8, with the sign of a loss.
 
-    Teacher's tokens (off_policy True):  - A f(p), p live: the gradient goes through f, which is p / (p + gamma), p
-                                         without gamma, or `shape`; - A p / (p_teacher + 1e-6) where teacher_logp
-                                         (the teacher's own log-prob) is given and not NaN
-    own tokens:                          - A r,  r = p / p_old;  with clip c: max(- A r, - A clamp(r, 1-c, 1+c))
-                                         (own_shape: r = f(p) / f(p_old) for p_div_p, f(p / p_old) for the others)
+    teacher's (off_policy True)   -A f(p), with gradient through f: `shape`, else p / (p + gamma), else p
+                                  -A p / (p_teacher + 1e-6) where teacher_logp is given and not NaN
+    own                           -A r, r = p / p_old; with clip e: max(-A r, -A clamp(r, 1-e, 1+e))
+                                  own_shape: r = f(p) / f(p_old) for p_div_p, f(p / p_old) for the others
 
     >>> loss = luffy_token_loss(torch.log(torch.tensor([0.1])), torch.zeros(1), torch.ones(1), torch.tensor([True]))
     >>> round(loss.item(), 6)
@@ -220,15 +220,15 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
-        old = logp.detach() if old_logps is None else old_logps[i]  # [N]
+        old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        sampler_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
+        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], of who drew it; NaN: unknown
         token_loss = luffy_token_loss(
             logp, old, advantage, teacher, gamma=args.shaping_gamma, clip=args.clip or None, shape=args.shape,
-            own_shape=args.own_shape, teacher_logp=sampler_logp,
+            own_shape=args.own_shape, teacher_logp=drawn_logp,
         )  # fmt: skip
         if args.tis_cap:
-            weight = truncated_importance(old, sampler_logp, args.tis_cap)
+            weight = truncated_importance(old, drawn_logp, args.tis_cap)
             token_loss = token_loss * torch.where(teacher, 1.0, weight)
         if args.method == "rl_sft":
             token_loss = torch.where(teacher, 0.0, token_loss)
@@ -243,7 +243,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
         totals.add({"loss/pg": pg_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
-        add_drift(totals, logp.detach(), old, sampler_logp, clip=args.clip, per=n_counted - n_teacher, own=~teacher)
+        add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_counted - n_teacher, own=~teacher)
         if n_teacher:
             add_trace(totals, logp.detach(), teacher, args, per=n_teacher)
     return totals.reduce()
@@ -282,20 +282,19 @@ def add_trace(totals: Totals, logp: Tensor, teacher: Tensor, args: Args, *, per:
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
     if args.method == "sft" and (args.teacher_rows != 1 or args.empty_trace == "on_policy"):
-        raise InputError("--method sft trains on one trace per question alone: it needs --teacher_rows 1 and "
-                         f"--empty_trace error or drop, not {args.teacher_rows} and {args.empty_trace}")  # fmt: skip
+        raise InputError("--method sft trains on one trace alone: set --teacher_rows 1, --empty_trace error or drop")
     if args.method != "sft" and args.teacher_rows >= args.group_size:
         raise InputError(f"--teacher_rows {args.teacher_rows} must be under --group_size {args.group_size}")
 
 
 def main(args: Args) -> None:
     check(args)
-    run, on_policy = Run(args), args.method != "sft"
+    run, by_rl = Run(args), args.method != "sft"
     world = run.world
     tokenizer = open_tokenizer(args.model, args)
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored",
-        golds=on_policy, empty_trace=args.empty_trace, long_trace=args.long_trace, progress=world.main,
+        golds=by_rl, empty_trace=args.empty_trace, long_trace=args.long_trace, progress=world.main,
     )
     run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
@@ -313,11 +312,11 @@ def main(args: Args) -> None:
 
         # 1. sample: the traces, and own answers to fill each group
         with run.clock("sample"):
-            teachers = [args.teacher_rows if e.trace else 0 for e in batch]
-            rows = teacher_rows(batch, mine, teachers)
-            if on_policy:
+            traces = [args.teacher_rows if e.trace else 0 for e in batch]
+            rows = trace_rows(batch, mine, traces)
+            if by_rl:
                 grader.add(rows)
-                own = [args.group_size - n for n in teachers]
+                own = [args.group_size - n for n in traces]
                 rows += sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
 
         # 2. reward
@@ -337,9 +336,10 @@ def main(args: Args) -> None:
         with run.clock("update"):
             sampler.sleep()  # its memory is the trainer's until the sync
             updates = split_updates(rows, args)
+            # p_old of later updates is computed before the first one changes the weights; there p_old = p
             old = [None] + [policy_logps(policy, rows_with_gradient(u, args), args, world) for u in updates[1:]]
             for u, update in enumerate(updates):
-                if on_policy:
+                if by_rl:
                     log = accumulate_gradient(policy, update, old[u], args, world)
                 else:
                     log = accumulate_sft_gradient(policy, update, args, world)

@@ -4,28 +4,29 @@ DPO learns from pairs of whole answers, rejection sampling from correct answers 
 correct or not, of which only the end is graded, and finds out which tokens mattered. It trains a value model V beside
 the policy pi until both agree with the reward R at every state of every answer:
 
-    V(s_t) = R - beta S_t,      S_t = sum_{i >= t} log pi(a_i | s_i) / pi_ref(a_i | s_i)             (soft Bellman)
+    V(s_t) = R - beta S_t,      S_t = sum_{i >= t} log [pi(a_i | s_i) / pi_ref(a_i | s_i)]           (soft Bellman)
 
 Only the optimum of  E[R] - beta KL(pi || pi_ref)  satisfies this. s_t is the text before token a_t. Actions are the
 tokens that the model wrote. States are the texts at which the equation is imposed. sg stops the gradient.
 
-    L_V  = mean_rows mean_t (V_t - R + beta sg(S_t))^2
-    L_pi = mean_rows mean_t (sg(V_t) - R + beta (log pi_t / ref_t + sg(S_{t+1})))^2                 (Eq. 9, "token")
-         + alpha mean_rows mean_t KL(pi(. | s_t) || pi_ref(. | s_t))            over all actions and the vocabulary
+    L_V  = mean_rows mean_states (V_t - R + beta sg(S_t))^2
+    L_pi = mean_rows mean_states (sg(V_t) - R + beta (log [pi_t / ref_t] + sg(S_{t+1})))^2          (Eq. 9, "token")
+         + alpha mean_rows mean_actions KL(pi(. | s_t) || pi_ref(. | s_t))                          over the vocabulary
 
---variant step: a state before each step, which is one action: the gradient reaches all its tokens. response: the whole
-answer is one action (Eq. 10), and V is still trained at every state. dqo: token states, and the gradient reaches all
-tokens that follow (the paper's comparison). At test time V guides a search without a verifier: eval.py --search.
+--variant step: states are the starts of steps, and the gradient reaches every token up to the next state. response:
+the gradient reaches the whole answer, from its first state (Eq. 10); V is still trained at every state. dqo: token
+states, and the gradient reaches all tokens that follow (the paper's comparison). At test time V guides a search without
+a verifier: eval.py --search.
 
---stage sft: worked solutions, 3 epochs: where everything starts. collect: sample answers to the problems, grade them.
+--stage sft: worked solutions, 3 epochs: makes the starting model. collect: sample answers to the problems, grade them.
 oreo: the above, on --rows; without --rows it collects them. rejection, dpo, kto: the paper's comparisons, on the same
 rows. iterate: oreo for three rounds, each on answers of the model of the round before.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - An answer's ids are those that were sampled, eos included. The published rows were text, tokenized again.
-- A row over 2,048 tokens is rejected and counted; the published code cut it and lost its eos (--long_response cut).
+- A row over 2,048 tokens is left out and counted; the published code cut it and lost its eos (--long_response cut).
 - A step ends with a token that holds a delimiter, in training and in search. The published code split text.
-- The cosine ends with the last step; the published one was epochs^2 as long.
+- The cosine ends with the last step; the published one was epochs^2 passes long, so a run saw its beginning alone.
 
   python oreo.py --preset tiny --stage sft                        a laptop, a minute, nothing downloaded
   python oreo.py --preset tiny --model runs/tiny-oreo-sft/model   collects, trains, evaluates
@@ -73,13 +74,13 @@ from common.trainer import Totals, ValueModel, gather_lists, init_world, launch,
 
 @dataclass
 class Args(RunArgs):
-    # What to do. Later defaults follow it.
+    # What to do. It also sets defaults of other flags.
     stage: Literal["sft", "collect", "oreo", "rejection", "dpo", "kto", "iterate"] = "oreo"
     variant: Literal["token", "step", "response", "dqo"] = "token"  # OREO's policy loss. --kl_coef follows it.
     # The published runs. paper: Qwen2.5-Math-1.5B. paper_7b: DeepSeekMath-7B. paper_alfworld: MiniCPM-2B on ALFWorld,
     # with rows of tools/agents.py. tiny: a laptop, symbolic iGSM
     preset: Literal["paper", "paper_7b", "paper_alfworld", "tiny"] = "paper"
-    model: str = "runs/oreo-sft/model"  # Model folder or Hub name: it is trained, or collects
+    model: str = "runs/oreo-sft/model"  # Model folder or Hub name: to train, or to sample with in collect
     value: str = ""  # Value model to start from. Empty: the model's body and a head of zeros
     reference: str = ""  # Frozen reference of oreo, dpo and kto. Empty: --model
     trust_remote_code: bool = False  # Run the Python files that come with --model.
@@ -97,22 +98,22 @@ class Args(RunArgs):
     skip_turns: NotNegative[int] = 0  # First assistant turns of a conversation that are not trained on (ALFWorld: 1)
     step_delimiters: tuple[str, ...] = ("\n",)  # A step ends with a token that holds one of these.
     samples: Positive[int] = 10  # Answers to collect per problem (published: 10; 7B: 16)
-    # Keep at most this many correct and this many incorrect answers per problem, and no more correct than incorrect
-    # ones, but at least one (published 7B run: 4). 0 keeps all.
+    # Keep at most this many correct and this many incorrect answers per problem, and at most as many correct as
+    # incorrect ones (one if none is incorrect; published 7B run: 4). 0 keeps all.
     balance: NotNegative[int] = 0
     temperature: Positive[float] = 1.0  # Sampling temperature of collect
     top_p: Positive[float] = 1.0  # Nucleus of collect (published: not stated for collection)
     reward_scale: float = 1.0  # R = reward * scale + shift (published: 1 and 0)
     reward_shift: float = 0.0  # See --reward_scale.
-    beta: Positive[float] = 0.03  # Weight of the KL in the objective (published; dpo: 0.1)
-    kl_coef: NotNegative[float] = 0.01  # alpha, weight of the KL regulariser (published; step 0.1, response 0.3)
+    beta: Positive[float] = 0.03  # Strength of the KL penalty in the objective (published; dpo: 0.1)
+    kl_coef: NotNegative[float] = 0.01  # alpha, weight of the additional KL loss (published; step 0.1, response 0.3)
     rounds: Positive[int] = 1  # Collect and train this many times, except in sft.
-    round_init: Literal["last", "first"] = "last"  # A round starts from the round before, or from --model and --value.
-    round_reference: Literal["last", "first"] = "last"  # Its reference: what collected its rows, or --reference
+    round_init: Literal["last", "first"] = "last"  # Start from the models of the round before, or from --model
+    round_reference: Literal["last", "first"] = "last"  # Of a round: what collected its rows, or --reference
     pairs_per_question: Positive[int] = 6  # dpo: pairs to draw per question (published: 6; 7B: 10; ALFWorld: 5)
     epochs: Positive[float] = 1.0  # Passes over the rows if --steps is 0 (published: 1; sft: 3)
     batch_size: Positive[int] = 128  # Rows (dpo: pairs) per update; collect: problems to sample at once
-    sft_rows_per_mean: NotNegative[int] = 8  # sft: mean of token means of this many rows each; 0: mean over tokens
+    sft_rows_per_mean: NotNegative[int] = 8  # sft: average the token means of this many rows each; 0: all tokens alike
     lr: NotNegative[float] = 5e-6  # Peak learning rate of AdamW (published: sft 2e-5, dpo 5e-7, kto 5e-8)
     value_lr: NotNegative[float] = 5e-6  # Peak learning rate of the value model's AdamW (published; 7B: 1e-4)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # Learning rate after the warm-up
@@ -120,7 +121,7 @@ class Args(RunArgs):
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW betas
     weight_decay: NotNegative[float] = 0.0  # AdamW weight decay
     policy_lora: NotNegative[int] = 0  # Train the policy by LoRA of this rank, on all linear layers (needs peft). 0: no
-    value_lora: NotNegative[int] = 0  # Train the value by LoRA of this rank, its head whole (published 7B: 64). 0: no
+    value_lora: NotNegative[int] = 0  # Train the value by LoRA of this rank, its head in full (published 7B: 64). 0: no
     micro_batch_tokens: Positive[int] = 16384  # Tokens per micro-batch and rank. The gradient does not depend on it.
     gradient_checkpointing: Literal["auto", "all", "none"] = "all"  # Layers that recompute their activations
     eval_every: NotNegative[int] = 50  # Evaluate every this many steps, before the first and after the last. 0: never
@@ -183,7 +184,7 @@ def oreo_row_losses(
     there. rewards [B]. Padding, on either side, has 0 in both masks.
 
     variant   the policy loss is the mean over a row's states of (sg(V_t) - R + beta x_t)^2, with x_t equal to S_t
-    token     S_t = d_t + sg(S_{t+1}),             d_t = log pi_t / ref_t of an action, 0 of any other token
+    token     S_t = d_t + sg(S_{t+1}),             d_t = log [pi_t / ref_t] of an action, 0 of any other token
     step      S_t = d_t + .. + d_{u-1} + sg(S_u),  u the row's next state
     response  S_t, at the row's first state alone
     dqo       S_t, the gradient reaching every action from t on (Liu et al. 2024, the paper's comparison)
@@ -237,14 +238,14 @@ def next_state(state: Tensor) -> Tensor:
 
 
 def dpo_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float) -> Tensor:
-    """- log sigmoid(beta (h_chosen - h_rejected)) of each pair, [B] -> [B]. h: log pi / ref, summed over the answer."""
+    """- log sigmoid(beta (h_chosen - h_rejected)) of each pair: [B] -> [B]. h: sums of log [pi / ref]."""
     return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio))
 
 
 def kto_loss(log_ratio: Tensor, right: Tensor, baseline: float, *, beta: float) -> Tensor:
     """1 - sigmoid(beta (r - z)) of a correct answer, 1 - sigmoid(beta (z - r)) of another (Ethayarajh et al. 2024).
 
-    r: log_ratio [B], log pi / ref summed over the answer; right [B] bool; z: `baseline`, the KL(pi || ref) that
+    r: log_ratio [B], log [pi / ref] summed over the answer; right [B] bool; z: `baseline`, the KL(pi || ref) that
     `kto_baseline` estimates; both weights are 1. -> [B]
     """
     gain = log_ratio - baseline
@@ -290,7 +291,7 @@ class Row:
     reward: float = 1.0
     group: int = 0  # which question
     index: int = 0  # row number in the data
-    # As of its last update: log pi and log pi / ref, summed over the actions; their mean KL; V at the starts of steps
+    # As of its last update: log pi and log [pi / ref], summed over the actions; their mean KL; V at the starts of steps
     # and before the last token
     logp: float = 0.0
     log_ratio: float = 0.0
@@ -328,8 +329,9 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
 def as_published(item: Item, row: dict, ask: str) -> Item:
     """Return a row with GSM8K's or MATH's columns as the published code asks and answers it: its solution, word for
     word, is the trace. Any other row is returned as it is."""
-    asked, kind = row.get("problem") or row.get("question"), item.source or "math"
-    if row.get("prompt") is not None or not asked or item.question != asked:
+    asked = row.get("problem") or row.get("question")
+    kind = item.source or "math"
+    if row.get("prompt") is not None or not asked or item.question != asked or kind not in SYSTEM:
         return item
     prompt = [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": asked}]
     if ask == "user":
@@ -454,7 +456,7 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
 
 
 def measurements(row: Row, sums: Tensor, values: Tensor | None) -> dict:
-    """Return the fields of a row that an update measures. sums [3]: log pi, log pi / ref and KL over the actions."""
+    """Return the fields of a row that an update measures. sums [3]: log pi, log [pi / ref] and KL over the actions."""
     logp, log_ratio, kl = sums.tolist()
     fields = {"logp": logp, "log_ratio": log_ratio, "kl": kl / sum(row.actions)}
     if values is not None:
@@ -483,7 +485,8 @@ def check(args: Args) -> None:
     if args.stage == "sft" and args.rows:
         raise InputError("--stage sft trains on the solutions of --data; --rows are for the other stages")
     if args.rounds > 1 and args.reference and args.round_reference == "last":
-        raise InputError(f"--reference {args.reference} is not used with --round_reference last: another is first")
+        raise InputError(f"--reference {args.reference} has no effect with --round_reference last: what collected a "
+                         "round's rows is its reference; add --round_reference first")  # fmt: skip
     if args.rounds > 1 and (args.rows or args.stage == "sft"):
         raise InputError("--rounds collects rows of its own: it goes with oreo, rejection, dpo, kto and without --rows")
     if args.model.startswith("runs/") and not Path(args.model).exists():
@@ -546,7 +549,7 @@ def train(args: Args) -> None:
                 sampler.sleep()  # its memory is the trainer's until the sync
             log = accumulate_gradient(policy, value, reference, batch, args, world) | describe(rows, args)
             clip, norm = dict(max_grad_norm=args.max_grad_norm), "optim/value_grad_norm"
-            # both models take their step, or none does
+            # both models take their step, or none: `update` checks the gradients of both first
             if not value or run.update("value", log, rows, lr=run.lr(peak=args.value_lr), norm=norm, **clip):
                 run.update("policy", log, rows, lr=run.lr(), **clip)
 

@@ -7,24 +7,26 @@ log-probs of trace y's tokens, |y| their number, eos included:
     --stage sft     loss = - sum_i log p(c_i) / sum_i |c_i|                                                   (Eq. 1)
     --stage redi    loss = mean_i [- log p(c_i) / |c_i|  +  alpha log p(r_i) / |r_i|],  alpha = 0.8           (Eq. 5)
 
-In stage redi every trace weighs the same, however long it is. The gradient w.r.t. a token's log-prob is a constant,
+In stage redi a long trace weighs no more than a short one. The gradient w.r.t. a token's log-prob is a constant,
 -1 / |c| or alpha / |r|, whatever its probability: there is no reference model, KL, clip or sigmoid, and the loss has no
-lower bound. The traces share most of their tokens, so pushing r down takes c with it. Only alpha < 1 and a small
-learning rate limit this. Watch logp/chosen: alarm/collapsed_at is the step at which it had fallen too far.
+lower bound. c and r have much text in common, so lowering p(r) lowers p(c) too. Only alpha < 1 and a small learning
+rate limit this. Watch logp/chosen: alarm/collapsed_at is the step at which it had fallen too far.
 
---loss picks the above or one of the paper's comparisons. Those start from `--stage sft --epochs 3`, redi from 5 epochs:
-  symmetric  alpha = 1 (Eq. 4), the limit of SimPO for beta -> 0; stable up to a learning rate of 2e-7 (redi: 1e-6)
-  dpo        - log sigmoid(beta [log p(c) / ref(c) - log p(r) / ref(r)]); ref: the policy before the first update
+--loss picks the above or one of the paper's comparisons. In the paper those start from a model of `--stage sft --epochs
+3` (give it as --model), redi from one of 5 epochs:
+  symmetric  alpha = 1 (Eq. 4), up to a factor SimPO's limit for beta -> 0; stable up to a rate of 2e-7 (redi: 1e-6)
+  dpo        - log sigmoid(beta [log p(c) - log ref(c) - log p(r) + log ref(r)]); ref: the policy before any update
   simpo      - log sigmoid(beta [log p(c) / |c| - log p(r) / |r|] - gamma)
 
-Beyond the paper, a row may hold a single trace, {prompt, response, label 1 | 0, weight}. It counts as half a pair: a
-file of pairs gives the same gradient as its traces in single rows, with twice the --batch_size.
+Beyond the paper, a row may hold a single trace, {prompt, response, label 1 | 0, weight}. It counts as half a pair: in
+stage redi an update of 2B single rows has the gradient of the B pairs that they make up. A weight multiplies the row's
+loss and is in no denominator.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- eos is trained once, in both stages. The published SFT did not train it; its second stage trained three end tokens.
-- A trace that is too long is rejected and counted; the published code cut it.
+- One eos per trace is trained. The published SFT trained none, its second stage three end tokens.
+- A trace that is too long is left out and counted; the published code cut it.
 - Log-probs are float32 and their sums float64; the published ones were bf16.
-- SFT's mean is over the correct tokens of all GPUs; the published one averaged the GPUs' means over 16 rows.
+- SFT's mean is over the tokens of all GPUs; the published one took each GPU's mean over its 16 rows and averaged those.
 
   python redi.py --preset tiny --stage sft                             a laptop, minutes, nothing downloaded
   python redi.py --preset tiny --model runs/tiny-sft/model             the second stage, from that model
@@ -64,7 +66,7 @@ from common.trainer import launch, make_optimizer, max_positions, parse_args, su
 @dataclass
 class Args(RunArgs):
     stage: Literal["sft", "redi"] = "redi"  # sft: correct traces alone. redi: pairs, with --loss
-    loss: Literal["redi", "symmetric", "dpo", "simpo"] = "redi"  # What stage redi minimises. Later defaults follow it.
+    loss: Literal["redi", "symmetric", "dpo", "simpo"] = "redi"  # What stage redi minimises. It sets other defaults.
     model: str = "runs/redi-sft/model"  # Model folder or Hub name to start from
     data: str = "runs/redi-data/pairs.jsonl"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
     out: str = "runs/redi"  # Run folder. Running the same command again resumes from its newest checkpoint.
@@ -79,15 +81,15 @@ class Args(RunArgs):
     chosen_coef: NotNegative[float] = 1.0  # Weight of the correct trace in redi and symmetric
     beta: Positive[float] = 0.001  # beta of dpo and simpo
     gamma: float = 1.0  # Target margin of simpo
-    # Fraction of the pairs that dpo takes to be the wrong way round
+    # dpo's label smoothing: the assumed fraction of pairs whose labels are swapped
     label_smoothing: Annotated[float, ("from 0 to under 0.5", lambda x: 0 <= x < 0.5)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # Learning rate after the warm-up
     warmup: Share[float] = 0.1  # Fraction of the updates in which the learning rate rises linearly
     weight_decay: NotNegative[float] = 1e-4  # AdamW weight decay
-    # Collapse alarm: it fires when logp/chosen, averaged over 5 steps, is this many nats per token below step 1.
+    # Collapse alarm: it fires when logp/chosen, averaged over 5 steps, is over this many nats per token below step 1.
     collapse_margin: float = 0.5
     seed: int = 42  # Seed of data order, sampling, corruption and random weights
-    micro_batch_tokens: Positive[int] = 40960  # Tokens per micro-batch and rank; both traces of a pair are in one.
+    micro_batch_tokens: Positive[int] = 40960  # Tokens per micro-batch and rank. A pair is never split.
     eval_every: NotNegative[int] = 200  # Evaluate every this many steps, before the first and after the last. 0: never
     save_every: NotNegative[int] = 200  # Write a checkpoint every this many steps and after the last. 0: never
 
@@ -130,7 +132,7 @@ def dpo_loss(
     chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, *, beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """- log sigmoid(beta h), h = log p(c) / ref(c) - log p(r) / ref(r), for each pair: [B] -> [B].
+    """- log sigmoid(beta h), h = log p(c) - log ref(c) - log p(r) + log ref(r), for each pair: [B] -> [B].
 
     All four are sums of log-probs. label_smoothing e: (1 - e) times that, plus e times the same of -h.
 
@@ -211,7 +213,8 @@ class Pair:
 
 
 def sum_by_trace(values: Tensor, batch, pairs: list[Pair]) -> Tensor:
-    """[N], one value for each response token -> [B, 2], sums over correct and incorrect traces in float64."""
+    """[N], one value for each response token -> [B, 2], sums over correct and incorrect traces in float64. The batch
+    holds the traces in the order of `Pair.sequences`."""
     slots = [2 * i + side for i, p in enumerate(pairs) for side, trace in enumerate((p.chosen, p.rejected)) if trace]
     slot = torch.tensor(slots, dtype=torch.long, device=values.device)[batch.sequence]  # [N]
     sums = values.new_zeros(2 * len(pairs), dtype=torch.float64)
@@ -226,8 +229,8 @@ def pair_losses(logps: Tensor, lengths: Tensor, reference: Tensor, args: Args) -
 
 
 def denominator(pairs: list[Pair], args: Args) -> float:
-    """What the losses of an update are divided by: its correct tokens in sft, else its pairs. A single trace is half a
-    pair."""
+    """What the losses of an update are divided by: the tokens of its correct traces in sft, else its pairs. A single
+    trace is half a pair."""
     if args.stage == "sft":
         return sum(len(p.chosen) for p in pairs)
     return sum(len(p.sequences) for p in pairs) / 2
@@ -246,7 +249,8 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> dict[st
     measured = torch.zeros(len(pairs), 5, **float64)  # loss, two mean log-probs, two mean entropies
     for batch, mine in micro_batches(range(len(pairs)), args, world, sequences=lambda i: pairs[i].sequences):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        logps, entropies = (sum_by_trace(x, batch, [pairs[i] for i in mine]) for x in (logp, entropy.detach()))
+        here = [pairs[i] for i in mine]
+        logps, entropies = (sum_by_trace(x, batch, here) for x in (logp, entropy.detach()))  # [B, 2], [B, 2]
         losses = pair_losses(logps, lengths[mine], reference[mine], args)  # [B]
         ((weight[mine] * losses).sum() / n * world.size).backward()  # FSDP averages over ranks; the sum is wanted
 
@@ -302,7 +306,7 @@ def read_rows(args: Args):
         yield row
 
 
-BAD = {"trace_empty": "a trace is empty", "traces_equal": "the correct and the incorrect trace are equal"}
+BAD = {"trace_empty": "a trace is missing or empty", "traces_equal": "the correct and the incorrect trace are equal"}
 
 
 def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress=False):
@@ -323,8 +327,9 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
 
     for index, item, _, prompt, *ids in encode(rows, tokenizer, read, source=source, progress=progress):
         given = [trace for trace in ids if trace is not None]
-        if not given or not all(given) or ids[0] == ids[1]:
-            reason = "trace_empty" if not given or not all(given) else "traces_equal"
+        empty = not given or not all(given)
+        if empty or ids[0] == ids[1]:
+            reason = "trace_empty" if empty else "traces_equal"
             if args.bad_rows == "error":
                 raise InputError(f"{source}, row {index}: {BAD[reason]}; remove the row or pass --bad_rows drop")
             count[reason] += 1
@@ -416,7 +421,8 @@ def main(args: Args) -> None:
         fell = collapsed_at([logp for _, logp in followed], args.collapse_margin)
         alarm = followed[fell - 1][0] if fell else None
         if alarm == step and world.main:
-            tqdm.write(f"step {step}: logp/chosen has fallen from {followed[0][1]:.2f} to {followed[-1][1]:.2f}, by "
+            recent = mean(logp for _, logp in followed[-5:])
+            tqdm.write(f"step {step}: logp/chosen has fallen from {followed[0][1]:.2f} to {recent:.2f} (5 steps), by "
                        f"more than --collapse_margin {args.collapse_margin}: lower --lr or --alpha")  # fmt: skip
         run.log({"alarm/collapsed_at": alarm} | run.evaluate(sampler), batch)
         run.save(reference=reference, followed=followed)

@@ -10,7 +10,8 @@ holds `sft_data_size` of them, one SFT update on their demonstrations follows th
     loss = mean_it (- log p_it - 0.001 H_it)                                  SFT on the newest of the hardest questions
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192), c = 0.001, and M is `published_micro_batches`.
+S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001; the published code added a mean entropy for each of
+the micro-batches that it needed, and M is their number, computed from the rows (`published_micro_batches`).
 LUFFY puts a demonstration into every group. ReLIFT uses them only where RL has no gradient, with an AdamW (its own
 moments and rate) and a gradient clip for SFT alone.
 
@@ -20,9 +21,9 @@ moments and rate) and a gradient clip for SFT alone.
   sft      the demonstrations alone, 3 epochs (the settings are not published: LUFFY's are taken)
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- S and M make the gradient independent of the number of GPUs and of micro-batches, at the scale of the published run.
+- Denominators count the rows of all GPUs: the gradient depends on neither GPUs nor micro-batches. S, M: its scale.
 - The SFT gradient is the true mean; the published one was an eighth of it (8 GPUs), so sft_max_grad_norm is 8, not 1.
-- The SFT mean is one of means over `sft_rows_per_mean` demonstrations, which the published micro-batches held.
+- The SFT loss averages blocks of `sft_rows_per_mean` demonstrations, each over its tokens, as published micro-batches.
 - A question is in the buffer once, however often it failed. Its demonstration is verified (--no_verify_demonstrations).
 - A question whose demonstration is missing or too long is trained by RL alone and counted (--long_trace cut).
 
@@ -61,7 +62,7 @@ from common.run import (
     policy_logps,
     sample_rows,
     split_updates,
-    teacher_rows,
+    trace_rows,
     truncated_importance,
 )
 from common.trainer import Totals, launch, make_optimizer, parse_args
@@ -69,7 +70,7 @@ from common.trainer import Totals, launch, make_optimizer, parse_args
 
 @dataclass
 class Args(RunArgs):
-    method: Literal["relift", "grpo", "sft"] = "relift"  # What to train. Later defaults follow it.
+    method: Literal["relift", "grpo", "sft"] = "relift"  # What to train. It sets other defaults.
     model: str = "RoadQAQ/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name
     out: str = "runs/relift"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
@@ -82,7 +83,7 @@ class Args(RunArgs):
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
-    loss_rows: Positive[float] = 64.0  # Rows of an update on one GPU of the published run: 64 on 8 GPUs, 32 on 16
+    loss_rows: Positive[float] = 64.0  # Scale S, M: rows per GPU of a published update (64: 8 GPUs; 32: 16), not yours
     group_size: Positive[int] = 8  # Answers per question
     max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
     # Questions of an SFT update, and how many the buffer must hold for one; -1: RL alone
@@ -263,12 +264,12 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_counted = sum(len(row.response) for row in counted)
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
-        old = logp.detach() if old_logps is None else old_logps[i]  # [N]
+        old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        sampler_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
+        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], of who drew it; NaN: unknown
         token_loss = policy_token_loss(logp, old, advantage, clip=args.clip or None)
         if args.tis_cap:
-            weight = truncated_importance(old, sampler_logp, args.tis_cap)
+            weight = truncated_importance(old, drawn_logp, args.tis_cap)
             token_loss = token_loss * weight
         loss = pg_loss = token_loss.sum() * row_scale
         if args.entropy_coef:
@@ -277,7 +278,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
         totals.add({"loss/pg": pg_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
-        add_drift(totals, logp.detach(), old, sampler_logp, clip=args.clip, per=n_counted)
+        add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_counted)
     return totals.reduce()
 
 
@@ -322,7 +323,7 @@ def with_demonstration(questions: list[int], examples, grader: Grader, args: Arg
     have = [q for q in questions if examples[q].trace]
     accepted = have
     if args.verify_demonstrations:
-        rows = teacher_rows([examples[q] for q in have], range(world.rank, len(have), world.size))
+        rows = trace_rows([examples[q] for q in have], range(world.rank, len(have), world.size))
         grader.add(rows)
         grader.wait()
         accepted = [have[row.group] for row in gather_rows(rows, world) if row.reward > 0]
@@ -331,18 +332,18 @@ def with_demonstration(questions: list[int], examples, grader: Grader, args: Arg
 
 
 def main(args: Args) -> None:
-    run, on_policy = Run(args), args.method != "sft"
+    run, by_rl = Run(args), args.method != "sft"
     world = run.world
     interleave = args.method == "relift" and args.sft_data_size > 0
     tokenizer = open_tokenizer(args.model, args)
-    needed = interleave or not on_policy
+    needed = interleave or not by_rl
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if needed else "ignored",
-        golds=on_policy, empty_trace="on_policy", long_trace=LONG_TRACE[args.long_trace], progress=world.main,
+        golds=by_rl, empty_trace="on_policy", long_trace=LONG_TRACE[args.long_trace], progress=world.main,
     )
     if needed:
         check_demonstrations(sum(e.trace is not None for e in examples), len(examples), args, world)
-    examples = examples if on_policy else [e for e in examples if e.trace]
+    examples = examples if by_rl else [e for e in examples if e.trace]
     run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
     policy = open_policy(args.model, args, world)
@@ -366,8 +367,8 @@ def main(args: Args) -> None:
 
         # 1. sample: own answers alone (sft: demonstrations alone)
         with run.clock("sample"):
-            rows = [] if on_policy else teacher_rows(batch, mine)
-            if on_policy:
+            rows = [] if by_rl else trace_rows(batch, mine)
+            if by_rl:
                 own = [args.group_size] * len(batch)
                 rows += sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
 
@@ -395,19 +396,20 @@ def main(args: Args) -> None:
         with run.clock("update"):
             sampler.sleep()  # its memory is the trainer's until the sync
             updates = split_updates(rows, args)
+            # p_old of later updates is computed before the first one changes the weights; there p_old = p
             old = [None] + [policy_logps(policy, rows_with_gradient(u, args), args, world) for u in updates[1:]]
             for u, update in enumerate(updates):
-                if on_policy:
+                if by_rl:
                     log = accumulate_gradient(policy, update, old[u], args, world)
                 else:
                     log = accumulate_sft_gradient(policy, update, args, world)
                 done = run.update("policy", log, update, lr=run.lr(u, len(updates)), max_grad_norm=args.max_grad_norm)
-                demonstrations += len(update) if done and not on_policy else 0
+                demonstrations += len(update) if done and not by_rl else 0
         taught, fired = [], False  # an SFT update follows if the buffer is full
         if interleave and sft_is_due(step, len(buffer), args):
             with run.clock("sft"):
                 questions = buffer.take(args.sft_data_size)
-                taught = teacher_rows([examples[q] for q in questions], range(len(questions)))
+                taught = trace_rows([examples[q] for q in questions], range(len(questions)))
                 log = accumulate_sft_gradient(policy, taught, args, world)
                 fired = run.update(
                     "sft", log, taught, lr=args.sft_lr, max_grad_norm=args.sft_max_grad_norm, norm="sft/grad_norm"

@@ -573,7 +573,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
             ids = trace and []
         elif trace.ids is not None:
             ids = trace.ids
-            if tokenizer.decode(ids[:-1]) != trace.text:
+            if tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids) != trace.text:
                 raise InputError(
                     f"{row}: the ids of a trace are not those of its text: they are another tokenizer's; remove the "
                     "column '..._ids' or change --model"

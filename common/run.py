@@ -406,7 +406,7 @@ class Row:
         }  # fmt: skip
 
 
-def teacher_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
+def trace_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
     """Rows with the traces of the questions `mine` of a batch: counts[g] of question g, one of each if None."""
     copies = counts or [1] * len(batch)
     return [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for g in mine for e in [batch[g]] * copies[g]]
@@ -673,8 +673,8 @@ def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per:
 
 
 def truncated_importance(old_logp: torch.Tensor, sampler_logp: torch.Tensor, cap: float) -> torch.Tensor:
-    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025). p_old and p_sampler are
-    the same weights as two programs compute them. 1 where there is no sampler (NaN: the teacher's tokens).
+    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025): one model's probability
+    as the trainer and as the sampler compute it. 1 where the sampler's is unknown (NaN).
 
     >>> truncated_importance(torch.log(torch.tensor([0.2, 0.9])), torch.log(torch.tensor([0.2, 0.1])), 2.0).tolist()
     [1.0, 2.0]

@@ -275,7 +275,7 @@ def write(path, rows):
         (["--value", "no/such/value"], "--value no/such/value: cannot be loaded"),
         (["--balance", "-1"], "--balance must be 0 or more"),
         (["--stage", "sft"], "--stage sft trains on the solutions of --data"),
-        (["--rounds", "2", "--reference", "some/model"], "--reference some/model is not used with --round_reference"),
+        (["--rounds", "2", "--reference", "some/model"], "--reference some/model has no effect with --round_reference"),
     ],
 )
 def test_bad_settings_get_one_message_before_anything_is_written(nano, rows, tmp_path, words, message):

@@ -15,7 +15,7 @@ from benchmarks.scale import MODELS, activation_bytes
 from common import run, trainer
 from common.data import InputError, pack
 from common.rows import Example
-from common.run import Grader, Row, Run, RunArgs, check_flags, micro_batches, per_token, teacher_rows
+from common.run import Grader, Row, Run, RunArgs, check_flags, micro_batches, per_token, trace_rows
 from common.trainer import layers_to_keep, load_policy, make_optimizer, parse_args
 from common.verifiers import Verdict
 from tests.conftest import NANO
@@ -77,7 +77,7 @@ def test_a_trace_is_graded_once_and_own_answers_every_time(monkeypatch):
     monkeypatch.setattr(run, "grade_later", grade_later)
     grader = Grader(Tokenizer(), "math")
     for _ in range(2):
-        rows = teacher_rows(EXAMPLES, range(2), [2, 1])
+        rows = trace_rows(EXAMPLES, range(2), [2, 1])
         rows.append(Row([3], [8, 9], 1, truncated=True, example=EXAMPLES[1]))
         grader.add(rows)
         grader.wait()
