@@ -21,7 +21,7 @@ import tyro  # noqa: E402
 
 import igsm  # noqa: E402
 from common.rows import IGSM  # noqa: E402
-from common.trainer import plot_curves  # noqa: E402
+from common.metrics import plot_curves  # noqa: E402
 
 
 @dataclass
