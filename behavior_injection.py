@@ -1,36 +1,31 @@
 """Behavior injection (BRIDGE): preparing a model for reinforcement learning (Cen et al., arXiv 2505.18917).
 
-Models with the same accuracy after SFT can gain very differently from RL. An RL step of size eta on all queries raises
-the expected reward J(q) of a query q by
+Models with the same accuracy after SFT can gain very differently from RL. A gradient step of size eta on GRPO's
+objective J (its rewards, a mean over questions) raises that objective for one question, J(q), to first order, by
 
-    dJ(q) = eta <G, grad J(q)> = eta mean_{q',o'} A(q',o') sqrt(a (1 - a)) (mean_+ K - mean_- K)                (Eq. 5)
-    K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J over all queries q'
+    dJ(q) = eta <G, grad J(q)> = eta mean_{q',o'} A(q',o') sqrt(a(q) (1 - a(q))) (mean_+ K - mean_- K)          (Eq. 5)
+    K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J, the mean of grad J(q') over questions q'
 
-o is an answer to q, A an advantage, a the fraction of q's answers that are correct; mean_+ is over these, mean_- over
-the others; log pi is a mean over tokens. So RL needs queries that are solved sometimes, and answers that teach others
-(K). BRIDGE injects behaviours into SFT solutions that raise both: looking ahead and coming back (reflection), repeating
-the information (analysis), one operation at a time (subgoals). SFT minimises the mean of -log p over the tokens of
-prompts and solutions. Then GRPO, with the SFT model as reference, where R_i is 1 for a correct answer and else 0:
+o is an answer to q, A(q,o) its advantage, a(q) the fraction of correct answers to q. mean_+ is over the correct ones,
+mean_- over the others; log pi is a mean over tokens. So RL needs questions that are solved sometimes, and answers whose
+gradients agree with those to other questions. BRIDGE injects behaviors into SFT solutions that raise both: looking
+ahead and coming back (reflection), repeating what the question says (analysis), one operation at a time (subgoals).
+SFT minimizes the mean of -log p over the tokens of prompts and solutions. GRPO follows, with the SFT model as
+reference. R_i is 1 for a correct answer and else 0, plus --format_reward for the right form:
 
     A_i  = (R_i - mean R) / (std R + 1e-6)                                         over the group of answers to q
-    loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef (e^d - d - 1) - entropy_coef H ]
+    loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef min(k, 10) - entropy_coef H ]
 
-r = p / p_old, d = log p_ref - log p and the entropy H are those of token t of answer i; c is --clip.
-
---stage does one part for every arm of --arms (ways to write the solutions of the same problems: `arms_of`):
-  data   problems, and each arm's solutions of them, as files in OUT/data
-  base   OUT/base: --model, trained on --base_problems easy plain problems (the paper skips this: --model is the base)
-  sft    OUT/ARM/sft: the base model, fine-tuned on the arm's solutions
-  rl     OUT/ARM/rl: GRPO from there
-  eval   accuracy of both models, in distribution and out of it; then the table of all arms
-tools/influence.py measures dJ and K of the SFT models.
+Of token t of answer i: r = p / p_old, k = e^d - d - 1 with d = log p_ref - log p, and the entropy H. c is --clip.
+--kl_mask sets to 0 the loss of an answer whose mean of min(k, 10) is that large. tools/influence.py measures dJ and K.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- All arms use the same problems. Literals begin at 1: at 0, always answering 0 was correct for 27 % of the problems.
+- All arms use the same problems, whose numbers are at least 1. From 0, as published, "0" is right in 27 % of them.
 - The RL gradient is the true mean over rows; the published one was an eighth of it, so max_grad_norm is 8, not 1.
 - A response ends with its first eos. In the published code a pad after the answer was trained on as an eos.
 
-  python behavior_injection.py --preset tiny               a laptop, all stages, nothing downloaded
+  python behavior_injection.py --preset tiny               all stages on two CPU cores in 15 minutes, no download
+    ... --model models/scratch --base_problems 160000      15 more: trains a base model from random weights
   torchrun --nproc_per_node 2 behavior_injection.py        the paper's run (Llama: --preset paper_llama)
 """
 
@@ -40,6 +35,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -71,40 +67,49 @@ from common.run import (
     sample_rows,
     split_updates,
     trace_rows,
+    write_whole,
 )
 from common.trainer import Totals, init_world, launch, load_policy, load_tokenizer, make_optimizer, parse_args
 
-Group = Annotated[int, ("2 or more: the only answer to a question has no advantage over others", lambda n: n > 1)]
+Group = Annotated[int, ("2 or more (a single answer has no advantage)", lambda n: n > 1)]
 Chance = Annotated[float | Literal["table"], ('between 0 and 1, or "table"', lambda x: x == "table" or 0 <= x <= 1)]
 
 
 @dataclass
 class Args(RunArgs):
-    stage: Literal["all", "data", "base", "sft", "rl", "eval"] = "all"  # What to do for every arm
+    # data: write problems, and each arm's solutions, into OUT/data. base: train --model on --base_problems easy plain
+    # problems. sft: fine-tune the base model on the arm's solutions. rl: GRPO from there. eval: test both models and
+    # print the table of all arms. all: these five
+    stage: Literal["all", "data", "base", "sft", "rl", "eval"] = "all"
     # paper: the published run of Qwen2.5-1.5B. paper_llama: of Llama-3.2-1B. tiny: a laptop, symbolic iGSM
     preset: Literal["paper", "paper_llama", "tiny"] = "paper"
-    # Ways to write the solutions. vanilla: plain. subgoal, reflection, analysis: one behaviour. bridge: all three.
-    # pp_aug, rc_aug: four orders of the conditions, of the solution. retry: Meta's retries
+    # Ways to write the solutions. vanilla: plain. subgoal, reflection, analysis: one behavior. bridge: all three.
+    # pp_aug: each problem four times, its question's sentences in other orders. rc_aug: its solution's steps in other
+    # orders. retry: Meta's retries
     arms: tuple[str, ...] = ("vanilla", "pp_aug", "rc_aug", "bridge")
     model: str = "Qwen/Qwen2.5-1.5B"  # Model folder or Hub name that the base stage, or else SFT, starts from
     sft_model: str = ""  # Model that rl, eval and the influence of one arm start from. Empty: the SFT stage's
-    out: str = "runs/behavior_injection"  # Folder of all stages. The same command again resumes each of them.
+    out: str = "runs/behavior_injection"  # Folder of all stages: data, base, ARM/sft, ARM/rl. Rerun to resume each.
+    data: str = ""  # Unused: put your own rows into OUT/data (sft_ARM.jsonl, rl.jsonl) and run --stage sft or rl.
+    eval_data: tuple[str, ...] = ()  # Unused: your own rows for the evaluation during RL are OUT/data/val.jsonl.
+    igsm_problems: Positive[int] = 20000  # Unused: see --sft_problems, --rl_problems, --eval_problems.
     verifier: str = "boxed"  # Grader: boxed (BRIDGE's: the first box), robust, math, ... or your module:function
     max_response_tokens: Positive[int] = 2560  # Longest answer to sample and longest solution to train on
 
     style: Literal["natural", "symbolic"] = "natural"  # Problems in sentences, or in equations for tiny models
     modulus: NotNegative[int] = 0  # Compute modulo this number; 0: with plain integers
     max_params: Positive[int] = 20  # Largest number of sentences in a question
-    shuffle: bool = True  # Conditions in random order. Off: in the solution's order, which is much easier
+    shuffle: bool = True  # Sentences in random order. Off: in the solution's order, which is much easier
     system_prompt: bool = True  # Begin prompts with BRIDGE's system message.
     ops: tuple[int, int] = (15, 20)  # Fewest and most operations of problems for SFT, RL and influence
     val_ops: tuple[int, int] = (21, 25)  # Fewest and most operations of problems for evaluation during RL
-    test_ops: tuple[int, int] = (20, 25)  # Operations of the tests: in distribution, out of distribution
+    test_ops: tuple[int, int] = (20, 25)  # Exact number of operations: of the in-distribution, of the other test
     sft_problems: Positive[int] = 2000  # Problems for SFT, the same for every arm
     rl_problems: Positive[int] = 10000  # Problems for RL
     eval_problems: Positive[int] = 500  # Problems for the evaluation during RL, and for each test
     reflection: Share[float] = 0.1  # Chance of a look-ahead before a line of the solution
-    analysis: Chance = "table"  # Chance of an analysis of a line. table: 0.1, 0.4, 0.8 or 1 by its parents (published)
+    # Chance of an analysis of a line. table, as published: 0.1, 0.4, 0.8 or 1 if it uses 1, 2, 3 or more quantities
+    analysis: Chance = "table"
     retry: Share[float] = 0.1  # Chance of a retry before a line
     base_problems: NotNegative[int] = 0  # Plain problems to train the base model on; 0: --model is the base model
     base_ops: tuple[int, int] = (1, 4)  # Fewest and most operations of these
@@ -114,23 +119,32 @@ class Args(RunArgs):
     sft_batch_size: Positive[int] = 128  # Rows per SFT update
     sft_lr: NotNegative[float] = 5e-6  # Learning rate of SFT, constant
     prompt_loss: bool = True  # Train SFT on the tokens of prompts too.
-    sft_rows_per_mean: NotNegative[int] = 4  # SFT loss: mean of token means of this many rows each; 0: one mean
+    # SFT loss: average over the tokens of each block of this many rows, then over blocks; 0: over all tokens
+    sft_rows_per_mean: NotNegative[int] = 4
     base_steps: Positive[int] = 3500  # Updates of the base model, of 64 problems each
     base_lr: NotNegative[float] = 1.5e-3  # Its peak learning rate
 
-    steps: NotNegative[int] = 200  # RL steps; 0 follows --epochs.
-    batch_size: Positive[int] = 32  # Questions per RL step
-    group_size: Group = 32  # Answers per question
-    updates_per_step: Positive[int] = 1  # RL updates per step. With 1, as published, the clip never acts.
-    temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
-    clip: NotNegative[float] = 0.2  # PPO clip of the ratio; 0: none
-    kl_coef: NotNegative[float] = 0.001  # Weight of the KL to the SFT model; 0: no reference model
-    kl_mask: NotNegative[float] = 0.0  # Leave out answers whose mean KL is this or more; 0: none (Llama: 0.15)
-    entropy_coef: NotNegative[float] = 0.001  # Weight of the entropy bonus
-    format_reward: NotNegative[float] = 0.0  # Bonus for <think>...</think><answer>...</answer> (Llama: 0.05)
-    max_grad_norm: Positive[float] = 8.0  # Clip RL's gradient norm to this (published: 1, of an eighth of it). SFT: 1
-    eval_every: NotNegative[int] = 5  # Evaluate RL every this many steps, before the first and after the last. 0: never
+    steps: NotNegative[int] = 200  # RL: steps; 0 follows --epochs (SFT: --sft_steps).
+    epochs: Positive[float] = 1.0  # RL: passes over the questions if --steps is 0 (SFT: --sft_epochs)
+    batch_size: Positive[int] = 32  # RL: questions per step (SFT: --sft_batch_size)
+    group_size: Group = 32  # RL: answers per question
+    updates_per_step: Positive[int] = 1  # RL: updates per step (SFT: 1). With 1, as published, the clip never acts.
+    lr: NotNegative[float] = 1e-6  # RL: peak learning rate of AdamW (SFT: --sft_lr)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # RL: learning rate after the warm-up
+    warmup: Share[float] = 0.0  # RL: fraction of the updates in which the learning rate rises linearly (SFT: 0)
+    lr_floor: Share[float] = 0.0  # RL: last learning rate of linear and cosine, as a fraction of the peak
+    betas: tuple[float, float] = (0.9, 0.999)  # RL: AdamW betas (SFT: 0.9 0.95)
+    temperature: Positive[float] = 1.0  # RL: sampling temperature. The policy is trained at it too.
+    clip: NotNegative[float] = 0.2  # RL: PPO clip of the ratio; 0: none
+    kl_coef: NotNegative[float] = 0.001  # RL: weight of the KL to the SFT model, which 0 leaves out (with kl_mask 0)
+    kl_mask: NotNegative[float] = 0.0  # RL: leave out answers whose mean KL is this or more; 0: none (Llama: 0.15)
+    entropy_coef: NotNegative[float] = 0.001  # RL: weight of the entropy bonus
+    format_reward: NotNegative[float] = 0.0  # RL: bonus for <think>...</think><answer>...</answer> (Llama: 0.05)
+    # RL: clip the gradient norm (8 here is 1 in the published code, whose gradient was 8 times smaller). SFT: 1
+    max_grad_norm: Positive[float] = 8.0
+    eval_every: NotNegative[int] = 5  # RL: evaluate every this many steps, before step 1 and after the last; 0: never
     eval_temperature: NotNegative[float] = 0.0  # Sampling temperature of evaluation; 0 is greedy.
+    keep_best: bool = False  # RL: also keep the model of the highest eval/mean, in OUT/ARM/rl/best.
 
 
 PRESETS = {
@@ -139,9 +153,9 @@ PRESETS = {
         entropy_coef=0.0, max_grad_norm=1.6, format_reward=0.05,
     ),
     "tiny": dict(
-        model="models/scratch", out="runs/tiny_bridge", style="symbolic", modulus=23, max_params=4, shuffle=False,
+        model="models/tiny", out="runs/tiny_bridge", style="symbolic", modulus=23, max_params=4, shuffle=False,
         system_prompt=False, max_prompt_tokens=160, max_response_tokens=240, ops=(5, 8), val_ops=(5, 8),
-        test_ops=(6, 9), eval_problems=600, eval_temperature=1.0, base_problems=160000, sft_steps=75, sft_lr=5e-4,
+        test_ops=(6, 9), eval_problems=600, eval_temperature=1.0, sft_steps=75, sft_lr=5e-4,
         prompt_loss=False, steps=80, batch_size=16, group_size=8, lr=5e-5, max_grad_norm=1.0, eval_every=20,
         save_every=40, micro_batch_tokens=4096,
     ),
@@ -202,7 +216,8 @@ def policy_token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, cli
 def low_variance_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Estimate of KL(pi || ref) from each token, elementwise: e^d - d - 1, d = log ref - log pi; at most 10.
 
-    Never negative, and its mean over tokens drawn from pi is the KL. Its gradient is that of the KL at pi = ref."""
+    Never negative. Over tokens drawn from pi its mean is KL(pi || ref), the cap aside, but the mean of its gradient is
+    the gradient of KL(ref || pi)."""
     d = ref_logp - logp
     return (d.exp() - d - 1).clamp(max=10)
 
@@ -221,16 +236,16 @@ def format_reward(completion: str) -> float:
 def kernel_scores(kernel: Tensor, advantages: Tensor, groups: Tensor | None = None) -> Tensor:
     """The inner mean of Eq. 5: s_i = mean_j A_j K_ji = <G, grad log pi_i>, with G = mean_j A_j grad log pi_j.
 
-    kernel [B, B], advantages [B] -> [B]. groups [B]: leave out the answers j to i's own question."""
+    kernel [B, B], advantages [B] -> [B]. groups [B]: G without the answers j to i's own question."""
     others = torch.ones_like(kernel) if groups is None else (groups[:, None] != groups[None]).to(kernel.dtype)
     return (kernel * others) @ advantages / others.sum(1).clamp(min=1)
 
 
 def per_step_influence(scores: Tensor, advantages: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """dJ(q) = mean_i A_i s_i over the answers i to q: how much a step along G raises J(q), without eta (Eq. 5).
+    """dJ(q) / eta = mean_i A_i s_i over the answers i to q: how much a small step along G raises J(q) (Eq. 5).
 
     scores [B]: s_i = <G, grad log pi_i>, of log-probs that are means over an answer's tokens, by `kernel_scores`,
-    by an inner product or by a difference along G. advantages [B], groups [B] -> (dJ [Q], the Q groups in order).
+    by an inner product or by a difference along G. advantages [B], groups [B] -> (dJ / eta [Q], the Q groups in order).
     With advantages of ddof 0 it equals sqrt(a (1 - a)) (mean of s over correct answers - mean over incorrect ones);
     with ddof 1 it is sqrt((N - 1) / N) of that.
 
@@ -238,10 +253,10 @@ def per_step_influence(scores: Tensor, advantages: Tensor, groups: Tensor) -> tu
     >>> per_step_influence(scores, advantages, torch.tensor([4, 4, 9]))[0].tolist()
     [1.0, 0.0]
     """
-    queries, group = groups.unique(return_inverse=True)
-    zeros = scores.new_zeros(len(queries))
+    questions, group = groups.unique(return_inverse=True)
+    zeros = scores.new_zeros(len(questions))
     n = zeros.index_add(0, group, torch.ones_like(scores))
-    return zeros.index_add(0, group, advantages * scores) / n, queries
+    return zeros.index_add(0, group, advantages * scores) / n, questions
 
 
 def row_means(values: Tensor, batch, rows: list[Row]) -> Tensor:
@@ -258,8 +273,8 @@ def accumulate_gradient(
 ) -> dict[str, float]:
     """Forward and backward of one RL update, summed over ranks and micro-batches; the gradient is left in .grad.
 
-    `rows` are those of all ranks, and every denominator is counted over them: a token's is its row's length, a row's
-    the number of rows. So the gradient is the same for any number of ranks and any micro_batch_tokens.
+    `rows` are those of all ranks. Divide by counts over all ranks: each token by its row's length, each row by the
+    number of rows. So the gradient is the same for any number of ranks and any micro_batch_tokens.
     old_logps: log-probs before the step's updates, from `policy_logps`; None in the first update, where p_old = p.
     ref_logps: those of the reference; None without one."""
     n_tokens, totals = sum(len(row.response) for row in rows), Totals(world)
@@ -287,14 +302,16 @@ def accumulate_gradient(
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
     """Forward and backward of one SFT update, at temperature 1; the gradient is left in .grad.
 
-    loss = - (1/M) sum_m (1/T_m) sum_{t in m} log p_t over M means of sft_rows_per_mean rows, with T_m tokens, each. It
-    is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours in `rows`."""
-    lengths, rows_per_mean = [len(row.response) for row in rows], args.sft_rows_per_mean or len(rows)
-    means, totals = math.ceil(len(rows) / rows_per_mean), Totals(world)
-    tokens_of = dict(zip(map(id, rows), tokens_of_means(lengths, rows_per_mean), strict=True))
-    for batch, mine in micro_batches(rows, args, world):
+    loss = - (1/M) sum_m (1/T_m) sum_{t in m} log p_t over M blocks of sft_rows_per_mean neighbors in `rows`, with T_m
+    tokens each. The gradient is the same for any number of ranks and any micro_batch_tokens."""
+    lengths, totals = [len(row.response) for row in rows], Totals(world)
+    rows_per_mean = args.sft_rows_per_mean or len(rows)
+    n_blocks = math.ceil(len(rows) / rows_per_mean)
+    weights = [1 / (tokens * n_blocks) for tokens in tokens_of_means(lengths, rows_per_mean)]  # of a token of each row
+    numbers = range(len(rows))
+    for batch, mine in micro_batches(numbers, args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        loss = -(logp * per_token(batch, [1 / (tokens_of[id(row)] * means) for row in mine])).sum()
+        loss = -(logp * per_token(batch, [weights[i] for i in mine])).sum()
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
         totals.add({"sft/loss": loss})
@@ -308,49 +325,61 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 def make_data(args: Args, world) -> None:
     """Write the sets of all stages into OUT/data. All files sft_ARM have the same problems. The solution templates of
     val, test_id and test_ood are in no training set."""
-    seed, arms = 1000 * args.seed, {arm: arms_of(args)[arm] for arm in args.arms}
-    write_set("sft_", args.sft_problems, args.ops, "train", seed + 100, args, world, arms)
-    write_set("rl", args.rl_problems, args.ops, "train", seed + 200, args, world)
-    write_set("base", args.base_problems, args.base_ops, "train", seed + 600, args, world)
-    write_set("val", args.eval_problems, args.val_ops, "test", 300, args, world)
-    for name, ops in zip(("test_id", "test_ood"), args.test_ops, strict=True):
-        write_set(name, args.eval_problems, (ops, ops), "test", 400, args, world)
+    if world.main:
+        seed, ways = 1000 * args.seed, arms_of(args)
+        write_set("sft_", args.sft_problems, args.ops, "train", seed + 100, args, {arm: ways[arm] for arm in args.arms})
+        write_set("rl", args.rl_problems, args.ops, "train", seed + 200, args)
+        write_set("base", args.base_problems, args.base_ops, "train", seed + 600, args)
+        write_set("val", args.eval_problems, args.val_ops, "test", 300, args)
+        for name, ops in zip(("test_id", "test_ood"), args.test_ops, strict=True):
+            write_set(name, args.eval_problems, (ops, ops), "test", 400, args)
+    dist.barrier()
 
 
-def write_set(
-    name: str, n: int, ops: tuple, split: str, seed: int, args: Args, world, arms: dict[str, list[dict]] | None = None
-) -> None:
-    """Write OUT/data/NAME.jsonl, rows in LUFFY's schema: n problems, seeded by `seed`. With arms: a file NAMEARM.jsonl
-    for each, of the same problems. A file that is there with the same settings is kept."""
-    folder, title, arms = Path(args.out, "data"), name.rstrip("_"), arms or {"": [{}]}
+def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, arms: dict | None = None) -> None:
+    """Write OUT/data/NAME.jsonl, rows in LUFFY's schema: n problems, seeded by `seed`. With arms (of `arms_of`): a file
+    NAMEARM.jsonl for each, of the same problems. Files of the same settings are kept. One rank calls it.
+
+    Raise InputError if a file that it would replace holds rows that it did not write."""
     settings = dict(ops=ops, split=split, seed=seed, style=args.style, modulus=args.modulus or None,
                     max_params=args.max_params, shuffle=args.shuffle,
                     max_literal=min(9, args.modulus - 1) if args.modulus else 9)  # fmt: skip
-    problems = json.loads(json.dumps(settings | dict(n=n, system_prompt=args.system_prompt)))
-    made = folder / f"{name}.settings.json"  # written last: the files that it describes are complete
-    there = json.loads(made.read_text()) if made.exists() else {}
-    kept = there["arms"] if there.get("problems") == problems else {}
-    files = {arm: folder / f"{name}{arm}.jsonl" for arm in arms}
-    new = {arm: ways for arm, ways in arms.items() if kept.get(arm) != ways or not files[arm].exists()}
-    if n and new and world.main:
-        lines: dict[str, list[str]] = {arm: [] for arm in new}
-        try:
-            for problem in tqdm(igsm.problems(n, **settings), f"data {title}", n, unit="problem", leave=False):
-                for arm, ways in new.items():
-                    told = [igsm.row(igsm.retell(problem, **way), split, args.system_prompt) for way in ways]
-                    lines[arm] += [json.dumps(row) + "\n" for row in told]
-        except ValueError as error:
-            raise InputError(f"problems of {title}: {error}") from error
-        folder.mkdir(parents=True, exist_ok=True)
-        if not kept:  # arms of other problems must not stay beside the new ones
-            for stale in [made, *folder.glob(f"{name}*.jsonl")]:
-                stale.unlink(missing_ok=True)
-        for arm in new:
-            unfinished = files[arm].with_suffix(".partial")
-            unfinished.write_text("".join(lines[arm]))
-            unfinished.replace(files[arm])
-        made.write_text(json.dumps({"problems": problems, "arms": kept | new}) + "\n")
-    dist.barrier()
+    problems = json.loads(json.dumps(settings | dict(n=n, system_prompt=args.system_prompt)))  # lists, as in the file
+    new_record = {"problems": problems, "arms": {}, "checksums": {}}
+    folder, arms = Path(args.out, "data"), arms or {"": [{}]}
+    record_file = folder / f"{name}.settings.json"  # written last: the files that it describes are complete
+    record = new_record | (json.loads(record_file.read_text()) if record_file.exists() else {})
+    files = {arm: folder / f"{name}{arm}.jsonl" for arm in record["arms"] | arms}
+    if same_problems := record["problems"] == problems:
+        missing = [arm for arm in arms if record["arms"].get(arm) != arms[arm] or not files[arm].exists()]
+        replaced = missing
+    else:
+        missing, replaced = list(arms), list(files)  # arms of other problems must not stay beside the new ones
+    if not n or not missing:
+        return
+    for arm in replaced:
+        if files[arm].exists() and crc32(files[arm].read_bytes()) != record["checksums"].get(arm):
+            raise InputError(f"{files[arm]} was not made by --stage data: move it away (or delete it, if a killed "
+                             "command left it), or run --stage sft, rl or eval")  # fmt: skip
+
+    lines = {arm: [] for arm in missing}
+    try:
+        for problem in tqdm(igsm.problems(n, **settings), f"data {name}", n, unit="problem", leave=False):
+            for arm in missing:
+                for way in arms[arm]:
+                    row = igsm.row(igsm.retell(problem, **way), split, args.system_prompt)
+                    lines[arm].append(json.dumps(row) + "\n")
+    except ValueError as error:
+        raise InputError(f"problems of {name.rstrip('_')}: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    if not same_problems:
+        record = new_record
+        for file in [record_file, *files.values()]:
+            file.unlink(missing_ok=True)
+    for arm in missing:
+        write_whole(files[arm], "".join(lines[arm]))
+        record["arms"][arm], record["checksums"][arm] = arms[arm], crc32(files[arm].read_bytes())
+    write_whole(record_file, json.dumps(record) + "\n")
 
 
 def read_set(name: str, tokenizer, args: Args, **options):
@@ -377,19 +406,21 @@ def check(args: Args) -> None:
     if args.sft_model and (len(args.arms) != 1 or args.stage in ("all", "sft")):
         raise InputError(f"--sft_model {args.sft_model} is one arm's: it needs --arms ARM and --stage rl or eval")
     if args.data or args.eval_data:
-        raise InputError("--data and --eval_data: put your own rows into OUT/data (sft_ARM, rl and val.jsonl) instead")
+        raise InputError("--data and --eval_data: put your own rows into OUT/data (sft_ARM, rl and val.jsonl) instead, "
+                         "and run --stage sft, rl or eval")  # fmt: skip
 
 
 def settings_of(args: Args, stage: str, arm: str) -> Args:
     """The settings of one stage of one arm, the same in every command."""
-    own = {
+    changes = {
         "base": dict(steps=args.base_steps, batch_size=64, lr=args.base_lr, schedule="cosine", warmup=0.02,
                      lr_floor=0.02, betas=(0.9, 0.99), weight_decay=0.1, prompt_loss=False, sft_rows_per_mean=0),
         "sft": dict(steps=args.sft_steps, epochs=args.sft_epochs, batch_size=args.sft_batch_size, lr=args.sft_lr,
                     schedule="constant", warmup=0.0, betas=(0.9, 0.95)),
-    }  # fmt: skip
-    supervised = dict(updates_per_step=1, max_grad_norm=1.0, eval_every=0) if stage in own else {}
-    return replace(args, stage=stage, arms=(arm,), **own.get(stage, {}), **supervised)
+    }.get(stage, {})  # fmt: skip
+    if stage != "rl":
+        changes |= dict(updates_per_step=1, max_grad_norm=1.0, eval_every=0)
+    return replace(args, stage=stage, arms=(arm,), **changes)
 
 
 def folder_of(args: Args, stage: str, arm: str) -> str:
@@ -438,15 +469,15 @@ def train(args: Args) -> None:
         batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step - 1, args.seed)]
         mine = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
 
-        # 1. sample: own answers (sft: the arm's solutions)
+        # 1. sample: own answers (base, sft: the arm's solutions)
         with run.clock("sample"):
-            own = [args.group_size] * len(batch)
             if rl:
-                rows = sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
+                counts = [args.group_size] * len(batch)
+                rows = sample_rows(sampler, batch, mine, counts, args, world, seed=run.seed, grader=grader)
             else:
                 rows = trace_rows(batch, mine)
 
-        # 2. reward
+        # 2. reward (base, sft: nothing is graded)
         with run.clock("reward"):
             grader.wait()
             rows = gather_rows(rows, world)  # every rank has all rows now
@@ -456,7 +487,7 @@ def train(args: Args) -> None:
                     row.reward += args.format_reward * format_reward(row.text(tokenizer))
                 row_log["reward/own"] = mean(row.reward for row in rows)
 
-        # 3. advantages
+        # 3. advantages (base, sft: not used)
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
         question = torch.tensor([row.group for row in rows])  # [B]
         for row, advantage in zip(rows, group_advantages(rewards, question).tolist(), strict=True):
@@ -467,7 +498,7 @@ def train(args: Args) -> None:
             if sampler:
                 sampler.sleep()  # its memory is the trainer's until the sync
             updates = split_updates(rows, args)
-            old = [None] + [policy_logps(policy, u, args, world) for u in updates[1:]]
+            old = [None] + [policy_logps(policy, update, args, world) for update in updates[1:]]
             for u, update in enumerate(updates):
                 if rl:
                     ref = policy_logps(reference, update, args, world) if reference else None
@@ -497,7 +528,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     """Return {test: {accuracy, chain, ...}} of a model's answers to both test sets, sampled at eval_temperature.
 
     chain: fraction of answers whose every step is correct (igsm.check_solution). accuracy_zero: accuracy on problems
-    whose answer is 0. greedy: accuracy at temperature 0. RL can raise the sampled accuracy alone, by certainty."""
+    whose result is 0. greedy: accuracy at temperature 0. RL can raise the sampled accuracy alone, by certainty."""
     tokenizer, policy = open_tokenizer(model, args), load_policy(model, world)
     sampler, grader = open_sampler(policy, tokenizer, args, world), Grader(tokenizer, args.verifier)
     sampler.sync(policy, version=0)
@@ -505,10 +536,11 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     for name in ("test_id", "test_ood"):
         examples, _ = read_set(name, tokenizer, args, traces="ignored")
         questions = [row["prompt"][-1]["content"] for row in load_rows(f"{args.out}/data/{name}.jsonl")]
-        mine, ones, rows = range(world.rank, len(examples), world.size), [1] * len(examples), {}
+        mine, counts = range(world.rank, len(examples), world.size), [1] * len(examples)
+        rows = {}  # by temperature
         for t in sorted({0.0, args.eval_temperature}):
-            how = replace(args, temperature=t)
-            rows[t] = sample_rows(sampler, examples, mine, ones, how, world, seed=args.seed + 1, grader=grader)
+            at_t = replace(args, temperature=t)
+            rows[t] = sample_rows(sampler, examples, mine, counts, at_t, world, seed=args.seed + 1, grader=grader)
         grader.wait()
         greedy, sampled = gather_rows(rows[0.0], world), gather_rows(rows[args.eval_temperature], world)
         checks = [igsm.check_solution(questions[row.example.index], row.text(tokenizer), modulus=args.modulus or None)
@@ -531,11 +563,14 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
 
 def evaluate_arm(arm: str, args: Args, world) -> None:
     """Test an arm's SFT and RL models (of the arm "base": the base model); write OUT/ARM/eval.json."""
-    models = {stage: model_of(args, stage, arm) for stage in (["base"] if arm == "base" else ["sft", "rl"])}
-    there = {s: m for s, m in models.items() if s == "base" or m == args.sft_model or Path(m).exists()}
-    if not there:
+    models = {}
+    for stage in ["base"] if arm == "base" else ["sft", "rl"]:
+        model = model_of(args, stage, arm)
+        if stage == "base" or model == args.sft_model or Path(model).exists():
+            models[stage] = model
+    if not models:
         raise InputError(f"{args.out}/{arm}: no model there; run --stage sft and --stage rl first")
-    results = {stage: test_model(model, args, world) for stage, model in there.items()}
+    results = {stage: test_model(model, args, world) for stage, model in models.items()}
     if world.main:
         path = Path(args.out, arm, "eval.json")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -544,12 +579,14 @@ def evaluate_arm(arm: str, args: Args, world) -> None:
 
 
 def report(args: Args) -> None:
-    """Print the table of all arms; write OUT/results.json and curves.png."""
-    out = Path(args.out)
-    files = {arm: out / arm / "eval.json" for arm in ("base", *args.arms)}
-    results = {arm: json.loads(path.read_text()) for arm, path in files.items() if path.exists()}
+    """Print the table of all arms that have results, in this command or before; write OUT/results.json, curves.png."""
+    out, results, runs = Path(args.out), {}, {}
+    for arm in ("base", *arms_of(args)):
+        if (out / arm / "eval.json").exists():
+            results[arm] = json.loads((out / arm / "eval.json").read_text())
+        if (out / arm / "rl" / "metrics.jsonl").exists():
+            runs[arm] = out / arm / "rl"
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    runs = {arm: out / arm / "rl" for arm in args.arms if (out / arm / "rl" / "metrics.jsonl").exists()}
     if runs:
         names = ("eval/mean", "reward/own", "group/solve_none", "policy/entropy", "policy/kl_ref", "length/own")
         plot_curves(runs, [[name] for name in names], out / "curves.png")
@@ -566,7 +603,7 @@ def report(args: Args) -> None:
             before, after = percent(arm, "base" if arm == "base" else "sft", test), percent(arm, "rl", test)
             line += f" {before:>5} -> {after:>5} ({percent(arm, 'rl', test, 'chain'):>5})  "
         print(line)
-    print(f"\n{out}: results.json{', curves.png' * bool(runs)}")
+    print(f"\n{out}: results.json" + (", curves.png" if runs else ""))
 
 
 def main(args: Args) -> None:
@@ -578,11 +615,14 @@ def main(args: Args) -> None:
     if "base" in stages and args.base_problems:
         train(settings_of(args, "base", "base"))
     for arm in args.arms:
-        for stage in [stage for stage in ("sft", "rl") if stage in stages]:
-            train(settings_of(args, stage, arm))
+        for stage in ("sft", "rl"):
+            if stage in stages:
+                train(settings_of(args, stage, arm))
     if "eval" in stages:
-        for arm in [*args.arms, "base"] if args.base_problems or not args.arms else args.arms:
+        for arm in args.arms:
             evaluate_arm(arm, args, world)
+        if args.base_problems or not args.arms:
+            evaluate_arm("base", args, world)
         if world.main:
             report(args)
 

@@ -25,16 +25,13 @@ up data sources for n > 1, and the papers grade in different ways, which are man
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import math
 import re
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -42,27 +39,39 @@ from statistics import fmean as mean
 from statistics import variance
 from typing import Annotated, Literal
 
-import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
+from common.report import grader_version, load_run, plot_bars, results_tables, rewards_of, unreadable_golds, versions_of
 from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler
 from common.rows import check_gold, load_rows, read_row, render_prompt, set_template
 from common.run import (
     NotNegative,
     Positive,
     Share,
+    check_fit,
     check_ranges,
     keep_records,
+    keep_settings,
     read_records,
     stop_ids,
     write_records,
     write_whole,
 )
 from common.search import search_answers, step_ids
-from common.trainer import ValueModel, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
+from common.trainer import (
+    ValueModel,
+    gather_lists,
+    init_world,
+    launch,
+    load_policy,
+    load_tokenizer,
+    max_positions,
+    parse_args,
+)
 from common.verifiers import after_think, grade, last_boxed
 
 
@@ -273,21 +282,6 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
 # ---------------------------------------------------------------------------------------------------- answers
 
 
-def digest_of(model: str) -> str:
-    """Digest of a model: of all bytes of its weights and of its configuration; a Hub name's is its revision."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None) or model
-
-    def digest(path: Path) -> bytes:
-        with open(path, "rb") as file:
-            return path.name.encode() + hashlib.file_digest(file, "sha256").digest()
-
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".jinja"))
-    with ThreadPoolExecutor(16) as pool:  # sha256 runs without Python's lock
-        return hashlib.sha256(b"".join(pool.map(digest, files))).hexdigest()[:16]
-
-
 def check_settings(args: Args, questions: list[Question], world) -> None:
     """Write args.json. Raise InputError if the answers in --out are of other settings, models or questions."""
     path = Path(args.out) / "args.json"
@@ -300,17 +294,9 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
         "weights_digest": " ".join(gather_lists(models, world)),
         "questions": len(questions), "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }  # fmt: skip
-    settings = json.loads(json.dumps(settings))  # lists, as in the file
-    answered = bool(read_records(path.parent / "samples.jsonl"))
-    compared = [k for k in settings if k in old and k not in FREE | BY_DIGEST]
-    changed = "; ".join(f"{k} {old[k]!r} there, {settings[k]!r} here" for k in compared if old[k] != settings[k])
-    if answered and changed:
-        raise InputError(f"--out {args.out} holds an evaluation with other settings ({changed}): use the same ones to "
-                         "resume it, or another --out")  # fmt: skip
-    dist.barrier()  # all have compared before one writes
-    if world.main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(settings, indent=2) + "\n")
+    answered = read_records(path.parent / "samples.jsonl")
+    compared = [k for k in settings if k in old and k not in FREE | BY_DIGEST] if answered else []
+    keep_settings(path, settings, compared, f"--out {args.out} holds an evaluation with other settings", world)
 
 
 def chunks(questions: list[Question], args: Args, *, embedded: bool) -> list[list[Question]]:
@@ -342,8 +328,7 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
     longest = max(len(q.prompt) for q in questions) + tokens_ahead(args)
     if searches:
         value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
-        if value.lm.config.vocab_size != policy.lm.config.vocab_size:
-            raise InputError(f"--value {args.value}: its vocabulary is not --model's")
+        check_fit(f"--value {args.value}", value, policy)
     stops = stop_ids(policy, tokenizer, args.stop_tokens)
     sampler = make_sampler(
         args.rollout, policy, world, stop_ids=stops, max_tokens=longest, max_batch_tokens=args.sampler_tokens
@@ -397,15 +382,6 @@ def best_answer(found, stops: list[int], tokenizer) -> dict:
     return answer | {"found": len(found), "value": round(best.value, 6)}
 
 
-def grader_version(verifier: str) -> str:
-    """Return what a grader's verdicts depend on: a digest of its code, and the version of Math-Verify."""
-    module = verifier.partition(":")[0] if ":" in verifier else "common.verifiers"
-    file = Path(importlib.util.find_spec(module).origin)
-    files = [file] if ":" in verifier else [file, *file.parent.glob("robust.py")]
-    code = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
-    return f"code {code}, math-verify {importlib.metadata.version('math-verify')}"
-
-
 def grade_records(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:
     """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one.
 
@@ -450,11 +426,6 @@ def vote(text: str) -> str | None:
     if re.fullmatch(r"-?\d{1,50}(?:\.\d{0,50}|/0*[1-9]\d{0,50})?|-?\.\d{1,50}", number):
         return str(Fraction(number))
     return found or None
-
-
-def rewards_of(record: dict, verifier: str) -> list[float]:
-    """Return the reward of each answer to a question."""
-    return [answer["verdicts"][verifier][0] for answer in record["answers"]]
 
 
 def count_votes(record: dict, verifier: str) -> tuple[int, list[int], int]:
@@ -511,20 +482,6 @@ def summarise_benchmark(records: list[dict], verifiers: tuple[str, ...]) -> dict
     }  # fmt: skip
 
 
-def versions_of(records: Iterable[dict], verifier: str) -> str:
-    """Return the versions of a grader that graded these records."""
-    return "; ".join(sorted({r.get("graded_by", {}).get(verifier, "?") for r in records}))
-
-
-def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]:
-    """Return the rows whose gold answer one of the verifiers could not read: their answers count as wrong."""
-    return [
-        record.get("row", record["id"]) for record in records
-        if any(detail.startswith("gold unreadable") for answer in record["answers"] for verifier in verifiers
-               for detail in answer["verdicts"][verifier][2:])
-    ]  # fmt: skip
-
-
 def by_difficulty(records: list[dict], verifier: str, base: dict[str, dict]) -> dict:
     """Return pass@1 of this model and of the base in ReLIFT's buckets; not_in_base: the base was not asked."""
     buckets = {name: [] for name in ("easy", "medium", "hard", "hardest", "not_in_base")}
@@ -539,86 +496,6 @@ def by_difficulty(records: list[dict], verifier: str, base: dict[str, dict]) -> 
             base_mean = None if name == "not_in_base" else mean(rate for _, rate in found)
             result[name] = {"questions": len(found), "pass@1": rate, "pass@1_se": error, "base": base_mean}
     return result
-
-
-def disagreements(records: list[dict], verifiers: tuple[str, ...]) -> list[list[str]]:
-    """Return rows of a table: for each benchmark and set of graders that accept an answer, how many and an example."""
-    found: dict[tuple, list[str]] = {}
-    for record in records:
-        for answer in record["answers"]:
-            accepted = tuple(answer["verdicts"][v][0] > 0 for v in verifiers)
-            if len(set(accepted)) > 1:
-                found.setdefault((record["benchmark"], accepted), []).append(record["id"])
-    rows = [["benchmark", *verifiers, "answers", "example"]]
-    for (benchmark, accepted), ids in sorted(found.items(), key=lambda item: (item[0][0], -len(item[1]))):
-        rows.append([benchmark, *("right" if yes else "wrong" for yes in accepted), str(len(ids)), ids[0]])
-    return rows
-
-
-# ------------------------------------------------------------------------------------------- tables and plot
-
-
-def table(rows: list[list[str]]) -> str:
-    """Return rows of cells, the head first, as a Markdown table that is aligned to be read as it is."""
-    rows = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in padded]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]) + "\n"
-
-
-def numbers(values: dict, before: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the numbers in (nested) results as (key, text): counts as they are, fractions in percent."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from numbers(value, f"{before}{key} ")
-        elif isinstance(value, int | float):
-            digits = 0 if isinstance(value, int) or key == "mean_tokens" else 1
-            yield before + key, f"{value if digits == 0 else 100 * value:.{digits}f}"
-
-
-def results_tables(results: dict, records: list[dict], args: Args) -> str:
-    """Return results.md: the numbers, and where the graders disagree."""
-    drawn = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, top_p {args.top_p}"
-    if args.search != "none":
-        drawn = f"{args.search} of width {args.width} by {args.value}, {drawn}"
-    first, columns = args.verifier[0], {n: dict(numbers(r)) for n, r in results.items() if n != "average"}
-    columns["average"] = dict(numbers({"pass@1": results["average"]}))
-    keys = dict.fromkeys(key for column in columns.values() for key in column)
-    rows = [[key, *(column.get(key, "") for column in columns.values())] for key in keys]
-    text = (f"# {args.model}\n\nTemplate {args.template}, {drawn}, at most {args.max_tokens} tokens, graded by {first} "
-            f"({versions_of(records, first)}). Fractions in percent.\n\n{table([['', *columns], *rows])}")  # fmt: skip
-    if bad := unreadable_golds(records, args.verifier):
-        text += (f"\nA grader cannot read the gold answers of {len(bad)} questions, whose answers count as wrong: "
-                 f"{'; '.join(bad[:20])}{', ...' if len(bad) > 20 else ''}\n")  # fmt: skip
-    if len(args.verifier) > 1:
-        rows = disagreements(records, args.verifier)
-        text += "\n## Where the graders disagree\n\nAnswers by who accepts them, with a question in samples.jsonl:\n\n"
-        text += table(rows) if len(rows) > 1 else "None: they agree on every answer.\n"
-    return text
-
-
-def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path) -> None:
-    """Draw grouped bars of pass@1 in percent with 95 % intervals: {run: {benchmark: (mean, standard error)}}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    benchmarks, width = list(dict.fromkeys(b for run in bars.values() for b in run)), 0.8 / len(bars)
-    size = (max(4.5, 0.5 + 0.45 * len(benchmarks) * (len(bars) + 1)), 3.6)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    for i, (run, values) in enumerate(bars.items()):
-        at = [benchmarks.index(b) + (i - (len(bars) - 1) / 2) * width for b in values]
-        means = [100 * mean for mean, _ in values.values()]
-        errors = [196 * (error or 0) for _, error in values.values()]
-        drawn = axis.bar(at, means, width * 0.92, label=run, yerr=errors)
-        axis.bar_label(drawn, [f"{m:.1f}" for m in means], fontsize=7, padding=2)
-    axis.set_xticks(range(len(benchmarks)), benchmarks, rotation=20 if len(benchmarks) > 4 else 0)
-    axis.set(ylabel="pass@1, %", ylim=(0, None))
-    figure.legend(loc="outside upper left", ncols=len(bars), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -651,10 +528,7 @@ def tokens_ahead(args: Args) -> int:
 
 def check_lengths(questions: list[Question], args: Args) -> None:
     """Raise InputError if the longest prompt and its answer exceed the model's positions."""
-    try:
-        positions = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {args.model}: no readable config.json ({str(error).splitlines()[0]})") from error
+    positions = max_positions(AutoConfig.from_pretrained(args.model))
     longest, times = max(questions, key=lambda q: len(q.prompt)), tokens_ahead(args) // args.max_tokens
     fits = (positions - len(longest.prompt)) // times if positions else args.max_tokens
     if fits < args.max_tokens:
@@ -674,21 +548,6 @@ def show_prompts(questions: list[Question]) -> None:
         for question in mine[:2]:
             print(textwrap.indent(question.prompt_text, "  | ", lambda line: True))
             print(f"  ids ({len(question.prompt)}): {question.prompt}\n  gold: {question.gold}")
-
-
-def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, dict]]:
-    """Return the settings and the records of a finished evaluation. Raises InputError if the folder holds none, or no
-    verdicts of `verifier`."""
-    path = Path(folder)
-    if not (path / "args.json").is_file() or not (path / "samples.jsonl").is_file():
-        raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
-    records = read_records(path / "samples.jsonl")
-    if verifier and any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
-        raise InputError(
-            f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier {verifier} "
-            "(nothing is sampled twice), or name another grader with --verifier"
-        )
-    return json.loads((path / "args.json").read_text()), records
 
 
 def load_answers(args: Args) -> tuple[Args, dict[str, dict]]:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from common.data import InputError, batch_indices, token_scales
-from common.rows import held_out_examples, read_examples, set_template
+from common.rows import held_out_examples, read_examples
 from common.run import (
     Cap,
     Grader,
@@ -54,6 +54,7 @@ from common.run import (
     micro_batches,
     open_policy,
     open_sampler,
+    open_tokenizer,
     per_token,
     policy_logps,
     sample_rows,
@@ -61,7 +62,7 @@ from common.run import (
     trace_rows,
     truncated_importance,
 )
-from common.trainer import Totals, launch, load_tokenizer, make_optimizer, parse_args
+from common.trainer import Totals, launch, make_optimizer, parse_args
 
 Shape = Literal["", "no_reshape", "logp", "p_logp", "square_root", "pow", "p_div_p_0.1", "p_div_p_0.3", "p_div_p_0.5"]
 
@@ -206,7 +207,6 @@ def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
 
 def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: Args, world) -> dict[str, float]:
     """Forward and backward of one update, summed over ranks and micro-batches; the gradient is left in .grad.
-
     `rows` are those of all ranks. Every denominator is counted over them before the first backward, so the gradient is
     the same for any number of ranks and any micro_batch_tokens. old_logps: log-probs before the step's updates, from
     `policy_logps`; None in the first update, where p_old = p. Returns metrics; those of tokens are means over
@@ -292,7 +292,7 @@ def main(args: Args) -> None:
     check(args)
     run, by_rl = Run(args), args.method != "sft"
     world = run.world
-    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    tokenizer = open_tokenizer(args.model, args)
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored",
         golds=by_rl, empty_trace=args.empty_trace, long_trace=args.long_trace, progress=world.main,

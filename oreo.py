@@ -50,7 +50,7 @@ from torch import Tensor
 from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, batch_indices, token_scales
 from common.metrics import plot_curves
-from common.rows import IN_A_BOX, Item, Trace, held_out_examples, read_examples, read_traces, set_template
+from common.rows import IN_A_BOX, Item, Trace, held_out_examples, read_examples, read_traces
 from common.run import (
     NotNegative,
     Positive,
@@ -64,20 +64,12 @@ from common.run import (
     micro_batches,
     open_policy,
     open_sampler,
+    open_tokenizer,
     per_token,
-    write_whole,
+    write_lines,
 )
 from common.search import step_ids, step_starts
-from common.trainer import (
-    Totals,
-    ValueModel,
-    gather_lists,
-    init_world,
-    launch,
-    load_tokenizer,
-    make_optimizer,
-    parse_args,
-)
+from common.trainer import Totals, ValueModel, gather_lists, init_world, launch, make_optimizer, parse_args
 
 
 @dataclass
@@ -501,12 +493,6 @@ def check(args: Args) -> None:
         raise InputError(f"--model {args.model}: not there; --stage sft makes it, or name another")
 
 
-def open_tokenizer(args: Args):
-    """Return the tokenizer of --model, with the template that the flags set."""
-    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-    return set_template(tokenizer, args.chat_template, args.chat_template_args)
-
-
 def describe(rows: list[Row], args: Args) -> dict[str, float | None]:
     """Metrics of the rows of a step."""
     right, wrong = [r for r in rows if r.reward > 0], [r for r in rows if r.reward <= 0]
@@ -524,7 +510,7 @@ def describe(rows: list[Row], args: Args) -> dict[str, float | None]:
 def train(args: Args) -> None:
     """Train by --stage sft, oreo, rejection, dpo or kto; write model/ (and oreo's value/) to the run folder."""
     run = Run(args)
-    world, tokenizer = run.world, open_tokenizer(args)
+    world, tokenizer = run.world, open_tokenizer(args.model, args)
     units, left_out = training_units(tokenizer, args, world.main)
     run.plan(
         units, held_out_examples(tokenizer, args, reshape=partial(as_published, ask=args.ask)), left_out,
@@ -584,7 +570,7 @@ def train(args: Args) -> None:
 def collect(args: Args) -> str:
     """Sample --samples answers to each problem of --data and grade them; write those that --balance keeps to
     OUT/rows.jsonl, and return its path. After a stop it resumes."""
-    world, tokenizer, out = init_world(args.timeout_minutes), open_tokenizer(args), Path(args.out)
+    world, tokenizer, out = init_world(args.timeout_minutes), open_tokenizer(args.model, args), Path(args.out)
     examples, left_out = read_problems(tokenizer, args, traces="ignored", progress=world.main)
 
     def sampler():
@@ -604,7 +590,7 @@ def collect(args: Args) -> str:
         for e, mine in zip(examples, answers, strict=True):
             about = dict(question=e.index, source=e.source, gold=e.gold, prompt=e.text, prompt_ids=e.prompt)
             rows += [about | mine[i] for i in balanced([answer["reward"] for answer in mine], args.balance)]
-        write_whole(out / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_lines(out / "rows.jsonl", rows)
         statuses = Counter(answer["status"] for mine in answers for answer in mine)
         right = sum(row["reward"] > 0 for row in rows)
         print(f"{' '.join(args.data)}: {left_out}; {len(rows)} answers, {right} right; sampled: {dict(statuses)}")

@@ -47,19 +47,20 @@ from tqdm import tqdm
 
 import igsm
 from common.data import InputError, batch_indices
-from common.rows import (
-    IGSM,
-    Trace,
-    held_out_examples,
-    iter_rows,
-    read_row,
-    render_prompt,
-    response_ids,
-    set_template,
-    trace_text,
+from common.rows import IGSM, Item, Trace, encode, held_out_examples, iter_rows, read_row, with_kept
+from common.run import (
+    NotNegative,
+    Positive,
+    Run,
+    RunArgs,
+    Share,
+    mean,
+    micro_batches,
+    open_policy,
+    open_sampler,
+    open_tokenizer,
 )
-from common.run import NotNegative, Positive, Run, RunArgs, Share, mean, micro_batches, open_policy, open_sampler
-from common.trainer import launch, load_tokenizer, make_optimizer, max_positions, parse_args, sum_over_ranks
+from common.trainer import launch, make_optimizer, max_positions, parse_args, sum_over_ranks
 
 
 @dataclass
@@ -305,25 +306,6 @@ def read_rows(args: Args):
         yield row
 
 
-def trace_ids(tokenizer, traces: list[Trace | None], prompts: list[str], rows: list[str]) -> list[list[int]]:
-    """Return the ids of each trace after its prompt, [] for None. They end with one eos; those of an answer that a
-    model sampled are kept as they are. rows: what an InputError calls each row."""
-    texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
-    encoded = response_ids(tokenizer, prompts, texts)
-    for i, (trace, ids) in enumerate(zip(traces, encoded, strict=True)):
-        if trace and trace.ids is not None:
-            encoded[i] = trace.ids
-            said = trace.ids[:-1] if trace.ids[-1] == tokenizer.eos_token_id else trace.ids
-            if tokenizer.decode(said) != trace.text:
-                raise InputError(
-                    f"{rows[i]}: the ids of a trace are not those of its text: they are another tokenizer's; remove "
-                    "the column '..._ids' or change --model"
-                )
-        elif ids and ids[-1] != tokenizer.eos_token_id:
-            encoded[i] = [*ids, tokenizer.eos_token_id]
-    return encoded
-
-
 BAD = {"trace_empty": "a trace is missing or empty", "traces_equal": "the correct and the incorrect trace are equal"}
 
 
@@ -334,44 +316,29 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
     pairs: list[Pair] = []
     count = {"rows": len(rows), "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0, "traces_equal": 0}
     count |= {"wrong_only": 0} if args.stage == "sft" else {}
-    for start in tqdm(range(0, len(rows), 500), desc="tokenize", unit_scale=500, leave=False, disable=not progress):
-        part = []  # (row number, item, correct, incorrect trace) of 500 rows, which are then tokenized together
-        for index, row in enumerate(rows[start : start + 500], start):
-            item = read_row(row, f"{source}, row {index}")
-            correct, incorrect = item.first(correct=True), item.first(correct=False)
-            if args.stage == "sft" and incorrect and not correct:
-                count["wrong_only"] += 1
-            else:
-                part.append((index, item, correct, None if args.stage == "sft" else incorrect))
-        if not part:
-            continue
-        names = [f"{source}, row {index}" for index, *_ in part]
-        texts = [item.text or render_prompt(tokenizer, item.prompt) for _, item, _, _ in part]
-        prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        chosen = trace_ids(tokenizer, [correct for _, _, correct, _ in part], texts, names)
-        rejected = trace_ids(tokenizer, [incorrect for *_, incorrect in part], texts, names)
-        for (index, item, *traces), name, prompt, *ids in zip(part, names, prompts, chosen, rejected, strict=True):
-            filled = [trace.text.strip() and own for trace, own in zip(traces, ids, strict=True) if trace]
-            empty = not filled or not all(filled)
-            if empty or ids[0] == ids[1]:
-                reason = "trace_empty" if empty else "traces_equal"
-                if args.bad_rows == "error":
-                    raise InputError(f"{name}: {BAD[reason]}; remove the row or pass --bad_rows drop")
-                count[reason] += 1
-            elif len(prompt) > args.max_prompt_tokens:
-                count["prompt_too_long"] += 1
-            elif max(map(len, ids)) > args.max_response_tokens:
-                count["trace_too_long"] += 1
-            else:
-                pairs.append(Pair(*(array("i", x) for x in (prompt, *ids)), item.weight, index))
-    if not pairs:
-        raise InputError(
-            f"{source}: no row is left of {len(rows)} ({count['prompt_too_long']} prompts over "
-            f"--max_prompt_tokens {args.max_prompt_tokens}, {count['trace_too_long']} traces over "
-            f"--max_response_tokens {args.max_response_tokens}, {count['trace_empty']} empty traces, "
-            f"{count['traces_equal']} pairs of equal traces, {count.get('wrong_only', 0)} incorrect traces alone)"
-        )
-    return pairs, count | {"kept": len(pairs)}
+
+    def read(row: dict, where: str) -> tuple[Item, Trace | None, Trace | None] | None:
+        item = read_row(row, where)
+        correct, incorrect = item.first(correct=True), item.first(correct=False)
+        if args.stage == "sft" and incorrect and not correct:
+            count["wrong_only"] += 1
+            return None
+        return item, correct, None if args.stage == "sft" else incorrect
+
+    for index, item, _, prompt, *ids in encode(rows, tokenizer, read, source=source, progress=progress):
+        given = [trace for trace in ids if trace is not None]
+        if not given or not all(given) or ids[0] == ids[1]:
+            reason = "trace_empty" if not given or not all(given) else "traces_equal"
+            if args.bad_rows == "error":
+                raise InputError(f"{source}, row {index}: {BAD[reason]}; remove the row or pass --bad_rows drop")
+            count[reason] += 1
+        elif len(prompt) > args.max_prompt_tokens:
+            count["prompt_too_long"] += 1
+        elif max(map(len, given)) > args.max_response_tokens:
+            count["trace_too_long"] += 1
+        else:
+            pairs.append(Pair(*(array("i", x or []) for x in (prompt, *ids)), item.weight, index))
+    return pairs, with_kept(pairs, count, source, vars(args))
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -401,7 +368,7 @@ def main(args: Args) -> None:
     check(args)
     run = Run(args)
     world = run.world
-    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    tokenizer = open_tokenizer(args.model, args)
     pairs, left_out = make_pairs(list(read_rows(args)), tokenizer, args, source=args.data, progress=world.main)
     check_pairs(pairs, args)
     run.plan(

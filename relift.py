@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from common.data import InputError, batch_indices, tokens_of_means
-from common.rows import held_out_examples, read_examples, set_template
+from common.rows import held_out_examples, read_examples
 from common.run import (
     Cap,
     Grader,
@@ -57,6 +57,7 @@ from common.run import (
     micro_batches,
     open_policy,
     open_sampler,
+    open_tokenizer,
     per_token,
     policy_logps,
     sample_rows,
@@ -64,7 +65,7 @@ from common.run import (
     trace_rows,
     truncated_importance,
 )
-from common.trainer import Totals, launch, load_tokenizer, make_optimizer, parse_args
+from common.trainer import Totals, launch, make_optimizer, parse_args
 
 
 @dataclass
@@ -252,7 +253,6 @@ def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
 
 def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: Args, world) -> dict[str, float]:
     """Forward and backward of one update, summed over ranks and micro-batches; the gradient is left in .grad.
-
     `rows` are those of all ranks. Every denominator is counted over them before the first backward, so the gradient is
     the same for any number of ranks and any micro_batch_tokens. old_logps: log-probs before the step's updates, from
     `policy_logps`; None in the first update, where p_old = p. Returns metrics; those of tokens are means over
@@ -335,7 +335,7 @@ def main(args: Args) -> None:
     run, by_rl = Run(args), args.method != "sft"
     world = run.world
     interleave = args.method == "relift" and args.sft_data_size > 0
-    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    tokenizer = open_tokenizer(args.model, args)
     needed = interleave or not by_rl
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if needed else "ignored",

@@ -98,12 +98,15 @@ def at_equal_tokens(folder: Path, arms) -> dict[str, float]:
 
 def main(claim: Claim) -> dict:
     out, started, extra = Path(claim.out).absolute(), time.time(), shlex.split(claim.extra)
-    shared, start = out / "base", []
+    shared = out / "base"
     if claim.model:
-        start = ["--model", (ROOT / claim.model).absolute(), "--base_problems", 0]
-    for stage in ("data", "eval") if claim.model else ("data", "base", "eval"):
-        run(*extra, "--stage", stage, "--out", shared, *start, "--arms")
-    start = start or ["--model", shared / "base" / "model", "--base_problems", 0]
+        stages, base_flags = ("data", "eval"), ["--model", (ROOT / claim.model).absolute()]
+        start = base_flags
+    else:
+        stages, base_flags = ("data", "base", "eval"), ["--model", "models/scratch", "--base_problems", 160000]
+        start = ["--model", shared / "base" / "model"]
+    for stage in stages:
+        run(*extra, "--stage", stage, "--out", shared, *base_flags, "--arms")
     base = json.loads((shared / "base" / "eval.json").read_text())["base"]
     seeds = []
     for seed in claim.seeds:
@@ -145,7 +148,8 @@ def main(claim: Claim) -> dict:
         ]
         known = [x for x in by_seed if x is not None]
         claims[f"{name} ranks the arms by their gain"] = {
-            "by_seed": by_seed, "verdict": verdict(known) if len(known) == len(by_seed) else "open: constant"
+            "by_seed": by_seed,
+            "verdict": verdict(known) if len(known) == len(by_seed) else "open: constant",
         }
     results = {
         "command": "python " + shlex.join(["benchmarks/behavior_injection.py", *sys.argv[1:]]),

@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ import tyro
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from common.data import InputError
 from common.trainer import Policy, ValueModel, World, export, gather_lists, init_world, load_policy, load_tokenizer
@@ -41,6 +43,21 @@ def changed_settings(there: dict, here: dict, names) -> str:
         f"--{name} {there.get(name)!r} there, {here.get(name)!r} here"
         for name in names if there.get(name) != here.get(name)
     )  # fmt: skip
+
+
+def digest_of(model: str) -> str:
+    """Digest of a model: of all bytes of its weights and of its configuration; a Hub name's is its revision."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None) or model
+
+    def digest(path: Path) -> bytes:
+        with open(path, "rb") as file:
+            return path.name.encode() + hashlib.file_digest(file, "sha256").digest()
+
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".jinja"))
+    with ThreadPoolExecutor(16) as pool:  # sha256 runs without Python's lock
+        return hashlib.sha256(b"".join(pool.map(digest, files))).hexdigest()[:16]
 
 
 class Checkpoints:

@@ -181,16 +181,9 @@ class EmbeddedSampler:
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: list[list[int]],
-        *,
-        n: int | list[int],
-        keys: list[int],
-        seed: int,
-        sampling: Sampling,
-        progress: str | None = None,
-        drawn: Callable[[int, list[Completion]], None] | None = None,
-    ) -> list[list[Completion]]:
+        self, prompts: list[list[int]], *, n: int | list[int], keys: list[int], seed: int, sampling: Sampling,
+        progress: str | None = None, drawn: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
         """n (or n[i]) completions of each prompt, in order. keys: one int a prompt, naming its random stream.
         drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
 

@@ -309,8 +309,7 @@ def _single(row: dict) -> Item:
         raise TypeError(f"'label' must be 1 (right) or 0 (wrong), not {row.get('label')!r} (or 'reward' a number)")
     else:
         reward = float(row["label"])
-    item.traces = _trace({"response": row["response"], "response_ids": row.get("response_ids")}, "response",
-                         item.prompt, reward=reward)  # fmt: skip
+    item.traces = _trace(row, "response", item.prompt, reward=reward)
     if not item.traces:
         raise KeyError("response")
     return item
@@ -564,6 +563,68 @@ def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[li
     return encoded
 
 
+def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], rows: list[str]) -> list[list[int] | None]:
+    """The ids of each trace after its prompt, with one eos at the end; [] for a blank trace, None for None. Ids that a
+    model drew are kept as they are. rows: what an InputError calls each row."""
+    texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
+    encoded: list[list[int] | None] = []
+    for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
+        if trace is None or not text.strip():
+            ids = trace and []
+        elif trace.ids is not None:
+            ids = trace.ids
+            if tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids) != trace.text:
+                raise InputError(
+                    f"{row}: the ids of a trace are not those of its text: they are another tokenizer's; remove the "
+                    "column '..._ids' or change --model"
+                )
+        elif ids[-1] != tokenizer.eos_token_id:
+            ids = [*ids, tokenizer.eos_token_id]
+        encoded.append(ids)
+    return encoded
+
+
+def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = False) -> Iterator[tuple]:
+    """Yield (row number, item, prompt text, prompt ids, the ids of each trace), tokenizing 500 rows at a time.
+
+    read(row, where) -> (item, trace or None, ...), as many traces for every row; None leaves the row out."""
+    shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
+
+    def share(ids: list[int] | None) -> list[int] | None:
+        return ids and list(map(shared.setdefault, ids, ids))
+
+    for start in tqdm(range(0, len(rows), 500), desc="tokenize", unit_scale=500, leave=False, disable=not progress):
+        part = [(i, read(row, f"{source}, row {i}")) for i, row in enumerate(rows[start : start + 500], start)]
+        part = [(index, *found) for index, found in part if found]
+        if not part:
+            continue
+        numbers, items, *columns = zip(*part, strict=True)
+        names = [f"{source}, row {index}" for index in numbers]
+        texts = [item.text or render_prompt(tokenizer, item.prompt) for item in items]
+        prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        encoded = [map(share, encode_traces(tokenizer, column, texts, names)) for column in columns]
+        yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
+
+
+LEFT_OUT = {  # counts of rows and traces that are left out, in words
+    "prompt_too_long": "prompts over --max_prompt_tokens {max_prompt_tokens}",
+    "trace_too_long": "traces over --max_response_tokens {max_response_tokens}",
+    "response_too_long": "responses over --max_response_tokens {max_response_tokens} "
+    "or --max_row_tokens {max_row_tokens}",
+    "trace_empty": "empty traces",
+    "traces_equal": "pairs of equal traces",
+    "wrong_only": "incorrect traces alone",
+}
+
+
+def with_kept(found: list, count: dict[str, int], source: str, limits: dict) -> dict[str, int]:
+    """The counts, and how many were kept. Raises InputError if that is none. limits: the flags' values."""
+    if not found:
+        why = ", ".join(f"{n} {LEFT_OUT[name]}".format(**limits) for name, n in count.items() if name in LEFT_OUT)
+        raise InputError(f"{source}: no row is left of {count['rows']} ({why})")
+    return count | {"kept": len(found)}
+
+
 # ------------------------------------------------------------------------------------------------- examples
 
 
@@ -691,29 +752,14 @@ def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, in
         question = str(row.get("question")), tuple(prompt)  # files of several sources may number alike
         number = questions.setdefault(question, len(questions))
         found.append((prompt, response, mask, trace.reward, number, index))
-    if not found:
-        raise InputError(
-            f"{source}: no row is left of {count['rows']} ({count['prompt_too_long']} prompts over "
-            f"--max_prompt_tokens {args.max_prompt_tokens}, {count['response_too_long']} responses over "
-            f"--max_response_tokens {args.max_response_tokens} or --max_row_tokens {args.max_row_tokens})"
-        )
-    return found, count | {"kept": len(found)}
+    return found, with_kept(found, count, source, vars(args))
 
 
 def make_examples(
-    rows: list[dict],
-    tokenizer,
-    *,
-    source: str,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    traces: str = "needed",
-    golds: bool = True,
-    empty_trace: str = "error",
-    long_trace: str = "reject",
-    reshape=None,
+    rows: list[dict], tokenizer, *, source: str, max_prompt_tokens: int, max_response_tokens: int,
+    traces: str = "needed", golds: bool = True, empty_trace: str = "error", long_trace: str = "reject", reshape=None,
     progress: bool = False,
-) -> tuple[list[Example], dict[str, int]]:
+) -> tuple[list[Example], dict[str, int]]:  # fmt: skip
     """Rows to examples, and a count of what was left out and why. The trace is the first correct one of the row.
 
     traces:       "needed" (a row must have one) or "ignored" (on-policy methods, evaluation).
@@ -725,63 +771,42 @@ def make_examples(
     Raises InputError naming `source`, the row and the field."""
     examples: list[Example] = []
     count = {"rows": len(rows), "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0}
-    eos = tokenizer.eos_token_id
-    shared: dict[int, int] = {}
 
-    def share(encoded: list[list[int]]) -> list[list[int]]:  # one int object an id: a token takes 8 bytes, not 36
-        return [[shared.setdefault(i, i) for i in ids] for ids in encoded]
+    def read(row: dict, where: str) -> tuple[Item, Trace | None]:
+        item = read_row(row, where)
+        item = reshape(item, row) if reshape else item
+        if golds:
+            check_gold(item, row, where)
+        found = item.first(correct=True) if traces == "needed" else None
+        return item, found and Trace(found.text)
 
-    for start in tqdm(range(0, len(rows), 500), desc="tokenize", unit_scale=500, leave=False, disable=not progress):
-        part = []  # (index, item, prompt text, trace text) of 500 rows, then tokenized together
-        for index, row in enumerate(rows[start : start + 500], start):
-            where = f"{source}, row {index}"
-            item = read_row(row, where)
-            item = reshape(item, row) if reshape else item
-            if golds:
-                check_gold(item, row, where)
-            text = item.text or render_prompt(tokenizer, item.prompt)
-            found = item.first(correct=True) if traces == "needed" else None
-            part.append((index, item, text, trace_text(text, found.text, where) if found else ""))
-        texts = [text for _, _, text, _ in part]
-        prompts = share(tokenizer(texts, add_special_tokens=False)["input_ids"])
-        responses = [[]] * len(part)
-        if traces == "needed":
-            responses = share(response_ids(tokenizer, texts, [trace for *_, trace in part]))
-        for (index, item, text, trace), prompt, ids in zip(part, prompts, responses, strict=True):
-            if len(prompt) > max_prompt_tokens:
-                count["prompt_too_long"] += 1
+    for index, item, text, prompt, ids in encode(rows, tokenizer, read, source=source, progress=progress):
+        ids, where = ids or [], f"{source}, row {index}"
+        if len(prompt) > max_prompt_tokens:
+            count["prompt_too_long"] += 1
+            continue
+        if traces == "needed" and not ids:
+            if empty_trace == "error":
+                raise InputError(
+                    f"{where}: the trace is empty or missing ('target', 'solution', ...: the table of shapes is in "
+                    "README); remove the row (or, with luffy.py, pass --empty_trace drop | on_policy; columns found: "
+                    f"{', '.join(map(str, rows[index]))})"
+                )
+            count["trace_empty"] += 1
+            if empty_trace == "drop":
                 continue
-            if traces == "needed":
-                if not trace.strip():
-                    if empty_trace == "error":
-                        raise InputError(
-                            f"{source}, row {index}: the trace is empty or missing ('target', 'solution', ...: the "
-                            "table of shapes is in README); remove the row (or, with luffy.py, pass --empty_trace "
-                            f"drop | on_policy; columns found: {', '.join(map(str, rows[index]))})"
-                        )
-                    count["trace_empty"] += 1
-                    if empty_trace == "drop":
-                        continue
-                    ids = []
-                elif ids[-1] != eos:
-                    ids = [*ids, eos]
-                if len(ids) > max_response_tokens:
-                    count["trace_too_long"] += 1
-                    if long_trace == "reject":
-                        continue
-                    ids = [] if long_trace == "drop" else ids[:max_response_tokens]
-                    if long_trace == "end":
-                        ids[-1] = eos
-            probs = next((t.probs for t in item.traces[:1]), None) if ids else None
-            logps = given_logps(probs, ids, f"{source}, row {index}")
-            examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps))
-    if not examples:
-        raise InputError(
-            f"{source}: no row is left of {len(rows)} ({count['prompt_too_long']} prompts over "
-            f"--max_prompt_tokens {max_prompt_tokens}, {count['trace_too_long']} traces over "
-            f"--max_response_tokens {max_response_tokens}, {count['trace_empty']} empty traces)"
-        )
-    return examples, count | {"kept": len(examples)}
+        if len(ids) > max_response_tokens:
+            count["trace_too_long"] += 1
+            if long_trace == "reject":
+                continue
+            ids = [] if long_trace == "drop" else ids[:max_response_tokens]
+            if long_trace == "end":
+                ids[-1] = tokenizer.eos_token_id
+        probs = next((t.probs for t in item.traces[:1]), None) if ids else None
+        logps = given_logps(probs, ids, where)
+        examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps))
+    limits = dict(max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens)
+    return examples, with_kept(examples, count, source, limits)
 
 
 def check_gold(item: Item, row: dict, where: str) -> None:

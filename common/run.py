@@ -1,17 +1,21 @@
 """What surrounds a training loop and is the same in every script: flags, the run folder, rows of a step, metrics.
 
-    run = Run(args)                                     processes, and the newest checkpoint of OUT
-    run.plan(examples, held_out, left_out)              checks the data, counts the steps
-    run.begin(policy, optimizer, tokenizer)             loads that checkpoint
-    for step in run:                                    from the step after it to the last
-        with run.clock("update"):
-            run.update("policy", log, rows, lr=run.lr(), max_grad_norm=args.max_grad_norm)
-        run.log(describe(rows), rows)                   metrics.jsonl, samples.jsonl
-        run.save()
-    run.finish(sampler)                                 the model, curves.png
+    def main(args):                                     a RunArgs; the script ends with launch(main, args)
+        run = Run(args)                                 processes, and the newest checkpoint of OUT
+        run.plan(examples, held_out, left_out)          checks the data (lists of Example), counts the steps
+        run.begin(policy, optimizer, tokenizer)         after plan: loads that checkpoint, or checks the disk
+        for step in run:                                from the step after it to the last
+            rows = ...                                  a list of Row: answers, or traces, with rewards and advantages
+            with run.clock("update"):
+                log = accumulate_gradient(...)          the script's forward and backward; {name of a metric: number}
+                run.update("policy", log, rows, lr=run.lr(), max_grad_norm=args.max_grad_norm)
+            run.log(describe(rows), rows)               metrics.jsonl, samples.jsonl
+            run.save()
+        run.finish(sampler)                             the model, curves.png
 
-A reader of an algorithm need not know: how flags are checked, where metrics, samples and checkpoints go, how rows are
-graded in the background, split into micro-batches and turned into vectors.
+policy and optimizer come from load_policy and make_optimizer (common/trainer.py). To read an algorithm you can skip
+this file: how flags are checked, where metrics, samples and checkpoints go, how rows are graded in the background,
+split into micro-batches and turned into vectors.
 """
 
 import functools
@@ -33,7 +37,7 @@ from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
 from common.metrics import Clock, Metrics, peak_memory_gb, read_metrics
 from common.rollout import Sampling, make_sampler
-from common.rows import Example, data_digest, report_golds
+from common.rows import Example, data_digest, report_golds, set_template
 from common.trainer import (
     Totals,
     World,
@@ -46,6 +50,7 @@ from common.trainer import (
     keep_activations,
     learning_rate,
     load_policy,
+    load_tokenizer,
     logit_form,
     optimizer_step,
     set_context,
@@ -63,7 +68,9 @@ Cap = Annotated[T, ("1 or more, or 0 for none", lambda x: x == 0 or x >= 1)]
 
 @dataclass
 class RunArgs:
-    """Flags of every training script. A comment is its flag's help."""
+    """Flags of every training script. A comment is its flag's help.
+
+    Scripts that sample add --temperature, those with RL also --updates_per_step: functions here read both."""
 
     model: str = ""  # Model folder or Hub name. A folder without weights starts from random ones.
     data: str = ""  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
@@ -312,6 +319,12 @@ def stop_ids(policy, tokenizer, more: Iterable[str] = ()) -> list[int]:
     return eos + tokenizer.convert_tokens_to_ids(list(more))
 
 
+def open_tokenizer(path: str, args):
+    """Load a tokenizer with the template that the flags set."""
+    tokenizer = load_tokenizer(path, trust_remote_code=getattr(args, "trust_remote_code", False))
+    return set_template(tokenizer, args.chat_template, args.chat_template_args)
+
+
 def open_policy(path: str, args, world: World, **options):
     """Load a model by the flags of RunArgs. options: those of `load_policy`, which replace the flags."""
     flags = dict(
@@ -440,14 +453,9 @@ def keep_answers(
 
     After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
     it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
-    kept, sampler, grader = path.with_suffix(".json"), functools.cache(open_sampler), Grader(tokenizer, args.verifier)
-    settings = json.loads(json.dumps(settings)) | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
-    if kept.exists() and (changed := changed_settings(json.loads(kept.read_text()), settings, settings)):
-        raise InputError(f"{path} has answers of other settings ({changed}): choose another --out")
-    dist.barrier()  # all have compared
-    if world.main:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps(settings, indent=2) + "\n")
+    sampler, grader = functools.cache(open_sampler), Grader(tokenizer, args.verifier)
+    settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
+    keep_settings(path.with_suffix(".json"), settings, settings, f"{path} has answers of other settings", world)
 
     def answer(part: list[int]) -> list[dict]:
         batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
@@ -510,6 +518,23 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
+
+
+def keep_settings(path: Path, settings: dict, names: Iterable[str], wrong: str, world: World) -> None:
+    """Write settings to a JSON file. Raise InputError, which begins with `wrong`, if those `names` differ there."""
+    settings = json.loads(json.dumps(settings))  # lists, as in the file
+    if path.exists() and (changed := changed_settings(json.loads(path.read_text()), settings, names)):
+        raise InputError(f"{wrong} ({changed}): use the same ones to resume, or another --out")
+    dist.barrier()  # all have compared before one writes
+    if world.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write one JSON object per line; the file is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def part_files(path: Path) -> list[Path]:

@@ -343,19 +343,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False):
 
 
 def load_policy(
-    path: str,
-    world: World,
-    *,
-    from_config: dict | None = None,
-    seed: int = 0,
-    gradient_checkpointing: bool | str = False,
-    trust_remote_code: bool = False,
-    kind: type = Policy,
-    new_head: bool = False,
-    lora: int = 0,
-    edit_config=None,
-    compile: bool = False,
-) -> Policy:
+    path: str, world: World, *, from_config: dict | None = None, seed: int = 0,
+    gradient_checkpointing: bool | str = False, trust_remote_code: bool = False, kind: type = Policy,
+    new_head: bool = False, lora: int = 0, edit_config=None, compile: bool = False,
+) -> Policy:  # fmt: skip
     """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
     float32 reduction on CUDA). Only rank 0 reads the weights; the others receive their shards from it.
 

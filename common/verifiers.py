@@ -211,21 +211,11 @@ def _compare(text, gold):
 
 
 VERIFIERS = {
-    "math": _math,
-    "full": _full,
-    "strict_box": _strict_box,
-    "robust": _robust,
-    "boxed": _boxed,
-    "exact": _exact,
+    "math": _math, "full": _full, "strict_box": _strict_box, "robust": _robust, "boxed": _boxed, "exact": _exact,
     "mcq": _mcq,
-}
+}  # fmt: skip
 # Imports and the parser's tables take a third of a second, which should not be on the first items' time.
-WARM_UP = [
-    (r"\frac{1}{2}", "0.5"),
-    (r"(1, \sqrt{2})", "1"),
-    ("x^2 - 1", "(x - 1)(x + 1)"),
-    (r"x \in [0, 1)", "x"),
-]
+WARM_UP = [(r"\frac{1}{2}", "0.5"), (r"(1, \sqrt{2})", "1"), ("x^2 - 1", "(x - 1)(x + 1)"), (r"x \in [0, 1)", "x")]
 IN_PROCESS = {"boxed", "exact", "mcq"}  # comparing strings can neither hang nor crash: no worker
 
 

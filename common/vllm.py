@@ -321,21 +321,10 @@ class VLLMSampler:
     # ------------------------------------------------------------------------------------------- completions
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        *,
-        n: int | list[int],
-        keys: list[int],
-        seed: int,
-        sampling: Sampling,
-        progress: str | None = None,
-        drawn: Callable[[int, list[Completion]], None] | None = None,
-    ) -> list[list[Completion]]:
-        """n (or n[i]) completions of each prompt, in order. keys: one int per prompt, naming its random stream.
-        drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
-
-        Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt or one that is
-        too long for vLLM."""
+        self, prompts: list[list[int]], *, n: int | list[int], keys: list[int], seed: int, sampling: Sampling,
+        progress: str | None = None, drawn: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
+        """As `EmbeddedSampler.generate`. Raises ValueError also on a prompt that is too long for vLLM."""
         if self.version is None:
             raise RuntimeError("the sampler has no current weights: call sync() before generate()")
         for i, prompt in enumerate(prompts):

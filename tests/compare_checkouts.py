@@ -17,8 +17,8 @@ from pathlib import Path
 COMMON = ["--preset", "tiny", "--rollout", "embedded", "--save_every", "0", "--eval_every", "5", "--steps", "5",
           "--batch_size", "8"]  # fmt: skip
 SHORT = [*COMMON, "--eval_limit", "16"]
-BRIDGE = ["--arms", "bridge", "--base_problems", "320", "--base_steps", "5", "--sft_problems", "80", "--sft_steps", "5",
-          "--sft_batch_size", "16", "--rl_problems", "80", "--eval_problems", "4"]  # fmt: skip
+BRIDGE = ["--arms", "bridge", "--model", "models/tiny", "--base_problems", "0", "--sft_problems", "80",
+          "--sft_steps", "5", "--sft_batch_size", "16", "--rl_problems", "80", "--eval_problems", "4"]  # fmt: skip
 RELIFT = ["--sft_data_size", "8"]
 CASES = {  # script: {method: its flags}
     "luffy": {name: [*SHORT, "--method", name] for name in ("luffy", "grpo", "rl_sft", "sft")},
@@ -32,7 +32,7 @@ CASES = {  # script: {method: its flags}
     )},
     "behavior_injection": {"sft and rl": [*COMMON, *BRIDGE]},
 }  # fmt: skip
-STAGES = {"behavior_injection": [["--stage", stage] for stage in ("data", "base", "sft", "rl")]}  # one after the other
+STAGES = {"behavior_injection": [["--stage", stage] for stage in ("data", "sft", "rl")]}  # one after the other
 
 
 def train(checkout: Path, script: str, flags: list[str], ranks: int, out: Path) -> tuple[dict, dict]:

@@ -80,6 +80,18 @@ def test_the_low_variance_kl_is_never_negative_at_most_ten_and_the_kl_on_average
     assert_equal((p * estimates).sum(), (p * (p / q).log()).sum())
 
 
+def test_the_low_variance_kls_mean_gradient_is_that_of_the_reversed_kl():
+    logits, q = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True), torch.tensor([0.6, 0.3, 0.1])
+    logp, q = logits.log_softmax(-1), q.double()
+    [found] = torch.autograd.grad(
+        (logp.detach().exp() * low_variance_kl(logp, q.log())).sum(), logits, retain_graph=True
+    )
+    [reversed_kl] = torch.autograd.grad((q * (q.log() - logp)).sum(), logits, retain_graph=True)
+    [kl] = torch.autograd.grad((logp.exp() * (logp - q.log())).sum(), logits)
+    assert_equal(found, reversed_kl)
+    assert (found - kl).abs().max() > 0.01
+
+
 class Given(torch.nn.Module):
     """A policy that returns the vectors' log-probs, whatever it is given; entropies are twice as much."""
 
@@ -287,6 +299,15 @@ def test_influence_is_the_same_by_eq_5_by_inner_product_by_jvp_and_by_difference
     assert torch.equal(policy.theta, theta)
     for one in (by_kernel, products, by_difference):
         assert_equal(one, by_jvp, 1e-9)
+
+
+def test_an_error_while_the_weights_are_moved_leaves_them_as_they_were():
+    policy, rows = Toy(), toy_rows()
+    theta = policy.theta.detach().clone()
+    policy.phi = policy.phi[:, :1]  # answers are longer
+    with pytest.raises(IndexError):
+        scores_along(policy, [torch.ones_like(theta)], rows, Args(), ONE_RANK)
+    assert torch.equal(policy.theta, theta)
 
 
 def test_a_query_can_be_left_out_of_the_step_that_it_is_measured_against():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -19,7 +20,8 @@ from tests.conftest import run_script
 from tools import influence
 
 SMALL = [
-    "--preset", "tiny", "--arms", "vanilla", "bridge", "--base_problems", "80", "--base_steps", "2",
+    "--preset", "tiny", "--model", "models/scratch", "--arms", "vanilla", "bridge", "--base_problems", "80",
+    "--base_steps", "2",
     "--sft_problems", "12", "--sft_batch_size", "4", "--sft_steps", "2", "--rl_problems", "20", "--eval_problems", "6",
     "--ops", "1", "3", "--val_ops", "2", "2", "--test_ops", "2", "3", "--base_ops", "1", "2", "--batch_size", "4",
     "--group_size", "4", "--max_response_tokens", "50", "--steps", "2", "--eval_every", "2", "--save_every", "0",
@@ -141,6 +143,30 @@ def test_data_again_with_other_arms_adds_them_and_with_other_settings_forgets_th
     assert data("--arms", "vanilla", "--seed", 1).keys() == both.keys() - {"sft_bridge.jsonl"}
 
 
+@pytest.mark.parametrize("name", ["rl", "sft_vanilla", "test_ood"])
+def test_rows_that_were_not_made_by_the_data_stage_are_never_replaced(tmp_path, world, name):
+    """Neither own files, nor files that were made and then edited; files beside them stay."""
+    own, beside, words = tmp_path / "data" / f"{name}.jsonl", tmp_path / "data" / f"{name}_2.jsonl", ("--out", tmp_path)
+    message = re.escape(f"{own} was not made by --stage data: move it away (or delete it, if a killed command left it)")
+    own.parent.mkdir()
+    own.write_text("mine\n")
+    with pytest.raises(InputError, match=message):
+        bridge.make_data(settings(*words), world)
+    assert own.read_text() == "mine\n"
+    own.unlink()
+    bridge.make_data(settings(*words), world)
+    edited = own.read_text() + "mine\n"
+    own.write_text(edited)
+    beside.write_text("mine\n")
+    bridge.make_data(settings(*words), world)  # the same settings: the file is kept
+    with pytest.raises(InputError, match=message):
+        bridge.make_data(settings(*words, "--max_params", 5), world)
+    assert own.read_text() == edited
+    own.unlink()
+    bridge.make_data(settings(*words, "--max_params", 5), world)
+    assert own.exists() and beside.read_text() == "mine\n"
+
+
 def test_the_same_command_again_keeps_the_data_and_ends_with_the_same_bits(folder, world):
     model = folder / "bridge" / "sft" / "model" / "model.safetensors"
     before, data = model.read_bytes(), {path: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
@@ -248,7 +274,7 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--analysis", "2"], '--analysis must be between 0 and 1, or "table", not 2'),
         (["--reflection", "2"], "--reflection must be between 0 and 1, not 2"),
         (["--stage", "base", "--base_problems", "0"], "--stage base needs --base_problems"),
-        (["--data", "igsm:1-2"], "--data and --eval_data: put your own rows into OUT/data"),
+        (["--data", "igsm:1-2"], "put your own rows into OUT/data .* and run --stage sft, rl or eval"),
         (["--batch_size", "5", "--updates_per_step", "2"], "--batch_size 5 does not divide into --updates_per_step 2"),
         (["--steps", "-1"], "--steps must be 0 or more"),
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
@@ -258,7 +284,7 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--stage", "rl", "--sft_model", "no/such", "--arms", "bridge"], "--model no/such: no tokenizer there"),
         (["--stage", "eval"], "no model there; run --stage sft and --stage rl first"),
         (["--stage", "sft", "--sft_model", "some/model", "--arms", "bridge"], "some/model is .* --stage rl or eval"),
-        (["--group_size", "1"], "--group_size must be 2 or more: the only answer to a question has no advantage"),
+        (["--group_size", "1"], r"--group_size must be 2 or more \(a single answer has no advantage\), not 1"),
         (["--sft_epochs", "0"], "--sft_epochs must be positive"),
         (["--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
     ],
@@ -278,6 +304,17 @@ def test_too_few_rows_and_other_settings_are_named(folder):
     bridge.train(bridge.settings_of(args, "rl", "bridge"))
     with pytest.raises(InputError, match="--kl_coef 0.001 there, 0.5 here"):
         bridge.train(bridge.settings_of(dataclasses.replace(args, kl_coef=0.5), "rl", "bridge"))
+
+
+def test_tables_hold_the_arms_of_earlier_commands_too(folder, capsys):
+    (folder / "results.json").unlink()
+    (folder / "influence.png").unlink()
+    bridge.main(settings("--out", folder, "--stage", "eval", "--arms", "bridge"))
+    assert json.loads((folder / "results.json").read_text()).keys() == {"base", "vanilla", "bridge"}
+    measure("--out", folder, "--arms", "bridge")
+    assert (folder / "influence.png").exists()
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(("vanilla", "bridge"))]
+    assert lines == ["vanilla", "bridge"] * 2
 
 
 def test_own_queries_stay_and_must_be_enough(folder):

@@ -12,6 +12,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from common.data import InputError
+from common.report import disagreements, results_tables, table
 from common.run import read_records
 from common.trainer import load_tokenizer
 from eval import (
@@ -20,15 +21,12 @@ from eval import (
     chunks,
     count_votes,
     difficulty,
-    disagreements,
     majority_at_k,
     make_prompts,
     mean_and_errors,
     pass_at_k,
     read_questions,
-    results_tables,
     summarise,
-    table,
     vote,
 )
 from tests.conftest import ROOT

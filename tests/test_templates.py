@@ -56,7 +56,7 @@ def test_behavior_injection_saves_the_tag_that_it_adds_so_that_eval_asks_as_it_t
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sft_bridge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}")
-    words = ["--preset", "tiny", "--model", MODEL, "--base_problems", "0", "--sft_batch_size", "2", "--sft_steps", "1",
+    words = ["--preset", "tiny", "--model", MODEL, "--sft_batch_size", "2", "--sft_steps", "1",
              "--out", str(tmp_path), "--chat_template", str(tmp_path / "t.jinja"), "--save_every", "0"]  # fmt: skip
     args = bridge.settings_of(parse_args(bridge.Args, words, preset=bridge.PRESETS), "sft", "bridge")
     bridge.train(args)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from common.data import InputError
 from common.rollout import Sampling, make_sampler
 from common.rows import render_prompt, set_template, with_bos
-from common.run import NotNegative, Positive, Share, check_fit, check_ranges, write_whole
+from common.run import NotNegative, Positive, Share, check_fit, check_ranges, write_lines, write_whole
 from common.search import state_values
 from common.trainer import ValueModel, export, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
 
@@ -502,9 +502,7 @@ def main(args: Args) -> dict | None:
     }  # fmt: skip
     if world.main:
         path = Path(args.out) / ("episodes.jsonl" if args.stage == "evaluate" else "rows.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in rows if row["turns"]]  # the others' first observation is too long for an answer
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_lines(path, [row for row in rows if row["turns"]])  # no first answer fits after the others' observation
         write_whole(path.with_name("results.json"), json.dumps(result, indent=2) + "\n")
         print(f"{path}: {result}")
     gather_lists([], world)  # nobody leaves before the file is there

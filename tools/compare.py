@@ -30,10 +30,11 @@ import numpy as np
 import tyro
 
 from common.data import InputError
+from common.report import load_run, plot_bars, rewards_of, table, versions_of
 from common.run import Positive, check_ranges, write_whole
 from common.trainer import launch, parse_args
 from common.verifiers import after_think
-from eval import FREE, load_run, mean_and_errors, plot_bars, rewards_of, table, versions_of
+from eval import FREE, mean_and_errors
 
 
 @dataclass

@@ -1,13 +1,15 @@
 """The per-step influence dJ of each query on an SFT model of behavior_injection.py, and the co-influence K of answers.
 
-    python -m tools.influence --preset tiny --arms vanilla bridge            after the stages base and sft
-    torchrun --nproc_per_node 2 -m tools.influence --out OUT --arms bridge   any run folder
+    python -m tools.influence --preset tiny --arms vanilla bridge            after --stage sft with the same flags
+    torchrun --nproc_per_node 2 -m tools.influence --out OUT --arms bridge   likewise; OUT is that command's folder
 
-For every arm it writes OUT/ARM/influence/ (influence.json, influence.png, queries.jsonl), then OUT/influence.png, and
-prints the table of all arms. OUT/data/influence.jsonl may hold your own queries; else it is made. The equations
-are in behavior_injection.py, the details on its docs page. In short:
+A query is a question whose influence is measured. For every arm it writes OUT/ARM/influence/ (influence.json,
+influence.png, queries.jsonl). Then it writes OUT/influence.png and prints the table, of all arms that were measured.
+OUT/data/influence.jsonl may hold your own queries; else it is made. The equations are in behavior_injection.py, the
+details on its docs page. In short:
 
-- The model answers queries; each answer gets its advantage. G is the exact gradient on answers to other queries.
+- The model answers the queries; each answer gets its advantage. G is the gradient of J (Eq. 5), by backpropagation from
+  sampled answers. They answer other questions than the queries (--influence_self: the queries, as in the paper).
 - A score <G, grad log pi(o | q)> is the central difference of the answer's log-prob along G: two forward passes.
 - Each query's own gradient gives its norm, for a cosine, and dJ once more as an inner product.
 - K is measured between the answers to a few queries, whose gradients are projected by a count sketch.
@@ -33,7 +35,7 @@ from common.trainer import gather_lists, init_world, launch, load_policy, parse_
 
 @dataclass
 class Args(bridge.Args):
-    influence_queries: Positive[int] = 2000  # Queries to measure dJ of; as many others make G
+    influence_queries: Positive[int] = 2000  # Queries to measure dJ of; as many other questions make G
     influence_group: bridge.Group = 8  # Answers per query
     influence_self: bool = False  # Let the same queries make G, as in the paper: dJ then includes their own influence.
     influence_step: Positive[float] = 4e-5  # Step along G of the central difference, relative to the weights' norm
@@ -70,24 +72,25 @@ def inner(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def scores_along(policy, direction: list[Tensor], rows: list[Row], args: Args, world) -> list[float]:
-    """s_i = <direction, grad log pi_i> of every row, by a central difference in two forward passes.
+def scores_along(policy, direction: list[Tensor], rows: list[Row], args: Args, world) -> Tensor:
+    """s_i = <direction, grad log pi_i> of every row, by a central difference in two forward passes -> [rows], float64.
 
     (log pi_i(theta + e d) - log pi_i(theta - e d)) / 2e with |e d| = influence_step |theta|; theta is restored."""
     parameters = list(policy.parameters())
     epsilon = args.influence_step * math.sqrt(inner(parameters, parameters) / (inner(direction, direction) or 1.0))
     before = [p.clone() for p in parameters]
-    means: list[dict[int, float]] = []  # by the row's id: at theta + e d, at theta - e d
-    for sign in (epsilon, -epsilon):
-        for p, start, d in zip(parameters, before, direction, strict=True):
-            p.copy_(start + sign * d)
-        means.append({})
-        for batch, mine in micro_batches(rows, args, world):
-            logp = row_means(policy(batch, temperature=args.temperature), batch, mine)  # [rows]
-            means[-1] |= dict(zip(map(id, mine), logp.tolist(), strict=True))
-    for p, start in zip(parameters, before, strict=True):
-        p.copy_(start)
-    return [(means[0][id(row)] - means[1][id(row)]) / (2 * epsilon) for row in rows]
+    numbers, logps = range(len(rows)), torch.zeros(2, len(rows), dtype=torch.float64)
+    try:
+        for sign, logp in zip((1, -1), logps, strict=True):  # at theta + e d, at theta - e d
+            for p, start, d in zip(parameters, before, direction, strict=True):
+                p.copy_(start + sign * epsilon * d)
+            for batch, mine in micro_batches(numbers, args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
+                values = policy(batch, temperature=args.temperature)  # [N]
+                logp[mine] = row_means(values, batch, [rows[i] for i in mine]).double().cpu()
+    finally:
+        for p, start in zip(parameters, before, strict=True):
+            p.copy_(start)
+    return (logps[0] - logps[1]) / (2 * epsilon)
 
 
 def count_sketch(tensors: list[Tensor], codes: list[Tensor], dims: int) -> Tensor:
@@ -103,17 +106,18 @@ def count_sketch(tensors: list[Tensor], codes: list[Tensor], dims: int) -> Tenso
 
 def sketch_codes(parameters: list[Tensor], dims: int, seed: int = 0) -> list[Tensor]:
     """Random codes for `count_sketch`, a tensor per parameter."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(2 * dims, (p.numel(),), generator=generator, dtype=torch.int32).to(p.device) for p in parameters
-    ]
+    generator, codes = torch.Generator().manual_seed(seed), []
+    for p in parameters:
+        code = torch.randint(2 * dims, (p.numel(),), generator=generator, dtype=torch.int32)
+        codes.append(code.to(p.device))
+    return codes
 
 
 # -------------------------------------------------------------------------------------------------- one model
 
 
-def influence(arm: str, args: Args, world) -> dict:
-    """Measure dJ and K of the SFT model of an arm; write OUT/ARM/influence/. Return the summary.
+def influence(arm: str, args: Args, world) -> None:
+    """Measure dJ and K of the SFT model of an arm; write OUT/ARM/influence/.
 
     Every rank holds the whole model in float32 and takes its share of the queries. The reward is the verdict alone,
     without --format_reward, so that a query that is never solved has no gradient."""
@@ -123,8 +127,8 @@ def influence(arm: str, args: Args, world) -> dict:
     tokenizer = bridge.open_tokenizer(model, args)
     recompute = world.device.type == "cuda" and args.gradient_checkpointing != "none"
     policy = load_policy(model, on_cpu, gradient_checkpointing=recompute).to(world.device)
-    parameters, clock = list(policy.parameters()), Clock()
     sampler, grader = open_sampler(policy, tokenizer, args, world), Grader(tokenizer, args.verifier)
+    clock = Clock()
     sampler.sync(policy, version=0)
     n, size = args.influence_queries, args.influence_group
     examples, left_out = read_set("influence", tokenizer, args, traces="ignored")
@@ -152,30 +156,32 @@ def influence(arm: str, args: Args, world) -> dict:
         norm = math.sqrt(inner(direction, direction))
     with clock("scores"):
         scores = scores_along(policy, direction, rows, args, alone)
-        d_j, queries = per_step_influence(
-            torch.tensor(scores, dtype=torch.float64), torch.tensor([row.advantage for row in rows]).double(),
-            torch.tensor([row.group for row in rows]),
-        )  # fmt: skip
+        advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float64)  # [B]
+        d_j, queries = per_step_influence(scores, advantages, torch.tensor([row.group for row in rows]))
+    found = []
     with clock("norms"):  # each query's own gradient: its length, and dJ once more as an inner product
-        found = []
         for value, query in zip(d_j.tolist(), queries.tolist(), strict=True):
             group = [row for row in rows if row.group == query]
             gradient = objective_gradient(policy, group, size, args, alone)
             length, product = math.sqrt(inner(gradient, gradient)), inner(gradient, direction)
-            right = sum(row.reward >= 1 for row in group)
-            cosine = product / (length * norm) if length and norm else 0.0
-            found.append(dict(query=query, right=right, accuracy=right / size, dJ=value, dJ_inner=product,
-                              gradient_norm=length, cosine=cosine))  # fmt: skip
+            correct = sum(row.reward >= 1 for row in group)
+            found.append({
+                "query": query, "right": correct, "accuracy": correct / size, "dJ": value, "dJ_inner": product,
+                "gradient_norm": length, "cosine": product / (length * norm) if length and norm else 0.0,
+            })  # fmt: skip
+    sketches = []
     with clock("kernel"):
-        chosen = set(random.Random(args.seed).sample(range(n), min(args.kernel_queries, n)))
-        codes, sketches = sketch_codes(parameters, args.kernel_dims), []
+        kernel_queries = set(random.Random(args.seed).sample(range(n), min(args.kernel_queries, n)))
+        codes = sketch_codes(list(policy.parameters()), args.kernel_dims)
         for row in rows:
-            if row.group in chosen:
+            if row.group in kernel_queries:
                 gradient = objective_gradient(policy, [replace(row, advantage=1.0)], 1, args, alone)
-                sketch = count_sketch(gradient, codes, args.kernel_dims).cpu()
-                sketches.append((row.group, row.reward >= 1, row.advantage, sketch))
+                sketches.append({
+                    "query": row.group, "correct": row.reward >= 1, "advantage": row.advantage,
+                    "gradient": count_sketch(gradient, codes, args.kernel_dims).cpu(),
+                })  # fmt: skip
     found = sorted(gather_lists(found, world), key=lambda query: query["query"])
-    sketches = sorted(gather_lists(sketches, world), key=lambda sketch: sketch[0])
+    sketches = sorted(gather_lists(sketches, world), key=lambda sketch: sketch["query"])
     seconds = {name: max(gather_lists([value], world)) for name, value in clock.flush().items()}
     summary = summarize(found, size) | kernel_table(sketches) | {"G_norm": norm} | seconds
     if world.main:
@@ -185,7 +191,6 @@ def influence(arm: str, args: Args, world) -> dict:
         (out / "influence.json").write_text(json.dumps(summary, indent=2) + "\n")
         plot({arm: summary}, out / "influence.png")
     dist.barrier()
-    return summary
 
 
 def summarize(found: list[dict], size: int) -> dict:
@@ -195,44 +200,47 @@ def summarize(found: list[dict], size: int) -> dict:
         return mean(query[name] for query in group)
 
     groups = [[query for query in found if query["right"] == k] for k in range(size + 1)]
-    mixed = [query for group in groups[1:-1] for query in group]
+    mixed = [query for query in found if 0 < query["right"] < size]
+    by_right = []
+    for k, group in enumerate(groups):
+        means = {name: mean_of(name, group) for name in ("dJ", "cosine", "gradient_norm")}
+        by_right.append({"right": k, "queries": len(group)} | means)
     differences = sum((query["dJ"] - query["dJ_inner"]) ** 2 for query in found)
     exact = sum(query["dJ_inner"] ** 2 for query in found)
     return {
         "queries": len(found), "accuracy": mean_of("accuracy", found), "never": len(groups[0]) / len(found),
         "sometimes": len(mixed) / len(found), "always": len(groups[-1]) / len(found),
         "dJ": mean_of("dJ", found), "dJ_mixed": mean_of("dJ", mixed), "cosine": mean_of("cosine", mixed) or 0.0,
-        "by_right": [
-            {"right": k, "queries": len(group)} | {x: mean_of(x, group) for x in ("dJ", "cosine", "gradient_norm")}
-            for k, group in enumerate(groups)
-        ],
+        "by_right": by_right,
         # of the central difference against the inner product, over all queries
         "relative_error": math.sqrt(differences / exact) if exact else 0.0,
     }  # fmt: skip
 
 
-def kernel_table(sketches: list[tuple]) -> dict:
+def kernel_table(sketches: list[dict]) -> dict:
     """Mean K and mean cosine of pairs of answers: correct (+) or incorrect (-), to the same or to different queries;
     and the dJ of these queries with G from them alone, with and without each query's own answers."""
-    groups = torch.tensor([sketch[0] for sketch in sketches])
-    right = torch.tensor([sketch[1] for sketch in sketches])
-    advantages = torch.tensor([sketch[2] for sketch in sketches]).double()
-    features = torch.stack([sketch[3] for sketch in sketches]).double()  # [B, dims]
-    kernel = features @ features.T
+    groups = torch.tensor([sketch["query"] for sketch in sketches])  # [B]
+    correct = torch.tensor([sketch["correct"] for sketch in sketches])  # [B]
+    advantages = torch.tensor([sketch["advantage"] for sketch in sketches], dtype=torch.float64)  # [B]
+    gradients = torch.stack([sketch["gradient"] for sketch in sketches]).double()  # [B, dims]
+    kernel = gradients @ gradients.T  # [B, B]
     norms = kernel.diagonal().clamp(min=1e-30).sqrt()
+    cosines = kernel / norms[:, None] / norms[None]
     same = groups[:, None] == groups[None]
-    pairs = ~torch.eye(len(groups), dtype=torch.bool)
+    two_answers = ~torch.eye(len(groups), dtype=torch.bool)
     table = {}
-    for where, mask in (("same", same & pairs), ("different", ~same)):
-        for name, a, b in (("++", right, right), ("+-", right, ~right), ("--", ~right, ~right)):
-            chosen = mask & (a[:, None] & b[None])
-            if chosen.any():
-                cosine = (kernel / norms[:, None] / norms[None])[chosen].mean().item()
+    for where, mask in (("same", same & two_answers), ("different", ~same)):
+        for name, a, b in (("++", correct, correct), ("+-", correct, ~correct), ("--", ~correct, ~correct)):
+            pairs = mask & (a[:, None] & b[None])
+            if pairs.any():
                 table[f"{where} query, {name}"] = {
-                    "K": kernel[chosen].mean().item(), "cosine": cosine, "pairs": int(chosen.sum()),
+                    "K": kernel[pairs].mean().item(), "cosine": cosines[pairs].mean().item(), "pairs": int(pairs.sum()),
                 }  # fmt: skip
-    with_own = per_step_influence(kernel_scores(kernel, advantages), advantages, groups)[0].mean().item()
-    without = per_step_influence(kernel_scores(kernel, advantages, groups), advantages, groups)[0].mean().item()
+    with_own, without = (
+        per_step_influence(kernel_scores(kernel, advantages, left_out), advantages, groups)[0].mean().item()
+        for left_out in (None, groups)
+    )
     return {"kernel": table, "kernel_dJ": {"with own answers": with_own, "without": without}}
 
 
@@ -248,15 +256,15 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
     width = 0.8 / len(summaries)
-    pairs = sorted({name for summary in summaries.values() for name in summary["kernel"]})
+    kinds = sorted({name for summary in summaries.values() for name in summary["kernel"]})
     for i, (arm, summary) in enumerate(summaries.items()):
         by_right, offset = summary["by_right"], (i - (len(summaries) - 1) / 2) * width
-        rights = [group["right"] + offset for group in by_right]
-        cosines = [summary["kernel"].get(name, {}).get("cosine", 0.0) for name in pairs]
-        axes[0, 0].bar(rights, [group["queries"] / summary["queries"] for group in by_right], width, label=arm)
-        axes[0, 1].bar(rights, [group["dJ"] or 0.0 for group in by_right], width)
-        axes[1, 0].bar(rights, [group["cosine"] or 0.0 for group in by_right], width)
-        axes[1, 1].bar([j + offset for j in range(len(pairs))], cosines, width)
+        bars = [group["right"] + offset for group in by_right]
+        cosines = [summary["kernel"].get(name, {}).get("cosine", 0.0) for name in kinds]
+        axes[0, 0].bar(bars, [group["queries"] / summary["queries"] for group in by_right], width, label=arm)
+        axes[0, 1].bar(bars, [group["dJ"] or 0.0 for group in by_right], width)
+        axes[1, 0].bar(bars, [group["cosine"] or 0.0 for group in by_right], width)
+        axes[1, 1].bar([j + offset for j in range(len(kinds))], cosines, width)
     titles = ("fraction of queries", "dJ, mean", "dJ / (|G| |grad J|), mean", "co-influence: mean cosine of gradients")
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title, fontsize=10)
@@ -264,7 +272,7 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
         axis.axhline(0, color="black", lw=0.6)
     for axis in axes.flat[:3]:
         axis.set_xlabel(f"correct answers of {len(by_right) - 1}")
-    axes[1, 1].set_xticks(range(len(pairs)), [name.replace(" query, ", "\n") for name in pairs], fontsize=8)
+    axes[1, 1].set_xticks(range(len(kinds)), [name.replace(" query, ", "\n") for name in kinds], fontsize=8)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -273,14 +281,19 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
 def main(args: Args) -> None:
     bridge.check(replace(args, stage="eval"))
     world = init_world(args.timeout_minutes)
-    path = Path(args.out, "data", "influence.jsonl")
-    own_rows = path.exists() and not path.with_suffix(".settings.json").exists()
-    dist.barrier()  # all ranks have looked
-    if not own_rows:
-        n = 2 * args.influence_queries
-        bridge.write_set("influence", n, args.ops, "train", 1000 * args.seed + 500, args, world)
-    summaries = {arm: influence(arm, args, world) for arm in args.arms}
     if world.main:
+        queries = Path(args.out, "data", "influence.jsonl")
+        if not queries.exists() or queries.with_suffix(".settings.json").exists():  # else they are your own
+            bridge.write_set("influence", 2 * args.influence_queries, args.ops, "train", 1000 * args.seed + 500, args)
+    dist.barrier()
+    for arm in args.arms:
+        influence(arm, args, world)
+    if world.main:
+        summaries = {}
+        for arm in bridge.arms_of(args):
+            measured = Path(args.out, arm, "influence", "influence.json")
+            if measured.exists():
+                summaries[arm] = json.loads(measured.read_text())
         plot(summaries, Path(args.out, "influence.png"))
         print(f"\n{'':11}queries solved: never  sometimes  always   mean dJ  cosine")
         for arm, found in summaries.items():

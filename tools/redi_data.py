@@ -16,17 +16,28 @@ import dataclasses
 import json
 import random
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
 import redi
+from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
 from common.rollout import Sampling
-from common.rows import Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt, set_template
-from common.run import NotNegative, Positive, Share, check_ranges, keep_records, open_sampler, write_whole
-from common.trainer import full_parameters, init_world, launch, load_policy, load_tokenizer, parse_args
+from common.rows import Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt
+from common.run import (
+    NotNegative,
+    Positive,
+    Share,
+    check_ranges,
+    keep_records,
+    open_sampler,
+    open_tokenizer,
+    write_lines,
+)
+from common.trainer import init_world, launch, load_policy, parse_args
 from common.verifiers import grade
 
 
@@ -89,12 +100,7 @@ class Problem:
         return row | {f"{name}_ids": trace.ids for name, trace in traces.items() if trace.ids is not None}
 
 
-ACCEPTED = {
-    "llama": lambda llama, math_verify: llama,
-    "math_verify": lambda llama, math_verify: math_verify,
-    "both": lambda llama, math_verify: llama and math_verify,
-    "either": lambda llama, math_verify: llama or math_verify,
-}
+ACCEPTED = {"llama": itemgetter(0), "math_verify": itemgetter(1), "both": all, "either": any}  # (llama, math_verify)
 
 
 def choose_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> tuple[int | None, int | None] | str:
@@ -113,7 +119,7 @@ def choose_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> tuple
     verdicts = [correctness.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
     if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
         return "not a verdict of both verifiers for each generation"
-    correct = [bool(ACCEPTED[right_if](*pair)) for pair in zip(*verdicts, strict=True)]
+    correct = [bool(ACCEPTED[right_if](pair)) for pair in zip(*verdicts, strict=True)]
     return tuple(correct.index(value) if value in correct else None for value in (True, False))
 
 
@@ -203,8 +209,8 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
             for i, group in zip(part, groups, strict=True)
         ]
 
-    weights = ((str(value.double().sum().item()),) for _, value in full_parameters(policy))
-    digest = data_digest([(json.dumps(dataclasses.asdict(args)),)], ((prompts[i],) for i in asked), weights)
+    settings = json.dumps(dataclasses.asdict(args)), digest_of(args.model)
+    digest = data_digest([settings], ((prompts[i],) for i in asked))
     kept = Path(args.out) / f"own_answers-{digest}.jsonl"  # other settings, data or weights have another file
     parts = [asked[k : k + TOGETHER] for k in range(0, len(asked), TOGETHER)]
     drawn = keep_records(kept, parts, answers, world)
@@ -236,18 +242,12 @@ def kind_of(cut: bool, verdict) -> str:
 # ------------------------------------------------------------------------------------------------- the files
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """Write one JSON object per line; the file is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def main(args: Args) -> dict[str, int]:
     """Write positives.jsonl, pairs.jsonl and funnel.json; print and return the funnel."""
     check_ranges(args)
     check_verifier(args.verifier)
     world = init_world(args.timeout_minutes)
-    tokenizer = set_template(load_tokenizer(args.model), args.chat_template, args.chat_template_args)
+    tokenizer = open_tokenizer(args.model, args)
     training = redi.Args(
         data=args.data, igsm_problems=args.igsm_problems, seed=args.seed, bad_rows="drop",
         max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 import tyro  # noqa: E402
 
 import igsm  # noqa: E402
-from common.rows import IGSM  # noqa: E402
 from common.metrics import plot_curves  # noqa: E402
+from common.rows import IGSM  # noqa: E402
 
 
 @dataclass

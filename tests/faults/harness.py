@@ -42,7 +42,8 @@ RUNS = {
     "oreo": ["oreo.py", *OFFLINE, "--samples", "4"],
     "oreo-dpo": ["oreo.py", *OFFLINE, "--samples", "4", "--stage", "dpo"],
     "behavior_injection": [
-        "behavior_injection.py", "--preset", "tiny", "--arms", "bridge", "--base_problems", "80", "--base_steps", "4",
+        "behavior_injection.py", "--preset", "tiny", "--model", "models/scratch", "--arms", "bridge", "--base_problems",
+        "80", "--base_steps", "4",
         "--sft_problems", "12", "--sft_batch_size", "4", "--sft_steps", "4", "--rl_problems", "20", "--eval_problems",
         "6", "--ops", "1", "3", "--val_ops", "2", "2", "--test_ops", "2", "3", "--base_ops", "1", "2", "--batch_size",
         "4", "--group_size", "4", "--max_response_tokens", "40", "--steps", "6", "--eval_every", "2", "--save_every",

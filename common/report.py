@@ -1,0 +1,134 @@
+"""Finished evaluations, as eval.py writes them: read again, as Markdown tables, as bars.
+
+A reader of an evaluation's numbers need not know: how its folder is read, how results.md and results.png are made."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from common.data import InputError
+from common.rows import gold_unreadable
+from common.run import read_records
+from common.verifiers import Verdict
+
+
+def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, dict]]:
+    """Return the settings and the records of a finished evaluation. Raises InputError if the folder holds none, or no
+    verdicts of `verifier`."""
+    path = Path(folder)
+    if not (path / "args.json").is_file() or not (path / "samples.jsonl").is_file():
+        raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
+    records = read_records(path / "samples.jsonl")
+    if verifier and any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
+        raise InputError(
+            f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier {verifier} "
+            "(nothing is sampled twice), or name another grader with --verifier"
+        )
+    return json.loads((path / "args.json").read_text()), records
+
+
+def rewards_of(record: dict, verifier: str) -> list[float]:
+    """Return the reward of each answer to a question."""
+    return [answer["verdicts"][verifier][0] for answer in record["answers"]]
+
+
+def grader_version(verifier: str) -> str:
+    """Return what a grader's verdicts depend on: a digest of its code, and the version of Math-Verify."""
+    module = verifier.partition(":")[0] if ":" in verifier else "common.verifiers"
+    file = Path(importlib.util.find_spec(module).origin)
+    files = [file] if ":" in verifier else [file, *file.parent.glob("robust.py")]
+    code = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
+    return f"code {code}, math-verify {importlib.metadata.version('math-verify')}"
+
+
+def versions_of(records: Iterable[dict], verifier: str) -> str:
+    """Return the versions of a grader that graded these records."""
+    return "; ".join(sorted({r.get("graded_by", {}).get(verifier, "?") for r in records}))
+
+
+def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]:
+    """Return the rows whose gold answer one of the verifiers could not read: their answers count as wrong."""
+    return [
+        record.get("row", record["id"]) for record in records
+        if any(gold_unreadable(Verdict(*answer["verdicts"][v])) for answer in record["answers"] for v in verifiers)
+    ]  # fmt: skip
+
+
+def disagreements(records: list[dict], verifiers: tuple[str, ...]) -> list[list[str]]:
+    """Return rows of a table: for each benchmark and set of graders that accept an answer, how many and an example."""
+    found: dict[tuple, list[str]] = {}
+    for record in records:
+        for answer in record["answers"]:
+            accepted = tuple(answer["verdicts"][v][0] > 0 for v in verifiers)
+            if len(set(accepted)) > 1:
+                found.setdefault((record["benchmark"], accepted), []).append(record["id"])
+    rows = [["benchmark", *verifiers, "answers", "example"]]
+    for (benchmark, accepted), ids in sorted(found.items(), key=lambda item: (item[0][0], -len(item[1]))):
+        rows.append([benchmark, *("right" if yes else "wrong" for yes in accepted), str(len(ids)), ids[0]])
+    return rows
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return rows of cells, the head first, as a Markdown table that is aligned to be read as it is."""
+    rows = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in padded]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]) + "\n"
+
+
+def numbers(values: dict, before: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the numbers in (nested) results as (key, text): counts as they are, fractions in percent."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{before}{key} ")
+        elif isinstance(value, int | float):
+            digits = 0 if isinstance(value, int) or key == "mean_tokens" else 1
+            yield before + key, f"{value if digits == 0 else 100 * value:.{digits}f}"
+
+
+def results_tables(results: dict, records: list[dict], args) -> str:
+    """Return results.md: the numbers, and where the graders disagree."""
+    drawn = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, top_p {args.top_p}"
+    if args.search != "none":
+        drawn = f"{args.search} of width {args.width} by {args.value}, {drawn}"
+    first, columns = args.verifier[0], {n: dict(numbers(r)) for n, r in results.items() if n != "average"}
+    columns["average"] = dict(numbers({"pass@1": results["average"]}))
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    rows = [[key, *(column.get(key, "") for column in columns.values())] for key in keys]
+    text = (f"# {args.model}\n\nTemplate {args.template}, {drawn}, at most {args.max_tokens} tokens, graded by {first} "
+            f"({versions_of(records, first)}). Fractions in percent.\n\n{table([['', *columns], *rows])}")  # fmt: skip
+    if bad := unreadable_golds(records, args.verifier):
+        text += (f"\nA grader cannot read the gold answers of {len(bad)} questions, whose answers count as wrong: "
+                 f"{'; '.join(bad[:20])}{', ...' if len(bad) > 20 else ''}\n")  # fmt: skip
+    if len(args.verifier) > 1:
+        rows = disagreements(records, args.verifier)
+        text += "\n## Where the graders disagree\n\nAnswers by who accepts them, with a question in samples.jsonl:\n\n"
+        text += table(rows) if len(rows) > 1 else "None: they agree on every answer.\n"
+    return text
+
+
+def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path) -> None:
+    """Draw grouped bars of pass@1 in percent with 95 % intervals: {run: {benchmark: (mean, standard error)}}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    benchmarks, width = list(dict.fromkeys(b for run in bars.values() for b in run)), 0.8 / len(bars)
+    size = (max(4.5, 0.5 + 0.45 * len(benchmarks) * (len(bars) + 1)), 3.6)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    for i, (run, values) in enumerate(bars.items()):
+        at = [benchmarks.index(b) + (i - (len(bars) - 1) / 2) * width for b in values]
+        means = [100 * mean for mean, _ in values.values()]
+        errors = [196 * (error or 0) for _, error in values.values()]
+        drawn = axis.bar(at, means, width * 0.92, label=run, yerr=errors)
+        axis.bar_label(drawn, [f"{m:.1f}" for m in means], fontsize=7, padding=2)
+    axis.set_xticks(range(len(benchmarks)), benchmarks, rotation=20 if len(benchmarks) > 4 else 0)
+    axis.set(ylabel="pass@1, %", ylim=(0, None))
+    figure.legend(loc="outside upper left", ncols=len(bars), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
