@@ -10,9 +10,9 @@ needs, and RL can choose the helpful ones: with all behaviours RL gains more tha
 between both gains is larger in random order. Subgoals alone gain like vanilla in both. dJ before RL ranks the arms as
 their gains do.
 
-SFT steps differ between arms such that models are equally accurate after SFT (SFT_STEPS, from trials at seed 7).
-Refuted if the interaction of order and behaviours is not positive, or if dJ and gain do not rank alike. RL has the rate
-of the preset for all arms.
+Refuted if the interaction of order and behaviours is not positive, or if dJ and gain do not rank alike. All arms have
+equal steps of SFT and RL, and RL the rate of the preset. SFT_RATES is the place to make arms equally accurate after
+SFT; no trials were made yet, so all are equal, and a gain must be read beside the accuracy that it starts from.
 """
 
 import json
@@ -22,17 +22,18 @@ from benchmarks.blocks import Claim, Run, made
 
 ORDERS = {"ordered": "--no_shuffle", "shuffled": "--shuffle"}
 ARMS = ("vanilla", "subgoal", "analysis", "reflection", "bridge")
-SFT_STEPS = {f"{order}_{arm}": 75 for order in ORDERS for arm in ARMS}
+SFT_RATES = {f"{order}_{arm}": 5e-4 for order in ORDERS for arm in ARMS}
 PROBLEMS = "-m igsm --n 300 --ops 6 6 --style symbolic --modulus 23 --max_params 4 --max_literal 9 --split test"
 
-TEST, VALID, STEPS, START, MAX_TOKENS = "{test_ordered}/rows.jsonl", "", (60, 20), "", 240
+TEST, VALID, STEPS, START, MAX_TOKENS = "{test_ordered}/rows.jsonl", "", (75, 20), "", 240
 
 
 def prepared(order: str, arm: str) -> str:
     """Flags of every command of an arm."""
     return (
         f"--preset tiny --arms {arm} {ORDERS[order]} --model {{tiny}} --base_problems 0 --rl_problems 2000 "
-        f"--eval_problems 20 --sft_steps {SFT_STEPS[f'{order}_{arm}']} --eval_every 0 --steps {{steps}} --seed {{seed}}"
+        f"--eval_problems 20 --sft_lr {SFT_RATES[f'{order}_{arm}']} --sft_steps {{steps}} --steps {{steps}} "
+        "--eval_every 0 --seed {seed}"
     )
 
 
@@ -44,7 +45,7 @@ for order in ORDERS:
         rl, models = f"{name}_rl", f"{{{name}_rl}}/{arm}"
         RUNS[rl] = Run(f"behavior_injection.py {flags} --out {{out}}", f"{{out}}/{arm}/rl/model", test=test, trained=8)
         RUNS[f"{name}_sft"] = Run(model=f"{models}/sft/model", test=test)
-        RUNS[f"{name}_dJ"] = Run(f"-m tools.influence {flags} --influence_queries 100 --out {{{rl}}}", model="")
+        RUNS[f"{name}_dJ"] = Run(f"-m tools.influence {flags} --influence_queries {{steps}} --out {{{rl}}}", model="")
 
 
 def besides(name: str, seed: int, answered: dict, folder) -> dict:
