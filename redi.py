@@ -327,8 +327,9 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
 
     for index, item, _, prompt, *ids in encode(rows, tokenizer, read, source=source, progress=progress):
         given = [trace for trace in ids if trace is not None]
-        if not given or not all(given) or ids[0] == ids[1]:
-            reason = "trace_empty" if not given or not all(given) else "traces_equal"
+        empty = not given or not all(given)
+        if empty or ids[0] == ids[1]:
+            reason = "trace_empty" if empty else "traces_equal"
             if args.bad_rows == "error":
                 raise InputError(f"{source}, row {index}: {BAD[reason]}; remove the row or pass --bad_rows drop")
             count[reason] += 1

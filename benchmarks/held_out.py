@@ -7,8 +7,7 @@ from pathlib import Path
 import luffy
 from common.rollout import EmbeddedSampler, Sampling
 from common.rows import read_examples
-from common.search import state_values
-from common.trainer import ValueModel, init_world, load_policy, load_tokenizer, parse_args
+from common.trainer import init_world, load_policy, load_tokenizer, parse_args
 from common.verifiers import grade
 
 
@@ -39,39 +38,6 @@ def drawn(
 def answers(model: str, source: str, problems: int, **how) -> list[list[tuple[float, int]]]:
     """(reward, tokens) of each answer, [problems][tries]; `how` as in `drawn`."""
     return [[(reward, len(ids)) for _, ids, reward in group] for group in drawn(model, source, problems, **how)]
-
-
-def valued(model: str, value: str, source: str, problems: int, **how) -> list[list[tuple[float, float]]]:
-    """(reward, V before the last token) of each answer, [problems][tries]; value: a value model's folder; `how` as in
-    `drawn`."""
-    groups = drawn(model, source, problems, **how)
-    states = [prompt + ids[:-1] for group in groups for prompt, ids, _ in group]
-    world = init_world()
-    values = iter(state_values(load_policy(value, world, kind=ValueModel), states, world, 16384))
-    return [[(reward, next(values)) for _, _, reward in group] for group in groups]
-
-
-def search_command(model, value, source: str, problems: int, *, kind: str, width: int, out, seed: int) -> list[str]:
-    """Words of the command that answers the first `problems` held-out problems by a search with a value."""
-    words = ["eval.py", "--model", model, "--value", value, "--data", source, "--limit", problems, "--out", out,
-             "--seed", seed, "--search", kind, "--width", width, "--max_steps", 40, "--temperature", 1,
-             "--max_tokens", 160, "--verifier", "boxed"]  # fmt: skip
-    return list(map(str, words))
-
-
-def searched(out: Path) -> list[float]:
-    """The reward of the answer to each problem of that command."""
-    records = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
-    return [record["answers"][0]["verdicts"]["boxed"][0] for record in records]
-
-
-def roc_area(scored: list[tuple[float, float]]) -> float:
-    """Of (reward, score): the chance that a right one has a higher score than a wrong one; ties count half. NaN where
-    all are right or none is."""
-    right, wrong = ([score for reward, score in scored if (reward > 0) == kind] for kind in (True, False))
-    if not right or not wrong:
-        return math.nan
-    return mean((a > b) + (a == b) / 2 for a in right for b in wrong)
 
 
 def solve_rates(model: str, source: str, problems: int, **how) -> list[float]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
+import common.metrics  # noqa: E402
 import relift  # noqa: E402
 from common.trainer import init_world, launch, load_policy, parse_args  # noqa: E402
 from relift import Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
@@ -94,7 +95,7 @@ def main(out: str) -> None:
         dist.all_reduce(policy.table.grad)  # what FSDP does: the mean over ranks
         if world.main:
             torch.save(policy.table.grad / world.size, f"{out}/{name}.pt")
-    metrics.plot_curves = lambda *_: None  # drawing takes longer than training here
+    common.metrics.plot_curves = lambda *_: None  # drawing takes longer than training here
     relift.main(settings("--out", f"{out}/two", "--eval_every", "1", "--save_every", "3"))
 
 

@@ -6,7 +6,7 @@ from statistics import StatisticsError
 import pytest
 import torch
 
-from benchmarks.blocks import bridge, oreo, redi, walks
+from benchmarks.blocks import bridge, oreo, walks
 from common.verifiers import grade
 
 
@@ -85,9 +85,3 @@ def test_dj_and_gain_are_ranked_over_arms():
     assert bridge.across(rows([(0.1, 1.0), (0.2, 9.0), (0.3, 5.0)])) == {"rank correlation": pytest.approx(0.5)}
     with pytest.raises(StatisticsError):
         bridge.across(rows([(0.1, 1.0), (0.1, 2.0)]))
-
-
-@pytest.mark.parametrize("block", [oreo, redi, bridge])
-def test_claims_are_of_rows_that_there_are(block):
-    rows = {name for name, run in block.RUNS.items() if run.row} | {"all"}
-    assert all(set(claim.rows) <= rows for claim in block.CLAIMS)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import os
 import re
 import shlex
@@ -16,8 +15,8 @@ import relift
 from benchmarks import claims
 from benchmarks.blocks import Claim, Run, made
 from benchmarks.claims import BLOCKS, Block, Flags, check, contrast, holm, p_value, verdict
-from benchmarks.held_out import error, roc_area, valued
-from common.trainer import ValueModel, export, load_policy, load_tokenizer, parse_args
+from benchmarks.held_out import error
+from common.trainer import parse_args
 
 # ------------------------------------------------------------------------------------------------ statistics
 
@@ -222,17 +221,3 @@ def test_sgd_in_the_place_of_adamw_keeps_the_scale_of_the_gradient():
         optimizer_step(model, optimizer, lr=0.1, max_grad_norm=1.0)
         moved.append((before - model.weight.detach()).abs().mean().item())
     assert moved[0] == pytest.approx(0.1 * 1e-3, rel=0.01) and moved[0] / moved[1] == pytest.approx(10, rel=0.01)
-
-
-def test_the_area_under_the_roc_curve_counts_pairs():
-    assert roc_area([(1.0, 0.9), (1.0, 0.2), (0.0, 0.5), (0.0, 0.2)]) == (2 + 0.5) / 4
-    assert math.isnan(roc_area([(1.0, 0.9), (1.0, 0.2)])) and math.isnan(roc_area([(0.0, 0.9)]))
-
-
-def test_answers_are_valued_where_the_next_token_would_be_the_last(world, tmp_path):
-    tiny, value = str(claims.ROOT / "models" / "tiny"), tmp_path / "value"
-    zero = load_policy(tiny, world, kind=ValueModel, new_head=True)  # its head
-    export(zero, load_tokenizer(tiny), value, world)
-    groups = valued(tiny, str(value), "igsm:5-8", 3, tries=2, progress=False)
-    assert [len(group) for group in groups] == [2, 2, 2]
-    assert {value for group in groups for _, value in group} == {0.0}

@@ -79,8 +79,9 @@ RUNS = {
     **{f"answers_{size}": sampled(f"problems_{size}") for size in SIZES},
     "gate": Run("-m benchmarks.blocks.oreo --model {sft}/model --labels {answers_24k}/rows.jsonl "
                 "--pairs {test_answers}/rows.jsonl --seed {seed} --out {out}", model=""),
-    "rejection": Run(LEARN + " rejection --rows {answers_24k}/rows.jsonl", **RATES),
-    "dpo": Run(LEARN + " dpo --rows {answers_24k}/rows.jsonl", lrs=(1e-5, 3e-5, 1e-4), trained=8),
+    # as many updates as oreo_24k: these read the correct answers, or pairs, which are fewer
+    "rejection": Run(LEARN + " rejection --epochs 2.87 --rows {answers_24k}/rows.jsonl", **RATES),
+    "dpo": Run(LEARN + " dpo --epochs 1.525 --rows {answers_24k}/rows.jsonl", lrs=(1e-5, 3e-5, 1e-4), trained=8),
     **{f"oreo_{size}": Run(LEARN + f" oreo --rows {{answers_{size}}}/rows.jsonl", trained=14, **RATES)
        for size in SIZES},
     **{f"value_{size}": judge(f"{{oreo_{size}}}/value") for size in SIZES},
@@ -90,6 +91,7 @@ RUNS = {
     "best_of_5": search("oreo_24k", "--search best_of_n --width 5 --value {oreo_24k}/value"),
     "beam": search("oreo_24k", "--search beam --width 5 --value {oreo_24k}/value"),
     "beam_random": search("oreo_24k", "--search beam --width 5 --value {random}/value"),
+    "sft_sampling": search("sft", "--search none --n 8"),
     "sft_greedy": search("sft", "--search none --n 1", temperature=0),
     "sft_beam": search("sft", "--search beam --width 5 --value {oreo_24k}/value"),
     "sft_beam_random": search("sft", "--search beam --width 5 --value {random}/value"),
@@ -110,16 +112,17 @@ COLUMNS = {"pairs in order, %": "pairs", "by search, %": "searched"}
 CURVES = {"value, correct less incorrect answers": lambda folder: [
     row["value/right"] - row["value/wrong"] for row in read_metrics(folder) if row.get("value/wrong") is not None
 ]}  # fmt: skip
-BEAMS = {
-    "beam": ("beam_random", "sampling", "best_of_5", "greedy"), "sft_beam": ("sft_beam_random", "sft_greedy"),
-}  # fmt: skip
+CONTROLS = {
+    "beam": ("beam_random", "sampling", "best_of_5", "greedy"),
+    "sft_beam": ("sft_beam_random", "sft_sampling", "sft_greedy"),
+}
 CLAIMS = [
     Claim("gate: a critic of exact labels orders over 80 % of pairs", {"gate": 1}, of="pairs", less=80),
     *(Claim(f"OREO's value from {size} answers orders over 50 % of pairs", {f"value_{size}": 1}, of="pairs", less=50)
       for size in SIZES),
     Claim("OREO's value from 80k answers over that from 4k", {"value_80k": 1, "value_4k": -1}, of="pairs"),
     *(Claim(f"{beam} (with OREO's value) over {other} (points)", {beam: 1, other: -1}, of="searched")
-      for beam, others in BEAMS.items() for other in others),
+      for beam, others in CONTROLS.items() for other in others),
     *(Claim(f"OREO's policy over {other} (points)", {"oreo_24k": 1, other: -1}) for other in ("rejection", "dpo")),
     *(Claim(f"OREO's policy over {other}, greedy (points)", {"oreo_24k": 1, other: -1}, of="greedy")
       for other in ("rejection", "dpo")),
