@@ -6,7 +6,7 @@ from statistics import StatisticsError
 import pytest
 import torch
 
-from benchmarks.blocks import bridge, oreo, walks
+from benchmarks.blocks import bridge, oreo, shaping, walks
 from common.verifiers import grade
 
 
@@ -85,3 +85,10 @@ def test_dj_and_gain_are_ranked_over_arms():
     assert bridge.across(rows([(0.1, 1.0), (0.2, 9.0), (0.3, 5.0)])) == {"rank correlation": pytest.approx(0.5)}
     with pytest.raises(StatisticsError):
         bridge.across(rows([(0.1, 1.0), (0.1, 2.0)]))
+
+
+def test_a_run_without_own_answers_has_no_curve_of_shaping(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/sft": 1.0}\n')
+    assert shaping.taken_up(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "length/own": 5, "length/teacher": 10}\n')
+    assert shaping.taken_up(tmp_path) == [0.5]

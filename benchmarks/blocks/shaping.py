@@ -63,8 +63,9 @@ for optimizer, script, rates, levels in (
 
 
 def taken_up(folder: Path) -> list[float]:
-    """How far own answers have the traces' length, by step: 1 if they are as long."""
-    return [min(1.0, row["length/own"] / row["length/teacher"]) for row in read_metrics(folder) if row["step"]]
+    """How far own answers have the traces' length, by step: 1 if they are as long. Nothing for SFT."""
+    rows = [row for row in read_metrics(folder) if "length/own" in row]
+    return [min(1.0, row["length/own"] / row["length/teacher"]) for row in rows]
 
 
 def besides(name: str, seed: int, answered: dict, folder) -> dict:
