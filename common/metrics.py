@@ -22,9 +22,8 @@ from common.trainer import World
 class Metrics:
     """metrics.jsonl (one object a step), samples.jsonl, curves.png, a progress bar; rank 0 alone writes."""
 
-    def __init__(self, out: Path, args, world: World, *, start: int, steps: int, curves: list[list[str]] | None = None):
-        """curves: the panels of curves.png; None: one for each prefix of a metric's name."""
-        self.out, self.world, self.curves, self.start_time = out, world, curves, time.time()
+    def __init__(self, out: Path, args, world: World, *, start: int, steps: int):
+        self.out, self.world = out, world
         self.sinks = []
         if not world.main:
             return
@@ -87,7 +86,7 @@ class Metrics:
             self.bar.close()
             for file in self.files.values():
                 file.close()
-            plot_curves({self.out.name: self.out}, self.curves, self.out / "curves.png")
+            plot_curves({self.out.name: self.out}, None, self.out / "curves.png")
 
 
 def _lines(path: Path) -> list[str]:
@@ -115,6 +114,8 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
         prefixes = {name.split("/")[0] for name in names} - {"seconds", "speed", "memory", "verifier", "update"}
         panels = [[name for name in names if name.split("/")[0] == prefix] for prefix in sorted(prefixes)]
     panels = [names for names in panels if found & set(names)] or panels[:1]
+    if not panels:
+        return  # nothing was logged that has a panel
     columns = min(3, len(panels))
     figure, axes = plt.subplots(
         math.ceil(len(panels) / columns), columns, figsize=(5 * columns, 3.2 * math.ceil(len(panels) / columns)),

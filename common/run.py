@@ -253,8 +253,7 @@ class Run:
         path = self.out / "bad" / f"step-{self.step:08d}-{self.skipped}.jsonl"
         message = f"step {self.step}: {error}. The {len(rows)} rows of this update are in {path}"
         if self.world.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row.shown(self.tokenizer)) + "\n" for row in rows))
+            write_lines(path, [row.shown(self.tokenizer) for row in rows])
         dist.barrier()  # the file is complete before a rank ends
         if not self.args.skip_bad_updates:
             raise FloatingPointError(f"{message}. The same command resumes before it") from error

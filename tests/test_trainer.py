@@ -354,13 +354,13 @@ def test_too_little_disk_is_an_error_before_training(policy, tmp_path, monkeypat
 
 
 def test_metrics_after_a_crash_have_no_step_missing_or_doubled(world, tmp_path):
-    first = Metrics(tmp_path, Settings(), world, start=0, steps=5, curves=[["loss"]])
+    first = Metrics(tmp_path, Settings(), world, start=0, steps=5)
     for step in (1, 2, 3):
         first.log(step, {"loss": float(step), "none": None}, show=["loss"])
     first.samples(3, [{"text": "é"}])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # the crash came while this was written
-    second = Metrics(tmp_path, Settings(), world, start=2, steps=5, curves=[["loss"]])
+    second = Metrics(tmp_path, Settings(), world, start=2, steps=5)
     for step in (3, 4, 5):
         second.log(step, {"loss": step * 10.0}, show=["loss"])
     second.close()

@@ -448,7 +448,7 @@ def test_a_step_on_which_every_answer_failed_ends_the_run_after_it_is_logged(tmp
     from common.trainer import World
 
     world = World(0, 1, 1, torch.device("cpu"))
-    log = Metrics(tmp_path, Settings(), world, start=0, steps=2, curves=[["verifier/error"]])
+    log = Metrics(tmp_path, Settings(), world, start=0, steps=2)
     log.log(1, {"verifier/error": 0.5}, show=[])
     with pytest.raises(RuntimeError, match="step 2: --verifier failed on every answer"):
         log.log(2, {"verifier/error": 1.0}, show=[])
