@@ -25,7 +25,7 @@ RUN = "--preset tiny --data {train}/rows.jsonl --seed {seed} --out {out} --eval_
 ARM = f"relift.py --model {{start}}/model --lr {{lr}} --sft_lr {{lr}} --steps {{steps}} {RUN}"
 RATES = dict(lrs=(2e-5, 6e-5, 2e-4), trained=7)  # half of the rows are read once before the second update
 
-TEST, VALID, STEPS, START = "{test}/rows.jsonl", "{valid}/rows.jsonl", (60, 30), "start"
+TEST, VALID, STEPS, SEEDS, START = "{test}/rows.jsonl", "{valid}/rows.jsonl", (60, 30), 5, "start"
 RUNS = {
     "train": made(PROBLEMS + " --n 5000 --split train --out {out}/rows.jsonl", once=True),
     "test": made(PROBLEMS + " --n 300 --split test --out {out}/rows.jsonl", once=True),
