@@ -113,14 +113,12 @@ def results_tables(results: dict, records: list[dict], args) -> str:
 
 def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path) -> None:
     """Draw grouped bars of pass@1 in percent with 95 % intervals: {run: {benchmark: (mean, standard error)}}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     benchmarks, width = list(dict.fromkeys(b for run in bars.values() for b in run)), 0.8 / len(bars)
     size = (max(4.5, 0.5 + 0.45 * len(benchmarks) * (len(bars) + 1)), 3.6)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     for i, (run, values) in enumerate(bars.items()):
         at = [benchmarks.index(b) + (i - (len(bars) - 1) / 2) * width for b in values]
         means = [100 * mean for mean, _ in values.values()]
@@ -131,4 +129,3 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
     axis.set(ylabel="pass@1, %", ylim=(0, None))
     figure.legend(loc="outside upper left", ncols=len(bars), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)

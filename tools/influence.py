@@ -249,12 +249,10 @@ def kernel_table(sketches: list[dict]) -> dict:
 
 def plot(summaries: dict[str, dict], path: Path) -> None:
     """Rollout accuracies, dJ and its cosine by accuracy, and co-influence; a colour for each arm."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2)
     width = 0.8 / len(summaries)
     kinds = sorted({name for summary in summaries.values() for name in summary["kernel"]})
     for i, (arm, summary) in enumerate(summaries.items()):
@@ -275,7 +273,6 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
     axes[1, 1].set_xticks(range(len(kinds)), [name.replace(" query, ", "\n") for name in kinds], fontsize=8)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(args: Args) -> None:
