@@ -237,8 +237,8 @@ def kind_of(answer: dict) -> str:
 # ------------------------------------------------------------------------------------------------- the files
 
 
-def main(args: Args) -> dict[str, int]:
-    """Write positives.jsonl, pairs.jsonl and funnel.json; print and return the funnel."""
+def main(args: Args) -> None:
+    """Write positives.jsonl, pairs.jsonl and funnel.json; print the funnel."""
     check_ranges(args)
     check_verifier(args.verifier)
     world = init_world(args.timeout_minutes)
@@ -269,7 +269,6 @@ def main(args: Args) -> dict[str, int]:
         write_lines(out / "pairs.jsonl", [rows[pair.index] for pair in pairs])
         write_lines(out / "funnel.json", [funnel])
         print("\n".join(f"{n:>+10,}  {name}" if n <= 0 else f"{n:>10,}  {name}" for name, n in funnel.items()))
-    return funnel
 
 
 if __name__ == "__main__":
