@@ -56,19 +56,17 @@ class Metrics:
         """One row of metrics; `show` names those that the progress bar prints. Raises RuntimeError on
         every rank if the verifier failed on every answer of the step: such rewards say nothing."""
         if self.world.main:
-            self._log(step, {k: v for k, v in values.items() if v is not None}, show)
+            known = {k: v for k, v in values.items() if v is not None}
+            self._write("metrics", {"step": step, **known})
+            for sink in self.sinks:
+                sink(step, known)
+            self.bar.set_postfix({k.split("/")[-1]: f"{known[k]:.3g}" for k in show if k in known}, refresh=False)
+            self.bar.update(step - self.bar.n)
         if values.get("verifier/error") == 1:
             raise RuntimeError(
                 f"step {step}: --verifier failed on every answer, so all rewards are 0. Its first exception is printed "
                 "above. Mend the reward function, then run the same command again: the step is not saved"
             )
-
-    def _log(self, step: int, values: dict[str, float], show: list[str]) -> None:
-        self._write("metrics", {"step": step, **values})
-        for sink in self.sinks:
-            sink(step, values)
-        self.bar.set_postfix({k.split("/")[-1]: f"{values[k]:.3g}" for k in show if k in values}, refresh=False)
-        self.bar.update(step - self.bar.n)
 
     def samples(self, step: int, rows: list[dict]) -> None:
         """Texts worth reading, one object a line."""
