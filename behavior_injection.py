@@ -45,6 +45,7 @@ from tqdm import tqdm
 import igsm
 from common.data import InputError, batch_indices, tokens_of_means
 from common.metrics import plot_curves
+from common.report import table
 from common.rows import load_rows, read_examples, set_template
 from common.run import (
     Grader,
@@ -117,7 +118,9 @@ class Args(RunArgs):
     sft_steps: NotNegative[int] = 0  # SFT updates; 0 follows --sft_epochs (published: 75; pp_aug and rc_aug 310).
     sft_epochs: Positive[float] = 5  # Passes over the arm's rows if --sft_steps is 0
     sft_batch_size: Positive[int] = 128  # Rows per SFT update
-    sft_lr: NotNegative[float] = 5e-6  # Learning rate of SFT, constant
+    # Learning rate of SFT: constant, without warm-up, AdamW betas 0.9 0.95. (--epochs, --lr, --schedule, --warmup,
+    # --lr_floor, --betas are those of RL.)
+    sft_lr: NotNegative[float] = 5e-6
     prompt_loss: bool = True  # Train SFT on the tokens of prompts too.
     # SFT loss: average over the tokens of each block of this many rows, then over blocks; 0: over all tokens
     sft_rows_per_mean: NotNegative[int] = 4
@@ -125,15 +128,9 @@ class Args(RunArgs):
     base_lr: NotNegative[float] = 1.5e-3  # Its peak learning rate
 
     steps: NotNegative[int] = 200  # RL: steps; 0 follows --epochs (SFT: --sft_steps).
-    epochs: Positive[float] = 1.0  # RL: passes over the questions if --steps is 0 (SFT: --sft_epochs)
     batch_size: Positive[int] = 32  # RL: questions per step (SFT: --sft_batch_size)
     group_size: Group = 32  # RL: answers per question
     updates_per_step: Positive[int] = 1  # RL: updates per step (SFT: 1). With 1, as published, the clip never acts.
-    lr: NotNegative[float] = 1e-6  # RL: peak learning rate of AdamW (SFT: --sft_lr)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # RL: learning rate after the warm-up
-    warmup: Share[float] = 0.0  # RL: fraction of the updates in which the learning rate rises linearly (SFT: 0)
-    lr_floor: Share[float] = 0.0  # RL: last learning rate of linear and cosine, as a fraction of the peak
-    betas: tuple[float, float] = (0.9, 0.999)  # RL: AdamW betas (SFT: 0.9 0.95)
     temperature: Positive[float] = 1.0  # RL: sampling temperature. The policy is trained at it too.
     clip: NotNegative[float] = 0.2  # RL: PPO clip of the ratio; 0: none
     kl_coef: NotNegative[float] = 0.001  # RL: weight of the KL to the SFT model, which 0 leaves out (with kl_mask 0)
@@ -345,20 +342,18 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
                     max_params=args.max_params, shuffle=args.shuffle,
                     max_literal=min(9, args.modulus - 1) if args.modulus else 9)  # fmt: skip
     problems = json.loads(json.dumps(settings | dict(n=n, system_prompt=args.system_prompt)))  # lists, as in the file
-    new_record = {"problems": problems, "arms": {}, "checksums": {}}
     folder, arms = Path(args.out, "data"), arms or {"": [{}]}
     record_file = folder / f"{name}.settings.json"  # written last: the files that it describes are complete
-    record = new_record | (json.loads(record_file.read_text()) if record_file.exists() else {})
-    files = {arm: folder / f"{name}{arm}.jsonl" for arm in record["arms"] | arms}
-    if same_problems := record["problems"] == problems:
-        missing = [arm for arm in arms if record["arms"].get(arm) != arms[arm] or not files[arm].exists()]
-        replaced = missing
-    else:
-        missing, replaced = list(arms), list(files)  # arms of other problems must not stay beside the new ones
+    old = json.loads(record_file.read_text()) if record_file.exists() else {"problems": None, "checksums": {}}
+    same_problems = old["problems"] == problems
+    record = old if same_problems else {"problems": problems, "arms": {}, "checksums": {}}
+    files = {arm: folder / f"{name}{arm}.jsonl" for arm in old["checksums"] | arms}
+    missing = [arm for arm in arms if record["arms"].get(arm) != arms[arm] or not files[arm].exists()]
     if not n or not missing:
         return
+    replaced = missing if same_problems else list(files)  # arms of other problems must not stay beside the new ones
     for arm in replaced:
-        if files[arm].exists() and crc32(files[arm].read_bytes()) != record["checksums"].get(arm):
+        if files[arm].exists() and crc32(files[arm].read_bytes()) != old["checksums"].get(arm):
             raise InputError(f"{files[arm]} was not made by --stage data: move it away (or delete it, if a killed "
                              "command left it), or run --stage sft, rl or eval")  # fmt: skip
 
@@ -373,7 +368,6 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
         raise InputError(f"problems of {name.rstrip('_')}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     if not same_problems:
-        record = new_record
         for file in [record_file, *files.values()]:
             file.unlink(missing_ok=True)
     for arm in missing:
@@ -550,7 +544,6 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
             "accuracy": mean(row.reward for row in sampled),
             "accuracy_zero": mean(row.reward for row in sampled if row.example.gold == "0"),
             "accuracy_other": mean(row.reward for row in sampled if row.example.gold != "0"),
-            "zero": mean(row.example.gold == "0" for row in sampled),
             "greedy": mean(row.reward for row in greedy),
             "chain": mean(check.correct for check in checks),
             "tokens": mean(len(row.response) for row in sampled),
@@ -591,19 +584,14 @@ def report(args: Args) -> None:
         names = ("eval/mean", "reward/own", "group/solve_none", "policy/entropy", "policy/kl_ref", "length/own")
         plot_curves(runs, [[name] for name in names], out / "curves.png")
 
-    def percent(arm: str, stage: str, test: str, name: str = "accuracy") -> str:
-        value = results[arm].get(stage, {}).get(test, {}).get(name)
-        return "-" if value is None else f"{100 * value:.1f}"
-
-    print(f"\n{'':11}in distribution, %      out of distribution, %")
-    print(f"{'':11}  SFT ->    RL (chain)    SFT ->    RL (chain)")
-    for arm in results:
-        line = f"{arm:10}"
-        for test in ("test_id", "test_ood"):
-            before, after = percent(arm, "base" if arm == "base" else "sft", test), percent(arm, "rl", test)
-            line += f" {before:>5} -> {after:>5} ({percent(arm, 'rl', test, 'chain'):>5})  "
-        print(line)
-    print(f"\n{out}: results.json" + (", curves.png" if runs else ""))
+    lines = [["%", "in distribution: SFT", "RL", "chain", "out of distribution: SFT", "RL", "chain"]]
+    for arm, models in results.items():
+        before, after = models.get("base" if arm == "base" else "sft", {}), models.get("rl", {})
+        shown = [(before, "accuracy"), (after, "accuracy"), (after, "chain")]
+        values = [model.get(test, {}).get(name) for test in ("test_id", "test_ood") for model, name in shown]
+        lines.append([arm, *("" if value is None else f"{100 * value:.1f}" for value in values)])
+    print(f"\n{table(lines)}")
+    print(f"{out}: results.json" + (", curves.png" if runs else ""))
 
 
 def main(args: Args) -> None:

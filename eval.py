@@ -18,9 +18,7 @@ With m_q the fraction of correct answers to question q, n_q its answers, c_q cor
 
 Answers are written as they come, and the same command resumes a run that was killed, with the same result.
 
-The published evaluations differ (docs/eval.md has each paper's protocol and command): LUFFY's and ReLIFT's scripts mix
-up data sources for n > 1, and the papers grade in different ways, which are many points apart on the same text.
---verifier takes several graders, and results.md lists where they disagree.
+The papers differ in prompts, graders and limits: docs/eval.md has each one's protocol and command.
 """
 
 import dataclasses
@@ -29,7 +27,6 @@ import json
 import math
 import re
 import textwrap
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -40,12 +37,11 @@ from statistics import variance
 from typing import Annotated, Literal
 
 import tyro
-from tqdm import tqdm
 from transformers import AutoConfig
 
 from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
-from common.report import grader_version, load_run, plot_bars, results_tables, rewards_of, unreadable_golds, versions_of
+from common.report import grade_records, load_run, plot_bars, results_tables, rewards_of, unreadable_golds, versions_of
 from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler
 from common.rows import check_gold, load_rows, read_row, render_prompt, set_template
 from common.run import (
@@ -72,7 +68,7 @@ from common.trainer import (
     max_positions,
     parse_args,
 )
-from common.verifiers import after_think, grade, last_boxed
+from common.verifiers import after_think, last_boxed
 
 
 @dataclass
@@ -82,8 +78,7 @@ class Args:
     data: tuple[str, ...] = ()
     out: str = "runs/eval"  # Folder for samples.jsonl, results.json, results.md and results.png
 
-    # Answers per question; a question that its file repeats more often gets one per row. (Under torchrun write -n: it
-    # takes --n for an abbreviation of a flag of its own.)
+    # Answers per question; a question that its file repeats more often gets one per row. Under torchrun write -n.
     n: Annotated[Positive[int], tyro.conf.arg(aliases=["-n"])] = 8
     temperature: NotNegative[float] = 0.6  # Sampling temperature (LUFFY, ReLIFT, REDI: 0.6); 0 is greedy.
     top_p: Positive[Share[float]] = 1.0  # Draw from the likeliest tokens with this much probability (REDI: 0.95).
@@ -108,7 +103,7 @@ class Args:
 
     # Graders: strict_box (as LUFFY's evaluation), math (the training reward), full (math on the whole text), mcq,
     # exact, boxed, robust, or "module:function", which must return 0 or 1. The first one's verdicts make the numbers.
-    verifier: tuple[str, ...] = ("strict_box", "math", "full")
+    verifier: Annotated[tuple[str, ...], ("one name or more", len)] = ("strict_box", "math", "full")
     regrade: bool = False  # Grade the answers in --out again, without sampling. Needs neither --model nor --data.
     buckets: str = ""  # Folder of the base model's evaluation: adds accuracy by how often the base was correct.
 
@@ -123,8 +118,6 @@ class Args:
 SAMPLER_TOKENS = {"cpu": 65536, "cuda": 524288}  # of --sampler_tokens 0
 FREE = {"out", "verifier", "regrade", "buckets", "rollout", "dry_run"}  # may change between two starts of a run
 BY_DIGEST = {"model", "value", "data"}  # their names may change: digests of the contents are compared
-
-
 # The published evaluations' prompts. Text is the whole prompt; turns go through the tokenizer's chat template.
 TEMPLATES = json.loads((Path(__file__).parent / "benchmarks" / "templates.json").read_text())
 
@@ -173,10 +166,8 @@ def mean_and_errors(rewards: list[list[float]]) -> tuple[float, float | None, fl
 
     rewards: a list per question, one reward per answer. The squares of both errors are unbiased. An error is None if
     it is unknown: for one question, or a question with one answer."""
-    means = [mean(r) for r in rewards]  # [Q]
-    error = sampling_error = None
-    if len(means) > 1:
-        error = math.sqrt(variance(means) / len(means))
+    means, sampling_error = [mean(r) for r in rewards], None  # [Q]
+    error = math.sqrt(variance(means) / len(means)) if len(means) > 1 else None
     if min(map(len, rewards)) > 1:
         sampling_error = math.sqrt(sum(variance(r) / len(r) for r in rewards)) / len(means)
     return mean(means), error, sampling_error
@@ -213,14 +204,15 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
     read, owners = [], {}  # owners: the sources of each benchmark name
     for source in dict.fromkeys(sources):
         for index, row in enumerate(load_rows(source, split="test", problems=limit or 1000)):
-            item = read_row(row, f"{source}, row {index}")
-            check_gold(item, row, f"{source}, row {index}")
+            where = f"{source}, row {index}"
+            item = read_row(row, where)
+            check_gold(item, row, where)
             name = item.source or Path(source).stem
-            read.append((name, source, index, item))
+            read.append((name, source, where, index, item))
             owners.setdefault(name, {None} if name == "average" else set()).add(source)
     questions: dict[str, Question] = {}
     seen = Counter()
-    for name, source, index, item in read:
+    for name, source, where, index, item in read:
         # the same name in two files is two benchmarks; "average" is a key of results.json
         name = f"{name} ({source})" if len(owners[name]) > 1 else name
         key = hashlib.sha256(json.dumps([name, item.prompt, item.gold]).encode()).hexdigest()[:16]
@@ -228,7 +220,6 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
             questions[key].rows += 1
         elif not limit or seen[name] < limit:
             seen[name] += 1
-            where = f"{source}, row {index}"
             questions[key] = Question(key, name, item.question, item.prompt, item.gold, where, index)
     return list(questions.values())
 
@@ -302,18 +293,19 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
 def chunks(questions: list[Question], args: Args, *, embedded: bool) -> list[list[Question]]:
     """Split the questions into those that are sampled together. The split depends on the settings alone, not on ranks
     or on what is done already: batches of other shapes round differently, which could change a draw."""
-    result: list[list[Question]] = []
-    answers = width = 0
     each = 1 if args.search == "none" else args.width**2  # drawn at once for one of a question's answers
+
+    def full(part: list[Question]) -> bool:
+        answers = each * sum(q.n for q in part)
+        width = max(len(q.prompt) for q in part) + args.max_tokens
+        return answers * width > args.sampler_tokens if embedded else answers > args.write_every
+
+    parts: list[list[Question]] = [[]]
     for question in questions:
-        answers += question.n * each
-        width = max(width, len(question.prompt) + args.max_tokens)
-        full = answers * width > args.sampler_tokens if embedded else answers > args.write_every
-        if not result or full:
-            result.append([])
-            answers, width = question.n * each, len(question.prompt) + args.max_tokens
-        result[-1].append(question)
-    return result
+        if parts[-1] and full([*parts[-1], question]):
+            parts.append([])
+        parts[-1].append(question)
+    return parts
 
 
 def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str, dict]:
@@ -380,29 +372,6 @@ def best_answer(found, stops: list[int], tokenizer) -> dict:
     finish = "stop" if best.response[-1] in stops else "length"
     answer = make_answer(Completion(best.response, [], finish), tokenizer)
     return answer | {"found": len(found), "value": round(best.value, 6)}
-
-
-def grade_records(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:
-    """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one.
-
-    Verdicts of the same version are kept, unless they are time-outs or errors, or `again` is set. Raises InputError on
-    a reward that is not 0 or 1."""
-    version, todo = grader_version(verifier), []
-    for record in records:
-        same = record.setdefault("graded_by", {}).get(verifier) == version and not again
-        record["graded_by"][verifier] = version
-        for answer in record["answers"]:
-            found = answer.setdefault("verdicts", {}).get(verifier, [0, "timeout"])
-            if not same or found[1] in ("timeout", "error"):
-                todo.append((record["gold"], answer))
-    parts = [todo[start : start + 256] for start in range(0, len(todo), 256)]
-    for part in tqdm(parts, desc=f"grade {verifier}", unit_scale=256, disable=not (progress and todo)):
-        verdicts = grade([a["text"] for _, a in part], [gold for gold, _ in part], verifier=verifier)
-        for (_, answer), verdict in zip(part, verdicts, strict=True):
-            if verdict.reward not in (0, 1):
-                raise InputError(f"--verifier {verifier}: a reward of {verdict.reward}; here it must be 0 or 1")
-            detail = [verdict.detail] if verdict.detail else []
-            answer["verdicts"][verifier] = [verdict.reward, verdict.status, *detail]
 
 
 # -------------------------------------------------------------------------------------------------- the numbers
@@ -492,8 +461,9 @@ def by_difficulty(records: list[dict], verifier: str, base: dict[str, dict]) -> 
     result = {}
     for name, found in buckets.items():
         if found:
-            rate, error, _ = mean_and_errors([rewards for rewards, _ in found])
-            base_mean = None if name == "not_in_base" else mean(rate for _, rate in found)
+            rewards, base_rates = zip(*found, strict=True)
+            rate, error, _ = mean_and_errors(rewards)
+            base_mean = None if name == "not_in_base" else mean(base_rates)
             result[name] = {"questions": len(found), "pass@1": rate, "pass@1_se": error, "base": base_mean}
     return result
 
@@ -513,7 +483,6 @@ def check(args: Args) -> None:
          f"--search {args.search}: only a positive --temperature draws different answers"),
         (args.chat_template_args and args.template != "own",
          f"--chat_template_args are for --template own, not {args.template}"),
-        (not args.verifier, "--verifier needs at least one name"),
     ):  # fmt: skip
         if wrong:
             raise InputError(message)
@@ -558,7 +527,7 @@ def load_answers(args: Args) -> tuple[Args, dict[str, dict]]:
             f"--out {args.out}: {len(records)} of {settings['questions']} questions are answered; finish the "
             "evaluation before --regrade"
         )
-    names = {f.name for f in dataclasses.fields(Args)} - {"out", "verifier", "buckets", "regrade"}
+    names = {f.name for f in dataclasses.fields(Args)} - FREE
     return dataclasses.replace(args, **{k: v for k, v in settings.items() if k in names}), records
 
 
@@ -583,16 +552,7 @@ def main(args: Args) -> None:
         records = sample(questions, tokenizer, args, world)
 
     # 2. reward
-    mine = list(records.values())[world.rank :: world.size]
-    start, answers = time.perf_counter(), sum(len(r["answers"]) for r in mine)
-    for verifier in args.verifier:
-        grade_records(mine, verifier, again=args.regrade or ":" in verifier, progress=world.main)
-    seconds = time.perf_counter() - start
-    graded = [(r["id"], r["graded_by"], [a["verdicts"] for a in r["answers"]]) for r in mine]
-    for key, graded_by, verdicts in gather_lists(graded, world):
-        records[key]["graded_by"] = graded_by
-        for answer, verdict in zip(records[key]["answers"], verdicts, strict=True):
-            answer["verdicts"] = verdict
+    grade_records(records, args.verifier, world, again=args.regrade)
 
     # 3. numbers
     if world.main:
@@ -604,9 +564,7 @@ def main(args: Args) -> None:
         bars = {b: (r["pass@1"], r["pass@1_se"]) for b, r in results.items() if b != "average"}
         plot_bars({Path(args.model).name: bars | {"average": (results["average"], None)}}, out / "results.png")
         write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
-        print(text)
-        print(f"{answers} answers graded in {seconds:.1f} s on rank 0 by {len(args.verifier)} graders; "
-              f"{out}/results.json, results.md, results.png, samples.jsonl")  # fmt: skip
+        print(f"{text}\n{out}/results.json, results.md, results.png, samples.jsonl")
 
 
 if __name__ == "__main__":

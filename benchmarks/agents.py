@@ -128,12 +128,10 @@ def table(results: dict) -> str:
 
 def plot(results: dict, bench: Bench, path: Path) -> None:
     """Success by policy, by K, and what OREO's value thinks of right and wrong episodes on the way."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     bars = {"sft": [results["sft"]]} | {name: list(runs.values()) for name, runs in results["runs"].items()}
     for i, way in enumerate(("greedy", "sampled")):
         points = [mean_and_spread([r[way] for r in runs]) for runs in bars.values()]
@@ -159,7 +157,6 @@ def plot(results: dict, bench: Bench, path: Path) -> None:
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(bench: Bench) -> dict:

@@ -420,15 +420,13 @@ def claims_table(blocks: dict[str, dict]) -> str:
 
 def plot(results: dict, path: Path) -> None:
     """Correct answers of each row, the claims with their 95 % intervals, and the block's curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = {name: row for name, row in results["rows"].items() if any("sampled" in seed for seed in row.values())}
     panels = 2 + len(results["curves"])
     size = (4.6 * panels, max(3.4, 0.3 * max(len(rows), 1.6 * len(results["claims"])) + 1))
-    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, panels)
     for i, row in enumerate(rows.values()):
         for how, offset, color in (("sampled", -0.2, "C0"), ("greedy", 0.2, "C1")):
             values = [seed[how] for seed in row.values()]
@@ -453,7 +451,6 @@ def plot(results: dict, path: Path) -> None:
         axis.set(title=title, xlabel="step")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def load(folder: Path) -> dict[str, dict]:

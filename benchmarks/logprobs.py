@@ -219,14 +219,12 @@ def table(rows):
 
 def plot(rows, path, title):
     """Time and peak memory of every variant, a pair of bars for forward and forward + backward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = [r for r in rows if "seconds" in r]
     shapes = sorted({(r["h"], r["v"], r["n"]) for r in rows})
-    figure, axes = plt.subplots(len(shapes), 2, figsize=(11, 1.2 + 2.4 * len(shapes)), squeeze=False)
+    figure = Figure(figsize=(11, 1.2 + 2.4 * len(shapes)))
+    axes = figure.subplots(len(shapes), 2, squeeze=False)
     for (h, v, n), (time_axis, memory_axis) in zip(shapes, axes):
         here = [r for r in rows if (r["h"], r["v"], r["n"]) == (h, v, n)]
         names = [name for name in VARIANTS if any(r["variant"] == name for r in here)][::-1]

@@ -56,19 +56,17 @@ class Metrics:
         """One row of metrics; `show` names those that the progress bar prints. Raises RuntimeError on
         every rank if the verifier failed on every answer of the step: such rewards say nothing."""
         if self.world.main:
-            self._log(step, {k: v for k, v in values.items() if v is not None}, show)
+            known = {k: v for k, v in values.items() if v is not None}
+            self._write("metrics", {"step": step, **known})
+            for sink in self.sinks:
+                sink(step, known)
+            self.bar.set_postfix({k.split("/")[-1]: f"{known[k]:.3g}" for k in show if k in known}, refresh=False)
+            self.bar.update(step - self.bar.n)
         if values.get("verifier/error") == 1:
             raise RuntimeError(
                 f"step {step}: --verifier failed on every answer, so all rewards are 0. Its first exception is printed "
                 "above. Mend the reward function, then run the same command again: the step is not saved"
             )
-
-    def _log(self, step: int, values: dict[str, float], show: list[str]) -> None:
-        self._write("metrics", {"step": step, **values})
-        for sink in self.sinks:
-            sink(step, values)
-        self.bar.set_postfix({k.split("/")[-1]: f"{values[k]:.3g}" for k in show if k in values}, refresh=False)
-        self.bar.update(step - self.bar.n)
 
     def samples(self, step: int, rows: list[dict]) -> None:
         """Texts worth reading, one object a line."""
@@ -102,10 +100,7 @@ def read_metrics(out: Path) -> list[dict]:
 def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Path) -> None:
     """One panel for each list of metric names that a run has (None: for each prefix of names), a line for each run and
     name, over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     metrics = {label: read_metrics(out) for label, out in runs.items()}
     found = {name for rows in metrics.values() for row in rows for name in row}
@@ -116,11 +111,9 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
     panels = [names for names in panels if found & set(names)] or panels[:1]
     if not panels:
         return  # nothing was logged that has a panel
-    columns = min(3, len(panels))
-    figure, axes = plt.subplots(
-        math.ceil(len(panels) / columns), columns, figsize=(5 * columns, 3.2 * math.ceil(len(panels) / columns)),
-        squeeze=False, layout="constrained",
-    )
+    across, down = min(3, len(panels)), math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(5 * across, 3.2 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False)
     for axis, names in zip(axes.flat, panels, strict=False):
         for label, rows in metrics.items():
             for name in names:
@@ -136,7 +129,6 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 class Clock:

@@ -1,6 +1,7 @@
-"""Finished evaluations, as eval.py writes them: read again, as Markdown tables, as bars.
+"""Records of an evaluation (eval.py): graded, read from its folder, as Markdown tables, as bars.
 
-A reader of an evaluation's numbers need not know: how its folder is read, how results.md and results.png are made."""
+A reader of an evaluation's numbers need not know: which verdicts are given anew, how results.md and results.png are
+made."""
 
 import hashlib
 import importlib.metadata
@@ -9,10 +10,13 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 from common.data import InputError
 from common.rows import gold_unreadable
 from common.run import read_records
-from common.verifiers import Verdict
+from common.trainer import World, gather_lists
+from common.verifiers import Verdict, grade
 
 
 def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, dict]]:
@@ -33,6 +37,41 @@ def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, 
 def rewards_of(record: dict, verifier: str) -> list[float]:
     """Return the reward of each answer to a question."""
     return [answer["verdicts"][verifier][0] for answer in record["answers"]]
+
+
+def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: World, *, again: bool = False) -> None:
+    """Give every answer a verdict of each verifier; all ranks get all verdicts. again: also where there is one."""
+    mine = list(records.values())[world.rank :: world.size]
+    for verifier in verifiers:
+        give_verdicts(mine, verifier, again=again or ":" in verifier, progress=world.main)
+    graded = [(r["id"], r["graded_by"], [a["verdicts"] for a in r["answers"]]) for r in mine]
+    for key, graded_by, verdicts in gather_lists(graded, world):
+        records[key]["graded_by"] = graded_by
+        for answer, verdict in zip(records[key]["answers"], verdicts, strict=True):
+            answer["verdicts"] = verdict
+
+
+def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:
+    """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one.
+
+    Verdicts of the same version are kept, unless they are time-outs or errors, or `again` is set. Raises InputError on
+    a reward that is not 0 or 1."""
+    version, todo = grader_version(verifier), []
+    for record in records:
+        same = record.setdefault("graded_by", {}).get(verifier) == version and not again
+        record["graded_by"][verifier] = version
+        for answer in record["answers"]:
+            found = answer.setdefault("verdicts", {}).get(verifier, [0, "timeout"])
+            if not same or found[1] in ("timeout", "error"):
+                todo.append((record["gold"], answer))
+    parts = [todo[start : start + 256] for start in range(0, len(todo), 256)]
+    for part in tqdm(parts, desc=f"grade {verifier}", unit_scale=256, disable=not (progress and todo)):
+        verdicts = grade([a["text"] for _, a in part], [gold for gold, _ in part], verifier=verifier)
+        for (_, answer), verdict in zip(part, verdicts, strict=True):
+            if verdict.reward not in (0, 1):
+                raise InputError(f"--verifier {verifier}: a reward of {verdict.reward}; here it must be 0 or 1")
+            detail = [verdict.detail] if verdict.detail else []
+            answer["verdicts"][verifier] = [verdict.reward, verdict.status, *detail]
 
 
 def grader_version(verifier: str) -> str:
@@ -113,14 +152,12 @@ def results_tables(results: dict, records: list[dict], args) -> str:
 
 def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path) -> None:
     """Draw grouped bars of pass@1 in percent with 95 % intervals: {run: {benchmark: (mean, standard error)}}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     benchmarks, width = list(dict.fromkeys(b for run in bars.values() for b in run)), 0.8 / len(bars)
     size = (max(4.5, 0.5 + 0.45 * len(benchmarks) * (len(bars) + 1)), 3.6)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     for i, (run, values) in enumerate(bars.items()):
         at = [benchmarks.index(b) + (i - (len(bars) - 1) / 2) * width for b in values]
         means = [100 * mean for mean, _ in values.values()]
@@ -131,4 +168,3 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
     axis.set(ylabel="pass@1, %", ylim=(0, None))
     figure.legend(loc="outside upper left", ncols=len(bars), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -2,7 +2,6 @@
 
     found = search_answers("beam", sampler, value, prompts, keys, world, width=5, ...)      [questions][answers]
 
-greedy       one answer, greedily; needs no value
 best_of_n    `width` whole answers; the value chooses one
 beam         from each of `width` states as many next steps; the value chooses the states that go on, and the answer
 best_of_k    `width` next steps of one state; the value chooses each of them
@@ -104,17 +103,16 @@ def search_answers(
     """The answers that a search finds to each prompt, [prompts][answers]; the best has the highest value.
 
     A collective: every rank passes all prompts and gets all answers. keys: an int for each prompt that its draws
-    depend on. step_ends: see step_ids. value may be None for "greedy". No answer within max_steps: an empty list."""
-    eos, whole = set(map(int, sampler.stop_ids)), kind in ("greedy", "best_of_n")
+    depend on. step_ends: see step_ids. No answer within max_steps: an empty list."""
+    eos, whole = set(map(int, sampler.stop_ids)), kind == "best_of_n"
     stops = () if whole else tuple(sorted(step_ends))
-    n, temperature = (1, 0.0) if kind == "greedy" else (width, temperature)
 
     def sample(states, step):
         mine = range(world.rank, len(states), world.size)
         first: dict[int, int] = {}  # a question's states are neighbours
         place = [i - first.setdefault(question, i) for i, (question, _) in enumerate(states)]
         groups = sampler.generate(
-            [prompts[states[i][0]] + states[i][1].response for i in mine], n=n,
+            [prompts[states[i][0]] + states[i][1].response for i in mine], n=width,
             keys=[keys[states[i][0]] * 1000 + place[i] for i in mine],  # draws do not depend on the other questions
             seed=seed * 1_000_003 + step, sampling=Sampling(max_tokens, temperature, top_p, stops),
             progress=f"step {step + 1}" if world.main else None,
@@ -125,12 +123,10 @@ def search_answers(
         return [[Candidate(r, r[-1] in eos or len(r) == max_tokens) for r in responses] for responses in longer]
 
     def score(states):
-        if value is None:
-            return [0.0] * len(states)
         texts = [prompts[q] + (c.response[:-1] if c.response[-1] in eos else c.response) for q, c in states]
         return state_values(value, texts, world, micro_batch_tokens)
 
     return beam_search(
-        len(prompts), sample, score, width=1 if kind == "best_of_k" else n, max_steps=1 if whole else max_steps,
+        len(prompts), sample, score, width=1 if kind == "best_of_k" else width, max_steps=1 if whole else max_steps,
         compete=kind == "best_of_k",
     )  # fmt: skip

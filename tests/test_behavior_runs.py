@@ -313,8 +313,8 @@ def test_tables_hold_the_arms_of_earlier_commands_too(folder, capsys):
     assert json.loads((folder / "results.json").read_text()).keys() == {"base", "vanilla", "bridge"}
     measure("--out", folder, "--arms", "bridge")
     assert (folder / "influence.png").exists()
-    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(("vanilla", "bridge"))]
-    assert lines == ["vanilla", "bridge"] * 2
+    firsts = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert firsts == ["%", "base", "vanilla", "bridge", "queries", "vanilla", "bridge"]
 
 
 def test_own_queries_stay_and_must_be_enough(folder):

@@ -12,6 +12,7 @@ import torch
 
 import eval as evaluation
 import igsm
+from common import report
 from common.data import InputError
 from common.run import read_records, write_records
 from common.trainer import ValueModel, export, init_world, load_policy, load_tokenizer
@@ -210,8 +211,8 @@ def test_regrade_needs_neither_model_nor_data_and_says_rule_and_version(finished
     for verifier in ("full", "boxed"):
         evaluation.main(evaluation.Args(out=str(out), regrade=True, verifier=(verifier,)))
         results = json.loads((out / "results.json").read_text())
-        assert results["short"]["graded_by"] == {verifier: evaluation.grader_version(verifier)}
-        assert evaluation.grader_version(verifier) in (out / "results.md").read_text()
+        assert results["short"]["graded_by"] == {verifier: report.grader_version(verifier)}
+        assert report.grader_version(verifier) in (out / "results.md").read_text()
     assert results["short"]["pass@1"] == before["short"]["pass@1"]
     lines = (out / "samples.jsonl").read_text().splitlines(keepends=True)
     (out / "samples.jsonl").write_text("".join(lines[:-1]))
@@ -228,10 +229,10 @@ def test_verdicts_of_another_version_of_a_grader_are_given_anew(finished, data, 
         graded.append((verifier, len(texts)))
         return grade(texts, golds, verifier=verifier)
 
-    monkeypatch.setattr(evaluation, "grade", watch)
+    monkeypatch.setattr(report, "grade", watch)
     evaluation.main(args(data, tmp_path / "out"))
     assert not graded
-    monkeypatch.setattr(evaluation, "grader_version", lambda verifier: "new" if verifier == "boxed" else verifier)
+    monkeypatch.setattr(report, "grader_version", lambda verifier: "new" if verifier == "boxed" else verifier)
     evaluation.main(args(data, tmp_path / "out"))
     assert set(graded) == {("boxed", 36), ("exact", 36)}
 
@@ -246,7 +247,7 @@ def test_a_gold_that_no_grader_can_read_is_named_by_row_once(finished, tmp_path,
         cannot = Verdict(0.0, "unparsable", "gold unreadable: 1/2/")
         return [cannot if gold == "1/2/" else Verdict(1.0, "ok") for gold in golds]
 
-    monkeypatch.setattr(evaluation, "grade", refuses)
+    monkeypatch.setattr(report, "grade", refuses)
     records[bad]["gold"] = "1/2/"
     write_records(samples, list(records.values()))
     evaluation.main(evaluation.Args(out=str(tmp_path / "out"), regrade=True, verifier=("full",)))

@@ -5,11 +5,11 @@ import random
 import pytest
 
 import behavior_injection as bridge
-import eval as evaluation
 import igsm
 import luffy
 import oreo
 import redi
+from common import report
 from common.data import InputError
 from common.rows import Example, report_golds
 from common.trainer import load_tokenizer
@@ -90,16 +90,16 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
 def test_answers_that_were_not_graded_in_time_are_graded_again():
     verdicts = ([0.0, "timeout"], [0.0, "error"], [0.0, "ok"])
     answers = [{"text": "\\boxed{5}", "verdicts": {"boxed": verdict}} for verdict in verdicts]
-    record = {"gold": "5", "answers": answers, "graded_by": {"boxed": evaluation.grader_version("boxed")}}
-    evaluation.grade_records([record], "boxed")
+    record = {"gold": "5", "answers": answers, "graded_by": {"boxed": report.grader_version("boxed")}}
+    report.give_verdicts([record], "boxed")
     assert [a["verdicts"]["boxed"] for a in answers] == [[1.0, "ok"], [1.0, "ok"], [0.0, "ok"]]
 
 
 @pytest.mark.parametrize("reward", [0.5, -1.0])
 def test_a_reward_between_or_below_is_refused(reward, monkeypatch):
-    monkeypatch.setattr(evaluation, "grade", lambda texts, golds, verifier: [Verdict(reward, "ok")] * len(texts))
+    monkeypatch.setattr(report, "grade", lambda texts, golds, verifier: [Verdict(reward, "ok")] * len(texts))
     with pytest.raises(InputError, match=f"a reward of {reward}"):
-        evaluation.grade_records([{"gold": "5", "answers": [{"text": "x"}]}], "boxed")
+        report.give_verdicts([{"gold": "5", "answers": [{"text": "x"}]}], "boxed")
 
 
 def test_a_gold_that_the_verifier_cannot_read_is_named_by_row_once(capsys):

@@ -238,7 +238,7 @@ def test_other_names_are_of_the_same_kind_and_share_no_word():
 )
 def test_bad_settings_get_one_message(changes, message, agent, tmp_path, monkeypatch, world):
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
-    monkeypatch.setattr(agents, "load_tokenizer", lambda path: TOKENIZER)
+    monkeypatch.setattr(agents, "open_tokenizer", lambda path, args: TOKENIZER)
     monkeypatch.setattr(agents, "load_policy", lambda path, world, **options: agent)
     with pytest.raises(InputError, match=message):
         agents.main(Args(**{"model": "m", "out": str(tmp_path / "out")} | changes))

@@ -210,10 +210,9 @@ def test_lora_without_its_package_says_how_to_get_it(nano, rows, tmp_path, monke
 # ------------------------------------------------------------------------------------------------- search
 
 
-@pytest.mark.parametrize("kind", ["greedy", "best_of_n", "best_of_k", "beam"])
+@pytest.mark.parametrize("kind", ["best_of_n", "best_of_k", "beam"])
 def test_search_answers_every_question(kind, nano, nano_value, world):
-    value = None if kind == "greedy" else load_policy(nano_value, world, kind=ValueModel)
-    examples, found = search(kind, 3, nano, value)
+    examples, found = search(kind, 3, nano, load_policy(nano_value, world, kind=ValueModel))
     assert len(examples) == len(found) == 4
     assert all(len(answers) == (3 if kind == "best_of_n" else 1) or (kind == "beam" and answers) for answers in found)
 
@@ -235,16 +234,14 @@ class Likes(torch.nn.Module):
 def test_search_takes_the_answer_of_the_highest_value_and_wider_is_higher(nano):
     likes = load_tokenizer(nano)("=", add_special_tokens=False)["input_ids"][0]
     heights = {}
-    for kind, width in (("greedy", 1), ("best_of_n", 8), ("beam", 1), ("beam", 3), ("beam", 5), ("best_of_k", 5)):
-        value = None if kind == "greedy" else Likes(likes)
-        examples, found = search(kind, width, nano, value)
+    for kind, width in (("best_of_n", 1), ("best_of_n", 8), ("beam", 1), ("beam", 3), ("beam", 5), ("best_of_k", 5)):
+        examples, found = search(kind, width, nano, Likes(likes))
         best = [max(answers, key=lambda c: c.value) for answers in found]
-        if value is not None:  # eos is not read, and the prompt's are counted
-            for e, c in zip(examples, best, strict=True):
-                assert c.value == (e.prompt + c.response).count(likes)
+        for e, c in zip(examples, best, strict=True):  # eos is not read, and the prompt's are counted
+            assert c.value == (e.prompt + c.response).count(likes)
         heights[kind, width] = sum(c.response.count(likes) for c in best)
     assert heights["beam", 1] < heights["beam", 3] < heights["beam", 5]
-    assert heights["greedy", 1] < heights["best_of_n", 8]
+    assert heights["best_of_n", 1] < heights["best_of_n", 8]
     assert heights["beam", 1] < heights["best_of_k", 5]
 
 

@@ -185,8 +185,9 @@ def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(t
     answers = [[*ids, tokenizer.eos_token_id] for ids in texts]
 
     class Three(Asked):
-        def generate(self, prompts, **_):
-            return [[Completion(ids, [0.0] * len(ids), "stop") for ids in answers] for _ in prompts]
+        def generate(self, prompts, *, drawn, **_):
+            for i in range(len(prompts)):
+                drawn(i, [Completion(ids, [0.0] * len(ids), "stop") for ids in answers])
 
     monkeypatch.setattr(redi_data, "open_sampler", lambda *_: Three())
     turns = [{"role": "user", "content": "a=1\na?"}]
@@ -212,7 +213,7 @@ def test_own_answers_are_sampled_once_for_the_same_model_and_settings(tmp_path, 
     make(tmp_path / "data", *words)
     before = made()
     (tmp_path / "data" / "pairs.jsonl").unlink()
-    monkeypatch.setattr(redi_data, "grade", None)  # not needed again
+    monkeypatch.setattr(redi_data, "load_policy", None)  # not needed again
     make(tmp_path / "data", *words)
     assert made() == before
     with pytest.raises(TypeError):

@@ -151,7 +151,8 @@ class Asked:
         return [[Completion([5 + j, 6], [-1.0, -1.0], "length") for j in range(count)] for count in counts]
 
 
-def test_each_state_and_step_of_a_search_draws_from_a_stream_of_its_own():
+def test_each_state_and_step_of_a_search_draws_from_a_stream_of_its_own(monkeypatch):
+    monkeypatch.setattr(search, "state_values", lambda value, states, *_: [0.0] * len(states))
     sampler = Asked()
     search.search_answers(
         "beam", sampler, None, [[3], [4]], [7, 8], ONE_RANK, width=2, max_steps=3, max_tokens=9, temperature=0.7,

@@ -34,10 +34,10 @@ from tqdm import tqdm
 
 from common.data import InputError
 from common.rollout import Sampling, make_sampler
-from common.rows import render_prompt, set_template, with_bos
-from common.run import NotNegative, Positive, Share, check_fit, check_ranges, write_lines, write_whole
+from common.rows import render_prompt, with_bos
+from common.run import NotNegative, Positive, Share, check_fit, check_ranges, open_tokenizer, write_lines, write_whole
 from common.search import state_values
-from common.trainer import ValueModel, export, gather_lists, init_world, launch, load_policy, load_tokenizer, parse_args
+from common.trainer import ValueModel, export, gather_lists, init_world, launch, load_policy, parse_args
 
 NAMES = {  # for --names, by TextWorld's types
     "c": ["box", "chest", "safe", "trunk", "cabinet", "drawer", "fridge", "locker"],
@@ -326,8 +326,8 @@ def make_games(args: Args) -> None:
 
 
 def names_of(args: Args) -> dict[str, list[str]]:
-    """Return {type: the first --names names of it}; empty for the games' own names."""
-    return {type_: names[: args.names] for type_, names in NAMES.items()} if args.names else {}
+    """Return {type: the first --names names of it}."""
+    return {type_: names[: args.names] for type_, names in NAMES.items()}
 
 
 def open_game(name: str, path: str, kind: type, args: Args):
@@ -476,12 +476,11 @@ def main(args: Args) -> dict | None:
     try:
         if args.stage == "make":
             return make_games(args)
-        world, remote = init_world(), dict(trust_remote_code=True) if args.trust_remote_code else {}
+        world, remote = init_world(), dict(trust_remote_code=args.trust_remote_code)
         if args.stage == "expert" and world.size > 1:
             raise InputError("--stage expert runs in one process")
         scratch = args.stage == "expert" and args.model == "scratch"
-        tokenizer = load_tokenizer(scratch_model(args, world) if scratch else args.model, **remote)
-        set_template(tokenizer, args.chat_template, args.chat_template_args)
+        tokenizer = open_tokenizer(scratch_model(args, world) if scratch else args.model, args)
         if args.stage == "expert":
             rows = play_walkthroughs(args, tokenizer)
         else:

@@ -21,7 +21,6 @@ import math
 import re
 import string
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
@@ -57,8 +56,7 @@ class Run:
 def load_runs(folders: tuple[str, ...], verifier: str) -> list[Run]:
     """Return the runs, reduced to the questions that all of them were asked; what is left out is printed."""
     names = [Path(folder).resolve().name for folder in folders]
-    several = {name for name, count in Counter(names).items() if count > 1}
-    names = [f"{name} ({i})" if name in several else name for i, name in enumerate(names, 1)]
+    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
     runs = [Run(name, *load_run(folder, verifier)) for name, folder in zip(names, folders, strict=True)]
     common = set.intersection(*(set(run.records) for run in runs))
     if not common:

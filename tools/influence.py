@@ -29,6 +29,7 @@ import behavior_injection as bridge
 from behavior_injection import group_advantages, kernel_scores, model_of, per_step_influence, read_set, row_means
 from common.data import InputError
 from common.metrics import Clock
+from common.report import table
 from common.run import Grader, Positive, Row, mean, micro_batches, open_sampler, sample_rows
 from common.trainer import gather_lists, init_world, launch, load_policy, parse_args, sum_over_ranks
 
@@ -54,15 +55,12 @@ def objective_gradient(policy, rows: list[Row], n_rows: int, args: Args, world) 
 
     log pi is the mean over an answer's tokens. Rows without an advantage have no gradient and cost nothing."""
     rows = [row for row in rows if row.advantage]
-    parameters = list(policy.parameters())
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
+    policy.zero_grad()
     for batch, mine in micro_batches(rows, args, world):
         logp = row_means(policy(batch, temperature=args.temperature), batch, mine)  # [rows]
         ((logp * logp.new_tensor([row.advantage for row in mine])).sum() / n_rows).backward()
-    gradient = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
+    gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+    policy.zero_grad()
     return gradient
 
 
@@ -196,22 +194,19 @@ def influence(arm: str, args: Args, world) -> None:
 def summarize(found: list[dict], size: int) -> dict:
     """Rollout accuracies and dJ, over all queries and by how many of a query's `size` answers are correct."""
 
-    def mean_of(name: str, group: list[dict]) -> float | None:
-        return mean(query[name] for query in group)
+    def means(group: list[dict]) -> dict[str, float | None]:
+        return {name: mean(query[name] for query in group) for name in ("dJ", "cosine", "gradient_norm")}
 
     groups = [[query for query in found if query["right"] == k] for k in range(size + 1)]
     mixed = [query for query in found if 0 < query["right"] < size]
-    by_right = []
-    for k, group in enumerate(groups):
-        means = {name: mean_of(name, group) for name in ("dJ", "cosine", "gradient_norm")}
-        by_right.append({"right": k, "queries": len(group)} | means)
     differences = sum((query["dJ"] - query["dJ_inner"]) ** 2 for query in found)
     exact = sum(query["dJ_inner"] ** 2 for query in found)
     return {
-        "queries": len(found), "accuracy": mean_of("accuracy", found), "never": len(groups[0]) / len(found),
-        "sometimes": len(mixed) / len(found), "always": len(groups[-1]) / len(found),
-        "dJ": mean_of("dJ", found), "dJ_mixed": mean_of("dJ", mixed), "cosine": mean_of("cosine", mixed) or 0.0,
-        "by_right": by_right,
+        "queries": len(found), "accuracy": mean(query["accuracy"] for query in found),
+        "never": len(groups[0]) / len(found), "sometimes": len(mixed) / len(found),
+        "always": len(groups[-1]) / len(found),
+        "dJ": means(found)["dJ"], "dJ_mixed": means(mixed)["dJ"], "cosine": means(mixed)["cosine"] or 0.0,
+        "by_right": [{"right": k, "queries": len(group)} | means(group) for k, group in enumerate(groups)],
         # of the central difference against the inner product, over all queries
         "relative_error": math.sqrt(differences / exact) if exact else 0.0,
     }  # fmt: skip
@@ -249,12 +244,10 @@ def kernel_table(sketches: list[dict]) -> dict:
 
 def plot(summaries: dict[str, dict], path: Path) -> None:
     """Rollout accuracies, dJ and its cosine by accuracy, and co-influence; a colour for each arm."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2)
     width = 0.8 / len(summaries)
     kinds = sorted({name for summary in summaries.values() for name in summary["kernel"]})
     for i, (arm, summary) in enumerate(summaries.items()):
@@ -275,7 +268,6 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
     axes[1, 1].set_xticks(range(len(kinds)), [name.replace(" query, ", "\n") for name in kinds], fontsize=8)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(args: Args) -> None:
@@ -295,10 +287,9 @@ def main(args: Args) -> None:
             if measured.exists():
                 summaries[arm] = json.loads(measured.read_text())
         plot(summaries, Path(args.out, "influence.png"))
-        print(f"\n{'':11}queries solved: never  sometimes  always   mean dJ  cosine")
-        for arm, found in summaries.items():
-            never, sometimes, always, d_j, cosine = map(found.get, ("never", "sometimes", "always", "dJ", "cosine"))
-            print(f"{arm:11}{never:21.2f}{sometimes:11.2f}{always:8.2f}{d_j:10.4f}{cosine:8.3f}")
+        names = ("never", "sometimes", "always", "dJ", "cosine")
+        lines = [[arm, *(f"{found[name]:.4f}" for name in names)] for arm, found in summaries.items()]
+        print(f"\n{table([['queries solved', *names], *lines])}")
 
 
 if __name__ == "__main__":

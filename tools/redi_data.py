@@ -25,20 +25,19 @@ from tqdm import tqdm
 import redi
 from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
-from common.rollout import Sampling
-from common.rows import Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt
+from common.rows import Example, Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt
 from common.run import (
     NotNegative,
     Positive,
     Share,
     check_ranges,
-    keep_records,
+    keep_answers,
     open_sampler,
     open_tokenizer,
     write_lines,
 )
 from common.trainer import init_world, launch, load_policy, parse_args
-from common.verifiers import grade
+from common.verifiers import Verdict
 
 
 @dataclass
@@ -70,13 +69,13 @@ class Args:
     sampler_tokens: NotNegative[int] = 0  # Largest batch of the embedded sampler, as in redi.py
     seed: int = 42  # Seed of order, sampling and corruption
     timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
+    temperature, batch_size = 1.0, 256  # of own answers, the latter sampled, graded and kept at once; no flags
 
 
 PRESETS = {
     "tiny": dict(model="models/tiny", data="igsm:5-8", out="runs/tiny-data", verifier="boxed", max_prompt_tokens=160,
                  max_response_tokens=160, own_answers=4),
 }  # fmt: skip
-TOGETHER = 256  # problems that are sampled, graded and kept together
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -187,52 +186,48 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
 
     An answer that the length limit cut is not taken (it has no eos to learn from), nor one that the verifier could not
     grade. A problem whose prompt is over --max_prompt_tokens gets no answers."""
-    lacking = [i for i, problem in enumerate(problems) if problem.chosen is None or problem.rejected is None]
-    if not all(problems[i].gold for i in lacking):
-        raise InputError(f"{args.data}: --own_answers grades by 'reward_model' or 'answer', and a row has neither")
-    texts = [render_prompt(tokenizer, problems[i].prompt) for i in lacking]
-    prompts = dict(zip(lacking, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []))
-    asked = [i for i in lacking if len(prompts[i]) <= args.max_prompt_tokens]
-    policy = load_policy(args.model, world)
-    sampler = open_sampler(policy, tokenizer, args, world)
-    sampler.sync(policy, 0)
+    asked = []
+    for index, problem in enumerate(problems):
+        if problem.chosen and problem.rejected:
+            continue
+        if not problem.gold:
+            raise InputError(f"{args.data}: --own_answers grades by 'reward_model' or 'answer', and a row has neither")
+        text = render_prompt(tokenizer, problem.prompt)
+        [prompt] = tokenizer([text], add_special_tokens=False)["input_ids"]
+        if len(prompt) <= args.max_prompt_tokens:
+            asked.append(Example(prompt, None, problem.gold, f"{args.data}, shuffled", index, text))
 
-    def answers(part: list[int]) -> list[dict]:
-        groups = sampler.generate(
-            [prompts[i] for i in part], n=args.own_answers, keys=part, seed=args.seed,
-            sampling=Sampling(args.max_response_tokens, 1.0),
-        )  # fmt: skip
-        golds = [problems[i].gold for i, group in zip(part, groups, strict=True) for _ in group]
-        verdicts = iter(grade([tokenizer.decode(c.said) for g in groups for c in g], golds, verifier=args.verifier))
-        return [
-            {"id": i, "answers": [(c.ids, kind_of(c.truncated, next(verdicts))) for c in group]}
-            for i, group in zip(part, groups, strict=True)
-        ]
+    def sampler():
+        policy = load_policy(args.model, world)
+        sampler = open_sampler(policy, tokenizer, args, world)
+        sampler.sync(policy, version=0)
+        return sampler
 
     settings = json.dumps(dataclasses.asdict(args)), digest_of(args.model)
-    digest = data_digest([settings], ((prompts[i],) for i in asked))
+    digest = data_digest([settings], ((example.prompt,) for example in asked))
     kept = Path(args.out) / f"own_answers-{digest}.jsonl"  # other settings, data or weights have another file
-    parts = [asked[k : k + TOGETHER] for k in range(0, len(asked), TOGETHER)]
-    drawn = keep_records(kept, parts, answers, world)
-    sampler.close()
+    answers = keep_answers(kept, asked, sampler, {}, tokenizer, args, world, n=args.own_answers)
     count, tokens = dict.fromkeys(("right", "wrong", "cut short", "not graded"), 0), 0
-    for i, record in drawn.items():
-        for ids, kind in record["answers"]:
+    for example, drawn in zip(asked, answers, strict=True):
+        problem = problems[example.index]
+        for answer in drawn:
+            kind, ids = kind_of(answer), answer["response_ids"]
             count[kind] += 1
             tokens += len(ids)
             trace = Trace(tokenizer.decode(ids[:-1]), float(kind == "right"), ids)
             if kind == "right":
-                problems[i].chosen = problems[i].chosen or trace
+                problem.chosen = problem.chosen or trace
             elif kind == "wrong":
-                problems[i].rejected = problems[i].rejected or trace
+                problem.rejected = problem.rejected or trace
     if world.main:
         write_lines(Path(args.out) / "own_answers.json", [count | {"tokens": tokens}])
         print("own answers:", ", ".join(f"{n} {name}" for name, n in count.items()))
 
 
-def kind_of(cut: bool, verdict) -> str:
+def kind_of(answer: dict) -> str:
     """What an own answer counts as."""
-    if cut:
+    verdict = Verdict(answer["reward"], answer["status"], answer["detail"])
+    if answer["truncated"]:
         return "cut short"
     if verdict.status in ("timeout", "error") or gold_unreadable(verdict):
         return "not graded"
@@ -242,8 +237,8 @@ def kind_of(cut: bool, verdict) -> str:
 # ------------------------------------------------------------------------------------------------- the files
 
 
-def main(args: Args) -> dict[str, int]:
-    """Write positives.jsonl, pairs.jsonl and funnel.json; print and return the funnel."""
+def main(args: Args) -> None:
+    """Write positives.jsonl, pairs.jsonl and funnel.json; print the funnel."""
     check_ranges(args)
     check_verifier(args.verifier)
     world = init_world(args.timeout_minutes)
@@ -274,7 +269,6 @@ def main(args: Args) -> dict[str, int]:
         write_lines(out / "pairs.jsonl", [rows[pair.index] for pair in pairs])
         write_lines(out / "funnel.json", [funnel])
         print("\n".join(f"{n:>+10,}  {name}" if n <= 0 else f"{n:>10,}  {name}" for name, n in funnel.items()))
-    return funnel
 
 
 if __name__ == "__main__":
