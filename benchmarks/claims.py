@@ -321,13 +321,14 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def curve(folder: Path, metric: str | Callable) -> list[float]:
-    """A metric of a run, a value for each step that logged it; or what a function makes of the folder."""
+def curve(folder: Path, metric: str | Callable) -> list[tuple[float, float]]:
+    """A metric of a run, or what a function makes of its folder: (step, value), at most 20 means of adjacent steps."""
     if not (folder / "metrics.jsonl").exists():
         return []
-    if callable(metric):
-        return metric(folder)
-    return [row[metric] for row in read_metrics(folder) if row.get(metric) is not None]
+    values = metric(folder) if callable(metric) else [row.get(metric) for row in read_metrics(folder)]
+    values = [value for value in values if value is not None]  # steps that logged it
+    starts = range(0, len(values), width := max(1, -(-len(values) // 20)))
+    return [(min(start + width, len(values)), mean(values[start : start + width])) for start in starts]
 
 
 def cost(folder: Path, per_token: float) -> dict[str, float]:
@@ -447,7 +448,7 @@ def plot(results: dict, path: Path) -> None:
         for color, (name, lines) in enumerate((name, lines) for name, lines in runs.items() if any(lines)):
             for line in lines:
                 label = name if line is lines[0] else None
-                axis.plot(range(1, len(line) + 1), line, f"C{color}", lw=1, label=label)
+                axis.plot(*zip(*line, strict=True), f"C{color}", lw=1, label=label)
         axis.set(title=title, xlabel="step")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
@@ -498,7 +499,8 @@ def main(flags: Flags) -> None:
             for block in blocks:
                 results = json.loads(json.dumps(block.run()))
                 path = folder / f"claims-{block.name}.json"
-                path.write_text(json.dumps(results, indent=1) + "\n")
+                text = json.dumps(results, indent=1)
+                path.write_text(re.sub(r"\[[^][{}]*\]", lambda m: " ".join(m[0].split()), text) + "\n")  # short lists
                 plot(results, path.with_suffix(".png"))
                 print(f"{path}: {results['seconds']:.0f} s", flush=True)
         finally:  # an interruption ends the runs too
