@@ -42,7 +42,7 @@ TASK = f"--preset tiny {COMMON} --max_response_tokens {MAX_TOKENS} --eval_every 
 STEP = f"--step_delimiters {' '.join(walks.NODES)}"  # every node is a step
 LEARN = f"oreo.py {TASK} --model {{sft}}/model --steps {{steps}} --lr {{lr}} --stage"
 SEARCH = f"eval.py {COMMON} --data {{test}}/rows.jsonl --max_tokens {MAX_TOKENS} --temperature {{t}} {STEP}"
-RATES = dict(lrs=(3e-5, 1e-4, 3e-4))
+RATES = dict(lrs=(3e-5, 1e-4, 3e-4, 1e-3))
 TEST, VALID, STEPS, SEEDS = "{test}/rows.jsonl", "{valid}/rows.jsonl", (0, 60), 5  # 0: one pass over the answers
 SIZES = {"4k": 500, "24k": 3000, "80k": 10000}  # problems with 8 answers each
 
