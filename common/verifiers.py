@@ -34,7 +34,6 @@ import contextlib
 import fcntl
 import functools
 import importlib
-import itertools
 import json
 import logging
 import math
@@ -45,7 +44,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from multiprocessing.connection import wait
 from typing import NamedTuple
@@ -360,7 +358,18 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
     spec = _spec(verifier)
     if spec in IN_PROCESS:
         return [_judge(VERIFIERS[spec], *item) for item in zip(responses, golds, strict=True)]
-    verdicts = _run_workers(spec, responses, golds, workers, timeout)
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = _threads("worker", max(1, workers))
+    futures = [threads.submit(_grade_one, spec, *item, timeout) for item in zip(responses, golds, strict=True)]
+    try:
+        verdicts = [future.result() for future in futures]
+    except BaseException:  # Ctrl-C too: nothing of this call goes on
+        for future in futures:
+            future.cancel()
+        close()
+        raise
     failed = [verdict for verdict in verdicts if verdict.status == "error"]
     if failed and any(responses) and spec not in _announced:
         _announced.add(spec)
@@ -369,66 +378,50 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
     return verdicts
 
 
-def _run_workers(spec, responses, golds, workers, timeout):
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with _lock:
-        try:
-            return _run(spec, responses, golds, max(1, workers), timeout)
-        except BaseException:  # Ctrl-C too: no worker may keep an item of this call in hand
-            close()
-            raise
-
-
 def grade_later(responses, golds, **how) -> concurrent.futures.Future:
-    """`grade` in the background: .result() is what it returns, or raises. Calls that wait for the same verifier are
-    graded as one, so that an answer that hangs holds up one of the workers and not every call behind it."""
-    global _background
-    if _background is None:
-        _background = concurrent.futures.ThreadPoolExecutor(1, "grade")
-    future: concurrent.futures.Future = concurrent.futures.Future()
-    _waiting.append((responses, golds, how, future))
-    _background.submit(_grade_waiting)
-    return future
+    """`grade` in the background: .result() is what it returns, or raises. An answer that hangs holds up one of the
+    workers and not every call behind it."""
+    return _threads("call", 64).submit(grade, responses, golds, **how)
 
 
-def _grade_waiting():
-    jobs = []
-    while _waiting and (not jobs or _waiting[0][2] == jobs[0][2]):
-        jobs.append(_waiting.popleft())
-    if not jobs:  # an earlier call took them along
-        return
+def _grade_one(spec, response, gold, timeout):
+    """The verdict of a worker that no other thread has meanwhile."""
+    idle = _pools.setdefault(spec, [])
     try:
-        items = [item for responses, golds, _, _ in jobs for item in zip(responses, golds, strict=True)]
-        verdicts = iter(grade([r for r, _ in items], [g for _, g in items], **jobs[0][2]))
-        for responses, _, _, future in jobs:
-            future.set_result(list(itertools.islice(verdicts, len(responses))))
-    except BaseException as error:
-        for *_, future in jobs:
-            future.set_exception(error)
+        worker = idle.pop()
+        while worker.process.poll() is not None:  # it died
+            worker = idle.pop()
+    except IndexError:
+        worker = _Worker(spec)
+    verdict = worker.grade(response, gold, timeout)
+    if worker.process.returncode is None:
+        idle.append(worker)
+    return verdict
 
 
 def close() -> None:
     """Stop all workers; the next `grade` starts new ones. At exit it happens by itself."""
-    for worker in [worker for pool in _pools.values() for worker in pool]:
-        worker.kill()
     _pools.clear()
+    for worker in list(_workers):
+        worker.kill()
 
 
-_pools: dict[str, list["_Worker"]] = {}  # by verifier; workers live until `close`
+@functools.cache
+def _threads(kind, count):
+    """Threads that wait, each for a worker or for all of a call's."""
+    return concurrent.futures.ThreadPoolExecutor(count, f"grade-{kind}")
+
+
+_pools: dict[str, list["_Worker"]] = {}  # idle workers by verifier; they live until `close`
+_workers: set["_Worker"] = set()  # all
 _announced: set[str] = set()  # verifiers whose failure was printed
-_lock = threading.RLock()
-_background: concurrent.futures.ThreadPoolExecutor | None = None
-_waiting: collections.deque = collections.deque()  # (responses, golds, how, future) of `grade_later`
 atexit.register(close)
 
 
 def _forget():  # a forked child (a DataLoader's) must neither use nor keep open what leads to our workers
-    global _lock, _background
-    _lock, _background = threading.RLock(), None
     _pools.clear()
-    _waiting.clear()
+    _workers.clear()
+    _threads.cache_clear()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -444,29 +437,6 @@ def _spec(verifier):
     if verifier.__module__ == "__main__" or "<" in spec:
         raise ValueError(f"a worker cannot import {spec}: define it at the top of a module of its own")
     return spec
-
-
-def _run(spec, responses, golds, workers, timeout):
-    verdicts, todo = [None] * len(responses), collections.deque(range(len(responses)))
-    pool = _pools.setdefault(spec, [])
-    while todo or any(worker.item is not None for worker in pool):
-        pool[:] = [worker for worker in pool if worker.alive()]
-        busy = sum(worker.item is not None for worker in pool)
-        while len(pool) < min(workers, busy + len(todo)):
-            pool.append(_Worker(spec))
-        for worker in pool[:workers]:
-            if todo and worker.ready and worker.item is None:
-                item = todo.popleft()
-                worker.give(item, responses[item], golds[item], timeout)
-        waiting = [worker for worker in pool if worker.item is not None or not worker.ready]
-        left = min(worker.deadline for worker in waiting) - time.monotonic()
-        answered = wait([worker.sock for worker in waiting], timeout=max(0.0, left))
-        for worker in waiting:
-            if worker.sock in answered or worker.late():
-                item, verdict = worker.item, worker.take(worker.sock in answered)
-                if item is not None:
-                    verdicts[item] = verdict
-    return verdicts
 
 
 class _Worker:
@@ -496,22 +466,40 @@ class _Worker:
                 env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},  # sympy orders by hash
                 start_new_session=True,  # Ctrl-C is for us to handle
             )
-        self.spec, self.ready, self.item = spec, False, None
         self.lines = self.sock.makefile("r", encoding="ascii")
-        self.start_clock(START_TIMEOUT)
+        _workers.add(self)
+        try:
+            _, status, detail, _ = self.receive(START_TIMEOUT)
+        except (OSError, ValueError):
+            raise RuntimeError(f"verifier {spec}: a worker did not start, exit code {self.kill()}") from None
+        if status == "failed":
+            raise ImportError(f"verifier {spec}: {detail}")
 
-    def alive(self):
-        return self.item is not None or self.process.poll() is None
+    def grade(self, response, gold, timeout):
+        """Its verdict, or ours if it gives none by the deadline or dies. Then it is gone."""
+        try:
+            self.sock.settimeout(timeout)
+            self.sock.sendall(json.dumps([response, gold]).encode() + b"\n")
+            *verdict, retire = self.receive(timeout)
+            if retire:
+                self.kill()
+            return Verdict(*verdict)
+        except TimeoutError:
+            self.kill()
+            return Verdict(0.0, "timeout", "killed at its deadline")
+        except (OSError, ValueError):
+            return Verdict(0.0, "error", f"worker died, exit code {self.kill()}")
 
-    def start_clock(self, timeout):
-        self.since, self.timeout, self.starved_before = time.monotonic(), timeout, self.starved()
-        self.deadline = self.since + timeout
-
-    def late(self):
-        if time.monotonic() >= self.deadline:
-            starved = self.starved() - self.starved_before
-            self.deadline = self.since + self.timeout + min(starved, 2 * self.timeout)
-        return time.monotonic() >= self.deadline
+    def receive(self, timeout):
+        """What it says next: [reward, status, detail, whether it is to be replaced]."""
+        since, starved_before, left = time.monotonic(), self.starved(), timeout
+        while left > 0:
+            if wait([self.sock], left):
+                self.sock.settimeout(timeout)
+                return json.loads(self.lines.readline())
+            starved = self.starved() - starved_before
+            left = since + timeout + min(starved, 2 * timeout) - time.monotonic()
+        raise TimeoutError
 
     def starved(self):
         """Seconds in which the process was ready to run and had no core; 0 where there is no /proc."""
@@ -519,33 +507,8 @@ class _Worker:
             return int(file.read().split()[1]) / 1e9
         return 0.0
 
-    def give(self, item, response, gold, timeout):
-        self.item = item
-        self.start_clock(timeout)
-        self.sock.settimeout(timeout)
-        with contextlib.suppress(OSError):  # it died or does not read: `take` will tell
-            self.sock.sendall(json.dumps([response, gold]).encode() + b"\n")
-
-    def take(self, answered):
-        """The worker's verdict on its item, or ours on a worker that gave none, which is killed."""
-        self.item = None
-        if answered:
-            with contextlib.suppress(OSError, json.JSONDecodeError):
-                reward, status, detail, retire = json.loads(self.lines.readline())
-                if status == "failed":
-                    raise ImportError(f"verifier {self.spec}: {detail}")
-                self.ready = True
-                if retire:
-                    self.kill()
-                return Verdict(reward, status, detail)
-        code = self.kill()
-        if not self.ready:
-            raise RuntimeError(f"verifier {self.spec}: a worker did not start, exit code {code}")
-        if answered:
-            return Verdict(0.0, "error", f"worker died, exit code {code}")
-        return Verdict(0.0, "timeout", "killed at its deadline")
-
     def kill(self):
+        _workers.discard(self)
         self.process.kill()
         for end in (self.lines, self.sock, self.process.stdin):
             end.close()

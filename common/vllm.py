@@ -21,19 +21,17 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data import pack
-from common.rollout import Completion, Sampling
+from common.rollout import Completion, Sampler, Sampling, cache_size
 from common.trainer import Policy, World, full_parameters, gather_lists, reshard
 
 VLLM = "0.32.0"  # the version whose calls are used here
@@ -140,7 +138,7 @@ class Worker:
             self.process = None
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """Samples from a vLLM engine beside this rank.
 
     Every method is a collective: all ranks call it in the same order (a rank without prompts passes []). A worker
@@ -157,7 +155,6 @@ class VLLMSampler:
         self.stop_ids = sorted(set(stop_ids))
         self.cuda = world.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.version: int | None = None
         self.proven, self.restarts, self.syncs, self.label = False, 0, 0, ""
         self.memory = None  # shared with the worker on a CPU
         # the model as Transformers saves it: its checkpoint's names are those that vLLM loads
@@ -320,27 +317,16 @@ class VLLMSampler:
 
     # ------------------------------------------------------------------------------------------- completions
 
-    def generate(
-        self, prompts: list[list[int]], *, n: int | list[int], keys: list[int], seed: int, sampling: Sampling,
-        progress: str | None = None, drawn: Callable[[int, list[Completion]], None] | None = None,
-    ) -> list[list[Completion]]:  # fmt: skip
-        """As `EmbeddedSampler.generate`. Raises ValueError also on a prompt that is too long for vLLM."""
-        if self.version is None:
-            raise RuntimeError("the sampler has no current weights: call sync() before generate()")
+    def _generate(self, prompts, groups, keys, seed, sampling, bar, drawn) -> None:
         for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError("an empty prompt cannot be continued")
             if len(prompt) + sampling.max_tokens > self.max_tokens:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens: with max_tokens {sampling.max_tokens} that is more than "
                     f"the {self.max_tokens} that vLLM was started for"
                 )
-        counts = [n] * len(prompts) if isinstance(n, int) else n
         streams = [
             int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "big") for key in keys
         ]
-        groups: list[list[Completion | None]] = [[None] * count for count in counts]
-        bar = tqdm(total=sum(counts), desc=progress, unit="answer", leave=False, disable=progress is None)
         for attempt in range(MAX_RESTARTS + 1):
             missing = [(i, j) for i, group in enumerate(groups) for j, answer in enumerate(group) if answer is None]
 
@@ -348,7 +334,7 @@ class VLLMSampler:
                 i, j = missing[k]
                 groups[i][j] = completion
                 bar.update()
-                if drawn and None not in groups[i]:
+                if None not in groups[i]:
                     drawn(i, groups[i])
 
             requests = [(prompts[i], streams[i] + j) for i, j in missing]
@@ -358,8 +344,6 @@ class VLLMSampler:
             version = self.version
             self._restart(faults, attempt)
             self.sync(self.policy, version)
-        bar.close()
-        return groups
 
     def _draw(self, requests: list[tuple[list[int], int]], sampling: Sampling, take) -> None:
         """(prompt, seed) each; take(k, completion) as that of request k ends."""
@@ -403,9 +387,7 @@ def environment(world: World) -> dict[str, str]:
 
 def cpu_settings(config, max_tokens: int) -> dict:
     """vLLM's settings on a CPU, whose KV cache must be given in bytes."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = config.num_hidden_layers * heads * head_dim * 2 * 4 * (math.ceil(max_tokens / 128) * 128)  # bytes of K, V
+    row = cache_size(config) * 4 * (math.ceil(max_tokens / 128) * 128)  # bytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "dtype": "float32", "enforce_eager": True, "max_num_seqs": SEQUENCES,

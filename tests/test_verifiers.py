@@ -585,7 +585,7 @@ def test_workers_die_with_a_killed_parent(users, response):
         f"""
         import os, time
         from common import verifiers
-        verifiers.grade(["", ""], ["", ""], verifier="user_verifiers:hang", workers=2)
+        verifiers.grade([""] * 20, [""] * 20, verifier="user_verifiers:hang", workers=2)
         print(*(worker.process.pid for worker in verifiers._pools["user_verifiers:hang"]), flush=True)
         if {response!r} == "forked" and os.fork() == 0:  # a child that outlives its parent
             time.sleep(20)
