@@ -339,7 +339,7 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
             count["trace_too_long"] += 1
         else:
             pairs.append(Pair(*(array("i", x or []) for x in (prompt, *ids)), item.weight, index))
-    return pairs, with_kept(pairs, count, source, vars(args))
+    return pairs, with_kept(pairs, count, source, args)
 
 
 # ------------------------------------------------------------------------------------------------- the loop

@@ -12,9 +12,8 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,6 +36,11 @@ def _to_disk(path: Path) -> None:
     os.close(descriptor)
 
 
+def _sha256(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def changed_settings(there: dict, here: dict, names) -> str:
     """Which of the settings `names` differ, in words; "" for none."""
     return "; ".join(
@@ -51,13 +55,11 @@ def digest_of(model: str) -> str:
     if not folder.is_dir():
         return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None) or model
 
-    def digest(path: Path) -> bytes:
-        with open(path, "rb") as file:
-            return path.name.encode() + hashlib.file_digest(file, "sha256").digest()
-
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     with ThreadPoolExecutor(16) as pool:  # sha256 runs without Python's lock
-        return hashlib.sha256(b"".join(pool.map(digest, files))).hexdigest()[:16]
+        digests = pool.map(_sha256, files)
+    parts = [path.name.encode() + digest for path, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 class Checkpoints:
@@ -81,8 +83,8 @@ class Checkpoints:
         self.settings = json.loads(json.dumps(dataclasses.asdict(args)))
         self.data = None  # digest of what is trained on (check_data)
         self.background = torch.cuda.is_available() if background is None else background
-        self._writer: threading.Thread | None = None
-        self._failed: BaseException | None = None
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future | None = None  # of the checkpoint that is being written
         self._group = dist.new_group(backend="gloo") if self.background else None  # apart from the training's
 
     def latest(self) -> Path | None:
@@ -140,19 +142,14 @@ class Checkpoints:
     def _sums(self, path: Path, world: World, group=None) -> dict[str, str]:
         """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
         names = sorted(p.name for p in path.iterdir() if p.name != "SHA256SUMS")
-        mine = []
-        for name in names[world.rank :: world.size]:
-            with open(path / name, "rb") as file:
-                mine.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
+        mine = [(name, _sha256(path / name).hex()) for name in names[world.rank :: world.size]]
         return dict(sorted(gather_lists(mine, world, group)))
 
     def _damage(self, path: Path, world: World) -> str | None:
         """What is wrong with a checkpoint, or None. Collective; the same answer on every rank."""
         listed = path / "SHA256SUMS"
-        expected = {}
-        if listed.is_file():
-            lines = listed.read_text(errors="replace").splitlines()
-            expected = {line[66:]: line[:64] for line in lines}
+        lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
+        expected = {line[66:]: line[:64] for line in lines}
         found = self._sums(path, world)
         if missing := sorted(expected.keys() - found.keys()):
             return f"{missing[0]} is missing"
@@ -203,11 +200,10 @@ class Checkpoints:
                 shutil.rmtree(stale)
         dist.barrier()
         pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
-        named = {name.removeprefix("-") or "policy": model for name, (model, _) in pairs.items()}
         configs = {}
-        for name, model in named.items():  # where a model was read from is no part of what it is
+        for name, (model, _) in pairs.items():  # where a model was read from is no part of what it is
             about = {"dtype": str(model.lm.saved_dtype).removeprefix("torch."), "_name_or_path": ""}
-            configs[name] = model.lm.config.to_dict() | about
+            configs[name.removeprefix("-") or "policy"] = model.lm.config.to_dict() | about
         state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
         state |= {"configs": configs, **extra}
         start, tensors = time.perf_counter(), self._tensors(pairs)
@@ -218,23 +214,17 @@ class Checkpoints:
             copied = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group)
 
         def write():
-            try:
-                copied.result()
-                self._commit(partial, state, world, start)
-            except BaseException as error:  # raised again by wait(), in the training's thread
-                self._failed = error
+            copied.result()
+            self._commit(partial, state, world, start)
 
-        self._writer = threading.Thread(target=write, name=f"checkpoint of step {step}")
-        self._writer.start()
+        self._written = self._writer.submit(write)
 
     def wait(self) -> None:
         """Return when the last checkpoint is complete; raises what kept it from that."""
-        if self._writer:
-            self._writer.join()
-            self._writer = None
-            if self._failed:
-                with self._explain(None):
-                    raise self._failed
+        written, self._written = self._written, None
+        if written:
+            with self._explain(None):
+                written.result()
 
     @contextlib.contextmanager
     def _explain(self, step: int | None):

@@ -13,7 +13,6 @@ Nothing is padded, and no mask is ever read off a pad id:
 Sequences that begin with the same prompt, as the answers of a group do, share its tokens: it is read once.
 """
 
-import heapq
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from inspect import signature
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
@@ -31,6 +31,11 @@ from common.verifiers import grade
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message names the row, the flag and the remedy; exit code 2."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_verifier(name: str) -> None:
@@ -147,20 +152,19 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
     if not sequences:
         tokens, positions, rows = [0], [torch.tensor([0])], [torch.tensor([0])]
 
-    like, blocks = BLOCK[torch.device(device).type], []
-    parts, real = [], []  # of the cells: a row, its padding, the next row, ...
+    like, blocks = BLOCK[torch.device(device).type], []  # lists of rows, the longest first
     for row in sorted(rows, key=len, reverse=True):
-        if not blocks or len(row) < like * blocks[-1][1]:
-            blocks.append((0, len(row)))
-        count, width = blocks[-1]
-        blocks[-1] = (count + 1, width)
-        parts += [row, row[:1].expand(width - len(row))]
-        real += [torch.ones(len(row), dtype=torch.bool), torch.zeros(width - len(row), dtype=torch.bool)]
-    cells, filled = torch.cat(parts), torch.cat(real).nonzero()[:, 0]  # [C], which of them are no padding
+        if not blocks or len(row) < like * len(blocks[-1][0]):
+            blocks.append([])
+        blocks[-1].append(row)
+    shapes = [(len(block), len(block[0])) for block in blocks]
+    cells = torch.cat([pad_sequence(block, batch_first=True, padding_value=-1).flatten() for block in blocks])  # [C]
+    filled = (cells >= 0).nonzero()[:, 0]  # which of them are no padding
+    cells = cells.clamp(min=0)
     home = torch.full((len(tokens),), len(cells)).scatter_reduce(0, cells[filled], filled, "amin")  # a token's first
     copies = filled[home[cells[filled]] != filled]
     dense = torch.equal(cells, torch.arange(len(tokens)))
-    widths = torch.tensor([0, *(width for count, width in blocks for _ in range(count))])
+    widths = torch.tensor([0, *(width for count, width in shapes for _ in range(count))])
 
     def tensor(values):
         return to_device(torch.as_tensor(values, dtype=torch.long), device)
@@ -168,7 +172,7 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
     sizes = torch.tensor([len(response) for _, response in sequences], dtype=torch.long)
     return TokenBatch(
         tensor(tokens)[None], tensor(torch.cat(positions))[None],
-        Packing(blocks, tensor(widths.cumsum(0)).int(), tensor(cells), tensor(home), tensor(copies), dense),
+        Packing(shapes, tensor(widths.cumsum(0)).int(), tensor(cells), tensor(home), tensor(copies), dense),
         tensor(torch.cat(predictors)), tensor(targets), tensor(torch.arange(len(sizes)).repeat_interleave(sizes)),
         max(max(tokens), max(targets, default=0)),
     )  # fmt: skip
@@ -374,11 +378,12 @@ def cost(tokens: int) -> float:
 def _fill_bins(lengths: list[int], n: int, max_tokens: int) -> list[list[int]] | None:
     """Each sequence, the longest first, goes to the bin of the least cost; None if it does not fit there."""
     bins: list[list[int]] = [[] for _ in range(n)]
-    heap = [(0.0, b, max_tokens) for b in range(n)]  # cost, bin, room
+    costs, room = [0.0] * n, [max_tokens] * n
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        so_far, b, room = heapq.heappop(heap)
-        if bins[b] and lengths[i] > room:
+        b = costs.index(min(costs))
+        if bins[b] and lengths[i] > room[b]:
             return None
         bins[b].append(i)
-        heapq.heappush(heap, (so_far + cost(lengths[i]), b, room - lengths[i]))
+        costs[b] += cost(lengths[i])
+        room[b] -= lengths[i]
     return [sorted(batch) for batch in bins]

@@ -26,7 +26,7 @@ import jinja2
 from tqdm import tqdm
 
 import igsm
-from common.data import InputError
+from common.data import InputError, first_line
 from common.verifiers import last_boxed
 
 THINK = "<think>\n"
@@ -82,9 +82,8 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
         name, _, config = source.partition(":")
         rows = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({reason})"
+            f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({first_line(error)})"
         ) from error
     return map(dict, rows)
 
@@ -131,6 +130,7 @@ def _read_file(path: Path) -> Iterator[dict]:
         except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not a readable parquet file ({error})") from error
         return
+    where = str(path)
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.name.lower().endswith(".gz") else content
@@ -138,18 +138,15 @@ def _read_file(path: Path) -> Iterator[dict]:
         if ending == ".csv":
             csv.field_size_limit(2**31 - 1)
             yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            return
-        if ending == ".json" and text.lstrip().startswith("["):
+        elif ending == ".json" and text.lstrip().startswith("["):
             yield from json.loads(text)
-            return
+        else:
+            for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
+                where = f"{path}, line {number}"
+                if line.strip():
+                    yield json.loads(line)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error})") from error
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+        raise InputError(f"{where}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error})") from error
 
 
 # --------------------------------------------------------------------------------------------------- items
@@ -267,24 +264,19 @@ def _gold(*values) -> str:
     return ""
 
 
-def _golds(row: dict) -> str:
-    """The gold of a row with a prompt: reward_model's ground_truth, answer or ground_truth."""
-    reward_model = row.get("reward_model")
-    if reward_model is not None and not isinstance(reward_model, dict):
-        raise TypeError("'reward_model' must be {ground_truth}")
-    return _gold((reward_model or {}).get("ground_truth"), row.get("answer"), row.get("ground_truth"))
-
-
 def _number(value, name: str) -> float:
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise TypeError(f"'{name}' must be a number, not {value!r}")
     return float(value)
 
 
-def _with_prompt(row: dict, **more) -> Item:
+def _with_prompt(row: dict) -> Item:
     prompt = _turns(row.get("prompt"), "prompt")
-    asked = [turn["content"] for turn in prompt if turn["role"] == "user"]
-    return Item(prompt, (asked or [prompt[-1]["content"]])[-1], _golds(row), **more)
+    asked = [turn["content"] for turn in prompt if turn["role"] == "user"] or [prompt[-1]["content"]]
+    reward_model = row.get("reward_model") or {}
+    if not isinstance(reward_model, dict):
+        raise TypeError("'reward_model' must be {ground_truth}")
+    return Item(prompt, asked[-1], _gold(reward_model.get("ground_truth"), row.get("answer"), row.get("ground_truth")))
 
 
 def _luffy(row: dict) -> Item:
@@ -487,17 +479,15 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
         if switches:
             raise InputError("--chat_template_args: the tokenizer has no chat template; pass --chat_template FILE")
         return tokenizer  # render_prompt says what is missing, if it is called
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else tokenizer.get_chat_template()
+    before, _, template = tokenizer.get_chat_template().rpartition(SWITCHES)
     for switch in switches:
         key, equals, value = switch.partition("=")
         if not equals or not key.isidentifier():
             raise InputError(f"--chat_template_args {switch}: expected key=value, as in enable_thinking=false")
-        if not re.search(rf"\b{key}\b", template.rpartition(SWITCHES)[2]):
+        if not re.search(rf"\b{key}\b", template):
             raise InputError(f"--chat_template_args {switch}: the chat template has no switch '{key}'")
-        setting = f"{{% set {key} = {_literal(value)} %}}"
-        before, _, rest = template.rpartition(SWITCHES)
-        before = re.sub(rf"\{{% set {key} = .*? %\}}", "", before)
-        template = f"{before}{setting}{SWITCHES}{rest}"
+        before = re.sub(rf"\{{% set {key} = .*? %\}}", "", before) + f"{{% set {key} = {_literal(value)} %}}"
+    template = f"{before}{SWITCHES}{template}" if before else template
     if think and "<think>" not in template:
         template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
     if switches or think:
@@ -514,16 +504,12 @@ def _literal(value: str) -> str:
     return "none" if parsed is None or value == "None" else json.dumps(parsed)
 
 
-def render_prompt(tokenizer, messages: list[dict], template: str | None = None) -> str:
-    """The prompt text that generation starts from. `template`: Jinja source; None takes the tokenizer's own."""
-    if template is None and not tokenizer.chat_template:
-        raise InputError(
-            "the model folder's tokenizer has no chat template: pass --chat_template FILE with a Jinja template"
-        )
+def render_prompt(tokenizer, messages: list[dict]) -> str:
+    """The prompt text that generation starts from."""
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer of --model has no chat template: pass --chat_template FILE (a Jinja template)")
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError) as error:  # a broken template, or one that refuses these roles
         raise InputError(f"the chat template cannot render {[m['role'] for m in messages]} turns ({error})") from error
 
@@ -617,10 +603,10 @@ LEFT_OUT = {  # counts of rows and traces that are left out, in words
 }
 
 
-def with_kept(found: list, count: dict[str, int], source: str, limits: dict) -> dict[str, int]:
-    """The counts, and how many were kept. Raises InputError if that is none. limits: the flags' values."""
+def with_kept(found: list, count: dict[str, int], source: str, args) -> dict[str, int]:
+    """The counts, and how many were kept. Raises InputError if that is none."""
     if not found:
-        why = ", ".join(f"{n} {LEFT_OUT[name]}".format(**limits) for name, n in count.items() if name in LEFT_OUT)
+        why = ", ".join(f"{n} {LEFT_OUT[name]}".format(**vars(args)) for name, n in count.items() if name in LEFT_OUT)
         raise InputError(f"{source}: no row is left of {count['rows']} ({why})")
     return count | {"kept": len(found)}
 
@@ -641,10 +627,10 @@ class Example:
     trace_logps: list[float] | None = None  # the teacher's own log-probs of the trace's tokens, where they are given
 
 
-def given_logps(probs: list | None, trace: list[int] | None, where: str) -> list[float] | None:
+def given_logps(probs: list | None, trace: list[int], where: str) -> list[float] | None:
     """The teacher's log-probs of a trace from the column 'target_probs': a probability for each of its tokens, with or
     without the eos (then NaN: its loss is the one without a teacher's probability). None without the column."""
-    if probs is None or trace is None:
+    if probs is None:
         return None
     try:
         logps = [math.log(p) for p in probs]
@@ -752,20 +738,19 @@ def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, in
         question = str(row.get("question")), tuple(prompt)  # files of several sources may number alike
         number = questions.setdefault(question, len(questions))
         found.append((prompt, response, mask, trace.reward, number, index))
-    return found, with_kept(found, count, source, vars(args))
+    return found, with_kept(found, count, source, args)
 
 
 def make_examples(
-    rows: list[dict], tokenizer, *, source: str, max_prompt_tokens: int, max_response_tokens: int,
-    traces: str = "needed", golds: bool = True, empty_trace: str = "error", long_trace: str = "reject", reshape=None,
-    progress: bool = False,
+    rows: list[dict], tokenizer, args, *, source: str, traces: str = "needed", golds: bool = True,
+    empty_trace: str = "error", long_trace: str = "reject", reshape=None, progress: bool = False,
 ) -> tuple[list[Example], dict[str, int]]:  # fmt: skip
     """Rows to examples, and a count of what was left out and why. The trace is the first correct one of the row.
 
     traces:       "needed" (a row must have one) or "ignored" (on-policy methods, evaluation).
     golds:        a row must have a gold answer.
     empty_trace:  "error", "drop" the row, or "on_policy": keep the question without a teacher row.
-    long_trace:   what becomes of a trace (eos included) of more than max_response_tokens. "reject" the row; "drop" the
+    long_trace:   what becomes of a trace (eos included) over args.max_response_tokens. "reject" the row; "drop" the
                   trace; "cut" it, which loses the eos and the answer; "end": cut it, with an eos as its last token.
     reshape:      (item, row) -> item, for a method that asks a question in its own way.
     Raises InputError naming `source`, the row and the field."""
@@ -782,7 +767,7 @@ def make_examples(
 
     for index, item, text, prompt, ids in encode(rows, tokenizer, read, source=source, progress=progress):
         ids, where = ids or [], f"{source}, row {index}"
-        if len(prompt) > max_prompt_tokens:
+        if len(prompt) > args.max_prompt_tokens:
             count["prompt_too_long"] += 1
             continue
         if traces == "needed" and not ids:
@@ -795,18 +780,16 @@ def make_examples(
             count["trace_empty"] += 1
             if empty_trace == "drop":
                 continue
-        if len(ids) > max_response_tokens:
+        if len(ids) > args.max_response_tokens:
             count["trace_too_long"] += 1
             if long_trace == "reject":
                 continue
-            ids = [] if long_trace == "drop" else ids[:max_response_tokens]
+            ids = [] if long_trace == "drop" else ids[: args.max_response_tokens]
             if long_trace == "end":
                 ids[-1] = tokenizer.eos_token_id
-        probs = next((t.probs for t in item.traces[:1]), None) if ids else None
-        logps = given_logps(probs, ids, where)
+        logps = given_logps(item.traces[0].probs, ids, where) if ids else None
         examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps))
-    limits = dict(max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens)
-    return examples, with_kept(examples, count, source, limits)
+    return examples, with_kept(examples, count, source, args)
 
 
 def check_gold(item: Item, row: dict, where: str) -> None:
@@ -837,10 +820,8 @@ _reported: set[str] = set()
 
 def read_examples(source: str, tokenizer, args, *, split: str, limit: int = 0, **options):
     """Examples of a data flag, and the counts of what was left out. `options`: those of `make_examples`."""
-    return make_examples(
-        load_rows(source, split=split, limit=limit or None, problems=args.igsm_problems), tokenizer, source=source,
-        max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens, **options,
-    )  # fmt: skip
+    rows = load_rows(source, split=split, limit=limit or None, problems=args.igsm_problems)
+    return make_examples(rows, tokenizer, args, source=source, **options)
 
 
 def held_out_examples(tokenizer, args, **options) -> list[Example]:

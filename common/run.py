@@ -187,13 +187,9 @@ class Run:
             self.checkpoints.check_space(policy, more)
         if self.args.gradient_checkpointing == "auto":
             keep_activations(policy, self.args.micro_batch_tokens, self.world)
-
-    @functools.cached_property
-    def metrics(self) -> Metrics:
-        return Metrics(self.out, self.args, self.world, start=self.start, steps=self.steps)
+        self.metrics = Metrics(self.out, self.args, self.world, start=self.start, steps=self.steps)
 
     def __iter__(self) -> Iterator[int]:
-        self.metrics  # noqa: B018  (opens the files of OUT: what cannot be used is reported before the first step)
         self.clock = Clock(self.args.profile, self.out)
         while self.step < self.steps:
             self.step += 1
@@ -452,16 +448,16 @@ def keep_answers(
 
     After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
     it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
-    sampler, grader = functools.cache(open_sampler), Grader(tokenizer, args.verifier)
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
     keep_settings(path.with_suffix(".json"), settings, settings, f"{path} has answers of other settings", world)
+    sampler = open_sampler() if len(read_records(path)) < len(examples) else None
+    grader = Grader(tokenizer, args.verifier)
 
     def answer(part: list[int]) -> list[dict]:
         batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
         rows = sample_rows(
-            sampler(), batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader,
-            top_p=top_p,
-        )  # fmt: skip
+            sampler, batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader, top_p=top_p
+        )
         grader.wait()
         for row in rows:
             records[row.group]["answers"].append({
@@ -473,8 +469,8 @@ def keep_answers(
     ids = list(range(len(examples)))
     parts = [ids[i : i + args.batch_size] for i in ids[:: args.batch_size]]
     records = keep_records(path, parts, answer, world)
-    if sampler.cache_info().currsize:
-        sampler().close()
+    if sampler:
+        sampler.close()
     return [record["answers"] for record in records.values()]
 
 
@@ -645,8 +641,6 @@ def per_token(batch, values: list) -> torch.Tensor:
     """[N], a value for each response token. values: for each row one number, or a list with one for each token."""
     if values and isinstance(values[0], list):
         return to_device(torch.tensor([x for row in values for x in row]), batch.targets.device)
-    if not values:
-        return batch.targets.new_empty(0)
     return to_device(torch.tensor(values), batch.targets.device)[batch.sequence]
 
 

@@ -8,6 +8,7 @@
 A reader of an algorithm need not know how models are checked and sharded, and how ranks fail together.
 """
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -43,7 +44,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from common.data import InputError, TokenBatch, pack, read
+from common.data import InputError, TokenBatch, first_line, pack, read
 from common.logprobs import free_memory, linear_kl, linear_logprobs
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -64,13 +65,9 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
         argv.remove("--print_settings")
     values, selected = {field.name: field.default for field in dataclasses.fields(args_type)}, {}
     for flag, table in defaults.items():
-        chosen = values[flag]
-        for i, word in enumerate(argv):
-            if word == f"--{flag}" and i + 1 < len(argv):
-                chosen = argv[i + 1]
-            elif word.startswith(f"--{flag}="):
-                chosen = word.split("=", 1)[1]
-        selected[flag] = chosen
+        reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        reader.add_argument(f"--{flag}", default=values[flag])
+        chosen = selected[flag] = getattr(reader.parse_known_args(argv)[0], flag)
         values |= {flag: chosen} if chosen in table else {}
         for name, value in table.get(chosen, {}).items():
             values |= value.get(selected[name], {}) if isinstance(value, dict) else {name: value}
@@ -292,17 +289,13 @@ def change_logits(logits: torch.Tensor, *, cap: float, scale: float) -> torch.Te
 VALUE_HEADS = ("ForSequenceClassification", "LLMForSequenceRegression")  # architectures; the second is OREO's own
 
 
-class ValueModel(nn.Module):
-    """A language model's body with a linear head: forward returns the value of a state, one number, float32.
+class ValueModel(Policy):
+    """The same body with a linear head: forward returns the value of a state, one number, float32.
 
     On disk it is a sequence-classification folder with one label, or one of the published OREO code, whose head is
     called value_head. A language model's folder gets a head of zeros, so every value starts at 0."""
 
     auto = AutoModelForSequenceClassification
-
-    def __init__(self, lm: nn.Module):
-        super().__init__()
-        self.lm = lm
 
     def forward(self, batch: TokenBatch, *, raw: bool = False):
         """-> values [N]: the n-th is that of the text which the n-th response token follows.
@@ -310,8 +303,6 @@ class ValueModel(nn.Module):
         With `raw`: hidden states [N, H]."""
         hidden = predictor_states(self.lm, batch).float()
         return hidden if raw else self.lm.score(hidden)[:, 0].clone()  # FSDP2 warns of views
-
-    plain, train = Policy.plain, Policy.train
 
 
 def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:
@@ -335,8 +326,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False):
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise many types here; all mean: no tokenizer
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--model {path}: no tokenizer there ({reason})") from error
+        raise InputError(f"--model {path}: no tokenizer there ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {path}: the tokenizer has no eos token; set one in tokenizer_config.json")
     return tokenizer
@@ -377,6 +367,7 @@ def load_policy(
         if edit_config:
             edit_config(config)
         _check_config(config, flag, kind)
+        _switch_off_dropout(config)
         has_value_head = any(name in str(config.architectures) for name in VALUE_HEADS)
         if kind is ValueModel and not (has_value_head or new_head or from_config):
             raise InputError(
@@ -399,11 +390,10 @@ def load_policy(
         raise InputError(f"{flag}: cannot be loaded ({reason})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if not has_value_head and "score.weight" in report.get("missing_keys", ()):
-        report["missing_keys"].remove("score.weight")
-        report["unexpected_keys"] -= {"lm_head.weight", "embed_out.weight"}
+    head_is_new = kind is ValueModel and not has_value_head
+    heads = {"score.weight", "lm_head.weight", "embed_out.weight"} if head_is_new else set()  # these are not read
     for problem in ("missing", "unexpected"):
-        if names := sorted(report.get(f"{problem}_keys", ())):
+        if names := sorted(set(report.get(f"{problem}_keys", ())) - heads):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise InputError(f"{flag}: its weights do not fit its config.json: {problem} are {some}")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
@@ -413,8 +403,8 @@ def load_policy(
         _add_lora(lm, lora, seed)
     if kind is ValueModel:
         lm.score.requires_grad_(True)
-        if not has_value_head:
-            nn.init.zeros_(lm.score.weight)
+    if head_is_new:
+        nn.init.zeros_(lm.score.weight)
     if gradient_checkpointing == "auto":
         gradient_checkpointing = world.device.type == "cuda" and lm.supports_gradient_checkpointing
     if gradient_checkpointing in (True, "all"):
@@ -433,19 +423,6 @@ def load_policy(
 OWN_ATTENTION = "its attention does not go through Transformers' interfaces for attention and masks"
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def nested(config: PreTrainedConfig):
-    """Yield a configuration and those in it."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from nested(value)
-
-
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Number of positions for which the model computes a token alike in every batch; None: any number.
 
@@ -460,15 +437,20 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _check_config(config: PreTrainedConfig, flag: str, kind: type) -> None:
-    """Raise InputError for what is known not to work; switch noise off."""
+    """Raise InputError for what is known not to work."""
     if kind is Policy and any(name in str(config.architectures) for name in VALUE_HEADS):
         raise InputError(f"{flag}: it is a value model, not a language model")
     if getattr(config, "quantization_config", None):
         raise InputError(f"{flag}: quantised weights cannot be trained: save them dequantised")
-    for c in nested(config):
-        for name, value in vars(c).items():
-            if isinstance(value, float) and "drop" in name:  # dropout, layer drop
-                setattr(c, name, 0.0)
+
+
+def _switch_off_dropout(config: PreTrainedConfig) -> None:
+    """Set dropout and layer drop to 0, also in configurations within this one."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            _switch_off_dropout(value)
+        elif isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
 
 
 # -------------------------------------------------------------------------------------------- proof at load
@@ -499,7 +481,7 @@ def prove(model, flag: str) -> None:
     ids = torch.randint(len(lm.get_input_embeddings().weight), (3, size), generator=torch.Generator().manual_seed(0))
     a, b, c = ids.tolist()
     rows = [(a[:5], a[5:-2]), (a[:5], b[5:]), (c[:2], c[2:-1])]
-    states = not isinstance(model, Policy)
+    states = isinstance(model, ValueModel)
 
     def packed(rows, raw=states):  # -> [N] or [N, H]
         out = model(pack(rows, device), raw=raw)
@@ -540,15 +522,14 @@ def prove(model, flag: str) -> None:
 @contextlib.contextmanager
 def _plain_attention(model: nn.Module):
     """Let the model compute with Transformers' eager attention."""
-    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
-    before = {key: c._attn_implementation for key, c in configs.items()}
-    for c in configs.values():
+    configs = [c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)]
+    for c in configs:
         c._attn_implementation = "eager"
     try:
         yield
     finally:
-        for key, c in configs.items():
-            c._attn_implementation = before[key]
+        for c in configs:
+            c._attn_implementation = "packed"
 
 
 class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):
@@ -647,7 +628,6 @@ def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
     except ImportError as error:
         raise InputError("LoRA needs its package: pip install peft") from error
     body = lm.requires_grad_(False).get_decoder()
-    linear = [name for name, module in body.named_modules() if isinstance(module, nn.Linear)]
     known = {f"{name}.weight" for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     if others := [name for name, p in body.named_parameters() if p.ndim > 1 and name not in known]:
         raise InputError(
@@ -656,8 +636,7 @@ def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        names = sorted({name.rsplit(".")[-1] for name in linear})
-        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names), body)
+        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"), body)
 
 
 def layers_of(lm: nn.Module) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,9 +28,12 @@ def row(question="a=5\na?", trace="<think>\na=5\n</think>\n\\boxed{5}", gold="5"
     } | extra
 
 
-def examples(rows, **options):
-    options = {"source": "toy.jsonl", "max_prompt_tokens": 64, "max_response_tokens": 32} | options
-    return make_examples(rows, TOKENIZER, **options)
+def limits(prompt=64, response=32):
+    return SimpleNamespace(max_prompt_tokens=prompt, max_response_tokens=response)
+
+
+def examples(rows, args=limits(), **options):  # noqa: B008
+    return make_examples(rows, TOKENIZER, args, source="toy.jsonl", **options)
 
 
 # -------------------------------------------------------------------------------------------------- loading
@@ -85,12 +89,12 @@ def test_a_hub_name_may_carry_its_configuration(monkeypatch):
 )
 def test_an_answer_that_is_not_gsm8ks_is_refused(answer, message):
     with pytest.raises(InputError, match=f"toy.jsonl, row 0: {message}"):
-        examples([{"question": "Q?", "answer": answer}], max_prompt_tokens=400)
+        examples([{"question": "Q?", "answer": answer}], limits(400))
 
 
 def test_where_no_trace_is_needed_an_answer_alone_will_do():
     rows = [{"question": "Q?", "answer": answer} for answer in ("(1, 2)", "#### 1,200")]
-    found, _ = examples(rows, traces="ignored", max_prompt_tokens=400)
+    found, _ = examples(rows, limits(400), traces="ignored")
     assert [e.gold for e in found] == ["(1, 2)", "1200"]
 
 
@@ -164,17 +168,17 @@ def test_a_malformed_row_is_named(broken):
 
 def test_nothing_left_is_an_error_that_says_why():
     with pytest.raises(InputError, match="no row is left of 2 .*2 prompts over --max_prompt_tokens 3"):
-        examples([row(), row()], max_prompt_tokens=3)
+        examples([row(), row()], limits(3))
 
 
 def test_a_tokenizer_without_chat_template_needs_the_flag(tmp_path):
     bare = igsm.tokenizer("symbolic")
     bare.chat_template = None
     with pytest.raises(InputError, match="--chat_template"):
-        make_examples([row()], bare, source="x", max_prompt_tokens=64, max_response_tokens=32)
+        make_examples([row()], bare, limits(), source="x")
     (tmp_path / "template.jinja").write_text("{{ messages[0].content }}\n")
     set_template(bare, str(tmp_path / "template.jinja"))
-    [e], _ = make_examples([row()], bare, source="x", max_prompt_tokens=64, max_response_tokens=32)
+    [e], _ = make_examples([row()], bare, limits(), source="x")
     assert e.text == "a=5\na?"
 
 
@@ -250,7 +254,6 @@ ROWS = {  # a row of each shape: correct traces, incorrect ones, gold
         {"question": "a?", "choices": {"text": ["4", "5"], "label": ["A", "B"]}, "answerKey": "B"}, [], [], "B"),
     "MMLU-Pro": ({"question": "a?", "options": ["4", "5"], "answer": "B"}, [], [], "B"),
 }  # fmt: skip
-LENGTHS = dict(max_prompt_tokens=400, max_response_tokens=99)
 
 
 @pytest.mark.parametrize("shape", ROWS)
@@ -264,10 +267,10 @@ def test_every_script_reads_every_shape(shape, tmp_path):
     assert [t.text for t in item.traces if t.reward <= 0] == incorrect
     [question] = evaluation.read_questions([path])
     assert question.gold == gold
-    [example], _ = make_examples([row], TOKENIZER, source=path, traces="ignored", **LENGTHS)
+    [example], _ = make_examples([row], TOKENIZER, limits(400, 99), source=path, traces="ignored")
     assert example.gold == gold
     if correct:
-        [example], _ = make_examples([row], TOKENIZER, source=path, **LENGTHS)
+        [example], _ = make_examples([row], TOKENIZER, limits(400, 99), source=path)
         assert TOKENIZER.decode(example.trace[:-1]) == correct[0].removeprefix("<think>\n")
     if correct or incorrect:
         rows, _ = oreo.read_rows(path, TOKENIZER, oreo.Args())

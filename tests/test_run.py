@@ -125,8 +125,9 @@ def test_sequences_of_one_row_stay_in_one_micro_batch():
 
 def test_of_two_models_both_take_their_step_or_none(tmp_path, world):
     policy, other = (load_policy("nano", world, from_config=NANO, seed=seed) for seed in (3, 4))
-    args = dataclasses.replace(RunArgs(), out=str(tmp_path), save_every=0, skip_bad_updates=True)
+    args = dataclasses.replace(RunArgs(), out=str(tmp_path), save_every=0, skip_bad_updates=True, batch_size=2)
     it = Run(args)
+    it.plan(EXAMPLES, [], {})
     it.begin(policy, make_optimizer(policy, lr=1.0), None, other=(other, make_optimizer(other, lr=1.0)))
     before = [p.clone() for p in other.parameters()]
     for model in (policy, other):

@@ -1,6 +1,7 @@
 """Chat templates: what a script was told to use is what it trains on, and what it saves with the model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -124,10 +125,10 @@ def test_a_thought_after_a_template_that_closes_it_is_refused(tmp_path):
     tokenizer = load_tokenizer(MODEL)
     tokenizer.chat_template = SWITCH
     row = {"prompt": TURNS, "target": "<think>\na=5\n</think>\n\\boxed{5}", "reward_model": {"ground_truth": "5"}}
-    lengths = dict(max_prompt_tokens=99, max_response_tokens=99)
+    limits = SimpleNamespace(max_prompt_tokens=99, max_response_tokens=99)
     with pytest.raises(InputError, match="rows, row 0: the trace has a thought.*--chat_template_args.*thinking=true"):
-        make_examples([row], tokenizer, source="rows", **lengths)
-    [example], _ = make_examples([row | {"target": "\\boxed{5}"}], tokenizer, source="rows", **lengths)
+        make_examples([row], tokenizer, limits, source="rows")
+    [example], _ = make_examples([row | {"target": "\\boxed{5}"}], tokenizer, limits, source="rows")
     assert tokenizer.decode(example.trace[:-1]) == "\\boxed{5}"
     pair = {"prompt": TURNS, "chosen": row["target"], "rejected": "6"}
     with pytest.raises(InputError, match="rows, row 0: the trace has a thought"):
@@ -150,7 +151,8 @@ def test_a_trace_after_a_prompt_starts_without_the_word_mark_that_sentencepiece_
     assert tokenizer.convert_ids_to_tokens(alone) == ["Okay", "\u2581is"]
     assert tokenizer.convert_ids_to_tokens(spaced) == ["\u2581is", "\u2581Okay"]  # a space of its own stays
     row = {"prompt": [{"role": "user", "content": "a?<think>\n"}], "target": "<think>\nOkay is", "answer": "a"}
-    [example], _ = make_examples([row], tokenizer, source="x", max_prompt_tokens=9, max_response_tokens=9)
+    limits = SimpleNamespace(max_prompt_tokens=9, max_response_tokens=9)
+    [example], _ = make_examples([row], tokenizer, limits, source="x")
     both = tokenizer("a?<think>\nOkay is<eos>", add_special_tokens=False)["input_ids"]
     assert example.prompt + example.trace == both
 

@@ -5,6 +5,7 @@ import copy
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,7 +80,8 @@ def mutate(row, rng):
 
 def examples(path, tokenizer):
     rows = load_rows(path)
-    kept, count = make_examples(rows, tokenizer, source=path, max_prompt_tokens=500, max_response_tokens=500)
+    limits = SimpleNamespace(max_prompt_tokens=500, max_response_tokens=500)
+    kept, count = make_examples(rows, tokenizer, limits, source=path)
     assert count["kept"] == len(kept)
     return len(rows), count["kept"] + count["prompt_too_long"] + count["trace_too_long"]
 
