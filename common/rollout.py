@@ -26,14 +26,13 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common.data import InputError, pack
+from common.data import InputError, first_line, pack
 from common.logprobs import free_memory
 from common.trainer import (
     Policy,
     World,
     change_logits,
     distance,
-    first_line,
     full_parameters,
     logit_form,
     max_positions,
