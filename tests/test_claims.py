@@ -15,7 +15,7 @@ import relift
 from benchmarks import claims
 from benchmarks.blocks import Claim, Run, made
 from benchmarks.claims import BLOCKS, Block, Flags, check, contrast, holm, p_value, verdict
-from benchmarks.held_out import error
+from benchmarks.held_out import error, mean
 from common.trainer import parse_args
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -100,6 +100,22 @@ def test_the_results_page_shows_what_the_results_files_say(tmp_path):
     (tmp_path / "benchmarks").symlink_to(claims.ROOT / "benchmarks")
     claims.page(tmp_path / "benchmarks" / "results", tmp_path / "docs" / "results.md")
     assert (tmp_path / "docs" / "results.md").read_text() == page
+
+
+def test_what_the_page_says_of_a_full_block_are_numbers_of_its_results():
+    page = (claims.ROOT / "docs" / "results.md").read_text()
+    checked = 0
+    for name, found in claims.load(claims.ROOT / "benchmarks" / "results").items():
+        text = page.split(f"<!-- {name} -->")[1].split("<!-- end -->")[1].split("\n## ")[0]
+        said = " ".join(re.findall(r"(?ms)^- \*\*(?:Found|Not shown)\*\*.*?(?=^- |^$)", text)).replace("−", "-")
+        rows = [list(seeds.values()) for seeds in found["rows"].values()]
+        known = [mean(seed[key] for seed in seeds) for seeds in rows for key in seeds[0]]
+        known += [claim[key] for claim in found["claims"].values() for key in ("mean", "half_width")]
+        numbers = re.findall(r"(?<![\d,.])-?\d+(?:\.\d+)?(?![\d,.]*\d)", said)
+        assert not [n for n in numbers if n.lstrip("-") not in {f"{abs(v):.{d}f}" for v in known for d in (0, 1)}], name
+        checked += len(numbers)
+    assert checked > 10
+
 
 
 # ------------------------------------------------------------------------------------------------ the driver
