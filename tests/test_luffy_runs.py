@@ -115,7 +115,7 @@ def test_stale_weights_in_the_sampler_stop_the_run(tmp_path, monkeypatch):
             real(self, policy, version)
 
     monkeypatch.setattr(EmbeddedSampler, "sync", forgetful)
-    with pytest.raises(RuntimeError, match="no weights: call sync"):  # asleep since the first step
+    with pytest.raises(RuntimeError, match="no current weights: call sync"):  # asleep since the first step
         luffy.main(settings("--out", str(tmp_path / "asleep"), "--eval_every", "0"))
     monkeypatch.setattr(EmbeddedSampler, "sleep", lambda self: None)
     with pytest.raises(RuntimeError, match="step 2: the sampler's log-probs differ"):
