@@ -26,7 +26,7 @@ SFT = f"redi.py {COMMON} --stage sft --model {{tiny}}"
 LEARN = f"redi.py {COMMON} --seed {{seed}} --data {{pairs}}/pairs.jsonl --steps {{steps}} --lr {{lr}}"
 STARTS, ALPHAS = {"short": "--steps 20", "long": "--epochs 3"}, {"alpha0": 0, "redi": 0.8, "symmetric": 1}
 
-TEST, VALID, STEPS, START = "{test}/rows.jsonl", "{valid}/rows.jsonl", (60, 20), "long_sft"
+TEST, VALID, STEPS, SEEDS, START = "{test}/rows.jsonl", "{valid}/rows.jsonl", (60, 20), 5, "long_sft"
 RUNS = {
     "test": made(PROBLEMS + " --n 300 --out {out}/rows.jsonl", once=True),
     "valid": made(PROBLEMS + " --n 300 --seed 1 --out {out}/rows.jsonl", once=True),
