@@ -53,6 +53,13 @@ def test_reported_log_probs_are_the_trainers(policy, sampler, temperature):
     torch.testing.assert_close(torch.tensor([x for _, c in pairs for x in c.logps]), expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("scale", [1e3, 1e5])  # log-probs that vary by rounding alone, and all 0
+def test_a_policy_that_is_certain_can_be_sampled(policy, scale):
+    with torch.no_grad():
+        policy.lm.get_output_embeddings().weight.mul_(scale)
+    EmbeddedSampler(policy, stop_ids=[1]).sync(policy, version=0)
+
+
 def test_a_completion_ends_at_its_first_stop_id_or_at_the_limit(sampler):
     groups = sampler.generate(PROMPTS, n=40, keys=KEYS, seed=0, sampling=Sampling(30))
     seen = set()
