@@ -57,7 +57,9 @@ def test_reported_log_probs_are_the_trainers(policy, sampler, temperature):
 def test_a_policy_that_is_certain_can_be_sampled(policy, scale):
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight.mul_(scale)
-    EmbeddedSampler(policy, stop_ids=[1]).sync(policy, version=0)
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    sampler.sync(policy, version=0)
+    assert sampler.proven and sampler.version == 0
 
 
 def test_a_completion_ends_at_its_first_stop_id_or_at_the_limit(sampler):
