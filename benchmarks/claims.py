@@ -290,12 +290,13 @@ class Block:
 
     def run(self) -> dict:
         """Make and measure everything; -> the results of the block."""
-        flags, started = self.flags, time.time()
+        flags = self.flags
         seeds = flags.seeds or tuple(range(1 if flags.quick else self.setting("SEEDS", 3)))
         rows = [name for name, run in self.module.RUNS.items() if run.row]
         waiting = {(name, seed): self.once(self.row, name, seed) for seed in seeds for name in rows}
         buckets = self.once(self.buckets)
         found = {name: {seed: waiting[name, seed].result() for seed in seeds} for name in rows}
+        made = [future.result() for (what, *_), future in self.futures.items() if what == "make"]
         if across := self.setting("across"):
             found["all"] = {seed: across({name: found[name][seed] for name in rows}) for seed in seeds}
         return {
@@ -311,8 +312,14 @@ class Block:
             "curves": {title: {name: [curve(self.folder(name, seed), metric) for seed in seeds] for name in rows}
                        for title, metric in self.setting("CURVES", {}).items()},
             "columns": self.setting("COLUMNS", {}),
-            "seconds": time.time() - started,
+            "core_seconds": sum(map(core_seconds, made)),
         }  # fmt: skip
+
+
+def core_seconds(folder: Path) -> float:
+    """How long a run took on its core; 0 for a row that only measures a model."""
+    complete = folder / "complete.json"
+    return json.loads(complete.read_text())["seconds"] if complete.exists() else 0.0
 
 
 def commit() -> str:
@@ -473,7 +480,7 @@ def page(folder: Path, document: Path) -> str:
         picture = os.path.relpath(found["picture"], document.parent)
         about = (f"{'Quick run: s' if 'quick' in picture else 'S'}eeds {', '.join(map(str, found['seeds']))}; "
                  f"{found['problems']} test problems, {found['tries']} answers each; commit {found['commit']}; "
-                 f"{found['machine']}; {found['seconds'] / 60:.0f} minutes.")  # fmt: skip
+                 f"{found['machine']}; {found['core_seconds'] / 60:.0f} minutes of one core to train.")  # fmt: skip
         parts[name] = f"{about}\n\n{block_table(found)}\n\n![Rows, claims and curves of {name}]({picture})"
     text = document.read_text()
     for name, part in parts.items():
@@ -497,12 +504,13 @@ def main(flags: Flags) -> None:
         blocks = [Block(name, flags, slots, workers) for name in flags.blocks]
         try:
             for block in blocks:
+                started = time.time()
                 results = json.loads(json.dumps(block.run()))
                 path = folder / f"claims-{block.name}.json"
                 text = json.dumps(results, indent=1)
                 path.write_text(re.sub(r"\[[^][{}]*\]", lambda m: " ".join(m[0].split()), text) + "\n")  # short lists
                 plot(results, path.with_suffix(".png"))
-                print(f"{path}: {results['seconds']:.0f} s", flush=True)
+                print(f"{path}: {time.time() - started:.0f} s", flush=True)
         finally:  # an interruption ends the runs too
             for block in blocks:
                 block.stopped = True

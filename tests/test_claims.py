@@ -74,7 +74,7 @@ def test_the_correction_counts_all_blocks_of_the_page(tmp_path):
         row = {"0": {"sampled": 10.0, "greedy": 20.0, "updates": 120, "sampled_tokens": 1234.0, "demonstrations": 0,
                      "operations": 3.2e12}}  # fmt: skip
         row["1"] = row["0"] | {"sampled": 20.0}
-        about = {"seeds": [0, 1], "problems": 300, "tries": 8, "commit": "abc", "machine": "m", "seconds": 90}
+        about = {"seeds": [0, 1], "problems": 300, "tries": 8, "commit": "abc", "machine": "m", "core_seconds": 90}
         return {"buckets": dict.fromkeys(claims.BUCKETS, 0), "columns": {}, "rates": {"grpo": {"chosen": 2e-4}},
                 "rows": {"grpo": row}, "claims": {f"c{p}": {"mean": 1.0, "half_width": 0.5, "p": p}},
                 **about}  # fmt: skip
@@ -89,7 +89,7 @@ def test_the_correction_counts_all_blocks_of_the_page(tmp_path):
     assert "| luffy | c0.02 | 1 ± 0.5 | 0.02 | 0.04 | yes |" in text  # of the full run, not of the quick one
     assert "| redi | c0.04 | 1 ± 0.5 | 0.04 | 0.04 | yes |" in text
     assert "| grpo | 0.0002 | 15.0 ± 5.0 | 20.0 ± 0.0 | 120 | 1,234 | 0 | 3.2e+12 |" in text
-    assert "Seeds 0, 1; 300 test problems, 8 answers each; commit abc; m; 2 minutes." in text
+    assert "Seeds 0, 1; 300 test problems, 8 answers each; commit abc; m; 2 minutes of one core to train." in text
     assert text.count("old") == 1 and text.endswith("oreo\n<!-- oreo -->\nold\n<!-- end -->\n")  # no results of it
 
 
