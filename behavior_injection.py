@@ -452,9 +452,8 @@ def train(args: Args) -> None:
     if rl and (args.kl_coef or args.kl_mask):
         reference = open_policy(model, args, world, gradient_checkpointing="none").requires_grad_(False)
     run.begin(policy, optimizer, tokenizer)
-    sampler = open_sampler(policy, tokenizer, args, world) if rl else None
-    if sampler:
-        sampler.sync(policy, version=run.start)
+    sampler = open_sampler(policy, tokenizer, args, world, needed=rl or run.held_out)
+    sampler.sync(policy, version=run.start)
     grader, sampled = Grader(tokenizer, args.verifier), run.state.get("sampled", 0)  # tokens so far
     if first := run.evaluate(sampler):
         run.log(first | {"tokens/sampled": 0})
@@ -489,8 +488,7 @@ def train(args: Args) -> None:
 
         # 4. update
         with run.clock("update"):
-            if sampler:
-                sampler.sleep()  # its memory is the trainer's until the sync
+            sampler.sleep()  # its memory is the trainer's until the sync
             updates = split_updates(rows, args)
             old = [None] + [policy_logps(policy, update, args, world) for update in updates[1:]]
             for u, update in enumerate(updates):
@@ -503,8 +501,7 @@ def train(args: Args) -> None:
 
         # 5. sync
         with run.clock("sync"):
-            if sampler:
-                sampler.sync(policy, version=step)
+            sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
         if rl:

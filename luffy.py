@@ -134,7 +134,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     variance = zeros.index_add(0, group, weight * advantages**2) / (n - 1).clamp(min=1)
     sigma = torch.where(n > 1, variance.sqrt(), 1.0)
     if baseline is not None:
-        sigma = torch.where(sigma == 0, 1.0, sigma)
+        sigma = torch.where(sigma < 1e-9, 1.0, sigma)  # 0 but for rounding
     return advantages / (sigma[group] + 1e-6)
 
 
@@ -301,7 +301,7 @@ def main(args: Args) -> None:
     policy = open_policy(args.model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     run.begin(policy, optimizer, tokenizer)
-    sampler = open_sampler(policy, tokenizer, args, world)
+    sampler = open_sampler(policy, tokenizer, args, world, needed=by_rl or run.held_out)
     sampler.sync(policy, version=run.start)
     grader = Grader(tokenizer, args.verifier)
     run.log(run.evaluate(sampler))
@@ -325,7 +325,7 @@ def main(args: Args) -> None:
             rows = gather_rows(rows, world)  # every rank has all rows now
 
         # 3. advantages
-        rewards = torch.tensor([row.reward for row in rows])  # [B]
+        rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
         question = torch.tensor([row.group for row in rows])  # [B]
         baseline = torch.tensor([not row.teacher for row in rows]) if args.method == "rl_sft" else None  # [B]
         advantages = group_advantages(rewards, question, std=args.std, baseline=baseline)  # [B]

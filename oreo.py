@@ -532,9 +532,8 @@ def train(args: Args) -> None:
         reference.requires_grad_(False)
         check_fit(f"--reference {args.reference}", reference, policy)
     run.begin(policy, optimizer, tokenizer, **more)
-    sampler = open_sampler(policy, tokenizer, args, world) if run.held_out and args.eval_every else None
-    if sampler:
-        sampler.sync(policy, version=run.start)
+    sampler = open_sampler(policy, tokenizer, args, world, needed=run.held_out)
+    sampler.sync(policy, version=run.start)
     run.log(run.evaluate(sampler))
 
     for step in run:
@@ -545,8 +544,7 @@ def train(args: Args) -> None:
 
         # 4. update
         with run.clock("update"):
-            if sampler:
-                sampler.sleep()  # its memory is the trainer's until the sync
+            sampler.sleep()  # its memory is the trainer's until the sync
             log = accumulate_gradient(policy, value, reference, batch, args, world) | describe(rows, args)
             clip, norm = dict(max_grad_norm=args.max_grad_norm), "optim/value_grad_norm"
             # both models take their step, or none: `update` checks the gradients of both first

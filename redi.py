@@ -392,9 +392,8 @@ def main(args: Args) -> None:
         reference = reference_logps(policy, pairs, args, world)
     for pair, logps in zip(pairs, reference):
         pair.reference = tuple(logps)
-    sampler = open_sampler(policy, tokenizer, args, world) if run.held_out and args.eval_every else None
-    if sampler:
-        sampler.sync(policy, version=run.start)
+    sampler = open_sampler(policy, tokenizer, args, world, needed=run.held_out)
+    sampler.sync(policy, version=run.start)
     run.log(run.evaluate(sampler))
     followed = run.state.get("followed", [])  # [step, logp/chosen] of every update, for the alarm
 
@@ -405,8 +404,7 @@ def main(args: Args) -> None:
 
         # 4. update
         with run.clock("update"):
-            if sampler:
-                sampler.sleep()  # its memory is the trainer's until the sync
+            sampler.sleep()  # its memory is the trainer's until the sync
             log = accumulate_gradient(policy, batch, args, world)
             updated = run.update("policy", log, batch, lr=run.lr(), max_grad_norm=args.max_grad_norm)
 

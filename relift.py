@@ -308,7 +308,7 @@ def check_demonstrations(have: int, questions: int, args: Args, world) -> None:
     if not have:
         raise InputError(
             f"--data {args.data}: no row has a demonstration (column 'target', at most --max_response_tokens "
-            f"{args.max_response_tokens}) to fine-tune on; RL alone is --sft_data_size -1"
+            f"{args.max_response_tokens}) to fine-tune on; RL alone is --method grpo"
         )
     if args.method == "relift" and not args.sft_every and have < args.sft_data_size:
         raise InputError(f"--sft_data_size {args.sft_data_size}: only {have} questions have a demonstration, and the "
@@ -353,7 +353,7 @@ def main(args: Args) -> None:
         sft_optimizer = make_optimizer(policy, lr=args.sft_lr, betas=args.betas, weight_decay=args.weight_decay)
         more = {"sft": (policy, sft_optimizer)}
     run.begin(policy, optimizer, tokenizer, **more)
-    sampler = open_sampler(policy, tokenizer, args, world)
+    sampler = open_sampler(policy, tokenizer, args, world, needed=by_rl or run.held_out)
     sampler.sync(policy, version=run.start)
     grader = Grader(tokenizer, args.verifier)
     buffer, demonstrations = HardestBuffer(), run.state.get("demonstrations", 0)  # how many were trained on
@@ -378,7 +378,7 @@ def main(args: Args) -> None:
             rows = gather_rows(rows, world)  # every rank has all rows now
 
         # 3. advantages
-        rewards = torch.tensor([row.reward for row in rows])  # [B]
+        rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
         question = torch.tensor([row.group for row in rows])  # [B]
         advantages = group_advantages(rewards, question, std=args.std)  # [B]
         for row, advantage in zip(rows, advantages.tolist(), strict=True):

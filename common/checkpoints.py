@@ -23,7 +23,7 @@ import tyro
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from common.data import InputError
 from common.trainer import Policy, ValueModel, World, export, gather_lists, init_world, load_policy, load_tokenizer
@@ -73,9 +73,10 @@ class Checkpoints:
 
     On CUDA a checkpoint is copied to the host's memory and written while training goes on; wait() for the last."""
 
-    # settings that may change between two starts of one run
+    # settings that may change between two starts of one run; those of the last line change how sums are rounded
     FREE = {"out", "steps", "save_every", "eval_every", "log_samples", "keep", "keep_best", "wandb", "tensorboard",
-            "rollout", "sampler_tokens", "timeout_minutes", "skip_bad_updates", "profile"}  # fmt: skip
+            "timeout_minutes", "skip_bad_updates", "profile", "max_mismatch", "rollout_gpu_memory",
+            "rollout", "sampler_tokens", "micro_batch_tokens", "gradient_checkpointing", "compile"}  # fmt: skip
 
     def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
         """background: write while training goes on; None: on CUDA."""
@@ -141,19 +142,22 @@ class Checkpoints:
 
     def _sums(self, path: Path, world: World, group=None) -> dict[str, str]:
         """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
-        names = sorted(p.name for p in path.iterdir() if p.name != "SHA256SUMS")
+        names = sorted(p.name for p in path.iterdir() if p.is_file() and p.name != "SHA256SUMS")
         mine = [(name, _sha256(path / name).hex()) for name in names[world.rank :: world.size]]
         return dict(sorted(gather_lists(mine, world, group)))
 
     def _damage(self, path: Path, world: World) -> str | None:
-        """What is wrong with a checkpoint, or None. Collective; the same answer on every rank."""
+        """What is wrong with a checkpoint, or None. Collective; the same answer on every rank. Files that are not on
+        its list, such as those of a file manager, are nothing wrong."""
         listed = path / "SHA256SUMS"
         lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
         expected = {line[66:]: line[:64] for line in lines}
         found = self._sums(path, world)
+        if not expected:
+            return "SHA256SUMS is missing or empty"
         if missing := sorted(expected.keys() - found.keys()):
             return f"{missing[0]} is missing"
-        wrong = [name for name, digest in found.items() if expected.get(name) != digest]
+        wrong = [name for name, digest in expected.items() if found[name] != digest]
         return f"{wrong[0]} is damaged (its checksum differs)" if wrong else None
 
     def check_space(self, policy: nn.Module, more: dict | None = None) -> None:
@@ -205,7 +209,7 @@ class Checkpoints:
             about = {"dtype": str(model.lm.saved_dtype).removeprefix("torch."), "_name_or_path": ""}
             configs[name.removeprefix("-") or "policy"] = model.lm.config.to_dict() | about
         state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
-        state |= {"configs": configs, **extra}
+        state |= {"configs": configs, "generation": policy.lm.generation_config.to_dict(), **extra}
         start, tensors = time.perf_counter(), self._tensors(pairs)
         with self._explain(step):
             if not self.background:
@@ -266,8 +270,11 @@ class Checkpoints:
 def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False, tokenizer: str = "") -> None:
     """Write a checkpoint of a run as a model folder.
 
-    run: the run folder. out: the folder to write. step: of the checkpoint; 0 is the newest. value: the value model
-    instead of the policy. tokenizer: folder to take it from; empty takes that of the run's --model."""
+    run: the run folder. out: the folder to write, a new one. step: of the checkpoint; 0 is the newest. value: the value
+    model instead of the policy. tokenizer: folder to take it from, with its chat template; empty takes that of the
+    run's --model, with the template that the run had."""
+    if Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
+        raise InputError(f"{out}: it exists already; name a new folder")
     world, checkpoints = init_world(), sorted(Path(run).glob("checkpoint/step-????????"))
     found = {int(path.name.removeprefix("step-")): path for path in checkpoints}
     if not found or (step and step not in found):
@@ -280,7 +287,11 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
         "", world, from_config=state["configs"][name], kind=ValueModel if value else Policy,
         lora=state["settings"].get(f"{name}_lora", 0),
     )
-    words = load_tokenizer(tokenizer or state["settings"]["model"])
+    if model.lm.can_generate():
+        model.lm.generation_config = GenerationConfig.from_dict(state["generation"])
+    words = load_tokenizer(tokenizer or state["settings"]["model"], flag="--tokenizer")
+    if not tokenizer:
+        words.chat_template = state["template"]
     weights = {"model-value" if value else "model": dcp_state.get_model_state_dict(model)}
     dcp.load(weights, checkpoint_id=path)
     dcp_state.set_model_state_dict(model, next(iter(weights.values())))

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -162,28 +163,32 @@ class Clock:
         if self.profiler:
             self.profiled.update(self.seconds | {"step": row["seconds/step"]})
             if self.steps == 1 + self.profile:
-                self._report()
+                self.close()
         elif self.profile and self.steps == 1:  # the first step warms everything up
             self.profiler = torch.profiler.profile()  # of all that is there: CPU, CUDA
             self.profiler.start()
         self.seconds, self.since = {}, time.perf_counter()
         return row
 
-    def _report(self) -> None:
-        """End the trace, write it, print where the time went."""
-        self.profiler.stop()
+    def close(self) -> None:
+        """End the trace if one runs, write it, print where the time went."""
+        if self.profiler:
+            self.profiler.stop()
+        if not self.profiled:  # no trace, or no step in it
+            return
+        steps = self.steps - 1
         rank, total = os.environ.get("RANK", "0"), self.profiled.pop("step")
         path = self.out / "profile" / f"rank-{rank}.json.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.profiler.export_chrome_trace(str(path))
         if rank == "0":
             self.profiled["the rest"] = total - sum(self.profiled.values())
-            lines = [f"  {act:9} {s / self.profile:8.3f} s a step  {s / total:6.1%}"
+            lines = [f"  {act:9} {s / steps:8.3f} s a step  {s / total:6.1%}"
                      for act, s in self.profiled.most_common()]  # fmt: skip
             by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             lines += ["", self.profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)]
-            tqdm.write("\n".join([f"\n{self.profile} steps in {total:.2f} s while traced ({path}):", *lines]))
-        self.profiler = None
+            tqdm.write("\n".join([f"\n{steps} steps in {total:.2f} s while traced ({path}):", *lines]))
+        self.profiler, self.profiled = None, collections.Counter()
 
 
 def peak_memory_gb(world: World) -> float:
@@ -192,4 +197,5 @@ def peak_memory_gb(world: World) -> float:
         return torch.cuda.max_memory_allocated(world.device) / 1e9
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

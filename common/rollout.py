@@ -72,9 +72,18 @@ class Completion:
 
 
 class Sampler:
-    """What both samplers share."""
+    """What both samplers share. It stands alone in a run that never samples."""
 
     version: int | None = None  # of the weights that it has now
+
+    def sync(self, policy: Policy, version: int) -> None:
+        """Take the policy's current weights."""
+
+    def sleep(self) -> None:
+        """Leave the memory to the trainer until the next sync."""
+
+    def close(self) -> None:
+        """Free everything."""
 
     def generate(
         self, prompts: list[list[int]], *, n: int | list[int], keys: list[int], seed: int, sampling: Sampling,
@@ -149,8 +158,9 @@ class EmbeddedSampler(Sampler):
     Ranks never wait for each other's tokens. Right for CPUs and for machines without vLLM."""
 
     def __init__(self, policy: Policy, *, stop_ids: list[int], max_batch_tokens: int = 0):
-        """stop_ids: ids that end a completion. max_batch_tokens bounds rows x (prompt + max_tokens) at once; 0 takes
-        65,536 on a CPU, and on CUDA as many as half of the free memory has room for."""
+        """stop_ids: ids that end a completion. max_batch_tokens bounds rows x (prompt + max_tokens) at once, but all
+        answers to a prompt are drawn together; 0 takes 65,536 on a CPU, and on CUDA as many as half of the free memory
+        has room for."""
         self.device = next(policy.parameters()).device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         config = copy.deepcopy(policy.lm.config)

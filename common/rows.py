@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import string
@@ -780,14 +781,16 @@ def make_examples(
             count["trace_empty"] += 1
             if empty_trace == "drop":
                 continue
+        logps = given_logps(item.traces[0].probs, ids, where) if ids else None
         if len(ids) > args.max_response_tokens:
             count["trace_too_long"] += 1
             if long_trace == "reject":
                 continue
             ids = [] if long_trace == "drop" else ids[: args.max_response_tokens]
+            logps = logps and logps[: len(ids)]
             if long_trace == "end":
                 ids[-1] = tokenizer.eos_token_id
-        logps = given_logps(item.traces[0].probs, ids, where) if ids else None
+                logps = logps and [*logps[:-1], math.nan]
         examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps))
     return examples, with_kept(examples, count, source, args)
 
@@ -825,9 +828,16 @@ def read_examples(source: str, tokenizer, args, *, split: str, limit: int = 0, *
 
 
 def held_out_examples(tokenizer, args, **options) -> list[Example]:
-    """The examples of --eval_data. `options`: those of `make_examples`."""
+    """The examples of --eval_data; rank 0 says how many prompts are too long. `options`: those of `make_examples`."""
     options |= dict(split="test", limit=args.eval_limit, traces="ignored")
-    return [e for source in args.eval_data for e in read_examples(source, tokenizer, args, **options)[0]]
+    found = []
+    for source in args.eval_data:
+        examples, count = read_examples(source, tokenizer, args, **options)
+        found += examples
+        if count["prompt_too_long"] and os.environ.get("RANK", "0") == "0":
+            print(f"--eval_data {source}: {count['prompt_too_long']} of {count['rows']} prompts are over "
+                  f"--max_prompt_tokens {args.max_prompt_tokens} and left out", file=sys.stderr)  # fmt: skip
+    return found
 
 
 def data_digest(*parts: Iterable[tuple]) -> str:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
 from common.metrics import Clock, Metrics, peak_memory_gb, read_metrics
-from common.rollout import Sampling, make_sampler
+from common.rollout import Sampler, Sampling, make_sampler
 from common.rows import Example, data_digest, report_golds, set_template
 from common.trainer import (
     Totals,
@@ -94,7 +94,8 @@ class RunArgs:
     max_grad_norm: Positive[float] = 1.0  # Clip the global gradient norm to this.
     rope_theta: NotNegative[float] = 0.0  # Set RoPE's base, also in the saved model; 0: the model's (docs/published.md)
     max_positions: NotNegative[int] = 0  # Set max_position_embeddings, also in the saved model; 0: the model's
-    seed: int = 0  # Seed of data order, sampling and random weights
+    # Seed of data order, sampling and random weights
+    seed: Annotated[int, ("from 0 to 10^12", lambda seed: 0 <= seed <= 10**12)] = 0
     micro_batch_tokens: Positive[int] = 32768  # Tokens per micro-batch and rank. The gradient does not depend on it.
     # Layers that recompute their activations in the backward pass. auto: as many as memory demands (on a CPU none)
     gradient_checkpointing: Literal["auto", "all", "none"] = "auto"
@@ -102,8 +103,8 @@ class RunArgs:
     # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
     rollout: Literal["auto", "embedded", "vllm"] = "auto"
     rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM, which frees it during the update
-    # Largest batch of the embedded sampler, as rows x (prompt + response) tokens. 0: 65,536 on a CPU, and on a GPU what
-    # fits into half of the free memory
+    # Largest batch of the embedded sampler, as rows x (prompt + response) tokens; at least the answers to one question.
+    # 0: 65,536 on a CPU, and on a GPU what fits into half of the free memory
     sampler_tokens: NotNegative[int] = 0
     # Stop if log-probs of sampler and trainer differ by more on average (stale weights). 0: 0.05 on CUDA, else 0.001
     max_mismatch: NotNegative[float] = 0.0
@@ -172,7 +173,8 @@ class Run:
         if len(items) < args.batch_size:
             raise InputError(f"{source}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
         per_epoch = steps_per_epoch or len(items) // args.batch_size
-        self.steps, self.held_out = args.steps or max(1, int(args.epochs * per_epoch)), held_out
+        self.steps = args.steps or max(1, int(args.epochs * per_epoch))
+        self.held_out = held_out if args.eval_every else []
         if self.world.main:
             print(f"{source}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
 
@@ -198,8 +200,8 @@ class Run:
     @property
     def evaluates(self) -> bool:
         """Whether this step evaluates: before the first step, every --eval_every steps, and after the last."""
-        every, new = self.args.eval_every, self.step > self.start or not self.start
-        return bool(self.held_out and every and new and (self.step % every == 0 or self.step == self.steps))
+        due = self.held_out and (self.step % self.args.eval_every == 0 or self.step == self.steps)
+        return bool(due and (self.step > self.start or not self.start))
 
     def evaluate(self, sampler) -> dict[str, float]:
         """Return the accuracy on the held-out examples if this step evaluates, else {}."""
@@ -279,9 +281,10 @@ class Run:
         """Write a checkpoint if it is due. A resumed run finds `state` (plain JSON) in run.state."""
         every = self.args.save_every
         if every and (self.step % every == 0 or self.step == self.steps):
+            state |= {"template": self.tokenizer.chat_template}  # for an export of the checkpoint
             self.checkpoints.save(self.step, *self.pairs["policy"], self.world, self.more, **state)
 
-    def finish(self, sampler=None) -> None:
+    def finish(self, sampler) -> None:
         """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler."""
         self.checkpoints.wait()
         for name, (model, _) in self.more.items():
@@ -290,8 +293,8 @@ class Run:
         export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
         if self.args.rope_theta or self.args.max_positions:
             check_context(self.out / "model", self.args)
-        if sampler:
-            sampler.close()
+        sampler.close()
+        self.clock.close()
         self.metrics.close()
 
 
@@ -329,8 +332,10 @@ def open_policy(path: str, args, world: World, **options):
     return load_policy(path, world, **flags | options)
 
 
-def open_sampler(policy, tokenizer, args, world: World):
-    """Return the sampler that --rollout names. It draws after its first sync."""
+def open_sampler(policy, tokenizer, args, world: World, *, needed=True):
+    """Return the sampler that --rollout names; it draws after its first sync. One that is not needed does nothing."""
+    if not needed:
+        return Sampler()
     return make_sampler(
         args.rollout, policy, world, stop_ids=stop_ids(policy, tokenizer), max_batch_tokens=args.sampler_tokens,
         max_tokens=args.max_prompt_tokens + args.max_response_tokens, gpu_memory=args.rollout_gpu_memory,

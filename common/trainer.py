@@ -88,17 +88,23 @@ def launch(main, args) -> None:
     except InputError as error:
         if _first_to_fail():
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        _leave(2)
     except KeyboardInterrupt:
-        os._exit(130)
+        _leave(130)
     except BaseException:
         if _first_to_fail():
             print(f"[rank {os.environ.get('RANK', 0)}] {traceback.format_exc()}", file=sys.stderr, flush=True)
-        os._exit(1)
+        _leave(1)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()  # nobody leaves while another may still talk to it
+        _leave(0)  # tearing the interpreter down with gloo's threads alive aborts now and then
+
+
+def _leave(code: int) -> None:
+    """Exit without the interpreter's own end; what was printed is written first."""
+    with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        os._exit(0)  # tearing the interpreter down with gloo's threads alive aborts now and then
+    os._exit(code)
 
 
 def _first_to_fail() -> bool:
@@ -317,8 +323,9 @@ def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:
     return read(lm.get_decoder(), batch).index_select(0, batch.predictors)
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False):
-    """The tokenizer of a model folder or Hub name. Raises InputError where there is none, or it has no eos."""
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "--model"):
+    """The tokenizer of a model folder or Hub name. Raises InputError where there is none, or it has no eos, with the
+    flag that names it."""
     try:
         # AutoTokenizer goes by the model's type: a Qwen2 folder gets Qwen2's own pre-tokenizer, even where its
         # tokenizer.json is another one and says so by naming no class of its own
@@ -326,9 +333,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False):
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise many types here; all mean: no tokenizer
-        raise InputError(f"--model {path}: no tokenizer there ({first_line(error)})") from error
+        raise InputError(f"{flag} {path}: no tokenizer there ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {path}: the tokenizer has no eos token; set one in tokenizer_config.json")
+        raise InputError(f"{flag} {path}: the tokenizer has no eos token; set one in tokenizer_config.json")
     return tokenizer
 
 

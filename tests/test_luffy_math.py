@@ -56,6 +56,15 @@ def test_std_is_the_unbiased_one_plus_epsilon():
     assert group_advantages(f64([1, 1]), torch.zeros(2, dtype=torch.long), std=True).abs().max() == 0
 
 
+def test_equal_rewards_of_any_size_give_no_advantage():
+    for reward in (0.1, 0.3, 0.7, 0.9, 1e-3, 123.4):
+        rewards, groups = torch.full((8,), reward, dtype=torch.float64), torch.zeros(8, dtype=torch.long)
+        assert group_advantages(rewards, groups, std=True).abs().max() < 1e-7
+        own = torch.arange(8) < 7
+        found = group_advantages(rewards + 0.2 * ~own, groups, std=True, baseline=own)
+        assert found[:7].abs().max() < 1e-7 and found[7].item() == pytest.approx(0.2, rel=1e-5)  # a std of 0 counts as 1
+
+
 def test_a_zero_std_of_the_baseline_rows_counts_as_one():
     rewards, groups = f64([1, 0, 0]), torch.zeros(3, dtype=torch.long)
     own = torch.tensor([False, True, True])

@@ -62,6 +62,27 @@ def test_profile_traces_the_steps_after_the_first_and_says_where_their_time_went
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
 
 
+def test_profile_of_more_steps_than_there_are_traces_those_that_there_are(tmp_path, capsys):
+    words = ["--method", "sft", "--eval_every", "0", "--profile", "9"]
+    luffy.main(settings("--out", str(tmp_path / "run"), *words))
+    assert "2 steps in" in capsys.readouterr().out
+    assert (tmp_path / "run" / "profile" / "rank-0.json.gz").exists()
+
+
+def test_sft_without_an_evaluation_opens_no_sampler(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.run.make_sampler", lambda *_, **__: pytest.fail("a sampler was opened"))
+    luffy.main(settings("--out", str(tmp_path / "run"), "--method", "sft", "--eval_every", "0"))
+    assert (tmp_path / "run" / "model").exists()
+
+
+def test_what_was_printed_reaches_a_file_when_a_run_fails(tmp_path):
+    words = ["--model", "models/tiny", "--data", "igsm:1-2", "--max_response_tokens", "4", "--long_trace", "cut"]
+    failed = run_script("luffy.py", "--preset", "tiny", *words, "--max_mismatch", "1e-12", "--steps", "1",
+                        "--eval_every", "0", "--out", tmp_path / "run", check=False)  # fmt: skip
+    assert failed.returncode and "max_mismatch" in failed.stderr
+    assert "trace_too_long" in failed.stdout
+
+
 def test_attention_pads_little_and_the_metrics_say_how_much(tmp_path):
     luffy.main(settings("--out", str(tmp_path / "run")))
     assert all(row["speed/useful_share"] > 0.97 for row in read_metrics(tmp_path / "run")[1:])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,7 +14,16 @@ import luffy
 import oreo
 import redi
 from common.data import InputError
-from common.rows import check_gold, data_digest, load_rows, make_examples, read_row, set_template, trace_text
+from common.rows import (
+    check_gold,
+    data_digest,
+    held_out_examples,
+    load_rows,
+    make_examples,
+    read_row,
+    set_template,
+    trace_text,
+)
 from common.trainer import parse_args
 from tests.conftest import ROOT
 from tools import redi_data
@@ -126,6 +136,23 @@ def test_rows_that_are_too_long_are_counted_and_left_out():
 def test_a_long_trace_can_be_cut_as_published_and_then_has_no_eos():
     [e], _ = examples([row(trace="a=1\n" * 20)], long_trace="cut")
     assert len(e.trace) == 32 and TOKENIZER.eos_token_id not in e.trace
+
+
+def test_a_cut_trace_keeps_the_probabilities_of_what_is_left():
+    trace = "a=1\n" * 20
+    n = len(TOKENIZER(trace)["input_ids"])
+    for long_trace, last_is_known in (("cut", True), ("end", False)):
+        [e], _ = examples([row(trace=trace) | {"target_probs": [0.5] * n}], long_trace=long_trace)
+        assert len(e.trace_logps) == len(e.trace) == 32
+        assert e.trace_logps[:-1] == [math.log(0.5)] * 31 and (e.trace_logps[-1] == e.trace_logps[-1]) == last_is_known
+
+
+def test_held_out_prompts_that_are_too_long_are_counted_on_the_terminal(tmp_path, capsys):
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in [row(), row(question="a=1\n" * 40 + "a?")]))
+    args = SimpleNamespace(**vars(limits()), eval_data=(str(path),), eval_limit=0, igsm_problems=1)
+    assert len(held_out_examples(TOKENIZER, args)) == 1
+    assert "1 of 2 prompts are over --max_prompt_tokens" in capsys.readouterr().err
 
 
 def test_a_trace_that_fits_with_its_eos_is_kept_whole():

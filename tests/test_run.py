@@ -48,6 +48,7 @@ def test_every_flag_has_a_help_text(script, capsys, monkeypatch):
         ("keep", 0, "--keep must be positive, not 0"), ("epochs", -1.0, "--epochs must be positive"),
         ("eval_every", -1, "--eval_every must be 0 or more, not -1"), ("verifier", "oops", "--verifier oops"),
         ("lr", float("nan"), "--lr must be 0 or more, not nan"), ("warmup", 2, "--warmup must be between 0 and 1"),
+        ("seed", -1, r"--seed must be from 0 to 10\^12, not -1"), ("seed", 20261128050000, "--seed must be from 0"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named_with_its_flag(name, value, words):

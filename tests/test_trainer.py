@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -283,6 +284,14 @@ def test_without_an_intact_checkpoint_a_run_does_not_start_anew_in_silence(polic
         saved.state()
 
 
+def test_what_a_file_manager_leaves_in_a_checkpoint_does_not_damage_it(policy, world, tmp_path, capsys):
+    saved = checkpoint(tmp_path)
+    saved.save(1, policy, make_optimizer(policy, lr=1e-2), world)
+    (saved.latest() / ".DS_Store").write_text("x")
+    (saved.latest() / "@eaDir").mkdir()
+    assert saved.state()["step"] == 1 and "WARNING" not in capsys.readouterr().err
+
+
 def test_sha256sum_reads_the_checksums(policy, world, tmp_path):
     saved = checkpoint(tmp_path)
     saved.save(1, policy, make_optimizer(policy, lr=1e-2), world)
@@ -400,6 +409,31 @@ def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_pat
             "-m", "common.checkpoints", tmp_path / "run", tmp_path / "no", *words, check=False
         )
         assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr
+
+
+def test_an_exported_checkpoint_is_asked_and_stops_as_the_runs_model_and_replaces_no_folder(tmp_path):
+    import luffy
+    from tests.test_luffy_runs import settings
+
+    base, out = tmp_path / "base", tmp_path / "exported"
+    shutil.copytree("models/tiny", base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "pad_token_id": 0}))
+    template = base / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}<think>\n")
+    words = ["--model", str(base), "--chat_template", str(template), "--steps", "1", "--save_every", "1"]
+    luffy.main(settings(*words, "--eval_every", "0", "--out", str(tmp_path / "run")))
+    template.unlink()  # the checkpoint holds its text
+    checkpoints.export_checkpoint(str(tmp_path / "run"), str(out))
+    for folder in (tmp_path / "run" / "model", out):
+        assert load_tokenizer(str(folder)).chat_template.startswith("{% for m in messages %}{{ m.content }}")
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, 2]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("precious")
+    for folder in (mine, mine / "notes.txt"):
+        with pytest.raises(InputError, match="exists already; name a new folder"):
+            checkpoints.export_checkpoint(str(tmp_path / "run"), str(folder))
+    assert (mine / "notes.txt").read_text() == "precious"
 
 
 def test_settings_are_printed_instead_of_run(capsys):
