@@ -133,7 +133,7 @@ class Args(RunArgs):
     updates_per_step: Positive[int] = 1  # RL: updates per step (SFT: 1). With 1, as published, the clip never acts.
     temperature: Positive[float] = 1.0  # RL: sampling temperature. The policy is trained at it too.
     clip: NotNegative[float] = 0.2  # RL: PPO clip of the ratio; 0: none
-    kl_coef: NotNegative[float] = 0.001  # RL: weight of the KL to the SFT model, which 0 leaves out (with kl_mask 0)
+    kl_coef: NotNegative[float] = 0.001  # RL: weight of the KL to the SFT model (not loaded if kl_mask is 0 too)
     kl_mask: NotNegative[float] = 0.0  # RL: leave out answers whose mean KL is this or more; 0: none (Llama: 0.15)
     entropy_coef: NotNegative[float] = 0.001  # RL: weight of the entropy bonus
     format_reward: NotNegative[float] = 0.0  # RL: bonus for <think>...</think><answer>...</answer> (Llama: 0.05)

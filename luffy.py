@@ -9,8 +9,8 @@ trace. All are graded alike and share one mean:
     f(p) = p / (p + 0.1)                                                                               (Eq. 5-8)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001; the published code added a mean entropy for each of
-the micro-batches that it needed, and M is their number, computed from the rows (`published_micro_batches`).
+S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001. The published code added one mean entropy for each
+micro-batch. M is the number of micro-batches that it would have needed (`published_micro_batches`).
 Where the teacher's own probability is unknown, as in the published data, LUFFY uses 1, so the ratio is p. With f, the
 gradient w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are
 learnt first. If k own answers are right, they and the trace have the advantage (7 - k) / 8: 7/8 at first, 0 at last.
@@ -82,7 +82,7 @@ class Args(RunArgs):
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus, times M (LUFFY's text: 0.01)
-    loss_rows: Positive[float] = 64.0  # Scale S, M: rows per GPU of a published update (64: 8 GPUs; 32: 16), not yours
+    loss_rows: Positive[float] = 64.0  # Sets S and M: rows that a GPU of the published run had per update (8 GPUs: 64)
     group_size: Positive[int] = 8  # Rows per question, the teacher's included
     empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A question without a trace: stop, drop, own answers
     steps: NotNegative[int] = 500  # Steps to train (the paper's 500); 0 follows --epochs.

@@ -109,7 +109,7 @@ class Args(RunArgs):
     kl_coef: NotNegative[float] = 0.01  # alpha, weight of the additional KL loss (published; step 0.1, response 0.3)
     rounds: Positive[int] = 1  # Collect and train this many times, except in sft.
     round_init: Literal["last", "first"] = "last"  # Start from the models of the round before, or from --model
-    round_reference: Literal["last", "first"] = "last"  # Of a round: what collected its rows, or --reference
+    round_reference: Literal["last", "first"] = "last"  # last: what sampled the round's rows; first: --reference
     pairs_per_question: Positive[int] = 6  # dpo: pairs to draw per question (published: 6; 7B: 10; ALFWorld: 5)
     epochs: Positive[float] = 1.0  # Passes over the rows if --steps is 0 (published: 1; sft: 3)
     batch_size: Positive[int] = 128  # Rows (dpo: pairs) per update; collect: problems to sample at once

@@ -10,8 +10,8 @@ holds `sft_data_size` of them, one SFT update on their demonstrations follows th
     loss = mean_it (- log p_it - 0.001 H_it)                                  SFT on the newest of the hardest questions
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001; the published code added a mean entropy for each of
-the micro-batches that it needed, and M is their number, computed from the rows (`published_micro_batches`).
+S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001. The published code added one mean entropy for each
+micro-batch. M is the number of micro-batches that it would have needed (`published_micro_batches`).
 LUFFY puts a demonstration into every group. ReLIFT uses them only where RL has no gradient, with an AdamW (its own
 moments and rate) and a gradient clip for SFT alone.
 
@@ -83,19 +83,19 @@ class Args(RunArgs):
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
-    loss_rows: Positive[float] = 64.0  # Scale S, M: rows per GPU of a published update (64: 8 GPUs; 32: 16), not yours
+    loss_rows: Positive[float] = 64.0  # Sets S and M: rows that a GPU of the published run had per update (8 GPUs: 64)
     group_size: Positive[int] = 8  # Answers per question
     max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
     # Questions of an SFT update, and how many the buffer must hold for one; -1: RL alone
     sft_data_size: Annotated[int, ("positive, or -1 for RL alone", lambda n: n > 0 or n == -1)] = 128
-    # Questions of the step that enter the buffer. hardest: all answers failed. solved: as many, drawn from the others
-    # (the paper's "random" ablation). random: as many, drawn from all. all: every question
+    # Questions of the step that enter the buffer. hardest: all answers failed. solved: an equal number of the others
+    # (the paper's "random" ablation). random: an equal number of any questions. all: every question
     sft_on: Literal["hardest", "solved", "random", "all"] = "hardest"
     sft_every: NotNegative[int] = 0  # SFT every this many steps, buffer full or not (the paper's ablation); 0: if full
     hard_threshold: Share[float] = 0.0  # Fraction of correct answers up to which a question is hardest (published: 0)
     verify_demonstrations: bool = True  # Use only demonstrations that the verifier accepts (published: no).
     sft_lr: NotNegative[float] = 1e-6  # Learning rate of the SFT updates, constant
-    sft_max_grad_norm: Positive[float] = 8.0  # Clip their gradient norm to this (published: 1, of an eighth of it).
+    sft_max_grad_norm: Positive[float] = 8.0  # Clip their gradient norm to this (published: 1, of an eighth).
     sft_entropy_coef: NotNegative[float] = 0.001  # Weight of their entropy bonus (the paper reports 1e-4 as best)
     # The SFT loss is the mean of token means over this many demonstrations each (published micro-batches: 4, 7B-Math,
     # or 2). 1 weighs demonstrations alike, 0 tokens.

@@ -48,6 +48,8 @@ def ends(rows: list[dict], name: str) -> tuple[float, float] | None:
 
 def main(compare: Compare) -> str:
     folders = {run: Path(run) for run in compare.runs}
+    if not folders:
+        raise SystemExit("name run folders: python benchmarks/compare.py runs/tiny runs/mine")
     if missing := [run for run, folder in folders.items() if not (folder / "metrics.jsonl").exists()]:
         raise SystemExit(f"{', '.join(missing)}: no metrics.jsonl there; name the --out folders of runs")
     metrics = {run: read_metrics(folder) for run, folder in folders.items()}

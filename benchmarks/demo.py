@@ -1,9 +1,9 @@
 """`make demo`: LUFFY against on-policy GRPO from the same base model, on problems that are too hard for it.
 
-Both runs have the same number of steps and of sampled rows (LUFFY's eighth row is the teacher's trace instead),
-the same data, seed and settings. Accuracy is measured on held-out problems, whose solution templates occur in no
-training problem: 8 answers each at temperature 1. "Never solved" are the problems that the base gets wrong 8 times
-out of 8. Everything lands in --out: results.json, curves.png, and the two ordinary run folders grpo/ and luffy/.
+Both runs have the same steps, data, seed and settings, and 8 rows a question (LUFFY's eighth is the teacher's trace).
+Accuracy is measured on held-out problems, whose solution templates occur in no training problem: 8 answers each at
+temperature 1. "Never solved" are the problems that the base gets wrong 8 times out of 8. Everything lands in --out:
+results.json, curves.png, and the two ordinary run folders grpo/ and luffy/.
 """
 
 import json

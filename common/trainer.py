@@ -72,7 +72,9 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
         for name, value in table.get(chosen, {}).items():
             values |= value.get(selected[name], {}) if isinstance(value, dict) else {name: value}
     about = "--print_settings prints the settings that a command means, and stops."
-    args = tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True, description=about)
+    spec = sys.modules["__main__"].__spec__  # of `python -m tools.NAME`
+    args = tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True, description=about,
+                    prog=f"python -m {spec.name}" if spec else None)  # fmt: skip
     if shown:
         print(json.dumps(dataclasses.asdict(args), indent=2))
         raise SystemExit

@@ -62,7 +62,7 @@ def test_equal_rewards_of_any_size_give_no_advantage():
         assert group_advantages(rewards, groups, std=True).abs().max() < 1e-7
         own = torch.arange(8) < 7
         found = group_advantages(rewards + 0.2 * ~own, groups, std=True, baseline=own)
-        assert found[:7].abs().max() < 1e-7 and found[7].item() == pytest.approx(0.2, rel=1e-5)  # a std of 0 counts as 1
+        assert found[:7].abs().max() < 1e-7 and found[7].item() == pytest.approx(0.2, rel=1e-5)
 
 
 def test_a_zero_std_of_the_baseline_rows_counts_as_one():

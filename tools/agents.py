@@ -14,10 +14,10 @@ Its reward is 1 if the game is won, in at most 40 actions, else 0. An answer wit
 end, loses. The ids of an episode are those that the sampler read and drew: only what is new is tokenized.
 
   pip install -r requirements-agents.txt
-  python -m tools.agents --stage make --games FOLDER         TextWorld games by seeds
-  python -m tools.agents --stage expert --games FOLDER       their walkthroughs: won episodes, to start from
-  python -m tools.agents --stage collect --games FOLDER      episodes of a model at temperature 1: rows for oreo.py
-  python -m tools.agents --games FOLDER --value VALUE        success rate; V chooses among --candidates at each turn
+  python -m tools.agents --stage make --games FOLDER                     TextWorld games by seeds
+  python -m tools.agents --stage expert --games FOLDER --model scratch   their walkthroughs: won episodes to start from
+  python -m tools.agents --stage collect --games FOLDER --model MODEL    episodes at temperature 1: rows for oreo.py
+  python -m tools.agents --games FOLDER --model MODEL --value VALUE      success rate; V chooses among --candidates
 
 docs/oreo.md has the whole sequence, with the training between these steps."""
 
