@@ -108,11 +108,13 @@ def test_what_the_page_says_of_a_full_block_are_numbers_of_its_results():
     for name, found in claims.load(claims.ROOT / "benchmarks" / "results").items():
         text = page.split(f"<!-- {name} -->")[1].split("<!-- end -->")[1].split("\n## ")[0]
         said = " ".join(re.findall(r"(?ms)^- \*\*(?:Found|Not shown)\*\*.*?(?=^- |^$)", text)).replace("−", "-")
+        said = re.sub(r"p = [\d.]+", "", said)  # settings
         rows = [list(seeds.values()) for seeds in found["rows"].values()]
         known = [mean(seed[key] for seed in seeds) for seeds in rows for key in seeds[0]]
+        known += [seed["sampled"] for seeds in rows for seed in seeds if "sampled" in seed]
         known += [claim[key] for claim in found["claims"].values() for key in ("mean", "half_width")]
         numbers = re.findall(r"(?<![\d,.])-?\d+(?:\.\d+)?(?![\d,.]*\d)", said)
-        assert not [n for n in numbers if n.lstrip("-") not in {f"{abs(v):.{d}f}" for v in known for d in (0, 1)}], name
+        assert not [n for n in numbers if n.lstrip("-") not in {f"{abs(v):.{d}f}" for v in known for d in (0, 1, 2)}], name
         checked += len(numbers)
     assert checked > 10
 
