@@ -47,6 +47,7 @@ from common.rows import check_gold, load_rows, read_row, render_prompt, set_temp
 from common.run import (
     NotNegative,
     Positive,
+    Seed,
     Share,
     check_fit,
     check_ranges,
@@ -61,6 +62,7 @@ from common.search import search_answers, step_ids
 from common.trainer import (
     ValueModel,
     gather_lists,
+    granite_of_minicpm,
     init_world,
     launch,
     load_policy,
@@ -90,7 +92,7 @@ class Args:
     chat_template_args: tuple[str, ...] = ()  # Switches of the chat template, such as enable_thinking=false
     system: bool = True  # Keep the rows' system turns under "own" and Jinja files (LUFFY and ReLIFT drop them).
     stop_tokens: tuple[str, ...] = ()  # Tokens that also end an answer: <|im_end|> for a base model asked in ChatML
-    seed: int = 0  # Seed of the sampling
+    seed: Seed = 0  # Seed of the sampling
     # Let a value model choose: one answer per question. beam: --width states, as many next steps of each; the best go
     # on. best_of_n: --width answers. best_of_k: --width next steps of one state
     search: Literal["none", "beam", "best_of_n", "best_of_k"] = "none"
@@ -497,7 +499,8 @@ def tokens_ahead(args: Args) -> int:
 
 def check_lengths(questions: list[Question], args: Args) -> None:
     """Raise InputError if the longest prompt and its answer exceed the model's positions."""
-    positions = max_positions(AutoConfig.from_pretrained(args.model))
+    config = granite_of_minicpm(args.model) or AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    positions = max_positions(config)
     longest, times = max(questions, key=lambda q: len(q.prompt)), tokens_ahead(args) // args.max_tokens
     fits = (positions - len(longest.prompt)) // times if positions else args.max_tokens
     if fits < args.max_tokens:

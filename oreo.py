@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoints import Checkpoints, changed_settings
+from common.checkpoints import Checkpoints, changed_settings, digest_of
 from common.data import InputError, batch_indices, token_scales
 from common.metrics import plot_curves
 from common.rows import IN_A_BOX, Item, Trace, held_out_examples, read_examples, read_traces
@@ -336,7 +336,7 @@ def as_published(item: Item, row: dict, ask: str) -> Item:
     prompt = [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": asked}]
     if ask == "user":
         prompt = [{"role": "user", "content": f"{asked}\n{IN_A_BOX}"}]
-    solution = row.get("answer" if kind == "gsm8k" else "solution")
+    solution = row["answer"] if "####" in str(row.get("answer")) else row.get("solution")  # as `_problem` reads it
     return dataclasses.replace(item, prompt=prompt, traces=[Trace(solution)] if item.traces else [], source=kind)
 
 
@@ -350,6 +350,9 @@ def read_problems(tokenizer, args: Args, *, traces: str = "needed", **options):
         before += count["rows"]
         counts = {name: counts.get(name, 0) + n for name, n in count.items()}
     if traces == "needed":
+        if args.long_response == "cut":
+            examples = [dataclasses.replace(e, trace=e.trace[: max(1, args.max_row_tokens - len(e.prompt))])
+                        for e in examples]  # fmt: skip
         kept = [e for e in examples if len(e.prompt) + len(e.trace) <= args.max_row_tokens]
         counts |= {"row_too_long": len(examples) - len(kept), "kept": len(kept)}
         examples = kept
@@ -487,7 +490,11 @@ def check(args: Args) -> None:
     if args.rounds > 1 and args.reference and args.round_reference == "last":
         raise InputError(f"--reference {args.reference} has no effect with --round_reference last: what collected a "
                          "round's rows is its reference; add --round_reference first")  # fmt: skip
-    if args.rounds > 1 and (args.rows or args.stage == "sft"):
+    if args.stage == "collect" and args.rows:
+        raise InputError("--stage collect makes rows; --rows are for the stages that train on them")
+    if args.stage == "kto" and args.batch_size < 2:
+        raise InputError(f"--batch_size {args.batch_size}: kto compares an answer with another row's, so 2 or more")
+    if args.rounds > 1 and (args.rows or args.stage in ("sft", "collect")):
         raise InputError("--rounds collects rows of its own: it goes with oreo, rejection, dpo, kto and without --rows")
     if args.model.startswith("runs/") and not Path(args.model).exists():
         raise InputError(f"--model {args.model}: not there; --stage sft makes it, or name another")
@@ -579,10 +586,11 @@ def collect(args: Args) -> str:
 
     names = ("model", "data", "ask", "igsm_problems", "chat_template", "chat_template_args", "verifier", "samples",
              "max_prompt_tokens", "max_response_tokens", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
+    settings = {name: getattr(args, name) for name in names}
+    settings["weights_digest"] = " ".join(gather_lists([digest_of(args.model)] if world.main else [], world))
     answers = keep_answers(
-        out / "answers.jsonl", examples, sampler, {name: getattr(args, name) for name in names}, tokenizer, args, world,
-        n=args.samples, top_p=args.top_p,
-    )  # fmt: skip
+        out / "answers.jsonl", examples, sampler, settings, tokenizer, args, world, n=args.samples, top_p=args.top_p
+    )
     if world.main:
         rows = []
         for e, mine in zip(examples, answers, strict=True):

@@ -53,6 +53,7 @@ from common.run import (
     Positive,
     Run,
     RunArgs,
+    Seed,
     Share,
     mean,
     micro_batches,
@@ -88,7 +89,7 @@ class Args(RunArgs):
     weight_decay: NotNegative[float] = 1e-4  # AdamW weight decay
     # Collapse alarm: it fires when logp/chosen, averaged over 5 steps, is over this many nats per token below step 1.
     collapse_margin: float = 0.5
-    seed: int = 42  # Seed of data order, sampling, corruption and random weights
+    seed: Seed = 42  # Seed of data order, sampling, corruption and random weights
     micro_batch_tokens: Positive[int] = 40960  # Tokens per micro-batch and rank. A pair is never split.
     eval_every: NotNegative[int] = 200  # Evaluate every this many steps, before the first and after the last. 0: never
     save_every: NotNegative[int] = 200  # Write a checkpoint every this many steps and after the last. 0: never

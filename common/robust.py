@@ -46,9 +46,10 @@ JOINED_BOXES = re.compile(  # what stands between the boxes of a list
 )
 TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
-ANSWER = r"answer(?:[ *_]{0,3}to[^.\n]{0,80})?|antwort|respuesta|réponse|ответ"
+ANSWER = r"answers?(?:[ *_]{0,3}to[^.\n]{0,80})?|antwort|respuesta|réponse|ответ"
 PHRASE = re.compile(rf"\b(?:{ANSWER})[\s*_$]{{0,4}}(?:[:：]|\b(?:is|are|ist)\b|=)(?![\s*_:]*not\b)[\s*_:]*", re.I)
 MARKED = re.compile(r"\$+([^$\n]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]|\*\*([^*\n]+)\*\*")
+WHOLE = re.compile(r"[\s*]*(?:[.,;:!)(]|$|(?:because|since|as|which|so)\b)")  # what follows a formula that is all of it
 SENTENCE_END = re.compile(
     r"\n|[.!?](?=\s|$)|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=)|"
     r"\s(?:because|since|which|so|as|where|but)\b|\s\((?=[a-z])|;\s|<"
@@ -82,12 +83,16 @@ def find_answer(text: str) -> str | None:
         return ", ".join(dict.fromkeys(content for _, _, content in joined))
     if tags := TAG.findall(text):
         return find_answer(tags[-1]) or tags[-1]
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
+    _, marks, tail = text.rpartition("####")
+    if marks and not PHRASE.search(tail.strip().partition("\n")[2]):
+        line, _, more = tail.strip().partition("\n")
+        return line if re.search(r"\d", line) or not more.strip() else more.strip().rpartition("\n")[2]
     if phrases := [*PHRASE.finditer(text)]:
         rest = text[phrases[-1].end() :].lstrip()
         marked = MARKED.match(rest)
-        return marked[marked.lastindex] if marked else SENTENCE_END.split(rest, maxsplit=1)[0]
+        if marked and WHOLE.match(rest, marked.end()):
+            return marked[marked.lastindex]
+        return SENTENCE_END.split(rest, maxsplit=1)[0].replace("$", "")
     return None
 
 
@@ -105,8 +110,13 @@ CHOICE = re.compile(
     r"(?:[:：]|\bis\b|\bist\b)(?![\s*_:$]*not\b)",
     re.I,
 )
-LABEL = re.compile(r"(?is)[\s\"'“.\-]*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z])(?![a-z0-9_'’^])(\)?)(.*)")
-SECOND_LABEL = re.compile(r"\s*(?:[,/&+]|and\b|or\b|[-:]\s)\s*(?:and |or )?\(?[A-Z]\)?\s*(?:$|[).:,]|and\b|or\b)")
+LABEL = re.compile(
+    r"(?is)(?:[\s\"'“.]|-(?=\s))*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z])(?![a-z0-9_'’^])(\)?)(.*)"
+)
+SECOND_LABEL = re.compile(
+    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?"
+    r"\(?[A-Z]\)?\s*(?:$|[).:,;]|and\b|or\b)"
+)
 
 
 def _label(text, sentence=False):
@@ -118,7 +128,7 @@ def _label(text, sentence=False):
     if SECOND_LABEL.match(rest):
         return ""
     alone = re.fullmatch(r"\s*[.:]?\s*", rest)
-    plain = opened or closed or re.match(r"\s*[.:\-–—,;]", rest)  # not "A dog", not "I think"
+    plain = opened or closed or re.match(r"\s*(?:[.:,;]|[-–—](?!\w))", rest)  # not "A dog", not "I think", not "V-1"
     goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if label in "AI" else r"\s+[a-z]", rest)
     return label.upper() if alone or label.isupper() and (plain or goes_on) or label.islower() and opened else None
 
@@ -172,8 +182,10 @@ UNITS = {  # name: (what is measured, how many of its first unit)
         "length": "1 m meter metre,1/1000 mm millimeter millimetre,1/100 cm centimeter centimetre,"
         "1000 km kilometer kilometre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,"
         "201168/125 mi mile",
-        "time": "1 s sec second,60 min minute,3600 h hr hour,86400 day,604800 week",
-        "mass": "1 g gram,1/1000 mg milligram,1000 kg kilogram,1000000 ton tonne",
+        "time": "1 s sec second,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,"
+        "31557600 year",
+        "mass": "1 g gram,1/1000 mg milligram,1000 kg kilogram,1000000 ton tonne,"
+        "45359237/100000 lb pound",
         "volume": "1 L l liter litre,1/1000 mL ml milliliter millilitre",
         "money": "1 dollar USD,1/100 cent ¢",
         "angle": "1 ° degree deg,1/60 arcminute", "morning": "1 am", "evening": "1 pm", "share": "1 %",
@@ -186,7 +198,8 @@ SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
 NOT_UNITS = set(  # words after a number that change it, most of them without a plural's s
     "and or to by of than out not no if for when where with without except plus minus over under below above before "
     "after ago more less fewer greater least most up down between through until score pair half halve third quarter "
-    "fourth fifth tenth hundredth squared cubed factorial root mod modulo remainder base negative positive north "
+    "fourth fifth sixth seventh eighth ninth tenth hundredth thousandth wrong incorrect false impossible "
+    "squared cubed factorial root mod modulo remainder base negative positive north "
     "south east west left right choose power larger smaller bigger either neither hundred thousand million dozen is "
     "are was be but only odd even prime divide multiple".split()
 )
@@ -327,9 +340,17 @@ UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°(?: ?[CF](?![A-Za-z]))?|¢|%)(?:\^(?:\{-?\d+\}
 QUANTITY = re.compile(rf"(.*?[^ /·~])\s*({UNIT}(?: ?[/·]? ?{UNIT})*)")
 UNIT_WORD = re.compile(r"([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d+)\}?)?")
 CLOCK = re.compile(r"(\d{1,2}:[0-5]\d(?::[0-5]\d)?)(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
+DATE = re.compile(r"\d{4}([/-])\d{1,2}\1\d{1,2}|\d{1,2}([/-])\d{1,2}\2\d{4}|\d+ ?- ?\d+")  # or a score, a range
 TABLE = re.compile(
     r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin ?\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end ?\{\3\} ?[)\]]?"
 )
+
+
+def _with_letter_unit(text):
+    """5 m is 5 ~m, where no other letter says that m is a variable."""
+    rest = LETTER_UNIT.sub("", re.sub(r"\\(?:frac|sqrt|pi)(?![a-zA-Z])", "", text.rpartition("=")[2]))
+    one = len(LETTER_UNIT.findall(text)) == 1 or "/" in rest or "·" in rest
+    return LETTER_UNIT.sub(r"~\1", text) if one and not re.search("(?<![~A-Za-z])[A-Za-z]", rest) else text
 
 
 @functools.lru_cache(4096)
@@ -345,7 +366,7 @@ def readings(text: str) -> list:
         return exact + rounded
     found, error = [], None
     texts = [text, re.sub(CHOICE_LABEL, "", text), re.sub("^([^=<>≤≥]+)=([^=<>≤≥]+)$", r"\1-(\2)=0", text)]
-    texts += [LETTER_UNIT.sub(r"~\1", t) for t in texts]
+    texts += [_with_letter_unit(t) for t in texts]
     texts += [THOUSANDS.sub(lambda m: m[0].replace(",", ""), t) for t in texts]
     for attempt in dict.fromkeys(texts):
         try:
@@ -402,8 +423,8 @@ def _list(text):
     if len({value.unit for value in values if isinstance(value, Number)} - {None}) > 1:
         raise Unreadable("several units")
     names = {value.name for value in values if isinstance(value, Named)}
-    if len(names) == len(values):  # y = 2, x = 1 is (1, 2)
-        return Group(",", sorted(values, key=lambda value: value.name))
+    if all(isinstance(value, Named) for value in values) and len(values) >= len(names) > 1:
+        return _solutions(values, names)
     regions = [value.value if isinstance(value, Named) else value for value in values]
     if any("or" in s.lower() or s in "∨∪" for s in separators):
         if len(names) < 2 and all(isinstance(region, Group) and region.kind in INTERVALS for region in regions):
@@ -415,6 +436,18 @@ def _list(text):
     if isinstance(first, Named) and not any(isinstance(value, Named | Relation) for value in others):
         return Named(first.name, Group(",", [first.value, *others]))  # x = 1, 2
     return Group(",", values)
+
+
+def _solutions(values, names):
+    """y = 2, x = 1 is (1, 2); x = 1, y = 2, x = 3, y = 4 are two pairs."""
+    solutions = [values[i : i + len(names)] for i in range(0, len(values), len(names))]
+    if any({value.name for value in solution} != names for solution in solutions):
+        raise Unreadable("solutions of several names")
+    if names <= {*"xyz"} or names <= {*"abcd"}:  # other names, such as m and b, have no order of their own
+        solutions = [sorted(solution, key=lambda value: value.name) for solution in solutions]
+    if len(solutions) == 1:
+        return Group(",", solutions[0])
+    return Group(",", [Group("()", solution) for solution in solutions])
 
 
 def _flat(values):
@@ -484,9 +517,11 @@ def _brackets(text):
 
 
 def _ratio(text):
-    """3:4 is a quotient, 7:05 p.m. a symbol with a unit."""
+    """3:4 is a quotient, 7:05 p.m. a symbol with a unit, 5/10/2021 and 3-2 are symbols."""
     if clock := CLOCK.fullmatch(text):
         return Number(sympy.Symbol(clock[1]), (clock[2].lower() + "m", 1) if clock[2] else None)
+    if DATE.fullmatch(text):
+        return Number(sympy.Symbol(text.replace(" ", "")))
     parts, signs = _split(text, ":")
     if not signs:
         return None
@@ -512,9 +547,10 @@ def _quantity(text):
         return Number(formula(text))
     units = []
     for word, exponent in UNIT_WORD.findall(found[2]):
-        names = (word, word.lower(), word.lower().removesuffix("s"))
+        folded = word.lower() if len(word) > 3 else word  # mg is not Mg
+        names = (word, folded, folded.removesuffix("s"))
         name = next((name for name in names if name in UNITS), word.lower())
-        if NOT_UNITS & {*names}:
+        if NOT_UNITS & {*names, word.lower(), word.lower().removesuffix("s")}:
             raise Unreadable(f"{word} after a number")
         units.append((name, int(exponent or 1)))
     known = len(units) == 1 and units[0][0] in UNITS
@@ -523,7 +559,7 @@ def _quantity(text):
 
 MIXED = re.compile(r"(?<![\d.^_}])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+ ?/ ?\d+)")
 SYMBOL = re.compile(
-    rf"(?:\\(?:{'|'.join(GREEK)})(?![a-zA-Z])|[A-Za-z])(?:_(?:\w|\{{\w+\}}))?'*(?:(?<=[fghFGHP]) ?\([^()]*\))?"
+    rf"(?:\\(?:{'|'.join(GREEK)})(?![a-zA-Z])|[A-Za-z])(?:_(?:\w|\{{\w+\}}))?'*(?:(?<=[fghFGHP]) ?\(-?[^()+-]*\))?"
 )
 FUNCTION = re.compile(rf"\\({'|'.join(FUNCTIONS)})(?![a-zA-Z])(?:_(\w|\{{\w+\}}))?")
 NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")
@@ -549,7 +585,7 @@ def formula(text: str) -> sympy.Expr:
     for left, right in zip(tokens, tokens[1:], strict=False):
         if NUMBER.match(right) and (left == "}" or NUMBER.match(left) or SYMBOL.fullmatch(left)):
             raise Unreadable("a number after a factor")  # x2, 1 2
-    if TOKEN.sub("", text) or len(text) > 2 * MAX_ANSWER:
+    if TOKEN.sub("", text) or "!!" in text.replace(" ", "") or len(text) > 2 * MAX_ANSWER:
         raise Unreadable("a sign that no rule reads")
     tokens = ["", *reversed(tokens)]
     value = _parse(tokens)
@@ -593,7 +629,7 @@ def _atom(tokens, binds=4):
         return _group(tokens) / _group(tokens)
     if token == r"\binom":
         top, bottom = _group(tokens), _group(tokens)
-        _factorial(top)  # refuses a large one
+        _factorial(top), _factorial(bottom)  # refuses a large one
         return sympy.binomial(top, bottom)
     if token in CONSTANTS:
         return CONSTANTS[token]
@@ -775,10 +811,11 @@ def robust(response: str, gold: str) -> bool:
     gold = find_answer(gold) if boxes(gold) else gold
     if not gold.strip():
         raise NoAnswer("gold unreadable: it is empty")
-    label = re.fullmatch(r"\W*([A-Z])\W*", re.sub(r"\\(?:text|mathrm|textbf|mathbf)", "", gold))
+    label = re.fullmatch(r"[\s$(){}\[\].:*\\]*([A-Z])[\s$(){}\[\].:*\\]*",
+                         re.sub(r"\\(?:text|mathrm|textbf|mathbf)", "", gold))  # fmt: skip
     if label and (chosen := _chosen(said)) is not None:
         return chosen == label[1]
-    answer = find_answer(said) or find_answer(whole)
+    answer = find_answer(said if said.strip() else whole)
     marked = answer is not None
     answer = answer if marked else _last_line(said)
     if not answer.strip() or len(answer) > 4 * MAX_ANSWER:
@@ -793,7 +830,7 @@ def robust(response: str, gold: str) -> bool:
         if not marked and re.search(r"\d[^\d]*~", spelled):  # an unmarked last line must end in the answer
             raise Unreadable("words after a number")
         return any(same(a, b) for a in golds for b in readings(spelled))
-    except (ValueError, ArithmeticError, NotImplementedError, TypeError, RecursionError) as error:
+    except (ValueError, ArithmeticError, NotImplementedError, TypeError, AttributeError, RecursionError) as error:
         raise NoAnswer(f"{faulty} ({type(error).__name__}: {error})"[:300]) from error
 
 

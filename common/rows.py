@@ -5,6 +5,7 @@ A *row* is one object of a file, in any shape of SHAPES (README has them as a ta
 ids. Every script reads its data through this file; a row that does not fit is counted, or named in an InputError.
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -138,7 +139,7 @@ def _read_file(path: Path) -> Iterator[dict]:
         text = content.decode("utf-8-sig")  # without the byte order mark that some editors write
         if ending == ".csv":
             csv.field_size_limit(2**31 - 1)
-            yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            yield from map(_csv_row, csv.DictReader(io.StringIO(text, newline=""), strict=True))
         elif ending == ".json" and text.lstrip().startswith("["):
             yield from json.loads(text)
         else:
@@ -148,6 +149,15 @@ def _read_file(path: Path) -> Iterator[dict]:
                     yield json.loads(line)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise InputError(f"{where}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error})") from error
+
+
+def _csv_row(row: dict) -> dict:
+    """A row of a .csv file: an empty cell holds nothing, and label, reward and weight are numbers."""
+    row = {name: value or None for name, value in row.items()}
+    for name in ("label", "reward", "weight"):
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # a wrong one is named later
+            row[name] = float(row[name])
+    return {name: value for name, value in row.items() if value is not None}
 
 
 # --------------------------------------------------------------------------------------------------- items
@@ -311,8 +321,10 @@ def _single(row: dict) -> Item:
 def _drawn(row: dict) -> Item:
     text = row.get("response") if isinstance(row.get("response"), str) else ""
     trace = Trace(text, _number(row["reward"], "reward"), _ids(row["response_ids"], "response_ids"), row.get("actions"))
-    prompt, gold = row.get("prompt"), _gold(row.get("gold"))
+    prompt, gold = row.get("prompt"), _gold(row.get("gold"), row.get("answer"), row.get("ground_truth"))
     turns = _turns(prompt, "prompt") if prompt is not None else []
+    if not turns and row.get("conversations"):
+        turns = _conversation(row).prompt
     return Item(turns, "", gold, [trace], text=prompt if isinstance(prompt, str) else None,
                 prompt_ids=_ids(row["prompt_ids"], "prompt_ids"))  # fmt: skip
 
@@ -560,7 +572,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
             ids = trace and []
         elif trace.ids is not None:
             ids = trace.ids
-            if tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids) != trace.text:
+            if trace.text not in (tokenizer.decode(ids), tokenizer.decode(ids[:-1])):  # the last id may have ended it
                 raise InputError(
                     f"{row}: the ids of a trace are not those of its text: they are another tokenizer's; remove the "
                     "column '..._ids' or change --model"
@@ -589,6 +601,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
         names = [f"{source}, row {index}" for index in numbers]
         texts = [item.text or render_prompt(tokenizer, item.prompt) for item in items]
         prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompts = [with_bos(p, tokenizer) if item.text else p for p, item in zip(prompts, items, strict=True)]
         encoded = [map(share, encode_traces(tokenizer, column, texts, names)) for column in columns]
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
 

@@ -63,6 +63,7 @@ T = TypeVar("T")
 Positive = Annotated[T, ("positive", lambda x: x > 0)]
 NotNegative = Annotated[T, ("0 or more", lambda x: x >= 0)]
 Share = Annotated[T, ("between 0 and 1", lambda x: 0 <= x <= 1)]
+Seed = Annotated[int, ("from 0 to 10^12", lambda seed: 0 <= seed <= 10**12)]
 Cap = Annotated[T, ("1 or more, or 0 for none", lambda x: x == 0 or x >= 1)]
 
 
@@ -94,8 +95,7 @@ class RunArgs:
     max_grad_norm: Positive[float] = 1.0  # Clip the global gradient norm to this.
     rope_theta: NotNegative[float] = 0.0  # Set RoPE's base, also in the saved model; 0: the model's (docs/published.md)
     max_positions: NotNegative[int] = 0  # Set max_position_embeddings, also in the saved model; 0: the model's
-    # Seed of data order, sampling and random weights
-    seed: Annotated[int, ("from 0 to 10^12", lambda seed: 0 <= seed <= 10**12)] = 0
+    seed: Seed = 0  # Seed of data order, sampling and random weights
     micro_batch_tokens: Positive[int] = 32768  # Tokens per micro-batch and rank. The gradient does not depend on it.
     # Layers that recompute their activations in the backward pass. auto: as many as memory demands (on a CPU none)
     gradient_checkpointing: Literal["auto", "all", "none"] = "auto"

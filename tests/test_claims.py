@@ -114,7 +114,8 @@ def test_what_the_page_says_of_a_full_block_are_numbers_of_its_results():
         known += [seed["sampled"] for seeds in rows for seed in seeds if "sampled" in seed]
         known += [claim[key] for claim in found["claims"].values() for key in ("mean", "half_width")]
         numbers = re.findall(r"(?<![\d,.])-?\d+(?:\.\d+)?(?![\d,.]*\d)", said)
-        assert not [n for n in numbers if n.lstrip("-") not in {f"{abs(v):.{d}f}" for v in known for d in (0, 1, 2)}], name
+        rounded = {f"{abs(value):.{digits}f}" for value in known for digits in (0, 1, 2)}
+        assert not [number for number in numbers if number.lstrip("-") not in rounded], name
         checked += len(numbers)
     assert checked > 10
 

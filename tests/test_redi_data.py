@@ -49,7 +49,7 @@ def test_graded_traces_of_three_forms_give_the_first_right_and_the_first_wrong_o
     ]  # fmt: skip
     for row in rows:
         problem = read_problem(row, "row 0", Args())
-        assert problem == Problem([{"role": "user", "content": "p"}], Trace("y"), Trace("x", 0.0), "4", "s")
+        assert problem == Problem([{"role": "user", "content": "p"}], Trace("y"), Trace("x", 0.0), "4", "s", "p")
     luffys = {"prompt": [{"role": "user", "content": "p"}], "target": "y", "reward_model": {"ground_truth": 0}}
     assert read_problem(luffys, "row 0", Args()).gold == "0"
     gsm8k = read_problem({"question": "p", "answer": "so\n#### 1,000"}, "row 0", Args())

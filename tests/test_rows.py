@@ -15,8 +15,10 @@ import oreo
 import redi
 from common.data import InputError
 from common.rows import (
+    Trace,
     check_gold,
     data_digest,
+    encode_traces,
     held_out_examples,
     load_rows,
     make_examples,
@@ -397,6 +399,33 @@ def files(folder, *names):
 
 def names_of(rows):
     return [r["question"] for r in rows]
+
+
+def test_a_csv_file_holds_numbers_and_empty_cells(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,response,label,weight,chosen\nQ?,A,1,0.5,\nQ?,B,0,,\n")
+    first, second = (read_row(r, "x") for r in load_rows(str(path)))
+    assert first.first(correct=True).text == "A" and first.weight == 0.5
+    assert second.first(correct=False).text == "B" and second.weight == 1.0
+
+
+def test_ids_that_end_with_another_stop_token_are_those_of_their_text():
+    ids = TOKENIZER("a=5", add_special_tokens=False)["input_ids"]
+    for end in (TOKENIZER.eos_token_id, 10):
+        trace = Trace("a=5", ids=[*ids, end])
+        assert encode_traces(TOKENIZER, [trace], ["p"], ["row"]) == [[*ids, end]]
+    with pytest.raises(InputError, match="another tokenizer's"):
+        encode_traces(TOKENIZER, [Trace("a=6", ids=[*ids, 1])], ["p"], ["row"])
+
+
+@pytest.mark.parametrize("answer", ["2", 2])
+def test_the_published_trace_is_the_column_that_holds_the_solution(answer):
+    row = {"data_source": "gsm8k", "question": "1+1", "solution": "1+1=\\boxed{2}", "answer": answer}
+    [trace] = oreo.as_published(read_row(row, "x"), row, "system").traces
+    assert trace.text == "1+1=\\boxed{2}"
+    row = {"data_source": "math", "question": "1+1", "answer": "1+1=2\n#### 2"}
+    [trace] = oreo.as_published(read_row(row, "x"), row, "system").traces
+    assert trace.text == "1+1=2\n#### 2"
 
 
 def test_copies_that_an_editor_keeps_are_not_read(tmp_path):

@@ -35,7 +35,17 @@ from tqdm import tqdm
 from common.data import InputError
 from common.rollout import Sampling, make_sampler
 from common.rows import render_prompt, with_bos
-from common.run import NotNegative, Positive, Share, check_fit, check_ranges, open_tokenizer, write_lines, write_whole
+from common.run import (
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    check_fit,
+    check_ranges,
+    open_tokenizer,
+    write_lines,
+    write_whole,
+)
 from common.search import state_values
 from common.trainer import ValueModel, export, gather_lists, init_world, launch, load_policy, parse_args
 
@@ -66,7 +76,7 @@ class Args:
     max_turn_tokens: Positive[int] = 128  # Tokens per answer at most. An answer that does not end in them loses.
     max_episode_tokens: Positive[int] = 4096  # Tokens per episode at most (published). A longer one loses.
     parallel: Positive[int] = 32  # Episodes that each rank plays at a time
-    seed: int = 0  # Seed of sampling
+    seed: Seed = 0  # Seed of sampling
     # TextWorld: call things by this many names of each kind, which a small model can learn. 0: as the games do
     names: Annotated[int, ("0 to 8", lambda n: 0 <= n <= len(NAMES["c"]))] = 0
     renamed: NotNegative[int] = 0  # expert: play each game this many times more, with other --names
@@ -116,6 +126,7 @@ def turn_end(tokenizer) -> tuple[bool, list[int]]:
     ends an answer too, as the published stop string does."""
     turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
     talk = [{"role": role, "content": content} for role, content in turns]
+    render_prompt(tokenizer, talk[:1])  # says what is missing without a template
     shown, more = (tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
     if tokenizer.eos_token in shown.rpartition("answer")[2]:
         return True, [tokenizer.eos_token_id]

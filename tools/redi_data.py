@@ -25,10 +25,11 @@ from tqdm import tqdm
 import redi
 from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
-from common.rows import Example, Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt
+from common.rows import IN_A_BOX, Example, Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt
 from common.run import (
     NotNegative,
     Positive,
+    Seed,
     Share,
     check_ranges,
     keep_answers,
@@ -67,7 +68,7 @@ class Args:
     rollout: Literal["auto", "embedded", "vllm"] = "auto"
     rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM
     sampler_tokens: NotNegative[int] = 0  # Largest batch of the embedded sampler, as in redi.py
-    seed: int = 42  # Seed of order, sampling and corruption
+    seed: Seed = 42  # Seed of order, sampling and corruption
     timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
     temperature, batch_size = 1.0, 256  # of own answers, the latter sampled, graded and kept at once; no flags
 
@@ -90,11 +91,14 @@ class Problem:
     rejected: Trace | None
     gold: str
     source: str
+    question: str = ""
+    weight: float = 1.0
 
     def row(self, **traces: Trace) -> dict:
         """A row of an output file, with these traces by column."""
         gold = {"style": "rule", "ground_truth": self.gold}
         row = {"data_source": self.source, "prompt": self.prompt, "reward_model": gold}
+        row |= {"weight": self.weight} if self.weight != 1 else {}
         row |= {name: trace.text for name, trace in traces.items()}
         return row | {f"{name}_ids": trace.ids for name, trace in traces.items() if trace.ids is not None}
 
@@ -133,7 +137,8 @@ def read_problem(row: dict, where: str, args: Args) -> Problem | str:
     correct, incorrect = item.first(correct=True), item.first(correct=False)
     if chosen:
         correct, incorrect = (None if i is None else item.traces[i] for i in chosen)
-    return Problem(item.prompt, correct, incorrect, item.gold, str(row.get("source") or item.source))
+    source = str(row.get("source") or item.source)
+    return Problem(item.prompt, correct, incorrect, item.gold, source, item.question, item.weight)
 
 
 def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
@@ -146,13 +151,18 @@ def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} - {()}
 
 
+def question_ngrams(question: str, n: int) -> set[tuple[str, ...]]:
+    """Those of a question without the request for a box, which questions of any data share."""
+    return word_ngrams(question.replace(IN_A_BOX, ""), n)
+
+
 def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
     """{benchmark of --decontaminate: the n-grams of its questions}."""
     found: dict[str, set[tuple[str, ...]]] = {}
     for source in args.decontaminate:
         for index, row in enumerate(iter_rows(source, split="test")):
             question = read_row(row, f"--decontaminate {source}, row {index}").question
-            found.setdefault(source, set()).update(word_ngrams(question, args.ngram))
+            found.setdefault(source, set()).update(question_ngrams(question, args.ngram))
     return found
 
 
@@ -166,7 +176,7 @@ def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list
         found = read_problem(row, f"{args.data}, row {n_rows}", args)
         n_rows += 1
         if not isinstance(found, str) and benchmarks:
-            ngrams = word_ngrams(found.prompt[-1]["content"], args.ngram)
+            ngrams = question_ngrams(found.question, args.ngram)
             hits = (f"shares {args.ngram} words with {name}" for name, known in benchmarks.items() if ngrams & known)
             found = next(hits, found)
         if isinstance(found, str):
