@@ -269,6 +269,8 @@ def write(path, rows):
         (["--temperature", "0"], "--temperature must be positive"),
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--stage", "iterate"], "--rounds collects rows of its own"),
+        (["--stage", "collect", "--rows", "x.jsonl"], "--stage collect makes rows"),
+        (["--stage", "kto", "--batch_size", "1", "--rows", "x.jsonl"], "--batch_size 1: kto compares"),
         (["--value", "no/such/value"], "--value no/such/value: cannot be loaded"),
         (["--balance", "-1"], "--balance must be 0 or more"),
         (["--stage", "sft"], "--stage sft trains on the solutions of --data"),
@@ -416,6 +418,18 @@ def test_prompt_and_response_have_one_limit_together(nano, rows, tmp_path):
     assert count["response_too_long"] == len(every) - len(kept) > 0
     cut, _ = oreo.read_rows(rows, tokenizer, settings(nano, *words, "--long_response", "cut"))
     assert max(len(row.prompt) + len(row.response) for row in cut) == longest and len(cut) == len(every)
+
+
+def test_a_long_solution_is_left_out_or_cut_to_the_rows_limit(nano, tmp_path):
+    data = write(tmp_path / "rows.jsonl", [{"problem": "a=1 a?", "solution": "a=1 " * 9 + "\\boxed{1}"}] * 4)
+    words = ["--stage", "sft", "--data", data, "--ask", "user"]
+    words += ["--max_prompt_tokens", "900", "--max_response_tokens", "900"]
+    [[whole], *_], _ = oreo.training_units(load_tokenizer(nano), settings(nano, *words), False)
+    limit = len(whole.prompt) + len(whole.response) - 3
+    words += ["--max_row_tokens", str(limit)]
+    assert not oreo.training_units(load_tokenizer(nano), settings(nano, *words), False)[0]
+    [[cut], *_], _ = oreo.training_units(load_tokenizer(nano), settings(nano, *words, "--long_response", "cut"), False)
+    assert len(cut.prompt) + len(cut.response) == limit and cut.response == whole.response[:-3]
 
 
 def test_long_responses_are_counted_and_left_out_or_cut(nano, rows, tmp_path):
