@@ -430,6 +430,8 @@ def model_of(args: Args, stage: str, arm: str) -> str:
 
 def open_tokenizer(model: str, args: Args):
     """Return the tokenizer of a model. Its template ends prompts with "<think>", where the solutions go on."""
+    if model.startswith(f"{args.out}/") and not Path(model).exists():
+        raise InputError(f"{model} is missing: run the stage before this one first (--stage base or sft)")
     return set_template(load_tokenizer(model), args.chat_template, args.chat_template_args, think=True)
 
 

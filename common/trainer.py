@@ -344,7 +344,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "-
 def load_policy(
     path: str, world: World, *, from_config: dict | None = None, seed: int = 0,
     gradient_checkpointing: bool | str = False, trust_remote_code: bool = False, kind: type = Policy,
-    new_head: bool = False, lora: int = 0, edit_config=None, compile: bool = False,
+    new_head: bool = False, lora: int = 0, edit_config=None, compile: bool = False, flag: str = "",
 ) -> Policy:  # fmt: skip
     """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
     float32 reduction on CUDA). Only rank 0 reads the weights; the others receive their shards from it.
@@ -356,12 +356,12 @@ def load_policy(
     from. lora: rank (and alpha) of adapters on every linear layer of the body; the body's own weights are then
     frozen, a value's head is not. edit_config: called with the configuration before the model is built (such as
     RoPE's theta); what it sets is saved with the model. compile: fuse each layer's small operations with
-    torch.compile; attention, whose shapes change with every batch, is left as it is.
+    torch.compile; attention, whose shapes change with every batch, is left as it is. flag: what names `path` in errors.
     Dropout is set to 0, and routers have no jitter, as in the papers' runs.
     Raises InputError if there is no such model at `path`, its weights are not those of its configuration, or packed
     sequences or the head do not give what plain Transformers gives (`prove`)."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
-    flag = f"{'--model' if kind is Policy else '--value'} {path}"
+    flag = f"{flag or ('--model' if kind is Policy else '--value')} {path}"
     labels = {} if kind is Policy else {"num_labels": 1}
     if (Path(path) / "adapter_config.json").is_file():
         raise InputError(f"{flag}: adapter_config.json is there: merge the adapter into the weights, or remove it")

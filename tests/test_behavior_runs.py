@@ -282,6 +282,7 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--stage", "sft"], "sft_vanilla.jsonl is missing: run --stage data first"),
         (["--stage", "rl", "--sft_model", "no/such"], "--sft_model no/such is one arm's: it needs --arms ARM"),
         (["--stage", "rl", "--sft_model", "no/such", "--arms", "bridge"], "--model no/such: no tokenizer there"),
+        (["--stage", "rl", "--arms", "bridge"], "sft/model is missing: run the stage before this one first"),
         (["--stage", "eval"], "no model there; run --stage sft and --stage rl first"),
         (["--stage", "sft", "--sft_model", "some/model", "--arms", "bridge"], "some/model is .* --stage rl or eval"),
         (["--group_size", "1"], r"--group_size must be 2 or more \(a single answer has no advantage\), not 1"),

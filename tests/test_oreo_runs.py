@@ -272,6 +272,7 @@ def write(path, rows):
         (["--stage", "collect", "--rows", "x.jsonl"], "--stage collect makes rows"),
         (["--stage", "kto", "--batch_size", "1", "--rows", "x.jsonl"], "--batch_size 1: kto compares"),
         (["--value", "no/such/value"], "--value no/such/value: cannot be loaded"),
+        (["--reference", "no/such/model"], "--reference no/such/model: cannot be loaded"),
         (["--balance", "-1"], "--balance must be 0 or more"),
         (["--stage", "sft"], "--stage sft trains on the solutions of --data"),
         (["--rounds", "2", "--reference", "some/model"], "--reference some/model has no effect with --round_reference"),
