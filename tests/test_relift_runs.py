@@ -222,7 +222,7 @@ def test_data_without_any_demonstration_is_an_error_before_training(tmp_path, me
     if target == "missing":
         rows = [{k: v for k, v in row.items() if k != "target"} for row in rows]
     data = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(InputError, match="no row has a demonstration .* RL alone is --sft_data_size -1"):
+    with pytest.raises(InputError, match="no row has a demonstration .* RL alone is --method grpo"):
         relift.main(settings("--method", method, "--data", data, "--out", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
