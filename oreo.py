@@ -535,8 +535,8 @@ def train(args: Args) -> None:
         check_fit(f"--value {args.value}", value, policy)
         more = {"value": (value, make_optimizer(value, lr=args.value_lr, **adam))}
     if args.stage in ("oreo", "dpo", "kto"):
-        named = dict(flag="--reference") if args.reference else {}
-        reference = open_policy(args.reference or args.model, args, world, gradient_checkpointing="none", **named)
+        flag = "--reference" if args.reference else "--model"
+        reference = open_policy(args.reference or args.model, args, world, gradient_checkpointing="none", flag=flag)
         reference.requires_grad_(False)
         check_fit(f"--reference {args.reference}", reference, policy)
     run.begin(policy, optimizer, tokenizer, **more)

@@ -182,10 +182,8 @@ UNITS = {  # name: (what is measured, how many of its first unit)
         "length": "1 m meter metre,1/1000 mm millimeter millimetre,1/100 cm centimeter centimetre,"
         "1000 km kilometer kilometre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,"
         "201168/125 mi mile",
-        "time": "1 s sec second,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,"
-        "31557600 year",
-        "mass": "1 g gram,1/1000 mg milligram,1000 kg kilogram,1000000 ton tonne,"
-        "45359237/100000 lb pound",
+        "time": "1 s sec second,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 year",
+        "mass": "1 g gram,1/1000 mg milligram,1000 kg kilogram,1000000 ton tonne,45359237/100000 lb pound",
         "volume": "1 L l liter litre,1/1000 mL ml milliliter millilitre",
         "money": "1 dollar USD,1/100 cent ¢",
         "angle": "1 ° degree deg,1/60 arcminute", "morning": "1 am", "evening": "1 pm", "share": "1 %",
@@ -629,7 +627,8 @@ def _atom(tokens, binds=4):
         return _group(tokens) / _group(tokens)
     if token == r"\binom":
         top, bottom = _group(tokens), _group(tokens)
-        _factorial(top), _factorial(bottom)  # refuses a large one
+        for value in (top, bottom):
+            _factorial(value)  # refuses a large one
         return sympy.binomial(top, bottom)
     if token in CONSTANTS:
         return CONSTANTS[token]

@@ -153,11 +153,11 @@ def _read_file(path: Path) -> Iterator[dict]:
 
 def _csv_row(row: dict) -> dict:
     """A row of a .csv file: an empty cell holds nothing, and label, reward and weight are numbers."""
-    row = {name: value or None for name, value in row.items()}
-    for name in ("label", "reward", "weight"):
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # a wrong one is named later
+    row = {name: value for name, value in row.items() if value}
+    for name in row.keys() & {"label", "reward", "weight"}:
+        with contextlib.suppress(ValueError):  # what is no number is named later
             row[name] = float(row[name])
-    return {name: value for name, value in row.items() if value is not None}
+    return row
 
 
 # --------------------------------------------------------------------------------------------------- items
