@@ -18,7 +18,7 @@ import itertools
 import operator
 import re
 import unicodedata
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import sympy
 
@@ -180,10 +180,10 @@ UNITS = {  # name: (what is measured, how many of its first unit)
     name: (kind, sympy.Rational(factor))
     for kind, table in {
         "length": "1 m meter metre,1/1000 mm millimeter millimetre,1/100 cm centimeter centimetre,"
-        "1000 km kilometer kilometre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,"
+        "1000 km kilometer kilometre,1000000 Mm,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,"
         "201168/125 mi mile",
         "time": "1 s sec second,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 year",
-        "mass": "1 g gram,1/1000 mg milligram,1000 kg kilogram,1000000 ton tonne,45359237/100000 lb pound",
+        "mass": "1 g gram,1/1000 mg milligram,1000 kg kilogram,1000000 ton tonne Mg,45359237/100000 lb pound",
         "volume": "1 L l liter litre,1/1000 mL ml milliliter millilitre",
         "money": "1 dollar USD,1/100 cent ¢",
         "angle": "1 ° degree deg,1/60 arcminute", "morning": "1 am", "evening": "1 pm", "share": "1 %",
@@ -245,6 +245,7 @@ SPELLINGS = [
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
         (r"\s+", " "),
         (r" ?~(?:percent|pct)(?![a-z])", "%"),
+        (r"~(?:mph|(k(?:m?ph|mh)))(?![a-z])", lambda m: "~km/ ~hr" if m[1] else "~mi/ ~hr"),
         (r"~(?:square|sq\.?|(cubic|cu\.?)) ~([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
         (rf" ?~({'|'.join(SCALES)})s?(?![a-z])", lambda m: f"·{SCALES[m[1]]}"),
         (r"\\frac\{ *(~[a-z]+) *\}\{ *(~?[a-z]+) *\}", r"\1/ \2"),  # km over h
@@ -306,7 +307,7 @@ def _split(text, pattern):
 # 3. Read it.
 
 
-Number = namedtuple("Number", "value unit", defaults=[None])  # unit: ("cm", 2) is cm^2, None an unknown one or none
+Number = namedtuple("Number", "value unit", defaults=[None])  # unit: as _unit returns it
 Group = namedtuple("Group", "kind items")  # kind: its brackets, as (] for an interval; "," or ∪ ; matrix, cases or row
 Named = namedtuple("Named", "name value")  # x = 5, x ∈ (0, 1)
 Relation = namedtuple("Relation", "sign difference")  # left - right, which is = 0, < 0 or ≤ 0
@@ -334,9 +335,9 @@ NAME = re.compile(
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
 CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] "
 LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
-UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°(?: ?[CF](?![A-Za-z]))?|¢|%)(?:\^(?:\{-?\d+\}|-?\d))?"
+UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°(?: ?[CF](?![A-Za-z]))?|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
 QUANTITY = re.compile(rf"(.*?[^ /·~])\s*({UNIT}(?: ?[/·]? ?{UNIT})*)")
-UNIT_WORD = re.compile(r"([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d+)\}?)?")
+UNIT_WORD = re.compile(r"(/ ?)?~?([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d)\}?)?")
 CLOCK = re.compile(r"(\d{1,2}:[0-5]\d(?::[0-5]\d)?)(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
 DATE = re.compile(r"\d{4}([/-])\d{1,2}\1\d{1,2}|\d{1,2}([/-])\d{1,2}\2\d{4}|\d+ ?- ?\d+")  # or a score, a range
 TABLE = re.compile(
@@ -517,7 +518,7 @@ def _brackets(text):
 def _ratio(text):
     """3:4 is a quotient, 7:05 p.m. a symbol with a unit, 5/10/2021 and 3-2 are symbols."""
     if clock := CLOCK.fullmatch(text):
-        return Number(sympy.Symbol(clock[1]), (clock[2].lower() + "m", 1) if clock[2] else None)
+        return Number(sympy.Symbol(clock[1]), clock[2] and _unit(f"~{clock[2]}m".lower()))
     if DATE.fullmatch(text):
         return Number(sympy.Symbol(text.replace(" ", "")))
     parts, signs = _split(text, ":")
@@ -539,20 +540,27 @@ def _text(text):
 
 
 def _quantity(text):
-    """A formula with a unit: 5 ~cm^2 has the unit ("cm", 2)."""
+    """A formula with a unit."""
     text = re.sub(r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\d)? ?[({]?)(\d+) ?°", r"\1{\\frac{\2\\pi}{180}}", text)
     if not (found := QUANTITY.fullmatch(text)):
         return Number(formula(text))
-    units = []
-    for word, exponent in UNIT_WORD.findall(found[2]):
+    return Number(formula(found[1]), _unit(found[2]))
+
+
+def _unit(text):
+    """Units as powers of what they measure, and how many first units: ~km/ ~hr is {length 1, time -1}, 5/18. None if
+    the table lacks one of them."""
+    powers, size = Counter(), sympy.Integer(1)
+    for over, word, exponent in UNIT_WORD.findall(text.replace("~per", "/")):
         folded = word.lower() if len(word) > 3 else word  # mg is not Mg
-        names = (word, folded, folded.removesuffix("s"))
-        name = next((name for name in names if name in UNITS), word.lower())
-        if NOT_UNITS & {*names, word.lower(), word.lower().removesuffix("s")}:
+        names = (word, folded, folded.removesuffix("s"), word.lower())
+        if NOT_UNITS & {*names, word.lower().removesuffix("s")}:
             raise Unreadable(f"{word} after a number")
-        units.append((name, int(exponent or 1)))
-    known = len(units) == 1 and units[0][0] in UNITS
-    return Number(formula(found[1]), units[0] if known else None)
+        kind, factor = next((UNITS[name] for name in names if name in UNITS), (None, 1))
+        power = int(exponent or 1) * (-1 if over else 1)
+        powers[kind] += power
+        size *= factor**power
+    return None if None in powers else (frozenset(powers.items()), size)
 
 
 MIXED = re.compile(r"(?<![\d.^_}])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+ ?/ ?\d+)")
@@ -798,10 +806,10 @@ def _paired(items, others):
 def _same_quantity(a, b):
     """A unit may be missing on one side. 25 % is 25 or 0.25."""
     if a.unit == b.unit or not a.unit or not b.unit:
-        percent = a.value / 100 if a.unit == ("%", 1) else a.value
+        percent = a.value / 100 if a.unit == _unit("%") else a.value
         return equal(a.value, b.value) or a.unit != b.unit and equal(percent, b.value)
-    (kind, x), (other, y) = UNITS[a.unit[0]], UNITS[b.unit[0]]
-    return kind == other and a.unit[1] == b.unit[1] and equal(a.value * x ** a.unit[1], b.value * y ** b.unit[1])
+    (measured, x), (other, y) = a.unit, b.unit
+    return measured == other and equal(a.value * x, b.value * y)
 
 
 def robust(response: str, gold: str) -> bool:

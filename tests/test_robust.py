@@ -53,7 +53,7 @@ HUGE = [
     r"\boxed{9^{9^{9^9}}}", r"\boxed{" + "1" * 10**6 + "}", r"\boxed{" + "(" * 20_000 + "1" + ")" * 20_000 + "}",
     r"\boxed{factorial(10**8)}", r"\boxed{100000000!}", r"\boxed{\binom{10^8}{60116421}}", " " * 10**5 + r"\boxed{ }",
     r"\boxed{\lfloor 10^{6402}\pi\rfloor}", r"\boxed{" + "2^" * 90 + "2}", r"\boxed{" * 2000, r"\boxed{&}",
-    "answer is " * 5000,
+    "answer is " * 5000, r"\boxed{5\text{ km}^{99999999}}",
 ]  # fmt: skip
 
 
