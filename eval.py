@@ -17,7 +17,6 @@ With m_q the fraction of correct answers to question q, n_q its answers, c_q cor
     average             mean of the benchmarks' pass@1, each counted once whatever its size
 
 Answers are written as they come, and the same command resumes a run that was killed, with the same result.
-
 The papers differ in prompts, graders and limits: docs/eval.md has each one's protocol and command.
 """
 
@@ -32,12 +31,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from statistics import fmean as mean
-from statistics import variance
+from statistics import fmean, variance
 from typing import Annotated, Literal
 
 import tyro
-from transformers import AutoConfig
 
 from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
@@ -62,13 +59,13 @@ from common.search import search_answers, step_ids
 from common.trainer import (
     ValueModel,
     gather_lists,
-    granite_of_minicpm,
     init_world,
     launch,
     load_policy,
     load_tokenizer,
     max_positions,
     parse_args,
+    read_config,
 )
 from common.verifiers import after_think, last_boxed
 
@@ -168,11 +165,11 @@ def mean_and_errors(rewards: list[list[float]]) -> tuple[float, float | None, fl
 
     rewards: a list per question, one reward per answer. The squares of both errors are unbiased. An error is None if
     it is unknown: for one question, or a question with one answer."""
-    means, sampling_error = [mean(r) for r in rewards], None  # [Q]
+    means, sampling_error = [fmean(r) for r in rewards], None  # [Q]
     error = math.sqrt(variance(means) / len(means)) if len(means) > 1 else None
     if min(map(len, rewards)) > 1:
         sampling_error = math.sqrt(sum(variance(r) / len(r) for r in rewards)) / len(means)
-    return mean(means), error, sampling_error
+    return fmean(means), error, sampling_error
 
 
 def difficulty(base_rate: float) -> str:
@@ -241,9 +238,7 @@ def read_template(name: str, tokenizer) -> str | list[dict] | None:
             tokenizer.chat_template, template = template, None
     if not isinstance(template, str) and not tokenizer.chat_template:
         plain = ", ".join(name for name, text in TEMPLATES.items() if isinstance(text, str))
-        raise InputError(
-            f"--template {name}: the model's tokenizer has no chat template; pass a file with one, or {plain}"
-        )
+        raise InputError(f"--template {name}: the model has no chat template; pass a file with one, or {plain}")
     return template
 
 
@@ -324,9 +319,8 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
         value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
         check_fit(f"--value {args.value}", value, policy)
     stops = stop_ids(policy, tokenizer, args.stop_tokens)
-    sampler = make_sampler(
-        args.rollout, policy, world, stop_ids=stops, max_tokens=longest, max_batch_tokens=args.sampler_tokens
-    )
+    sampler = make_sampler(args.rollout, policy, world, stop_ids=stops, max_tokens=longest,
+                           max_batch_tokens=args.sampler_tokens)  # fmt: skip
     sampler.sync(policy, version=0)
     parts = chunks(questions, args, embedded=isinstance(sampler, EmbeddedSampler))
     del policy
@@ -359,11 +353,9 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
     return records
 
 
-def make_answer(completion: Completion, tokenizer) -> dict:
+def make_answer(drawn: Completion, tokenizer) -> dict:
     """Return an answer of a line of samples.jsonl."""
-    return {
-        "text": tokenizer.decode(completion.said), "tokens": len(completion.ids), "truncated": completion.truncated
-    }  # fmt: skip
+    return {"text": tokenizer.decode(drawn.said), "tokens": len(drawn.ids), "truncated": drawn.truncated}
 
 
 def best_answer(found, stops: list[int], tokenizer) -> dict:
@@ -371,9 +363,8 @@ def best_answer(found, stops: list[int], tokenizer) -> dict:
     if not found:
         return {"text": "", "tokens": 0, "truncated": True, "found": 0}
     best = max(found, key=lambda candidate: candidate.value)
-    finish = "stop" if best.response[-1] in stops else "length"
-    answer = make_answer(Completion(best.response, [], finish), tokenizer)
-    return answer | {"found": len(found), "value": round(best.value, 6)}
+    drawn = Completion(best.response, [], "stop" if best.response[-1] in stops else "length")
+    return make_answer(drawn, tokenizer) | {"found": len(found), "value": round(best.value, 6)}
 
 
 # -------------------------------------------------------------------------------------------------- the numbers
@@ -424,7 +415,7 @@ def summarise(records: list[dict], verifiers: tuple[str, ...], base: dict[str, d
         results[benchmark] = summarise_benchmark(mine, verifiers)
         if base is not None:
             results[benchmark]["by_difficulty"] = by_difficulty(mine, verifiers[0], base)
-    results["average"] = mean(r["pass@1"] for r in results.values())
+    results["average"] = fmean(r["pass@1"] for r in results.values())
     return results
 
 
@@ -441,10 +432,10 @@ def summarise_benchmark(records: list[dict], verifiers: tuple[str, ...]) -> dict
     return {
         "rows": sum(r["rows"] for r in records), "questions": len(records), "answers": len(answers),
         **dict(zip(("pass@1", "pass@1_se", "pass@1_se_sampling"), mean_and_errors(rewards), strict=True)),
-        **{f"pass@{k}": mean(pass_at_k(n, c, k) for n, c in counts) for k in ks},
-        **{f"maj@{k}": mean(majority_at_k(*v, k) for v in votes) for k in ks},
-        "mean_tokens": mean(a["tokens"] for a in answers),
-        "truncated": mean(a["truncated"] for a in answers),
+        **{f"pass@{k}": fmean(pass_at_k(n, c, k) for n, c in counts) for k in ks},
+        **{f"maj@{k}": fmean(majority_at_k(*v, k) for v in votes) for k in ks},
+        "mean_tokens": fmean(a["tokens"] for a in answers),
+        "truncated": fmean(a["truncated"] for a in answers),
         "no_answer": status["unparsable"] / len(answers),
         "verifier": dict(status),
         "graders": {v: mean_and_errors([rewards_of(r, v) for r in records])[0] for v in verifiers},
@@ -457,7 +448,7 @@ def by_difficulty(records: list[dict], verifier: str, base: dict[str, dict]) -> 
     """Return pass@1 of this model and of the base in ReLIFT's buckets; not_in_base: the base was not asked."""
     buckets = {name: [] for name in ("easy", "medium", "hard", "hardest", "not_in_base")}
     for record in records:
-        base_rate = mean(rewards_of(base[record["id"]], verifier)) if record["id"] in base else None
+        base_rate = fmean(rewards_of(base[record["id"]], verifier)) if record["id"] in base else None
         name = "not_in_base" if base_rate is None else difficulty(base_rate)
         buckets[name].append((rewards_of(record, verifier), base_rate))
     result = {}
@@ -465,7 +456,7 @@ def by_difficulty(records: list[dict], verifier: str, base: dict[str, dict]) -> 
         if found:
             rewards, base_rates = zip(*found, strict=True)
             rate, error, _ = mean_and_errors(rewards)
-            base_mean = None if name == "not_in_base" else mean(base_rates)
+            base_mean = None if name == "not_in_base" else fmean(base_rates)
             result[name] = {"questions": len(found), "pass@1": rate, "pass@1_se": error, "base": base_mean}
     return result
 
@@ -499,8 +490,7 @@ def tokens_ahead(args: Args) -> int:
 
 def check_lengths(questions: list[Question], args: Args) -> None:
     """Raise InputError if the longest prompt and its answer exceed the model's positions."""
-    config = granite_of_minicpm(args.model) or AutoConfig.from_pretrained(args.model, trust_remote_code=False)
-    positions = max_positions(config)
+    positions = max_positions(read_config(args.model))
     longest, times = max(questions, key=lambda q: len(q.prompt)), tokens_ahead(args) // args.max_tokens
     fits = (positions - len(longest.prompt)) // times if positions else args.max_tokens
     if fits < args.max_tokens:
@@ -525,11 +515,8 @@ def show_prompts(questions: list[Question]) -> None:
 def load_answers(args: Args) -> tuple[Args, dict[str, dict]]:
     """--regrade: return the settings of the finished evaluation in --out, with the new graders, and its records."""
     settings, records = load_run(args.out)
-    if len(records) < settings.get("questions", 0):
-        raise InputError(
-            f"--out {args.out}: {len(records)} of {settings['questions']} questions are answered; finish the "
-            "evaluation before --regrade"
-        )
+    if len(records) < (n := settings.get("questions", 0)):
+        raise InputError(f"--out {args.out}: {len(records)} of {n} questions are answered; resume it before --regrade")
     names = {f.name for f in dataclasses.fields(Args)} - FREE
     return dataclasses.replace(args, **{k: v for k, v in settings.items() if k in names}), records
 
@@ -537,6 +524,9 @@ def load_answers(args: Args) -> tuple[Args, dict[str, dict]]:
 def main(args: Args) -> None:
     check(args)
     world = init_world(timeout_minutes=24 * 60)  # ranks wait for the one with the longest answers
+    base = load_run(args.buckets, args.verifier[0])[1] if args.buckets else None
+
+    # 1. sample
     if args.regrade:
         args, records = load_answers(args)
     else:
@@ -547,10 +537,6 @@ def main(args: Args) -> None:
         if args.dry_run:
             return show_prompts(questions) if world.main else None
         check_lengths(questions, args)
-    base = load_run(args.buckets, args.verifier[0])[1] if args.buckets else None
-
-    # 1. sample
-    if not args.regrade:
         check_settings(args, questions, world)
         records = sample(questions, tokenizer, args, world)
 

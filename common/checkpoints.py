@@ -23,10 +23,20 @@ import tyro
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from common.data import InputError
-from common.trainer import Policy, ValueModel, World, export, gather_lists, init_world, load_policy, load_tokenizer
+from common.trainer import (
+    Policy,
+    ValueModel,
+    World,
+    export,
+    gather_lists,
+    init_world,
+    load_policy,
+    load_tokenizer,
+    read_config,
+)
 
 
 def _to_disk(path: Path) -> None:
@@ -53,7 +63,7 @@ def digest_of(model: str) -> str:
     """Digest of a model: of all bytes of its weights and of its configuration; a Hub name's is its revision."""
     folder = Path(model)
     if not folder.is_dir():
-        return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None) or model
+        return getattr(read_config(model), "_commit_hash", None) or model
 
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     with ThreadPoolExecutor(16) as pool:  # sha256 runs without Python's lock

@@ -369,10 +369,10 @@ def load_policy(
     report = {}
     try:
         transformers_logging.set_verbosity_error()  # its loading report is an error of ours
-        config = AutoConfig.for_model(**from_config, **labels) if from_config else (
-            granite_of_minicpm(path, **labels)
-            or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **labels)
-        )
+        if from_config:
+            config = AutoConfig.for_model(**from_config, **labels)
+        else:
+            config = read_config(path, trust_remote_code=trust_remote_code, **labels)
         if edit_config:
             edit_config(config)
         _check_config(config, flag, kind)
@@ -549,12 +549,14 @@ class GraniteForSequenceClassification(GenericForSequenceClassification, Granite
 AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceClassification, exist_ok=True)
 
 
-def granite_of_minicpm(path: str, **labels) -> GraniteConfig | None:
-    """The Granite configuration that computes what a MiniCPM folder's own code does, with the same names of weights, so
-    that none of that code is run; None for other models. A model that is trained from there is saved as Granite."""
+def read_config(path: str, *, trust_remote_code: bool = False, **labels) -> PreTrainedConfig:
+    """The configuration of a model folder or Hub name.
+
+    MiniCPM's is the Granite configuration that computes what its own code does, with the same names of weights, so that
+    none of that code is run. A model that is trained from there is saved as Granite."""
     theirs, _ = PreTrainedConfig.get_config_dict(path)
     if theirs.get("model_type") != "minicpm":
-        return None
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **labels)
     hidden, layers, heads = (theirs[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     known = GraniteConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     return GraniteConfig(

@@ -12,7 +12,7 @@ import torch
 
 import eval as evaluation
 import igsm
-from common import report
+from common import checkpoints, report
 from common.data import InputError
 from common.run import read_records, write_records
 from common.trainer import ValueModel, export, init_world, load_policy, load_tokenizer
@@ -197,10 +197,10 @@ def test_a_hub_name_whose_revision_moved_is_another_model(monkeypatch):
     class Config:
         _commit_hash = "abc"
 
-    monkeypatch.setattr(evaluation.AutoConfig, "from_pretrained", lambda name: Config)
-    before = evaluation.digest_of("some/model")
+    monkeypatch.setattr(checkpoints, "read_config", lambda name: Config)
+    before = checkpoints.digest_of("some/model")
     Config._commit_hash = "def"
-    assert before == "abc" != evaluation.digest_of("some/model")
+    assert before == "abc" != checkpoints.digest_of("some/model")
 
 
 def test_regrade_needs_neither_model_nor_data_and_says_rule_and_version(finished, data, tmp_path, monkeypatch):
@@ -216,7 +216,7 @@ def test_regrade_needs_neither_model_nor_data_and_says_rule_and_version(finished
     assert results["short"]["pass@1"] == before["short"]["pass@1"]
     lines = (out / "samples.jsonl").read_text().splitlines(keepends=True)
     (out / "samples.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(InputError, match="11 of 12 questions are answered; finish the evaluation"):
+    with pytest.raises(InputError, match="11 of 12 questions are answered; resume it"):
         evaluation.main(evaluation.Args(out=str(out), regrade=True, verifier=("full",)))
 
 
