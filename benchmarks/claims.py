@@ -1,4 +1,4 @@
-"""Each paper's mechanism where it must show, with a control that could refute it: one page of results, six blocks.
+"""Each paper's mechanism where it must show, with a control that could refute it: one page of results, seven blocks.
 
     python benchmarks/claims.py                         every block, three to five seeds
     python benchmarks/claims.py luffy relift            two blocks
@@ -49,7 +49,7 @@ from common.metrics import read_metrics  # noqa: E402
 from common.trainer import load_tokenizer  # noqa: E402
 from eval import difficulty  # noqa: E402
 
-BLOCKS = ("luffy", "shaping", "relift", "redi", "oreo", "bridge")
+BLOCKS = ("luffy", "shaping", "relift", "relift_long", "redi", "oreo", "bridge")
 BUCKETS = ("easy", "medium", "hard", "hardest")
 SORT, TEST = 54321, 12345  # seeds of the answers that sort problems by difficulty, and of those that measure
 
