@@ -178,7 +178,7 @@ def arms_of(args: Args) -> dict[str, list[dict]]:
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """A_i = (R_i - mean) / (std + eps) over the rewards of i's group; 0 if they are all equal.
+    """A_i = (R_i - mean) / (std + eps) over the rewards of i's group; 0, but for rounding, if all are equal.
 
     rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
     ddof 1 divides the variance by n - 1, as the published code does. ddof 0 divides it by n, as in the paper: the std
@@ -188,10 +188,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: flo
     [1.5, -0.5, -0.5, -0.5]
     """
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
-    zeros = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
-    n = zeros.index_add(0, group, torch.ones_like(rewards))  # [G]
-    centered = rewards - (zeros.index_add(0, group, rewards) / n)[group]
-    sigma = (zeros.index_add(0, group, centered**2) / (n - ddof).clamp(min=1)).sqrt()
+    n = group.bincount()  # [G]
+    centered = rewards - (group.bincount(rewards) / n)[group]
+    sigma = (group.bincount(centered**2) / (n - ddof).clamp(min=1)).sqrt()
     return centered / torch.where(sigma > 0, sigma + eps, 1.0)[group]
 
 
@@ -226,8 +225,7 @@ def format_reward(completion: str) -> float:
     >>> format_reward("1 + 1 = 2</think><answer>2</answer>"), format_reward("2")
     (1.0, 0.0)
     """
-    form = r"^.*?</think>\s*<answer>.*?</answer>$"
-    return float(re.match(form, completion, re.DOTALL | re.MULTILINE) is not None)
+    return float(bool(re.match(r".*?</think>\s*<answer>.*?</answer>$", completion, re.DOTALL | re.MULTILINE)))
 
 
 def kernel_scores(kernel: Tensor, advantages: Tensor, groups: Tensor | None = None) -> Tensor:
@@ -251,9 +249,7 @@ def per_step_influence(scores: Tensor, advantages: Tensor, groups: Tensor) -> tu
     [1.0, 0.0]
     """
     questions, group = groups.unique(return_inverse=True)
-    zeros = scores.new_zeros(len(questions))
-    n = zeros.index_add(0, group, torch.ones_like(scores))
-    return zeros.index_add(0, group, advantages * scores) / n, questions
+    return group.bincount(advantages * scores) / group.bincount(), questions
 
 
 def row_means(values: Tensor, batch, rows: list[Row]) -> Tensor:
@@ -279,7 +275,6 @@ def accumulate_gradient(
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N]
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        sampler_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
         token_loss = policy_token_loss(logp, old, advantage, clip=args.clip or None)  # [N]
         kl = torch.zeros_like(logp) if ref_logps is None else low_variance_kl(logp, ref_logps[i])  # [N]
         row_loss = row_means(token_loss + args.kl_coef * kl - args.entropy_coef * entropy, batch, mine)  # [rows]
@@ -288,11 +283,11 @@ def accumulate_gradient(
         loss = torch.where(kept, row_loss, 0.0).sum() / len(rows)
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
-        totals.add({"loss/pg": row_means(token_loss, batch, mine).sum() / len(rows)})
-        totals.add({"policy/kl_ref": row_kl.sum() / len(rows)})
-        totals.add({"policy/masked": (~kept).sum()}, per=len(rows))
+        pg = row_means(token_loss, batch, mine).sum()
+        totals.add({"loss/pg": pg, "policy/kl_ref": row_kl.sum(), "policy/masked": (~kept).sum()}, per=len(rows))
         totals.add({"policy/entropy": entropy.sum()}, per=n_tokens)
-        add_drift(totals, logp.detach(), old, sampler_logp, clip=args.clip, per=n_tokens)
+        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
+        add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_tokens)
     return totals.reduce()
 
 
@@ -342,7 +337,7 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
                     max_params=args.max_params, shuffle=args.shuffle,
                     max_literal=min(9, args.modulus - 1) if args.modulus else 9)  # fmt: skip
     problems = json.loads(json.dumps(settings | dict(n=n, system_prompt=args.system_prompt)))  # lists, as in the file
-    folder, arms = Path(args.out, "data"), arms or {"": [{}]}
+    folder, arms = Path(args.out, "data"), {"": [{}]} if arms is None else arms
     record_file = folder / f"{name}.settings.json"  # written last: the files that it describes are complete
     old = json.loads(record_file.read_text()) if record_file.exists() else {"problems": None, "checksums": {}}
     same_problems = old["problems"] == problems
@@ -351,11 +346,10 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
     missing = [arm for arm in arms if record["arms"].get(arm) != arms[arm] or not files[arm].exists()]
     if not n or not missing:
         return
-    replaced = missing if same_problems else list(files)  # arms of other problems must not stay beside the new ones
-    for arm in replaced:
+    for arm in missing if same_problems else files:  # arms of other problems must not stay beside the new ones
         if files[arm].exists() and crc32(files[arm].read_bytes()) != old["checksums"].get(arm):
-            raise InputError(f"{files[arm]} was not made by --stage data: move it away (or delete it, if a killed "
-                             "command left it), or run --stage sft, rl or eval")  # fmt: skip
+            raise InputError(f"{files[arm]} was not made by --stage data: move it away, or use it with --stage sft, rl "
+                             f"or eval (tools.influence: delete {record_file.name})")  # fmt: skip
 
     lines = {arm: [] for arm in missing}
     try:
@@ -366,9 +360,9 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
                     lines[arm].append(json.dumps(row) + "\n")
     except ValueError as error:
         raise InputError(f"problems of {name.rstrip('_')}: {error}") from error
-    folder.mkdir(parents=True, exist_ok=True)
     if not same_problems:
-        for file in [record_file, *files.values()]:
+        outdated = Path(args.out).glob("*/eval.json") if name.startswith("test_") else ()  # results of another test
+        for file in [record_file, *files.values(), *outdated]:
             file.unlink(missing_ok=True)
     for arm in missing:
         write_whole(files[arm], "".join(lines[arm]))
@@ -382,9 +376,7 @@ def read_set(name: str, tokenizer, args: Args, **options):
     if not path.exists():
         raise InputError(f"{path} is missing: run --stage data first (with --arms that name it)")
     examples, left_out = read_examples(str(path), tokenizer, args, split="train", **options)
-    for example in examples:
-        example.source = name
-    return examples, left_out
+    return [replace(example, source=name) for example in examples], left_out
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -397,7 +389,7 @@ def check(args: Args) -> None:
         raise InputError(f"--arms {unknown[0]}: no such arm; there are {', '.join(arms_of(args))}")
     if args.stage == "base" and not args.base_problems:
         raise InputError("--stage base needs --base_problems, the number of problems to train on")
-    if args.sft_model and (len(args.arms) != 1 or args.stage in ("all", "sft")):
+    if args.sft_model and (len(args.arms) != 1 or args.stage not in ("rl", "eval")):
         raise InputError(f"--sft_model {args.sft_model} is one arm's: it needs --arms ARM and --stage rl or eval")
     if args.data or args.eval_data:
         raise InputError("--data and --eval_data: put your own rows into OUT/data (sft_ARM, rl and val.jsonl) instead, "
@@ -413,7 +405,7 @@ def settings_of(args: Args, stage: str, arm: str) -> Args:
                     schedule="constant", warmup=0.0, betas=(0.9, 0.95)),
     }.get(stage, {})  # fmt: skip
     if stage != "rl":
-        changes |= dict(updates_per_step=1, max_grad_norm=1.0, eval_every=0)
+        changes |= dict(updates_per_step=1, max_grad_norm=1.0, eval_every=0, keep_best=False)
     return replace(args, stage=stage, arms=(arm,), **changes)
 
 
@@ -527,7 +519,10 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     sampler.sync(policy, version=0)
     results = {}
     for name in ("test_id", "test_ood"):
-        examples, _ = read_set(name, tokenizer, args, traces="ignored")
+        examples, left_out = read_set(name, tokenizer, args, traces="ignored")
+        examples = examples[: args.eval_limit or None]
+        if world.main:
+            print(f"{args.out}/data/{name}.jsonl: {left_out}; {len(examples)} are asked")
         questions = [row["prompt"][-1]["content"] for row in load_rows(f"{args.out}/data/{name}.jsonl")]
         mine, counts = range(world.rank, len(examples), world.size), [1] * len(examples)
         rows = {}  # by temperature
@@ -555,29 +550,21 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
 
 def evaluate_arm(arm: str, args: Args, world) -> None:
     """Test an arm's SFT and RL models (of the arm "base": the base model); write OUT/ARM/eval.json."""
-    models = {}
-    for stage in ["base"] if arm == "base" else ["sft", "rl"]:
-        model = model_of(args, stage, arm)
-        if stage == "base" or model == args.sft_model or Path(model).exists():
-            models[stage] = model
+    models = {stage: model_of(args, stage, arm) for stage in (["base"] if arm == "base" else ["sft", "rl"])}
+    models = {s: m for s, m in models.items() if s == "base" or m == args.sft_model or Path(m).exists()}
     if not models:
         raise InputError(f"{args.out}/{arm}: no model there; run --stage sft and --stage rl first")
     results = {stage: test_model(model, args, world) for stage, model in models.items()}
     if world.main:
-        path = Path(args.out, arm, "eval.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        write_whole(Path(args.out, arm, "eval.json"), json.dumps(results, indent=2) + "\n")
     dist.barrier()
 
 
 def report(args: Args) -> None:
     """Print the table of all arms that have results, in this command or before; write OUT/results.json, curves.png."""
-    out, results, runs = Path(args.out), {}, {}
-    for arm in ("base", *arms_of(args)):
-        if (out / arm / "eval.json").exists():
-            results[arm] = json.loads((out / arm / "eval.json").read_text())
-        if (out / arm / "rl" / "metrics.jsonl").exists():
-            runs[arm] = out / arm / "rl"
+    out, arms = Path(args.out), ("base", *arms_of(args))
+    results = {arm: json.loads(path.read_text()) for arm in arms if (path := out / arm / "eval.json").exists()}
+    runs = {arm: out / arm / "rl" for arm in arms if (out / arm / "rl" / "metrics.jsonl").exists()}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if runs:
         names = ("eval/mean", "reward/own", "group/solve_none", "policy/entropy", "policy/kl_ref", "length/own")
@@ -589,31 +576,25 @@ def report(args: Args) -> None:
         shown = [(before, "accuracy"), (after, "accuracy"), (after, "chain")]
         values = [model.get(test, {}).get(name) for test in ("test_id", "test_ood") for model, name in shown]
         lines.append([arm, *("" if value is None else f"{100 * value:.1f}" for value in values)])
-    print(f"\n{table(lines)}")
-    print(f"{out}: results.json" + (", curves.png" if runs else ""))
+    print(f"\n{table(lines)}\n{out}: results.json" + (", curves.png" if runs else ""))
 
 
 def main(args: Args) -> None:
     check(args)
     world = init_world(args.timeout_minutes)
-    stages = ["data", "base", "sft", "rl", "eval"] if args.stage == "all" else [args.stage]
-    if "data" in stages:
+    if args.stage in ("all", "data"):
         make_data(args, world)
-    if "base" in stages and args.base_problems:
-        train(settings_of(args, "base", "base"))
-    for arm in args.arms:
-        for stage in ("sft", "rl"):
-            if stage in stages:
-                train(settings_of(args, stage, arm))
-    if "eval" in stages:
-        for arm in args.arms:
+    runs = [("base", "base")] if args.base_problems else []
+    runs += [(stage, arm) for arm in args.arms for stage in ("sft", "rl")]
+    for stage, arm in runs:
+        if args.stage in ("all", stage):
+            train(settings_of(args, stage, arm))
+    if args.stage in ("all", "eval"):
+        for arm in dict.fromkeys(arm for _, arm in runs or [("base", "base")]):
             evaluate_arm(arm, args, world)
-        if args.base_problems or not args.arms:
-            evaluate_arm("base", args, world)
         if world.main:
             report(args)
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, None, preset=PRESETS)
-    launch(main, args)
+    launch(main, parse_args(Args, None, preset=PRESETS))

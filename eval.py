@@ -39,7 +39,7 @@ import tyro
 from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
 from common.report import grade_records, load_run, plot_bars, results_tables, rewards_of, unreadable_golds, versions_of
-from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler
+from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler, vllm_for
 from common.rows import check_gold, load_rows, read_row, render_prompt, set_template
 from common.run import (
     NotNegative,
@@ -77,7 +77,8 @@ class Args:
     data: tuple[str, ...] = ()
     out: str = "runs/eval"  # Folder for samples.jsonl, results.json, results.md and results.png
 
-    # Answers per question; a question that its file repeats more often gets one per row. Under torchrun write -n.
+    # Answers per question; a question that its file repeats more often gets one per row, and --search and temperature 0
+    # give one. Under torchrun write -n.
     n: Annotated[Positive[int], tyro.conf.arg(aliases=["-n"])] = 8
     temperature: NotNegative[float] = 0.6  # Sampling temperature (LUFFY, ReLIFT, REDI: 0.6); 0 is greedy.
     top_p: Positive[Share[float]] = 1.0  # Draw from the likeliest tokens with this much probability (REDI: 0.95).
@@ -96,7 +97,7 @@ class Args:
     value: str = ""  # Value model of --search (oreo.py trains one)
     width: Positive[int] = 5  # Width of --search (OREO: 3, 5, 7)
     max_steps: Positive[int] = 20  # Most steps of beam and best_of_k (OREO: 20). No answer by then is an empty answer.
-    step_delimiters: tuple[str, ...] = ("\n",)  # A step ends with a token that contains one of these.
+    step_delimiters: tuple[str, ...] = ("\n",)  # A step of --search ends with a token that contains one of these.
     limit: NotNegative[int] = 0  # First questions of each benchmark to ask; 0: all (igsm:LO-HI: 1000)
     dry_run: bool = False  # Print the first prompts of each benchmark with their ids, and exit.
 
@@ -107,7 +108,8 @@ class Args:
     buckets: str = ""  # Folder of the base model's evaluation: adds accuracy by how often the base was correct.
 
     # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
-    rollout: str = "auto"
+    rollout: Literal["auto", "embedded", "vllm"] = "auto"
+    rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM (7B on 80 GB: 0.5)
     # Largest batch of the embedded sampler, as rows x (prompt + response) tokens; it is also written at once. 0: 65,536
     # on a CPU, 524,288 on CUDA (30 GB for a Qwen2.5 of 7B)
     sampler_tokens: NotNegative[int] = 0
@@ -115,7 +117,9 @@ class Args:
 
 
 SAMPLER_TOKENS = {"cpu": 65536, "cuda": 524288}  # of --sampler_tokens 0
-FREE = {"out", "verifier", "regrade", "buckets", "rollout", "dry_run"}  # may change between two starts of a run
+# may change between two starts of a run; the second line only when all questions are answered
+FREE = {"out", "verifier", "regrade", "buckets", "dry_run", "rollout_gpu_memory"}
+SAMPLER = {"rollout", "sampler_tokens", "write_every"}
 BY_DIGEST = {"model", "value", "data"}  # their names may change: digests of the contents are compared
 # The published evaluations' prompts. Text is the whole prompt; turns go through the tokenizer's chat template.
 TEMPLATES = json.loads((Path(__file__).parent / "benchmarks" / "templates.json").read_text())
@@ -257,7 +261,8 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
         try:
             question.prompt_text = render_prompt(tokenizer, turns)
         except InputError as error:
-            remedy = "; --no_system drops the system turns" if any(t["role"] == "system" for t in turns) else ""
+            dropped = not template and any(t["role"] == "system" for t in turns)
+            remedy = "; --no_system drops the system turns" if dropped else ""
             raise InputError(f"{question.where}: {error}{remedy}") from error
     # a chat template writes the bos token itself; plain text gets the tokens that the tokenizer puts around text
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=plain)["input_ids"]
@@ -279,18 +284,22 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
     models = [digest_of(model) for model in (args.model, args.value) if model] if world.main else []
     asked = json.dumps([[q.id, q.prompt, q.n] for q in questions])
     settings = dataclasses.asdict(args) | {
+        "rollout": "vllm" if vllm_for(args.rollout, world) else "embedded",
         "weights_digest": " ".join(gather_lists(models, world)),
         "questions": len(questions), "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }  # fmt: skip
-    answered = read_records(path.parent / "samples.jsonl")
-    compared = [k for k in settings if k in old and k not in FREE | BY_DIGEST] if answered else []
+    answered, free = len(read_records(path.parent / "samples.jsonl")), FREE | BY_DIGEST
+    if answered >= len(questions):
+        free = free | SAMPLER
+        settings |= {k: old[k] for k in SAMPLER & old.keys()}  # of the one that drew the answers
+    compared = [k for k in settings if k in old and k not in free] if answered else []
     keep_settings(path, settings, compared, f"--out {args.out} holds an evaluation with other settings", world)
 
 
 def chunks(questions: list[Question], args: Args, *, embedded: bool) -> list[list[Question]]:
     """Split the questions into those that are sampled together. The split depends on the settings alone, not on ranks
     or on what is done already: batches of other shapes round differently, which could change a draw."""
-    each = 1 if args.search == "none" else args.width**2  # drawn at once for one of a question's answers
+    each = {"none": 1, "beam": args.width**2}.get(args.search, args.width)  # drawn at once for one answer
 
     def full(part: list[Question]) -> bool:
         answers = each * sum(q.n for q in part)
@@ -314,13 +323,13 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
     if by_id.keys() <= done.keys():
         return {key: done[key] for key in by_id}
     policy, searches = load_policy(args.model, world), args.search != "none"
-    longest = max(len(q.prompt) for q in questions) + tokens_ahead(args)
+    longest = max(len(q.prompt) for q in questions) + args.max_tokens
     if searches:
         value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
         check_fit(f"--value {args.value}", value, policy)
     stops = stop_ids(policy, tokenizer, args.stop_tokens)
     sampler = make_sampler(args.rollout, policy, world, stop_ids=stops, max_tokens=longest,
-                           max_batch_tokens=args.sampler_tokens)  # fmt: skip
+                           max_batch_tokens=args.sampler_tokens, gpu_memory=args.rollout_gpu_memory)  # fmt: skip
     sampler.sync(policy, version=0)
     parts = chunks(questions, args, embedded=isinstance(sampler, EmbeddedSampler))
     del policy
@@ -483,21 +492,16 @@ def check(args: Args) -> None:
         check_verifier(name)
 
 
-def tokens_ahead(args: Args) -> int:
-    """Return how many tokens may follow a question: an answer, and in a search by steps one more step after it."""
-    return 2 * args.max_tokens if args.search in ("beam", "best_of_k") else args.max_tokens
-
-
 def check_lengths(questions: list[Question], args: Args) -> None:
     """Raise InputError if the longest prompt and its answer exceed the model's positions."""
     positions = max_positions(read_config(args.model))
-    longest, times = max(questions, key=lambda q: len(q.prompt)), tokens_ahead(args) // args.max_tokens
-    fits = (positions - len(longest.prompt)) // times if positions else args.max_tokens
+    longest = max(questions, key=lambda q: len(q.prompt))
+    fits = positions - len(longest.prompt) if positions else args.max_tokens
     if fits < args.max_tokens:
         remedy = f"--max_tokens {fits} or less fits" if fits > 0 else "remove the row, or use another --template"
         raise InputError(
-            f"{longest.where}: its prompt of {len(longest.prompt)} tokens and {times} x --max_tokens {args.max_tokens} "
-            f"(--search {args.search}) exceed the {positions} positions of {args.model}: {remedy}"
+            f"{longest.where}: its prompt of {len(longest.prompt)} tokens and --max_tokens {args.max_tokens} exceed "
+            f"the {positions} positions of {args.model}: {remedy}"
         )
 
 

@@ -386,7 +386,8 @@ def check(claim: Claim, found: dict, buckets: list[str]) -> dict:
 
 
 def cell(values: list[float], digits: int = 1) -> str:
-    """Mean, and with several seeds its standard error."""
+    """Mean, and with several seeds its standard error; two digits more for a small mean."""
+    digits += 2 * (digits > 1 and 0 < abs(mean(values)) < 0.05)
     return f"{mean(values):,.{digits}f}" + (f" ± {error(values):.{digits}f}" if len(values) > 1 else "")
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from tqdm import tqdm
 from transformers import GenerationConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from common.data import InputError
 from common.trainer import (
@@ -35,7 +36,6 @@ from common.trainer import (
     init_world,
     load_policy,
     load_tokenizer,
-    read_config,
 )
 
 
@@ -63,7 +63,7 @@ def digest_of(model: str) -> str:
     """Digest of a model: of all bytes of its weights and of its configuration; a Hub name's is its revision."""
     folder = Path(model)
     if not folder.is_dir():
-        return getattr(read_config(model), "_commit_hash", None) or model
+        return extract_commit_hash(cached_file(model, "config.json"), None) or model
 
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     with ThreadPoolExecutor(16) as pool:  # sha256 runs without Python's lock
@@ -112,7 +112,7 @@ class Checkpoints:
         Raises InputError if it was made with other settings, or if there are checkpoints and none is intact."""
         world = World(dist.get_rank(), dist.get_world_size(), 1, torch.device("cpu"))
         damaged: list[str] = []
-        while (path := self.latest()) and (damage := self._damage(path, world)):
+        while (path := self.latest()) and (damage := _damage(path, world)):
             dist.barrier()  # all have looked
             damaged.append(f"{path}: {damage}")
             if world.main:
@@ -120,7 +120,7 @@ class Checkpoints:
                 print(f"WARNING: {damaged[-1]}; it is set aside, and the checkpoint before it is used", file=sys.stderr)
             dist.barrier()
         if path is None:
-            if damaged:
+            if damaged := damaged or sorted(map(str, self.folder.glob("*.damaged"))):  # also of an earlier start
                 raise InputError(
                     f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start anew, or "
                     "choose another --out"
@@ -149,26 +149,6 @@ class Checkpoints:
                 f"{flags}: the data (or the tokenizer) changed since {self.latest()} was written; restore them, or use "
                 "another --out to start anew"
             )
-
-    def _sums(self, path: Path, world: World, group=None) -> dict[str, str]:
-        """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
-        names = sorted(p.name for p in path.iterdir() if p.is_file() and p.name != "SHA256SUMS")
-        mine = [(name, _sha256(path / name).hex()) for name in names[world.rank :: world.size]]
-        return dict(sorted(gather_lists(mine, world, group)))
-
-    def _damage(self, path: Path, world: World) -> str | None:
-        """What is wrong with a checkpoint, or None. Collective; the same answer on every rank. Files that are not on
-        its list, such as those of a file manager, are nothing wrong."""
-        listed = path / "SHA256SUMS"
-        lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
-        expected = {line[66:]: line[:64] for line in lines}
-        found = self._sums(path, world)
-        if not expected:
-            return "SHA256SUMS is missing or empty"
-        if missing := sorted(expected.keys() - found.keys()):
-            return f"{missing[0]} is missing"
-        wrong = [name for name, digest in expected.items() if found[name] != digest]
-        return f"{wrong[0]} is damaged (its checksum differs)" if wrong else None
 
     def check_space(self, policy: nn.Module, more: dict | None = None) -> None:
         """Raise InputError if the disk cannot hold `keep` checkpoints, the one being written and the model."""
@@ -259,7 +239,7 @@ class Checkpoints:
             with open(partial / "state.json", "w") as file:
                 json.dump(state, file)
         dist.barrier(self._group)
-        sums = self._sums(partial, world, self._group)
+        sums = _sums(partial, world, self._group)
         if world.main:
             (partial / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
             size = sum(p.stat().st_size for p in partial.iterdir())
@@ -277,6 +257,28 @@ class Checkpoints:
         dist.barrier(self._group)
 
 
+def _sums(path: Path, world: World, group=None) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
+    names = sorted(p.name for p in path.iterdir() if p.is_file() and p.name != "SHA256SUMS")
+    mine = [(name, _sha256(path / name).hex()) for name in names[world.rank :: world.size]]
+    return dict(sorted(gather_lists(mine, world, group)))
+
+
+def _damage(path: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, or None. Collective; the same answer on every rank. Files that are not on its
+    list, such as those of a file manager, are nothing wrong."""
+    listed = path / "SHA256SUMS"
+    lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
+    expected = {line[66:]: line[:64] for line in lines}
+    found = _sums(path, world)
+    if not expected:
+        return "SHA256SUMS is missing or empty"
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"{missing[0]} is missing"
+    wrong = [name for name, digest in expected.items() if found[name] != digest]
+    return f"{wrong[0]} is damaged (its checksum differs)" if wrong else None
+
+
 def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False, tokenizer: str = "") -> None:
     """Write a checkpoint of a run as a model folder.
 
@@ -290,6 +292,8 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
     if not found or (step and step not in found):
         raise InputError(f"{run}: no checkpoint{f' of step {step}' if step else ''} there; steps: {sorted(found)}")
     path, name = found[step or max(found)], "value" if value else "policy"
+    if damage := _damage(path, world):
+        raise InputError(f"{path}: {damage}; export another --step, of {sorted(found)}")
     state = json.loads((path / "state.json").read_text())
     if name not in state.get("configs", {}):
         raise InputError(f"{path}: it holds no {name} with its configuration")

@@ -34,10 +34,10 @@ class Metrics:
         for name in ("metrics", "samples"):
             path = out / f"{name}.jsonl"
             # after a crash: what was logged beyond the checkpoint will be done and logged again
-            kept = [line for line in _lines(path) if start and json.loads(line)["step"] <= start]
-            path.with_suffix(".partial").write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in complete_lines(path) if start and json.loads(line)["step"] <= start]
+            path.with_suffix(".partial").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(path.with_suffix(".partial"), path)
-            self.files[name] = open(path, "a")  # noqa: SIM115 (open until close())
+            self.files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close())
         self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", dynamic_ncols=True)
         try:
             if getattr(args, "tensorboard", False):
@@ -88,14 +88,14 @@ class Metrics:
             plot_curves({self.out.name: self.out}, None, self.out / "curves.png")
 
 
-def _lines(path: Path) -> list[str]:
+def complete_lines(path: Path) -> list[str]:
     """Complete lines of a file that a crash may have cut short."""
-    return [line for line in path.read_text().split("\n")[:-1] if line] if path.exists() else []
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line] if path.exists() else []
 
 
 def read_metrics(out: Path) -> list[dict]:
     """The rows of a run folder's metrics.jsonl."""
-    return [json.loads(line) for line in _lines(Path(out) / "metrics.jsonl")]
+    return [json.loads(line) for line in complete_lines(Path(out) / "metrics.jsonl")]
 
 
 def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Path) -> None:

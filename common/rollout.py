@@ -44,12 +44,17 @@ from common.trainer import (
 @dataclass(frozen=True)
 class Sampling:
     """How to draw: temperature 0 is greedy; top_p keeps the likeliest tokens that hold that much mass; stop_ids
-    end a completion as the sampler's own do (search: a step at a time)."""
+    end a completion as the sampler's own do (search: a step at a time). max_tokens: of each completion, or a list with
+    one for each prompt."""
 
-    max_tokens: int
+    max_tokens: int | list[int]
     temperature: float = 1.0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
+
+    def limits(self, prompts: int) -> list[int]:
+        """max_tokens for each prompt."""
+        return [self.max_tokens] * prompts if isinstance(self.max_tokens, int) else self.max_tokens
 
 
 @dataclass
@@ -216,12 +221,12 @@ class EmbeddedSampler(Sampler):
     @torch.no_grad()
     def _generate(self, prompts, groups, keys, seed, sampling, bar, drawn) -> None:
         # prompts of like length go together, and as many rows as the budget of tokens allows
-        budget = self._budget()
+        budget, limits = self._budget(), sampling.limits(len(prompts))
         batches: list[list[int]] = []
         asked = [i for i, group in enumerate(groups) if group]
         for i in sorted(asked, key=lambda i: -len(prompts[i])):
             batch = batches[-1] if batches else []
-            width = len(prompts[batch[0] if batch else i]) + sampling.max_tokens
+            width = len(prompts[batch[0] if batch else i]) + max(limits[j] for j in [*batch, i])
             if not batch or sum(len(groups[j]) for j in [*batch, i]) * width > budget:
                 batches.append([])
             batches[-1].append(i)
@@ -255,31 +260,33 @@ class EmbeddedSampler(Sampler):
         expand = torch.tensor([b for b, i in enumerate(batch) for _ in groups[i]], device=device)
         cache.batch_select_indices(expand)  # ... and shared by its completions
         hidden, position, mask = hidden[expand], position[expand, -1], mask[expand]
-        mask = torch.cat([mask, mask.new_ones(len(rows), sampling.max_tokens)], 1)
+        limits = sampling.limits(len(prompts))
+        length = torch.tensor([limits[i] for i, _ in rows], device=device)
+        most = max(limits[i] for i in batch)
+        mask = torch.cat([mask, mask.new_ones(len(rows), most)], 1)
         uniforms = None
         if sampling.temperature > 0:
             draws = [
-                np.random.default_rng((seed, keys[i], j)).random(sampling.max_tokens, dtype=np.float32)
+                np.random.default_rng((seed, keys[i], j)).random(most, dtype=np.float32)
                 for i, j in rows
             ]
-            uniforms = torch.from_numpy(np.stack(draws)).to(device)  # [rows, max_tokens]
+            uniforms = torch.from_numpy(np.stack(draws)).to(device)  # [rows, most]
 
-        drawn = torch.zeros(len(rows), sampling.max_tokens, dtype=torch.long, device=device)
-        logps = torch.zeros(len(rows), sampling.max_tokens, device=device)
-        length = torch.full((len(rows),), sampling.max_tokens, device=device)
+        drawn = torch.zeros(len(rows), most, dtype=torch.long, device=device)
+        logps = torch.zeros(len(rows), most, device=device)
         live = torch.arange(len(rows), device=device)  # rows still being written; the batch holds just these
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)  # of the live ones
         stop_ids = torch.cat([self.stop_ids, self.stop_ids.new_tensor(sampling.stop_ids)])
         form = logit_form(self.lm.config)
-        for t in range(sampling.max_tokens):
+        for t in range(most):
             u = uniforms[live, t] if uniforms is not None else None
             token, logp = draw(change_logits(self._logits(hidden), **form), u, sampling)
             drawn[live, t], logps[live, t] = token, logp
-            stopped = torch.isin(token, stop_ids) & ~done
+            stopped = (torch.isin(token, stop_ids) | (length[live] == t + 1)) & ~done
             length[live[stopped]] = t + 1
             done |= stopped
             finished = int(done.sum())
-            if finished == len(live) or t + 1 == sampling.max_tokens:
+            if finished == len(live):
                 break
             if finished * 4 >= len(live):  # drop finished rows once they are a quarter: dropping copies the cache
                 keep = (~done).nonzero()[:, 0]
@@ -350,6 +357,14 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Sampling
     return token, logp.gather(-1, token[:, None])[:, 0]
 
 
+def vllm_for(rollout: str, world: World) -> str | None:
+    """The version of vLLM that --rollout would start; None: the embedded sampler, or there is no vLLM."""
+    from common import vllm
+
+    cuda = world.device.type == "cuda"
+    return vllm.vllm_version(cuda=cuda) if rollout == "vllm" or (rollout == "auto" and cuda) else None
+
+
 def make_sampler(
     rollout: str, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int,
     max_batch_tokens: int = 0, gpu_memory: float = 0.7,
@@ -357,17 +372,13 @@ def make_sampler(
     """The sampler that the flag --rollout names, EmbeddedSampler or VLLMSampler; rank 0 prints which and why.
 
     rollout: "embedded", "vllm" or "auto". max_tokens: of a prompt with its completion (vLLM). max_batch_tokens: the
-    embedded sampler's. gpu_memory: fraction of the GPU for vLLM. Raises InputError for anything else, where vLLM is
-    asked for and not installed, and for "auto" where a GPU has a large model and no vLLM."""
+    embedded sampler's. gpu_memory: fraction of the GPU for vLLM. Raises InputError where vLLM is asked for and not
+    installed, and for "auto" where a GPU has a large model and no vLLM."""
     from common import vllm
 
-    if rollout not in ("auto", "embedded", "vllm"):
-        raise InputError(f"--rollout {rollout}: expected auto, embedded or vllm")
-    cuda = world.device.type == "cuda"
-    wanted = rollout == "vllm" or (rollout == "auto" and cuda)
-    version = vllm.vllm_version(cuda=cuda) if wanted else None
+    cuda, version = world.device.type == "cuda", vllm_for(rollout, world)
     size = sum(p.numel() for p in policy.parameters())
-    if wanted and version is None and (rollout == "vllm" or size > 1e9):
+    if version is None and (rollout == "vllm" or (rollout == "auto" and cuda and size > 1e9)):
         days = f", and the embedded sampler needs days for {size / 1e9:.1f} billion parameters"
         raise InputError(
             f"--rollout {rollout}: {vllm.vllm_python()} has no vLLM for {'CUDA' if cuda else 'a CPU'}"

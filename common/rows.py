@@ -715,6 +715,8 @@ def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tu
         prompt_ids = tokenizer([prompt], add_special_tokens=False)["input_ids"][0]
         prompt_ids = with_bos(prompt_ids, tokenizer) if item.text else prompt_ids
         said = trace.text if item.text else trace_text(prompt, trace.text)
+        if trace.ids and trace.text not in (tokenizer.decode(trace.ids), tokenizer.decode(trace.ids[:-1])):
+            raise InputError("ids of another tokenizer: remove the column 'response_ids', or change --model")
         response = trace.ids or response_ids(tokenizer, [prompt], [said])[0]
         return prompt_ids, response if response[-1:] in ([], [eos]) else [*response, eos], None
     known = max(item.prompt_ids + trace.ids) < len(tokenizer)

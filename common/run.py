@@ -35,13 +35,12 @@ from tqdm import tqdm
 
 from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
-from common.metrics import Clock, Metrics, peak_memory_gb, read_metrics
+from common.metrics import Clock, Metrics, complete_lines, peak_memory_gb, read_metrics
 from common.rollout import Sampler, Sampling, make_sampler
 from common.rows import Example, data_digest, report_golds, set_template
 from common.trainer import (
     Totals,
     World,
-    check_context,
     check_finite,
     export,
     gather_lists,
@@ -60,8 +59,9 @@ from common.verifiers import grade, grade_later
 # ---------------------------------------------------------------------------------------------------- flags
 
 T = TypeVar("T")
-Positive = Annotated[T, ("positive", lambda x: x > 0)]
-NotNegative = Annotated[T, ("0 or more", lambda x: x >= 0)]
+Positive = Annotated[T, ("positive and finite", lambda x: 0 < x < math.inf)]
+NotNegative = Annotated[T, ("0 or more and finite", lambda x: 0 <= x < math.inf)]
+Betas = Annotated[tuple[float, float], ("two numbers from 0 up to 1, 1 excluded", lambda b: 0 <= min(b) <= max(b) < 1)]
 Share = Annotated[T, ("between 0 and 1", lambda x: 0 <= x <= 1)]
 Seed = Annotated[int, ("from 0 to 10^12", lambda seed: 0 <= seed <= 10**12)]
 Cap = Annotated[T, ("1 or more, or 0 for none", lambda x: x == 0 or x >= 1)]
@@ -90,7 +90,7 @@ class RunArgs:
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # Learning rate after the warm-up
     warmup: Share[float] = 0.0  # Fraction of the updates in which the learning rate rises linearly
     lr_floor: Share[float] = 0.0  # Last learning rate of linear and cosine, as a fraction of the peak
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW betas
+    betas: Betas = (0.9, 0.999)  # AdamW betas
     weight_decay: NotNegative[float] = 0.01  # AdamW weight decay
     max_grad_norm: Positive[float] = 1.0  # Clip the global gradient norm to this.
     rope_theta: NotNegative[float] = 0.0  # Set RoPE's base, also in the saved model; 0: the model's (docs/published.md)
@@ -166,15 +166,18 @@ class Run:
 
         key(item): what the digest of the data is made of. steps_per_epoch: whole batches alone if None. source: the
         data's name in messages, if it is not --data."""
-        args, key = self.args, key or (lambda e: (e.prompt, e.trace, e.gold))
+        args = self.args
+        key = key or (lambda e: (e.prompt, e.trace, e.gold, *([str(e.trace_logps)] if e.trace_logps else [])))
         source = source or f"--data {args.data}"
         digest = data_digest(map(key, items), ((e.prompt, e.trace, e.gold) for e in held_out))
         self.checkpoints.check_data(self.state, digest, source)
         if len(items) < args.batch_size:
             raise InputError(f"{source}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
         per_epoch = steps_per_epoch or len(items) // args.batch_size
-        self.steps = args.steps or max(1, int(args.epochs * per_epoch))
+        self.steps = args.steps or max(1, int(round(args.epochs * per_epoch, 6)))
         self.held_out = held_out if args.eval_every else []
+        if args.keep_best and not self.held_out:
+            raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
         if self.world.main:
             print(f"{source}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
 
@@ -210,7 +213,10 @@ class Run:
         with self.clock("evaluate"):
             found = evaluate(sampler, self.tokenizer, self.held_out, self.args, self.world)
             if self.args.keep_best and self.step:
-                keep_best(self.policy, self.tokenizer, self.out, self.world, found["eval/mean"])
+                logged = [row for row in read_metrics(self.out) if row["step"]] if self.world.main else []
+                before = gather_lists([row["eval/mean"] for row in logged if "eval/mean" in row], self.world)
+                if found["eval/mean"] > max(before, default=-math.inf):
+                    export(self.policy, self.tokenizer, self.out / "best", self.world)
         return found
 
     @property
@@ -291,8 +297,6 @@ class Run:
             if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
         export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
-        if self.args.rope_theta or self.args.max_positions:
-            check_context(self.out / "model", self.args)
         sampler.close()
         self.clock.close()
         self.metrics.close()
@@ -515,6 +519,7 @@ class Grader:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
@@ -527,13 +532,11 @@ def keep_settings(path: Path, settings: dict, names: Iterable[str], wrong: str, 
         raise InputError(f"{wrong} ({changed}): use the same ones to resume, or another --out")
     dist.barrier()  # all have compared before one writes
     if world.main:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
     """Write one JSON object per line; the file is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -544,14 +547,13 @@ def part_files(path: Path) -> list[Path]:
 
 def read_records(path: Path) -> dict:
     """Return {id: record} of the JSON lines of `path`, and of those that a killed run left beside it."""
-    files = [file for file in [*part_files(path), path] if file.exists()]
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]  # a last one is cut
+    lines = [line for file in [*part_files(path), path] for line in complete_lines(file)]
     return {record["id"]: record for record in map(json.loads, lines)}
 
 
 def write_records(path: Path, records: list[dict]) -> None:
     """Write `path`, one record per line. What lies beside it is then no longer needed."""
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_lines(path, records)
     for part in part_files(path):
         part.unlink()
 
@@ -595,13 +597,6 @@ def mean(values) -> float | None:
     """
     values = list(values)
     return sum(values) / len(values) if values else None
-
-
-def keep_best(policy, tokenizer, out: Path, world: World, accuracy: float) -> None:
-    """Export the model to OUT/best if its eval/mean is above that of every evaluation since training began."""
-    before = [row["eval/mean"] for row in read_metrics(out) if row["step"] and "eval/mean" in row] if world.main else []
-    if accuracy > max(gather_lists(before, world), default=-math.inf):
-        export(policy, tokenizer, out / "best", world)
 
 
 def describe(rows: list[Row]) -> dict[str, float | None]:

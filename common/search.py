@@ -111,14 +111,15 @@ def search_answers(
         mine = range(world.rank, len(states), world.size)
         first: dict[int, int] = {}  # a question's states are neighbours
         place = [i - first.setdefault(question, i) for i, (question, _) in enumerate(states)]
+        room = [max_tokens - len(states[i][1].response) for i in mine]
         groups = sampler.generate(
             [prompts[states[i][0]] + states[i][1].response for i in mine], n=width,
             keys=[keys[states[i][0]] * 1000 + place[i] for i in mine],  # draws do not depend on the other questions
-            seed=seed * 1_000_003 + step, sampling=Sampling(max_tokens, temperature, top_p, stops),
+            seed=seed * 1_000_003 + step, sampling=Sampling(room, temperature, top_p, stops),
             progress=f"step {step + 1}" if world.main else None,
         )  # fmt: skip
         drawn = sorted(gather_lists([(i, [c.ids for c in g]) for i, g in zip(mine, groups, strict=True)], world))
-        longer = [[(state.response + ids)[:max_tokens] for ids in steps]
+        longer = [[state.response + ids for ids in steps]
                   for (_, state), (_, steps) in zip(states, drawn, strict=True)]  # fmt: skip
         return [[Candidate(r, r[-1] in eos or len(r) == max_tokens) for r in responses] for responses in longer]
 

@@ -582,17 +582,6 @@ def rope_theta(config) -> float | None:
     return (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
 
 
-def check_context(path: Path, args) -> None:
-    """Raise RuntimeError if the saved model would not be run with the RoPE base and positions it was trained with."""
-    config = AutoConfig.from_pretrained(path)
-    saved = rope_theta(config), config.max_position_embeddings
-    if saved != (args.rope_theta or saved[0], args.max_positions or saved[1]):
-        raise RuntimeError(
-            f"{path}/config.json says rope_theta {saved[0]} and max_position_embeddings {saved[1]}, not --rope_theta "
-            f"{args.rope_theta} and --max_positions {args.max_positions}"
-        )
-
-
 def has_weights(path: str) -> bool:
     """False for a folder with a configuration and no weights."""
     folder = Path(path)

@@ -71,7 +71,7 @@ class Worker:
         self.config, self.settings, self.environment, self.patience = config, settings, environment, patience
         self.process: subprocess.Popen | None = None
 
-    def start(self, minutes: float = 20.0) -> None:
+    def start(self) -> None:
         """Start it (again) and wait until it is ready. Raises RuntimeError with the cause if it does not start."""
         self.stop()
         self.folder = folder = tempfile.mkdtemp(prefix="vllm-")  # the worker's own: removed when the worker ends
@@ -88,7 +88,7 @@ class Worker:
         )  # fmt: skip
         theirs.close()
         try:
-            self.receive(60 * minutes)
+            self.receive(1200)
         except WorkerFault as fault:
             words = self.last_words()
             self.stop()
@@ -147,10 +147,11 @@ class VLLMSampler(Sampler):
 
     def __init__(
         self, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int, gpu_memory: float = 0.7,
-        patience: float = 120.0, **settings,
+        patience: float | None = None, **settings,
     ):
         """stop_ids: ids that end a completion. max_tokens: of a prompt with its completion. gpu_memory: fraction of
-        the GPU for vLLM. patience: seconds of silence after which it counts as hung. settings: more of vllm.LLM's."""
+        the GPU for vLLM. patience: seconds of silence after which it counts as hung; None: 120, and on a
+        CPU, where a step may read 8192 tokens without a sign, 1200. settings: more of vllm.LLM's."""
         self.world, self.policy, self.max_tokens = world, policy, max_tokens
         self.stop_ids = sorted(set(stop_ids))
         self.cuda = world.device.type == "cuda"
@@ -179,7 +180,7 @@ class VLLMSampler(Sampler):
             "generation_config": "vllm",  # nothing but what a request asks for
             "logprobs_mode": "processed_logprobs",  # those of softmax(logits / temperature)
         } | special | settings  # fmt: skip
-        self.worker = Worker(config, settings, environment(world), patience)
+        self.worker = Worker(config, settings, environment(world), patience or (120.0 if self.cuda else 1200.0))
         self.worker.start()
 
     # ---------------------------------------------------------------------------------------------- weights
@@ -210,6 +211,9 @@ class VLLMSampler(Sampler):
     def close(self) -> None:
         """End vLLM."""
         self.worker.stop()
+        if self.memory is not None:
+            os.close(self.memory)
+            self.memory = None
 
     def _attempt(self, act) -> list[str]:
         """Run act; -> the faults of all ranks (a collective)."""
@@ -299,7 +303,8 @@ class VLLMSampler(Sampler):
         drawn: dict[int, Completion] = {}
         fault = None
         try:
-            self._draw([(prompt, 0)], Sampling(min(64, self.max_tokens - length), temperature=0.5), drawn.__setitem__)
+            most = min(64, self.max_tokens - length)
+            self._draw([(prompt, 0, most)], Sampling(most, temperature=0.5), drawn.__setitem__)
         except WorkerFault as error:  # the forward is a collective
             fault = error
         ids = drawn[0].ids if drawn else [0]
@@ -318,11 +323,12 @@ class VLLMSampler(Sampler):
     # ------------------------------------------------------------------------------------------- completions
 
     def _generate(self, prompts, groups, keys, seed, sampling, bar, drawn) -> None:
-        for i, prompt in enumerate(prompts):
-            if len(prompt) + sampling.max_tokens > self.max_tokens:
+        limits = sampling.limits(len(prompts))
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            if len(prompt) + limit > self.max_tokens:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens: with max_tokens {sampling.max_tokens} that is more than "
-                    f"the {self.max_tokens} that vLLM was started for"
+                    f"prompt {i} has {len(prompt)} tokens: with max_tokens {limit} that is more than the "
+                    f"{self.max_tokens} that vLLM was started for"
                 )
         streams = [
             int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "big") for key in keys
@@ -337,7 +343,7 @@ class VLLMSampler(Sampler):
                 if None not in groups[i]:
                     drawn(i, groups[i])
 
-            requests = [(prompts[i], streams[i] + j) for i, j in missing]
+            requests = [(prompts[i], streams[i] + j, limits[i]) for i, j in missing]
             faults = self._attempt(functools.partial(self._draw, requests, sampling, take))
             if not faults:
                 break
@@ -345,13 +351,13 @@ class VLLMSampler(Sampler):
             self._restart(faults, attempt)
             self.sync(self.policy, version)
 
-    def _draw(self, requests: list[tuple[list[int], int]], sampling: Sampling, take) -> None:
-        """(prompt, seed) each; take(k, completion) as that of request k ends."""
+    def _draw(self, requests: list[tuple[list[int], int, int]], sampling: Sampling, take) -> None:
+        """(prompt, seed, max_tokens) each; take(k, completion) as that of request k ends."""
         if not requests:
             return
         how = {
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens,
-            "logprobs": 0, "detokenize": False, "stop_token_ids": [*self.stop_ids, *sampling.stop_ids],
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "logprobs": 0, "detokenize": False,
+            "stop_token_ids": [*self.stop_ids, *sampling.stop_ids],
             "ignore_eos": True,  # the config's: those that are to end a completion are in stop_ids
         }  # fmt: skip
         self.worker.send("generate", requests, how)

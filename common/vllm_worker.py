@@ -87,14 +87,14 @@ def label(llm, pipe, version: str) -> str:
 
 
 def generate(llm, pipe, requests, sampling: dict) -> None:
-    """Draw a completion for each (prompt ids, seed). Sends lists of (index, ids, log-probs, why it ended, versions of
-    the weights) as completions end, and at least every second an empty one."""
+    """Draw a completion for each (prompt ids, seed, max_tokens). Sends lists of (index, ids, log-probs, why it ended,
+    versions of the weights) as completions end, and an empty one after each step that ends a second without any."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     engine, sent = llm.llm_engine, time.monotonic()
-    for k, (prompt, seed) in enumerate(requests):
-        params = SamplingParams(seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
+    for k, (prompt, seed, limit) in enumerate(requests):
+        params = SamplingParams(seed=seed, max_tokens=limit, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
         engine.add_request(str(k), {"type": "token", "prompt_token_ids": prompt}, params)
     while engine.has_unfinished_requests():
         ended = []
@@ -113,12 +113,12 @@ def main(trainer: str, pipe: str, folder: str, settings: str) -> None:
     from multiprocessing.connection import Connection
 
     pipe, settings = Connection(int(pipe)), json.loads(settings)
-    from vllm import LLM, __version__
+    from vllm import LLM
 
     llm = LLM(**settings)
     if settings.get("enable_sleep_mode"):
         llm.sleep(level=2)  # so that each sync, also the first, finds the GPU's memory free
-    pipe.send(__version__)
+    pipe.send("ready")
     while True:
         try:
             act, *arguments = pipe.recv()

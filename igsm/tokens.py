@@ -59,18 +59,23 @@ def tokenizer(style, *, modulus=None, retry=False):
     """
     if style not in text.STYLES:
         raise ValueError(f"style must be one of {', '.join(text.STYLES)}, got {style!r}")
+    if style == "symbolic":
+        whole = modulus is not None and modulus <= 100
+        pattern = PIECES["symbolic, modulus" if whole else "symbolic"]
+        types = _symbolic_types(modulus if whole else 10)
+    else:
+        pattern = PIECES["natural"]
+        types = [*_natural_types(pattern), *([" BACK"] if retry else [])]
+    return word_level(types, pattern)
+
+
+def word_level(types, pattern, special=SPECIAL, chat_template=CHAT_TEMPLATE):
+    """A tokenizer with these types after the special ones, which are PAD, EOS, UNK and marks of turns."""
     # imported here because they take seconds, and nothing else in igsm needs them
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    if style == "symbolic":
-        whole = modulus is not None and modulus <= 100
-        pattern = PIECES["symbolic, modulus" if whole else "symbolic"]
-        types = [*SPECIAL, *_symbolic_types(modulus if whole else 10)]
-    else:
-        pattern = PIECES["natural"]
-        types = [*SPECIAL, *_natural_types(pattern), *([" BACK"] if retry else [])]
-    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(types)}, unk_token=UNK))
+    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate([*special, *types])}, unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -78,8 +83,8 @@ def tokenizer(style, *, modulus=None, retry=False):
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNK,
-        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(special[3:]),
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )

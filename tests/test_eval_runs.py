@@ -20,7 +20,7 @@ from common.verifiers import Verdict, grade
 from tests.conftest import ROOT, run_script
 from tools import compare
 
-MODEL = str(ROOT / "models/tiny")
+MODEL, POSITIONS = str(ROOT / "models/tiny"), 1024
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,32 @@ def test_other_graders_grade_what_is_there_and_nothing_is_sampled(finished, data
     assert set(results["short"]["graders"]) == {"mcq", "boxed"}
 
 
+def test_another_sampler_may_not_draw_the_rest_and_nothing_is_asked_when_nothing_is_left(finished, data, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    evaluation.main(args(data, out, sampler_tokens=7000, write_every=5))
+    settings = json.loads((out / "args.json").read_text())
+    assert settings["rollout"] == "embedded" and settings["sampler_tokens"] != 7000  # of those who drew
+    lines = (out / "samples.jsonl").read_text().splitlines(keepends=True)
+    (out / "samples.jsonl").write_text("".join(lines[:2]))
+    (out / "args.json").write_text(json.dumps(settings | {"rollout": "vllm"}))
+    with pytest.raises(InputError, match="rollout vllm there, embedded here"):
+        evaluation.main(args(data, out))
+
+
+def test_a_search_needs_room_for_one_answer_alone_and_fills_the_batch():
+    asked = evaluation.Question("q", "b", "text", [], "1", "row 0", 0, prompt=[5] * 100)
+    settings = evaluation.Args(model=MODEL, search="beam", value="v", max_tokens=POSITIONS - 100)
+    evaluation.check_lengths([asked], settings)
+    with pytest.raises(InputError, match=f"exceed the {POSITIONS} positions"):
+        evaluation.check_lengths([asked], evaluation.Args(model=MODEL, max_tokens=POSITIONS - 99))
+    sizes = {}
+    for kind in ("none", "beam", "best_of_n", "best_of_k"):
+        how = evaluation.Args(search=kind, width=5, max_tokens=100, sampler_tokens=200 * 25)
+        sizes[kind] = len(evaluation.chunks([asked] * 25, how, embedded=True)[0])
+    assert sizes == {"none": 25, "beam": 1, "best_of_n": 5, "best_of_k": 5}
+
+
 def test_other_settings_need_another_folder(finished, data, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -194,13 +220,11 @@ def test_the_same_model_by_another_path_goes_on_and_a_changed_one_does_not(finis
 
 
 def test_a_hub_name_whose_revision_moved_is_another_model(monkeypatch):
-    class Config:
-        _commit_hash = "abc"
-
-    monkeypatch.setattr(checkpoints, "read_config", lambda name: Config)
+    revision = "a" * 40
+    monkeypatch.setattr(checkpoints, "cached_file", lambda name, file: f"models--{name}/snapshots/{revision}/{file}")
     before = checkpoints.digest_of("some/model")
-    Config._commit_hash = "def"
-    assert before == "abc" != checkpoints.digest_of("some/model")
+    revision = "b" * 40
+    assert before == "a" * 40 != checkpoints.digest_of("some/model")
 
 
 def test_regrade_needs_neither_model_nor_data_and_says_rule_and_version(finished, data, tmp_path, monkeypatch):

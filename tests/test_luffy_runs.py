@@ -193,7 +193,7 @@ def write(path, rows):
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--max_prompt_tokens", "3"], "no row is left of 40"),
         (["--max_response_tokens", "3"], "no row is left of 40 .*40 traces over"),
-        (["--steps", "-1"], "--steps must be 0 or more, not -1"),
+        (["--steps", "-1"], "--steps must be 0 or more and finite, not -1"),
         (["--temperature", "0"], "--temperature must be positive"),
         (["--keep", "-1"], "--keep must be positive"),
         (["--group_size", "1"], "--teacher_rows 1 must be under --group_size 1"),

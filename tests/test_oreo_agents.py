@@ -219,6 +219,8 @@ def test_other_names_are_of_the_same_kind_and_share_no_word():
         assert len(words) == len(set(words))  # so each name can be told from the others
         seen.add(tuple(names.values()))
     assert len(seen) == 5  # all there are: 3 x 2 less the two reds together
+    with pytest.raises(InputError, match="more things than names of their kind, such as box"):
+        other_names({"trunk": "c", "box": "c"}, {"c": ["box"]}, random.Random(0))
 
 
 @pytest.mark.parametrize(
@@ -332,6 +334,28 @@ def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_an
     assert TOKENIZER.decode(row["response_ids"]) == "".join(said)
     prompt, response, actions = conversation_ids(row["conversations"], tokenizer, skip_turns=1)
     assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
+
+
+def test_what_closes_a_turn_in_a_template_without_eos_is_in_the_ids_and_no_action():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    closed = MINICPM.replace(".strip() }}{% endif", ".strip() + '\n' }}{% endif")
+    tokenizer.chat_template = closed
+    episode = Episode("door", 0, Door(""), tokenizer)
+    for answer in ("Action: open door", "Action: go out"):
+        episode.say(ids(f"{answer}<|eos|>"))
+    shown = tokenizer.apply_chat_template(episode.messages, tokenize=False)
+    assert TOKENIZER.decode(episode.ids) == shown.removesuffix("\n")
+    acted = [i for i, action in zip(episode.ids, episode.actions, strict=True) if action]
+    assert TOKENIZER.decode(acted) == "Action: open doorAction: go out"
+
+
+def test_an_answer_that_is_eos_alone_is_an_episode_without_an_action():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = MINICPM
+    episode = Episode("door", 0, Door(""), tokenizer)
+    episode.say([TOKENIZER.eos_token_id])
+    row = episode.row()
+    assert (row["end"], row["turns"], row["response_ids"], row["actions"]) == ("no_action", 1, [], [])
 
 
 def test_the_published_rules_are_alfworlds_and_word_for_word():

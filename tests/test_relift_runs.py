@@ -202,7 +202,7 @@ def test_two_ranks_log_what_one_rank_logs_and_one_rank_goes_on_from_their_checkp
         (["--model", "no/such/model"], "--model no/such/model"),
         (["--sft_data_size", "0"], "--sft_data_size must be positive, or -1 for RL alone, not 0"),
         (["--sft_data_size", "41"], "only 40 questions have a demonstration, and the buffer holds each once"),
-        (["--sft_every", "-1"], "--sft_every must be 0 or more, not -1"),
+        (["--sft_every", "-1"], "--sft_every must be 0 or more and finite, not -1"),
         (["--temperature", "0"], "--temperature must be positive"),
         (["--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
         (["--hard_threshold", "1.5"], "--hard_threshold must be between 0 and 1, not 1.5"),

@@ -88,6 +88,10 @@ def test_what_is_drawn_does_not_depend_on_the_batch(policy, sampler):
     assert ids(narrow.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(25))) == together
     ragged = sampler.generate(PROMPTS, n=[1, 2, 3, 0, 5], keys=KEYS, seed=7, sampling=Sampling(25))
     assert ids(ragged) == [group[:n] for group, n in zip(together, [1, 2, 3, 0, 5], strict=True)]
+    limits = [3, 25, 1, 9, 2]
+    cut = sampler.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(limits))
+    assert ids(cut) == [[c[:m] for c in group] for group, m in zip(together, limits, strict=True)]
+    assert all(c.truncated for group, m in zip(cut, limits, strict=True) for c in group if c.ids[-1] != 1)
 
 
 def test_a_prompts_completions_are_announced_once_before_later_batches_are_drawn(policy, sampler):
@@ -263,8 +267,6 @@ def test_the_environment_that_make_vllm_makes_is_for_a_cpu(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("vlm", "--rollout vlm: expected auto, embedded or vllm"),
-        ("http://host:1", "--rollout http://host:1: expected auto, embedded or vllm"),
         ("vllm", "--rollout vllm: .*/nowhere has no vLLM for a CPU; pip install vllm"),
     ],
 )

@@ -24,6 +24,7 @@ from common.rows import (
     make_examples,
     read_row,
     set_template,
+    trace_ids,
     trace_text,
 )
 from common.trainer import parse_args
@@ -416,6 +417,12 @@ def test_ids_that_end_with_another_stop_token_are_those_of_their_text():
         assert encode_traces(TOKENIZER, [trace], ["p"], ["row"]) == [[*ids, end]]
     with pytest.raises(InputError, match="another tokenizer's"):
         encode_traces(TOKENIZER, [Trace("a=6", ids=[*ids, 1])], ["p"], ["row"])
+    row = {"prompt": "a=5\na?", "response": "a=5", "response_ids": [*ids, 1], "label": 1}
+    item = read_row(row, "row")
+    assert trace_ids(item, item.traces[0], TOKENIZER, 0)[1] == [*ids, 1]
+    item.traces[0].text = "a=6"
+    with pytest.raises(InputError, match="ids of another tokenizer"):
+        trace_ids(item, item.traces[0], TOKENIZER, 0)
 
 
 @pytest.mark.parametrize("answer", ["2", 2])
@@ -462,8 +469,9 @@ def test_a_run_refuses_data_that_changed_since_its_checkpoint(tmp_path):
     """Also where names and numbers of rows are the same."""
     data = tmp_path / "rows.jsonl"
 
-    def run(gold, steps):
-        data.write_text("".join(json.dumps(row(question=f"{q}=5\n{q}?", gold=gold)) + "\n" for q in "abcd"))
+    def run(gold, steps, **more):
+        rows = [row(question=f"{q}=5\n{q}?", gold=gold) | more for q in "abcd"]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         words = ["--preset", "tiny", "--model", str(ROOT / "models/tiny"), "--data", str(data), "--method", "sft",
                  "--batch_size", "2", "--steps", str(steps), "--save_every", "1", "--eval_every", "0", "--out",
                  str(tmp_path / "run")]  # fmt: skip
@@ -471,8 +479,9 @@ def test_a_run_refuses_data_that_changed_since_its_checkpoint(tmp_path):
 
     run("5", 1)
     run("5", 2)
-    with pytest.raises(InputError, match="--data .*rows.jsonl: the data .* changed since .*step-00000002 was written"):
-        run("6", 3)
+    for changed in (dict(gold="6"), dict(gold="5", target_probs=[0.5] * 10)):
+        with pytest.raises(InputError, match="--data .*rows.jsonl: the data .* changed since .*step-00000002 was"):
+            run(steps=3, **changed)
 
 
 def test_a_digest_tells_ids_lists_and_texts_apart():

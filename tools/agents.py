@@ -48,6 +48,7 @@ from common.run import (
 )
 from common.search import state_values
 from common.trainer import ValueModel, export, gather_lists, init_world, launch, load_policy, parse_args
+from igsm.tokens import ASSISTANT, CHAT_TEMPLATE, EOS, PAD, UNK, USER, word_level
 
 NAMES = {  # for --names, by TextWorld's types
     "c": ["box", "chest", "safe", "trunk", "cabinet", "drawer", "fridge", "locker"],
@@ -173,7 +174,8 @@ class Episode:
             said, mark, _ = shown[len(self.text) :].partition(self.tokenizer.eos_token)
             self.text += said + mark
         else:
-            self.text, kept = shown, ids[:-1] if ended else ids
+            kept, said = ids[:-1] if ended else ids, answer.strip()
+            self.text = shown[: shown.rindex(said) + len(said)]  # what closes a turn comes with the next observation
             while len(kept) > 1 and not self.tokenizer.decode(kept[-1:]).strip():
                 kept = kept[:-1]
         self.ids, self.actions = self.ids + kept, self.actions + [1] * len(kept)
@@ -189,8 +191,8 @@ class Episode:
 
     def row(self) -> dict:
         """Return the episode as a row for oreo.py, without what follows the last action."""
-        first = self.actions.index(1) if self.turns else len(self.ids)
-        last = len(self.ids) - self.actions[::-1].index(1) if self.turns else first
+        first = self.actions.index(1) if 1 in self.actions else len(self.ids)
+        last = len(self.ids) - self.actions[::-1].index(1) if 1 in self.actions else first
         return {
             "question": self.name, "reward": float(self.end == "won"), "end": self.end, "turns": self.turns,
             "prompt_ids": self.ids[:first], "response_ids": self.ids[first:last], "actions": self.actions[first:last],
@@ -292,11 +294,15 @@ def replace_words(text: str, names: dict[str, str]) -> str:
 
 
 def other_names(mine: dict[str, str], things: dict[str, list[str]], rng: random.Random) -> dict[str, str]:
-    """Return, for each of a game's things, a name of its type: none twice, and no two that share a word."""
+    """Return, for each of a game's things, a name of its type: none twice, and no two that share a word.
+
+    Raises InputError if there are too few names of a type."""
     taken: dict[str, str] = {}
     for name, type_ in mine.items():
         words = {word for other in taken.values() for word in other.lower().split()}
         free = [one for one in things.get(type_, ()) if not words & set(one.lower().split())]
+        if type_ in things and not free:
+            raise InputError(f"--names: a game has more things than names of their kind, such as {name}: raise it")
         taken[name] = rng.choice(free or [name])
     return taken
 
@@ -442,22 +448,9 @@ def words_of_games(args: Args) -> list[str]:
 
 def word_tokenizer(texts: list[str]):
     """Return a tokenizer with one token for each word of the texts, with the space before it; others are <|unk|>."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     pattern = r" ?[A-Za-z]+|\d|[\s\S]"
     words = sorted({piece for text in texts for piece in re.findall(pattern, text)})
-    special = ["<|pad|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>"]
-    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate([*special, *words])}, unk_token="<|unk|>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|eos|>", unk_token="<|unk|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"], clean_up_tokenization_spaces=False,
-        chat_template="{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
-        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
-    )  # fmt: skip
+    return word_level(words, pattern, [PAD, EOS, UNK, USER, ASSISTANT], CHAT_TEMPLATE.replace("<think>\n", ""))
 
 
 def scratch_model(args: Args, world) -> str:
@@ -512,7 +505,7 @@ def main(args: Args) -> dict | None:
     }  # fmt: skip
     if world.main:
         path = Path(args.out) / ("episodes.jsonl" if args.stage == "evaluate" else "rows.jsonl")
-        write_lines(path, [row for row in rows if row["turns"]])  # no first answer fits after the others' observation
+        write_lines(path, [row for row in rows if row["response_ids"]])  # without an answer there is nothing to train
         write_whole(path.with_name("results.json"), json.dumps(result, indent=2) + "\n")
         print(f"{path}: {result}")
     gather_lists([], world)  # nobody leaves before the file is there

@@ -142,18 +142,14 @@ def read_problem(row: dict, where: str, args: Args) -> Problem | str:
 
 
 def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    """All n words in a row of a text, in lower case; a shorter text is one n-gram.
+    """All n words in a row of a text, in lower case, without the request for a box, which questions of any data share;
+    a shorter text is one n-gram.
 
     >>> sorted(word_ngrams("How  many are THERE", 3)), word_ngrams("Two", 3)
     ([('how', 'many', 'are'), ('many', 'are', 'there')], {('two',)})
     """
-    words = text.lower().split()
+    words = text.replace(IN_A_BOX, "").lower().split()
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} - {()}
-
-
-def question_ngrams(question: str, n: int) -> set[tuple[str, ...]]:
-    """Those of a question without the request for a box, which questions of any data share."""
-    return word_ngrams(question.replace(IN_A_BOX, ""), n)
 
 
 def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
@@ -162,7 +158,7 @@ def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
     for source in args.decontaminate:
         for index, row in enumerate(iter_rows(source, split="test")):
             question = read_row(row, f"--decontaminate {source}, row {index}").question
-            found.setdefault(source, set()).update(question_ngrams(question, args.ngram))
+            found.setdefault(source, set()).update(word_ngrams(question, args.ngram))
     return found
 
 
@@ -176,7 +172,7 @@ def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list
         found = read_problem(row, f"{args.data}, row {n_rows}", args)
         n_rows += 1
         if not isinstance(found, str) and benchmarks:
-            ngrams = question_ngrams(found.question, args.ngram)
+            ngrams = word_ngrams(found.question, args.ngram)
             hits = (f"shares {args.ngram} words with {name}" for name, known in benchmarks.items() if ngrams & known)
             found = next(hits, found)
         if isinstance(found, str):
