@@ -9,8 +9,8 @@ trace. All are graded alike and share one mean:
     f(p) = p / (p + 0.1)                                                                               (Eq. 5-8)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001. The published code added one mean entropy for each
-micro-batch. M is the number of micro-batches that it would have needed (`published_micro_batches`).
+S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001. The published code added one mean entropy per
+micro-batch, so its bonus grew with their number, M; `published_micro_batches` computes it.
 Where the teacher's own probability is unknown, as in the published data, LUFFY uses 1, so the ratio is p. With f, the
 gradient w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are
 learnt first. If k own answers are right, they and the trace have the advantage (7 - k) / 8: 7/8 at first, 0 at last.

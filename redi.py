@@ -332,7 +332,8 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
         if empty or ids[0] == ids[1]:
             reason = "trace_empty" if empty else "traces_equal"
             if args.bad_rows == "error":
-                raise InputError(f"{source}, row {index}: {BAD[reason]}; remove the row or pass --bad_rows drop")
+                raise InputError(f"{source}, row {index}: {BAD[reason]}; remove the row or pass --bad_rows drop "
+                                 f"(columns found: {', '.join(map(str, rows[index]))})")  # fmt: skip
             count[reason] += 1
         elif len(prompt) > args.max_prompt_tokens:
             count["prompt_too_long"] += 1
@@ -362,8 +363,8 @@ def check_pairs(pairs: list[Pair], args: Args) -> None:
     if args.loss in ("dpo", "simpo") and alone:
         raise InputError(f"--data {args.data}: {alone} rows have one trace, and --loss {args.loss} compares two")
     if args.stage == "redi" and not any(p.rejected for p in pairs):
-        raise InputError(f"--data {args.data}: no row has an incorrect trace; `python -m tools.redi_data` makes pairs, "
-                         "or use --stage sft")  # fmt: skip
+        raise InputError(f"--data {args.data}: no row has an incorrect trace ('rejected', or label 0); `python -m "
+                         "tools.redi_data` makes pairs, or use --stage sft")  # fmt: skip
 
 
 def main(args: Args) -> None:
@@ -372,6 +373,8 @@ def main(args: Args) -> None:
     world = run.world
     tokenizer = open_tokenizer(args.model, args)
     pairs, left_out = make_pairs(list(read_rows(args)), tokenizer, args, source=args.data, progress=world.main)
+    if args.stage == "redi":
+        left_out["of these pairs"] = sum(len(p.sequences) == 2 for p in pairs)
     check_pairs(pairs, args)
     run.plan(
         pairs, held_out_examples(tokenizer, args), left_out, key=lambda p: (p.prompt, p.chosen, p.rejected, p.weight),

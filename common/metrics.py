@@ -25,9 +25,17 @@ class Metrics:
 
     def __init__(self, out: Path, args, world: World, *, start: int, steps: int):
         self.out, self.world = out, world
-        self.sinks = []
+        self.board = self.wandb = None
+        self.warned = False
         if not world.main:
             return
+        try:
+            if getattr(args, "tensorboard", False):
+                from torch.utils.tensorboard import SummaryWriter
+            if getattr(args, "wandb", ""):
+                import wandb
+        except ImportError as error:
+            raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
         out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
         self.files = {}
@@ -38,20 +46,11 @@ class Metrics:
             path.with_suffix(".partial").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(path.with_suffix(".partial"), path)
             self.files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close())
+        if getattr(args, "tensorboard", False):
+            self.board = SummaryWriter(out)
+        if getattr(args, "wandb", ""):
+            self.wandb = wandb.init(project=args.wandb, name=out.name, config=dataclasses.asdict(args), dir=out)
         self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", dynamic_ncols=True)
-        try:
-            if getattr(args, "tensorboard", False):
-                from torch.utils.tensorboard import SummaryWriter
-
-                writer = SummaryWriter(out)
-                self.sinks.append(lambda step, v: [writer.add_scalar(k, x, step) for k, x in v.items()])
-            if getattr(args, "wandb", ""):
-                import wandb
-
-                run = wandb.init(project=args.wandb, name=out.name, config=dataclasses.asdict(args), dir=out)
-                self.sinks.append(lambda step, v: run.log(v, step=step))
-        except ImportError as error:
-            raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
 
     def log(self, step: int, values: dict[str, float], show: list[str]) -> None:
         """One row of metrics; `show` names those that the progress bar prints. Raises RuntimeError on
@@ -59,8 +58,14 @@ class Metrics:
         if self.world.main:
             known = {k: v for k, v in values.items() if v is not None}
             self._write("metrics", {"step": step, **known})
-            for sink in self.sinks:
-                sink(step, known)
+            for name, value in known.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
+            if self.wandb:
+                self.wandb.log(known, step=step)
+            if known.get("reward/teacher") == 0 and not self.warned:
+                self.warned = True
+                why = "do the gold answers fit it? --verifier robust reads more spellings; samples.jsonl shows both"
+                tqdm.write(f"WARNING: step {step}: --verifier accepts none of the traces: {why}", file=sys.stderr)
             self.bar.set_postfix({k.split("/")[-1]: f"{known[k]:.3g}" for k in show if k in known}, refresh=False)
             self.bar.update(step - self.bar.n)
         if values.get("verifier/error") == 1:
@@ -83,6 +88,10 @@ class Metrics:
         """Draw curves.png and end the progress bar."""
         if self.world.main:
             self.bar.close()
+            if self.board:
+                self.board.close()
+            if self.wandb:
+                self.wandb.finish()
             for file in self.files.values():
                 file.close()
             plot_curves({self.out.name: self.out}, None, self.out / "curves.png")
@@ -99,16 +108,18 @@ def read_metrics(out: Path) -> list[dict]:
 
 
 def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Path) -> None:
-    """One panel for each list of metric names that a run has (None: for each prefix of names), a line for each run and
-    name, over steps."""
+    """One panel for each list of metric names that a run has (None: for each prefix of names, without those of another
+    scale), a line for each run and name, over steps."""
     from matplotlib.figure import Figure
 
     metrics = {label: read_metrics(out) for label, out in runs.items()}
     found = {name for rows in metrics.values() for row in rows for name in row}
     if panels is None:
         names = sorted(found - {"step", "optim/lr"})
+        alone = {"eval/length", "length/truncated", "mismatch/max"} & found
         prefixes = {name.split("/")[0] for name in names} - {"seconds", "speed", "memory", "verifier", "update"}
-        panels = [[name for name in names if name.split("/")[0] == prefix] for prefix in sorted(prefixes)]
+        panels = [[n for n in names if n.split("/")[0] == prefix and n not in alone] for prefix in prefixes]
+        panels = sorted([*panels, *([name] for name in alone)])
     panels = [names for names in panels if found & set(names)] or panels[:1]
     if not panels:
         return  # nothing was logged that has a panel

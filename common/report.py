@@ -165,6 +165,6 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
         drawn = axis.bar(at, means, width * 0.92, label=run, yerr=errors)
         axis.bar_label(drawn, [f"{m:.1f}" for m in means], fontsize=7, padding=2)
     axis.set_xticks(range(len(benchmarks)), benchmarks, rotation=20 if len(benchmarks) > 4 else 0)
-    axis.set(ylabel="pass@1, %", ylim=(0, None))
+    axis.set(ylabel="pass@1, % (and its 95 % interval)", ylim=(0, None))
     figure.legend(loc="outside upper left", ncols=len(bars), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)

@@ -156,7 +156,7 @@ def _csv_row(row: dict) -> dict:
     row = {name: value for name, value in row.items() if value}
     for name in row.keys() & {"label", "reward", "weight"}:
         with contextlib.suppress(ValueError):  # what is no number is named later
-            row[name] = float(row[name])
+            row[name] = float({"true": 1, "false": 0}.get(row[name].lower(), row[name]))
     return row
 
 
@@ -270,6 +270,8 @@ def _gold(*values) -> str:
             continue
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise TypeError("the gold answer is neither text nor a number")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # a column of whole numbers that once held a NaN
         if gold := _text(str(value), "the gold answer").strip():
             return gold
     return ""
@@ -382,6 +384,7 @@ def _problem(row: dict) -> Item:
     name = "problem" if row.get("problem") is not None else "question"
     text, answer, reasoning, source = _text(row[name], f"'{name}'"), row.get("answer"), row.get("solution"), ""
     gold = _gold(answer)
+    gold = last_boxed(gold) or gold
     if "####" in gold:
         reasoning, _, gold = gold.rpartition("####")
         gold, source = gold.strip().replace(",", ""), "gsm8k"
@@ -389,7 +392,8 @@ def _problem(row: dict) -> Item:
         gold = gold or boxed_gold(_text(reasoning, "'solution'"))
     item = Item(_turns(f"{text}\n\n{IN_A_BOX}", name), text, gold, source=source)
     if reasoning and reasoning.strip() and gold:
-        item.traces = [Trace(f"{THINK}{reasoning.strip()}\n</think>\n\n\\boxed{{{gold}}}")]
+        whole = "</think>" in reasoning  # a response as a model wrote it
+        item.traces = [Trace(reasoning if whole else f"{THINK}{reasoning.strip()}\n</think>\n\n\\boxed{{{gold}}}")]
     return item
 
 
@@ -686,8 +690,8 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
         after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
         if not (before.startswith(text) and after.startswith(before)):
             raise InputError(
-                f"the chat template shows turn {turn} or what is before it otherwise than when it was said; "
-                "pass a --chat_template that keeps the history as it is"
+                f"the chat template shows turn {turn} or what is before it otherwise than when it was said (some drop "
+                "<think> from earlier turns); pass a --chat_template that keeps the history as it is"
             )
         said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
         for so_far, piece, action in ((text, before[len(text) :], False), (before, said + eos, True)):
@@ -788,10 +792,12 @@ def make_examples(
             continue
         if traces == "needed" and not ids:
             if empty_trace == "error":
+                why = "the trace is empty or missing ('target', 'solution', ...: the table of shapes is in README)"
+                if item.traces and not item.first(correct=True):
+                    why = "none of its traces is correct (its label or reward)"
                 raise InputError(
-                    f"{where}: the trace is empty or missing ('target', 'solution', ...: the table of shapes is in "
-                    "README); remove the row (or, with luffy.py, pass --empty_trace drop | on_policy; columns found: "
-                    f"{', '.join(map(str, rows[index]))})"
+                    f"{where}: {why}; remove the row (or, with luffy.py, pass --empty_trace drop | on_policy; columns "
+                    f"found: {', '.join(map(str, rows[index]))})"
                 )
             count["trace_empty"] += 1
             if empty_trace == "drop":

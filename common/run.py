@@ -113,7 +113,7 @@ class RunArgs:
     eval_limit: NotNegative[int] = 0  # Rows to read of each evaluation file; 0 reads all.
     save_every: NotNegative[int] = 50  # Write a checkpoint every this many steps and after the last. 0: never
     keep: Positive[int] = 2  # Checkpoints to keep. If the newest is damaged, the run resumes from the one before it.
-    keep_best: bool = False  # Also keep the model of the highest eval/mean, in OUT/best.
+    keep_best: bool = False  # Also keep the trained model of the highest eval/mean, in OUT/best.
     skip_bad_updates: bool = False  # Skip an update with a non-finite loss or gradient instead of stopping.
     timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
     profile: NotNegative[int] = 0  # Profile this many steps from the second on: a summary, and traces in OUT/profile.
@@ -217,6 +217,8 @@ class Run:
                 before = gather_lists([row["eval/mean"] for row in logged if "eval/mean" in row], self.world)
                 if found["eval/mean"] > max(before, default=-math.inf):
                     export(self.policy, self.tokenizer, self.out / "best", self.world)
+                    if self.world.main:
+                        tqdm.write(f"{self.out}/best: step {self.step}, eval/mean {found['eval/mean']:.3f}")
         return found
 
     @property

@@ -11,6 +11,7 @@ import oreo
 import redi
 from common import report
 from common.data import InputError
+from common.metrics import Metrics
 from common.rows import Example, report_golds
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
@@ -125,3 +126,16 @@ def test_rejection_trains_on_right_answers_alone(tmp_path):
     args = oreo_ranks.settings("models/tiny", "--stage", "rejection", "--rows", tmp_path / "rows.jsonl")
     units, _ = oreo.training_units(load_tokenizer("models/tiny"), args, False)
     assert [row.reward for unit in units for row in unit] == [1.0]
+
+
+def test_traces_that_the_verifier_all_refuses_are_said_once_and_lengths_have_panels_of_their_own(tmp_path, capsys):
+    metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
+    for step in (1, 2):
+        log = {"reward/teacher": 0.0, "eval/mean": 0.5, "eval/b": 0.4, "eval/length": 900.0, "length/own": 900.0}
+        metrics.log(step, log | {"length/truncated": 0.1}, [])
+    assert capsys.readouterr().err.count("--verifier accepts none of the traces") == 1
+    titles = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.axes.Axes.set_title", lambda self, title, **_: titles.append(title))
+        metrics.close()
+    assert titles == ["eval/b and eval/mean", "eval/length", "length/own", "length/truncated", "reward/teacher"]

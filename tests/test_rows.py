@@ -173,6 +173,9 @@ def test_an_empty_trace_is_an_error_unless_told_otherwise():
     assert len(examples(rows, empty_trace="drop")[0]) == 1
     assert [e.trace is None for e in examples(rows, empty_trace="on_policy")[0]] == [False, True]
     assert len(examples(rows, traces="ignored")[0]) == 2
+    wrong = {"prompt": "Q?", "response": "A", "label": 0, "answer": "5"}
+    with pytest.raises(InputError, match="row 0: none of its traces is correct .its label or reward.; remove the row"):
+        examples([wrong])
 
 
 @pytest.mark.parametrize(
@@ -331,6 +334,14 @@ def test_boxes_of_math_without_braces_or_with_escaped_ones_are_read(solution, go
     assert read_row({"problem": "P", "solution": solution}, "row").gold == gold
 
 
+def test_a_response_of_a_model_is_a_trace_as_it_is_and_a_boxed_or_whole_gold_is_its_number():
+    said = "<think>\nso\n</think>\n\n\\boxed{10}"
+    item = read_row({"problem": "P", "solution": said, "answer": "\\boxed{10}"}, "row")
+    assert (item.gold, item.traces[0].text) == ("10", said)
+    assert read_row({"problem": "P", "answer": 10.0}, "row").gold == "10"
+    assert read_row({"problem": "P", "answer": 0.5}, "row").gold == "0.5"
+
+
 @pytest.mark.parametrize("answer", ["", " ", None, float("nan")])
 def test_a_blank_answer_beside_a_solution_is_the_solutions_box(answer):
     assert read_row({"problem": "P", "answer": answer, "solution": r"so \boxed{7}"}, "row").gold == "7"
@@ -404,8 +415,9 @@ def names_of(rows):
 
 def test_a_csv_file_holds_numbers_and_empty_cells(tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_text("prompt,response,label,weight,chosen\nQ?,A,1,0.5,\nQ?,B,0,,\n")
-    first, second = (read_row(r, "x") for r in load_rows(str(path)))
+    path.write_text("prompt,response,label,weight,chosen\nQ?,A,1,0.5,\nQ?,B,0,,\nQ?,C,True,,\nQ?,D,False,,\n")
+    first, second, third, fourth = (read_row(r, "x") for r in load_rows(str(path)))
+    assert third.first(correct=True).text == "C" and fourth.first(correct=False).text == "D"
     assert first.first(correct=True).text == "A" and first.weight == 0.5
     assert second.first(correct=False).text == "B" and second.weight == 1.0
 
