@@ -590,7 +590,7 @@ def main(args: Args) -> None:
         if args.stage in ("all", stage):
             train(settings_of(args, stage, arm))
     if args.stage in ("all", "eval"):
-        for arm in dict.fromkeys(arm for _, arm in runs or [("base", "base")]):
+        for arm in [*args.arms, *["base"] * bool(args.base_problems or not args.arms)]:
             evaluate_arm(arm, args, world)
         if world.main:
             report(args)

@@ -147,7 +147,7 @@ def test_data_again_with_other_arms_adds_them_and_with_other_settings_forgets_th
 def test_rows_that_were_not_made_by_the_data_stage_are_never_replaced(tmp_path, world, name):
     """Neither own files, nor files that were made and then edited; files beside them stay."""
     own, beside, words = tmp_path / "data" / f"{name}.jsonl", tmp_path / "data" / f"{name}_2.jsonl", ("--out", tmp_path)
-    message = re.escape(f"{own} was not made by --stage data: move it away (or delete it, if a killed command left it)")
+    message = re.escape(f"{own} was not made by --stage data: move it away, or use it")
     own.parent.mkdir()
     own.write_text("mine\n")
     with pytest.raises(InputError, match=message):

@@ -173,7 +173,7 @@ def test_another_sampler_may_not_draw_the_rest_and_nothing_is_asked_when_nothing
     lines = (out / "samples.jsonl").read_text().splitlines(keepends=True)
     (out / "samples.jsonl").write_text("".join(lines[:2]))
     (out / "args.json").write_text(json.dumps(settings | {"rollout": "vllm"}))
-    with pytest.raises(InputError, match="rollout vllm there, embedded here"):
+    with pytest.raises(InputError, match="rollout 'vllm' there, 'embedded' here"):
         evaluation.main(args(data, out))
 
 
@@ -353,7 +353,6 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
         (dict(buckets="nowhere"), "nowhere: no evaluation there"),
         (dict(template="no-such"), "--template no-such"),
         (dict(template="qwen", chat_template_args=("a=1",)), "--chat_template_args are for --template own, not qwen"),
-        (dict(rollout="nobody"), "--rollout nobody"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(data, tmp_path, settings, message):

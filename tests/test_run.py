@@ -45,9 +45,10 @@ def test_every_flag_has_a_help_text(script, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("keep", 0, "--keep must be positive, not 0"), ("epochs", -1.0, "--epochs must be positive"),
-        ("eval_every", -1, "--eval_every must be 0 or more, not -1"), ("verifier", "oops", "--verifier oops"),
-        ("lr", float("nan"), "--lr must be 0 or more, not nan"), ("warmup", 2, "--warmup must be between 0 and 1"),
+        ("keep", 0, "--keep must be positive and finite, not 0"), ("epochs", -1.0, "--epochs must be positive"),
+        ("eval_every", -1, "--eval_every must be 0 or more"), ("verifier", "oops", "--verifier oops"),
+        ("lr", float("nan"), "--lr must be 0 or more and finite"), ("epochs", float("inf"), "--epochs must be"),
+        ("betas", (1.0, 0.9), "--betas must be two numbers"), ("warmup", 2, "--warmup must be between 0 and 1"),
         ("seed", -1, r"--seed must be from 0 to 10\^12, not -1"), ("seed", 20261128050000, "--seed must be from 0"),
     ],
 )  # fmt: skip
