@@ -106,20 +106,17 @@ class Args:
     verifier: Annotated[tuple[str, ...], ("one name or more", len)] = ("strict_box", "math", "full")
     regrade: bool = False  # Grade the answers in --out again, without sampling. Needs neither --model nor --data.
     buckets: str = ""  # Folder of the base model's evaluation: adds accuracy by how often the base was correct.
-
     # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
     rollout: Literal["auto", "embedded", "vllm"] = "auto"
     rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM (7B on 80 GB: 0.5)
-    # Largest batch of the embedded sampler, as rows x (prompt + response) tokens; it is also written at once. 0: 65,536
-    # on a CPU, 524,288 on CUDA (30 GB for a Qwen2.5 of 7B)
+    # Largest batch of the embedded sampler: rows x (prompt + response) tokens. 0: 65,536; on CUDA 524,288 (7B: 30 GB)
     sampler_tokens: NotNegative[int] = 0
     write_every: Positive[int] = 2048  # Answers that vLLM is given at once, and that are written at once
 
 
 SAMPLER_TOKENS = {"cpu": 65536, "cuda": 524288}  # of --sampler_tokens 0
-# may change between two starts of a run; the second line only when all questions are answered
-FREE = {"out", "verifier", "regrade", "buckets", "dry_run", "rollout_gpu_memory"}
-SAMPLER = {"rollout", "sampler_tokens", "write_every"}
+FREE = {"out", "verifier", "regrade", "buckets", "dry_run", "rollout_gpu_memory"}  # may change on resume
+SAMPLER = {"rollout", "sampler_tokens", "write_every"}  # may change when all questions are answered
 BY_DIGEST = {"model", "value", "data"}  # their names may change: digests of the contents are compared
 # The published evaluations' prompts. Text is the whole prompt; turns go through the tokenizer's chat template.
 TEMPLATES = json.loads((Path(__file__).parent / "benchmarks" / "templates.json").read_text())
@@ -288,11 +285,10 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
         "weights_digest": " ".join(gather_lists(models, world)),
         "questions": len(questions), "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }  # fmt: skip
-    answered, free = len(read_records(path.parent / "samples.jsonl")), FREE | BY_DIGEST
+    answered = len(read_records(path.parent / "samples.jsonl"))
     if answered >= len(questions):
-        free = free | SAMPLER
         settings |= {k: old[k] for k in SAMPLER & old.keys()}  # of the one that drew the answers
-    compared = [k for k in settings if k in old and k not in free] if answered else []
+    compared = [k for k in settings if k in old and k not in FREE | BY_DIGEST] if answered else []
     keep_settings(path, settings, compared, f"--out {args.out} holds an evaluation with other settings", world)
 
 

@@ -171,9 +171,7 @@ class _State:
         if parents(first):
             expected.append(re.sub(VARIABLE, lambda match: str(values.get(match[0], "?")), chain[0]))
         if chain[: len(expected)] != expected:
-            self.wrong(
-                "wrong substitution", f"{chain[0]!r} should be followed by {expected[-1]!r}, not {chain[1:2]}"
-            )
+            self.wrong("wrong substitution", f"{chain[0]!r} should be followed by {expected[-1]!r}, not {chain[1:2]}")
         if len(chain) < len(expected):
             raise ValueError(f"nothing follows {chain[0]!r}")
         numeric = chain[len(expected) - 1 :]
@@ -182,9 +180,7 @@ class _State:
             if result != results[0]:
                 self.wrong("arithmetic", f"{member!r} does not equal {results[0]}")
         if chain[-1] != str(results[-1]):
-            self.wrong(
-                "arithmetic", f"the equation ends with {chain[-1]!r} instead of the number {results[-1]}"
-            )
+            self.wrong("arithmetic", f"the equation ends with {chain[-1]!r} instead of the number {results[-1]}")
 
         def spell_out(tree):
             if isinstance(tree, tuple):
@@ -344,6 +340,4 @@ def _read_meta_step(line):
     if not match:
         raise ValueError(f"cannot parse {line!r}")
     helpers = [part.split(" = ") for part in match[3].split("; ") if part]
-    return _Step(
-        match[1], match[2], match[4].split(" = "), tuple((letter, chain) for letter, *chain in helpers)
-    )
+    return _Step(match[1], match[2], match[4].split(" = "), tuple((letter, chain) for letter, *chain in helpers))

@@ -97,9 +97,7 @@ def draw_problem(rng, ops, split, max_params, max_value, modulus, max_literal):
                 formulas, values = drawn
                 template, side = template_of(formulas, order)
                 if split is None or side == split:
-                    formulas |= _draw_redundant(
-                        rnd, structure, order, parents, values, max_value, modulus, max_literal
-                    )
+                    formulas |= _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, max_literal)
                     nodes, categories = _name(rnd, structure, formulas, values)
                     return nodes, len(order), categories, template, target
     raise ValueError(

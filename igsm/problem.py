@@ -123,9 +123,7 @@ def problems(
     return map(make, range(start, start + n))
 
 
-def retell(
-    problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, question_variant=0, solution_variant=0
-):
+def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, question_variant=0, solution_variant=0):
     """The same problem in the same style with other behaviours (behaviors.py), many times faster than drawn anew.
 
     subgoals: the solution writes every intermediate result.

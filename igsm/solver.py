@@ -66,9 +66,7 @@ class Question:
             else:
                 self._read_sentence(sentence)
         if len(asked) != 1:
-            raise ValueError(
-                f"{len(asked)} questions 'How many ... does ... have?' instead of one in {text[-200:]!r}"
-            )
+            raise ValueError(f"{len(asked)} questions 'How many ... does ... have?' instead of one in {text[-200:]!r}")
         owner, thing, sentence = asked[0]
         self.asked = f"{owner}'s {thing}"
         if owner not in self._category_of:

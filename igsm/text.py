@@ -56,11 +56,7 @@ def question_text(nodes, num_necessary, style, rng, letters, *, shuffle=True):
         needed = num_necessary
     else:
         names = [node.name for node in nodes]
-        lines = [
-            f"The number of {node.name} equals {described(node, names)}."
-            for node in nodes
-            if not node.abstract
-        ]
+        lines = [f"The number of {node.name} equals {described(node, names)}." for node in nodes if not node.abstract]
         needed = sum(not node.abstract for node in nodes[:num_necessary])
     lines = _ordered(lines, needed, rng, shuffle)
     if style == "symbolic":
@@ -232,8 +228,7 @@ def worked(node, nodes, values, subgoals, modulus, space):
 
 def _terms(node, names, space):
     return [
-        names[term[0]] if len(term) == 1 else f"{names[term[0]]}{space}*{space}{names[term[1]]}"
-        for term in node.terms
+        names[term[0]] if len(term) == 1 else f"{names[term[0]]}{space}*{space}{names[term[1]]}" for term in node.terms
     ]
 
 
