@@ -318,6 +318,14 @@ def test_tables_hold_the_arms_of_earlier_commands_too(folder, capsys):
     assert firsts == ["%", "base", "vanilla", "bridge", "queries", "vanilla", "bridge"]
 
 
+def test_fewer_rows_are_asked_and_results_of_another_test_leave_the_table(folder):
+    bridge.main(settings("--out", folder, "--stage", "eval", "--arms", "bridge", "--eval_limit", 2))
+    found = json.loads((folder / "bridge" / "eval.json").read_text())
+    assert {test["questions"] for model in found.values() for test in model.values()} == {2}
+    bridge.main(settings("--out", folder, "--stage", "data", "--test_ops", 2, 4))
+    assert not list(folder.glob("*/eval.json"))
+
+
 def test_own_queries_stay_and_must_be_enough(folder):
     (folder / "data" / "influence.settings.json").unlink()  # what the tool leaves beside queries that it made
     before = (folder / "data" / "influence.jsonl").read_bytes()
