@@ -213,7 +213,7 @@ def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(tmp_path):
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     what = "the correct and the incorrect trace are equal; remove the row or pass --bad_rows drop"
-    assert last == f"redi.py: error: {data}, row 0: {what}"
+    assert last == f"redi.py: error: {data}, row 0: {what} (columns found: prompt, chosen, rejected)"
     assert "Traceback" not in result.stderr
     result = run_script("redi.py", "--learning_rate", "1", check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
