@@ -31,7 +31,7 @@ SFT_STEPS = {"ordered": "30", "shuffled": "{steps}"}
 SFT_RATES = {"ordered": (2e-4, 5e-5, 5e-4, 5e-4, 5e-4), "shuffled": (1e-3,) * 5}
 PROBLEMS = "-m igsm --n 300 --ops 6 6 --style symbolic --modulus 23 --max_params 4 --max_literal 9 --split test"
 
-TEST, VALID, STEPS, START, MAX_TOKENS = "{test_ordered}/rows.jsonl", "", (120, 20), "", 240
+TEST, VALID, STEPS, SEEDS, START, MAX_TOKENS = "{test_ordered}/rows.jsonl", "", (120, 20), 4, "", 240
 
 
 def prepared(order: str, arm: str) -> str:
