@@ -10,7 +10,7 @@ holds `sft_data_size` of them, one SFT update on their demonstrations follows th
     loss = mean_it (- log p_it - 0.001 H_it)                                  SFT on the newest of the hardest questions
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001. The published code added one mean entropy for each
+S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001. The published code added one mean entropy per
 micro-batch, so its bonus grew with their number, M; `published_micro_batches` computes it.
 LUFFY puts a demonstration into every group. ReLIFT uses them only where RL has no gradient, with an AdamW (its own
 moments and rate) and a gradient clip for SFT alone.

@@ -27,16 +27,7 @@ from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from common.data import InputError
-from common.trainer import (
-    Policy,
-    ValueModel,
-    World,
-    export,
-    gather_lists,
-    init_world,
-    load_policy,
-    load_tokenizer,
-)
+from common.trainer import Policy, ValueModel, World, export, gather_lists, init_world, load_policy, load_tokenizer
 
 
 def _to_disk(path: Path) -> None:

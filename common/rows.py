@@ -566,6 +566,11 @@ def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[li
     return encoded
 
 
+def ids_are_of_text(trace: Trace, tokenizer) -> bool:
+    """Whether a trace's ids are those of its text. The last id may have ended it, and is then not in the text."""
+    return trace.text in (tokenizer.decode(trace.ids), tokenizer.decode(trace.ids[:-1]))
+
+
 def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], rows: list[str]) -> list[list[int] | None]:
     """The ids of each trace after its prompt, with one eos at the end; [] for a blank trace, None for None. Ids that a
     model drew are kept as they are. rows: what an InputError calls each row."""
@@ -576,7 +581,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
             ids = trace and []
         elif trace.ids is not None:
             ids = trace.ids
-            if trace.text not in (tokenizer.decode(ids), tokenizer.decode(ids[:-1])):  # the last id may have ended it
+            if not ids_are_of_text(trace, tokenizer):
                 raise InputError(
                     f"{row}: the ids of a trace are not those of its text: they are another tokenizer's; remove the "
                     "column '..._ids' or change --model"
@@ -719,7 +724,7 @@ def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tu
         prompt_ids = tokenizer([prompt], add_special_tokens=False)["input_ids"][0]
         prompt_ids = with_bos(prompt_ids, tokenizer) if item.text else prompt_ids
         said = trace.text if item.text else trace_text(prompt, trace.text)
-        if trace.ids and trace.text not in (tokenizer.decode(trace.ids), tokenizer.decode(trace.ids[:-1])):
+        if trace.ids and not ids_are_of_text(trace, tokenizer):
             raise InputError("ids of another tokenizer: remove the column 'response_ids', or change --model")
         response = trace.ids or response_ids(tokenizer, [prompt], [said])[0]
         return prompt_ids, response if response[-1:] in ([], [eos]) else [*response, eos], None

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import igsm
 from benchmarks.blocks import Claim, Run, made
+from benchmarks.blocks.relift import CURVES, RATES  # noqa: F401 (CURVES: claims.py reads it here)
 from common.rows import IGSM
 
 SHORT, LONG = (2, 4), (7, 8)
 RUN = "--preset tiny --seed {seed} --out {out} --eval_every 0 --log_samples 0"
 ARM = "relift.py --model {start}/model --data {data}/train.jsonl --lr {lr} --sft_lr {lr} --steps {steps} " + RUN
-RATES = dict(lrs=(2e-5, 6e-5, 2e-4), trained=7)  # half of the rows are read once before the second update
 
 TEST, VALID, STEPS, SEEDS, START = "{data}/test.jsonl", "{data}/valid.jsonl", (60, 30), 5, ""
 RUNS = {
@@ -40,7 +40,6 @@ RUNS = {
        for name in ("hardest", "solved", "random")},
 }  # fmt: skip
 
-CURVES = {"hardest questions of a step": "group/hardest", "log-prob of demonstrations": "sft/logp"}
 CLAIMS = [
     *(Claim(f"hardest over {other}, long questions{', greedy' if how == 'greedy' else ''} (points)",
             {"hardest": 1, other: -1}, of=how) for other in ("solved", "rl") for how in ("sampled", "greedy")),
