@@ -52,6 +52,7 @@ from common.data import InputError, batch_indices, token_scales
 from common.metrics import plot_curves
 from common.rows import IN_A_BOX, Item, Trace, held_out_examples, read_examples, read_traces
 from common.run import (
+    Betas,
     NotNegative,
     Positive,
     Run,
@@ -118,7 +119,7 @@ class Args(RunArgs):
     value_lr: NotNegative[float] = 5e-6  # Peak learning rate of the value model's AdamW (published; 7B: 1e-4)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # Learning rate after the warm-up
     warmup: Share[float] = 0.03  # Fraction of the updates in which the learning rate rises linearly
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW betas
+    betas: Betas = (0.9, 0.95)  # AdamW betas
     weight_decay: NotNegative[float] = 0.0  # AdamW weight decay
     policy_lora: NotNegative[int] = 0  # Train the policy by LoRA of this rank, on all linear layers (needs peft). 0: no
     value_lora: NotNegative[int] = 0  # Train the value by LoRA of this rank, its head in full (published 7B: 64). 0: no
@@ -158,6 +159,8 @@ PRESETS = {
         },
     ),
 }  # fmt: skip
+ON_ROWS = ("oreo", "rejection", "dpo", "kto")
+STAGES_OF = dict(rows=ON_ROWS, rounds=ON_ROWS, reference=("oreo", "dpo", "kto"), value=("oreo",), variant=("oreo",))
 SYSTEM = {  # the published system turns
     "gsm8k": "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'", "math": IN_A_BOX,
 }  # fmt: skip
@@ -485,17 +488,16 @@ def kto_baseline(policy, reference, units: list[list[Row]], args: Args, world) -
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work, alone or together."""
     check_flags(args)
-    if args.stage == "sft" and args.rows:
-        raise InputError("--stage sft trains on the solutions of --data; --rows are for the other stages")
+    for name, stages in STAGES_OF.items():
+        if (value := getattr(args, name)) != getattr(Args, name) and args.stage not in stages:
+            raise InputError(f"--{name} {value} is for --stage {', '.join(stages)}, not {args.stage}")
     if args.rounds > 1 and args.reference and args.round_reference == "last":
         raise InputError(f"--reference {args.reference} has no effect with --round_reference last: what collected a "
                          "round's rows is its reference; add --round_reference first")  # fmt: skip
-    if args.stage == "collect" and args.rows:
-        raise InputError("--stage collect makes rows; --rows are for the stages that train on them")
     if args.stage == "kto" and args.batch_size < 2:
         raise InputError(f"--batch_size {args.batch_size}: kto compares an answer with another row's, so 2 or more")
-    if args.rounds > 1 and (args.rows or args.stage in ("sft", "collect")):
-        raise InputError("--rounds collects rows of its own: it goes with oreo, rejection, dpo, kto and without --rows")
+    if args.rounds > 1 and args.rows:
+        raise InputError("--rounds collects rows of its own: remove --rows")
     if args.model.startswith("runs/") and not Path(args.model).exists():
         raise InputError(f"--model {args.model}: not there; --stage sft makes it, or name another")
 
@@ -631,8 +633,8 @@ def iterate(args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    check(args)
     args = dataclasses.replace(args, stage="oreo") if args.stage == "iterate" else args
+    check(args)
     if args.stage == "collect":
         collect(args)
     elif args.rounds > 1:
