@@ -50,7 +50,7 @@ from torch import Tensor
 from common.checkpoints import Checkpoints, changed_settings, digest_of
 from common.data import InputError, batch_indices, token_scales
 from common.metrics import plot_curves
-from common.rows import IN_A_BOX, Item, Trace, held_out_examples, read_examples, read_traces
+from common.rows import held_out_examples, read_examples, read_traces
 from common.run import (
     Betas,
     NotNegative,
@@ -70,6 +70,7 @@ from common.run import (
     write_lines,
 )
 from common.search import step_ids, step_starts
+from common.shapes import IN_A_BOX, Item, Trace
 from common.trainer import Totals, ValueModel, gather_lists, init_world, launch, make_optimizer, parse_args
 
 
@@ -161,9 +162,8 @@ PRESETS = {
 }  # fmt: skip
 ON_ROWS = ("oreo", "rejection", "dpo", "kto")
 STAGES_OF = dict(rows=ON_ROWS, rounds=ON_ROWS, reference=("oreo", "dpo", "kto"), value=("oreo",), variant=("oreo",))
-SYSTEM = {  # the published system turns
-    "gsm8k": "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'", "math": IN_A_BOX,
-}  # fmt: skip
+SYSTEM = {"math": IN_A_BOX,  # the published system turns
+          "gsm8k": "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'"}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ the mathematics

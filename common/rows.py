@@ -1,8 +1,8 @@
-r"""Data files -> rows -> items -> examples: every shape of row that a script accepts, chat templates, ids.
+"""Data files -> rows -> items -> examples: files, chat templates, ids.
 
-A *row* is one object of a file, in any shape of SHAPES (README has them as a table). `read_row` turns it into an
-*item*: the turns that ask the question, the gold answer, and traces, each correct or not. An *example* is an item as
-ids. Every script reads its data through this file; a row that does not fit is counted, or named in an InputError.
+A *row* is one object of a file, in any shape of common/shapes.py, which turns it into an *item*: the turns that ask the
+question, the gold answer, and traces, each correct or not. An *example* is an item as ids. Every script reads its data
+through this file; a row that does not fit is counted, or named in an InputError.
 """
 
 import contextlib
@@ -14,14 +14,12 @@ import itertools
 import json
 import math
 import os
-import random
 import re
-import string
 import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -29,10 +27,8 @@ from tqdm import tqdm
 
 import igsm
 from common.data import InputError, first_line
-from common.verifiers import last_boxed
+from common.shapes import Item, Trace, check_gold, read_row
 
-THINK = "<think>\n"
-IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)  # of igsm:LO-HI
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv")  # the last three also with .gz
 SPLIT = re.compile(r"(?<![a-z])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?![a-z])")
@@ -129,7 +125,7 @@ def _read_file(path: Path) -> Iterator[dict]:
         try:
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
                 yield from batch.to_pylist()
-        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
             raise InputError(f"{path}: not a readable parquet file ({error})") from error
         return
     where = str(path)
@@ -147,7 +143,7 @@ def _read_file(path: Path) -> Iterator[dict]:
                 where = f"{path}, line {number}"
                 if line.strip():
                     yield json.loads(line)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{where}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error})") from error
 
 
@@ -158,323 +154,6 @@ def _csv_row(row: dict) -> dict:
         with contextlib.suppress(ValueError):  # what is no number is named later
             row[name] = float({"true": 1, "false": 0}.get(row[name].lower(), row[name]))
     return row
-
-
-# --------------------------------------------------------------------------------------------------- items
-
-
-@dataclass
-class Trace:
-    """A response to an item's question."""
-
-    text: str
-    reward: float | None = 1.0  # above 0: correct; None: nobody graded it
-    ids: list[int] | None = None  # where a model drew it: its ids, the one that ended it included
-    actions: list | None = None  # which of them are the model's own; None: all
-    probs: list | None = None  # the probability that its author gave to each of its tokens
-
-
-@dataclass
-class Item:
-    """What a row holds, whatever its shape."""
-
-    prompt: list[dict]  # the turns that ask the question
-    question: str  # the question alone
-    gold: str = ""  # "": the row has none
-    traces: list[Trace] = field(default_factory=list)
-    source: str = ""  # the row's data_source
-    weight: float = 1.0
-    text: str | None = None  # the prompt, if the row holds it rendered
-    prompt_ids: list[int] | None = None  # and if it holds its ids
-    conversation: list[dict] | None = None  # the prompt and the trace, if several of its turns are to be trained
-
-    def first(self, correct: bool) -> Trace | None:
-        """The first correct (or the first incorrect) trace; an ungraded one counts as correct."""
-        return next((t for t in self.traces if (t.reward is None or t.reward > 0) == correct), None)
-
-
-def read_row(row: dict, where: str) -> Item:
-    """A row of any shape in SHAPES -> Item. Raises InputError with `where` and the reason."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
-    columns = {name for name, value in row.items() if value is not None}  # files of mixed shapes hold nulls
-    columns |= {"is_correct"} if _graded_columns(row) else set()
-    found = ", ".join(map(str, row))
-    read = next((read for needs, read in SHAPES if needs <= columns), None)
-    if read is None:
-        raise InputError(f"{where}: no shape of row has these columns ({found}); the table of shapes is in README")
-    try:
-        item = read(row)
-        item.source = _text(row.get("data_source") or item.source, "'data_source'")
-        item.weight = 1.0 if row.get("weight") is None else row["weight"]
-        if isinstance(item.weight, bool) or not isinstance(item.weight, (int, float)) or not 0 <= item.weight < 1e300:
-            raise TypeError(f"'weight' must be a number from 0 on, not {item.weight!r} (a wrong trace has label 0)")
-        item.weight = float(item.weight)
-    except KeyError as error:
-        raise InputError(f"{where}: column {error} is missing (found: {found})") from error
-    except (TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
-        raise InputError(f"{where}: {error} (columns found: {found})") from error
-    return item
-
-
-def _text(value, name: str) -> str:
-    """`value`, which must be text that a tokenizer takes. Raises TypeError naming it."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is not text")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise TypeError(f"{name} holds half a character (a lone surrogate)")
-    return value
-
-
-def _turns(value, name: str) -> list[dict]:
-    """Turns [{role, content}, ...] with these two alone; a text is one user turn. Raises TypeError naming it."""
-    if isinstance(value, str) and value:
-        value = [{"role": "user", "content": value}]
-    if not (isinstance(value, list) and value and all(isinstance(t, dict) and {"role", "content"} <= t.keys()
-                                                      for t in value)):  # fmt: skip
-        raise TypeError(f"'{name}' must be a text or [{{role, content}}, ...]")
-    return [{key: _text(turn[key], f"'{name}': a turn's {key}") for key in ("role", "content")} for turn in value]
-
-
-def _trace(row: dict, name: str, prompt: list[dict], **settings) -> list[Trace]:
-    """The trace in a column, [] if it has none: a text, an assistant turn, or the prompt's turns and an assistant's."""
-    value = row.get(name)
-    if isinstance(value, list) and value:
-        *before, last = value
-        if not isinstance(last, dict) or "content" not in last:
-            raise TypeError(f"'{name}' must be a text or [{{role, content}}], the last turn being the trace")
-        if before and _turns(before, name) != prompt[-len(before) :]:
-            raise TypeError(
-                f"'{name}' has several turns, of which only the last would be trained: put the others into 'prompt', "
-                "or all of them into 'conversations' (oreo.py)"
-            )
-        value = last["content"]
-    if value is None or value == []:
-        return []
-    ids = row.get(f"{name}_ids")
-    if ids is not None:
-        _ids(ids, f"{name}_ids")
-    return [Trace(_text(value, f"'{name}' (a text or [{{role, content}}])"), ids=ids, **settings)]
-
-
-def _ids(value, name: str) -> list[int]:
-    if not (isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value)):
-        raise TypeError(f"'{name}' is not a list of token ids")
-    return value
-
-
-def _gold(*values) -> str:
-    """The first of the values that is not blank, as text; "" if all are. Raises TypeError if one is no answer."""
-    for value in values:
-        if value is None or value != value:  # NaN
-            continue
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise TypeError("the gold answer is neither text nor a number")
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # a column of whole numbers that once held a NaN
-        if gold := _text(str(value), "the gold answer").strip():
-            return gold
-    return ""
-
-
-def _number(value, name: str) -> float:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TypeError(f"'{name}' must be a number, not {value!r}")
-    return float(value)
-
-
-def _with_prompt(row: dict) -> Item:
-    prompt = _turns(row.get("prompt"), "prompt")
-    asked = [turn["content"] for turn in prompt if turn["role"] == "user"] or [prompt[-1]["content"]]
-    reward_model = row.get("reward_model") or {}
-    if not isinstance(reward_model, dict):
-        raise TypeError("'reward_model' must be {ground_truth}")
-    return Item(prompt, asked[-1], _gold(reward_model.get("ground_truth"), row.get("answer"), row.get("ground_truth")))
-
-
-def _luffy(row: dict) -> Item:
-    item = _with_prompt(row)
-    item.traces = _trace(row, "target", item.prompt, probs=row.get("target_probs"))
-    return item
-
-
-def _pair(row: dict) -> Item:
-    if row.get("prompt") is None and isinstance(row.get("chosen"), list):
-        row = row | {"prompt": row["chosen"][:-1]}
-    item = _with_prompt(row)
-    item.traces = _trace(row, "chosen", item.prompt) + _trace(row, "rejected", item.prompt, reward=0.0)
-    return item
-
-
-def _single(row: dict) -> Item:
-    item = _with_prompt(row)
-    if row.get("label") is None and row.get("reward") is not None:  # OREO's published rows hold the prompt rendered
-        reward, item.text = _number(row["reward"], "reward"), row["prompt"] if isinstance(row["prompt"], str) else None
-    elif row.get("label") not in (0, 1):
-        raise TypeError(f"'label' must be 1 (right) or 0 (wrong), not {row.get('label')!r} (or 'reward' a number)")
-    else:
-        reward = float(row["label"])
-    item.traces = _trace(row, "response", item.prompt, reward=reward)
-    if not item.traces:
-        raise KeyError("response")
-    return item
-
-
-def _drawn(row: dict) -> Item:
-    text = row.get("response") if isinstance(row.get("response"), str) else ""
-    trace = Trace(text, _number(row["reward"], "reward"), _ids(row["response_ids"], "response_ids"), row.get("actions"))
-    prompt, gold = row.get("prompt"), _gold(row.get("gold"), row.get("answer"), row.get("ground_truth"))
-    turns = _turns(prompt, "prompt") if prompt is not None else []
-    if not turns and row.get("conversations"):
-        turns = _conversation(row).prompt
-    return Item(turns, "", gold, [trace], text=prompt if isinstance(prompt, str) else None,
-                prompt_ids=_ids(row["prompt_ids"], "prompt_ids"))  # fmt: skip
-
-
-def _conversation(row: dict) -> Item:
-    turns = _turns(row["conversations"], "conversations")
-    reward = None if row.get("reward") is None else _number(row["reward"], "reward")
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-    if not last:
-        raise ValueError("'conversations' has no assistant turn that answers another")
-    item = _with_prompt(row | {"prompt": turns[:last]})
-    item.traces, item.conversation = [Trace(turns[last]["content"], reward)], turns
-    return item
-
-
-def _responses(row: dict) -> Item:
-    responses, rewards, item = row["responses"], row.get("rewards"), _with_prompt(row)
-    if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
-        raise TypeError("'responses' and 'rewards' must be lists of one length")
-    if any(reward not in (0, 1) for reward in rewards):
-        raise TypeError(f"'rewards' must be 1 (right) or 0 (wrong), not {rewards}")
-    item.traces = _graded(responses, rewards)
-    return item
-
-
-def _openr1(row: dict) -> Item:
-    """Correct are the generations that both verifiers accepted."""
-    verdicts = [row["correctness"].get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
-    if not all(isinstance(v, list) and len(v) == len(row["generations"]) for v in verdicts):
-        raise TypeError("'correctness' does not have a verdict of both verifiers for each generation")
-    text = _text(row["problem"], "'problem'")
-    traces = _graded(row["generations"], map(all, zip(*verdicts, strict=True)))
-    return Item(_turns(text, "problem"), text, _gold(row.get("answer")), traces)
-
-
-def _graded_columns(row: dict) -> list[dict]:
-    return [v for v in row.values() if isinstance(v, dict) and {"is_correct", "solution"} <= v.keys()]
-
-
-def _gsm8k_graded(row: dict) -> Item:
-    solutions, text = _graded_columns(row), _text(row["question"], "'question'")
-    traces = _graded([s["solution"] for s in solutions], [s["is_correct"] for s in solutions])
-    gold = _gold(row.get("answer"), row.get("ground_truth")).rpartition("A: ")[2].strip()
-    return Item(_turns(text, "question"), text, gold, traces, source="gsm8k")
-
-
-def _graded(texts: list, correct: Iterable) -> list[Trace]:
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("traces must be texts")
-    return [Trace(_text(text, "a trace"), float(bool(x))) for text, x in zip(texts, correct, strict=True)]
-
-
-def _problem(row: dict) -> Item:
-    """GSM8K and MATH: the reasoning becomes the trace, and a request for a box is added to the question."""
-    name = "problem" if row.get("problem") is not None else "question"
-    text, answer, reasoning, source = _text(row[name], f"'{name}'"), row.get("answer"), row.get("solution"), ""
-    gold = _gold(answer)
-    gold = last_boxed(gold) or gold
-    if "####" in gold:
-        reasoning, _, gold = gold.rpartition("####")
-        gold, source = gold.strip().replace(",", ""), "gsm8k"
-    elif reasoning is not None:
-        gold = gold or boxed_gold(_text(reasoning, "'solution'"))
-    item = Item(_turns(f"{text}\n\n{IN_A_BOX}", name), text, gold, source=source)
-    if reasoning and reasoning.strip() and gold:
-        whole = "</think>" in reasoning  # a response as a model wrote it
-        item.traces = [Trace(reasoning if whole else f"{THINK}{reasoning.strip()}\n</think>\n\n\\boxed{{{gold}}}")]
-    return item
-
-
-def boxed_gold(solution: str) -> str:
-    r"""The answer in the last box of a MATH solution, which may lack braces or hold escaped ones; "" without a box.
-
-    >>> boxed_gold(r"so $\boxed 2$."), boxed_gold(r"$\boxed{\left\{1\right.}$"), boxed_gold(r"\boxed{7}")
-    ('2', '\\left\\{1\\right.', '7')
-    """
-    if (found := last_boxed(solution)) is not None:
-        return found
-    inside = re.split(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", solution)
-    if len(inside) == 1:
-        return ""
-    if not inside[-1].startswith("{"):
-        return re.split(r"\$|\\\)|\\\]|\n|[.,;]?\s*$", inside[-1])[0].strip()
-    depth = 0
-    for mark in re.finditer(r"\\.|[{}]", inside[-1], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0 and mark[0] == "}":
-            return inside[-1][1 : mark.start()].strip()
-    return ""
-
-
-def _options(row: dict, question: str, labels, options, gold: str) -> Item:
-    """Multiple choice as LUFFY's files write it, an option a line: "A) ..."."""
-    if not isinstance(gold, str) or gold not in list(labels):
-        raise ValueError(f"the answer {gold!r} is none of the labels {', '.join(map(str, labels))}")
-    lines = [f"{label}) {_text(option, 'an option').strip()}" for label, option in zip(labels, options, strict=True)]
-    text = "\n".join([_text(row[question], f"'{question}'") + "\n", *lines])
-    return Item(_turns(f"{text}\n\n{IN_A_BOX}", question), text, gold)
-
-
-def _gpqa(row: dict) -> Item:
-    options = [row.get(name) for name in ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))]
-    options = [_text(o, "an option").strip() for o in options if o is not None and o == o]
-    right = options[0]
-    if not all(options) or options.count(right) > 1 or len(options) < 2:
-        raise ValueError("the options must be two or more, none of them blank, and the right one only once")
-    random.Random(row["Question"]).shuffle(options)  # by the question: the same in every run
-    labels = string.ascii_uppercase[: len(options)]
-    return _options(row, "Question", labels, options, labels[options.index(right)])
-
-
-def _arc(row: dict) -> Item:
-    return _options(row, "question", row["choices"]["label"], row["choices"]["text"], row["answerKey"])
-
-
-def _mmlu_pro(row: dict) -> Item:
-    if not isinstance(row["options"], list):
-        raise TypeError("'options' is not a list")
-    labels = string.ascii_uppercase[: len(row["options"])]
-    return _options(row, "question", labels, row["options"], row.get("answer"))
-
-
-def _unlabelled(row: dict) -> Item:
-    raise ValueError("'choices' are ARC's, with 'answerKey', or 'options' with the letter of 'answer'")
-
-
-SHAPES = (  # the first shape whose columns a row has
-    ({"prompt_ids", "response_ids", "reward"}, _drawn),  # what oreo.py and tools/agents.py collect
-    ({"conversations"}, _conversation),
-    ({"generations", "correctness"}, _openr1),
-    ({"responses"}, _responses),
-    ({"chosen"}, _pair),
-    ({"rejected"}, _pair),
-    ({"response", "label"}, _single),
-    ({"response", "reward"}, _single),
-    ({"prompt", "target"}, _luffy),
-    ({"prompt", "reward_model"}, _luffy),
-    ({"response"}, _single),
-    ({"label", "prompt"}, _single),
-    ({"prompt"}, _luffy),
-    ({"question", "is_correct"}, _gsm8k_graded),
-    ({"Question", "Correct Answer"}, _gpqa),
-    ({"question", "answerKey"}, _arc),
-    ({"question", "options"}, _mmlu_pro),
-    ({"question", "choices"}, _unlabelled),
-    ({"problem"}, _problem),
-    ({"question"}, _problem),
-)
 
 
 # ------------------------------------------------------------------------------------------------ templates
@@ -819,15 +498,6 @@ def make_examples(
                 logps = logps and [*logps[:-1], math.nan]
         examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps))
     return examples, with_kept(examples, count, source, args)
-
-
-def check_gold(item: Item, row: dict, where: str) -> None:
-    """Raise InputError if a row that is to be graded has no gold answer."""
-    if not item.gold:
-        raise InputError(
-            f"{where}: the gold answer is missing or blank ('reward_model' {{ground_truth}}, 'answer', or a box in "
-            f"'solution'); fill it in or remove the row (columns found: {', '.join(map(str, row))})"
-        )
 
 
 def gold_unreadable(verdict) -> bool:

@@ -315,6 +315,108 @@ def test_every_script_reads_every_shape(shape, tmp_path):
         assert (problem.chosen is not None, problem.gold) == (bool(correct), gold)
 
 
+ASK, TURN = "2+2?", {"role": "user", "content": "2+2?"}
+ANSWER = "<think>\nTwo and two.\n</think>\n\n\\boxed{4}"
+MARKED = (
+    "<|begin_of_thought|>\n\nTwo and two.\n\n<|end_of_thought|>\n\n"
+    "<|begin_of_solution|>\n\n\\boxed{4}\n\n<|end_of_solution|>"
+)
+R1 = {"problem": ASK, "solution": "by hand: \\boxed{4}", "answer": "4", "generations": ["5", ANSWER]}
+HUMAN = [{"from": "human", "value": ASK}]
+OTHERS = {  # rows as other projects write them: (row, gold, [(reward, trace)], roles of the prompt)
+    "messages": ({"messages": [TURN, {"role": "assistant", "content": ANSWER}]}, "", [(None, ANSWER)], ["user"]),
+    "messages without an answer": ({"messages": [TURN], "ground_truth": "4"}, "4", [], ["user"]),
+    "from, value, system": (
+        {"system": "Think.", "conversations": [*HUMAN, {"from": "gpt", "value": MARKED}]}, "", [(None, ANSWER)],
+        ["system", "user"]),
+    "the thought beside the content": (
+        {"messages": [TURN, {"role": "assistant", "content": "\\boxed{4}", "reasoning_content": "Two and two."}]}, "",
+        [(None, ANSWER)], ["user"]),
+    "content in parts": (
+        {"prompt": [{"role": "User", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]}],
+         "target": ANSWER, "answer": 4}, "4", [(1.0, ANSWER)], ["user"]),
+    "turns as text": (
+        {"prompt": json.dumps([TURN]), "target": str([{"role": "assistant", "content": ANSWER}]),
+         "reward_model": "{'ground_truth': '4'}"}, "4", [(1.0, ANSWER)], ["user"]),
+    "prompt and completion": (
+        {"prompt": [TURN], "completion": [{"role": "assistant", "content": ANSWER}]}, "", [(None, ANSWER)], ["user"]),
+    "KTO": ({"prompt": ASK, "completion": "5", "label": False}, "", [(0.0, "5")], ["user"]),
+    "a pair and its conversation": (
+        {"conversations": HUMAN, "chosen": {"from": "gpt", "value": ANSWER}, "rejected": {"from": "gpt", "value": "5"}},
+        "", [(1.0, ANSWER), (0.0, "5")], ["user"]),
+    "generated_solution": (
+        {"problem": ASK, "generated_solution": ANSWER, "expected_answer": "4"}, "4", [(None, ANSWER)], ["user"]),
+    "a thought that nobody opened": (
+        {"query": ASK, "response": ANSWER.removeprefix("<think>\n"), "correct": True}, "", [(1.0, ANSWER)], ["user"]),
+    "instruction": ({"instruction": "Add.", "input": "2, 2", "output": "4"}, "", [(None, "4")], ["user"]),
+    "OpenR1-Math-220k": (R1 | {"correctness_math_verify": [False, True]}, "4", [(0.0, "5"), (1.0, ANSWER)], ["user"]),
+    "OpenR1-Math-220k, by Llama": (
+        R1 | {"correctness_math_verify": [False, False], "correctness_llama": [False, True]}, "4",
+        [(0.0, "5"), (1.0, ANSWER)], ["user"]),
+    "a solution that is marked wrong": (
+        {"problem": ASK, "solution": "5", "answer": "4", "label": 0}, "4", [(0.0, "5")], ["user"]),
+    "a solution that is the answer alone": ({"problem": ASK, "solution": "4", "answer": "4"}, "4", [], ["user"]),
+    "target beside responses": (row(responses=["a"], trace="a=5"), "5", [(1.0, "a=5")], ["user"]),
+    "blank columns of other shapes": (
+        row(trace="a=5", response="", conversations=[], options=[], chosen=math.nan), "5", [(1.0, "a=5")], ["user"]),
+    "a list of one answer": ({"prompt": ASK, "reward_model": {"ground_truth": '["4"]'}}, "4", [], ["user"]),
+    "an answer in a box": ({"prompt": ASK, "answer": "so \\boxed{4}"}, "4", [], ["user"]),
+    "an answer that is none": ({"problem": ASK, "answer": "notfound", "solution": "..."}, "", [], ["user"]),
+    "a list after ####": (
+        {"question": ASK, "answer": "both\n#### 1,200, 4"}, "1200, 4",
+        [(1.0, "<think>\nboth\n</think>\n\n\\boxed{1200, 4}")], ["user"]),
+    "capitals": ({"Question": ASK, "Answer": 4}, "4", [], ["user"]),
+    "worked answer beside its number": ({"question": ASK, "answer": "It is 4.", "answer_number": 4}, "4", [], ["user"]),
+    "MMLU": ({"question": ASK, "choices": ["3", "4", "5", "6"], "answer": 1}, "B", [], ["user"]),
+    "options by label": (
+        {"question": ASK, "options": {"A": "3", "B": "4"}, "answer_idx": "B", "answer": "4"}, "B", [], ["user"]),
+    "options in columns": ({"question": ASK, "A": "3", "B": "4", "answer": "(b)"}, "B", [], ["user"]),
+    "the text of an option": ({"question": ASK, "options": ["A) 3", "B) 4"], "answer": "4"}, "B", [], ["user"]),
+    "labels that are numbers": (
+        {"question": ASK, "choices": {"label": ["1", "2"], "text": ["3", "4"]}, "answerKey": 2}, "2", [], ["user"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_of_other_projects_are_read(name):
+    given, gold, traces, roles = OTHERS[name]
+    item = read_row(given, "row 0")
+    assert item.gold == gold and [(t.reward, t.text) for t in item.traces] == traces
+    assert [turn["role"] for turn in item.prompt] == roles
+
+
+def test_a_question_stands_behind_its_passage_and_before_its_options():
+    given = {"context": "Tom has 3 apples.", "question": "How many?", "options": ["A. 3", "B. 4"], "answer": "A"}
+    item = read_row(given, "row 0")
+    assert item.question == "Tom has 3 apples.\n\nHow many?\n\nA) 3\nB) 4"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (row() | {"prompt": [{"role": "narrator", "content": "x"}]}, "a turn's role is 'narrator', and templates know"),
+        (row() | {"prompt": [TURN, {"role": "assistant", "content": "4"}]}, "'prompt' ends with a turn of the assista"),
+        (row() | {"target": [TURN]}, "'target' ends with a turn of the user"),
+        ({"question": ASK, "image": {"bytes": "x"}, "answer": "4"}, "the row has an image"),
+        ({"prompt": ASK, "initial_reason_steps": "a", "chosen": "b", "rejected": "c"}, "go on from 'initial_reason_st"),
+        ({"prompt": ASK, "answer": ["4", "5"]}, "the gold answer is a list of 2: write it as one text"),
+        ({"prompt": ASK, "response": "4", "label": "1"}, "'label' must be 1 .right. or 0"),
+        ({"question": ASK, "options": ["3", "4"], "answer": "7"}, "the answer .'7'. is none of the labels A, B"),
+        ({"problem": " ", "answer": "4"}, "these columns .problem, answer; blank: problem"),
+    ],
+)  # fmt: skip
+def test_a_row_that_would_be_misread_is_refused(given, message):
+    with pytest.raises(InputError, match=f"row 0: .*{message}"):
+        read_row(given, "row 0")
+
+
+@pytest.mark.parametrize("cell", ["9" * 5000, "[" * 100_000])
+def test_numbers_and_lists_without_end_are_named_with_their_line(tmp_path, cell):
+    (tmp_path / "a.jsonl").write_text(f'{{"question": {cell}}}\n')
+    with pytest.raises(InputError, match="a.jsonl, line 1: not valid JSON"):
+        load_rows(str(tmp_path / "a.jsonl"))
+
+
 def test_columns_that_are_null_do_not_count():
     """A file of several shapes has every column in every row."""
     mixed = dict.fromkeys(("conversations", "generations", "responses", "label", "question", "problem", "options"))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import redi
 from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
-from common.rows import IN_A_BOX, Example, Trace, data_digest, gold_unreadable, iter_rows, read_row, render_prompt
+from common.rows import Example, data_digest, gold_unreadable, iter_rows, render_prompt
 from common.run import (
     NotNegative,
     Positive,
@@ -37,6 +37,7 @@ from common.run import (
     open_tokenizer,
     write_lines,
 )
+from common.shapes import IN_A_BOX, Trace, read_row
 from common.trainer import init_world, launch, load_policy, parse_args
 from common.verifiers import Verdict
 

@@ -1,0 +1,506 @@
+"""Rows of data files -> items: every shape of row that a script accepts.
+
+    item = read_row(row, "train.jsonl, row 7")      a row's columns -> question, gold answer, traces
+
+A shape is a set of columns (SHAPES; README has them as a table). To read an algorithm you can skip this file: how
+datasets name and nest their columns.
+"""
+
+import ast
+import contextlib
+import itertools
+import json
+import math
+import random
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from common.data import InputError
+from common.verifiers import last_boxed
+
+THINK = "<think>\n"
+IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+
+QUESTIONS = ("problem", "question", "query", "question_stem", "instruction")
+PASSAGES = ("context", "passage", "article", "body")  # what a question stands on
+RESPONSES = ("response", "completion", "output", "generation", "generated_solution")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")  # beside a response
+GOLDS = ("answer_number", "answer", "ground_truth", "expected_answer", "final_answer", "reference_answer")
+NO_GOLD = {"nan", "null", "n/a", "notfound", "proof"}
+CHOICES = ("answerKey", "answer_letter", "answer_idx", "correct_option", "correct", "answer", "label")
+MARKS = ("label", "is_correct", "correct")  # of one trace
+CAPITALS = {"Problem", "Question", "Answer", "Solution", "Body"}  # read as if they were in lower case
+NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations"}
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
+KNOWN_ROLES = ("system", "user", "assistant", "tool", "function", "ipython", "observation")
+
+
+@dataclass
+class Trace:
+    """A response to an item's question."""
+
+    text: str
+    reward: float | None = 1.0  # above 0: correct; None: nobody graded it
+    ids: list[int] | None = None  # where a model drew it: its ids, the one that ended it included
+    actions: list | None = None  # which of them are the model's own; None: all
+    probs: list | None = None  # the probability that its author gave to each of its tokens
+
+
+@dataclass
+class Item:
+    """What a row holds, whatever its shape."""
+
+    prompt: list[dict]  # the turns that ask the question
+    question: str  # the question alone
+    gold: str = ""  # "": the row has none
+    traces: list[Trace] = field(default_factory=list)
+    source: str = ""  # the row's data_source
+    weight: float = 1.0
+    text: str | None = None  # the prompt, if the row holds it rendered
+    prompt_ids: list[int] | None = None  # and if it holds its ids
+    conversation: list[dict] | None = None  # the prompt and the trace, if several of its turns are to be trained
+
+    def first(self, correct: bool) -> Trace | None:
+        """The first correct (or the first incorrect) trace; an ungraded one counts as correct."""
+        return next((t for t in self.traces if (t.reward is None or t.reward > 0) == correct), None)
+
+
+def read_row(row: dict, where: str) -> Item:
+    """A row of any shape in SHAPES -> Item. Raises InputError with `where` and the reason."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
+    given = ", ".join(map(str, row))
+    row = {name.lower(): row[name] for name in CAPITALS & row.keys()} | row
+    row = {name: _unfolded(name, value) for name, value in row.items()}
+    columns = {name for name, value in row.items() if not _blank(value)}  # files of mixed shapes hold nulls
+    columns |= _groups(row, columns)
+    read = next((read for needs, read in SHAPES if needs <= columns), None)
+    if read is None:
+        blank = [name for name in row if name not in columns]
+        raise InputError(f"{where}: no shape of row has these columns ({given}{'; blank: ' if blank else ''}"
+                         f"{', '.join(blank)}); the table of shapes is in README")  # fmt: skip
+    try:
+        if columns & {"image", "images"}:
+            raise ValueError("the row has an image, which no script reads")
+        item = read(row)
+        if not _blank(row.get("system")) and item.prompt[:1] and item.prompt[0]["role"] != "system":
+            system = [{"role": "system", "content": _text(row["system"], "'system'")}]
+            item.prompt, item.conversation = system + item.prompt, item.conversation and system + item.conversation
+        item.source = _text(row.get("data_source") or item.source, "'data_source'")
+        item.weight = 1.0 if row.get("weight") is None else row["weight"]
+        if isinstance(item.weight, bool) or not isinstance(item.weight, (int, float)) or not 0 <= item.weight < 1e300:
+            raise TypeError(f"'weight' must be a number from 0 on, not {item.weight!r} (a wrong trace has label 0)")
+        item.weight = float(item.weight)
+    except KeyError as error:
+        raise InputError(f"{where}: column {error} is missing (found: {given})") from error
+    except (TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        raise InputError(f"{where}: {error} (columns found: {given})") from error
+    return item
+
+
+def check_gold(item: Item, row: dict, where: str) -> None:
+    """Raise InputError if a row that is to be graded has no gold answer."""
+    if not item.gold:
+        raise InputError(
+            f"{where}: the gold answer is missing or blank ('reward_model' {{ground_truth}}, {', '.join(GOLDS)}, or a "
+            f"box in 'solution'); fill it in or remove the row (columns found: {', '.join(map(str, row))})"
+        )
+
+
+# ----------------------------------------------------------------------------------------------- values of cells
+
+
+def _blank(value) -> bool:
+    """Whether a cell holds nothing: null, NaN, blank text, an empty list."""
+    return value is None or value in ([], {}) or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _parsed(text: str):
+    """The value of a text in JSON, or as Python prints it (pandas' .csv); None if it is neither."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            return read(text)
+    return None
+
+
+def _unfolded(name: str, value):
+    """A cell whose lists or turns stand there as text, as in .csv files, as these lists or turns."""
+    if not isinstance(value, str) or value[:1] not in ("[", "{"):
+        return value
+    found = _parsed(value) if name in NESTED or value.startswith("[{") else None
+    turns = isinstance(found, list) and all(isinstance(t, dict) and t.keys() & {"role", "from"} for t in found)
+    return found if found is not None and (name in NESTED or turns) else value
+
+
+def _text(value, name: str) -> str:
+    """`value`, which must be text that a tokenizer takes. Raises TypeError naming it."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is not text")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise TypeError(f"{name} holds half a character (a lone surrogate)")
+    return value
+
+
+def _number(value, name: str) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"'{name}' must be a number, not {value!r}")
+    return float(value)
+
+
+def _ids(value, name: str) -> list[int]:
+    if not (isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value)):
+        raise TypeError(f"'{name}' is not a list of token ids")
+    return value
+
+
+def _turns(value, name: str) -> list[dict]:
+    """Turns [{role, content}, ...] with these two alone; a text is one user turn. Raises TypeError naming it."""
+    if isinstance(value, str) and value.strip():
+        value = [{"role": "user", "content": value}]
+    if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
+        raise TypeError(f"'{name}' must be a text or [{{role, content}}, ...]")
+    return [_turn(turn, name) for turn in value]
+
+
+def _turn(turn: dict, name: str) -> dict:
+    """A turn, {role, content} or {from, value}, with the thought of an assistant's in its content."""
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if role is None or content is None:
+        raise TypeError(f"'{name}' must be a text or [{{role, content}}, ...]")
+    role = _text(role, f"'{name}': a turn's role").lower()
+    role = ROLES.get(role, role)
+    if role not in KNOWN_ROLES:
+        raise TypeError(f"'{name}': a turn's role is {role!r}, and templates know {', '.join(KNOWN_ROLES)}")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(part.get("text", "") for part in content)
+    content = _text(content, f"'{name}': a turn's content")
+    return {"role": role, "content": _with_thought(turn, content) if role == "assistant" else content}
+
+
+MARKED = re.compile(
+    r"\s*<(?:\|begin_of_thought\||thinking|thought)>(.*?)<(?:\|end_of_thought\||/thinking|/thought)>(.*)", re.S | re.I
+)
+
+
+def _with_thought(beside: dict, text: str) -> str:
+    """A response with its thought between <think> and </think>: the thought may stand in a column or key beside it,
+    between other marks, or without the opening one."""
+    if "</think>" in text:
+        return text if "<think>" in text else THINK + text
+    thoughts = [value.strip() for value in map(beside.get, THOUGHTS) if isinstance(value, str)]
+    thought = next((value for value in thoughts if " " in value), None)  # a single word is a switch: "on"
+    if found := MARKED.fullmatch(text):
+        thought, text = found[1].strip(), re.sub(r"<\|(?:begin|end)_of_solution\|>", "", found[2]).strip()
+    return f"{THINK}{thought}\n</think>\n\n{text}" if thought else text
+
+
+def _gold(*values) -> str:
+    """The first of the values that is not blank, as text; "" if all are. Raises TypeError if one is no answer."""
+    for value in values:
+        if isinstance(value, str) and re.match(r"""\[\s*["']""", value):
+            value = _parsed(value) or value
+        if isinstance(value, list) and len(value) > 1:
+            raise TypeError(f"the gold answer is a list of {len(value)}: write it as one text, as in '1, 2'")
+        value = value[0] if isinstance(value, list) and value else value
+        if _blank(value) or value in (math.inf, -math.inf):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise TypeError("the gold answer is neither text nor a number")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # a column of whole numbers that once held a NaN
+        gold = _text(str(value), "the gold answer").strip()
+        gold = last_boxed(gold) or gold
+        if "####" in gold:
+            gold = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", gold.rpartition("####")[2]).strip()
+        if gold and gold.lower() not in NO_GOLD:
+            return gold
+    return ""
+
+
+def boxed_gold(solution: str) -> str:
+    r"""The answer in the last box of a MATH solution, which may lack braces or hold escaped ones; "" without a box.
+
+    >>> boxed_gold(r"so $\boxed 2$."), boxed_gold(r"$\boxed{\left\{1\right.}$"), boxed_gold(r"\boxed{7}")
+    ('2', '\\left\\{1\\right.', '7')
+    """
+    if (found := last_boxed(solution)) is not None:
+        return found
+    inside = re.split(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", solution)
+    if len(inside) == 1:
+        return ""
+    if not inside[-1].startswith("{"):
+        return re.split(r"\$|\\\)|\\\]|\n|[.,;]?\s*$", inside[-1])[0].strip()
+    depth = 0
+    for mark in re.finditer(r"\\.|[{}]", inside[-1], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0 and mark[0] == "}":
+            return inside[-1][1 : mark.start()].strip()
+    return ""
+
+
+# ----------------------------------------------------------------------------------------- questions and traces
+
+
+def _question(row: dict) -> tuple[str, str]:
+    """The question alone, behind the passage that it stands on, and the name of its column."""
+    name = next(name for name in QUESTIONS if not _blank(row.get(name)))
+    passages = [row[p] for p in PASSAGES if isinstance(row.get(p), str) and row[p].strip()]
+    more = [row["input"]] if name == "instruction" and not _blank(row.get("input")) else []
+    return "\n\n".join([*passages, _text(row[name], f"'{name}'"), *more]), name
+
+
+def _asked(row: dict) -> Item:
+    """The question and the gold, without traces. A question that is not in 'prompt' gets a request for a box."""
+    reward_model = row.get("reward_model") or {}
+    if not isinstance(reward_model, dict):
+        raise TypeError("'reward_model' must be {ground_truth}")
+    gold = _gold(reward_model.get("ground_truth"), *map(row.get, GOLDS))
+    if _blank(row.get("prompt")) and any(not _blank(row.get(name)) for name in QUESTIONS):
+        text, name = _question(row)
+        return Item(_turns(text if name == "instruction" else f"{text}\n\n{IN_A_BOX}", name), text, gold)
+    prompt = _turns(row.get("prompt"), "prompt")
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError("'prompt' ends with a turn of the assistant, so that nothing is asked")
+    asked = [turn["content"] for turn in prompt if turn["role"] == "user"] or [prompt[-1]["content"]]
+    return Item(prompt, asked[-1], gold)
+
+
+def _trace(row: dict, name: str, prompt: list[dict], **settings) -> list[Trace]:
+    """The trace in a column, [] if it has none: a text, an assistant turn, or the prompt's turns and an assistant's."""
+    value, ids = row.get(name), row.get(f"{name}_ids")
+    if value is None or value == [] or value != value:
+        return []
+    if isinstance(value, (list, dict)):
+        *before, last = _turns([value] if isinstance(value, dict) else value, name)
+        if last["role"] != "assistant":
+            raise TypeError(f"'{name}' ends with a turn of the {last['role']}, not of the assistant")
+        asked = [turn["content"].strip() for turn in prompt if turn["role"] != "system"]
+        before = [turn["content"].strip() for turn in before if turn["role"] != "system"]
+        if before and before != asked[-len(before) :]:
+            raise TypeError(
+                f"'{name}' has several turns, of which only the last would be trained: put the others into 'prompt', "
+                "or all of them into 'conversations' (oreo.py)"
+            )
+        value = last["content"]
+    text = _text(value, f"'{name}' (a text or [{{role, content}}])")
+    if ids is not None:
+        return [Trace(text, ids=_ids(ids, f"{name}_ids"), **settings)]
+    return [Trace(_with_thought(row if name in RESPONSES else {}, text), **settings)]
+
+
+def _graded(texts: list, correct: Iterable) -> list[Trace]:
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("traces must be texts")
+    return [Trace(_with_thought({}, _text(text, "a trace")), float(bool(x)))
+            for text, x in zip(texts, correct, strict=True)]  # fmt: skip
+
+
+def _luffy(row: dict) -> Item:
+    item = _asked(row)
+    item.traces = _trace(row, "target", item.prompt, probs=row.get("target_probs"))
+    return item
+
+
+def _pair(row: dict) -> Item:
+    if not _blank(row.get("initial_reason_steps")):
+        raise ValueError("'chosen' and 'rejected' go on from 'initial_reason_steps': join them to whole answers")
+    if _blank(row.get("prompt")) and not _blank(row.get("conversations")):
+        row = row | {"prompt": row["conversations"]}
+    elif _blank(row.get("prompt")) and isinstance(row.get("chosen"), list):
+        row = row | {"prompt": row["chosen"][:-1]}
+    item = _asked(row)
+    item.traces = _trace(row, "chosen", item.prompt) + _trace(row, "rejected", item.prompt, reward=0.0)
+    return item
+
+
+def _single(row: dict) -> Item:
+    item, name = _asked(row), next((name for name in RESPONSES if not _blank(row.get(name))), "response")
+    mark, reward = next((name for name in MARKS if row.get(name) is not None), None), None
+    if mark and row[mark] not in (0, 1):
+        raise TypeError(f"'{mark}' must be 1 (right) or 0 (wrong), not {row[mark]!r} (or 'reward' a number)")
+    if mark:
+        reward = float(row[mark])
+    elif row.get("reward") is not None:
+        reward = _number(row["reward"], "reward")
+        if isinstance(row.get("prompt"), str):  # OREO's published rows hold the prompt rendered
+            ids = row.get(f"{name}_ids")
+            item.text, item.traces = row["prompt"], [Trace(_text(row.get(name), f"'{name}'"), reward, ids)]
+            return item
+    item.traces = _trace(row, name, item.prompt, reward=reward)
+    if not item.traces:
+        raise KeyError(name)
+    return item
+
+
+def _drawn(row: dict) -> Item:
+    text = row.get("response") if isinstance(row.get("response"), str) else ""
+    trace = Trace(text, _number(row["reward"], "reward"), _ids(row["response_ids"], "response_ids"), row.get("actions"))
+    prompt, gold = row.get("prompt"), _gold(row.get("gold"), row.get("answer"), row.get("ground_truth"))
+    turns = _turns(prompt, "prompt") if prompt is not None else []
+    if not turns and row.get("conversations"):
+        turns = _conversation(row).prompt
+    return Item(turns, "", gold, [trace], text=prompt if isinstance(prompt, str) else None,
+                prompt_ids=_ids(row["prompt_ids"], "prompt_ids"))  # fmt: skip
+
+
+def _conversation(row: dict) -> Item:
+    name = "messages" if _blank(row.get("conversations")) else "conversations"
+    turns = _turns(row[name], name)
+    reward = None if row.get("reward") is None else _number(row["reward"], "reward")
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    if name == "messages" and turns[-1]["role"] != "assistant":
+        return _asked(row | {"prompt": turns})
+    if not last:
+        raise ValueError(f"'{name}' has no assistant turn that answers another")
+    item = _asked(row | {"prompt": turns[:last]})
+    item.traces, item.conversation = [Trace(turns[last]["content"], reward)], turns
+    return item
+
+
+def _responses(row: dict) -> Item:
+    responses, rewards, item = row["responses"], row.get("rewards"), _asked(row)
+    if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
+        raise TypeError("'responses' and 'rewards' must be lists of one length")
+    if any(reward not in (0, 1) for reward in rewards):
+        raise TypeError(f"'rewards' must be 1 (right) or 0 (wrong), not {rewards}")
+    item.traces = _graded(responses, rewards)
+    return item
+
+
+def _generations(row: dict) -> Item:
+    """OpenR1-Math. Raw: correct are the generations that both verifiers accepted (REDI's rule). 220k: that either
+    did, because the second was asked only where the first said no."""
+    generations, verdicts = row["generations"], row.get("correctness")
+    if verdicts is not None:
+        verdicts = [verdicts.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
+    else:
+        verdicts = [row[name] for name in ("correctness_math_verify", "correctness_llama") if not _blank(row.get(name))]
+    if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
+        raise TypeError("'correctness' does not have a verdict of both verifiers for each generation")
+    item = _asked({"prompt": row["problem"]} | row)
+    rule = any if row.get("correctness") is None else all
+    item.traces = _graded(generations, map(rule, zip(*verdicts, strict=True)))
+    return item
+
+
+def _graded_columns(row: dict) -> list[dict]:
+    columns = [v for v in row.values() if isinstance(v, dict) and {"is_correct", "solution"} <= v.keys()]
+    return [v for v in columns if v["solution"] is not None]
+
+
+def _gsm8k_graded(row: dict) -> Item:
+    solutions, text = _graded_columns(row), _text(row["question"], "'question'")
+    traces = _graded([s["solution"] for s in solutions], [s["is_correct"] for s in solutions])
+    gold = _gold(row.get("answer"), row.get("ground_truth")).rpartition("A: ")[2].strip()
+    return Item(_turns(text, "question"), text, gold, traces, source="gsm8k")
+
+
+def _problem(row: dict) -> Item:
+    """GSM8K and MATH: the reasoning becomes the trace, and a request for a box is added to the question."""
+    item, reasoning, answer = _asked(row), row.get("solution"), row.get("answer")
+    if isinstance(answer, str) and "####" in answer:
+        reasoning, item.source = answer.rpartition("####")[0], "gsm8k"
+    if _blank(reasoning):
+        return item
+    item.gold = item.gold or boxed_gold(_text(reasoning, "'solution'"))
+    said = _with_thought({}, _text(reasoning, "'solution'").strip())
+    if any(row.get(name) in (0, False) for name in (*MARKS, "reward")):
+        item.traces = [Trace(said, 0.0)]
+    elif item.gold and said not in (item.gold, f"\\boxed{{{item.gold}}}"):  # an answer alone is no reasoning
+        whole = "</think>" in said  # a response as a model wrote it
+        item.traces = [Trace(said if whole else f"{THINK}{said}\n</think>\n\n\\boxed{{{item.gold}}}")]
+    return item
+
+
+def _with_options(text: str, labels, options, gold: str) -> Item:
+    """Multiple choice as LUFFY's files write it, an option a line: "A) ..."."""
+    lines = [f"{label}) {_text(option, 'an option').strip()}" for label, option in zip(labels, options, strict=True)]
+    text = "\n".join([text + "\n", *lines])
+    return Item(_turns(f"{text}\n\n{IN_A_BOX}", "question"), text, gold)
+
+
+def _gpqa(row: dict) -> Item:
+    options = [row.get(name) for name in ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))]
+    options = [_text(o, "an option").strip() for o in options if o is not None and o == o]
+    right = options[0]
+    if not all(options) or options.count(right) > 1 or len(options) < 2:
+        raise ValueError("the options must be two or more, none of them blank, and the right one only once")
+    random.Random(row["Question"]).shuffle(options)  # by the question: the same in every run
+    labels = string.ascii_uppercase[: len(options)]
+    return _with_options(_text(row["Question"], "'Question'"), labels, options, labels[options.index(right)])
+
+
+def _multiple_choice(row: dict) -> Item:
+    """A list of options, {label: option}, [{label, text}], {label: [...], text: [...]}, or columns A, B, ..."""
+    given = next((row[name] for name in ("options", "choices") if not _blank(row.get(name))), None)
+    if given is None:
+        columns = itertools.takewhile(lambda letter: not _blank(row.get(letter)), string.ascii_uppercase)
+        given = {letter: row[letter] for letter in columns}
+    if isinstance(given, dict):
+        arc = {"label", "text"} <= given.keys()
+        labels, options = (given["label"], given["text"]) if arc else (given.keys(), given.values())
+    elif isinstance(given, list) and all(isinstance(option, dict) for option in given):
+        labels = [option.get("label", option.get("key")) for option in given]
+        options = [option.get("text", option.get("value")) for option in given]
+    elif isinstance(given, list):
+        labels, options = string.ascii_uppercase[: len(given)], [str(option) for option in given]
+        if all(re.match(rf"\(?{label}[).:]", option) for label, option in zip(labels, options, strict=False)):
+            options = [re.sub(r"^\(?[A-Z][).:]\s*", "", option) for option in options]  # "A) 3"
+    else:
+        raise TypeError("'options' is not a list")
+    labels, options = [str(label) for label in labels], list(options)
+    if len(options) < 2:
+        raise ValueError("a multiple choice needs two options or more")
+    answers = [row[name] for name in CHOICES if not _blank(row.get(name))]
+    golds = [label for answer in answers if (label := _label(answer, labels, options)) is not None]
+    if not golds:
+        raise ValueError(f"the answer {answers[:1] or None} is none of the labels {', '.join(map(str, labels))}")
+    return _with_options(_question(row)[0], labels, options, golds[0])
+
+
+def _label(answer, labels: list, options: list) -> str | None:
+    """The label that an answer means: the label itself, the number of the option from 0 on, or its text."""
+    answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
+    text = str(answer).strip()
+    bare = text.strip("().").upper()
+    if bare in labels or text in labels:
+        return bare if bare in labels else text
+    if type(answer) is int and 0 <= answer < len(labels):
+        return labels[answer]
+    same = [label for label, option in zip(labels, options, strict=True) if str(option).strip() == text]
+    return same[0] if len(same) == 1 else None
+
+
+SHAPES = (  # the first shape whose columns a row has; blank columns do not count
+    ({"prompt_ids", "response_ids", "reward"}, _drawn),  # what oreo.py and tools/agents.py collect
+    ({"chosen"}, _pair),
+    ({"rejected"}, _pair),
+    ({"conversations"}, _conversation),
+    ({"generations", "VERDICTS"}, _generations),
+    ({"prompt", "target"}, _luffy),
+    ({"responses"}, _responses),
+    ({"prompt", "RESPONSE", "label"}, _single),
+    ({"prompt", "RESPONSE", "reward"}, _single),
+    ({"prompt", "reward_model"}, _luffy),
+    ({"prompt", "RESPONSE"}, _single),
+    ({"prompt", "label"}, _single),
+    ({"prompt"}, _luffy),
+    ({"question", "GRADED"}, _gsm8k_graded),
+    ({"Question", "Correct Answer"}, _gpqa),
+    ({"QUESTION", "OPTIONS"}, _multiple_choice),
+    ({"QUESTION", "RESPONSE"}, _single),
+    ({"QUESTION"}, _problem),
+    ({"messages"}, _conversation),
+)
+
+
+def _groups(row: dict, columns: set[str]) -> set[str]:
+    """The names in capitals of SHAPES, of which a row needs one column."""
+    there = {
+        "QUESTION": columns & {*QUESTIONS}, "RESPONSE": columns & {*RESPONSES}, "GRADED": _graded_columns(row),
+        "OPTIONS": columns & {"options", "choices"} or {"A", "B"} <= columns,
+        "VERDICTS": columns & {"correctness", "correctness_math_verify", "correctness_llama"},
+    }  # fmt: skip
+    return {name for name, found in there.items() if found}
