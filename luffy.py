@@ -9,8 +9,8 @@ trace. All are graded alike and share one mean:
     f(p) = p / (p + 0.1)                                                                               (Eq. 5-8)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001. The published code added one mean entropy per
-micro-batch, so its bonus grew with their number, M; `published_micro_batches` computes it.
+S = 64 / (rows x 8192) is the published scale of the sum; 8192 is --max_response_tokens. c = 0.001. The published code
+added one mean entropy per micro-batch, so its bonus grew with their number, M; `published_micro_batches` computes it.
 Where the teacher's own probability is unknown, as in the published data, LUFFY uses 1, so the ratio is p. With f, the
 gradient w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are
 learnt first. If k own answers are right, they and the trace have the advantage (7 - k) / 8: 7/8 at first, 0 at last.
@@ -250,14 +250,14 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
-    """Forward and backward of one SFT update on traces; the gradient is left in .grad.
+    """Forward and backward of one SFT update on traces, at temperature 1; the gradient is left in .grad.
     It is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours."""
     lengths, totals = [len(row.response) for row in rows], Totals(world)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     scale_of = dict(zip(map(id, rows), token_scales(lengths, args.sft_rows_per_mean), strict=True))
     for batch, mine in micro_batches(rows, args, world):
-        logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
-        scale = per_token(batch, [scale_of[id(row)] for row in mine])  # [N]
+        logp, entropy = policy(batch, entropy=True)  # [N], [N]
+        scale = per_token(batch, [scale_of[id(row)] for row in mine])  # [N], of a token in one mean over all tokens
         loss = sft_loss = -(logp * scale).sum() / sum(lengths)
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / sum(lengths)
@@ -328,7 +328,7 @@ def main(args: Args) -> None:
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
         question = torch.tensor([row.group for row in rows])  # [B]
         baseline = torch.tensor([not row.teacher for row in rows]) if args.method == "rl_sft" else None  # [B]
-        advantages = group_advantages(rewards, question, std=args.std, baseline=baseline)  # [B]
+        advantages = group_advantages(rewards, question, std=args.std, baseline=baseline)  # [B]; sft: not used
         for row, advantage in zip(rows, advantages.tolist(), strict=True):
             row.advantage = advantage
 

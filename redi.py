@@ -155,7 +155,7 @@ def simpo_loss(
     return -F.logsigmoid(beta * (chosen_logp / chosen_len - rejected_logp / rejected_len) - gamma)
 
 
-# What an update sums, for each pair: [B]. traces: the tensors that redi_loss takes; sums: those that dpo_loss takes.
+# Losses of pairs, [B]. traces: log-prob and length of chosen, of rejected; sums: both log-probs, and the reference's.
 LOSSES = {
     "sft": lambda traces, sums, args: -sums[0],
     "redi": lambda traces, sums, args: redi_loss(*traces, alpha=args.alpha, chosen_coef=args.chosen_coef),

@@ -7,11 +7,11 @@ holds `sft_data_size` of them, one SFT update on their demonstrations follows th
 
     A_i  = R_i - mean(R_1 .. R_G)
     loss = - S sum_i sum_t p_it / p_old_it A_i  -  c M mean_it H_it           RL
-    loss = mean_it (- log p_it - 0.001 H_it)                                  SFT on the newest of the hardest questions
+    loss = mean (- log p_it - 0.001 H_it)     SFT on the newest hardest questions; mean of token means of 4 rows each
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) is the published scale of the sum. c = 0.001. The published code added one mean entropy per
-micro-batch, so its bonus grew with their number, M; `published_micro_batches` computes it.
+S = 64 / (rows x 8192) is the published scale of the sum; 8192 is --max_response_tokens. c = 0.001. The published code
+added one mean entropy per micro-batch, so its bonus grew with their number, M; `published_micro_batches` computes it.
 LUFFY puts a demonstration into every group. ReLIFT uses them only where RL has no gradient, with an AdamW (its own
 moments and rate) and a gradient clip for SFT alone.
 
@@ -82,7 +82,7 @@ class Args(RunArgs):
     clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
-    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus (LUFFY's text says 0.01)
+    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus, times M (LUFFY's text: 0.01)
     loss_rows: Positive[float] = 64.0  # Sets S and M: rows that a GPU of the published run had per update (8 GPUs: 64)
     group_size: Positive[int] = 8  # Answers per question
     max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
@@ -380,7 +380,7 @@ def main(args: Args) -> None:
         # 3. advantages
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
         question = torch.tensor([row.group for row in rows])  # [B]
-        advantages = group_advantages(rewards, question, std=args.std)  # [B]
+        advantages = group_advantages(rewards, question, std=args.std)  # [B]; sft: not used
         for row, advantage in zip(rows, advantages.tolist(), strict=True):
             row.advantage = advantage
         buffer_log = {}

@@ -122,7 +122,7 @@ class Checkpoints:
         if changed := changed_settings(there, self.settings, [name for name in there if name not in self.FREE]):
             raise InputError(
                 f"{path} was made with other settings ({changed}): "
-                "use the same ones to go on, or another --out to start anew"
+                "use the same ones to resume, or another --out to start anew"
             )
         if world.main and state["ranks"] != world.size:
             print(

@@ -417,6 +417,13 @@ def test_numbers_and_lists_without_end_are_named_with_their_line(tmp_path, cell)
         load_rows(str(tmp_path / "a.jsonl"))
 
 
+def test_text_that_the_tokenizer_does_not_know_is_counted_on_the_terminal(capsys):
+    examples([row()])
+    assert "WARNING" not in capsys.readouterr().err
+    examples([row(), row(question="Tom?")])
+    assert "toy.jsonl: 1 of 2 prompts hold text that the tokenizer of --model does not" in capsys.readouterr().err
+
+
 def test_columns_that_are_null_do_not_count():
     """A file of several shapes has every column in every row."""
     mixed = dict.fromkeys(("conversations", "generations", "responses", "label", "question", "problem", "options"))
