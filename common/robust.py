@@ -38,21 +38,25 @@ class Unreadable(ValueError):
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BARE_BOX = re.compile(
-    r"\\(?:boxed|fbox)(?![a-zA-Z{])\s*(\\[dtc]?frac\s*(?:\w\s*\w|\{[^{}]*\}\s*\{[^{}]*\})|-?[\d.,]*\d|\\?[A-Za-z]+)"
+    r"\\(?:boxed|fbox)(?![a-zA-Z{])\s*(\\[dtc]?frac\s*(?:\w\s*\w|(?:\{[^{}]*\}){2})|-?[\d.,]*\d|[A-Z]\b)"
 )
+DOUBT = "maybe|perhaps|possibly|probably"
 JOINED_BOXES = re.compile(  # what stands between the boxes of a list
     r"(?s)(?=.*(?:[,;]|and|or))"
-    r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
+    rf"(?:[\s$,;}}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{{)?\s*(?:and|or|{DOUBT})\b|\w(?:_\w|_\{{\w+\}})?\s*=)*"
 )
-TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
+RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 ANSWER = r"answers?(?:[ *_]{0,3}to[^.\n]{0,80})?|antwort|respuesta|réponse|ответ"
-PHRASE = re.compile(rf"\b(?:{ANSWER})[\s*_$]{{0,4}}(?:[:：]|\b(?:is|are|ist)\b|=)(?![\s*_:]*not\b)[\s*_:]*", re.I)
-MARKED = re.compile(r"\$+([^$\n]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]|\*\*([^*\n]+)\*\*")
-WHOLE = re.compile(r"[\s*]*(?:[.,;:!)(]|$|(?:because|since|as|which|so)\b)")  # what follows a formula that is all of it
+IS = r"\b(?:(?:must|should|would) be|is|are|ist|est|es)\b(?![\s*_:$]*not\b)"
+CHINESE = "答案(?:是|为|选)?[:：]?|故选[:：]?"
+PHRASE = re.compile(
+    rf"(?i)(?:\b(?:{ANSWER})[\s*_$]{{0,4}}(?:[:：](?![\s*_:]*not\b)|{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
+)
+DOUBTED = re.compile(rf"(?is)[^.\n]*\b(?:{DOUBT}|(?:could|might|may) be)\b|.*\b(?:wait|hmm)\b")  # after an answer
 SENTENCE_END = re.compile(
-    r"\n|[.!?](?=\s|$)|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=)|"
-    r"\s(?:because|since|which|so|as|where|but)\b|\s\((?=[a-z])|;\s|<"
+    r"\n|[.!?](?=\s|$)|[。，]|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=|[^()\n]{0,40}\))|"
+    r"\s(?:because|since|which|so|as|where|but)\b|\s\((?=[a-z])|;\s|<[|/]"
 )
 
 
@@ -64,9 +68,11 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
         for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
             depth += (brace[0] == "{") - (brace[0] == "}")
             if depth == 0:
-                if not found or box.start() > found[-1][1]:
+                if not found or box.start() >= found[-1][1]:
                     found.append((box.start(), brace.end(), text[start + 1 : brace.start()].strip()))
                 break
+        else:
+            found = []  # a box that stays open was to hold the answer
     return found
 
 
@@ -81,38 +87,45 @@ def find_answer(text: str) -> str | None:
         while found and JOINED_BOXES.fullmatch(text, found[-1][1], joined[0][0]):
             joined.insert(0, found.pop())
         return ", ".join(dict.fromkeys(content for _, _, content in joined))
-    if tags := TAG.findall(text):
-        return find_answer(tags[-1]) or tags[-1]
-    _, marks, tail = text.rpartition("####")
-    if marks and not PHRASE.search(tail.strip().partition("\n")[2]):
-        line, _, more = tail.strip().partition("\n")
+    before, closed, _ = text.rpartition("</answer>")
+    _, opened, inside = before.rpartition("<answer>")
+    if opened and closed:
+        return find_answer(inside) or inside
+    line, _, more = text.rpartition("####")[2].strip().partition("\n")
+    if "####" in text and not PHRASE.search(more):
         return line if re.search(r"\d", line) or not more.strip() else more.strip().rpartition("\n")[2]
     if phrases := [*PHRASE.finditer(text)]:
-        rest = text[phrases[-1].end() :].lstrip()
-        marked = MARKED.match(rest)
-        if marked and WHOLE.match(rest, marked.end()):
-            return marked[marked.lastindex]
-        return SENTENCE_END.split(rest, maxsplit=1)[0].replace("$", "")
+        rest = text[phrases[-1].end() :]
+        return "" if DOUBTED.match(rest) else re.sub(r"\$|\*\*(?!\w)", "", SENTENCE_END.split(rest, maxsplit=1)[0])
     return None
 
 
-HEDGE = re.compile(r"(?i)\\(?:boxed|fbox)|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have)\b")
+HEDGE = re.compile(
+    r"(?i)\\f?box|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have|let|suppose|assume|unless|but|not)\b"
+)
+SAID = re.compile(  # an unmarked sentence with one number, or one after its last =
+    r"(?:.*=|[^\d=]*\b(?:is|are|equals|makes?|made|pays?|paid|costs?|needs?|earns|spends?|gets?|up with|comes to)"
+    r"\b)[ $]*(-?\d[\d,]*(?:\.\d+)?\b(?: [a-z]+)?)\$?(?:(?:,| (?:in|per|every|each|from|at|on|a|total)\b)[^\d=]*)?[.!]"
+)
 
 
 def _last_line(text):
-    """Return the last line of a text without a mark; "" for a hedge or an unfinished thought or box."""
-    line = text.strip().rpartition("\n")[2]
-    return "" if "<think>" in text or HEDGE.search(line) else re.sub(r"\*\*([^*]+)\*\*", r"\1", line)
+    """Return the answer that ends a last line without a mark; "" for a hedge or an unfinished thought or box."""
+    line = re.sub(r"\*\*([^*]+)\*\*", r"\1", text.strip().rpartition("\n")[2])
+    unfinished = line[-1:].isalnum() and re.search(r"\b[a-z]+ [a-z]+ [a-z]+ ", line)
+    if unfinished or HEDGE.search(line) or "<think>" in text:
+        return ""
+    if said := SAID.fullmatch(line):
+        return said[1]
+    return "" if re.search(r"\d[^\d]*(?<![\\A-Za-z])[A-Za-z]{3}", line) else line
 
 
 CHOICE = re.compile(
-    r"\b(?:answer|antwort|option|choice|respuesta|réponse)\b[^.\n:：]{0,40}?"
-    r"(?:[:：]|\bis\b|\bist\b)(?![\s*_:$]*not\b)",
-    re.I,
+    rf"(?i)(?:\b(?:answer|antwort|option|choice|respuesta|réponse)\b[^.\n:：]{{0,40}}?(?:[:：](?![\s*_:$]*not\b)|{IS})|"
+    rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose)\b|{CHINESE})[ *_:$\n]*"
 )
-LABEL = re.compile(
-    r"(?is)(?:[\s\"'“.]|-(?=\s))*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z])(?![a-z0-9_'’^])(\)?)(.*)"
-)
+CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best)\b")
+LABEL = re.compile(r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z])(?![a-z0-9_'’^])(\)?)(.*)")
 SECOND_LABEL = re.compile(
     r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?"
     r"\(?[A-Z]\)?\s*(?:$|[).:,;]|and\b|or\b)"
@@ -127,7 +140,7 @@ def _label(text, sentence=False):
     opened, label, closed, rest = found.groups()
     if SECOND_LABEL.match(rest):
         return ""
-    alone = re.fullmatch(r"\s*[.:]?\s*", rest)
+    alone = re.fullmatch(r"[\s.:。\"]*", rest)
     plain = opened or closed or re.match(r"\s*(?:[.:,;]|[-–—](?!\w))", rest)  # not "A dog", not "I think", not "V-1"
     goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if label in "AI" else r"\s+[a-z]", rest)
     return label.upper() if alone or label.isupper() and (plain or goes_on) or label.islower() and opened else None
@@ -135,10 +148,12 @@ def _label(text, sentence=False):
 
 def _chosen(text):
     """The label that a response chooses: in its last box, after its last "answer is", or on its last line."""
-    marks = [(m.end(), text[m.end() :].lstrip(" *_:$\n").partition("\n")[0], True) for m in CHOICE.finditer(text)]
+    marks = [(m.end(), text[m.end() :][:300].partition("\n")[0], True) for m in [*CHOICE.finditer(text)][-50:]]
+    marks += [(m.end(), m[1], False) for m in [*CORRECT.finditer(text)][-50:]]
     marks += [(end, find_answer(text), False) for _, end, _ in boxes(text)[-1:]]
-    labels = [_label(said, sentence) for _, said, sentence in sorted(marks)]
-    labels = [label for label in labels if label is not None]
+    if marks and DOUBTED.match(text, max(marks)[0]):
+        return ""
+    labels = [label for _, said, sentence in sorted(marks) if (label := _label(said, sentence)) is not None]
     return labels[-1] if labels else _label(text.strip().rpartition("\n")[2])
 
 
@@ -817,27 +832,25 @@ def robust(response: str, gold: str) -> bool:
     whole = BARE_BOX.sub(r"\\boxed{\1}", response.rstrip()[-MAX_CHARS:])
     whole = whole[:-400] + SPECIAL_TOKENS.sub("", whole[-400:])
     said = whole.rpartition("</think>")[2]
+    said, *more = RUN_ON.split(said, 3)
+    while more and not find_answer(said):
+        said += more.pop(0)
     gold = find_answer(gold) if boxes(gold) else gold
-    if not gold.strip():
-        raise NoAnswer("gold unreadable: it is empty")
-    label = re.fullmatch(r"[\s$(){}\[\].:*\\]*([A-Z])[\s$(){}\[\].:*\\]*",
-                         re.sub(r"\\(?:text|mathrm|textbf|mathbf)", "", gold))  # fmt: skip
+    around = r"[\s$(){}\[\].:*\\]*"
+    label = re.fullmatch(rf"{around}(?:(?:text|math)(?:rm|bf)?)?{around}([A-Z]){around}", gold)
     if label and (chosen := _chosen(said)) is not None:
         return chosen == label[1]
     answer = find_answer(said if said.strip() else whole)
-    marked = answer is not None
-    answer = answer if marked else _last_line(said)
+    answer = _last_line(said) if answer is None else answer
     if not answer.strip() or len(answer) > 4 * MAX_ANSWER:
         raise NoAnswer(f"no answer in the response, or one of {len(answer)} characters")
     spelled, truth = spell(answer), spell(gold)
-    if spelled and _key(spelled) == _key(truth):
+    if spelled and _key(spelled) in (_key(truth), *re.findall(r"^\(?([A-J])[).:] ?(?=.)", truth)):  # or its label
         return True
     faulty = f"gold unreadable: {gold[:100]}"
     try:
         golds = readings(truth)
         faulty = f"answer unreadable: {answer[:100]}"
-        if not marked and re.search(r"\d[^\d]*~", spelled):  # an unmarked last line must end in the answer
-            raise Unreadable("words after a number")
         return any(same(a, b) for a in golds for b in readings(spelled))
     except (ValueError, ArithmeticError, NotImplementedError, TypeError, AttributeError, RecursionError) as error:
         raise NoAnswer(f"{faulty} ({type(error).__name__}: {error})"[:300]) from error
@@ -846,4 +859,6 @@ def robust(response: str, gold: str) -> bool:
 def _key(text):
     """A text for comparison: without marks of words and spaces that are not between digits; words in lower case."""
     text = re.sub(r"(?<!\d) | (?!\d)", "", text.replace("~", " "))
+    if re.fullmatch(r"[A-J](?:(?:[,;&]|and)*[A-J])+", text) and (labels := re.findall("[A-J]", text)) == sorted(labels):
+        return "".join(labels)
     return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text
