@@ -101,19 +101,19 @@ def find_answer(text: str) -> str | None:
 
 
 HEDGE = re.compile(
-    r"(?i)\\f?box|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have|let|suppose|assume|unless|but|not)\b"
+    r"(?i)\\f?box|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have|let|suppose|assume|unless|but|not|than|more|"
+    r"less|fewer|times|base|minus|plus|out|half|twice)\b"
 )
-SAID = re.compile(  # an unmarked sentence with one number, or one after its last =
-    r"(?:.*=|[^\d=]*\b(?:is|are|equals|makes?|made|pays?|paid|costs?|needs?|earns|spends?|gets?|up with|comes to)"
-    r"\b)[ $]*(-?\d[\d,]*(?:\.\d+)?\b(?: [a-z]+)?)\$?(?:(?:,| (?:in|per|every|each|from|at|on|a|total)\b)[^\d=]*)?[.!]"
+SAID = re.compile(  # an unmarked sentence with one number, or one after its only =
+    r"(?!.*\b(?:or|and|either)\b)(?:[^=,;]*=|[^\d=]*\b(?:is|are|equals|made|pays?|paid|costs?|needs?|up with|comes to)"
+    r"\b)[ $]*(-?\d[\d,]*(?:\.\d+)?\b(?: [a-z]+)?)\$?(?:(?:,| (?:in|per|every|each|from|at|on|a|total)\b)[^\d=]*)?\."
 )
 
 
 def _last_line(text):
     """Return the answer that ends a last line without a mark; "" for a hedge or an unfinished thought or box."""
     line = re.sub(r"\*\*([^*]+)\*\*", r"\1", text.strip().rpartition("\n")[2])
-    unfinished = line[-1:].isalnum() and re.search(r"\b[a-z]+ [a-z]+ [a-z]+ ", line)
-    if unfinished or HEDGE.search(line) or "<think>" in text:
+    if line[-1:].isalnum() and re.search(r"\b[a-z]+ [a-z]+ [a-z]+ ", line) or HEDGE.search(line) or "<think>" in text:
         return ""
     if said := SAID.fullmatch(line):
         return said[1]
@@ -248,6 +248,8 @@ SPELLINGS = [
         (r"\^\s*\{?\s*°\s*\}?", "°"),
         (r"^(\S+) ?≠ ?([^=≠]+)$", r"\1 ∈ (-∞,\2)∪(\2,∞)"),
         (r"\\mathbb ?\{?R\}? ?∖ ?⦃([^⦃⦄,;]+)⦄", r"(-∞,\1)∪(\1,∞)"),
+        (r"^[^=()⦃\[]*[±∓][^=()⦃\[]*$",  # 0, ±3 has three items
+         lambda m: ",".join(dict.fromkeys(f"{m[0].translate(PLUS)},{m[0].translate(MINUS)}".split(",")))),
         (r"(?s).*[±∓].*", lambda m: m[0].translate(PLUS) + "," + m[0].translate(MINUS)),
         (r"(?<![\\~a-zA-Z])(?:infinity|inf|infty)(?![a-zA-Z])", "∞"),
         (rf"(?<![\\a-zA-Z])~?({'|'.join(FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 "),
