@@ -53,7 +53,8 @@ HUGE = [
     r"\boxed{9^{9^{9^9}}}", r"\boxed{" + "1" * 10**6 + "}", r"\boxed{" + "(" * 20_000 + "1" + ")" * 20_000 + "}",
     r"\boxed{factorial(10**8)}", r"\boxed{100000000!}", r"\boxed{\binom{10^8}{60116421}}", " " * 10**5 + r"\boxed{ }",
     r"\boxed{\lfloor 10^{6402}\pi\rfloor}", r"\boxed{" + "2^" * 90 + "2}", r"\boxed{" * 2000, r"\boxed{&}",
-    "answer is " * 5000, r"\boxed{5\text{ km}^{99999999}}",
+    "answer is " * 5000, r"\boxed{5\text{ km}^{99999999}}", "<answer>" * 8000, "答案" * 30_000, "\n" * 65_000 + "5",
+    "answer is " + "a, " * 20_000 + ")", "is 5 a" + " b" * 30_000, "option a" + " b" * 30_000, "abc " * 16_000 + ".",
 ]  # fmt: skip
 
 
@@ -62,7 +63,8 @@ def test_what_cannot_be_an_answer_is_refused_before_it_is_computed():
     texts = HUGE + [hostile_text(rng) for _ in range(150)]
     grade([r"\boxed{1}"], ["1"], verifier="robust", workers=1)
     start = time.monotonic()
-    verdicts = grade(["</think>" + text for text in texts], ["42"] * len(texts), verifier="robust", workers=1)
+    golds = ["42", "Z"] * len(texts)  # a number, and the label of a choice
+    verdicts = grade(["</think>" + text for text in texts for _ in "12"], golds, verifier="robust", workers=1)
     assert {verdict.reward for verdict in verdicts} == {0.0}
     assert {verdict.status for verdict in verdicts} <= {"ok", "unparsable"}
     assert time.monotonic() - start < 15 and not CANARY.exists()
@@ -70,3 +72,8 @@ def test_what_cannot_be_an_answer_is_refused_before_it_is_computed():
 
 def test_robust_needs_no_tag_and_takes_the_last_box():
     assert grade([r"\boxed{7} no, \boxed{42}"], ["42"], verifier="robust") == [Verdict(1.0, "ok")]
+
+
+def test_a_last_box_that_stays_open_or_a_doubt_is_no_answer():
+    texts = [r"\boxed{42} so \boxed{", r"\boxed{41} or maybe \boxed{42}", "The answer is 42, but it could be 43."]
+    assert [v.reward for v in grade(texts, ["42"] * 3, verifier="robust")] == [0, 0, 0]
