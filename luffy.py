@@ -125,13 +125,12 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     """
     weight = torch.ones_like(rewards) if baseline is None else baseline.to(rewards.dtype)  # [B]
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
-    zeros = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
-    n = zeros.index_add(0, group, weight)  # [G]
-    mean = torch.where(n > 1, zeros.index_add(0, group, weight * rewards) / n.clamp(min=1), 0.0)
+    n = group.bincount(weight)  # [G]
+    mean = torch.where(n > 1, group.bincount(weight * rewards) / n.clamp(min=1), 0.0)
     advantages = rewards - mean[group]
     if not std:
         return advantages
-    variance = zeros.index_add(0, group, weight * advantages**2) / (n - 1).clamp(min=1)
+    variance = group.bincount(weight * advantages**2) / (n - 1).clamp(min=1)
     sigma = torch.where(n > 1, variance.sqrt(), 1.0)
     if baseline is not None:
         sigma = torch.where(sigma < 1e-9, 1.0, sigma)  # 0 but for rounding

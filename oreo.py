@@ -104,7 +104,7 @@ class Args(RunArgs):
     # incorrect ones (one if none is incorrect; published 7B run: 4). 0 keeps all.
     balance: NotNegative[int] = 0
     temperature: Positive[float] = 1.0  # Sampling temperature of collect
-    top_p: Positive[float] = 1.0  # Nucleus of collect (published: not stated for collection)
+    top_p: Positive[Share[float]] = 1.0  # Nucleus of collect (published: not stated for collection)
     reward_scale: float = 1.0  # R = reward * scale + shift (published: 1 and 0)
     reward_shift: float = 0.0  # See --reward_scale.
     beta: Positive[float] = 0.03  # Strength of the KL penalty in the objective (published; dpo: 0.1)
@@ -154,10 +154,8 @@ PRESETS = {
         verifier="boxed", max_prompt_tokens=160, max_response_tokens=160, samples=8, batch_size=64, lr=1e-4,
         value_lr=1e-3, eval_every=20, eval_limit=128, save_every=20, micro_batch_tokens=4096,
         gradient_checkpointing="none", sft_rows_per_mean=0,
-        stage={
-            "sft": dict(out="runs/tiny-oreo-sft", igsm_problems=4000, steps=40, lr=5e-4), "dpo": dict(lr=2e-5),
-            "kto": dict(lr=2e-5),
-        },
+        stage={"sft": dict(out="runs/tiny-oreo-sft", igsm_problems=4000, steps=40, lr=5e-4), "dpo": dict(lr=2e-5),
+               "kto": dict(lr=2e-5)},
     ),
 }  # fmt: skip
 ON_ROWS = ("oreo", "rejection", "dpo", "kto")
@@ -521,10 +519,12 @@ def train(args: Args) -> None:
     run = Run(args)
     world, tokenizer = run.world, open_tokenizer(args.model, args)
     units, left_out = training_units(tokenizer, args, world.main)
+    # kto reads each answer after another row's prompt too
+    swapped = [max((row.prompt for unit in units for row in unit), key=len)] if args.stage == "kto" else []
     run.plan(
         units, held_out_examples(tokenizer, args, reshape=partial(as_published, ask=args.ask)), left_out,
         key=lambda unit: [x for row in unit for x in (row.prompt, row.response, row.actions, row.reward)],
-        steps_per_epoch=len(units) / args.batch_size,
+        sequences=lambda unit: [(prompt, row.response) for row in unit for prompt in (row.prompt, *swapped)],
         source=f"--rows {args.rows}" if args.rows else f"--data {' '.join(args.data)}",
     )  # fmt: skip
 
@@ -622,7 +622,7 @@ def iterate(args: Args) -> None:
             train(dataclasses.replace(mine, rows=rows))
         else:
             there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(mine)))
-            free = Checkpoints.FREE | {"rows"} | ({"model", "value", "reference"} if number > 1 else set())
+            free = Checkpoints.FREE - {"steps"} | {"rows"} | ({"model", "value", "reference"} if number > 1 else set())
             if changed := changed_settings(there, here, here.keys() - free):
                 raise InputError(f"{out} was made with other settings ({changed}): choose another --out")
         value = str(out / "value") if args.stage == "oreo" else ""

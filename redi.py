@@ -61,7 +61,7 @@ from common.run import (
     open_sampler,
     open_tokenizer,
 )
-from common.trainer import launch, make_optimizer, max_positions, parse_args, sum_over_ranks
+from common.trainer import launch, make_optimizer, parse_args, sum_over_ranks
 
 
 @dataclass
@@ -100,7 +100,7 @@ STAGES = {  # the published SFT cut prompt and trace together at 32,768
                 epochs=5.0, batch_size=128, max_prompt_tokens=2048, max_response_tokens=30720, rope_theta=300000.0,
                 max_positions=32768),
 }  # fmt: skip
-COMPARISONS = {"symmetric": dict(lr=2e-7), "dpo": dict(lr=2e-7), "simpo": dict(lr=5e-7, beta=2.0)}
+COMPARISONS = {"symmetric": dict(lr=2e-7, alpha=1.0), "dpo": dict(lr=2e-7), "simpo": dict(lr=5e-7, beta=2.0)}
 PRESETS = {
     "tiny": dict(
         model="models/tiny", data="igsm:5-8", eval_data=("igsm:5-8",), out="runs/tiny-redi", verifier="boxed",
@@ -351,6 +351,8 @@ def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together, and for files that another command makes."""
     if args.stage == "sft" and args.loss != "redi":
         raise InputError(f"--loss {args.loss} is of --stage redi, and does nothing in --stage sft")
+    if args.loss == "symmetric" and args.alpha != 1:
+        raise InputError(f"--loss symmetric is redi with --alpha 1, not {args.alpha}: use --loss redi")
     for name, maker in (("model", "redi.py --stage sft"), ("data", "python -m tools.redi_data")):
         path = getattr(args, name)
         if path.startswith("runs/") and not Path(path).exists():
@@ -378,17 +380,10 @@ def main(args: Args) -> None:
     check_pairs(pairs, args)
     run.plan(
         pairs, held_out_examples(tokenizer, args), left_out, key=lambda p: (p.prompt, p.chosen, p.rejected, p.weight),
-        steps_per_epoch=len(pairs) / args.batch_size,
+        sequences=lambda p: p.sequences,
     )  # fmt: skip
 
     policy = open_policy(args.model, args, world)
-    longest = max(len(prompt) + len(trace) for p in pairs for prompt, trace in p.sequences)
-    positions = max_positions(policy.lm.config)
-    if positions and longest > positions:
-        raise InputError(
-            f"--data {args.data}: the longest row has {longest} tokens, --model {args.model} {positions} positions: "
-            "raise --max_positions (with --rope_theta), or lower --max_response_tokens"
-        )
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     run.begin(policy, optimizer, tokenizer)
     reference = run.state.get("reference", [])  # dpo's is of the policy before the first update

@@ -133,15 +133,13 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> T
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.tensor([7, 7, 7, 7])).tolist()
     [0.75, -0.25, -0.25, -0.25]
     """
-    weight = torch.ones_like(rewards)  # [B]
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
-    zeros = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
-    n = zeros.index_add(0, group, weight)  # [G]
-    mean = torch.where(n > 1, zeros.index_add(0, group, weight * rewards) / n.clamp(min=1), 0.0)
+    n = group.bincount()  # [G]
+    mean = torch.where(n > 1, group.bincount(rewards) / n.clamp(min=1), 0.0)
     advantages = rewards - mean[group]
     if not std:
         return advantages
-    variance = zeros.index_add(0, group, weight * advantages**2) / (n - 1).clamp(min=1)
+    variance = group.bincount(advantages**2) / (n - 1).clamp(min=1)
     sigma = torch.where(n > 1, variance.sqrt(), 1.0)
     return advantages / (sigma[group] + 1e-6)
 
@@ -283,7 +281,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
-    """Forward and backward of one SFT update on demonstrations, at temperature 1; the gradient is left in .grad.
+    """Forward and backward of one SFT update on traces, at temperature 1; the gradient is left in .grad.
     It is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours."""
     lengths, totals = [len(row.response) for row in rows], Totals(world)
     rows_per_mean = args.sft_rows_per_mean or len(rows)

@@ -294,7 +294,7 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
     )
     if model.lm.can_generate():
         model.lm.generation_config = GenerationConfig.from_dict(state["generation"])
-    words = load_tokenizer(tokenizer or state["settings"]["model"], flag="--tokenizer")
+    words = load_tokenizer(tokenizer or state.get("tokenizer", state["settings"]["model"]), flag="--tokenizer")
     if not tokenizer:
         words.chat_template = state["template"]
     weights = {"model-value" if value else "model": dcp_state.get_model_state_dict(model)}

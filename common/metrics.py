@@ -30,9 +30,9 @@ class Metrics:
         if not world.main:
             return
         try:
-            if getattr(args, "tensorboard", False):
+            if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-            if getattr(args, "wandb", ""):
+            if args.wandb:
                 import wandb
         except ImportError as error:
             raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
@@ -46,9 +46,9 @@ class Metrics:
             path.with_suffix(".partial").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(path.with_suffix(".partial"), path)
             self.files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close())
-        if getattr(args, "tensorboard", False):
-            self.board = SummaryWriter(out)
-        if getattr(args, "wandb", ""):
+        if args.tensorboard:
+            self.board = SummaryWriter(out, purge_step=start + 1 if start else None)
+        if args.wandb:
             self.wandb = wandb.init(project=args.wandb, name=out.name, config=dataclasses.asdict(args), dir=out)
         self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", dynamic_ncols=True)
 

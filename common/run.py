@@ -18,6 +18,7 @@ this file: how flags are checked, where metrics, samples and checkpoints go, how
 split into micro-batches and turned into vectors.
 """
 
+import fcntl
 import functools
 import json
 import math
@@ -51,6 +52,7 @@ from common.trainer import (
     load_policy,
     load_tokenizer,
     logit_form,
+    max_positions,
     optimizer_step,
     set_context,
 )
@@ -135,6 +137,8 @@ def check_flags(args) -> None:
     check_ranges(args)
     if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
         raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
+    if args.keep_best and not args.eval_every:
+        raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_every")
     check_verifier(args.verifier)
 
 
@@ -160,30 +164,42 @@ class Run:
         self.logs: list[dict] = []  # of the updates of this step
         self.skipped = 0
 
-    def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, steps_per_epoch=None,
+    def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, sequences=None,
              source: str = "") -> None:  # fmt: skip
         """Check that the data is that of the checkpoint and fills a batch; count the steps.
 
-        key(item): what the digest of the data is made of. steps_per_epoch: whole batches alone if None. source: the
-        data's name in messages, if it is not --data."""
+        key(item): what the digest of the data is made of. sequences(item): the (prompt, response) pairs that the model
+        reads of it. source: the data's name in messages, if it is not --data."""
         args = self.args
+        sequences = sequences or (lambda e: [(e.prompt, e.trace or [])])
         key = key or (lambda e: (e.prompt, e.trace, e.gold, *([str(e.trace_logps)] if e.trace_logps else [])))
-        source = source or f"--data {args.data}"
+        self.source = source = source or f"--data {args.data}"
         digest = data_digest(map(key, items), ((e.prompt, e.trace, e.gold) for e in held_out))
         self.checkpoints.check_data(self.state, digest, source)
         if len(items) < args.batch_size:
             raise InputError(f"{source}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
-        per_epoch = steps_per_epoch or len(items) // args.batch_size
+        self.longest = max(len(prompt) + len(response) for item in items for prompt, response in sequences(item))
+        per_epoch = len(items) // args.batch_size
         self.steps = args.steps or max(1, int(round(args.epochs * per_epoch, 6)))
+        if self.start > self.steps:
+            raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
+                             "steps: raise --steps or --epochs, or name another --out")  # fmt: skip
         self.held_out = held_out if args.eval_every else []
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
+        self.lock = lock(self.out, self.world)
         if self.world.main:
-            print(f"{source}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size}")
+            print(f"{source}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size} "
+                  f"({self.steps / per_epoch:.3g} epochs)")  # fmt: skip
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as
         value=(model, optimizer) or sft=(policy, a second optimizer)."""
+        if (limit := max_positions(policy.lm.config)) and self.longest > limit:
+            raise InputError(
+                f"{self.source}: the longest row has {self.longest} tokens, and the model {limit} positions: lower "
+                "--max_response_tokens, or raise --max_positions (with --rope_theta)"
+            )
         self.policy, self.tokenizer, self.more = policy, tokenizer, more
         self.pairs = {"policy": (policy, optimizer)} | more
         if self.state:
@@ -274,7 +290,8 @@ class Run:
             return self.metrics.log(self.step, values, SHOWN) if values else None
         seconds, tokens = self.clock.flush(), sum(row.tokens for row in [*rows, *also])
         names = dict.fromkeys(name for log in self.logs for name in log)
-        means = {name: mean(log[name] for log in self.logs if log.get(name) is not None) for name in names}
+        logged = {name: [log[name] for log in self.logs if log.get(name) is not None] for name in names}
+        means = {name: max(found) if name.endswith("/max") else mean(found) for name, found in logged.items()}
         costs = seconds | {
             "speed/tokens_per_second": tokens / seconds["seconds/step"],
             "speed/useful_share": self.policy.useful_share(),
@@ -289,7 +306,8 @@ class Run:
         """Write a checkpoint if it is due. A resumed run finds `state` (plain JSON) in run.state."""
         every = self.args.save_every
         if every and (self.step % every == 0 or self.step == self.steps):
-            state |= {"template": self.tokenizer.chat_template}  # for an export of the checkpoint
+            # for an export of the checkpoint
+            state |= {"template": self.tokenizer.chat_template, "tokenizer": self.tokenizer.name_or_path}
             self.checkpoints.save(self.step, *self.pairs["policy"], self.world, self.more, **state)
 
     def finish(self, sampler) -> None:
@@ -302,6 +320,23 @@ class Run:
         sampler.close()
         self.clock.close()
         self.metrics.close()
+
+
+def lock(out: Path, world: World):
+    """Make the run folder and keep other processes from writing there, until this one ends; -> the file that says so.
+
+    Raises InputError if another one does, such as the ranks of a torchrun that was killed, or there is no folder."""
+    if not world.main:
+        return None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "w")  # noqa: SIM115
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise InputError(f"--out {out}: another process writes there: end it, or name another folder") from error
+    except OSError as error:
+        raise InputError(f"--out {out}: {error}") from error
+    return file
 
 
 def check_mismatch(gap: float, step: int, args, world: World) -> None:

@@ -724,6 +724,7 @@ def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
         config = copy.deepcopy(policy.lm.config)  # from_config changes it
         with torch.device("meta"):
             empty = policy.auto.from_config(config, dtype=dtype, attn_implementation="eager")
+        path = path.resolve()  # a link may lead to a larger disk
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         empty.save_pretrained(partial, state_dict=whole)

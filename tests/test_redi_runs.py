@@ -176,7 +176,7 @@ def test_rope_theta_and_positions_act_in_training_and_are_saved_for_the_next_sta
         (["--beta", "0"], "--beta must be positive"),
         (["--label_smoothing", "0.5"], "--label_smoothing must be from 0"),
         (["--stage", "sft", "--loss", "dpo"], "--loss dpo is of --stage redi"),
-        (["--max_positions", "20"], "the longest row has \\d+ tokens, .* 20 positions: raise --max_positions"),
+        (["--max_positions", "20"], "the longest row has \\d+ tokens, and the model 20 positions: lower --max_resp"),
     ],
 )
 def test_bad_settings_get_one_message_before_anything_is_written(settings, tmp_path, words, message):

@@ -2,7 +2,10 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +59,71 @@ def test_a_value_out_of_range_is_named_with_its_flag(name, value, words):
     check_flags(RunArgs())
     with pytest.raises(InputError, match=words):
         check_flags(dataclasses.replace(RunArgs(), **{name: value}))
+
+
+def test_the_best_model_needs_an_evaluation_before_anything_is_read():
+    with pytest.raises(InputError, match="--keep_best .* needs --eval_every"):
+        check_flags(dataclasses.replace(RunArgs(), keep_best=True, eval_every=0))
+
+
+# --------------------------------------------------------------------------------------------------------- run
+
+
+def planned(tmp_path, **settings) -> Run:
+    """A run of the two EXAMPLES, one a step."""
+    args = RunArgs(out=str(tmp_path / "run"), batch_size=1, rollout="embedded", verifier="boxed", **settings)
+    mine = Run(args)
+    mine.plan(EXAMPLES, [], {})
+    return mine
+
+
+def test_a_row_longer_than_the_models_positions_stops_a_run_before_its_first_step(tmp_path, world):
+    mine, policy = planned(tmp_path), load_policy("", world, from_config=NANO)
+    assert mine.longest == 5
+    policy.lm.config.max_position_embeddings = 4
+    with pytest.raises(InputError, match="--data : the longest row has 5 tokens, and the model 4 positions: lower --m"):
+        mine.begin(policy, make_optimizer(policy, lr=0.0), None)
+
+
+def test_a_run_that_is_past_its_last_step_is_not_given_out_as_a_shorter_one(tmp_path, world):
+    mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1, steps=2))
+    mine.start = 4
+    with pytest.raises(InputError, match="has a checkpoint of step 4, after the last of 2 steps: raise --steps"):
+        mine.plan(EXAMPLES, [], {})
+
+
+def test_an_epoch_is_as_many_steps_as_its_batches_are(tmp_path, world, capsys):
+    mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=2, epochs=3.0))
+    mine.plan([*EXAMPLES, EXAMPLES[0]], [], {})  # the third row waits for the next epoch's order
+    assert mine.steps == 3 and "3 steps of 2 (3 epochs)" in capsys.readouterr().out
+
+
+def test_a_run_folder_belongs_to_one_process(tmp_path, world):
+    planned(tmp_path)  # again in the same process: no other one writes there
+    lock = tmp_path / "run" / ".lock"
+    hold = f"import fcntl; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(InputError, match="another process writes there: end it, or name another folder"):
+        planned(tmp_path)
+    other.kill()  # as with kill -9, the folder is free again
+    other.wait()
+    planned(tmp_path)
+
+
+def test_a_file_in_the_run_folders_place_is_named_before_a_model_is_loaded(tmp_path, world):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match="--out .*run: .*exists"):
+        planned(tmp_path)
+
+
+def test_of_two_updates_the_larger_maximum_is_logged(tmp_path, world):
+    mine, logged = planned(tmp_path), []
+    mine.policy, mine.step = load_policy("", world, from_config=NANO), 1
+    mine.metrics = SimpleNamespace(log=lambda step, values, shown: logged.append(values), samples=lambda *_: None)
+    mine.logs = [{"mismatch/max": 1.0, "loss/pg": 1.0}, {"mismatch/max": 4.0, "loss/pg": 2.0}]
+    mine.log({})
+    assert (logged[0]["mismatch/max"], logged[0]["loss/pg"]) == (4.0, 1.5)
 
 
 # -------------------------------------------------------------------------------------------------------- rows

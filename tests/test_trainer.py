@@ -35,6 +35,8 @@ class Settings:
     steps: int = 10
     preset: str = "paper"
     method: str = "a"
+    tensorboard: bool = False
+    wandb: str = ""
 
 
 def train_a_little(policy, optimizer, updates, seed=0):
