@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from common.data import InputError
+from common.data import InputError, first_line
 from common.trainer import Policy, ValueModel, World, export, gather_lists, init_world, load_policy, load_tokenizer
 
 
@@ -54,8 +54,10 @@ def digest_of(model: str) -> str:
     """Digest of a model: of all bytes of its weights and of its configuration; a Hub name's is its revision."""
     folder = Path(model)
     if not folder.is_dir():
-        return extract_commit_hash(cached_file(model, "config.json"), None) or model
-
+        try:
+            return extract_commit_hash(cached_file(model, "config.json"), None) or model
+        except OSError as error:
+            raise InputError(f"{model}: no model there ({first_line(error)})") from error
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     with ThreadPoolExecutor(16) as pool:  # sha256 runs without Python's lock
         digests = pool.map(_sha256, files)

@@ -352,6 +352,7 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
         (dict(max_tokens=5000), "--max_tokens .* or less fits"), (dict(stop_tokens=("<|im_end|>",)), "--stop_tokens"),
         (dict(buckets="nowhere"), "nowhere: no evaluation there"),
         (dict(template="no-such"), "--template no-such"),
+        (dict(search="beam", value="no/such"), "no/such: no model there"),
         (dict(template="qwen", chat_template_args=("a=1",)), "--chat_template_args are for --template own, not qwen"),
     ],
 )  # fmt: skip
