@@ -18,6 +18,7 @@ this file: how flags are checked, where metrics, samples and checkpoints go, how
 split into micro-batches and turned into vectors.
 """
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -331,11 +332,13 @@ def lock(out: Path, world: World):
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "w")  # noqa: SIM115
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise InputError(f"--out {out}: another process writes there: end it, or name another folder") from error
     except OSError as error:
         raise InputError(f"--out {out}: {error}") from error
+    with contextlib.suppress(OSError):  # some file systems of clusters have no locks
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--out {out}: another process writes there: end it, or name another folder") from error
     return file
 
 
