@@ -205,6 +205,7 @@ def read_row(row: dict, where: str) -> Item:
         raise InputError(f"{where}: no shape of row has these columns ({found}); the table of shapes is in README")
     try:
         item = read(row)
+        item.text = _text(row.get("prompt_text") or item.text or "", "'prompt_text'") or None
         item.source = _text(row.get("data_source") or item.source, "'data_source'")
         item.weight = 1.0 if row.get("weight") is None else row["weight"]
         if isinstance(item.weight, bool) or not isinstance(item.weight, (int, float)) or not 0 <= item.weight < 1e300:
