@@ -23,23 +23,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 import behavior_injection as bridge
 from behavior_injection import group_advantages, kernel_scores, model_of, per_step_influence, read_set, row_means
 from common.data import InputError
-from common.metrics import Clock
 from common.report import table
-from common.run import (
-    Grader,
-    Positive,
-    Row,
-    mean,
-    micro_batches,
-    open_sampler,
-    sample_rows,
-    write_lines,
-    write_whole,
-)
+from common.run import Grader, Positive, Row, mean, micro_batches, open_sampler, sample_rows, write_lines, write_whole
 from common.trainer import gather_lists, init_world, launch, load_policy, parse_args, sum_over_ranks
 
 
@@ -77,24 +67,17 @@ def inner(a: list[Tensor], b: list[Tensor]) -> float:
     return sum((x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)).item()
 
 
-def count_sketch(tensors: list[Tensor], codes: list[Tensor], dims: int) -> Tensor:
-    """Project a gradient (a list of tensors) to [dims] such that inner products are kept on average.
+def count_sketch(gradient: list[Tensor], dims: int, seed: int = 0) -> Tensor:
+    """Project a gradient to [dims] such that inner products are kept on average.
 
-    Every number is added to one of the `dims` sums with a sign: `codes` holds 2 x sum + sign for each (int32), the
-    same for all gradients that are compared (`sketch_codes`). The error of <x, y> is about |x| |y| / sqrt(dims)."""
-    out = tensors[0].new_zeros(dims)
-    for values, code in zip(tensors, codes, strict=True):
-        out.index_add_(0, code >> 1, values.flatten() * (1 - 2 * (code & 1)))
-    return out
-
-
-def sketch_codes(parameters: list[Tensor], dims: int, seed: int = 0) -> list[Tensor]:
-    """Random codes for `count_sketch`, a tensor per parameter."""
-    generator, codes = torch.Generator().manual_seed(seed), []
-    for p in parameters:
-        code = torch.randint(2 * dims, (p.numel(),), generator=generator, dtype=torch.int32)
-        codes.append(code.to(p.device))
-    return codes
+    The seed gives each number a sign and one of the `dims` sums, to which it is added. Only sketches of one seed can be
+    compared. The error of <x, y> is about |x| |y| / sqrt(dims)."""
+    device, sums = gradient[0].device, gradient[0].new_zeros(dims)
+    generator = torch.Generator(device).manual_seed(seed)
+    for values in gradient:  # a code is 2 x sum + sign
+        code = torch.randint(2 * dims, (values.numel(),), generator=generator, device=device, dtype=torch.int32)
+        sums.index_add_(0, code >> 1, values.flatten() * (1 - 2 * (code & 1)))
+    return sums
 
 
 # -------------------------------------------------------------------------------------------------- one model
@@ -112,7 +95,6 @@ def influence(arm: str, args: Args, world) -> None:
     recompute = world.device.type == "cuda" and args.gradient_checkpointing != "none"
     policy = load_policy(model, on_cpu, gradient_checkpointing=recompute).to(world.device)
     sampler, grader = open_sampler(policy, tokenizer, args, world), Grader(tokenizer, args.verifier)
-    clock = Clock()
     sampler.sync(policy, version=0)
     n, size = args.influence_queries, args.influence_group
     examples, left_out = read_set("influence", tokenizer, args, traces="ignored")
@@ -129,41 +111,33 @@ def influence(arm: str, args: Args, world) -> None:
         advantages = group_advantages(rewards, torch.tensor([row.group for row in rows]))  # [B]
         return [replace(row, advantage=a) for row, a in zip(rows, advantages.tolist(), strict=True)]
 
-    with clock("sample"):
-        rows = roll_out(0)
-        others = rows if args.influence_self else roll_out(n)
+    rows = roll_out(0)
+    others = rows if args.influence_self else roll_out(n)
     sampler.close()
-    with clock("gradient"):
-        direction = objective_gradient(policy, others, n * size, args, alone)
-        for tensor in direction:
-            sum_over_ranks(tensor, world)
-        norm = math.sqrt(inner(direction, direction))
-    found = []
-    with clock("influence"):
-        for start in range(0, len(rows), size):
-            group = rows[start : start + size]  # the answers to one query
-            gradient = objective_gradient(policy, group, size, args, alone)
-            length, d_j = math.sqrt(inner(gradient, gradient)), inner(gradient, direction)
-            correct = sum(row.reward >= 1 for row in group)
-            found.append({
-                "query": group[0].group, "right": correct, "accuracy": correct / size, "dJ": d_j,
-                "gradient_norm": length, "cosine": d_j / (length * norm) if length and norm else 0.0,
+    direction = objective_gradient(policy, others, n * size, args, alone)
+    for tensor in direction:
+        sum_over_ranks(tensor, world)
+    norm = math.sqrt(inner(direction, direction))
+    kernel_queries = set(random.Random(args.seed).sample(range(n), min(args.kernel_queries, n)))
+    found, sketches = [], []
+    for start in tqdm(range(0, len(rows), size), desc=f"{arm}: influence", unit="query", disable=not world.main):
+        answers = rows[start : start + size]  # to one query
+        gradient = objective_gradient(policy, answers, size, args, alone)
+        length, d_j = math.sqrt(inner(gradient, gradient)), inner(gradient, direction)
+        correct = sum(row.reward >= 1 for row in answers)
+        found.append({
+            "query": answers[0].group, "right": correct, "accuracy": correct / size, "dJ": d_j,
+            "gradient_norm": length, "cosine": d_j / (length * norm) if length and norm else 0.0,
+        })  # fmt: skip
+        for row in answers if answers[0].group in kernel_queries else []:
+            gradient = objective_gradient(policy, [replace(row, advantage=1.0)], 1, args, alone)
+            sketches.append({
+                "query": row.group, "correct": row.reward >= 1, "advantage": row.advantage,
+                "gradient": count_sketch(gradient, args.kernel_dims).cpu(),
             })  # fmt: skip
-    sketches = []
-    with clock("kernel"):
-        kernel_queries = set(random.Random(args.seed).sample(range(n), min(args.kernel_queries, n)))
-        codes = sketch_codes(list(policy.parameters()), args.kernel_dims)
-        for row in rows:
-            if row.group in kernel_queries:
-                gradient = objective_gradient(policy, [replace(row, advantage=1.0)], 1, args, alone)
-                sketches.append({
-                    "query": row.group, "correct": row.reward >= 1, "advantage": row.advantage,
-                    "gradient": count_sketch(gradient, codes, args.kernel_dims).cpu(),
-                })  # fmt: skip
     found = sorted(gather_lists(found, world), key=lambda query: query["query"])
     sketches = sorted(gather_lists(sketches, world), key=lambda sketch: sketch["query"])
-    seconds = {name: max(gather_lists([value], world)) for name, value in clock.flush().items()}
-    summary = summarize(found, size) | kernel_table(sketches) | {"G_norm": norm} | seconds
+    summary = summarize(found, size) | kernel_table(sketches) | {"G_norm": norm}
     if world.main:
         out = Path(args.out, arm, "influence")
         write_lines(out / "queries.jsonl", found)
