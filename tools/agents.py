@@ -27,9 +27,11 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from common.data import InputError
@@ -120,20 +122,20 @@ def parse_action(answer: str) -> str | None:
     return found[1].strip() or None if found else None
 
 
-def turn_end(tokenizer) -> tuple[bool, list[int]]:
-    """Return whether the template puts eos behind an answer, and the ids that end one.
+def turn_end(tokenizer) -> tuple[int | None, list[int]]:
+    """Return the token that the template puts behind an answer (None if it puts none), and all ids that end an answer.
 
-    A template without eos (MiniCPM's) shows an answer, then the mark of the next user turn. If that is one token, it
-    ends an answer too, as the published stop string does."""
+    That token is eos, or another one that closes a turn, such as <|im_end|>. Without one, as in MiniCPM's template, the
+    mark of the next user turn follows. If it is one token, it ends an answer too, as the published stop string does."""
     turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
     talk = [{"role": role, "content": content} for role, content in turns]
-    render_prompt(tokenizer, talk[:1])  # says what is missing without a template
+    render_prompt(tokenizer, talk[:1])  # without a template it raises an error that names the flag
     shown, more = (tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
-    if tokenizer.eos_token in shown.rpartition("answer")[2]:
-        return True, [tokenizer.eos_token_id]
-    mark = more[len(shown) :].partition("question")[0].strip()
-    ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
-    return False, [tokenizer.eos_token_id, *(i for i in ids if mark and tokenizer.decode([i]).strip() == mark)]
+    closing, user_mark = shown.rpartition("answer")[2], more[len(shown) :].partition("question")[0]
+    if tokenizer.eos_token in closing:
+        return tokenizer.eos_token_id, [tokenizer.eos_token_id]
+    tokens = [tokenizer.get_vocab().get(mark.strip()) for mark in (closing, user_mark)]
+    return tokens[0], [tokenizer.eos_token_id, *(token for token in tokens if token is not None)]
 
 
 class Episode:
@@ -142,39 +144,40 @@ class Episode:
     def __init__(self, name: str, number: int, game, tokenizer):
         self.name, self.number, self.game, self.tokenizer = name, number, game, tokenizer
         self.messages = [{"role": "user", "content": game.rules}, {"role": "assistant", "content": "OK"}]
-        self.keeps_eos, self.stops = turn_end(tokenizer)
+        self.closing, self.stops = turn_end(tokenizer)
         self.text, self.ids, self.actions = "", [], []  # text: what the ids stand for, as the template shows it
         self.end = ""  # won | lost | max_turns | no_action | too_long
         self.turns = 0
-        self.hear(game.reset())
+        self.add_observation(game.reset())
 
-    def hear(self, content: str) -> None:
-        """Add what the game says. The ids then end where the model's answer begins."""
+    def add_observation(self, content: str) -> None:
+        """Add what the game shows. The ids then end where the model's answer begins."""
         self.messages.append({"role": "user", "content": content})
         shown = render_prompt(self.tokenizer, self.messages)
         if not shown.startswith(self.text):
             raise InputError(
-                "the chat template shows earlier turns otherwise than when they were said: pass a --chat_template "
-                "that keeps the history as it is"
+                "the chat template changes earlier turns when a turn is added: pass a --chat_template that keeps the "
+                "history as it is"
             )
         new = self.tokenizer(shown[len(self.text) :], add_special_tokens=False)["input_ids"]
         new = new if self.ids else with_bos(new, self.tokenizer)
         self.ids, self.actions, self.text = self.ids + new, self.actions + [0] * len(new), shown
 
-    def say(self, ids: list[int]) -> None:
+    def add_answer(self, ids: list[int]) -> None:
         """Add the model's answer, with the token that ended it, and what the game makes of it.
 
-        Under a template without eos that token, and spaces before it, are not kept: no history shows them."""
+        If the template does not put that token behind an answer, it is not kept, nor are spaces before it: no history
+        shows them."""
         self.turns += 1
         ended, kept = ids[-1] in self.stops, ids
         answer = self.tokenizer.decode(ids[:-1] if ended else ids)
         self.messages.append({"role": "assistant", "content": answer})
         shown = self.tokenizer.apply_chat_template(self.messages, tokenize=False)
-        if self.keeps_eos:
-            said, mark, _ = shown[len(self.text) :].partition(self.tokenizer.eos_token)
+        if ended and ids[-1] == self.closing:
+            said, mark, _ = shown[len(self.text) :].partition(self.tokenizer.decode([self.closing]))
             self.text += said + mark
-        else:
-            kept, said = ids[:-1] if ended else ids, answer.strip()
+        elif ended:
+            kept, said = ids[:-1], answer.strip()
             self.text = shown[: shown.rindex(said) + len(said)]  # what closes a turn comes with the next observation
             while len(kept) > 1 and not self.tokenizer.decode(kept[-1:]).strip():
                 kept = kept[:-1]
@@ -187,15 +190,15 @@ class Episode:
         if done:
             self.end = "won" if won else "lost"
         else:
-            self.hear(f"Observation: {observation}")
+            self.add_observation(f"Observation: {observation}")
 
     def row(self) -> dict:
         """Return the episode as a row for oreo.py, without what follows the last action."""
-        first = self.actions.index(1) if 1 in self.actions else len(self.ids)
-        last = len(self.ids) - self.actions[::-1].index(1) if 1 in self.actions else first
+        acted = [i for i, action in enumerate(self.actions) if action] or [len(self.ids)]
+        first, end = acted[0], acted[-1] + 1
         return {
             "question": self.name, "reward": float(self.end == "won"), "end": self.end, "turns": self.turns,
-            "prompt_ids": self.ids[:first], "response_ids": self.ids[first:last], "actions": self.actions[first:last],
+            "prompt_ids": self.ids[:first], "response_ids": self.ids[first:end], "actions": self.actions[first:end],
             "conversations": self.messages if self.messages[-1]["role"] == "assistant" else self.messages[:-1],
         }  # fmt: skip
 
@@ -366,18 +369,14 @@ def choose(groups: list[list], episodes: list[Episode], value, args: Args, world
         for episode, group in zip(episodes, groups, strict=True) for c in group
     ]  # fmt: skip
     before = sum(gather_lists([len(texts)], world)[: world.rank])
-    values = iter(state_values(value, gather_lists(texts, world), world, args.micro_batch_tokens)[before:])
-    best = []
-    for group in groups:
-        mine = [next(values) for _ in group]
-        best.append(group[mine.index(max(mine))].ids)
-    return best
+    values = state_values(value, gather_lists(texts, world), world, args.micro_batch_tokens)
+    mine = np.reshape(values[before : before + len(texts)], (len(groups), args.candidates))
+    return [group[best].ids for group, best in zip(groups, mine.argmax(1), strict=True)]
 
 
 def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]:
     """Play every game `repeat` times; return the rows of all ranks. Ranks share the games, turn by turn."""
-    jobs = [game for game in find_games(args.games) for _ in range(repeat)]
-    numbers = range(world.rank, len(jobs), world.size)
+    games = [game for game in find_games(args.games) for _ in range(repeat)]
     sampler = make_sampler(
         args.rollout, policy, world, stop_ids=turn_end(tokenizer)[1], max_batch_tokens=args.sampler_tokens,
         max_tokens=args.max_episode_tokens, gpu_memory=args.rollout_gpu_memory,
@@ -385,12 +384,10 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
     sampler.sync(policy, version=0)
     n, greedy = args.candidates if value else 1, args.stage == "evaluate" and not value
     sampling = Sampling(args.max_turn_tokens, 0.0 if greedy else args.temperature)
-    rows, waves = [], -(-len(jobs) // (world.size * args.parallel))
-    for wave in range(waves):
-        episodes = [
-            Episode(jobs[number][0], number, open_game(*jobs[number], args), tokenizer)
-            for number in numbers[wave * args.parallel : (wave + 1) * args.parallel]
-        ]
+    rows, at_once = [], world.size * args.parallel
+    for start in range(0, len(games), at_once):
+        mine = range(len(games))[start : start + at_once][world.rank :: world.size]
+        episodes = [Episode(games[i][0], i, open_game(*games[i], args), tokenizer) for i in mine]
         for turn in range(args.max_turns + 1):
             for e in episodes:
                 if not e.end and turn == args.max_turns:
@@ -402,16 +399,16 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
                 break
             groups = sampler.generate(
                 [e.ids for e in live], n=n, keys=[e.number for e in live], seed=args.seed * 1_000_003 + turn,
-                sampling=sampling, progress=f"wave {wave + 1} of {waves}, turn {turn + 1}" if world.main else None,
+                sampling=sampling, progress=f"{start} of {len(games)} played, turn {turn + 1}" if world.main else None,
             )  # fmt: skip
-            said = choose(groups, live, value, args, world) if value else [g[0].ids for g in groups]
-            for e, ids in zip(live, said, strict=True):
-                e.say(ids)
+            chosen = choose(groups, live, value, args, world) if value else [g[0].ids for g in groups]
+            for e, ids in zip(live, chosen, strict=True):
+                e.add_answer(ids)
         for e in episodes:
             e.game.close()
         rows += [(e.number, e.row()) for e in episodes]
     sampler.close()
-    return [row for _, row in sorted(gather_lists(rows, world), key=lambda row: row[0])]
+    return [row for _, row in sorted(gather_lists(rows, world), key=itemgetter(0))]
 
 
 def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
@@ -422,10 +419,10 @@ def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
         for n in range(1 + args.renamed):
             told = game if not n else RenamedGame(game, other_names(game.things, names_of(args), rng))
             episode = Episode(name if not n else f"{name}, renamed {n}", n, told, tokenizer)
+            end = tokenizer.eos_token_id if episode.closing is None else episode.closing
             for command in told.walkthrough:
                 if not episode.end:
-                    answer = f"Action: {command}{tokenizer.eos_token}"
-                    episode.say(tokenizer(answer, add_special_tokens=False)["input_ids"])
+                    episode.add_answer([*tokenizer(f"Action: {command}", add_special_tokens=False)["input_ids"], end])
             if episode.end != "won":
                 raise InputError(f"--games {args.games}: the walkthrough of {episode.name} does not win it")
             rows.append(episode.row())
