@@ -208,19 +208,20 @@ def test_names_are_replaced_whole_and_the_longest_first():
     assert replace_words("nothing", {}) == "nothing"
 
 
-def test_other_names_are_of_the_same_kind_and_share_no_word():
-    things = {"c": ["box", "red box", "chest"], "k": ["red key", "key"], "o": ["pen"]}
-    mine = {"box": "c", "key": "k", "pen": "o"}
+def test_other_names_are_of_the_same_kind_and_share_no_word(monkeypatch):
+    names = {"c": ["box", "red box", "chest", "trunk"], "k": ["red key", "key"], "o": ["pen"]}
+    monkeypatch.setattr(agents, "NAMES", names)
+    things = {"box": "c", "key": "k", "pen": "o"}
     seen = set()
     for seed in range(50):
-        names = other_names(mine, things, random.Random(seed))
-        assert list(names) == list(mine) and all(new in things[mine[old]] for old, new in names.items())
-        words = [word for new in names.values() for word in new.split()]
+        other = other_names(things, 3, random.Random(seed))
+        assert list(other) == list(things) and all(new in names[things[old]][:3] for old, new in other.items())
+        words = [word for new in other.values() for word in new.split()]
         assert len(words) == len(set(words))  # so each name can be told from the others
-        seen.add(tuple(names.values()))
+        seen.add(tuple(other.values()))
     assert len(seen) == 5  # all there are: 3 x 2 less the two reds together
     with pytest.raises(InputError, match="more things than names of their kind, such as box"):
-        other_names({"trunk": "c", "box": "c"}, {"c": ["box"]}, random.Random(0))
+        other_names({"trunk": "c", "box": "c"}, 1, random.Random(0))
 
 
 @pytest.mark.parametrize(

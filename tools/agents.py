@@ -101,12 +101,8 @@ SCRATCH = dict(
     model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False,
 )  # fmt: skip
-TEXTWORLD = (
-    "You play a text game: you are told what to do and what you see. Answer with one line 'Action: ' and a command, "
-    "after a line 'Thought: ' if you want to think first. Commands are like: look, inventory, go north, "
-    "examine box, open box, take key from table, put key on table, insert key into box, unlock box with key."
-)
-ALFWORLD = Path(__file__).with_name("alfworld_rules.txt").read_text()  # the published text, with its slips
+TEXTWORLD = Path(__file__).with_name("textworld_rules.txt").read_text()
+ALFWORLD = Path(__file__).with_name("alfworld_rules.txt").read_text()  # as published, with its slips
 
 
 # ------------------------------------------------------------------------------------------ the protocol
@@ -209,7 +205,7 @@ class Episode:
 class Game:
     """A game has `rules` (the first turn) and, after a reset, `things` {name: type} and a `walkthrough` that wins it.
 
-    reset() returns the first observation; act(command): what is seen, whether the game is over, whether it is won."""
+    reset() returns the first observation; act(command): the next one, whether the game is over, whether it is won."""
 
     def close(self) -> None:
         self.env.close()
@@ -260,24 +256,24 @@ class AlfworldGame(Game):
 
 
 class RenamedGame(Game):
-    """A TextWorld game with other names for its things. names: {name in the game: name that is said}.
+    """A TextWorld game with other names for its things. names: {old: new}.
 
-    Rooms keep theirs, and so does a thing that the game calls by a part of its name."""
+    Rooms keep their names. So does a thing where the game uses a part of its name."""
 
     def __init__(self, game: Game, names: dict[str, str]):
         self.env = self.game = game
-        self.rules, self.said = game.rules, names
+        self.rules, self.new = game.rules, names
         self.things = {names[name]: type_ for name, type_ in game.things.items()}
-        self.meant = dict.fromkeys(names, "nothing") | {new: old for old, new in names.items()}
+        self.old = dict.fromkeys(names, "nothing") | {new: old for old, new in names.items()}
 
     def reset(self) -> str:
-        text = replace_words(self.game.reset(), self.said)
-        self.walkthrough = [replace_words(command, self.said) for command in self.game.walkthrough]
+        text = replace_words(self.game.reset(), self.new)
+        self.walkthrough = [replace_words(command, self.new) for command in self.game.walkthrough]
         return text
 
     def act(self, command: str) -> tuple[str, bool, bool]:
-        seen, done, won = self.game.act(replace_words(command, self.meant))
-        return replace_words(seen, self.said), done, won
+        seen, done, won = self.game.act(replace_words(command, self.old))
+        return replace_words(seen, self.new), done, won
 
 
 def tidy(text: str) -> str:
@@ -296,15 +292,15 @@ def replace_words(text: str, names: dict[str, str]) -> str:
     return re.sub(rf"\b({pattern})\b", lambda found: names[found[0].lower()], text, flags=re.I) if names else text
 
 
-def other_names(mine: dict[str, str], things: dict[str, list[str]], rng: random.Random) -> dict[str, str]:
-    """Return, for each of a game's things, a name of its type: none twice, and no two that share a word.
+def other_names(things: dict[str, str], count: int, rng: random.Random) -> dict[str, str]:
+    """Return a new name for each of a game's things, of the first `count` of its type: no two new names share a word.
 
     Raises InputError if there are too few names of a type."""
     taken: dict[str, str] = {}
-    for name, type_ in mine.items():
+    for name, type_ in things.items():
         words = {word for other in taken.values() for word in other.lower().split()}
-        free = [one for one in things.get(type_, ()) if not words & set(one.lower().split())]
-        if type_ in things and not free:
+        free = [one for one in NAMES.get(type_, ())[:count] if not words & set(one.lower().split())]
+        if type_ in NAMES and not free:
             raise InputError(f"--names: a game has more things than names of their kind, such as {name}: raise it")
         taken[name] = rng.choice(free or [name])
     return taken
@@ -345,18 +341,13 @@ def make_games(args: Args) -> None:
         textworld.make(options)
 
 
-def names_of(args: Args) -> dict[str, list[str]]:
-    """Return {type: the first --names names of it}."""
-    return {type_: names[: args.names] for type_, names in NAMES.items()}
-
-
 def open_game(name: str, path: str, kind: type, args: Args):
-    """Return a game that can be played. With --names its things have those, the same in every run."""
+    """Return a game that can be played. With --names its things are renamed, alike in every run."""
     game = kind(path)
     if not args.names:
         return game
     game.reset()  # its things are known from here on
-    return RenamedGame(game, other_names(game.things, names_of(args), random.Random(name)))
+    return RenamedGame(game, other_names(game.things, args.names, random.Random(name)))
 
 
 # -------------------------------------------------------------------------------------------------- play
@@ -364,10 +355,7 @@ def open_game(name: str, path: str, kind: type, args: Args):
 
 def choose(groups: list[list], episodes: list[Episode], value, args: Args, world) -> list[list[int]]:
     """Return, of each episode's candidate answers, the one after which V is highest. A collective."""
-    texts = [
-        episode.ids + (c.ids[:-1] if c.ids[-1] in episode.stops else c.ids)
-        for episode, group in zip(episodes, groups, strict=True) for c in group
-    ]  # fmt: skip
+    texts = [e.ids + answer.said for e, group in zip(episodes, groups, strict=True) for answer in group]
     before = sum(gather_lists([len(texts)], world)[: world.rank])
     values = state_values(value, gather_lists(texts, world), world, args.micro_batch_tokens)
     mine = np.reshape(values[before : before + len(texts)], (len(groups), args.candidates))
@@ -382,7 +370,7 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
         max_tokens=args.max_episode_tokens, gpu_memory=args.rollout_gpu_memory,
     )  # fmt: skip
     sampler.sync(policy, version=0)
-    n, greedy = args.candidates if value else 1, args.stage == "evaluate" and not value
+    greedy = args.stage == "evaluate" and not value
     sampling = Sampling(args.max_turn_tokens, 0.0 if greedy else args.temperature)
     rows, at_once = [], world.size * args.parallel
     for start in range(0, len(games), at_once):
@@ -398,8 +386,9 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
             if not any(gather_lists([len(live)], world)):
                 break
             groups = sampler.generate(
-                [e.ids for e in live], n=n, keys=[e.number for e in live], seed=args.seed * 1_000_003 + turn,
-                sampling=sampling, progress=f"{start} of {len(games)} played, turn {turn + 1}" if world.main else None,
+                [e.ids for e in live], n=args.candidates if value else 1, keys=[e.number for e in live],
+                seed=args.seed * 1_000_003 + turn, sampling=sampling,
+                progress=f"{start} of {len(games)} played, turn {turn + 1}" if world.main else None,
             )  # fmt: skip
             chosen = choose(groups, live, value, args, world) if value else [g[0].ids for g in groups]
             for e, ids in zip(live, chosen, strict=True):
@@ -417,10 +406,10 @@ def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
     for name, path, kind in tqdm(find_games(args.games), desc="expert", unit="game"):
         game = open_game(name, path, kind, args)
         for n in range(1 + args.renamed):
-            told = game if not n else RenamedGame(game, other_names(game.things, names_of(args), rng))
-            episode = Episode(name if not n else f"{name}, renamed {n}", n, told, tokenizer)
+            version = game if not n else RenamedGame(game, other_names(game.things, args.names, rng))
+            episode = Episode(name if not n else f"{name}, renamed {n}", n, version, tokenizer)
             end = tokenizer.eos_token_id if episode.closing is None else episode.closing
-            for command in told.walkthrough:
+            for command in version.walkthrough:
                 if not episode.end:
                     episode.add_answer([*tokenizer(f"Action: {command}", add_special_tokens=False)["input_ids"], end])
             if episode.end != "won":
@@ -431,9 +420,9 @@ def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
 
 
 def words_of_games(args: Args) -> list[str]:
-    """Return all that is said when every game is played by its walkthrough, and the names of its things."""
+    """Return all texts of every game when it is played by its walkthrough, and the names of its things."""
     texts = ["OK", "Observation: ", "Thought: ", "Action: "]
-    texts += [f" {name}" for names in names_of(args).values() for name in names]
+    texts += [f" {name}" for names in NAMES.values() for name in names[: args.names]]
     for name, path, kind in find_games(args.games):
         game = open_game(name, path, kind, args)
         texts += [kind.rules, game.reset(), *(f" {thing}" for thing in game.things)]  # some are hidden
@@ -454,7 +443,6 @@ def scratch_model(args: Args, world) -> str:
     """Make a Qwen2 of random weights in OUT/model, with a token for each word of the games; return its path."""
     tokenizer, path = word_tokenizer(words_of_games(args)), Path(args.out) / "model"
     config = dict(SCRATCH, vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
     export(load_policy("scratch", world, from_config=config, seed=args.seed), tokenizer, path, world)
     return str(path)
 
@@ -505,7 +493,6 @@ def main(args: Args) -> dict | None:
         write_lines(path, [row for row in rows if row["response_ids"]])  # without an answer there is nothing to train
         write_whole(path.with_name("results.json"), json.dumps(result, indent=2) + "\n")
         print(f"{path}: {result}")
-    gather_lists([], world)  # nobody leaves before the file is there
     return result
 
 

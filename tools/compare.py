@@ -196,9 +196,10 @@ def to_mathml(formula: str, *, block: bool = False) -> str | None:
     return ElementTree.tostring(tree, encoding="unicode", short_empty_elements=False)
 
 
-def page(runs: list[Run], verifier: str, summary: list[list], limit: int) -> str:
-    """Return the page of samples, one self-contained file: compare.html around the questions on which runs differ."""
-    rates = {key: [mean(rewards_of(run.records[key], verifier)) for run in runs] for key in runs[0].records}
+def page(runs: list[Run], rates: dict[str, list[float]], verifier: str, summary: list[list], limit: int) -> str:
+    """Return the page of samples, one self-contained file: compare.html around the questions on which runs differ.
+
+    rates: the fraction of correct answers of each run, by question."""
     differing = [key for key, values in rates.items() if max(values) > min(values)]
     shown = sorted(differing, key=lambda key: min(rates[key]) - max(rates[key]))[:limit]
     questions = []
@@ -227,17 +228,18 @@ def page_answers(record: dict, verifier: str) -> dict:
     for right in (True, False):
         for answer in [a for a, x in zip(record["answers"], rewards, strict=True) if (x > 0) == right][:1]:
             thought, tag, _ = answer["text"].partition("</think>")
-            verdicts = {
-                v: ("right" if reward > 0 else "wrong" if status == "ok" else status)
-                + "".join(f" ({why})" for why in detail)
-                for v, (reward, status, *detail) in answer["verdicts"].items()
-            }
             shown.append({
-                "right": right, "tokens": answer["tokens"], "truncated": answer["truncated"], "verdicts": verdicts,
-                "thought": thought[-SHOWN:] if tag else None,
-                "html": to_html(after_think(answer["text"]).strip()),
+                "right": right, "tokens": answer["tokens"], "truncated": answer["truncated"],
+                "verdicts": {name: in_words(*verdict) for name, verdict in answer["verdicts"].items()},
+                "thought": thought[-SHOWN:] if tag else None, "html": to_html(after_think(answer["text"]).strip()),
             })  # fmt: skip
     return {"right": sum(x > 0 for x in rewards), "answers": len(rewards), "shown": shown}
+
+
+def in_words(reward: float, status: str, *details: str) -> str:
+    """Return a verdict as text: right, wrong or the verifier's status, then its details in brackets."""
+    verdict = "right" if reward > 0 else "wrong" if status == "ok" else status
+    return verdict + "".join(f" ({detail})" for detail in details)
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -249,12 +251,12 @@ def main(args: Args) -> None:
         raise InputError("two or more folders of evaluations are needed")
     verifier, out = args.verifier, Path(args.out)
     runs = load_runs(args.runs, verifier)
-    names, questions = [run.name for run in runs], {}  # questions: their ids by benchmark
+    names = [run.name for run in runs]
+    rates, by_benchmark = {}, {}
     for key, record in runs[0].records.items():
-        questions.setdefault(record["benchmark"], []).append(key)
-    rates = {b: np.array([[mean(rewards_of(run.records[key], verifier)) for key in keys] for run in runs])
-             for b, keys in questions.items()}  # fmt: skip
-    rows = compare_rates(rates, names)
+        rates[key] = [mean(rewards_of(run.records[key], verifier)) for run in runs]
+        by_benchmark.setdefault(record["benchmark"], []).append(rates[key])
+    rows = compare_rates({name: np.array(found).T for name, found in by_benchmark.items()}, names)
     cells, different = summary_cells(rows, names), different_settings(runs, verifier)
     text = (f"# Comparison\n\npass@1 in percent ± standard error, graded by {verifier}. In brackets: 95 % interval "
             f"of the difference on the same questions (paired bootstrap).\n\n{table(cells)}")  # fmt: skip
@@ -269,7 +271,7 @@ def main(args: Args) -> None:
         writer.writerows(rows)
     bars = {name: {r["benchmark"]: (r["pass@1"], r["se"]) for r in rows if r["run"] == name} for name in names}
     plot_bars(bars, out / "comparison.png")
-    write_whole(out / "comparison.html", page(runs, verifier, cells, args.page_questions))
+    write_whole(out / "comparison.html", page(runs, rates, verifier, cells, args.page_questions))
     print(f"{text}\n{out}/comparison.html shows answers on which the runs differ; comparison.md, .csv, .png")
 
 

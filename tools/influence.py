@@ -143,7 +143,6 @@ def influence(arm: str, args: Args, world) -> None:
         write_lines(out / "queries.jsonl", found)
         write_whole(out / "influence.json", json.dumps(summary, indent=2) + "\n")
         plot({arm: summary}, out / "influence.png")
-    dist.barrier()
 
 
 def summarize(found: list[dict], size: int) -> dict:

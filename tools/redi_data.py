@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 import redi
 from common.checkpoints import digest_of
-from common.data import InputError, check_verifier
+from common.data import InputError
 from common.rows import IN_A_BOX, Example, Item, Trace, data_digest, encode, gold_unreadable, iter_rows, read_row
 from common.run import (
     NotNegative,
     Positive,
     Seed,
     Share,
-    check_ranges,
+    check_flags,
     keep_answers,
     open_sampler,
     open_tokenizer,
@@ -223,9 +223,9 @@ def add_own_answers(problems: list[Item], tokenizer, args: Args, world) -> None:
 
 def kind_of(answer: dict) -> str:
     """Return what an own answer counts as."""
-    verdict = Verdict(answer["reward"], answer["status"], answer["detail"])
     if answer["truncated"]:
         return "cut short"
+    verdict = Verdict(answer["reward"], answer["status"], answer["detail"])
     if verdict.status in ("timeout", "error") or gold_unreadable(verdict):
         return "not graded"
     return "right" if verdict.reward else "wrong"
@@ -236,8 +236,7 @@ def kind_of(answer: dict) -> str:
 
 def main(args: Args) -> None:
     """Write positives.jsonl, pairs.jsonl and funnel.json; print the funnel."""
-    check_ranges(args)
-    check_verifier(args.verifier)
+    check_flags(args)
     world = init_world(args.timeout_minutes)
     tokenizer = open_tokenizer(args.model, args)
     training = redi.Args(
