@@ -27,7 +27,6 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -101,8 +100,6 @@ SCRATCH = dict(
     model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False,
 )  # fmt: skip
-TEXTWORLD = Path(__file__).with_name("textworld_rules.txt").read_text()
-ALFWORLD = Path(__file__).with_name("alfworld_rules.txt").read_text()  # as published, with its slips
 
 
 # ------------------------------------------------------------------------------------------ the protocol
@@ -130,7 +127,8 @@ def turn_end(tokenizer) -> tuple[int | None, list[int]]:
     closing, user_mark = shown.rpartition("answer")[2], more[len(shown) :].partition("question")[0]
     if tokenizer.eos_token in closing:
         return tokenizer.eos_token_id, [tokenizer.eos_token_id]
-    tokens = [tokenizer.get_vocab().get(mark.strip()) for mark in (closing, user_mark)]
+    tokens = tokenizer.convert_tokens_to_ids([closing.strip(), user_mark.strip()])
+    tokens = [None if token == tokenizer.unk_token_id else token for token in tokens]
     return tokens[0], [tokenizer.eos_token_id, *(token for token in tokens if token is not None)]
 
 
@@ -214,7 +212,7 @@ class Game:
 class TextWorldGame(Game):
     """A generated TextWorld game (a .z8 file)."""
 
-    rules = TEXTWORLD
+    rules = Path(__file__).with_name("textworld_rules.txt").read_text()
 
     def __init__(self, path: str):
         import textworld
@@ -236,7 +234,7 @@ class TextWorldGame(Game):
 class AlfworldGame(Game):
     """A game of ALFWorld (a game.tw-pddl file), by the package's own TextWorld environment."""
 
-    rules = ALFWORLD
+    rules = Path(__file__).with_name("alfworld_rules.txt").read_text()  # as published, with its slips
     things: dict[str, str] = {}  # unknown
 
     def __init__(self, path: str):
@@ -397,7 +395,7 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
             e.game.close()
         rows += [(e.number, e.row()) for e in episodes]
     sampler.close()
-    return [row for _, row in sorted(gather_lists(rows, world), key=itemgetter(0))]
+    return [row for _, row in sorted(gather_lists(rows, world), key=lambda pair: pair[0])]
 
 
 def play_walkthroughs(args: Args, tokenizer) -> list[dict]:

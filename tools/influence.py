@@ -182,11 +182,11 @@ def kernel_table(sketches: list[dict]) -> dict:
                 found[f"{where} query, {name}"] = {
                     "K": kernel[pairs].mean().item(), "cosine": cosines[pairs].mean().item(), "pairs": int(pairs.sum()),
                 }  # fmt: skip
-    with_own, without = (
-        per_step_influence(kernel_scores(kernel, advantages, left_out), advantages, groups)[0].mean().item()
-        for left_out in (None, groups)
-    )
-    return {"kernel": found, "kernel_dJ": {"with own answers": with_own, "without": without}}
+    d_j = {}
+    for name, left_out in (("with own answers", None), ("without", groups)):
+        scores = kernel_scores(kernel, advantages, left_out)
+        d_j[name] = per_step_influence(scores, advantages, groups)[0].mean().item()
+    return {"kernel": found, "kernel_dJ": d_j}
 
 
 # -------------------------------------------------------------------------------------------------- all arms

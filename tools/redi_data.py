@@ -108,14 +108,13 @@ def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[b
 def read_problem(row: dict, where: str, args: Args) -> Item | str:
     """Return a row of any shape in common/rows.py as an item with its first correct and its first incorrect trace, or
     the name of the rule that leaves it out."""
-    graded = None
-    if isinstance(row, dict) and "generations" in row:
-        graded = grade_openr1(row, args.drop_sources, args.right_if)
+    of_openr1 = isinstance(row, dict) and "generations" in row
+    graded = grade_openr1(row, args.drop_sources, args.right_if) if of_openr1 else []
     if isinstance(graded, str):
         return graded
     item = read_row(row, where)
     item.source = str(row.get("source") or item.source)
-    for trace, correct in zip(item.traces, graded or []):
+    for trace, correct in zip(item.traces, graded):
         trace.reward = float(correct)
     item.traces = [trace for trace in (item.first(correct=True), item.first(correct=False)) if trace]
     return item
