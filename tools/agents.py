@@ -102,9 +102,6 @@ SCRATCH = dict(
 )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ the protocol
-
-
 def parse_action(answer: str) -> str | None:
     """Return the command of an answer: the rest of the line after the first "Action: "; None if there is none.
 
@@ -149,10 +146,7 @@ class Episode:
         self.messages.append({"role": "user", "content": content})
         shown = render_prompt(self.tokenizer, self.messages)
         if not shown.startswith(self.text):
-            raise InputError(
-                "the chat template changes earlier turns when a turn is added: pass a --chat_template that keeps the "
-                "history as it is"
-            )
+            raise InputError("the chat template changes earlier turns: pass a --chat_template that leaves them alone")
         new = self.tokenizer(shown[len(self.text) :], add_special_tokens=False)["input_ids"]
         new = new if self.ids else with_bos(new, self.tokenizer)
         self.ids, self.actions, self.text = self.ids + new, self.actions + [0] * len(new), shown
@@ -195,9 +189,6 @@ class Episode:
             "prompt_ids": self.ids[:first], "response_ids": self.ids[first:end], "actions": self.actions[first:end],
             "conversations": self.messages if self.messages[-1]["role"] == "assistant" else self.messages[:-1],
         }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------- the games
 
 
 class Game:
@@ -346,9 +337,6 @@ def open_game(name: str, path: str, kind: type, args: Args):
         return game
     game.reset()  # its things are known from here on
     return RenamedGame(game, other_names(game.things, args.names, random.Random(name)))
-
-
-# -------------------------------------------------------------------------------------------------- play
 
 
 def choose(groups: list[list], episodes: list[Episode], value, args: Args, world) -> list[list[int]]:

@@ -68,9 +68,6 @@ def load_runs(folders: tuple[str, ...], verifier: str) -> list[Run]:
     return runs
 
 
-# ------------------------------------------------------------------------------------------ the mathematics
-
-
 def bootstrap_interval(differences: list[np.ndarray], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of the mean over benchmarks of their mean difference, by resampling questions.
 
@@ -110,9 +107,6 @@ def compare_rates(rates: dict[str, np.ndarray], names: list[str]) -> list[dict]:
     return rows
 
 
-# --------------------------------------------------------------------------------------------------- tables
-
-
 def percent(row: dict) -> str:
     """Return pass@1 in percent, with its standard error if it is known."""
     return f"{100 * row['pass@1']:.1f}" + (f" ± {100 * row['se']:.1f}" if row["se"] is not None else "")
@@ -143,7 +137,6 @@ def different_settings(runs: list[Run], verifier: str) -> list[list]:
     return [["", *(run.name for run in runs)], *(row for row in rows if any(value != row[1] for value in row[2:]))]
 
 
-# ------------------------------------------------------------------------------------------------- the page
 # What is on it was written by models: the page gets it as data and shows it as text. Formulas are turned into MathML
 # here. Only the elements and attributes listed pass: the converter makes links of \href and does not escape \text. The
 # page's policy lets no script run but its own.
@@ -240,9 +233,6 @@ def in_words(reward: float, status: str, *details: str) -> str:
     """Return a verdict as text: right, wrong or the verifier's status, then its details in brackets."""
     verdict = "right" if reward > 0 else "wrong" if status == "ok" else status
     return verdict + "".join(f" ({detail})" for detail in details)
-
-
-# --------------------------------------------------------------------------------------------------------- main
 
 
 def main(args: Args) -> None:

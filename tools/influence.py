@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 2 -m tools.influence --out OUT --arms bridge   on two GPUs; OUT is the run of --stage sft
 
 dJ(q) = <G, grad J(q)>: how much an RL step raises the objective J of one question, the query q (Eq. 5). The tool writes
-OUT/ARM/influence/ (influence.json, influence.png, queries.jsonl) for every arm. Then it writes OUT/influence.png and
-prints a table, of all arms that were measured. OUT/data/influence.jsonl may hold your own queries; else it is made. The
-docs page of behavior_injection.py has the details. In short:
+OUT/ARM/influence/ (influence.json, influence.png, queries.jsonl) for every arm. Then OUT/influence.png and a printed
+table compare all arms that were measured so far. OUT/data/influence.jsonl may hold your own queries; else it is made.
+The docs page of behavior_injection.py has the details. In short:
 
 - G is the gradient of J, by backpropagation from sampled answers to other questions than the queries
   (--influence_self: from the answers to the queries, as in the paper).
@@ -45,15 +45,11 @@ class Args(bridge.Args):
 PRESETS = bridge.PRESETS | {"tiny": bridge.PRESETS["tiny"] | dict(influence_queries=200)}
 
 
-# -------------------------------------------------------------------------------------------------- gradients
-
-
 def objective_gradient(policy, rows: list[Row], n_rows: int, args: Args, world) -> list[Tensor]:
     """(1 / n_rows) sum_i A_i grad log pi(o_i | q_i) over these rows, on this rank alone; a tensor per parameter.
 
     log pi is the mean over an answer's tokens. Rows without an advantage have no gradient and cost nothing."""
     rows = [row for row in rows if row.advantage]
-    policy.zero_grad()
     for batch, mine in micro_batches(rows, args, world):
         logp = row_means(policy(batch, temperature=args.temperature), batch, mine)  # [rows]
         ((logp * logp.new_tensor([row.advantage for row in mine])).sum() / n_rows).backward()
@@ -78,9 +74,6 @@ def count_sketch(gradient: list[Tensor], dims: int, seed: int = 0) -> Tensor:
         code = torch.randint(2 * dims, (values.numel(),), generator=generator, device=device, dtype=torch.int32)
         sums.index_add_(0, code >> 1, values.flatten() * (1 - 2 * (code & 1)))
     return sums
-
-
-# -------------------------------------------------------------------------------------------------- one model
 
 
 def influence(arm: str, args: Args, world) -> None:
@@ -123,7 +116,8 @@ def influence(arm: str, args: Args, world) -> None:
     for start in tqdm(range(0, len(rows), size), desc=f"{arm}: influence", unit="query", disable=not world.main):
         answers = rows[start : start + size]  # to one query
         gradient = objective_gradient(policy, answers, size, args, alone)
-        length, d_j = math.sqrt(inner(gradient, gradient)), inner(gradient, direction)
+        length = math.sqrt(inner(gradient, gradient))
+        d_j = inner(gradient, direction)
         correct = sum(row.reward >= 1 for row in answers)
         found.append({
             "query": answers[0].group, "right": correct, "accuracy": correct / size, "dJ": d_j,
@@ -187,9 +181,6 @@ def kernel_table(sketches: list[dict]) -> dict:
         scores = kernel_scores(kernel, advantages, left_out)
         d_j[name] = per_step_influence(scores, advantages, groups)[0].mean().item()
     return {"kernel": found, "kernel_dJ": d_j}
-
-
-# -------------------------------------------------------------------------------------------------- all arms
 
 
 def plot(summaries: dict[str, dict], path: Path) -> None:

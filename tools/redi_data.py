@@ -79,10 +79,6 @@ PRESETS = {
                  max_response_tokens=160, own_answers=4),
 }  # fmt: skip
 
-
-# ------------------------------------------------------------------------------------------------ selection
-
-
 ACCEPTED = {"llama": itemgetter(0), "math_verify": itemgetter(1), "both": all, "either": any}  # (llama, math_verify)
 
 
@@ -172,9 +168,6 @@ def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list
     return problems, {"rows": len(problems) - sum(dropped.values()), **dict(sorted(dropped.items()))}
 
 
-# ---------------------------------------------------------------------------------------------- own answers
-
-
 def add_own_answers(problems: list[Item], tokenizer, args: Args, world) -> None:
     """Sample answers of --model to the problems that lack a correct or an incorrect trace, and add them as traces.
     Counts go to own_answers.json. The answers are kept: if the command is killed, the same command resumes.
@@ -228,9 +221,6 @@ def kind_of(answer: dict) -> str:
     if verdict.status in ("timeout", "error") or gold_unreadable(verdict):
         return "not graded"
     return "right" if verdict.reward else "wrong"
-
-
-# ------------------------------------------------------------------------------------------------- the files
 
 
 def main(args: Args) -> None:
