@@ -88,6 +88,7 @@ def read_row(row: dict, where: str) -> Item:
         if not _blank(row.get("system")) and item.prompt[:1] and item.prompt[0]["role"] != "system":
             system = [{"role": "system", "content": _text(row["system"], "'system'")}]
             item.prompt, item.conversation = system + item.prompt, item.conversation and system + item.conversation
+        item.text = _text(row.get("prompt_text") or item.text or "", "'prompt_text'") or None
         item.source = _text(row.get("data_source") or item.source, "'data_source'")
         item.weight = 1.0 if row.get("weight") is None else row["weight"]
         if isinstance(item.weight, bool) or not isinstance(item.weight, (int, float)) or not 0 <= item.weight < 1e300:

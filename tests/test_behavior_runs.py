@@ -194,17 +194,12 @@ def test_the_gradient_and_the_influence_are_the_same_for_one_and_two_ranks(pipel
             assert one_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
             assert two_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     one, two = (read(at / "bridge/influence/queries.jsonl") for at in (pipeline, folder))
-    size = max(abs(row["dJ"]) for row in one)  # a central difference in float32 is exact to its largest value only
+    size = max(abs(row["dJ"]) for row in one)
     for a, b in zip(one, two, strict=True):
-        assert b == pytest.approx(a, rel=1e-3, abs=1e-3 * size)
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5 * size)
     one, two = (json.loads((at / "bridge/influence/influence.json").read_text()) for at in (pipeline, folder))
     for pair, values in one["kernel"].items():
         assert two["kernel"][pair] == pytest.approx(values, rel=1e-3, abs=1e-5)
-
-
-def test_the_difference_along_g_agrees_with_the_inner_product_of_gradients(pipeline):
-    for arm in ("vanilla", "bridge"):
-        assert json.loads((pipeline / arm / "influence" / "influence.json").read_text())["relative_error"] < 2e-3
 
 
 def test_the_own_influence_is_in_the_papers_form_only(folder, monkeypatch):
@@ -215,7 +210,7 @@ def test_the_own_influence_is_in_the_papers_form_only(folder, monkeypatch):
         queries = read(folder / "bridge" / "influence" / "queries.jsonl")
         # G of the queries themselves: mean dJ = <mean grad J(q), G> = |G|^2
         squared = pytest.approx(found["G_norm"] ** 2, rel=0.01)
-        assert (sum(q["dJ_inner"] for q in queries) / 6 == squared) == own
+        assert (sum(q["dJ"] for q in queries) / 6 == squared) == own
     assert found["kernel_dJ"]["with own answers"] > found["kernel_dJ"]["without"]
 
 

@@ -110,7 +110,7 @@ def test_the_action_is_the_rest_of_the_first_action_line(answer, command):
 def test_an_episode_is_a_row_of_the_ids_that_were_drawn_with_the_answers_as_actions():
     episode = Episode("door", 0, Door(""), TOKENIZER)
     for answer in ("Thought: I wait\nAction: open door<|eos|>", "Action: go out<|eos|>"):
-        episode.say(ids(answer))
+        episode.add_answer(ids(answer))
     row = episode.row()
     assert (row["reward"], row["end"], row["turns"]) == (1.0, "won", 2)
     shown = TOKENIZER.decode(row["prompt_ids"])
@@ -208,19 +208,20 @@ def test_names_are_replaced_whole_and_the_longest_first():
     assert replace_words("nothing", {}) == "nothing"
 
 
-def test_other_names_are_of_the_same_kind_and_share_no_word():
-    things = {"c": ["box", "red box", "chest"], "k": ["red key", "key"], "o": ["pen"]}
-    mine = {"box": "c", "key": "k", "pen": "o"}
+def test_other_names_are_of_the_same_kind_and_share_no_word(monkeypatch):
+    names = {"c": ["box", "red box", "chest", "trunk"], "k": ["red key", "key"], "o": ["pen"]}
+    monkeypatch.setattr(agents, "NAMES", names)
+    things = {"box": "c", "key": "k", "pen": "o"}
     seen = set()
     for seed in range(50):
-        names = other_names(mine, things, random.Random(seed))
-        assert list(names) == list(mine) and all(new in things[mine[old]] for old, new in names.items())
-        words = [word for new in names.values() for word in new.split()]
+        other = other_names(things, 3, random.Random(seed))
+        assert list(other) == list(things) and all(new in names[things[old]][:3] for old, new in other.items())
+        words = [word for new in other.values() for word in new.split()]
         assert len(words) == len(set(words))  # so each name can be told from the others
-        seen.add(tuple(names.values()))
+        seen.add(tuple(other.values()))
     assert len(seen) == 5  # all there are: 3 x 2 less the two reds together
     with pytest.raises(InputError, match="more things than names of their kind, such as box"):
-        other_names({"trunk": "c", "box": "c"}, {"c": ["box"]}, random.Random(0))
+        other_names({"trunk": "c", "box": "c"}, 1, random.Random(0))
 
 
 @pytest.mark.parametrize(
@@ -317,15 +318,40 @@ MINICPM = (
 )
 
 
-@pytest.mark.parametrize("end", ["<|eos|>", " <|eos|>", "<|user|>"])
-def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_answer_too(end):
-    assert agents.turn_end(TOKENIZER) == (True, [TOKENIZER.eos_token_id])
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "<|eos|>"])
+def test_a_template_that_closes_turns_with_another_token_than_eos_ends_answers_with_it_too(end):
+    """ChatML of a base model: <|im_end|> closes a turn, and eos is <|endoftext|>."""
     tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = MINICPM
-    assert agents.turn_end(tokenizer) == (False, ids("<|eos|><|user|>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = CHATML
+    [closing] = tokenizer("<|end|>", add_special_tokens=False)["input_ids"]
+    assert agents.turn_end(tokenizer) == (closing, [tokenizer.eos_token_id, closing, *ids("<|user|>")])
     episode = Episode("door", 0, Door(""), tokenizer)
     for answer in ("Action: open door", "Action: go out"):
-        episode.say(ids(answer + end))
+        episode.add_answer(tokenizer(answer + end, add_special_tokens=False)["input_ids"])
+    assert episode.end == "won"
+    kept = end if end == "<|end|>" else ""  # the answer holds what ended it, if the history shows that
+    shown = tokenizer.apply_chat_template(episode.messages, tokenize=False)
+    assert tokenizer.decode(episode.ids) == shown.removesuffix("\n" if kept else "<|end|>\n")
+    acted = [i for i, action in zip(episode.ids, episode.actions, strict=True) if action]
+    assert tokenizer.decode(acted) == f"Action: open door{kept}Action: go out{kept}"
+
+
+@pytest.mark.parametrize("end", ["<|eos|>", " <|eos|>", "<|user|>"])
+def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_answer_too(end):
+    assert agents.turn_end(TOKENIZER) == (TOKENIZER.eos_token_id, [TOKENIZER.eos_token_id])
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = MINICPM
+    assert agents.turn_end(tokenizer) == (None, ids("<|eos|><|user|>"))
+    episode = Episode("door", 0, Door(""), tokenizer)
+    for answer in ("Action: open door", "Action: go out"):
+        episode.add_answer(ids(answer + end))
     row = episode.row()
     assert row["end"] == "won"
     shown = "<|user|>Open the door and go.<|assistant|>OK<|user|>A door.<|assistant|>"
@@ -342,7 +368,7 @@ def test_what_closes_a_turn_in_a_template_without_eos_is_in_the_ids_and_no_actio
     tokenizer.chat_template = closed
     episode = Episode("door", 0, Door(""), tokenizer)
     for answer in ("Action: open door", "Action: go out"):
-        episode.say(ids(f"{answer}<|eos|>"))
+        episode.add_answer(ids(f"{answer}<|eos|>"))
     shown = tokenizer.apply_chat_template(episode.messages, tokenize=False)
     assert TOKENIZER.decode(episode.ids) == shown.removesuffix("\n")
     acted = [i for i, action in zip(episode.ids, episode.actions, strict=True) if action]
@@ -353,13 +379,12 @@ def test_an_answer_that_is_eos_alone_is_an_episode_without_an_action():
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = MINICPM
     episode = Episode("door", 0, Door(""), tokenizer)
-    episode.say([TOKENIZER.eos_token_id])
+    episode.add_answer([TOKENIZER.eos_token_id])
     row = episode.row()
     assert (row["end"], row["turns"], row["response_ids"], row["actions"]) == ("no_action", 1, [], [])
 
 
 def test_the_published_rules_are_alfworlds_and_word_for_word():
-    text = agents.ALFWORLD
+    text = agents.AlfworldGame.rules
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "1315010838ff752b"
     assert "2. task {obj} from {recep}\n" in text and ':"Thought: your thoughts.\\nAction: ' in text
-    assert agents.AlfworldGame.rules == text

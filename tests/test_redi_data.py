@@ -10,22 +10,27 @@ import redi
 from common.data import InputError
 from common.metrics import read_metrics
 from common.rollout import Completion
-from common.rows import Trace
+from common.rows import Item, Trace
 from common.trainer import load_tokenizer, parse_args
 from tests.test_luffy_math import ONE_RANK
 from tests.test_redi_math import VECTORS
 from tests.test_redi_runs import SMALL, write
 from tests.test_wiring import Asked
 from tools import redi_data
-from tools.redi_data import Args, Problem, choose_openr1, read_problem
+from tools.redi_data import Args, grade_openr1, read_problem
 
 # ---------------------------------------------------------------------------------------- which traces are taken
 
 
+def first_of_both(verdicts):
+    """The numbers of the first correct and of the first incorrect generation."""
+    return tuple(verdicts.index(kind) if kind in verdicts else None for kind in (True, False))
+
+
 def test_openr1_selection_keeps_the_published_rows():
     expected = VECTORS["data_selection"]["outputs"]
-    chosen = {r["original_index"]: choose_openr1(r) for r in VECTORS["data_selection"]["inputs"]}
-    kept = {i: c for i, c in chosen.items() if not isinstance(c, str)}
+    chosen = {r["original_index"]: grade_openr1(r) for r in VECTORS["data_selection"]["inputs"]}
+    kept = {i: first_of_both(c) for i, c in chosen.items() if not isinstance(c, str)}
     assert [[i, right] for i, (right, _) in kept.items() if right is not None] == expected["sft_LandMV"]
     assert [[i, *both] for i, both in kept.items() if None not in both] == expected["pairs"]
     reasons = [c for c in chosen.values() if isinstance(c, str)]
@@ -49,11 +54,12 @@ def test_graded_traces_of_three_forms_give_the_first_right_and_the_first_wrong_o
     ]  # fmt: skip
     for row in rows:
         problem = read_problem(row, "row 0", Args())
-        assert problem == Problem([{"role": "user", "content": "p"}], Trace("y"), Trace("x", 0.0), "4", "s", "p")
+        assert problem == Item([{"role": "user", "content": "p"}], "p", "4", [Trace("y"), Trace("x", 0.0)], "s")
     luffys = {"prompt": [{"role": "user", "content": "p"}], "target": "y", "reward_model": {"ground_truth": 0}}
     assert read_problem(luffys, "row 0", Args()).gold == "0"
     gsm8k = read_problem({"question": "p", "answer": "so\n#### 1,000"}, "row 0", Args())
-    assert gsm8k.gold == "1000" and gsm8k.chosen.text.startswith("<think>\nso") and gsm8k.rejected is None
+    [trace] = gsm8k.traces
+    assert gsm8k.gold == "1000" and trace.text.startswith("<think>\nso") and trace.reward == 1
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,9 @@ def test_which_verifier_makes_a_trace_right(right_if, chosen):
     row = {"problem_is_valid": "Yes", "source": "olympiads", "problem": "p", "generations": ["a", "b", "c", "d"],
            "correctness": {"llama_verification": [True, False, True, False],
                            "math_verify_reparsed_answer": [False, True, True, None]}}  # fmt: skip
-    assert choose_openr1(row, right_if=right_if) == chosen
+    assert first_of_both(grade_openr1(row, right_if=right_if)) == chosen
+    traces = read_problem(row, "row 0", Args(right_if=right_if)).traces
+    assert [t.text for t in traces] == ["abcd"[i] for i in chosen]
 
 
 def test_other_sources_can_be_left_out():
@@ -135,7 +143,7 @@ def test_what_a_model_drew_keeps_its_ids_in_both_files(tmp_path, monkeypatch):
 
     def answer(problems, *_):
         for problem in problems:
-            problem.chosen = problem.chosen or Trace(tokenizer.decode(drawn[:-1]), 1.0, drawn)
+            problem.traces.append(Trace(tokenizer.decode(drawn[:-1]), 1.0, drawn))
 
     monkeypatch.setattr(redi_data, "add_own_answers", answer)
     graded = [{"prompt": "a=22\na?", "responses": ["a=6"], "rewards": [0], "answer": "22"}]
@@ -191,11 +199,34 @@ def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(t
 
     monkeypatch.setattr(redi_data, "open_sampler", lambda *_: Three())
     turns = [{"role": "user", "content": "a=1\na?"}]
-    problems = [Problem(turns, Trace("x"), None, "9", ""), Problem(turns, None, Trace("y", 0.0), "9", "")]
+    problems = [Item(turns, "", "9", [Trace("x")]), Item(turns, "", "9", [Trace("y", 0.0)])]
     args = Args(model="models/tiny", out=str(tmp_path), verifier="boxed", own_answers=3)
     redi_data.add_own_answers(problems, tokenizer, args, ONE_RANK)
-    assert problems[0].rejected == Trace("a=1", 0.0, answers[0]) and problems[0].chosen == Trace("x")
-    assert problems[1].rejected == Trace("y", 0.0) and problems[1].chosen is None
+    assert problems[0].first(correct=False) == Trace("a=1", 0.0, answers[0])
+    assert problems[0].first(correct=True) == Trace("x")
+    assert problems[1].first(correct=False) == Trace("y", 0.0) and not problems[1].first(correct=True)
+
+
+def test_a_prompt_that_is_rendered_gets_no_template(tmp_path, monkeypatch):
+    """OREO's rows hold it as text beside a response and its reward. It is asked and written as it is."""
+    tokenizer = load_tokenizer("models/tiny")
+    shown = "<|user|>a=5\na?<|assistant|><think>\n"
+    prompt = tokenizer(shown, add_special_tokens=False)["input_ids"]
+    asked = []
+
+    class One(Asked):
+        def generate(self, prompts, *, drawn, **_):
+            asked.extend(prompts)
+            drawn(0, [Completion([*tokenizer("a=6")["input_ids"], tokenizer.eos_token_id], [0.0] * 3, "stop")])
+
+    monkeypatch.setattr(redi_data, "open_sampler", lambda *_: One())
+    graded = [{"prompt": shown, "response": "a=5", "reward": 1, "answer": "5"}]
+    make(tmp_path / "data", "--own_answers", 1, "--data", write(tmp_path / "rows.jsonl", graded))
+    assert asked == [prompt]
+    for stage, name in (("sft", "positives"), ("redi", "pairs")):
+        rows = [json.loads(line) for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
+        [pair], _ = redi.make_pairs(rows, tokenizer, settings("--stage", stage), source=name)
+        assert list(pair.prompt) == prompt
 
 
 def test_without_a_pair_the_remedy_is_named(tmp_path):

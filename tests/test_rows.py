@@ -312,7 +312,7 @@ def test_every_script_reads_every_shape(shape, tmp_path):
         [pair], _ = redi.make_pairs([row], TOKENIZER, redi.Args(), source=path)
         assert (bool(pair.chosen), bool(pair.rejected)) == (bool(correct), bool(incorrect))
         problem = redi_data.read_problem(row, "row 0", redi_data.Args())
-        assert (problem.chosen is not None, problem.gold) == (bool(correct), gold)
+        assert (bool(problem.first(correct=True)), problem.gold) == (bool(correct), gold)
 
 
 ASK, TURN = "2+2?", {"role": "user", "content": "2+2?"}

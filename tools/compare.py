@@ -68,9 +68,6 @@ def load_runs(folders: tuple[str, ...], verifier: str) -> list[Run]:
     return runs
 
 
-# ------------------------------------------------------------------------------------------ the mathematics
-
-
 def bootstrap_interval(differences: list[np.ndarray], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of the mean over benchmarks of their mean difference, by resampling questions.
 
@@ -110,9 +107,6 @@ def compare_rates(rates: dict[str, np.ndarray], names: list[str]) -> list[dict]:
     return rows
 
 
-# --------------------------------------------------------------------------------------------------- tables
-
-
 def percent(row: dict) -> str:
     """Return pass@1 in percent, with its standard error if it is known."""
     return f"{100 * row['pass@1']:.1f}" + (f" ± {100 * row['se']:.1f}" if row["se"] is not None else "")
@@ -143,7 +137,6 @@ def different_settings(runs: list[Run], verifier: str) -> list[list]:
     return [["", *(run.name for run in runs)], *(row for row in rows if any(value != row[1] for value in row[2:]))]
 
 
-# ------------------------------------------------------------------------------------------------- the page
 # What is on it was written by models: the page gets it as data and shows it as text. Formulas are turned into MathML
 # here. Only the elements and attributes listed pass: the converter makes links of \href and does not escape \text. The
 # page's policy lets no script run but its own.
@@ -196,9 +189,10 @@ def to_mathml(formula: str, *, block: bool = False) -> str | None:
     return ElementTree.tostring(tree, encoding="unicode", short_empty_elements=False)
 
 
-def page(runs: list[Run], verifier: str, summary: list[list], limit: int) -> str:
-    """Return the page of samples, one self-contained file: compare.html around the questions on which runs differ."""
-    rates = {key: [mean(rewards_of(run.records[key], verifier)) for run in runs] for key in runs[0].records}
+def page(runs: list[Run], rates: dict[str, list[float]], verifier: str, summary: list[list], limit: int) -> str:
+    """Return the page of samples, one self-contained file: compare.html around the questions on which runs differ.
+
+    rates: the fraction of correct answers of each run, by question."""
     differing = [key for key, values in rates.items() if max(values) > min(values)]
     shown = sorted(differing, key=lambda key: min(rates[key]) - max(rates[key]))[:limit]
     questions = []
@@ -227,20 +221,18 @@ def page_answers(record: dict, verifier: str) -> dict:
     for right in (True, False):
         for answer in [a for a, x in zip(record["answers"], rewards, strict=True) if (x > 0) == right][:1]:
             thought, tag, _ = answer["text"].partition("</think>")
-            verdicts = {
-                v: ("right" if reward > 0 else "wrong" if status == "ok" else status)
-                + "".join(f" ({why})" for why in detail)
-                for v, (reward, status, *detail) in answer["verdicts"].items()
-            }
             shown.append({
-                "right": right, "tokens": answer["tokens"], "truncated": answer["truncated"], "verdicts": verdicts,
-                "thought": thought[-SHOWN:] if tag else None,
-                "html": to_html(after_think(answer["text"]).strip()),
+                "right": right, "tokens": answer["tokens"], "truncated": answer["truncated"],
+                "verdicts": {name: in_words(*verdict) for name, verdict in answer["verdicts"].items()},
+                "thought": thought[-SHOWN:] if tag else None, "html": to_html(after_think(answer["text"]).strip()),
             })  # fmt: skip
     return {"right": sum(x > 0 for x in rewards), "answers": len(rewards), "shown": shown}
 
 
-# --------------------------------------------------------------------------------------------------------- main
+def in_words(reward: float, status: str, *details: str) -> str:
+    """Return a verdict as text: right, wrong or the verifier's status, then its details in brackets."""
+    verdict = "right" if reward > 0 else "wrong" if status == "ok" else status
+    return verdict + "".join(f" ({detail})" for detail in details)
 
 
 def main(args: Args) -> None:
@@ -249,12 +241,12 @@ def main(args: Args) -> None:
         raise InputError("two or more folders of evaluations are needed")
     verifier, out = args.verifier, Path(args.out)
     runs = load_runs(args.runs, verifier)
-    names, questions = [run.name for run in runs], {}  # questions: their ids by benchmark
+    names = [run.name for run in runs]
+    rates, by_benchmark = {}, {}
     for key, record in runs[0].records.items():
-        questions.setdefault(record["benchmark"], []).append(key)
-    rates = {b: np.array([[mean(rewards_of(run.records[key], verifier)) for key in keys] for run in runs])
-             for b, keys in questions.items()}  # fmt: skip
-    rows = compare_rates(rates, names)
+        rates[key] = [mean(rewards_of(run.records[key], verifier)) for run in runs]
+        by_benchmark.setdefault(record["benchmark"], []).append(rates[key])
+    rows = compare_rates({name: np.array(found).T for name, found in by_benchmark.items()}, names)
     cells, different = summary_cells(rows, names), different_settings(runs, verifier)
     text = (f"# Comparison\n\npass@1 in percent ± standard error, graded by {verifier}. In brackets: 95 % interval "
             f"of the difference on the same questions (paired bootstrap).\n\n{table(cells)}")  # fmt: skip
@@ -269,7 +261,7 @@ def main(args: Args) -> None:
         writer.writerows(rows)
     bars = {name: {r["benchmark"]: (r["pass@1"], r["se"]) for r in rows if r["run"] == name} for name in names}
     plot_bars(bars, out / "comparison.png")
-    write_whole(out / "comparison.html", page(runs, verifier, cells, args.page_questions))
+    write_whole(out / "comparison.html", page(runs, rates, verifier, cells, args.page_questions))
     print(f"{text}\n{out}/comparison.html shows answers on which the runs differ; comparison.md, .csv, .png")
 
 

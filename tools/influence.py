@@ -1,17 +1,16 @@
 """The per-step influence dJ of each query on an SFT model of behavior_injection.py, and the co-influence K of answers.
 
     python -m tools.influence --preset tiny --arms vanilla bridge            after --stage sft with the same flags
-    torchrun --nproc_per_node 2 -m tools.influence --out OUT --arms bridge   likewise; OUT is that command's folder
+    torchrun --nproc_per_node 2 -m tools.influence --out OUT --arms bridge   on two GPUs; OUT is the run of --stage sft
 
-A query is a question whose influence is measured. For every arm it writes OUT/ARM/influence/ (influence.json,
-influence.png, queries.jsonl). Then it writes OUT/influence.png and prints the table, of all arms that were measured.
-OUT/data/influence.jsonl may hold your own queries; else it is made. The equations are in behavior_injection.py, the
-details on its docs page. In short:
+dJ(q) = <G, grad J(q)>: how much an RL step raises the objective J of one question, the query q (Eq. 5). The tool writes
+OUT/ARM/influence/ (influence.json, influence.png, queries.jsonl) for every arm. Then OUT/influence.png and a printed
+table compare all arms that were measured so far. OUT/data/influence.jsonl may hold your own queries; else it is made.
+The docs page of behavior_injection.py has the details. In short:
 
-- The model answers the queries; each answer gets its advantage. G is the gradient of J (Eq. 5), by backpropagation from
-  sampled answers. They answer other questions than the queries (--influence_self: the queries, as in the paper).
-- A score <G, grad log pi(o | q)> is the central difference of the answer's log-prob along G: two forward passes.
-- Each query's own gradient gives its norm, for a cosine, and dJ once more as an inner product.
+- G is the gradient of J, by backpropagation from sampled answers to other questions than the queries
+  (--influence_self: from the answers to the queries, as in the paper).
+- grad J(q) is that of the answers to q alone. dJ(q) divided by both norms is a cosine.
 - K is measured between the answers to a few queries, whose gradients are projected by a count sketch.
 """
 
@@ -24,13 +23,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 import behavior_injection as bridge
 from behavior_injection import group_advantages, kernel_scores, model_of, per_step_influence, read_set, row_means
 from common.data import InputError
-from common.metrics import Clock
 from common.report import table
-from common.run import Grader, Positive, Row, mean, micro_batches, open_sampler, sample_rows
+from common.run import Grader, Positive, Row, mean, micro_batches, open_sampler, sample_rows, write_lines, write_whole
 from common.trainer import gather_lists, init_world, launch, load_policy, parse_args, sum_over_ranks
 
 
@@ -39,7 +38,6 @@ class Args(bridge.Args):
     influence_queries: Positive[int] = 2000  # Queries to measure dJ of; as many other questions make G
     influence_group: bridge.Group = 8  # Answers per query
     influence_self: bool = False  # Let the same queries make G, as in the paper: dJ then includes their own influence.
-    influence_step: Positive[float] = 4e-5  # Step along G of the central difference, relative to the weights' norm
     kernel_queries: Positive[int] = 32  # Queries to measure the co-influence K between
     kernel_dims: Positive[int] = 8192  # Dimensions that gradients are projected to for K
 
@@ -47,15 +45,11 @@ class Args(bridge.Args):
 PRESETS = bridge.PRESETS | {"tiny": bridge.PRESETS["tiny"] | dict(influence_queries=200)}
 
 
-# -------------------------------------------------------------------------------------------------- gradients
-
-
 def objective_gradient(policy, rows: list[Row], n_rows: int, args: Args, world) -> list[Tensor]:
     """(1 / n_rows) sum_i A_i grad log pi(o_i | q_i) over these rows, on this rank alone; a tensor per parameter.
 
     log pi is the mean over an answer's tokens. Rows without an advantage have no gradient and cost nothing."""
     rows = [row for row in rows if row.advantage]
-    policy.zero_grad()
     for batch, mine in micro_batches(rows, args, world):
         logp = row_means(policy(batch, temperature=args.temperature), batch, mine)  # [rows]
         ((logp * logp.new_tensor([row.advantage for row in mine])).sum() / n_rows).backward()
@@ -69,49 +63,17 @@ def inner(a: list[Tensor], b: list[Tensor]) -> float:
     return sum((x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)).item()
 
 
-@torch.no_grad()
-def scores_along(policy, direction: list[Tensor], rows: list[Row], args: Args, world) -> Tensor:
-    """s_i = <direction, grad log pi_i> of every row, by a central difference in two forward passes -> [rows], float64.
+def count_sketch(gradient: list[Tensor], dims: int, seed: int = 0) -> Tensor:
+    """Project a gradient to [dims] such that inner products are kept on average.
 
-    (log pi_i(theta + e d) - log pi_i(theta - e d)) / 2e with |e d| = influence_step |theta|; theta is restored."""
-    parameters = list(policy.parameters())
-    epsilon = args.influence_step * math.sqrt(inner(parameters, parameters) / (inner(direction, direction) or 1.0))
-    before = [p.clone() for p in parameters]
-    numbers, logps = range(len(rows)), torch.zeros(2, len(rows), dtype=torch.float64)
-    try:
-        for sign, logp in zip((1, -1), logps, strict=True):  # at theta + e d, at theta - e d
-            for p, start, d in zip(parameters, before, direction, strict=True):
-                p.copy_(start + sign * epsilon * d)
-            for batch, mine in micro_batches(numbers, args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
-                values = policy(batch, temperature=args.temperature)  # [N]
-                logp[mine] = row_means(values, batch, [rows[i] for i in mine]).double().cpu()
-    finally:
-        for p, start in zip(parameters, before, strict=True):
-            p.copy_(start)
-    return (logps[0] - logps[1]) / (2 * epsilon)
-
-
-def count_sketch(tensors: list[Tensor], codes: list[Tensor], dims: int) -> Tensor:
-    """Project a gradient (a list of tensors) to [dims] such that inner products are kept on average.
-
-    Every number is added to one of the `dims` sums with a sign: `codes` holds 2 x sum + sign for each (int32), the
-    same for all gradients that are compared (`sketch_codes`). The error of <x, y> is about |x| |y| / sqrt(dims)."""
-    out = tensors[0].new_zeros(dims)
-    for values, code in zip(tensors, codes, strict=True):
-        out.index_add_(0, code >> 1, values.flatten() * (1 - 2 * (code & 1)))
-    return out
-
-
-def sketch_codes(parameters: list[Tensor], dims: int, seed: int = 0) -> list[Tensor]:
-    """Random codes for `count_sketch`, a tensor per parameter."""
-    generator, codes = torch.Generator().manual_seed(seed), []
-    for p in parameters:
-        code = torch.randint(2 * dims, (p.numel(),), generator=generator, dtype=torch.int32)
-        codes.append(code.to(p.device))
-    return codes
-
-
-# -------------------------------------------------------------------------------------------------- one model
+    The seed gives each number a sign and one of the `dims` sums, to which it is added. Only sketches of one seed can be
+    compared. The error of <x, y> is about |x| |y| / sqrt(dims)."""
+    device, sums = gradient[0].device, gradient[0].new_zeros(dims)
+    generator = torch.Generator(device).manual_seed(seed)
+    for values in gradient:  # a code is 2 x sum + sign
+        code = torch.randint(2 * dims, (values.numel(),), generator=generator, device=device, dtype=torch.int32)
+        sums.index_add_(0, code >> 1, values.flatten() * (1 - 2 * (code & 1)))
+    return sums
 
 
 def influence(arm: str, args: Args, world) -> None:
@@ -126,7 +88,6 @@ def influence(arm: str, args: Args, world) -> None:
     recompute = world.device.type == "cuda" and args.gradient_checkpointing != "none"
     policy = load_policy(model, on_cpu, gradient_checkpointing=recompute).to(world.device)
     sampler, grader = open_sampler(policy, tokenizer, args, world), Grader(tokenizer, args.verifier)
-    clock = Clock()
     sampler.sync(policy, version=0)
     n, size = args.influence_queries, args.influence_group
     examples, left_out = read_set("influence", tokenizer, args, traces="ignored")
@@ -135,7 +96,7 @@ def influence(arm: str, args: Args, world) -> None:
                          f"({left_out}): choose fewer --influence_queries, or longer --max_prompt_tokens")  # fmt: skip
 
     def roll_out(first: int) -> list[Row]:
-        """This rank's answers to n queries, in whole groups."""
+        """Return this rank's answers to n questions, in whole groups."""
         mine, counts = range(first + world.rank, first + n, world.size), [size] * len(examples)
         rows = sample_rows(sampler, examples, mine, counts, args, world, seed=args.seed + 2, grader=grader)
         grader.wait()
@@ -143,52 +104,39 @@ def influence(arm: str, args: Args, world) -> None:
         advantages = group_advantages(rewards, torch.tensor([row.group for row in rows]))  # [B]
         return [replace(row, advantage=a) for row, a in zip(rows, advantages.tolist(), strict=True)]
 
-    with clock("sample"):
-        rows = roll_out(0)
-        others = rows if args.influence_self else roll_out(n)
+    rows = roll_out(0)
+    others = rows if args.influence_self else roll_out(n)
     sampler.close()
-    with clock("gradient"):
-        direction = objective_gradient(policy, others, n * size, args, alone)
-        for tensor in direction:
-            sum_over_ranks(tensor, world)
-        norm = math.sqrt(inner(direction, direction))
-    with clock("scores"):
-        scores = scores_along(policy, direction, rows, args, alone)
-        advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float64)  # [B]
-        d_j, queries = per_step_influence(scores, advantages, torch.tensor([row.group for row in rows]))
-    found = []
-    with clock("norms"):  # each query's own gradient: its length, and dJ once more as an inner product
-        for value, query in zip(d_j.tolist(), queries.tolist(), strict=True):
-            group = [row for row in rows if row.group == query]
-            gradient = objective_gradient(policy, group, size, args, alone)
-            length, product = math.sqrt(inner(gradient, gradient)), inner(gradient, direction)
-            correct = sum(row.reward >= 1 for row in group)
-            found.append({
-                "query": query, "right": correct, "accuracy": correct / size, "dJ": value, "dJ_inner": product,
-                "gradient_norm": length, "cosine": product / (length * norm) if length and norm else 0.0,
+    direction = objective_gradient(policy, others, n * size, args, alone)
+    for tensor in direction:
+        sum_over_ranks(tensor, world)
+    norm = math.sqrt(inner(direction, direction))
+    kernel_queries = set(random.Random(args.seed).sample(range(n), min(args.kernel_queries, n)))
+    found, sketches = [], []
+    for start in tqdm(range(0, len(rows), size), desc=f"{arm}: influence", unit="query", disable=not world.main):
+        answers = rows[start : start + size]  # to one query
+        gradient = objective_gradient(policy, answers, size, args, alone)
+        length = math.sqrt(inner(gradient, gradient))
+        d_j = inner(gradient, direction)
+        correct = sum(row.reward >= 1 for row in answers)
+        found.append({
+            "query": answers[0].group, "right": correct, "accuracy": correct / size, "dJ": d_j,
+            "gradient_norm": length, "cosine": d_j / (length * norm) if length and norm else 0.0,
+        })  # fmt: skip
+        for row in answers if answers[0].group in kernel_queries else []:
+            gradient = objective_gradient(policy, [replace(row, advantage=1.0)], 1, args, alone)
+            sketches.append({
+                "query": row.group, "correct": row.reward >= 1, "advantage": row.advantage,
+                "gradient": count_sketch(gradient, args.kernel_dims).cpu(),
             })  # fmt: skip
-    sketches = []
-    with clock("kernel"):
-        kernel_queries = set(random.Random(args.seed).sample(range(n), min(args.kernel_queries, n)))
-        codes = sketch_codes(list(policy.parameters()), args.kernel_dims)
-        for row in rows:
-            if row.group in kernel_queries:
-                gradient = objective_gradient(policy, [replace(row, advantage=1.0)], 1, args, alone)
-                sketches.append({
-                    "query": row.group, "correct": row.reward >= 1, "advantage": row.advantage,
-                    "gradient": count_sketch(gradient, codes, args.kernel_dims).cpu(),
-                })  # fmt: skip
     found = sorted(gather_lists(found, world), key=lambda query: query["query"])
     sketches = sorted(gather_lists(sketches, world), key=lambda sketch: sketch["query"])
-    seconds = {name: max(gather_lists([value], world)) for name, value in clock.flush().items()}
-    summary = summarize(found, size) | kernel_table(sketches) | {"G_norm": norm} | seconds
+    summary = summarize(found, size) | kernel_table(sketches) | {"G_norm": norm}
     if world.main:
         out = Path(args.out, arm, "influence")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in found))
-        (out / "influence.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_lines(out / "queries.jsonl", found)
+        write_whole(out / "influence.json", json.dumps(summary, indent=2) + "\n")
         plot({arm: summary}, out / "influence.png")
-    dist.barrier()
 
 
 def summarize(found: list[dict], size: int) -> dict:
@@ -199,16 +147,12 @@ def summarize(found: list[dict], size: int) -> dict:
 
     groups = [[query for query in found if query["right"] == k] for k in range(size + 1)]
     mixed = [query for query in found if 0 < query["right"] < size]
-    differences = sum((query["dJ"] - query["dJ_inner"]) ** 2 for query in found)
-    exact = sum(query["dJ_inner"] ** 2 for query in found)
     return {
         "queries": len(found), "accuracy": mean(query["accuracy"] for query in found),
         "never": len(groups[0]) / len(found), "sometimes": len(mixed) / len(found),
         "always": len(groups[-1]) / len(found),
         "dJ": means(found)["dJ"], "dJ_mixed": means(mixed)["dJ"], "cosine": means(mixed)["cosine"] or 0.0,
         "by_right": [{"right": k, "queries": len(group)} | means(group) for k, group in enumerate(groups)],
-        # of the central difference against the inner product, over all queries
-        "relative_error": math.sqrt(differences / exact) if exact else 0.0,
     }  # fmt: skip
 
 
@@ -224,22 +168,19 @@ def kernel_table(sketches: list[dict]) -> dict:
     cosines = kernel / norms[:, None] / norms[None]
     same = groups[:, None] == groups[None]
     two_answers = ~torch.eye(len(groups), dtype=torch.bool)
-    table = {}
+    found = {}
     for where, mask in (("same", same & two_answers), ("different", ~same)):
         for name, a, b in (("++", correct, correct), ("+-", correct, ~correct), ("--", ~correct, ~correct)):
             pairs = mask & (a[:, None] & b[None])
             if pairs.any():
-                table[f"{where} query, {name}"] = {
+                found[f"{where} query, {name}"] = {
                     "K": kernel[pairs].mean().item(), "cosine": cosines[pairs].mean().item(), "pairs": int(pairs.sum()),
                 }  # fmt: skip
-    with_own, without = (
-        per_step_influence(kernel_scores(kernel, advantages, left_out), advantages, groups)[0].mean().item()
-        for left_out in (None, groups)
-    )
-    return {"kernel": table, "kernel_dJ": {"with own answers": with_own, "without": without}}
-
-
-# -------------------------------------------------------------------------------------------------- all arms
+    d_j = {}
+    for name, left_out in (("with own answers", None), ("without", groups)):
+        scores = kernel_scores(kernel, advantages, left_out)
+        d_j[name] = per_step_influence(scores, advantages, groups)[0].mean().item()
+    return {"kernel": found, "kernel_dJ": d_j}
 
 
 def plot(summaries: dict[str, dict], path: Path) -> None:
@@ -281,11 +222,8 @@ def main(args: Args) -> None:
     for arm in args.arms:
         influence(arm, args, world)
     if world.main:
-        summaries = {}
-        for arm in bridge.arms_of(args):
-            measured = Path(args.out, arm, "influence", "influence.json")
-            if measured.exists():
-                summaries[arm] = json.loads(measured.read_text())
+        paths = {arm: Path(args.out, arm, "influence", "influence.json") for arm in bridge.arms_of(args)}
+        summaries = {arm: json.loads(path.read_text()) for arm, path in paths.items() if path.exists()}
         plot(summaries, Path(args.out, "influence.png"))
         names = ("never", "sometimes", "always", "dJ", "cosine")
         lines = [[arm, *(f"{found[name]:.4f}" for name in names)] for arm, found in summaries.items()]
@@ -293,5 +231,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, None, preset=PRESETS)
-    launch(main, args)
+    launch(main, parse_args(Args, None, preset=PRESETS))

@@ -15,6 +15,7 @@ header as part of each trace, and left the generation prompt out of the prompt. 
 import dataclasses
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -24,20 +25,20 @@ from tqdm import tqdm
 
 import redi
 from common.checkpoints import digest_of
-from common.data import InputError, check_verifier
-from common.rows import Example, data_digest, gold_unreadable, iter_rows, render_prompt
+from common.data import InputError
+from common.rows import Example, data_digest, encode, gold_unreadable, iter_rows
 from common.run import (
     NotNegative,
     Positive,
     Seed,
     Share,
-    check_ranges,
+    check_flags,
     keep_answers,
     open_sampler,
     open_tokenizer,
     write_lines,
 )
-from common.shapes import IN_A_BOX, Trace, read_row
+from common.shapes import IN_A_BOX, Item, Trace, read_row
 from common.trainer import init_world, launch, load_policy, parse_args
 from common.verifiers import Verdict
 
@@ -79,37 +80,12 @@ PRESETS = {
                  max_response_tokens=160, own_answers=4),
 }  # fmt: skip
 
-
-# ------------------------------------------------------------------------------------------------ selection
-
-
-@dataclass
-class Problem:
-    """A problem with its first correct and its first incorrect trace."""
-
-    prompt: list[dict]
-    chosen: Trace | None
-    rejected: Trace | None
-    gold: str
-    source: str
-    question: str = ""
-    weight: float = 1.0
-
-    def row(self, **traces: Trace) -> dict:
-        """A row of an output file, with these traces by column."""
-        gold = {"style": "rule", "ground_truth": self.gold}
-        row = {"data_source": self.source, "prompt": self.prompt, "reward_model": gold}
-        row |= {"weight": self.weight} if self.weight != 1 else {}
-        row |= {name: trace.text for name, trace in traces.items()}
-        return row | {f"{name}_ids": trace.ids for name, trace in traces.items() if trace.ids is not None}
-
-
 ACCEPTED = {"llama": itemgetter(0), "math_verify": itemgetter(1), "both": all, "either": any}  # (llama, math_verify)
 
 
-def choose_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> tuple[int | None, int | None] | str:
-    """Return the numbers of the first correct and the first incorrect generation of a row of OpenR1-Math-Raw (None if
-    there is none), or the rule that leaves the row out. A missing verdict counts as a no."""
+def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[bool] | str:
+    """Return which generations of a row of OpenR1-Math-Raw are correct, or the rule that leaves the row out. A missing
+    verdict counts as a no."""
     generations, correctness = row.get("generations"), row.get("correctness")
     if str(row.get("problem_is_valid")).strip().lower() != "yes":
         return "problem not valid"
@@ -123,23 +99,32 @@ def choose_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> tuple
     verdicts = [correctness.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
     if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
         return "not a verdict of both verifiers for each generation"
-    correct = [bool(ACCEPTED[right_if](pair)) for pair in zip(*verdicts, strict=True)]
-    return tuple(correct.index(value) if value in correct else None for value in (True, False))
+    return [bool(ACCEPTED[right_if](pair)) for pair in zip(*verdicts, strict=True)]
 
 
-def read_problem(row: dict, where: str, args: Args) -> Problem | str:
-    """Return a problem from a row of any shape in common/rows.py, or the name of the rule that leaves it out."""
-    chosen = None
-    if isinstance(row, dict) and "generations" in row:
-        chosen = choose_openr1(row, args.drop_sources, args.right_if)
-    if isinstance(chosen, str):
-        return chosen
+def read_problem(row: dict, where: str, args: Args) -> Item | str:
+    """Return a row of any shape in common/rows.py as an item with its first correct and its first incorrect trace, or
+    the name of the rule that leaves it out."""
+    of_openr1 = isinstance(row, dict) and "generations" in row
+    graded = grade_openr1(row, args.drop_sources, args.right_if) if of_openr1 else []
+    if isinstance(graded, str):
+        return graded
     item = read_row(row, where)
-    correct, incorrect = item.first(correct=True), item.first(correct=False)
-    if chosen:
-        correct, incorrect = (None if i is None else item.traces[i] for i in chosen)
-    source = str(row.get("source") or item.source)
-    return Problem(item.prompt, correct, incorrect, item.gold, source, item.question, item.weight)
+    item.source = str(row.get("source") or item.source)
+    for trace, correct in zip(item.traces, graded):
+        trace.reward = float(correct)
+    item.traces = [trace for trace in (item.first(correct=True), item.first(correct=False)) if trace]
+    return item
+
+
+def row_of(problem: Item, **traces: Trace) -> dict:
+    """Return a row of an output file, with these traces by column."""
+    gold = {"style": "rule", "ground_truth": problem.gold}
+    row = {"data_source": problem.source, "prompt": problem.prompt, "reward_model": gold}
+    row |= {"prompt_text": problem.text} if problem.text else {}  # rendered already
+    row |= {"weight": problem.weight} if problem.weight != 1 else {}
+    row |= {name: trace.text for name, trace in traces.items()}
+    return row | {f"{name}_ids": trace.ids for name, trace in traces.items() if trace.ids is not None}
 
 
 def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
@@ -163,46 +148,47 @@ def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
     return found
 
 
-def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list[Problem], dict[str, int]]:
-    """The problems of --data in random order, and the funnel: how many rows each rule left out."""
+def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list[Item], dict[str, int]]:
+    """Return the problems of --data in random order, and the funnel: how many rows each rule left out."""
     benchmarks = benchmark_ngrams(args)
     if args.own_answers:
         training = dataclasses.replace(training, stage="sft")  # iGSM solutions are not corrupted
-    problems, dropped, n_rows = [], {}, 0
-    for row in tqdm(redi.read_rows(training), desc="rows", leave=False, disable=not progress):
-        found = read_problem(row, f"{args.data}, row {n_rows}", args)
-        n_rows += 1
+    problems, dropped = [], Counter()
+    rows = tqdm(redi.read_rows(training), desc="rows", leave=False, disable=not progress)
+    for index, row in enumerate(rows):
+        found = read_problem(row, f"{args.data}, row {index}", args)
         if not isinstance(found, str) and benchmarks:
             ngrams = word_ngrams(found.question, args.ngram)
             hits = (f"shares {args.ngram} words with {name}" for name, known in benchmarks.items() if ngrams & known)
             found = next(hits, found)
         if isinstance(found, str):
-            dropped[found] = dropped.get(found, 0) - 1
+            dropped[found] -= 1
         else:
             problems.append(found)
     random.Random(args.seed).shuffle(problems)
-    return problems, {"rows": n_rows, **dict(sorted(dropped.items()))}
+    return problems, {"rows": len(problems) - sum(dropped.values()), **dict(sorted(dropped.items()))}
 
 
-# ---------------------------------------------------------------------------------------------- own answers
-
-
-def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> None:
-    """Sample answers of --model to the problems that lack a correct or an incorrect trace, and take the first that
-    fits. Counts go to own_answers.json. The answers are kept: if the command is killed, the same command resumes.
+def add_own_answers(problems: list[Item], tokenizer, args: Args, world) -> None:
+    """Sample answers of --model to the problems that lack a correct or an incorrect trace, and add them as traces.
+    Counts go to own_answers.json. The answers are kept: if the command is killed, the same command resumes.
 
     An answer that the length limit cut is not taken (it has no eos to learn from), nor one that the verifier could not
     grade. A problem whose prompt is over --max_prompt_tokens gets no answers."""
-    asked = []
-    for index, problem in enumerate(problems):
-        if problem.chosen and problem.rejected:
-            continue
+
+    def lacking(problem: Item, where: str) -> tuple[Item] | None:
+        if problem.first(correct=True) and problem.first(correct=False):
+            return None
         if not problem.gold:
             raise InputError(f"{args.data}: --own_answers grades by 'reward_model' or 'answer', and a row has neither")
-        text = render_prompt(tokenizer, problem.prompt)
-        [prompt] = tokenizer([text], add_special_tokens=False)["input_ids"]
-        if len(prompt) <= args.max_prompt_tokens:
-            asked.append(Example(prompt, None, problem.gold, f"{args.data}, shuffled", index, text))
+        return (problem,)
+
+    source = f"{args.data}, shuffled"
+    asked = [
+        Example(prompt, None, problem.gold, source, index, text)
+        for index, problem, text, prompt in encode(problems, tokenizer, lacking, source=source)
+        if len(prompt) <= args.max_prompt_tokens
+    ]
 
     def sampler():
         policy = load_policy(args.model, world)
@@ -216,38 +202,31 @@ def add_own_answers(problems: list[Problem], tokenizer, args: Args, world) -> No
     answers = keep_answers(kept, asked, sampler, {}, tokenizer, args, world, n=args.own_answers)
     count, tokens = dict.fromkeys(("right", "wrong", "cut short", "not graded"), 0), 0
     for example, drawn in zip(asked, answers, strict=True):
-        problem = problems[example.index]
         for answer in drawn:
             kind, ids = kind_of(answer), answer["response_ids"]
             count[kind] += 1
             tokens += len(ids)
-            trace = Trace(tokenizer.decode(ids[:-1]), float(kind == "right"), ids)
-            if kind == "right":
-                problem.chosen = problem.chosen or trace
-            elif kind == "wrong":
-                problem.rejected = problem.rejected or trace
+            if kind in ("right", "wrong"):
+                trace = Trace(tokenizer.decode(ids[:-1]), float(kind == "right"), ids)
+                problems[example.index].traces.append(trace)
     if world.main:
         write_lines(Path(args.out) / "own_answers.json", [count | {"tokens": tokens}])
         print("own answers:", ", ".join(f"{n} {name}" for name, n in count.items()))
 
 
 def kind_of(answer: dict) -> str:
-    """What an own answer counts as."""
-    verdict = Verdict(answer["reward"], answer["status"], answer["detail"])
+    """Return what an own answer counts as."""
     if answer["truncated"]:
         return "cut short"
+    verdict = Verdict(answer["reward"], answer["status"], answer["detail"])
     if verdict.status in ("timeout", "error") or gold_unreadable(verdict):
         return "not graded"
     return "right" if verdict.reward else "wrong"
 
 
-# ------------------------------------------------------------------------------------------------- the files
-
-
 def main(args: Args) -> None:
     """Write positives.jsonl, pairs.jsonl and funnel.json; print the funnel."""
-    check_ranges(args)
-    check_verifier(args.verifier)
+    check_flags(args)
     world = init_world(args.timeout_minutes)
     tokenizer = open_tokenizer(args.model, args)
     training = redi.Args(
@@ -257,21 +236,21 @@ def main(args: Args) -> None:
     problems, funnel = read_problems(args, training, world.main)
     if args.own_answers:
         add_own_answers(problems, tokenizer, args, world)
-    positives = [p for p in problems if p.chosen]
-    both = [p for p in positives if p.rejected]
+    found = [(p, p.first(correct=True), p.first(correct=False)) for p in problems]
+    positives = [(p, correct) for p, correct, _ in found if correct]
+    rows = [row_of(p, chosen=correct, rejected=wrong) for p, correct, wrong in found if correct and wrong]
     funnel |= {"no right trace": len(positives) - len(problems), "positives.jsonl": len(positives)}
-    funnel |= {"no wrong trace": len(both) - len(positives)}
-    if not both:
+    funnel |= {"no wrong trace": len(rows) - len(positives)}
+    if not rows:
         raise InputError(f"{args.data}: no pair is left ({funnel}); --own_answers samples wrong ones of --model")
 
-    rows = [p.row(chosen=p.chosen, rejected=p.rejected) for p in both]
     pairs, count = redi.make_pairs(rows, tokenizer, training, source=args.data, progress=world.main)
     funnel |= {name.replace("_", " "): -n for name, n in count.items() if name not in ("rows", "kept")}
     funnel |= {"pairs.jsonl": len(pairs)}
     if world.main:
         out = Path(args.out)
         # 'target' for LUFFY's readers; 'chosen' where ids must be kept too
-        targets = [p.row(**{"target" if p.chosen.ids is None else "chosen": p.chosen}) for p in positives]
+        targets = [row_of(p, **{"target" if trace.ids is None else "chosen": trace}) for p, trace in positives]
         write_lines(out / "positives.jsonl", targets)
         write_lines(out / "pairs.jsonl", [rows[pair.index] for pair in pairs])
         write_lines(out / "funnel.json", [funnel])
