@@ -138,7 +138,7 @@ def check_flags(args) -> None:
     check_ranges(args)
     if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
         raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
-    if args.keep_best and not args.eval_every:
+    if getattr(args, "keep_best", False) and not args.eval_every:
         raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_every")
     check_verifier(args.verifier)
 

@@ -103,9 +103,9 @@ def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[b
 
 
 def read_problem(row: dict, where: str, args: Args) -> Item | str:
-    """Return a row of any shape in common/rows.py as an item with its first correct and its first incorrect trace, or
+    """Return a row of any shape in common/shapes.py as an item with its first correct and its first incorrect trace, or
     the name of the rule that leaves it out."""
-    of_openr1 = isinstance(row, dict) and "generations" in row
+    of_openr1 = isinstance(row, dict) and {"generations", "correctness"} <= row.keys()
     graded = grade_openr1(row, args.drop_sources, args.right_if) if of_openr1 else []
     if isinstance(graded, str):
         return graded
