@@ -86,14 +86,14 @@ def test_which_verifier_makes_a_trace_right(right_if, chosen):
            "correctness": {"llama_verification": [True, False, True, False],
                            "math_verify_reparsed_answer": [False, True, True, None]}}  # fmt: skip
     assert first_of_both(grade_openr1(row, right_if=right_if)) == chosen
+    traces = read_problem(row, "row 0", Args(right_if=right_if)).traces
+    assert [t.text for t in traces] == ["abcd"[i] for i in chosen]
 
 
 def test_openr1_220k_has_neither_a_validity_nor_two_verdicts_a_trace():
     row = {"problem": "Q", "answer": "4", "generations": ["5", "4"], "correctness_math_verify": [False, True]}
     item = read_problem(row, "row 0", Args())
     assert [(trace.text, trace.reward) for trace in item.traces] == [("4", 1.0), ("5", 0.0)]
-    traces = read_problem(row, "row 0", Args(right_if=right_if)).traces
-    assert [t.text for t in traces] == ["abcd"[i] for i in chosen]
 
 
 def test_other_sources_can_be_left_out():
