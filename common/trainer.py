@@ -279,11 +279,11 @@ class Policy(nn.Module):
 
 
 def logit_form(config) -> dict[str, float]:
-    """What the model does to hidden @ weight.T: {"cap", "scale"} of common/logprobs.py. Gemma has a soft cap, Cohere
-    multiplies, Granite divides."""
+    """{"cap", "scale"} of common/logprobs.py: Gemma has a cap on its logits, Cohere multiplies, Granite divides."""
     config, names = config.get_text_config(decoder=True), ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    cap, factor, divisor = (float(getattr(config, name, None) or 0) for name in names)
-    return {"cap": cap, "scale": (factor or 1.0) / (divisor or 1.0)}
+    cap, factor, scaling = (float(getattr(config, name, None) or 0) for name in names)
+    power = 1 if config.model_type == "hyperclovax" else -1  # it multiplies under Granite's name
+    return {"cap": cap, "scale": (factor or 1.0) * (scaling or 1.0) ** power}
 
 
 VALUE_HEADS = ("ForSequenceClassification", "LLMForSequenceRegression")  # architectures; the second is OREO's own
@@ -401,7 +401,7 @@ def load_policy(
             raise InputError(f"{flag}: its weights do not fit its config.json: {problem} are {some}")
     if getattr(head := lm.get_output_embeddings(), "bias", None) is not None:
         raise InputError(f"{flag}: an output layer with a bias is not supported")
-    if lm.get_decoder() is lm or head is not None and len(head.weight) != len(lm.get_input_embeddings().weight):
+    if lm.get_decoder() in (lm, head) or head is not None and len(head.weight) != len(lm.get_input_embeddings().weight):
         raise InputError(f"{flag}: {type(lm).__name__} is not supported: no decoder in it, or fewer rows out than in")
     lm.saved_dtype = config.dtype or torch.float32  # what export writes
     if lora:
