@@ -35,7 +35,9 @@ class InputError(ValueError):
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    said = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
+    return f"{said} is not known" if isinstance(error, KeyError) and " " not in said else said
 
 
 def check_verifier(name: str) -> None:

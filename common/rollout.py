@@ -31,7 +31,6 @@ from common.logprobs import free_memory
 from common.trainer import (
     Policy,
     World,
-    change_logits,
     distance,
     full_parameters,
     logit_form,
@@ -334,6 +333,11 @@ def cache_size(config) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim
+
+
+def change_logits(logits: torch.Tensor, *, cap: float, scale: float) -> torch.Tensor:
+    """The model's own change of its logits, of any shape: cap * tanh(scale * z / cap). See `logit_form`."""
+    return cap * (scale * logits / cap).tanh() if cap else logits if scale == 1.0 else scale * logits
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Sampling):

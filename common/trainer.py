@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     GraniteConfig,
     GranitePreTrainedModel,
     PreTrainedConfig,
@@ -278,20 +279,11 @@ class Policy(nn.Module):
 
 
 def logit_form(config) -> dict[str, float]:
-    """What the model does to hidden @ weight.T: {"cap", "scale"} of common/logprobs.py. Gemma and RecurrentGemma have a
-    soft cap, Cohere and Falcon-H1 multiply, Granite divides."""
-    config = config.get_text_config(decoder=True)
-
-    def setting(*names):
-        return next((float(x) for x in (getattr(config, name, None) for name in names) if x), None)
-
-    cap, divisor = setting("final_logit_softcapping", "logits_soft_cap") or 0.0, setting("logits_scaling") or 1.0
-    return {"cap": cap, "scale": (setting("logit_scale", "lm_head_multiplier") or 1.0) / divisor}
-
-
-def change_logits(logits: torch.Tensor, *, cap: float, scale: float) -> torch.Tensor:
-    """The model's own change of its logits, of any shape: cap * tanh(scale * z / cap). See `logit_form`."""
-    return cap * (scale * logits / cap).tanh() if cap else logits if scale == 1.0 else scale * logits
+    """{"cap", "scale"} of common/logprobs.py: Gemma has a cap on its logits, Cohere multiplies, Granite divides."""
+    config, names = config.get_text_config(decoder=True), ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    cap, factor, scaling = (float(getattr(config, name, None) or 0) for name in names)
+    power = 1 if config.model_type == "hyperclovax" else -1  # it multiplies under Granite's name
+    return {"cap": cap, "scale": (factor or 1.0) * (scaling or 1.0) ** power}
 
 
 VALUE_HEADS = ("ForSequenceClassification", "LLMForSequenceRegression")  # architectures; the second is OREO's own
@@ -361,6 +353,7 @@ def load_policy(
     Raises InputError if there is no such model at `path`, its weights are not those of its configuration, or packed
     sequences or the head do not give what plain Transformers gives (`prove`)."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
+    reading = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # what does not fit is named below
     flag = f"{flag or ('--model' if kind is Policy else '--value')} {path}"
     labels = {} if kind is Policy else {"num_labels": 1}
     if (Path(path) / "adapter_config.json").is_file():
@@ -376,18 +369,19 @@ def load_policy(
         if edit_config:
             edit_config(config)
         _check_config(config, flag, kind)
-        _switch_off_dropout(config)
+        _prepare_config(config)
         has_value_head = any(name in str(config.architectures) for name in VALUE_HEADS)
         if kind is ValueModel and not (has_value_head or new_head or from_config):
-            raise InputError(
-                f"{flag}: no trained value head there: {config.architectures}; --stage oreo of oreo.py trains one"
-            )
+            raise InputError(f"{flag}: no trained value head there: {config.architectures}; --stage oreo trains one")
         random = from_config or not has_weights(path)
         if random and world.main and not from_config:
             print(f"{flag}: no weights there: the model starts from random ones")
         if world.main and not random:
-            renamed = {"key_mapping": {r"^value_head\.": "score."}} if kind is ValueModel else {}
-            lm, report = kind.auto.from_pretrained(path, config=config, output_loading_info=True, **renamed, **options)
+            reading |= {"key_mapping": {r"^value_head\.": "score."}} if kind is ValueModel else {}
+            lm, report = kind.auto.from_pretrained(path, config=config, **reading, **options)
+            report["mismatched_keys"] = {name for name, *_ in report["mismatched_keys"]}
+            tied = lm.get_expanded_tied_weights_keys(all_submodels=True)
+            report["untied_keys"] = tied.keys() - lm.all_tied_weights_keys  # Transformers left them as they are
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
                 torch.manual_seed(seed)
@@ -400,13 +394,16 @@ def load_policy(
     finally:
         transformers_logging.set_verbosity(verbosity)
     head_is_new = kind is ValueModel and not has_value_head
-    heads = {"score.weight", "lm_head.weight", "embed_out.weight"} if head_is_new else set()  # these are not read
-    for problem in ("missing", "unexpected"):
-        if names := sorted(set(report.get(f"{problem}_keys", ())) - heads):
+    heads = ("score.weight", "lm_head.weight", "embed_out.weight", "output_projection.weight") if head_is_new else ()
+    for problem in ("missing", "unexpected", "mismatched", "untied"):
+        if names := sorted(name for name in report.get(f"{problem}_keys", ()) if not name.endswith((*heads, UNREAD))):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise InputError(f"{flag}: its weights do not fit its config.json: {problem} are {some}")
-    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
+    if getattr(head := lm.get_output_embeddings(), "bias", None) is not None:
         raise InputError(f"{flag}: an output layer with a bias is not supported")
+    rows = len(lm.get_input_embeddings().weight)
+    if lm.get_decoder() in (lm, head) or (head is not None and len(head.weight) != rows):
+        raise InputError(f"{flag}: {type(lm).__name__} is not supported: no decoder in it, or fewer rows out than in")
     lm.saved_dtype = config.dtype or torch.float32  # what export writes
     if lora:
         _add_lora(lm, lora, seed)
@@ -430,6 +427,7 @@ def load_policy(
 
 
 OWN_ATTENTION = "its attention does not go through Transformers' interfaces for attention and masks"
+UNREAD = ".masked_bias"  # a number that old GPT-2 folders hold beside the weights
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -449,15 +447,20 @@ def _check_config(config: PreTrainedConfig, flag: str, kind: type) -> None:
     """Raise InputError for what is known not to work."""
     if kind is Policy and any(name in str(config.architectures) for name in VALUE_HEADS):
         raise InputError(f"{flag}: it is a value model, not a language model")
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) or (config.dtype or torch.float32).itemsize < 2:
         raise InputError(f"{flag}: quantised weights cannot be trained: save them dequantised")
+    # some compress more tokens than the proof reads: 128 in DeepSeek-V4
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    if others := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
+        raise InputError(f"{flag}: it has layers of a kind that is not supported: {', '.join(others)}")
 
 
-def _switch_off_dropout(config: PreTrainedConfig) -> None:
-    """Set dropout and layer drop to 0, also in configurations within this one."""
+def _prepare_config(config: PreTrainedConfig) -> None:
+    """Set dropout and layer drop to 0 and name what models return, also in configurations within this one."""
+    config.return_dict = True
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            _switch_off_dropout(value)
+            _prepare_config(value)
         elif isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
 
@@ -507,15 +510,12 @@ def prove(model, flag: str) -> None:
         gap, expected = distance(packed(rows), plain()), tolerance(model)
         if gap < expected:
             return
-        body = plain(raw=True)
         if not distance(plain(train=True), plain()) < expected:
             why = "it computes with noise in training"
-        elif distance(packed(rows, raw=True), body) < expected:
+        elif distance(packed(rows, raw=True), plain(raw=True)) < expected:
             why = "it changes its logits after the output layer"
-        elif distance(torch.cat([packed([row], raw=True) for row in rows]), body) < expected:
-            why = f"packed sequences see each other: it has recurrent or convolutional layers, or {OWN_ATTENTION}"
         else:
-            why = f"it takes positions from its masks (ALiBi), or {OWN_ATTENTION}"
+            why = f"packed sequences see each other (recurrent layers, positions from masks), or {OWN_ATTENTION}"
         why += f" (log-probs are off by {gap:.2g} standard deviations; rounding explains {expected})"
     except (InputError, torch.OutOfMemoryError):
         raise
@@ -725,10 +725,11 @@ def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
         with torch.device("meta"):
             empty = policy.auto.from_config(config, dtype=dtype, attn_implementation="eager")
         path = path.resolve()  # a link may lead to a larger disk
+        empty.generation_config = GenerationConfig()  # Transformers refuses to write some of what people publish
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         empty.save_pretrained(partial, state_dict=whole)
-        if policy.lm.can_generate():  # as it was: Transformers refuses to write some of what people publish
+        if policy.lm.can_generate():  # as it was
             (partial / "generation_config.json").write_text(policy.lm.generation_config.to_json_string())
         tokenizer.save_pretrained(partial)
         shutil.rmtree(path, ignore_errors=True)

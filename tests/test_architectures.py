@@ -33,6 +33,12 @@ LATENT = dict(
 )
 GPT = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)
 SOFT = dict(final_logit_softcapping=2.0, attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+FOUR = dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+SHARED = dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=61)
+SHORTCUT = dict(head_dim=8, ffn_hidden_size=48, num_layers=2, expert_ffn_hidden_size=16, zero_expert_num=2, moe_topk=2)
+TOWER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28,
+             patch_size=14)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8)
 MAMBA = dict(mamba_d_state=8, mamba_n_groups=1, mamba_n_heads=4, mamba_d_head=16)
 
 
@@ -48,29 +54,42 @@ PLAIN, SLIDING, CAPPED, SINKS, MOE, MLA = (
 )  # fmt: skip
 RIGHT = kinds_of(
     {
-        (SLIDING, MOE): "afmoe cohere2_moe dots1 exaone_moe mixtral phimoe",
+        (SLIDING, MOE): "afmoe cohere2_moe dots1 exaone_moe laguna mellum mixtral phimoe",
         (PLAIN,): (
             "apertus arcee biogpt bitnet cohere diffllama ernie4_5 gemma glm glm4 gpt2 gpt_bigcode gpt_neox "
-            "granite helium hunyuan_v1_dense llama nanochat nemotron olmo2 opt persimmon qwen3 seed_oss smollm3 "
-            "stablelm"
+            "granite helium hrm_text hunyuan_v1_dense hyperclovax jais2 llama nanochat nemotron olmo olmo2 opt "
+            "persimmon qwen3 seed_oss smollm3 stablelm"
         ),
-        (MLA, MOE): "axk1 deepseek_v2 deepseek_v3 glm4_moe_lite",
-        (SLIDING,): "cohere2 cwm exaone4 gemma3_text gemma4_text ministral mistral olmo3 phi3 qwen2 starcoder2",
-        (MOE,): "dbrx ernie4_5_moe flex_olmo glm4_moe granitemoe minimax_m2 olmoe qwen2_moe qwen3_moe",
+        (MLA, MOE): "axk1 deepseek_v2 deepseek_v3 glm4_moe_lite longcat_flash",
+        (SLIDING,): (
+            "cohere2 cwm exaone4 gemma3 gemma3_text gemma3n_text gemma4_text ministral ministral3 mistral olmo3 phi3 "
+            "qwen2 starcoder2"
+        ),
+        (MOE,): (
+            "aria_text dbrx ernie4_5_moe flex_olmo glm4_moe granitemoe granitemoeshared hunyuan_v1_moe hy_v3 jetmoe "
+            "minimax_m2 olmoe qwen2_moe qwen3_moe solar_open"
+        ),
         (SLIDING, CAPPED): "gemma2 vaultgemma",
-        (SLIDING, SINKS, MOE): "gpt_oss mimo_v2_flash",
+        (SLIDING, SINKS, MOE): "gpt_oss granitemoe_swa mimo_v2_flash",
         (SLIDING, SINKS): "granite_swa",
         (MLA,): "minicpm3 youtu",
     }
 )
-RECURRENT, OWN, HEAD = (
-    "packed sequences see each other", "does not go through Transformers' interfaces", "an output layer with a bias"
-)
+RECURRENT, OWN, HEAD, LAYERS, MASK, ROWS = (
+    "packed sequences see each other", "does not go through Transformers' interfaces", "an output layer with a bias",
+    "layers of a kind that is not supported", "a mask that is neither causal nor a window", "no decoder in it, or",
+)  # fmt: skip
 REFUSED = kinds_of(
     {
-        RECURRENT: "bamba falcon_h1 falcon_mamba jamba lfm2 mamba olmo_hybrid openai-gpt recurrent_gemma rwkv",
-        OWN: "bloom deepseek_v32 doge falcon gpt_neo gptj minimax mpt xglm",
-        HEAD: "ctrl modernbert-decoder phi",
+        LAYERS: (
+            "bamba deepseek_v32 deepseek_v4 falcon_h1 falcon_mamba jamba kimi_linear lfm2 mamba minimax nemotron_h "
+            "olmo_hybrid qwen3_5_text qwen3_next"
+        ),
+        RECURRENT: "openai-gpt recurrent_gemma rwkv",
+        OWN: "bloom doge falcon gpt_neo gptj mpt xglm",
+        HEAD: "bert ctrl modernbert-decoder phi",
+        MASK: "bart",
+        ROWS: "llama4_text moshi",
     }
 )
 SETTINGS = {
@@ -83,11 +102,15 @@ SETTINGS = {
     ),
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5}, "gemma2": BOTH | SOFT,
     "vaultgemma": BOTH | SOFT,
+    "gemma3": dict(text_config=SMALL | BOTH, vision_config=TOWER, mm_tokens_per_image=4),
     "gemma3_text": BOTH | {"query_pre_attn_scalar": 8},
+    "gemma3n_text": FOUR | SHARED | dict(altup_num_inputs=2, laurel_rank=4, activation_sparsity_pattern=[0.5] * 4),
     "gemma4_text": BOTH | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=61, global_head_dim=8),
     "gpt2": GPT | {"resid_pdrop": 0.2}, "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
-    "gptj": GPT | {"rotary_dim": 4}, "jamba": MAMBA | dict(attn_layer_offset=1, attn_layer_period=2, num_experts=2),
-    "lfm2": {"layer_types": ["conv", "full_attention"]}, "ministral": BOTH,
+    "gptj": GPT | {"rotary_dim": 4}, "hyperclovax": {"logits_scaling": 0.5},
+    "jamba": MAMBA | dict(attn_layer_offset=1, attn_layer_period=2, num_experts=2),
+    "laguna": BOTH, "lfm2": {"layer_types": ["conv", "full_attention"]}, "longcat_flash": SHORTCUT, "mellum": BOTH,
+    "ministral": BOTH, "ministral3": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}},
     "nanochat": {"final_logit_softcapping": 2.0}, "olmo3": BOTH, "openai-gpt": GPT,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "qwen2": WINDOW | dict(use_sliding_window=True, max_window_layers=1), "seed_oss": {"residual_dropout": 0.2},
@@ -249,8 +272,24 @@ def quantised(folder):
     edit(folder, quantization_config={"quant_method": "fp8"})
 
 
+def eight_bits(folder):
+    edit(folder, dtype="float8_e4m3fn")
+
+
 def other_shapes(folder):
     edit(folder, hidden_size=16)
+
+
+def untied(folder):
+    edit(folder, tie_word_embeddings=True)
+
+
+def unknown_activation(folder):
+    edit(folder, hidden_act="swiglu")
+
+
+def no_float(folder):
+    edit(folder, rms_norm_eps=0)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +301,11 @@ def other_shapes(folder):
         (one_more, "unexpected are model.extra.weight$"),
         (beside_an_adapter, "adapter_config.json is there: merge the adapter"),
         (quantised, "quantised weights cannot be trained"),
-        (other_shapes, "cannot be loaded"),
+        (eight_bits, "quantised weights cannot be trained"),
+        (other_shapes, "mismatched are lm_head.weight, .* and [0-9]+ more"),
+        (untied, "untied are lm_head.weight$"),
+        (unknown_activation, "cannot be loaded .'swiglu' is not known.$"),
+        (no_float, "cannot be loaded .*'rms_norm_eps'.* expected float, got int"),
     ],
 )
 def test_a_folder_whose_weights_do_not_fit_is_refused(damage, message, world, tmp_path):
@@ -272,8 +315,9 @@ def test_a_folder_whose_weights_do_not_fit_is_refused(damage, message, world, tm
         load_policy(str(folder), world)
 
 
-def test_a_value_models_head_is_new_only_where_it_is_asked_for(world, tmp_path):
-    folder = make("llama", tmp_path / "model")
+@pytest.mark.parametrize("kind", ["llama", "biogpt"])
+def test_a_value_models_head_is_new_only_where_it_is_asked_for(kind, world, tmp_path):
+    folder = make(kind, tmp_path / "model")
     with pytest.raises(InputError, match="--value .*no trained value head there"):
         load_policy(str(folder), world, kind=ValueModel)
     value = load_policy(str(folder), world, kind=ValueModel, new_head=True)
@@ -283,8 +327,33 @@ def test_a_value_models_head_is_new_only_where_it_is_asked_for(world, tmp_path):
     export(value, NoTokenizer(), tmp_path / "value", world)
     again = load_policy(str(tmp_path / "value"), world, kind=ValueModel)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "value", num_labels=1).eval()
-    hidden = [plain.model(torch.tensor([p + r])).last_hidden_state[0, len(p) - 1 : -1] for p, r in SEQUENCES]
+    hidden = [plain.get_decoder()(torch.tensor([p + r])).last_hidden_state[0, len(p) - 1 : -1] for p, r in SEQUENCES]
     torch.testing.assert_close(again(pack(SEQUENCES)), plain.score(torch.cat(hidden))[:, 0], rtol=0, atol=1e-4)
+
+
+def masked_bias(folder):
+    bias = {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(load_file(folder / "model.safetensors") | bias, folder / "model.safetensors", {"format": "pt"})
+
+
+def tuples(folder):
+    edit(folder, return_dict=False)
+
+
+def negative_pad(folder):
+    edit(folder, pad_token_id=-1)
+
+
+@pytest.mark.parametrize("oddity", [masked_bias, tuples, negative_pad])
+def test_what_is_odd_in_a_folder_and_changes_nothing_is_read_and_exported(oddity, world, tmp_path):
+    folder = make("gpt2", tmp_path / "model")
+    expected = plain_logps(plain_model(folder), SEQUENCES)
+    oddity(folder)
+    policy = load_policy(str(folder), world)
+    torch.testing.assert_close(policy(pack(SEQUENCES)), expected, rtol=0, atol=1e-4)
+    EmbeddedSampler(policy, stop_ids=[1]).sync(policy, version=0)
+    export(policy, NoTokenizer(), tmp_path / "export", world)
+    torch.testing.assert_close(plain_logps(plain_model(tmp_path / "export"), SEQUENCES), expected, rtol=0, atol=1e-4)
 
 
 def test_a_setting_that_changes_the_logits_is_found_in_a_nested_configuration():

@@ -16,7 +16,7 @@ from common import checkpoints, trainer
 from common.checkpoints import Checkpoints
 from common.data import InputError, pack
 from common.metrics import Metrics, read_metrics
-from common.rollout import EmbeddedSampler, Sampling
+from common.rollout import EmbeddedSampler, Sampling, change_logits
 from common.trainer import (
     export,
     learning_rate,
@@ -505,7 +505,7 @@ def test_logit_forms_are_read_from_nested_configurations_too():
     assert trainer.logit_form(nested) == {"cap": 30.0, "scale": 1.0}
     assert trainer.logit_form(AutoConfig.for_model("qwen2")) == {"cap": 0.0, "scale": 1.0}
     logits = torch.tensor([-3.0, 0.0, 50.0])
-    torch.testing.assert_close(trainer.change_logits(logits, **trainer.logit_form(text)), 30 * (logits / 30).tanh())
+    torch.testing.assert_close(change_logits(logits, **trainer.logit_form(text)), 30 * (logits / 30).tanh())
 
 
 def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
