@@ -174,9 +174,6 @@ def arms_of(args: Args) -> dict[str, list[dict]]:
     }
 
 
-# ------------------------------------------------------------------------------------------ the mathematics
-
-
 def group_advantages(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
     """A_i = (R_i - mean) / (std + eps) over the rewards of i's group; 0, but for rounding, if all are equal.
 
@@ -258,9 +255,6 @@ def row_means(values: Tensor, batch, rows: list[Row]) -> Tensor:
     return values.new_zeros(len(rows)).index_add(0, batch.sequence, values) / lengths
 
 
-# ----------------------------------------------------------------------------------------------- one update
-
-
 def accumulate_gradient(
     policy, rows: list[Row], old_logps: list | None, ref_logps: list | None, args: Args, world
 ) -> dict[str, float]:
@@ -309,9 +303,6 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
         totals.add({"sft/loss": loss})
         totals.add({"sft/logp": logp.sum(), "sft/entropy": entropy.sum()}, per=sum(lengths))
     return totals.reduce()
-
-
-# ------------------------------------------------------------------------------------------------- the data
 
 
 def make_data(args: Args, world) -> None:
@@ -379,9 +370,6 @@ def read_set(name: str, tokenizer, args: Args, **options):
     return [replace(example, source=name) for example in examples], left_out
 
 
-# ------------------------------------------------------------------------------------------------- the loop
-
-
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
     check_flags(args)
@@ -389,6 +377,9 @@ def check(args: Args) -> None:
         raise InputError(f"--arms {unknown[0]}: no such arm; there are {', '.join(arms_of(args))}")
     if args.stage == "base" and not args.base_problems:
         raise InputError("--stage base needs --base_problems, the number of problems to train on")
+    for few, batch in (("sft_problems", "sft_batch_size"), ("rl_problems", "batch_size")):
+        if args.stage == "all" and getattr(args, few) < getattr(args, batch):
+            raise InputError(f"--{few} {getattr(args, few)} are fewer than --{batch} {getattr(args, batch)}")
     if args.sft_model and (len(args.arms) != 1 or args.stage not in ("rl", "eval")):
         raise InputError(f"--sft_model {args.sft_model} is one arm's: it needs --arms ARM and --stage rl or eval")
     if args.data or args.eval_data:
@@ -504,9 +495,6 @@ def train(args: Args) -> None:
         run.log(row_log | run.evaluate(sampler), rows)
         run.save(sampled=sampled)
     run.finish(sampler)
-
-
-# ----------------------------------------------------------------------------------------------- evaluation
 
 
 def test_model(model: str, args: Args, world) -> dict[str, dict]:

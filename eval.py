@@ -122,9 +122,6 @@ BY_DIGEST = {"model", "value", "data"}  # their names may change: digests of the
 TEMPLATES = json.loads((Path(__file__).parent / "benchmarks" / "templates.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------ the mathematics
-
-
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Probability that k of n answers, drawn without replacement, include a correct one: 1 - C(n - c, k) / C(n, k).
 
@@ -176,9 +173,6 @@ def mean_and_errors(rewards: list[list[float]]) -> tuple[float, float | None, fl
 def difficulty(base_rate: float) -> str:
     """ReLIFT's bucket for the base's fraction of correct answers: of 8, easy has 6 or more, medium 3, hard 1."""
     return "easy" if base_rate >= 6 / 8 else "medium" if base_rate >= 3 / 8 else "hard" if base_rate > 0 else "hardest"
-
-
-# ---------------------------------------------------------------------------------------------------- questions
 
 
 @dataclass
@@ -267,9 +261,6 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
         question.prompt = ids
         if not ids:
             raise InputError(f"{question.where}: its prompt has no tokens under --template {args.template}")
-
-
-# ---------------------------------------------------------------------------------------------------- answers
 
 
 def check_settings(args: Args, questions: list[Question], world) -> None:
@@ -372,9 +363,6 @@ def best_answer(found, stops: list[int], tokenizer) -> dict:
     return make_answer(drawn, tokenizer) | {"found": len(found), "value": round(best.value, 6)}
 
 
-# -------------------------------------------------------------------------------------------------- the numbers
-
-
 def vote(text: str) -> str | None:
     r"""Return what an answer votes for in maj@k: its last box, else what follows the last ####, else what follows the
     last "answer is", else its last number, else None. Cheap spellings are made equal: 1,000.0 is 1000, \frac12 is 0.5.
@@ -464,9 +452,6 @@ def by_difficulty(records: list[dict], verifier: str, base: dict[str, dict]) -> 
             base_mean = None if name == "not_in_base" else fmean(base_rates)
             result[name] = {"questions": len(found), "pass@1": rate, "pass@1_se": error, "base": base_mean}
     return result
-
-
-# --------------------------------------------------------------------------------------------------------- main
 
 
 def check(args: Args) -> None:

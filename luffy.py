@@ -110,9 +110,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ the mathematics
-
-
 def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, baseline: Tensor | None = None) -> Tensor:
     """A_i = R_i - mean of the rewards of i's group (LUFFY's Eq. 4); with `std` divided by their unbiased std + 1e-6.
 
@@ -191,9 +188,6 @@ def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
     (5, 3)
     """
     return max(1, math.ceil(rows * tokens_per_row / 32768))
-
-
-# ----------------------------------------------------------------------------------------------- one update
 
 
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
@@ -275,15 +269,13 @@ def add_trace(totals: Totals, logp: Tensor, teacher: Tensor, args: Args, *, per:
                 "teacher/shaped_ratio": torch.where(teacher, ratio, 0.0).sum()}, per=per)  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------- the loop
-
-
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
     if args.method == "sft" and (args.teacher_rows != 1 or args.empty_trace == "on_policy"):
         raise InputError("--method sft trains on one trace alone: set --teacher_rows 1, --empty_trace error or drop")
-    if args.method != "sft" and args.teacher_rows >= args.group_size:
-        raise InputError(f"--teacher_rows {args.teacher_rows} must be under --group_size {args.group_size}")
+    most, few = args.group_size - 1, int(args.method == "rl_sft")  # which adds the traces' loss
+    if args.method != "sft" and not few <= args.teacher_rows <= most:
+        raise InputError(f"--teacher_rows {args.teacher_rows} must be from {few} to {most}, under --group_size")
 
 
 def main(args: Args) -> None:

@@ -164,9 +164,6 @@ SYSTEM = {"math": IN_A_BOX,  # the published system turns
           "gsm8k": "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'"}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ the mathematics
-
-
 def oreo_losses(logp, ref_logp, values, action_mask, state_mask, rewards, *, beta: float, variant: str = "token"):
     """Return (policy loss, value loss), scalars: the means over the rows of `oreo_row_losses`."""
     given = (logp, ref_logp, values, action_mask, state_mask, rewards)
@@ -278,9 +275,6 @@ def dpo_pairs(rows: list["Row"], limit: int, seed: int) -> list[list["Row"]]:
     return pairs
 
 
-# --------------------------------------------------------------------------------------- problems and graded rows
-
-
 @dataclass
 class Row:
     """A graded answer as ids. In a conversation the response is all that follows the first trained turn's start."""
@@ -381,9 +375,6 @@ def training_units(tokenizer, args: Args, progress: bool) -> tuple[list[list[Row
     return units, count | {"units": len(units)}
 
 
-# ----------------------------------------------------------------------------------------------- one update
-
-
 def row_batches(units: list[list[Row]], args: Args, world):
     """Yield this rank's micro-batches of an update: (token batch, its rows, which tokens are actions, 0 or 1 [N])."""
     for batch, mine in micro_batches(units, args, world, lambda unit: [(row.prompt, row.response) for row in unit]):
@@ -480,9 +471,6 @@ def kto_baseline(policy, reference, units: list[list[Row]], args: Args, world) -
     return max(0.0, totals.reduce()["log_ratio"] / len(rows))
 
 
-# ------------------------------------------------------------------------------------------------- the loop
-
-
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work, alone or together."""
     check_flags(args)
@@ -570,9 +558,6 @@ def train(args: Args) -> None:
         run.log(run.evaluate(sampler), rows)
         run.save()
     run.finish(sampler)
-
-
-# ------------------------------------------------------------------------------------------ collection, rounds
 
 
 def collect(args: Args) -> str:

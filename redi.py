@@ -111,9 +111,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ the mathematics
-
-
 def redi_loss(
     chosen_logp: Tensor, chosen_len: Tensor, rejected_logp: Tensor, rejected_len: Tensor, *, alpha: float = 0.8,
     chosen_coef: float = 1.0,
@@ -177,9 +174,6 @@ def collapsed_at(chosen_logps: list[float], margin: float, window: int = 5) -> i
         if sum(chosen_logps[step - window : step]) / window < chosen_logps[0] - margin:
             return step
     return None
-
-
-# ----------------------------------------------------------------------------------------------- one update
 
 
 @dataclass
@@ -294,9 +288,6 @@ def describe(pairs: list[Pair], args: Args) -> dict[str, float | None]:
     return log
 
 
-# -------------------------------------------------------------------------------------------- rows to pairs
-
-
 def read_rows(args: Args):
     """Yield the rows of --data. In stage redi those of igsm:LO-HI get a corrupted solution as the incorrect trace."""
     for row in iter_rows(args.data, problems=args.igsm_problems):
@@ -342,9 +333,6 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
         else:
             pairs.append(Pair(*(array("i", x or []) for x in (prompt, *ids)), item.weight, index))
     return pairs, with_kept(pairs, count, source, args)
-
-
-# ------------------------------------------------------------------------------------------------- the loop
 
 
 def check(args: Args) -> None:

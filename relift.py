@@ -121,9 +121,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ the mathematics
-
-
 def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> Tensor:
     """A_i = R_i - mean of the rewards of i's group (LUFFY's Eq. 4); with `std` divided by their unbiased std + 1e-6.
 
@@ -238,9 +235,6 @@ def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
     return max(1, math.ceil(rows * tokens_per_row / 32768))
 
 
-# ----------------------------------------------------------------------------------------------- one update
-
-
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
     """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing. At
     least one row, so that there is a gradient (of zeros)."""
@@ -296,9 +290,6 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
         totals.add({"sft/loss": loss})
         totals.add({"sft/logp": logp.sum(), "sft/entropy": entropy.sum()}, per=sum(lengths))
     return totals.reduce() | {"sft/length": sum(lengths) / len(rows)}
-
-
-# ------------------------------------------------------------------------------------------------- the loop
 
 
 def check_demonstrations(have: int, questions: int, args: Args, world) -> None:

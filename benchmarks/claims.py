@@ -76,9 +76,6 @@ class Flags:
     """Runs at once. 0: one per core."""
 
 
-# ------------------------------------------------------------------------------------------------ statistics
-
-
 def p_value(value: float, se: float, n: int) -> float:
     """Two-sided p of a mean of n values with standard error `se`, by Student's t with n - 1 degrees of freedom.
 
@@ -139,9 +136,6 @@ def verdict(claim: dict, adjusted: float | None) -> str:
     if adjusted > 0.05:
         return "hint" if positive else "hint against"
     return "yes" if positive else "no"
-
-
-# ---------------------------------------------------------------------------------------------------- runs
 
 
 def measure(model: str, data: str, kept: Path, verifier: str, max_tokens: int, problems: int, tries: tuple) -> dict:
@@ -380,9 +374,6 @@ def check(claim: Claim, found: dict, buckets: list[str]) -> dict:
         else:
             values.append(sum(w * m for w, m in zip(claim.rows.values(), measured, strict=True)) - claim.less)
     return contrast(values) | {"of": claim.of, "among": claim.among}
-
-
-# -------------------------------------------------------------------------------------------------- the page
 
 
 def cell(values: list[float], digits: int = 1) -> str:

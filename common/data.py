@@ -81,9 +81,6 @@ def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
     return [total / (means * tokens) for tokens in tokens_of_means(lengths, rows_per_mean)]
 
 
-# ------------------------------------------------------------------------------------------------- packing
-
-
 BLOCK = {"cpu": 0.94, "cuda": 1.0}  # rows of a block of attention are at least so long, as a share of its longest
 RAGGED = (torch.bfloat16, torch.float16)  # what CUDA's kernel for rows of any length computes in
 QUERIES = 512  # whose scores are in memory at once, where attention is written out
@@ -337,9 +334,6 @@ def _ragged_attention(q, k, v, pattern: Pattern, scaling):
 
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", packed_mask)
-
-
-# ----------------------------------------------------------------------------------------------- balancing
 
 
 def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:

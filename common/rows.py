@@ -34,9 +34,6 @@ ENDINGS = (".parquet", ".jsonl", ".json", ".csv")  # the last three also with .g
 SPLIT = re.compile(r"(?<![a-z])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?![a-z])")
 
 
-# --------------------------------------------------------------------------------------------------- files
-
-
 def load_rows(source: str, *, split: str = "train", limit: int | None = None, problems: int = 1000) -> list[dict]:
     """Return the rows of `source`; see `iter_rows`. Raises InputError if it does not exist or holds no rows."""
     rows = list(iter_rows(source, split=split, limit=limit, problems=problems))
@@ -155,8 +152,6 @@ def _csv_row(row: dict) -> dict:
             row[name] = float({"true": 1, "false": 0}.get(row[name].lower(), row[name]))
     return row
 
-
-# ------------------------------------------------------------------------------------------------ templates
 
 SWITCHES = "{# --chat_template_args #}"  # ends the settings of switches in front of a template
 
@@ -316,9 +311,6 @@ def with_kept(found: list, count: dict[str, int], source: str, args) -> dict[str
         why = ", ".join(f"{n} {LEFT_OUT[name]}".format(**vars(args)) for name, n in count.items() if name in LEFT_OUT)
         raise InputError(f"{source}: no row is left of {count['rows']} ({why})")
     return count | {"kept": len(found)}
-
-
-# ------------------------------------------------------------------------------------------------- examples
 
 
 @dataclass

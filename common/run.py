@@ -59,8 +59,6 @@ from common.trainer import (
 )
 from common.verifiers import grade, grade_later
 
-# ---------------------------------------------------------------------------------------------------- flags
-
 T = TypeVar("T")
 Positive = Annotated[T, ("positive and finite", lambda x: 0 < x < math.inf)]
 NotNegative = Annotated[T, ("0 or more and finite", lambda x: 0 <= x < math.inf)]
@@ -142,8 +140,6 @@ def check_flags(args) -> None:
         raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_every")
     check_verifier(args.verifier)
 
-
-# -------------------------------------------------------------------------------------------------- the run
 
 SHOWN = ("reward/own", "eval/mean", "policy/entropy", "teacher/logp", "buffer/size", "sft/demonstrations", "sft/loss",
          "logp/chosen", "logp/rejected", "loss/policy", "value/right", "value/wrong", "policy/kl")  # fmt: skip
@@ -414,9 +410,6 @@ def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) ->
     }  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------- rows of a step
-
-
 @dataclass
 class Row:
     """An answer to a question: the model's own, or the teacher's trace."""
@@ -554,9 +547,6 @@ class Grader:
         self.jobs = []
 
 
-# ------------------------------------------------------------------------- records that outlast a killed run
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -655,9 +645,6 @@ def describe(rows: list[Row]) -> dict[str, float | None]:
         "length/own": mean(len(r.response) for r in own), "length/teacher": mean(len(r.response) for r in teacher),
         "length/truncated": mean(r.truncated for r in own),
     } | {f"verifier/{s}": mean(r.status == s for r in graded) for s in ("ok", "timeout", "error", "unparsable")}
-
-
-# ----------------------------------------------------------------------------------------------- one update
 
 
 def split_updates(rows: list[Row], args) -> list[list[Row]]:

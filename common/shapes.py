@@ -110,9 +110,6 @@ def check_gold(item: Item, row: dict, where: str) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------- values of cells
-
-
 def _blank(value) -> bool:
     """Whether a cell holds nothing: null, NaN, blank text, an empty list."""
     return value is None or value in ([], {}) or value != value or (isinstance(value, str) and not value.strip())
@@ -239,9 +236,6 @@ def boxed_gold(solution: str) -> str:
         if depth == 0 and mark[0] == "}":
             return inside[-1][1 : mark.start()].strip()
     return ""
-
-
-# ----------------------------------------------------------------------------------------- questions and traces
 
 
 def _question(row: dict) -> tuple[str, str]:

@@ -51,8 +51,6 @@ from common.logprobs import free_memory, linear_kl, linear_logprobs
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 transformers_logging.disable_progress_bar()  # shards read and written: noise beside a training bar
 
-# ------------------------------------------------------------------------------------- command line, launch
-
 
 def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
     """Parse argv into the dataclass `args_type` with tyro, where some flags choose the defaults of others.
@@ -120,9 +118,6 @@ def _first_to_fail() -> bool:
         return store.compare_set("first to fail", "", rank).decode() == rank
     except Exception:  # the store is gone with the rank that held it
         return True
-
-
-# ------------------------------------------------------------------------------------------------ processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +210,6 @@ class Totals:
         sums = sum_over_ranks(torch.stack(list(self.sums.values())).cpu(), self.world).tolist()
         maxima = {name: max(gather_lists([x.item()], self.world)) for name, x in self.maxima.items()}
         return dict(zip(self.sums, sums, strict=True)) | maxima
-
-
-# --------------------------------------------------------------------------------------------------- policy
 
 
 class Policy(nn.Module):
@@ -463,9 +455,6 @@ def _prepare_config(config: PreTrainedConfig) -> None:
             _prepare_config(value)
         elif isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
-
-
-# -------------------------------------------------------------------------------------------- proof at load
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -737,9 +726,6 @@ def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
     dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------ optimizer
-
-
 def make_optimizer(policy: nn.Module, *, lr: float, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8):
     """AdamW over every parameter that is trained (float32 states, sharded as the parameters are)."""
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -784,9 +770,6 @@ def optimizer_step(policy: nn.Module, optimizer, *, lr: float, max_grad_norm: fl
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-# ---------------------------------------------------------------------------------------------- bad numbers
 
 
 def check_finite(log: dict[str, float], policy: Policy, world: World) -> None:

@@ -183,8 +183,6 @@ class VLLMSampler(Sampler):
         self.worker = Worker(config, settings, environment(world), patience or (120.0 if self.cuda else 1200.0))
         self.worker.start()
 
-    # ---------------------------------------------------------------------------------------------- weights
-
     @torch.no_grad()
     def sync(self, policy: Policy, version: int) -> None:
         """Wake vLLM, give it the policy's weights, empty its prefix cache, and have it proven.
@@ -319,8 +317,6 @@ class VLLMSampler(Sampler):
                 f"the weights did not arrive in vLLM, or it does not run the same model: after sync {self.label} its "
                 f"log-probs differ from the policy's by {gap:.4f} per token (at most {limit} is expected)"
             )
-
-    # ------------------------------------------------------------------------------------------- completions
 
     def _generate(self, prompts, groups, keys, seed, sampling, bar, drawn) -> None:
         limits = sampling.limits(len(prompts))

@@ -272,6 +272,8 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--data", "igsm:1-2"], "put your own rows into OUT/data .* and run --stage sft, rl or eval"),
         (["--batch_size", "5", "--updates_per_step", "2"], "--batch_size 5 does not divide into --updates_per_step 2"),
         (["--steps", "-1"], "--steps must be 0 or more"),
+        (["--rl_problems", "3"], "--rl_problems 3 are fewer than --batch_size"),
+        (["--sft_problems", "3"], "--sft_problems 3 are fewer than --sft_batch_size"),
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--ops", "40", "40"], "problems of sft: no problem of 40 to 40 operations"),
         (["--stage", "sft"], "sft_vanilla.jsonl is missing: run --stage data first"),

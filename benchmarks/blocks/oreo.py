@@ -129,9 +129,6 @@ CLAIMS = [
 ]  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------- the gate and its measure
-
-
 @dataclass
 class Flags:
     out: str
