@@ -88,6 +88,7 @@ def refusals(response, gold):
 
 @dataclasses.dataclass
 class Settings:
+    tensorboard, wandb = False, ""
     seed: int = 0
 
 
