@@ -8,13 +8,11 @@ datasets name and nest their columns.
 
 import ast
 import contextlib
-import itertools
 import json
 import math
 import random
 import re
 import string
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.data import InputError
@@ -24,14 +22,18 @@ THINK = "<think>\n"
 IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 
 QUESTIONS = ("problem", "question", "query", "question_stem", "instruction")
-PASSAGES = ("context", "passage", "article", "body")  # what a question stands on
+PASSAGES = ("context", "passage", "article", "body", "puzzle", "theory", "story", "table")  # what a question stands on
 RESPONSES = ("response", "completion", "output", "generation", "generated_solution")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")  # beside a response
-GOLDS = ("answer_number", "answer", "ground_truth", "expected_answer", "final_answer", "reference_answer")
+GOLDS = ("answer_number", "final_answer", "expected_answer", "answer", "ground_truth", "reference_answer")
 NO_GOLD = {"nan", "null", "n/a", "notfound", "proof"}
-CHOICES = ("answerKey", "answer_letter", "answer_idx", "correct_option", "correct", "answer", "label")
-MARKS = ("label", "is_correct", "correct")  # of one trace
+RIGHT_OPTION = (  # columns that may name it
+    "answerKey", "answer_letter", "answer_idx", "correct_option", "answer", "correct", "label",
+)
+MARKS = ("label", "reward", "is_correct", "correct", "kto_tag")  # of one trace
 CAPITALS = {"Problem", "Question", "Answer", "Solution", "Body"}  # read as if they were in lower case
+LETTERS = string.ascii_uppercase
+TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content)["']\s*:""")  # as text, in .csv files
 NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations"}
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
 KNOWN_ROLES = ("system", "user", "assistant", "tool", "function", "ipython", "observation")
@@ -73,21 +75,27 @@ def read_row(row: dict, where: str) -> Item:
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     given = ", ".join(map(str, row))
     row = {name.lower(): row[name] for name in CAPITALS & row.keys()} | row
-    row = {name: _unfolded(name, value) for name, value in row.items()}
+    try:
+        row = {name: _unfolded(name, value) for name, value in row.items()}
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from error
     columns = {name for name, value in row.items() if not _blank(value)}  # files of mixed shapes hold nulls
+    blank = [str(name) for name in row if name not in columns]
+    row = {name: value for name, value in row.items() if name in columns or isinstance(value, str)}
     columns |= _groups(row, columns)
     read = next((read for needs, read in SHAPES if needs <= columns), None)
     if read is None:
-        blank = [name for name in row if name not in columns]
         raise InputError(f"{where}: no shape of row has these columns ({given}{'; blank: ' if blank else ''}"
                          f"{', '.join(blank)}); the table of shapes is in README")  # fmt: skip
     try:
-        if columns & {"image", "images"}:
+        if any(re.fullmatch(r"images?(_\d+)?", str(name)) for name in columns):
             raise ValueError("the row has an image, which no script reads")
         item = read(row)
-        if not _blank(row.get("system")) and item.prompt[:1] and item.prompt[0]["role"] != "system":
-            system = [{"role": "system", "content": _text(row["system"], "'system'")}]
-            item.prompt, item.conversation = system + item.prompt, item.conversation and system + item.conversation
+        system = next((row[name] for name in ("system", "system_prompt") if not _blank(row.get(name))), None)
+        if system and item.prompt[:1] and item.prompt[0]["role"] != "system":
+            turn = {"role": "system", "content": _text(system, "'system'")}
+            item.prompt = [turn, *item.prompt]
+            item.conversation = item.conversation and [turn, *item.conversation]
         item.text = _text(row.get("prompt_text") or item.text or "", "'prompt_text'") or None
         item.source = _text(row.get("data_source") or item.source, "'data_source'")
         item.weight = 1.0 if row.get("weight") is None else row["weight"]
@@ -112,7 +120,9 @@ def check_gold(item: Item, row: dict, where: str) -> None:
 
 def _blank(value) -> bool:
     """Whether a cell holds nothing: null, NaN, blank text, an empty list."""
-    return value is None or value in ([], {}) or value != value or (isinstance(value, str) and not value.strip())
+    if isinstance(value, (str, list, dict)):
+        return not (value.strip() if isinstance(value, str) else value)
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _parsed(text: str):
@@ -125,11 +135,11 @@ def _parsed(text: str):
 
 def _unfolded(name: str, value):
     """A cell whose lists or turns stand there as text, as in .csv files, as these lists or turns."""
-    if not isinstance(value, str) or value[:1] not in ("[", "{"):
+    if not isinstance(value, str) or not (TURNS.match(value) or (name in NESTED and value[:1] in ("[", "{"))):
         return value
-    found = _parsed(value) if name in NESTED or value.startswith("[{") else None
-    turns = isinstance(found, list) and all(isinstance(t, dict) and t.keys() & {"role", "from"} for t in found)
-    return found if found is not None and (name in NESTED or turns) else value
+    if (found := _parsed(value)) is None and TURNS.match(value):
+        raise TypeError(f"'{name}' holds turns as text that is neither JSON nor Python (numpy's has no commas)")
+    return value if found is None else found
 
 
 def _text(value, name: str) -> str:
@@ -139,6 +149,14 @@ def _text(value, name: str) -> str:
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise TypeError(f"{name} holds half a character (a lone surrogate)")
     return value
+
+
+def _reward(row: dict) -> float | None:
+    """The reward of the row's one trace: a mark, 1 or 0, or any number in 'reward'; None: nobody graded it."""
+    name = next((name for name in MARKS if name in row), None)
+    if name not in (None, "reward") and row[name] not in (0, 1):
+        raise TypeError(f"'{name}' must be 1 (right) or 0 (wrong), not {row[name]!r} (or 'reward' a number)")
+    return name and _number(row[name], name)
 
 
 def _number(value, name: str) -> float:
@@ -165,7 +183,7 @@ def _turns(value, name: str) -> list[dict]:
 def _turn(turn: dict, name: str) -> dict:
     """A turn, {role, content} or {from, value}, with the thought of an assistant's in its content."""
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role is None or content is None:
+    if role is None or content is None or turn.get("tool_calls"):
         raise TypeError(f"'{name}' must be a text or [{{role, content}}, ...]")
     role = _text(role, f"'{name}': a turn's role").lower()
     role = ROLES.get(role, role)
@@ -188,7 +206,7 @@ def _with_thought(beside: dict, text: str) -> str:
     if "</think>" in text:
         return text if "<think>" in text else THINK + text
     thoughts = [value.strip() for value in map(beside.get, THOUGHTS) if isinstance(value, str)]
-    thought = next((value for value in thoughts if " " in value), None)  # a single word is a switch: "on"
+    thought = next((t for t in thoughts if not (t.isascii() and t.isalpha())), None)  # a single word is a switch: "on"
     if found := MARKED.fullmatch(text):
         thought, text = found[1].strip(), re.sub(r"<\|(?:begin|end)_of_solution\|>", "", found[2]).strip()
     return f"{THINK}{thought}\n</think>\n\n{text}" if thought else text
@@ -198,7 +216,9 @@ def _gold(*values) -> str:
     """The first of the values that is not blank, as text; "" if all are. Raises TypeError if one is no answer."""
     for value in values:
         if isinstance(value, str) and re.match(r"""\[\s*["']""", value):
-            value = _parsed(value) or value
+            value = _parsed(value) if not re.search(r"""['"]\s+['"]""", value) else None
+            if value is None:
+                raise TypeError("the gold answer is a list without commas, as numpy prints it")
         if isinstance(value, list) and len(value) > 1:
             raise TypeError(f"the gold answer is a list of {len(value)}: write it as one text, as in '1, 2'")
         value = value[0] if isinstance(value, list) and value else value
@@ -229,7 +249,7 @@ def boxed_gold(solution: str) -> str:
     if len(inside) == 1:
         return ""
     if not inside[-1].startswith("{"):
-        return re.split(r"\$|\\\)|\\\]|\n|[.,;]?\s*$", inside[-1])[0].strip()
+        return re.split(r"\$|\\\)|\\\]|\n", inside[-1])[0].strip().rstrip(" .,;")
     depth = 0
     for mark in re.finditer(r"\\.|[{}]", inside[-1], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
@@ -241,7 +261,7 @@ def boxed_gold(solution: str) -> str:
 def _question(row: dict) -> tuple[str, str]:
     """The question alone, behind the passage that it stands on, and the name of its column."""
     name = next(name for name in QUESTIONS if not _blank(row.get(name)))
-    passages = [row[p] for p in PASSAGES if isinstance(row.get(p), str) and row[p].strip()]
+    passages = [_text(row[p], f"'{p}'") for p in PASSAGES if not _blank(row.get(p))]
     more = [row["input"]] if name == "instruction" and not _blank(row.get("input")) else []
     return "\n\n".join([*passages, _text(row[name], f"'{name}'"), *more]), name
 
@@ -258,14 +278,16 @@ def _asked(row: dict) -> Item:
     prompt = _turns(row.get("prompt"), "prompt")
     if prompt[-1]["role"] == "assistant":
         raise ValueError("'prompt' ends with a turn of the assistant, so that nothing is asked")
-    asked = [turn["content"] for turn in prompt if turn["role"] == "user"] or [prompt[-1]["content"]]
-    return Item(prompt, asked[-1], gold)
+    questions = [turn["content"] for turn in prompt if turn["role"] == "user"]
+    if not questions or not questions[-1].strip():
+        raise ValueError("the question is blank: no text in a turn of the user")
+    return Item(prompt, questions[-1], gold)
 
 
 def _trace(row: dict, name: str, prompt: list[dict], **settings) -> list[Trace]:
     """The trace in a column, [] if it has none: a text, an assistant turn, or the prompt's turns and an assistant's."""
     value, ids = row.get(name), row.get(f"{name}_ids")
-    if value is None or value == [] or value != value:
+    if value is None:
         return []
     if isinstance(value, (list, dict)):
         *before, last = _turns([value] if isinstance(value, dict) else value, name)
@@ -282,14 +304,16 @@ def _trace(row: dict, name: str, prompt: list[dict], **settings) -> list[Trace]:
     text = _text(value, f"'{name}' (a text or [{{role, content}}])")
     if ids is not None:
         return [Trace(text, ids=_ids(ids, f"{name}_ids"), **settings)]
-    return [Trace(_with_thought(row if name in RESPONSES else {}, text), **settings)]
+    beside = row if name in RESPONSES else {}  # a chosen and a rejected trace would get the same thought
+    return [Trace(text if settings.get("probs") else _with_thought(beside, text), **settings)]
 
 
-def _graded(texts: list, correct: Iterable) -> list[Trace]:
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("traces must be texts")
-    return [Trace(_with_thought({}, _text(text, "a trace")), float(bool(x)))
-            for text, x in zip(texts, correct, strict=True)]  # fmt: skip
+def _graded(texts: list, marks: list) -> list[Trace]:
+    if not isinstance(texts, list) or not isinstance(marks, list) or len(texts) != len(marks):
+        raise TypeError("the traces and their marks must be lists of one length")
+    if any(mark not in (0, 1) for mark in marks):
+        raise TypeError(f"'rewards' must be 1 (right) or 0 (wrong), not {marks}")
+    return [Trace(_with_thought({}, _text(t, "a trace")), float(mark)) for t, mark in zip(texts, marks, strict=True)]
 
 
 def _luffy(row: dict) -> Item:
@@ -301,31 +325,20 @@ def _luffy(row: dict) -> Item:
 def _pair(row: dict) -> Item:
     if not _blank(row.get("initial_reason_steps")):
         raise ValueError("'chosen' and 'rejected' go on from 'initial_reason_steps': join them to whole answers")
-    if _blank(row.get("prompt")) and not _blank(row.get("conversations")):
-        row = row | {"prompt": row["conversations"]}
-    elif _blank(row.get("prompt")) and isinstance(row.get("chosen"), list):
-        row = row | {"prompt": row["chosen"][:-1]}
-    item = _asked(row)
+    whole = row["chosen"][:-1] if isinstance(row.get("chosen"), list) else None
+    item = _asked({"prompt": row.get("conversations") or whole} | row)
     item.traces = _trace(row, "chosen", item.prompt) + _trace(row, "rejected", item.prompt, reward=0.0)
     return item
 
 
 def _single(row: dict) -> Item:
     item, name = _asked(row), next((name for name in RESPONSES if not _blank(row.get(name))), "response")
-    mark, reward = next((name for name in MARKS if row.get(name) is not None), None), None
-    if mark and row[mark] not in (0, 1):
-        raise TypeError(f"'{mark}' must be 1 (right) or 0 (wrong), not {row[mark]!r} (or 'reward' a number)")
-    if mark:
-        reward = float(row[mark])
-    elif row.get("reward") is not None:
-        reward = _number(row["reward"], "reward")
-        if isinstance(row.get("prompt"), str):  # OREO's published rows hold the prompt rendered
-            ids = row.get(f"{name}_ids")
-            item.text, item.traces = row["prompt"], [Trace(_text(row.get(name), f"'{name}'"), reward, ids)]
-            return item
-    item.traces = _trace(row, name, item.prompt, reward=reward)
+    item.traces = _trace(row, name, item.prompt, reward=_reward(row))
     if not item.traces:
         raise KeyError(name)
+    if "reward" in row and "label" not in row and isinstance(row.get("prompt"), str):
+        item.text = row["prompt"]  # OREO's published rows hold the prompt rendered, and the trace as it was said
+        item.traces[0].text = _text(row[name], f"'{name}'")
     return item
 
 
@@ -333,9 +346,7 @@ def _drawn(row: dict) -> Item:
     text = row.get("response") if isinstance(row.get("response"), str) else ""
     trace = Trace(text, _number(row["reward"], "reward"), _ids(row["response_ids"], "response_ids"), row.get("actions"))
     prompt, gold = row.get("prompt"), _gold(row.get("gold"), row.get("answer"), row.get("ground_truth"))
-    turns = _turns(prompt, "prompt") if prompt is not None else []
-    if not turns and row.get("conversations"):
-        turns = _conversation(row).prompt
+    turns = _turns(prompt, "prompt") if prompt else _conversation(row).prompt if "conversations" in row else []
     return Item(turns, "", gold, [trace], text=prompt if isinstance(prompt, str) else None,
                 prompt_ids=_ids(row["prompt_ids"], "prompt_ids"))  # fmt: skip
 
@@ -343,40 +354,32 @@ def _drawn(row: dict) -> Item:
 def _conversation(row: dict) -> Item:
     name = "messages" if _blank(row.get("conversations")) else "conversations"
     turns = _turns(row[name], name)
-    reward = None if row.get("reward") is None else _number(row["reward"], "reward")
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
     if name == "messages" and turns[-1]["role"] != "assistant":
         return _asked(row | {"prompt": turns})
     if not last:
         raise ValueError(f"'{name}' has no assistant turn that answers another")
     item = _asked(row | {"prompt": turns[:last]})
-    item.traces, item.conversation = [Trace(turns[last]["content"], reward)], turns
+    item.traces, item.conversation = [Trace(turns[last]["content"], _reward(row))], turns
     return item
 
 
 def _responses(row: dict) -> Item:
-    responses, rewards, item = row["responses"], row.get("rewards"), _asked(row)
-    if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
-        raise TypeError("'responses' and 'rewards' must be lists of one length")
-    if any(reward not in (0, 1) for reward in rewards):
-        raise TypeError(f"'rewards' must be 1 (right) or 0 (wrong), not {rewards}")
-    item.traces = _graded(responses, rewards)
+    item = _asked(row)
+    item.traces = _graded(row["responses"], row["rewards"])
     return item
 
 
 def _generations(row: dict) -> Item:
     """OpenR1-Math. Raw: correct are the generations that both verifiers accepted (REDI's rule). 220k: that either
     did, because the second was asked only where the first said no."""
-    generations, verdicts = row["generations"], row.get("correctness")
-    if verdicts is not None:
-        verdicts = [verdicts.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
-    else:
-        verdicts = [row[name] for name in ("correctness_math_verify", "correctness_llama") if not _blank(row.get(name))]
-    if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
-        raise TypeError("'correctness' does not have a verdict of both verifiers for each generation")
+    rule, verdicts = any, [row[name] for name in ("correctness_math_verify", "correctness_llama") if name in row]
+    if "correctness" in row:
+        rule, verdicts = all, [row["correctness"][v] for v in ("llama_verification", "math_verify_reparsed_answer")]
     item = _asked({"prompt": row["problem"]} | row)
-    rule = any if row.get("correctness") is None else all
-    item.traces = _graded(generations, map(rule, zip(*verdicts, strict=True)))
+    if not all(mark in (0, 1, None) for marks in verdicts for mark in marks):
+        raise TypeError("'correctness' must have true, false or null for each generation")
+    item.traces = _graded(row["generations"], [rule(marks) for marks in zip(*verdicts, strict=True)])
     return item
 
 
@@ -400,72 +403,72 @@ def _problem(row: dict) -> Item:
     if _blank(reasoning):
         return item
     item.gold = item.gold or boxed_gold(_text(reasoning, "'solution'"))
-    said = _with_thought({}, _text(reasoning, "'solution'").strip())
-    if any(row.get(name) in (0, False) for name in (*MARKS, "reward")):
-        item.traces = [Trace(said, 0.0)]
+    said = _with_thought(row, _text(reasoning, "'solution'").strip())
+    reward = _reward(row)
+    if reward is not None and reward <= 0:
+        item.traces = [Trace(said, reward)]
     elif item.gold and said not in (item.gold, f"\\boxed{{{item.gold}}}"):  # an answer alone is no reasoning
         whole = "</think>" in said  # a response as a model wrote it
-        item.traces = [Trace(said if whole else f"{THINK}{said}\n</think>\n\n\\boxed{{{item.gold}}}")]
+        said = said if whole else f"{THINK}{said}\n</think>\n\n\\boxed{{{item.gold}}}"
+        item.traces = [Trace(said, 1.0 if reward is None else reward)]
     return item
 
 
-def _with_options(text: str, labels, options, gold: str) -> Item:
+def _with_options(row: dict, options: dict, gold) -> Item:
     """Multiple choice as LUFFY's files write it, an option a line: "A) ..."."""
-    lines = [f"{label}) {_text(option, 'an option').strip()}" for label, option in zip(labels, options, strict=True)]
-    text = "\n".join([text + "\n", *lines])
+    question = _question(row)[0]
+    text = "\n".join([f"{question}\n", *(f"{label}) {option}" for label, option in options.items())])
     return Item(_turns(f"{text}\n\n{IN_A_BOX}", "question"), text, gold)
 
 
 def _gpqa(row: dict) -> Item:
-    options = [row.get(name) for name in ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))]
-    options = [_text(o, "an option").strip() for o in options if o is not None and o == o]
+    names = ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
+    options = [_text(row[name], f"'{name}'").strip() for name in names if name in row]
     right = options[0]
     if not all(options) or options.count(right) > 1 or len(options) < 2:
         raise ValueError("the options must be two or more, none of them blank, and the right one only once")
     random.Random(row["Question"]).shuffle(options)  # by the question: the same in every run
-    labels = string.ascii_uppercase[: len(options)]
-    return _with_options(_text(row["Question"], "'Question'"), labels, options, labels[options.index(right)])
+    return _with_options(row, dict(zip(LETTERS, options, strict=False)), LETTERS[options.index(right)])
 
 
 def _multiple_choice(row: dict) -> Item:
     """A list of options, {label: option}, [{label, text}], {label: [...], text: [...]}, or columns A, B, ..."""
-    given = next((row[name] for name in ("options", "choices") if not _blank(row.get(name))), None)
-    if given is None:
-        columns = itertools.takewhile(lambda letter: not _blank(row.get(letter)), string.ascii_uppercase)
-        given = {letter: row[letter] for letter in columns}
-    if isinstance(given, dict):
-        arc = {"label", "text"} <= given.keys()
-        labels, options = (given["label"], given["text"]) if arc else (given.keys(), given.values())
+    given = row.get("options") or row.get("choices") or {letter: row[letter] for letter in LETTERS if letter in row}
+    if isinstance(given, dict) and {"label", "text"} <= given.keys():
+        given = dict(zip(given["label"], given["text"], strict=True))
     elif isinstance(given, list) and all(isinstance(option, dict) for option in given):
-        labels = [option.get("label", option.get("key")) for option in given]
-        options = [option.get("text", option.get("value")) for option in given]
+        given = {option.get("label", option.get("key")): option.get("text", option.get("value")) for option in given}
     elif isinstance(given, list):
-        labels, options = string.ascii_uppercase[: len(given)], [str(option) for option in given]
-        if all(re.match(rf"\(?{label}[).:]", option) for label, option in zip(labels, options, strict=False)):
-            options = [re.sub(r"^\(?[A-Z][).:]\s*", "", option) for option in options]  # "A) 3"
-    else:
-        raise TypeError("'options' is not a list")
-    labels, options = [str(label) for label in labels], list(options)
-    if len(options) < 2:
-        raise ValueError("a multiple choice needs two options or more")
-    answers = [row[name] for name in CHOICES if not _blank(row.get(name))]
-    golds = [label for answer in answers if (label := _label(answer, labels, options)) is not None]
+        given = dict(zip(LETTERS[: len(given)], given, strict=True))
+    elif not isinstance(given, dict):
+        raise TypeError("'options' is neither a list nor {label: option}")
+    options = {str(label): str(o) if type(o) in (int, float) else o for label, o in given.items()}
+    while options and _blank([*options.values()][-1]):  # a question with fewer options than others of the file
+        options.popitem()
+    if len(options) < 2 or any(_blank(_text(option, "an option")) for option in options.values()):
+        raise ValueError("a multiple choice needs two options or more, none of them blank")
+    if all(re.match(rf"\(?{re.escape(label)}[).:]", option) for label, option in options.items()):
+        options = {label: re.sub(r"^\(?\w+[).:]", "", option) for label, option in options.items()}  # "A) 3"
+    options = {label: option.strip() for label, option in options.items()}
+    answers = [row[name] for name in RIGHT_OPTION if not _blank(row.get(name))]
+    golds = [label for answer in answers for label in _meant(answer, options)]
     if not golds:
-        raise ValueError(f"the answer {answers[:1] or None} is none of the labels {', '.join(map(str, labels))}")
-    return _with_options(_question(row)[0], labels, options, golds[0])
+        raise ValueError(f"the answer {answers[:1] or None} is none of the labels {', '.join(options)}")
+    return _with_options(row, options, golds[0])
 
 
-def _label(answer, labels: list, options: list) -> str | None:
-    """The label that an answer means: the label itself, the number of the option from 0 on, or its text."""
+def _meant(answer, options: dict) -> list[str]:
+    """The label that an answer means, [] if none: the label itself, the index of the option from 0 on, or its text."""
     answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
-    text = str(answer).strip()
-    bare = text.strip("().").upper()
-    if bare in labels or text in labels:
-        return bare if bare in labels else text
+    text, labels, texts = str(answer).strip(), list(options), list(options.values())
+    if text in options:
+        return [text]
     if type(answer) is int and 0 <= answer < len(labels):
-        return labels[answer]
-    same = [label for label, option in zip(labels, options, strict=True) if str(option).strip() == text]
-    return same[0] if len(same) == 1 else None
+        return [labels[answer]]
+    if texts.count(text) == 1:
+        return [labels[texts.index(text)]]
+    bare = text.strip("().").upper()
+    return [bare] if bare in options else []
 
 
 SHAPES = (  # the first shape whose columns a row has; blank columns do not count
@@ -475,9 +478,8 @@ SHAPES = (  # the first shape whose columns a row has; blank columns do not coun
     ({"conversations"}, _conversation),
     ({"generations", "VERDICTS"}, _generations),
     ({"prompt", "target"}, _luffy),
-    ({"responses"}, _responses),
-    ({"prompt", "RESPONSE", "label"}, _single),
-    ({"prompt", "RESPONSE", "reward"}, _single),
+    ({"responses", "rewards"}, _responses),
+    ({"prompt", "RESPONSE", "MARK"}, _single),
     ({"prompt", "reward_model"}, _luffy),
     ({"prompt", "RESPONSE"}, _single),
     ({"prompt", "label"}, _single),
@@ -485,6 +487,8 @@ SHAPES = (  # the first shape whose columns a row has; blank columns do not coun
     ({"question", "GRADED"}, _gsm8k_graded),
     ({"Question", "Correct Answer"}, _gpqa),
     ({"QUESTION", "OPTIONS"}, _multiple_choice),
+    ({"QUESTION", "RESPONSE", "MARK"}, _single),
+    ({"QUESTION", "solution"}, _problem),
     ({"QUESTION", "RESPONSE"}, _single),
     ({"QUESTION"}, _problem),
     ({"messages"}, _conversation),
@@ -492,9 +496,10 @@ SHAPES = (  # the first shape whose columns a row has; blank columns do not coun
 
 
 def _groups(row: dict, columns: set[str]) -> set[str]:
-    """The names in capitals of SHAPES, of which a row needs one column."""
+    """The groups in SHAPES, named in capitals, of which a row has a column."""
     there = {
-        "QUESTION": columns & {*QUESTIONS}, "RESPONSE": columns & {*RESPONSES}, "GRADED": _graded_columns(row),
+        "QUESTION": columns & {*QUESTIONS}, "GRADED": _graded_columns(row), "MARK": columns & {*MARKS},
+        "RESPONSE": columns & {*RESPONSES} or {"response", "reward"} <= row.keys(),  # an empty one may have a reward
         "OPTIONS": columns & {"options", "choices"} or {"A", "B"} <= columns,
         "VERDICTS": columns & {"correctness", "correctness_math_verify", "correctness_llama"},
     }  # fmt: skip

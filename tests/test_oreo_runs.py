@@ -299,7 +299,7 @@ IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
         ([GOOD] * 9, [], "all 9 rewards are 1, so there is nothing to tell apart"),
         ([GOOD | {"reward": 0}] * 9, ["--stage", "rejection"], "no answer is right"),
         ([GOOD, GOOD | {"prompt": "b=1\na?", "reward": 0}], ["--stage", "dpo"], "no question has a right and a wrong"),
-        ([GOOD, GOOD | {"response": ""}], [], "row 1: no response: --rows are graded"),
+        ([GOOD, GOOD | {"response": ""}], [], "row 1: no prompt, or no action token"),
         ([GOOD, GOOD | {"prompt": ""}], [], "row 1: no shape of row has these columns .*; blank: prompt"),
         ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: no reward: --rows are graded"),
         ([GOOD, GOOD | {"reward": "good"}], [], "row 1: 'reward' must be a number, not 'good'"),

@@ -372,6 +372,31 @@ OTHERS = {  # rows as other projects write them: (row, gold, [(reward, trace)], 
         {"question": ASK, "options": {"A": "3", "B": "4"}, "answer_idx": "B", "answer": "4"}, "B", [], ["user"]),
     "options in columns": ({"question": ASK, "A": "3", "B": "4", "answer": "(b)"}, "B", [], ["user"]),
     "the text of an option": ({"question": ASK, "options": ["A) 3", "B) 4"], "answer": "4"}, "B", [], ["user"]),
+    "a marked conversation": (
+        {"messages": [TURN, {"role": "assistant", "content": "5"}], "label": False}, "", [(0.0, "5")], ["user"]),
+    "a reward beside a mark": (
+        {"prompt": [TURN], "response": "5", "reward": 0, "correct": 1}, "", [(0.0, "5")], ["user"]),
+    "an empty response with its reward": ({"prompt": [TURN], "response": "", "reward": 0}, "", [(0.0, "")], ["user"]),
+    "a thought without a space": (
+        {"messages": [TURN, {"role": "assistant", "content": "4", "reasoning_content": "二加二等于四。"}]}, "",
+        [(None, "<think>\n二加二等于四。\n</think>\n\n4")], ["user"]),
+    "a solution beside another output": (
+        {"question": ASK, "solution": "so \\boxed{4}", "output": "x"}, "4",
+        [(1.0, "<think>\nso \\boxed{4}\n</think>\n\n\\boxed{4}")], ["user"]),
+    "responses that nobody graded": (
+        {"question": ASK, "reference_answer": "4", "responses": [{"response": "x"}]}, "4", [], ["user"]),
+    "system_prompt": (
+        {"system_prompt": "Think.", "question": ASK, "response": "4"}, "", [(None, "4")], ["system", "user"]),
+    "the final answer beside a worked one": (
+        {"question": ASK, "answer": "Well, it is four.", "final_answer": "4"}, "4", [], ["user"]),
+    "labelled options": (
+        {"question": ASK, "options": [{"label": "A", "text": "3"}, {"label": "B", "text": "4"}], "answer": "B"}, "B",
+        [], ["user"]),
+    "an option's letter before a number of correct ones": (
+        {"question": ASK, "choices": ["x", "y", "z"], "answer": "C", "correct": 1}, "C", [], ["user"]),
+    "an option that is a letter": ({"question": ASK, "options": ["b", "a"], "answer": "b"}, "A", [], ["user"]),
+    "fewer options than columns": (
+        {"question": ASK, "A": 3, "B": 4, "C": None, "answer": "B"}, "B", [], ["user"]),
     "labels that are numbers": (
         {"question": ASK, "choices": {"label": ["1", "2"], "text": ["3", "4"]}, "answerKey": 2}, "2", [], ["user"]),
 }  # fmt: skip
@@ -401,6 +426,17 @@ def test_a_question_stands_behind_its_passage_and_before_its_options():
         ({"prompt": ASK, "initial_reason_steps": "a", "chosen": "b", "rejected": "c"}, "go on from 'initial_reason_st"),
         ({"prompt": ASK, "answer": ["4", "5"]}, "the gold answer is a list of 2: write it as one text"),
         ({"prompt": ASK, "response": "4", "label": "1"}, "'label' must be 1 .right. or 0"),
+        ({"prompt": "[{'role': 'user', 'content': 'x'}\n {'role': 'user'}]", "answer": "4"}, "'prompt' holds turns"),
+        ({"prompt": [TURN], "target": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "'target' must be"),
+        ({"prompt": [TURN | {"content": ""}], "answer": "4"}, "the question is blank"),
+        ({"prompt": [TURN | {"role": "system"}], "answer": "4"}, "the question is blank"),
+        ({"question": ASK, "context": {"title": ["x"]}, "answer": "4"}, "'context' is not text"),
+        ({"question": ASK, "image_1": {"bytes": "x"}, "answer": "4"}, "the row has an image"),
+        ({"question": ASK, "final_answer": "['4' '5']"}, "a list without commas, as numpy prints it"),
+        ({"problem": ASK, "solution": "5", "answer": "4", "is_correct": "False"}, "'is_correct' must be 1"),
+        (R1 | {"correctness_math_verify": ["False", "True"]}, "'correctness' must have true, false or null"),
+        ({"question": ASK, "options": ["a", None, "c"], "answer": "A"}, "an option is not text"),
+        ({"question": ASK, "A": "1", "B": "2", "C": " ", "D": "4", "answer": "A"}, "none of them blank"),
         ({"question": ASK, "options": ["3", "4"], "answer": "7"}, "the answer .'7'. is none of the labels A, B"),
         ({"problem": " ", "answer": "4"}, "these columns .problem, answer; blank: problem"),
     ],
