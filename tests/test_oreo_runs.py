@@ -303,7 +303,7 @@ IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
         ([GOOD, GOOD | {"prompt": ""}], [], "row 1: no shape of row has these columns .*; blank: prompt"),
         ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: no reward: --rows are graded"),
         ([GOOD, GOOD | {"reward": "good"}], [], "row 1: 'reward' must be a number, not 'good'"),
-        ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: 'reward' must be a number, not nan"),
+        ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: no reward: --rows are graded"),
         ([[1, 2]], [], "row 0: expected"),
         ([GOOD | {"prompt_ids": [5], "response_ids": [9999]}], [], "row 0: ids of another tokenizer"),
         ([GOOD | {"prompt_ids": [5], "response_ids": [6, 7]}], [], "row 0: ids of another tokenizer"),
