@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from common.data import InputError, first_line
 from common.trainer import Policy, ValueModel, World, export, gather_lists, init_world, load_policy, load_tokenizer
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no_dist, where one process is alone
 
 
 def _to_disk(path: Path) -> None:
@@ -170,7 +173,8 @@ class Checkpoints:
         """Load model and optimizer, and `more`, in place, on any number of ranks."""
         pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
         tensors = self._tensors(pairs)
-        dcp.load(tensors, checkpoint_id=self.latest())
+        # alone without gloo, whose thread would compute: OpenMP, with more threads than cores, then takes twice as long
+        dcp.load(tensors, checkpoint_id=self.latest(), no_dist=dist.get_world_size() == 1)
         for name, (model, optimizer) in pairs.items():
             if f"model{name}" in tensors:
                 dcp_state.set_model_state_dict(model, tensors[f"model{name}"])
@@ -196,7 +200,7 @@ class Checkpoints:
         start, tensors = time.perf_counter(), self._tensors(pairs)
         with self._explain(step):
             if not self.background:
-                dcp.save(tensors, checkpoint_id=partial)
+                dcp.save(tensors, checkpoint_id=partial, no_dist=world.size == 1)
                 return self._commit(partial, state, world, start)
             copied = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group)
 

@@ -242,6 +242,21 @@ def test_only_the_newest_checkpoints_are_kept_and_partial_ones_do_not_count(poli
     assert sorted(p.name for p in saved.folder.iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_a_process_alone_saves_and_loads_without_gloo(policy, world, tmp_path, monkeypatch):
+    """gloo's thread would compute, and OpenMP with more threads than cores is half as fast ever after."""
+    asked = []
+
+    def noted(act):
+        return lambda *given, no_dist, **how: asked.append(no_dist) or act(*given, no_dist=no_dist, **how)
+
+    for name in ("save", "load"):
+        monkeypatch.setattr(checkpoints.dcp, name, noted(getattr(checkpoints.dcp, name)))
+    mine, optimizer = Checkpoints(tmp_path, Settings()), make_optimizer(policy, lr=1e-2)
+    mine.save(1, policy, optimizer, world)
+    mine.load(policy, optimizer)
+    assert asked == [True, True]
+
+
 def test_a_failed_save_leaves_the_last_checkpoint(policy, world, tmp_path, monkeypatch):
     optimizer = make_optimizer(policy, lr=1e-2)
     train_a_little(policy, optimizer, 1)
