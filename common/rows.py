@@ -271,6 +271,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
 
     read(row, where) -> (item, trace or None, ...), as many traces for every row; None leaves the row out."""
     unread, unknown = 0, getattr(tokenizer, "unk_token_id", None)
+    unknown = None if unknown == tokenizer.eos_token_id else unknown  # as in GPT-2's, which knows all text
     shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
 
     def share(ids: list[int] | None) -> list[int] | None:
@@ -286,10 +287,10 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
         texts = [item.text or render_prompt(tokenizer, item.prompt) for item in items]
         prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompts = [with_bos(p, tokenizer) if item.text else p for p, item in zip(prompts, items, strict=True)]
-        unread += sum(unknown in ids for ids in prompts)
+        unread += sum(unknown in ids for ids in prompts) if unknown is not None else 0
         encoded = [map(share, encode_traces(tokenizer, column, texts, names)) for column in columns]
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
-    if unread and unknown != tokenizer.eos_token_id and os.environ.get("RANK", "0") == "0":  # GPT-2's is its eos
+    if unread and os.environ.get("RANK", "0") == "0":
         print(f"WARNING: {source}: {unread} of {len(rows)} prompts hold text that the tokenizer of --model does not "
               "know (models/tiny reads igsm:LO-HI alone)", file=sys.stderr)  # fmt: skip
 
