@@ -40,7 +40,7 @@ from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
 from common.report import grade_records, load_run, plot_bars, results_tables, rewards_of, unreadable_golds, versions_of
 from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler, vllm_for
-from common.rows import check_gold, load_rows, read_row, render_prompt, set_template
+from common.rows import check_gold, load_rows, read_row, render_prompt, set_template, with_bos
 from common.run import (
     NotNegative,
     Positive,
@@ -186,6 +186,7 @@ class Question:
     index: int  # the row, which names the random stream of a search
     rows: int = 1  # how often the files have it
     n: int = 1  # answers to draw
+    rendered: str = ""  # the prompt's text, if the row holds it
     prompt_text: str = ""
     prompt: list[int] = field(default_factory=list)
 
@@ -214,7 +215,9 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
             questions[key].rows += 1
         elif not limit or seen[name] < limit:
             seen[name] += 1
-            questions[key] = Question(key, name, item.question, item.prompt, item.gold, where, index)
+            questions[key] = Question(
+                key, name, item.question, item.prompt, item.gold, where, index, rendered=item.text or ""
+            )
     return list(questions.values())
 
 
@@ -243,8 +246,8 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
     plain = isinstance(template, str)
     for question in questions:
         question.n = max(args.n, question.rows) if args.temperature > 0 and args.search == "none" else 1
-        if plain:
-            question.prompt_text = template.replace("{question}", question.text)
+        if plain or (question.rendered and args.template == "own"):
+            question.prompt_text = template.replace("{question}", question.text) if plain else question.rendered
             continue
         turns = [t for t in question.turns if args.system or t["role"] != "system"]
         if template:
@@ -258,7 +261,7 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
     # a chat template writes the bos token itself; plain text gets the tokens that the tokenizer puts around text
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=plain)["input_ids"]
     for question, ids in zip(questions, encoded, strict=True):
-        question.prompt = ids
+        question.prompt = with_bos(ids, tokenizer) if question.prompt_text == question.rendered else ids
         if not ids:
             raise InputError(f"{question.where}: its prompt has no tokens under --template {args.template}")
 

@@ -247,13 +247,13 @@ def ids_are_of_text(trace: Trace, tokenizer) -> bool:
 
 def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], rows: list[str]) -> list[list[int] | None]:
     """The ids of each trace after its prompt, with one eos at the end; [] for a blank trace, None for None. Ids that a
-    model drew are kept as they are. rows: what an InputError calls each row."""
+    model drew are kept, unless the prompt opens the thought that the text begins with. rows: names for an InputError."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
     encoded: list[list[int] | None] = []
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
         if trace is None or not text.strip():
             ids = trace and []
-        elif trace.ids is not None:
+        elif trace.ids is not None and text == trace.text:
             ids = trace.ids
             if not ids_are_of_text(trace, tokenizer):
                 raise InputError(
@@ -464,8 +464,7 @@ def make_examples(
         item = reshape(item, row) if reshape else item
         if golds:
             check_gold(item, row, where)
-        found = item.first(correct=True) if traces == "needed" else None
-        return item, found and Trace(found.text)
+        return item, item.first(correct=True) if traces == "needed" else None
 
     for index, item, text, prompt, ids in encode(rows, tokenizer, read, source=source, progress=progress):
         ids, where = ids or [], f"{source}, row {index}"

@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from common.data import InputError
 from common.report import disagreements, results_tables, table
+from common.rows import make_examples
 from common.run import read_records
 from common.trainer import load_tokenizer
 from eval import (
@@ -319,6 +321,21 @@ def test_plain_text_gets_the_tokenizers_own_bos_and_a_chat_template_writes_its_o
         questions = read_questions([write_rows(tmp_path / "rows.jsonl", [luffy_row("l=9", "1")])])
         make_prompts(questions, tokenizer, Args(template=template))
         assert (questions[0].prompt[0] == 4) == starts
+
+
+def test_a_prompt_that_a_row_holds_rendered_is_asked_as_it_was_trained(tokenizer, tmp_path):
+    row = {"prompt": "User: l=9\nAssistant:", "response": "9", "reward": 1, "answer": "9"}
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(4)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, 4)]
+    )
+    [question] = questions = read_questions([write_rows(tmp_path / "rows.jsonl", [row])])
+    make_prompts(questions, tokenizer, Args())
+    args = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=64)
+    [example], _ = make_examples([row], tokenizer, args, source="rows.jsonl")
+    assert question.prompt_text == row["prompt"] == example.text and question.prompt == example.prompt
+    make_prompts(questions, tokenizer, Args(template="no"))
+    assert question.prompt_text == row["prompt"]
 
 
 def test_templates_that_cannot_work_are_refused(tokenizer, tmp_path):

@@ -582,6 +582,16 @@ def test_ids_that_end_with_another_stop_token_are_those_of_their_text():
         trace_ids(item, item.traces[0], TOKENIZER, 0)
 
 
+def test_ids_that_a_model_drew_are_what_every_script_trains_on():
+    ids = TOKENIZER("a=5", add_special_tokens=False)["input_ids"]
+    drawn = {"prompt": [{"role": "user", "content": "a=5\na?"}], "response": "a=5", "response_ids": [*ids, 10],
+             "label": 1, "answer": "5"}  # fmt: skip
+    [example], _ = examples([drawn])
+    assert example.trace == [*ids, 10]  # tokenized again it would end with eos
+    trace = Trace("<think>\na=5", ids=[5, 6, 7])  # the prompt has its first tokens already
+    assert encode_traces(TOKENIZER, [trace], ["q <think>\n"], ["row"]) == [[*ids, TOKENIZER.eos_token_id]]
+
+
 @pytest.mark.parametrize("answer", ["2", 2])
 def test_the_published_trace_is_the_column_that_holds_the_solution(answer):
     row = {"data_source": "gsm8k", "question": "1+1", "solution": "1+1=\\boxed{2}", "answer": answer}
