@@ -247,7 +247,7 @@ def ids_are_of_text(trace: Trace, tokenizer) -> bool:
 
 def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], rows: list[str]) -> list[list[int] | None]:
     """The ids of each trace after its prompt, with one eos at the end; [] for a blank trace, None for None. Ids that a
-    model drew are kept, unless the prompt opens the thought that the text begins with. rows: names for an InputError."""
+    model drew are kept, unless the prompt opens the thought that the text begins with. rows: their names in errors."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
     encoded: list[list[int] | None] = []
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
