@@ -196,7 +196,7 @@ def add_own_answers(problems: list[Item], tokenizer, args: Args, world) -> None:
         sampler.sync(policy, version=0)
         return sampler
 
-    settings = json.dumps(dataclasses.asdict(args)), digest_of(args.model)
+    settings = json.dumps(dataclasses.asdict(args) | {"out": ""}), digest_of(args.model)
     digest = data_digest([settings], ((example.prompt,) for example in asked))
     kept = Path(args.out) / f"own_answers-{digest}.jsonl"  # other settings, data or weights have another file
     answers = keep_answers(kept, asked, sampler, {}, tokenizer, args, world, n=args.own_answers)
