@@ -90,7 +90,7 @@ class Args(RunArgs):
     shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
     shape: Shape = ""  # Another f on the teacher's tokens, by its published name. Empty: that of --shaping_gamma
     own_shape: Shape = ""  # f on own tokens' ratio (paper's Table 4: p_div_p_0.1, --teacher_rows 0). Empty: none
-    sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term, times M
+    sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term, times how many of the M hold a trace
     sft_rows_per_mean: NotNegative[int] = 1  # sft: mean of token means of this many traces each; 0: mean over tokens
 
 
@@ -210,6 +210,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     counted, totals = rows_with_gradient(rows, args), Totals(world)
     n_counted = sum(len(row.response) for row in counted)
     n_teacher = sum(len(row.response) for row in counted if row.teacher)
+    n_sft = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))  # with a trace
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
@@ -228,7 +229,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         loss = pg_loss = token_loss.sum() * row_scale
         if args.method == "rl_sft":
             sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
-            loss = loss + args.sft_coef * n_micro * sft_loss
+            loss = loss + args.sft_coef * n_sft * sft_loss
             totals.add({"loss/sft": sft_loss})
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
@@ -283,6 +284,7 @@ def main(args: Args) -> None:
     run, by_rl = Run(args), args.method != "sft"
     world = run.world
     tokenizer = open_tokenizer(args.model, args)
+    grader = Grader(tokenizer, args.verifier)
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if args.teacher_rows else "ignored",
         golds=by_rl, empty_trace=args.empty_trace, long_trace=args.long_trace, progress=world.main,
@@ -294,7 +296,6 @@ def main(args: Args) -> None:
     run.begin(policy, optimizer, tokenizer)
     sampler = open_sampler(policy, tokenizer, args, world, needed=by_rl or run.held_out)
     sampler.sync(policy, version=run.start)
-    grader = Grader(tokenizer, args.verifier)
     run.log(run.evaluate(sampler))
 
     for step in run:

@@ -292,18 +292,25 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     return totals.reduce() | {"sft/length": sum(lengths) / len(rows)}
 
 
-def check_demonstrations(have: int, questions: int, args: Args, world) -> None:
-    """Raise InputError if `have` demonstrations are too few for the SFT updates; warn if questions lack theirs."""
+def check(args: Args) -> None:
+    """Raise InputError for settings that cannot work together."""
+    if args.sft_every and args.sft_data_size < 0:
+        raise InputError("--sft_every N fine-tunes on --sft_data_size questions, and -1 is RL alone: drop one of them")
+
+
+def check_demonstrations(examples: list, grader: Grader, args: Args, world) -> None:
+    """Raise InputError if there are too few demonstrations for SFT; warn if some are missing, or none is accepted."""
+    have = [q for q, example in enumerate(examples) if example.trace]
     if not have:
-        raise InputError(
-            f"--data {args.data}: no row has a demonstration (column 'target', at most --max_response_tokens "
-            f"{args.max_response_tokens}) to fine-tune on; RL alone is --method grpo"
-        )
-    if args.method == "relift" and not args.sft_every and have < args.sft_data_size:
-        raise InputError(f"--sft_data_size {args.sft_data_size}: only {have} questions have a demonstration, and the "
-                         "buffer holds each once, so it would never be full")  # fmt: skip
-    if have < questions and world.main:
-        print(f"warning: {questions - have} of {questions} questions have no demonstration to fine-tune on")
+        raise InputError(f"--data {args.data}: no row has a demonstration (column 'target', at most --max_response_"
+                         f"tokens {args.max_response_tokens}) to fine-tune on; RL alone is --method grpo")  # fmt: skip
+    if args.method == "relift" and not args.sft_every and len(have) < args.sft_data_size:
+        raise InputError(f"--sft_data_size {args.sft_data_size}: only {len(have)} questions have a demonstration, and "
+                         "the buffer holds each once, so it would never be full")  # fmt: skip
+    if len(have) < len(examples) and world.main:
+        print(f"warning: {len(examples) - len(have)} of {len(examples)} questions have no demonstration")
+    if args.method == "relift" and not with_demonstration(have[:64], examples, grader, args, world)[0] and world.main:
+        print("WARNING: --verifier accepts none of the first 64 demonstrations, so no SFT may happen: do they fit it?")
 
 
 def with_demonstration(questions: list[int], examples, grader: Grader, args: Args, world):
@@ -321,17 +328,19 @@ def with_demonstration(questions: list[int], examples, grader: Grader, args: Arg
 
 
 def main(args: Args) -> None:
+    check(args)
     run, by_rl = Run(args), args.method != "sft"
     world = run.world
     interleave = args.method == "relift" and args.sft_data_size > 0
     tokenizer = open_tokenizer(args.model, args)
+    grader = Grader(tokenizer, args.verifier)
     needed = interleave or not by_rl
     examples, left_out = read_examples(
         args.data, tokenizer, args, split="train", traces="needed" if needed else "ignored",
         golds=by_rl, empty_trace="on_policy", long_trace=LONG_TRACE[args.long_trace], progress=world.main,
     )
     if needed:
-        check_demonstrations(sum(e.trace is not None for e in examples), len(examples), args, world)
+        check_demonstrations(examples, grader, args, world)
     examples = examples if by_rl else [e for e in examples if e.trace]
     run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
@@ -344,7 +353,6 @@ def main(args: Args) -> None:
     run.begin(policy, optimizer, tokenizer, **more)
     sampler = open_sampler(policy, tokenizer, args, world, needed=by_rl or run.held_out)
     sampler.sync(policy, version=run.start)
-    grader = Grader(tokenizer, args.verifier)
     buffer, demonstrations = HardestBuffer(), run.state.get("demonstrations", 0)  # how many were trained on
     buffer.load_state_dict(run.state.get("buffer", buffer.state_dict()))  # numbers of examples
     run.log(run.evaluate(sampler))

@@ -98,8 +98,8 @@ class Metrics:
 
 
 def complete_lines(path: Path) -> list[str]:
-    """Complete lines of a file that a crash may have cut short."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line] if path.exists() else []
+    """Complete lines of a file that a crash may have cut short, also within a character."""
+    return [line.decode() for line in path.read_bytes().split(b"\n")[:-1] if line] if path.exists() else []
 
 
 def read_metrics(out: Path) -> list[dict]:

@@ -180,7 +180,10 @@ class Run:
         self.steps = args.steps or max(1, int(round(args.epochs * per_epoch, 6)))
         if self.start > self.steps:
             raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
-                             "steps: raise --steps or --epochs, or name another --out")  # fmt: skip
+                             "steps: raise --steps (or --epochs), or name another --out")  # fmt: skip
+        if not self.start and (self.out / "model").exists():
+            raise InputError(f"--out {self.out} holds the model of a finished run, and no checkpoint (--save_every 0): "
+                             "name another --out, or delete that folder")  # fmt: skip
         self.held_out = held_out if args.eval_every else []
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
@@ -226,9 +229,9 @@ class Run:
         with self.clock("evaluate"):
             found = evaluate(sampler, self.tokenizer, self.held_out, self.args, self.world)
             if self.args.keep_best and self.step:
-                logged = [row for row in read_metrics(self.out) if row["step"]] if self.world.main else []
-                before = gather_lists([row["eval/mean"] for row in logged if "eval/mean" in row], self.world)
-                if found["eval/mean"] > max(before, default=-math.inf):
+                logged = read_metrics(self.out) if self.world.main and (self.out / "best").exists() else []
+                before = [row["eval/mean"] for row in logged if row["step"] and "eval/mean" in row]
+                if found["eval/mean"] > max(gather_lists(before, self.world), default=-math.inf):
                     export(self.policy, self.tokenizer, self.out / "best", self.world)
                     if self.world.main:
                         tqdm.write(f"{self.out}/best: step {self.step}, eval/mean {found['eval/mean']:.3f}")

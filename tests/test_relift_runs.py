@@ -128,6 +128,15 @@ def test_a_rejected_demonstration_is_skipped_and_counted_unless_none_is_verified
     assert rows[-1]["buffer/size"] + rows[-1]["sft/demonstrations"] == 12
 
 
+def test_demonstrations_of_which_the_verifier_accepts_none_are_warned_of(tmp_path, monkeypatch, capsys):
+    words = ("--steps", "1", "--sft_data_size", "2", "--eval_every", "0", "--save_every", "0")
+    run(tmp_path, *words)
+    assert "WARNING" not in capsys.readouterr().out
+    grade_by(monkeypatch, lambda texts, golds, **_: [Verdict(0.0, "ok") for _ in texts])
+    run(tmp_path / "none", *words)
+    assert "WARNING: --verifier accepts none of the first 64 demonstrations" in capsys.readouterr().out
+
+
 def test_a_question_without_a_demonstration_is_warned_of_skipped_and_counted(tmp_path, capsys):
     bare = [dict(row) for row in toy_rows(4)]
     bare[0]["target"], bare[1]["target"] = None, ""
@@ -202,6 +211,7 @@ def test_two_ranks_log_what_one_rank_logs_and_one_rank_goes_on_from_their_checkp
         (["--model", "no/such/model"], "--model no/such/model"),
         (["--sft_data_size", "0"], "--sft_data_size must be positive, or -1 for RL alone, not 0"),
         (["--sft_data_size", "41"], "only 40 questions have a demonstration, and the buffer holds each once"),
+        (["--sft_every", "1", "--sft_data_size", "-1"], "-1 is RL alone"),
         (["--sft_every", "-1"], "--sft_every must be 0 or more and finite, not -1"),
         (["--temperature", "0"], "--temperature must be positive"),
         (["--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common import checkpoints, trainer
 from common.checkpoints import Checkpoints
 from common.data import InputError, pack
-from common.metrics import Metrics, read_metrics
+from common.metrics import Metrics, complete_lines, read_metrics
 from common.rollout import EmbeddedSampler, Sampling, change_logits
 from common.trainer import (
     export,
@@ -399,6 +399,35 @@ def test_metrics_after_a_crash_have_no_step_missing_or_doubled(world, tmp_path):
 
 
 # ------------------------------------------------------------------------- models out of runs, and their settings
+
+
+def test_a_file_that_a_full_disk_cut_within_a_character_keeps_its_complete_lines(tmp_path):
+    (tmp_path / "samples.jsonl").write_bytes('{"gold": "≤5"}\n{"gold": "≤'.encode()[:-1])
+    assert complete_lines(tmp_path / "samples.jsonl") == ['{"gold": "≤5"}']
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_replaced(tmp_path):
+    import luffy
+    from tests.test_luffy_runs import settings
+
+    words = ["--save_every", "0", "--eval_every", "0", "--steps", "1", "--out", str(tmp_path / "run")]
+    luffy.main(settings(*words))
+    with pytest.raises(InputError, match="holds the model of a finished run, and no checkpoint"):
+        luffy.main(settings(*words, "--lr", "0.5"))
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] != 0.5
+
+
+def test_the_best_model_is_kept_from_the_step_on_at_which_it_is_asked_for(tmp_path, monkeypatch):
+    import luffy
+    from tests.test_luffy_runs import settings
+
+    accuracies = iter([0.9, 0.9, 0.5, 0.4])
+    monkeypatch.setattr("common.run.evaluate", lambda *_: {"eval/mean": next(accuracies)})
+    words = ["--save_every", "1", "--eval_every", "1", "--out", str(tmp_path / "run")]
+    luffy.main(settings(*words, "--steps", "1"))
+    luffy.main(settings(*words, "--steps", "3", "--keep_best"))
+    kept = read_metrics(tmp_path / "run")
+    assert [row["eval/mean"] for row in kept] == [0.9, 0.9, 0.5, 0.4] and (tmp_path / "run" / "best").is_dir()
 
 
 def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_path, world, monkeypatch):

@@ -47,12 +47,18 @@ def test_the_entropy_bonus_is_a_mean_over_tokens_times_the_published_micro_batch
     torch.testing.assert_close(bonus, -0.5 * 3 * policy.table.grad)
 
 
-def test_the_sft_term_of_rl_sft_is_weighed_by_its_coefficient_and_the_published_micro_batches():
+@pytest.mark.parametrize("group_size", [8, 64, 10**9])
+def test_the_sft_term_of_rl_sft_is_weighed_by_the_published_micro_batches_that_hold_a_trace(group_size):
+    """Of 3, with 64 rows a GPU and 8 traces, 1, or none among them: a mean over random places of the traces."""
     rows = long_rows()
-    term = [gradient_of(luffy, rows, method="rl_sft", sft_coef=c, entropy_coef=0.0) for c in (0.0, 0.7)]
+    settings = dict(method="rl_sft", entropy_coef=0.0, group_size=group_size)
+    term = [gradient_of(luffy, rows, sft_coef=c, **settings) for c in (0.0, 0.7)]
     policy = Bigram(torch.eye(5).tolist())
     policy(pack([(rows[0].prompt, rows[0].response)])).mean().backward()
-    torch.testing.assert_close(term[1] - term[0], -0.7 * 3 * policy.table.grad)
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(3, (20000, 64 // group_size), generator=generator)
+    held = sum((places == m).any(1).double().mean().item() for m in range(3))
+    torch.testing.assert_close(term[1] - term[0], -0.7 * held * policy.table.grad, rtol=0.01, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.0])
