@@ -177,7 +177,7 @@ def difficulty(base_rate: float) -> str:
 
 @dataclass
 class Question:
-    id: str  # digest of benchmark, turns and gold: the same in every run that asks it
+    id: str  # digest of the benchmark's name, turns and gold: the same in every run that asks it
     benchmark: str
     text: str  # the question alone
     turns: list[dict]  # as its row asks it: what "own" renders
@@ -209,14 +209,17 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
     seen = Counter()
     for name, source, where, index, item in read:
         # the same name in two files is two benchmarks; "average" is a key of results.json
-        name = f"{name} ({source})" if len(owners[name]) > 1 else name
-        key = hashlib.sha256(json.dumps([name, item.prompt, item.gold]).encode()).hexdigest()[:16]
+        benchmark = f"{name} ({source})" if len(owners[name]) > 1 else name
+        for named in (name, benchmark):  # the second for a question that two such files have
+            key = hashlib.sha256(json.dumps([named, item.prompt, item.gold]).encode()).hexdigest()[:16]
+            if key not in questions or questions[key].benchmark == benchmark:
+                break
         if key in questions:
             questions[key].rows += 1
-        elif not limit or seen[name] < limit:
-            seen[name] += 1
+        elif not limit or seen[benchmark] < limit:
+            seen[benchmark] += 1
             questions[key] = Question(
-                key, name, item.question, item.prompt, item.gold, where, index, rendered=item.text or ""
+                key, benchmark, item.question, item.prompt, item.gold, where, index, rendered=item.text or ""
             )
     return list(questions.values())
 

@@ -295,7 +295,17 @@ def test_names_of_benchmarks_never_hide_one_another(data, tmp_path):
     names = [q.benchmark for q in questions]
     assert names[:3] == [f"test ({sources[0]})", f"test ({sources[1]})", f"average ({average})"]
     assert set(names[3:]) == {"short", "long"}
+    assert questions[0].id == evaluation.read_questions(sources[:1])[0].id  # whatever else is asked
+    both = tmp_path / "b" / "test.jsonl"
+    both.write_text(both.read_text() + (tmp_path / "a" / "test.jsonl").read_text())
+    assert len({q.id for q in evaluation.read_questions(sources[:2])}) == 3  # one question in two files is two
     assert evaluation.read_questions([data, data]) == evaluation.read_questions([data])  # the same file, twice
+
+
+def test_a_file_for_a_folder_is_named(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: .*exists"):
+        evaluation.main(args(data, tmp_path / "file"))
 
 
 def test_igsm_is_a_benchmark(tmp_path):
