@@ -46,7 +46,7 @@ import igsm
 from common.data import InputError, batch_indices, tokens_of_means
 from common.metrics import plot_curves
 from common.report import table
-from common.rows import load_rows, read_examples, set_template
+from common.rows import load_rows, read_examples, read_row, set_template
 from common.run import (
     Grader,
     NotNegative,
@@ -118,9 +118,7 @@ class Args(RunArgs):
     sft_steps: NotNegative[int] = 0  # SFT updates; 0 follows --sft_epochs (published: 75; pp_aug and rc_aug 310).
     sft_epochs: Positive[float] = 5  # Passes over the arm's rows if --sft_steps is 0
     sft_batch_size: Positive[int] = 128  # Rows per SFT update
-    # Learning rate of SFT: constant, without warm-up, AdamW betas 0.9 0.95. (--epochs, --lr, --schedule, --warmup,
-    # --lr_floor, --betas are those of RL.)
-    sft_lr: NotNegative[float] = 5e-6
+    sft_lr: NotNegative[float] = 5e-6  # Learning rate of SFT, constant; betas 0.9 0.95 (--lr, --schedule, ...: RL's)
     prompt_loss: bool = True  # Train SFT on the tokens of prompts too.
     # SFT loss: average over the tokens of each block of this many rows, then over blocks; 0: over all tokens
     sft_rows_per_mean: NotNegative[int] = 4
@@ -277,7 +275,7 @@ def accumulate_gradient(
         loss = torch.where(kept, row_loss, 0.0).sum() / len(rows)
         (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
 
-        pg = row_means(token_loss, batch, mine).sum()
+        pg = torch.where(kept, row_means(token_loss, batch, mine), 0.0).sum()
         totals.add({"loss/pg": pg, "policy/kl_ref": row_kl.sum(), "policy/masked": (~kept).sum()}, per=len(rows))
         totals.add({"policy/entropy": entropy.sum()}, per=n_tokens)
         drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
@@ -352,7 +350,8 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
     except ValueError as error:
         raise InputError(f"problems of {name.rstrip('_')}: {error}") from error
     if not same_problems:
-        outdated = Path(args.out).glob("*/eval.json") if name.startswith("test_") else ()  # results of another test
+        results = {"test_id": "*/eval.json", "test_ood": "*/eval.json", "influence": "*/influence/influence.json"}
+        outdated = Path(args.out).glob(results[name]) if name in results else ()  # of the questions before
         for file in [record_file, *files.values(), *outdated]:
             file.unlink(missing_ok=True)
     for arm in missing:
@@ -381,7 +380,7 @@ def check(args: Args) -> None:
         if args.stage == "all" and getattr(args, few) < getattr(args, batch):
             raise InputError(f"--{few} {getattr(args, few)} are fewer than --{batch} {getattr(args, batch)}")
     if args.sft_model and (len(args.arms) != 1 or args.stage not in ("rl", "eval")):
-        raise InputError(f"--sft_model {args.sft_model} is one arm's: it needs --arms ARM and --stage rl or eval")
+        raise InputError(f"--sft_model {args.sft_model} is one arm's: name it by --arms, with --stage rl or eval")
     if args.data or args.eval_data:
         raise InputError("--data and --eval_data: put your own rows into OUT/data (sft_ARM, rl and val.jsonl) instead, "
                          "and run --stage sft, rl or eval")  # fmt: skip
@@ -425,11 +424,13 @@ def train(args: Args) -> None:
     model = {"base": args.model, "sft": model_of(args, "base", arm), "rl": model_of(args, "sft", arm)}[args.stage]
     run = Run(args, out=folder_of(args, args.stage, arm))
     world, tokenizer = run.world, open_tokenizer(model, args)
-    examples, left_out = read_set(name, tokenizer, args, traces="ignored" if rl else "needed", progress=world.main)
+    traces = "ignored" if rl else "needed"
+    examples, left_out = read_set(name, tokenizer, args, traces=traces, golds=rl, progress=world.main)
     if args.prompt_loss and not rl:  # the prompt's tokens but the first, which nothing predicts, join the response
         examples = [replace(e, prompt=e.prompt[:1], trace=e.prompt[1:] + e.trace) for e in examples]
     held_out = read_set("val", tokenizer, args, traces="ignored")[0] if args.eval_every else []
-    run.plan(examples, held_out[: args.eval_limit or None], left_out, source=f"{args.out}/data/{name}.jsonl")
+    run.plan(examples, held_out[: args.eval_limit or None], left_out, source=f"{args.out}/data/{name}.jsonl",
+             batch_flag={"rl": "--batch_size", "sft": "--sft_batch_size"}.get(args.stage, "a batch of"))  # fmt: skip
 
     policy = open_policy(model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
@@ -497,6 +498,17 @@ def train(args: Args) -> None:
     run.finish(sampler)
 
 
+def read_questions(path: str, args: Args) -> list[str]:
+    """Return the questions of a file. Raises InputError if one is not of iGSM."""
+    questions = [read_row(row, f"{path}, row {i}").question for i, row in enumerate(load_rows(path))]
+    for i, question in enumerate(questions):
+        try:
+            igsm.solve(question, modulus=args.modulus or None)
+        except ValueError as error:
+            raise InputError(f"{path}, row {i}: {error}; --stage eval checks steps of iGSM: use eval.py") from error
+    return questions
+
+
 def test_model(model: str, args: Args, world) -> dict[str, dict]:
     """Return {test: {accuracy, chain, ...}} of a model's answers to both test sets, sampled at eval_temperature.
 
@@ -511,7 +523,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
         examples = examples[: args.eval_limit or None]
         if world.main:
             print(f"{args.out}/data/{name}.jsonl: {left_out}; {len(examples)} are asked")
-        questions = [row["prompt"][-1]["content"] for row in load_rows(f"{args.out}/data/{name}.jsonl")]
+        asked = read_questions(f"{args.out}/data/{name}.jsonl", args)
         mine, counts = range(world.rank, len(examples), world.size), [1] * len(examples)
         rows = {}  # by temperature
         for t in sorted({0.0, args.eval_temperature}):
@@ -519,7 +531,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
             rows[t] = sample_rows(sampler, examples, mine, counts, at_t, world, seed=args.seed + 1, grader=grader)
         grader.wait()
         greedy, sampled = gather_rows(rows[0.0], world), gather_rows(rows[args.eval_temperature], world)
-        checks = [igsm.check_solution(questions[row.example.index], row.text(tokenizer), modulus=args.modulus or None)
+        checks = [igsm.check_solution(asked[row.example.index], row.text(tokenizer), modulus=args.modulus or None)
                   for row in sampled]  # fmt: skip
         results[name] = {
             "questions": len(sampled),

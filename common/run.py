@@ -162,11 +162,11 @@ class Run:
         self.skipped = 0
 
     def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, sequences=None,
-             source: str = "") -> None:  # fmt: skip
+             source: str = "", batch_flag: str = "--batch_size") -> None:  # fmt: skip
         """Check that the data is that of the checkpoint and fills a batch; count the steps.
 
         key(item): what the digest of the data is made of. sequences(item): the (prompt, response) pairs that the model
-        reads of it. source: the data's name in messages, if it is not --data."""
+        reads of it. source, batch_flag: what messages call the data and the batch size, if not --data, --batch_size."""
         args = self.args
         sequences = sequences or (lambda e: [(e.prompt, e.trace or [])])
         key = key or (lambda e: (e.prompt, e.trace, e.gold, *([str(e.trace_logps)] if e.trace_logps else [])))
@@ -174,7 +174,7 @@ class Run:
         digest = data_digest(map(key, items), ((e.prompt, e.trace, e.gold) for e in held_out))
         self.checkpoints.check_data(self.state, digest, source)
         if len(items) < args.batch_size:
-            raise InputError(f"{source}: {len(items)} rows are fewer than --batch_size {args.batch_size}")
+            raise InputError(f"{source}: {len(items)} rows are fewer than {batch_flag} {args.batch_size}")
         self.longest = max(len(prompt) + len(response) for item in items for prompt, response in sequences(item))
         per_epoch = len(items) // args.batch_size
         self.steps = args.steps or max(1, int(round(args.epochs * per_epoch, 6)))

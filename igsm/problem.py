@@ -131,7 +131,7 @@ def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, 
     analysis: chance that a line says the question's sentence once more, or "table": by its number of parents,
     0.1, 0.4, 0.8, 1 (BRIDGE's code; its text says 0.1).
     retry: chance, again and again, that a line is preceded by a parameter that cannot be computed yet (Meta's).
-    question_variant: 0, or the number of a random order of the conditions (BRIDGE's PP-Aug has 1, 2, 3).
+    question_variant: 0, or the number of a random order of this question's conditions (BRIDGE's PP-Aug has 1, 2, 3).
     solution_variant: 0, or the number of another order of the steps, told with other letters and words
     (RC-Aug has 1, 2, 3); letters stay in the symbolic style, where they are the question's. The order's template
     is on the problem's side of the split (where no other order is: the same order).

@@ -28,8 +28,8 @@ def solve(question, categories=None, *, modulus=None):
     categories: {category: [item, ...]}, in any order; our own vocabulary when None. The symbolic style needs
     none.
     modulus: None for plain integers, or m for arithmetic on 0..m-1 (Meta's problems: 23).
-    Raises ValueError that names what cannot be parsed: an unknown name, a sentence of no known form, a
-    parameter without a sentence or with two, parameters that depend on each other in a circle.
+    Raises ValueError for a modulus under 2, and one that names what cannot be parsed: an unknown name, a sentence of
+    no known form, a parameter without a sentence or with two, parameters that depend on each other in a circle.
     """
     asked = Question(question, categories, modulus)
     return asked.value(asked.asked)
@@ -42,6 +42,8 @@ class Question:
     """
 
     def __init__(self, text, categories=None, modulus=None):
+        if modulus is not None and modulus < 2:
+            raise ValueError(f"modulus must be 2 or more, or None, got {modulus}")
         self.modulus = modulus
         self.said, self._values = {}, {}
         self._formulas, self._split = {}, {}  # caches

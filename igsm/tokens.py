@@ -75,7 +75,8 @@ def word_level(types, pattern, special=SPECIAL, chat_template=CHAT_TEMPLATE):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate([*special, *types])}, unk_token=UNK))
+    pieces = dict.fromkeys([*special, *types])  # each once
+    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

@@ -277,7 +277,7 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--ops", "40", "40"], "problems of sft: no problem of 40 to 40 operations"),
         (["--stage", "sft"], "sft_vanilla.jsonl is missing: run --stage data first"),
-        (["--stage", "rl", "--sft_model", "no/such"], "--sft_model no/such is one arm's: it needs --arms ARM"),
+        (["--stage", "rl", "--sft_model", "no/such"], "--sft_model no/such is one arm's: name it by --arms"),
         (["--stage", "rl", "--sft_model", "no/such", "--arms", "bridge"], "--model no/such: no tokenizer there"),
         (["--stage", "rl", "--arms", "bridge"], "sft/model is missing: run the stage before this one first"),
         (["--stage", "eval"], "no model there; run --stage sft and --stage rl first"),
@@ -304,6 +304,28 @@ def test_too_few_rows_and_other_settings_are_named(folder):
         bridge.train(bridge.settings_of(dataclasses.replace(args, kl_coef=0.5), "rl", "bridge"))
 
 
+def test_sft_takes_own_rows_without_golds_and_names_its_batch_size(folder):
+    rows = [{"prompt": f"a={i % 10}\na?", "response": f"a={i % 10}\n</think>", "label": 1} for i in range(12)]
+    (folder / "data" / "sft_vanilla.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(folder / "vanilla")
+    own = ("--out", folder, "--stage", "sft", "--arms", "vanilla", "--sft_steps", "1", "--sft_batch_size")
+    with pytest.raises(InputError, match="sft_vanilla.jsonl: 12 rows are fewer than --sft_batch_size 13"):
+        bridge.main(settings(*own, "13"))
+    bridge.main(settings(*own, "4"))
+    assert (folder / "vanilla" / "sft" / "model").exists()
+
+
+@pytest.mark.parametrize(("question", "message"), [("a=3\na?", ""), ("0+1=?", "row 1: cannot parse .*: use eval.py")])
+def test_own_tests_may_have_any_shape_and_must_be_igsms(question, message, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "b=1\nb?"}], "answer": "1"}, {"prompt": question, "answer": "3"}]
+    (tmp_path / "test_id.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not message:
+        assert bridge.read_questions(str(tmp_path / "test_id.jsonl"), settings()) == ["b=1\nb?", question]
+        return
+    with pytest.raises(InputError, match=message):
+        bridge.read_questions(str(tmp_path / "test_id.jsonl"), settings())
+
+
 def test_tables_hold_the_arms_of_earlier_commands_too(folder, capsys):
     (folder / "results.json").unlink()
     (folder / "influence.png").unlink()
@@ -321,6 +343,8 @@ def test_fewer_rows_are_asked_and_results_of_another_test_leave_the_table(folder
     assert {test["questions"] for model in found.values() for test in model.values()} == {2}
     bridge.main(settings("--out", folder, "--stage", "data", "--test_ops", 2, 4))
     assert not list(folder.glob("*/eval.json"))
+    measure("--out", folder, "--arms", "bridge", "--ops", 1, 3)  # other queries: what other arms had is not compared
+    assert [path.parts[-3] for path in folder.glob("*/influence/influence.json")] == ["bridge"]
 
 
 def test_own_queries_stay_and_must_be_enough(folder):

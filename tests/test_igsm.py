@@ -93,6 +93,12 @@ def test_solver_names_what_is_wrong_with_a_malformed_question():
         solve(record["question"], categories_of(record))
 
 
+@pytest.mark.parametrize("modulus", [0, 1, -3])
+def test_solver_refuses_a_modulus_that_is_none(modulus):
+    with pytest.raises(ValueError, match="modulus must be 2 or more"):
+        solve("a=1\na?", modulus=modulus)
+
+
 FIVE = "The number of each Sloop's Oak Crate equals 5."
 
 
@@ -578,6 +584,7 @@ def test_decode_of_encode_is_the_text(style):
         assert tok.decode(ids) == text == tok.decode(ids, skip_special_tokens=True)
         assert tok.unk_token_id not in ids
     assert len({tok.pad_token_id, tok.eos_token_id, tok.unk_token_id}) == 3
+    assert sorted(tok.get_vocab().values()) == list(range(len(tok)))
     assert len(tok) == {"symbolic": 54, "natural": 512, "define": 512}[style]
 
 
