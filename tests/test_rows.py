@@ -399,6 +399,33 @@ OTHERS = {  # rows as other projects write them: (row, gold, [(reward, trace)], 
         {"question": ASK, "A": 3, "B": 4, "C": None, "answer": "B"}, "B", [], ["user"]),
     "labels that are numbers": (
         {"question": ASK, "choices": {"label": ["1", "2"], "text": ["3", "4"]}, "answerKey": 2}, "2", [], ["user"]),
+    "an option's index as text": ({"question": ASK, "options": ["3", "4"], "answer": "1"}, "B", [], ["user"]),
+    "a text that could be an index": ({"question": ASK, "options": ["1", "4"], "answer": "1"}, "A", [], ["user"]),
+    "an option that could be the mark of a solution": (
+        {"question": ASK, "options": ["3", "4"], "label": 1, "solution": "four"}, "B",
+        [(1.0, "<think>\nfour\n</think>\n\n\\boxed{B}")], ["user"]),
+    "capitals of every column": ({"QUESTION": ASK, "ANSWER": "4"}, "4", [], ["user"]),
+    "history": (
+        {"instruction": ASK, "input": "", "output": "4", "history": [["1+1?", "2"]]}, "", [(None, "4")],
+        ["user", "assistant", "user"]),
+    "UltraChat": (
+        {"prompt": ASK, "prompt_id": "x", "messages": [TURN, {"role": "assistant", "content": "4"}]}, "",
+        [(None, "4")], ["user"]),
+    "OlympiadBench": (
+        {"question": ASK, "solution": ["four"], "final_answer": ["4"]}, "4",
+        [(1.0, "<think>\nfour\n</think>\n\n\\boxed{4}")], ["user"]),
+    "turns with nulls": (
+        {"conversations": [TURN | {"from": None, "value": None},
+                           {"from": "gpt", "value": "4", "role": None, "content": None}]}, "",
+        [(None, "4")], ["user"]),
+    "R1-Distill-SFT": (
+        {"problem": ASK, "solution": "by hand: \\boxed{4}", "reannotated_assistant_content": ANSWER}, "4",
+        [(1.0, ANSWER)], ["user"]),
+    "ASDiv": ({"body": "Two and two.", "question": ASK, "answer": "4 (apples)"}, "4", [], ["user"]),
+    "GSM-Plus": ({"question": ASK, "answer": "None"}, "", [], ["user"]),
+    "OpenR1-Math-Raw without a verdict": (
+        R1 | {"correctness": {"llama_verification": None, "math_verify_reparsed_answer": [False, True]}}, "4",
+        [(0.0, "5"), (0.0, ANSWER)], ["user"]),
 }  # fmt: skip
 
 
@@ -408,6 +435,31 @@ def test_rows_of_other_projects_are_read(name):
     item = read_row(given, "row 0")
     assert item.gold == gold and [(t.reward, t.text) for t in item.traces] == traces
     assert [turn["role"] for turn in item.prompt] == roles
+
+
+@pytest.mark.parametrize(
+    ("more", "traces"),
+    [
+        ({"chosen": "B.", "rejected": "A."}, [(1.0, "B."), (0.0, "A.")]),
+        ({"responses": ["B.", "A."], "rewards": [1, 0]}, [(1.0, "B."), (0.0, "A.")]),
+        ({"response": "A.", "label": 0}, [(0.0, "A.")]),
+        ({"response": "B.", "correct": True}, [(1.0, "B.")]),
+        ({"response": "B."}, [(None, "B.")]),
+    ],
+)
+@pytest.mark.parametrize("options", [{"options": ["3", "4"]}, {"A": "3", "B": "4"}])
+def test_traces_of_a_multiple_choice_stand_beside_its_options(options, more, traces):
+    item = read_row({"question": ASK, "answer": "B"} | options | more, "row 0")
+    assert item.gold == "B" and [(t.reward, t.text) for t in item.traces] == traces
+    assert item.question == f"{ASK}\n\nA) 3\nB) 4" and item.prompt[-1]["content"].startswith(item.question)
+    assert not read_row({"question": ASK} | options | more, "row 0").gold  # a pair needs none
+
+
+def test_a_history_stands_before_the_instruction():
+    row = {"instruction": ASK, "output": "4", "history": [["1+1?", "2"], ["1+2?", "3"]]}
+    assert [turn["content"] for turn in read_row(row, "row").prompt] == ["1+1?", "2", "1+2?", "3", ASK]
+    with pytest.raises(InputError, match="'history' must be"):
+        read_row(row | {"history": "1+1?"}, "row")
 
 
 def test_a_question_stands_behind_its_passage_and_before_its_options():
@@ -437,7 +489,7 @@ def test_a_question_stands_behind_its_passage_and_before_its_options():
         (R1 | {"correctness_math_verify": ["False", "True"]}, "'correctness' must have true, false or null"),
         ({"question": ASK, "options": ["a", None, "c"], "answer": "A"}, "an option is not text"),
         ({"question": ASK, "A": "1", "B": "2", "C": " ", "D": "4", "answer": "A"}, "none of them blank"),
-        ({"question": ASK, "options": ["3", "4"], "answer": "7"}, "the answer .'7'. is none of the labels A, B"),
+        ({"question": ASK, "options": ["3", "4"], "answer": "7"}, "the answer '7' is none of the labels A, B"),
         ({"problem": " ", "answer": "4"}, "these columns .problem, answer; blank: problem"),
     ],
 )  # fmt: skip
