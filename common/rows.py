@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import igsm
 from common.data import InputError, first_line
-from common.shapes import Item, Trace, check_gold, read_row
+from common.shapes import MARKS, Item, Trace, check_gold, read_row
 
 IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)  # of igsm:LO-HI
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv")  # the last three also with .gz
@@ -75,12 +75,18 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 
     try:
         name, _, config = source.partition(":")
-        rows = datasets.load_dataset(name, config or None, split=split)
+        splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
-        raise InputError(
-            f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({first_line(error)})"
-        ) from error
+        raise InputError(f"{source}: neither a local file or folder nor a Hub dataset ({first_line(error)})") from error
+    if (rows := _of_split(splits, split)) is None:
+        raise InputError(f"{source}: no split '{split}' among {', '.join(splits)}; save the one you mean as a file")
     return map(dict, rows)
+
+
+def _of_split(splits: dict, split: str):
+    """What a split holds, or the only one there is. For a missing test split: validation. None: it is missing."""
+    wanted = "validation" if split == "test" and "test" not in splits else split
+    return next(iter(splits.values())) if len(splits) == 1 else splits.get(wanted)
 
 
 def _ending(path: Path) -> str:
@@ -90,10 +96,9 @@ def _ending(path: Path) -> str:
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """Return the data files of a folder; if their names say different splits, those of `split`.
+    """Return the data files of a folder; if their names say different splits, those of `split` (`_of_split`).
 
-    A missing test split is replaced by the validation split. Copies that editors keep (.ipynb_checkpoints) are
-    left out."""
+    Copies that editors keep (.ipynb_checkpoints) are left out."""
     by_split: dict[str, list[Path]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p)):
         name = str(path.relative_to(folder))
@@ -103,13 +108,11 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
             by_split.setdefault(kind, []).append(path)
     if not by_split:
         raise InputError(f"{folder}: the folder holds no {', '.join(ENDINGS)} file")
-    if len(by_split) == 1:
-        return next(iter(by_split.values()))
-    wanted = "validation" if split == "test" and "test" not in by_split else split
-    if "" in by_split or wanted not in by_split:
+    paths = _of_split(by_split, split)
+    if paths is None or (len(by_split) > 1 and "" in by_split):
         found = "; ".join(f"{kind or 'no split'}: {', '.join(p.name for p in ps)}" for kind, ps in by_split.items())
         raise InputError(f"{folder}: unclear which files are the split '{split}' ({found}): name the file")
-    return by_split[wanted]
+    return paths
 
 
 def _read_file(path: Path) -> Iterator[dict]:
@@ -132,7 +135,14 @@ def _read_file(path: Path) -> Iterator[dict]:
         text = content.decode("utf-8-sig")  # without the byte order mark that some editors write
         if ending == ".csv":
             csv.field_size_limit(2**31 - 1)
-            yield from map(_csv_row, csv.DictReader(io.StringIO(text, newline=""), strict=True))
+            table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            named = [name for name in table.fieldnames or () if name]
+            if len({*named}) < len(named):
+                raise ValueError(f"the header names a column twice: {', '.join(named)}")
+            for row in table:
+                if any(row.pop(None, ())):
+                    raise ValueError(f"line {table.line_num} has more cells than the header: quote cells with commas")
+                yield _csv_row(row)
         elif ending == ".json" and text.lstrip().startswith("["):
             yield from json.loads(text)
         else:
@@ -141,13 +151,14 @@ def _read_file(path: Path) -> Iterator[dict]:
                 if line.strip():
                     yield json.loads(line)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
-        raise InputError(f"{where}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error})") from error
+        wanted = "" if ending == ".csv" else "; a file holds one row a line, or a list [...] of rows"
+        raise InputError(f"{where}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error}{wanted})") from error
 
 
 def _csv_row(row: dict) -> dict:
-    """A row of a .csv file: an empty cell holds nothing, and label, reward and weight are numbers."""
+    """A row of a .csv file: an empty cell holds nothing, and marks and the weight are numbers."""
     row = {name: value for name, value in row.items() if value}
-    for name in row.keys() & {"label", "reward", "weight"}:
+    for name in [name for name in row if name.lower() in {*MARKS, "weight"}]:
         with contextlib.suppress(ValueError):  # what is no number is named later
             row[name] = float({"true": 1, "false": 0}.get(row[name].lower(), row[name]))
     return row

@@ -77,6 +77,9 @@ def test_a_json_line_may_hold_unicode_line_separators(tmp_path):
         ("no.jsonl", None, "no such file"),
         ("bad.jsonl", '{"a": 1}\n{"a": ', "line 2: not valid JSON"),
         ("bad.json", "[1, 2", "not valid JSON"),
+        ("data.json", '{\n  "data": [{"a": 1}]\n}', "line 1: not valid JSON .*a file holds one row a line, or a list"),
+        ("wide.csv", "prompt,chosen,rejected\nWhat?,one,two\nWhat?,one, two,three", "line 3 has more cells than "),
+        ("twice.csv", "question,answer,answer\nQ,1,2", "the header names a column twice: question, answer, answer"),
         ("bad.parquet", "not parquet", "not a readable parquet"),
         ("empty.jsonl", "", "no rows"),
     ],
@@ -91,9 +94,22 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, mes
 
 def test_a_hub_name_may_carry_its_configuration(monkeypatch):
     asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *given, **named: asked.append((given, named)) or [{"a": 1}])
-    assert load_rows("openai/gsm8k:main", split="test") == load_rows("some/data") == [{"a": 1}]
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"}), (("some/data", None), {"split": "train"})]
+    splits = {"train": [{"a": 1}], "test": [{"a": 2}]}
+    monkeypatch.setattr("datasets.load_dataset", lambda *given: asked.append(given) or splits)
+    assert load_rows("openai/gsm8k:main", split="test") == [{"a": 2}] and load_rows("some/data") == [{"a": 1}]
+    assert asked == [("openai/gsm8k", "main"), ("some/data", None)]
+
+
+def test_of_a_hub_dataset_the_only_split_is_read(monkeypatch):
+    """AIME 2024 has its problems in 'train'."""
+    splits = {"train": [{"a": 1}]}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: splits)
+    assert load_rows("HuggingFaceH4/aime_2024", split="test") == [{"a": 1}]
+    splits["dev"] = []
+    with pytest.raises(InputError, match="some/data: no split 'test' among train, dev; save the one you mean"):
+        load_rows("some/data", split="test")
+    splits["validation"] = [{"a": 3}]
+    assert load_rows("some/data", split="test") == [{"a": 3}]
 
 
 @pytest.mark.parametrize(
@@ -617,6 +633,20 @@ def test_a_csv_file_holds_numbers_and_empty_cells(tmp_path):
     assert third.first(correct=True).text == "C" and fourth.first(correct=False).text == "D"
     assert first.first(correct=True).text == "A" and first.weight == 0.5
     assert second.first(correct=False).text == "B" and second.weight == 1.0
+    for name in ("is_correct", "correct", "kto_tag", "Label"):
+        path.write_text(f"prompt,response,{name}\nQ?,A,1\nQ?,B,true\nQ?,C,False\n")
+        marked = [read_row(r, "x").traces[0].reward for r in load_rows(str(path))]
+        assert marked == [1.0, 1.0, 0.0]
+
+
+def test_lists_that_pandas_wrote_as_text_are_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    for name, marks in (("correctness_math_verify", [False, True]), ("correctness", VERDICTS)):
+        path.write_text(f'problem,generations,{name}\nQ?,"[\'5\', \'4\']","{marks}"\n')
+        [row] = load_rows(str(path))
+        assert [t.reward for t in read_row(row, "x").traces] == [0.0, 1.0]
+    path.write_text("question,A,B,answer\n2+2?,3,4,1\n")
+    assert read_row(*load_rows(str(path)), "x").gold == "B"  # its index, as no option is 1
 
 
 def test_ids_that_end_with_another_stop_token_are_those_of_their_text():
