@@ -226,7 +226,7 @@ def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
         return trace
     if prompt_text.rstrip().endswith("</think>"):
         raise InputError(
-            f"{where}{': ' if where else ''}the trace has a thought, and the chat template ends with a closed one: "
+            f"{where}the trace has a thought, and the chat template ends with a closed one: "
             "pass --chat_template_args with the template's switch (such as enable_thinking=true or thinking=true), or "
             "a --chat_template FILE"
         )
@@ -251,28 +251,29 @@ def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[li
     return encoded
 
 
-def ids_are_of_text(trace: Trace, tokenizer) -> bool:
-    """Whether a trace's ids are those of its text. The last id may have ended it, and is then not in the text."""
-    return trace.text in (tokenizer.decode(trace.ids), tokenizer.decode(trace.ids[:-1]))
-
-
 def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], rows: list[str]) -> list[list[int] | None]:
     """The ids of each trace after its prompt, with one eos at the end; [] for a blank trace, None for None. Ids that a
-    model drew are kept, unless the prompt opens the thought that the text begins with. rows: their names in errors."""
+    model drew are kept (a cut answer has no eos), unless the prompt opens the thought that the text begins with.
+
+    rows: "NAME: ", what an InputError begins with: for ids that are not those of the text, and text behind an eos."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
     encoded: list[list[int] | None] = []
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
-        if trace is None or not text.strip():
-            ids = trace and []
+        if trace is None:
+            ids = None
         elif trace.ids is not None and text == trace.text:
             ids = trace.ids
-            if not ids_are_of_text(trace, tokenizer):
-                raise InputError(
-                    f"{row}: the ids of a trace are not those of its text: they are another tokenizer's; remove the "
-                    "column '..._ids' or change --model"
-                )
-        elif ids[-1] != tokenizer.eos_token_id:
-            ids = [*ids, tokenizer.eos_token_id]
+            if text not in (tokenizer.decode(ids), tokenizer.decode(ids[:-1])):  # the last id may have ended it
+                raise InputError(f"{row}the ids of a trace are not those of its text, but another tokenizer's: remove "
+                                 "the column '..._ids' or change --model")  # fmt: skip
+        elif text.strip():
+            eos = tokenizer.eos_token_id
+            end = ids.index(eos) if eos in ids else len(ids)
+            if tokenizer.decode([i for i in ids[end:] if i != eos]).strip():
+                raise InputError(f"{row}a trace goes on behind {tokenizer.eos_token}: put turns into 'conversations'")
+            ids = [*ids[:end], eos]
+        else:
+            ids = []
         encoded.append(ids)
     return encoded
 
@@ -281,8 +282,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
     """Yield (row number, item, prompt text, prompt ids, the ids of each trace), tokenizing 500 rows at a time.
 
     read(row, where) -> (item, trace or None, ...), as many traces for every row; None leaves the row out."""
-    unread, unknown = 0, getattr(tokenizer, "unk_token_id", None)
-    unknown = None if unknown == tokenizer.eos_token_id else unknown  # as in GPT-2's, which knows all text
+    unread = 0
     shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
 
     def share(ids: list[int] | None) -> list[int] | None:
@@ -294,15 +294,29 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
         if not part:
             continue
         numbers, items, *columns = zip(*part, strict=True)
-        names = [f"{source}, row {index}" for index in numbers]
+        names = [f"{source}, row {index}: " for index in numbers]
         texts = [item.text or render_prompt(tokenizer, item.prompt) for item in items]
         prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompts = [with_bos(p, tokenizer) if item.text else p for p, item in zip(prompts, items, strict=True)]
-        unread += sum(unknown in ids for ids in prompts) if unknown is not None else 0
+        if not all(prompts):
+            raise InputError(f"{names[prompts.index([])]}the prompt is empty: the chat template renders nothing of it; "
+                             "pass another --chat_template")  # fmt: skip
+        unread += count_unknown(prompts, tokenizer)
         encoded = [map(share, encode_traces(tokenizer, column, texts, names)) for column in columns]
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
-    if unread and os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {source}: {unread} of {len(rows)} prompts hold text that the tokenizer of --model does not "
+    warn_unknown(source, unread, len(rows))
+
+
+def count_unknown(prompts: list[list[int]], tokenizer) -> int:
+    """How many prompts hold text that the tokenizer does not know. GPT-2's, whose unk is its eos, knows all text."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return 0 if unknown in (None, tokenizer.eos_token_id) else sum(unknown in ids for ids in prompts)
+
+
+def warn_unknown(source: str, unknown: int, prompts: int) -> None:
+    """Say on the terminal that the tokenizer does not know text in some of the prompts."""
+    if unknown and os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {source}: {unknown} of {prompts} prompts hold text that the tokenizer of --model does not "
               "know (models/tiny reads igsm:LO-HI alone)", file=sys.stderr)  # fmt: skip
 
 
@@ -319,6 +333,8 @@ LEFT_OUT = {  # counts of rows and traces that are left out, in words
 
 def with_kept(found: list, count: dict[str, int], source: str, args) -> dict[str, int]:
     """The counts, and how many were kept. Raises InputError if that is none."""
+    if not count["rows"]:
+        raise InputError(f"{source}: no rows")
     if not found:
         why = ", ".join(f"{n} {LEFT_OUT[name]}".format(**vars(args)) for name, n in count.items() if name in LEFT_OUT)
         raise InputError(f"{source}: no row is left of {count['rows']} ({why})")
@@ -400,22 +416,17 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
 def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tuple[list[int], list[int], list | None]:
     """Return (prompt ids, response ids, action mask) of a graded trace. The mask is None if the model chose all tokens.
 
-    Ids that a row holds are taken as they are; text gets an eos. Raises InputError if there is no reward, if ids are of
-    another tokenizer, or if the mask has another length."""
+    Ids of a prompt and a response are taken as they are; else `encode_traces` makes those of the response. Raises
+    InputError if there is no reward, if ids are of another tokenizer, or if the mask has another length."""
     if trace is None or trace.reward is None:
         raise InputError(f"no {'reward' if trace else 'response'}: --rows are graded (README's table)")
-    eos = tokenizer.eos_token_id
     if item.conversation:
         return conversation_ids(item.conversation, tokenizer, skip_turns)
     if not item.prompt_ids:
         prompt = item.text or render_prompt(tokenizer, item.prompt)
         prompt_ids = tokenizer([prompt], add_special_tokens=False)["input_ids"][0]
         prompt_ids = with_bos(prompt_ids, tokenizer) if item.text else prompt_ids
-        said = trace.text if item.text else trace_text(prompt, trace.text)
-        if trace.ids and not ids_are_of_text(trace, tokenizer):
-            raise InputError("ids of another tokenizer: remove the column 'response_ids', or change --model")
-        response = trace.ids or response_ids(tokenizer, [prompt], [said])[0]
-        return prompt_ids, response if response[-1:] in ([], [eos]) else [*response, eos], None
+        return prompt_ids, *encode_traces(tokenizer, [trace], [prompt], [""]), None
     known = max(item.prompt_ids + trace.ids) < len(tokenizer)
     if not known or (trace.text and trace.actions is None and tokenizer.decode(trace.ids) != trace.text):
         raise InputError("ids of another tokenizer")

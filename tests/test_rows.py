@@ -660,8 +660,44 @@ def test_ids_that_end_with_another_stop_token_are_those_of_their_text():
     item = read_row(row, "row")
     assert trace_ids(item, item.traces[0], TOKENIZER, 0)[1] == [*ids, 1]
     item.traces[0].text = "a=6"
-    with pytest.raises(InputError, match="ids of another tokenizer"):
+    with pytest.raises(InputError, match="^the ids of a trace are not those of its text"):
         trace_ids(item, item.traces[0], TOKENIZER, 0)
+
+
+def test_ids_of_a_cut_answer_get_no_eos_in_any_script():
+    ids = TOKENIZER("a=5", add_special_tokens=False)["input_ids"]
+    row = {"prompt": [{"role": "user", "content": "a=5\na?"}], "response": "a=5", "response_ids": ids, "reward": 0}
+    item = read_row(row, "row")
+    assert trace_ids(item, item.traces[0], TOKENIZER, 0)[1] == ids
+    opened = Trace("<think>\na=5", 0.0, TOKENIZER("<think>\na=5", add_special_tokens=False)["input_ids"])
+    assert trace_ids(item, opened, TOKENIZER, 0)[1] == [*ids, TOKENIZER.eos_token_id]  # the prompt has opened it
+    nothing = Trace("", 0.0, [TOKENIZER.eos_token_id])  # a model that ended at once
+    assert trace_ids(item, nothing, TOKENIZER, 0)[1] == nothing.ids
+
+
+def test_what_follows_an_eos_is_cut_if_it_is_blank_and_refused_if_it_is_not():
+    eos, once = TOKENIZER.eos_token, [*TOKENIZER("a=5", add_special_tokens=False)["input_ids"], TOKENIZER.eos_token_id]
+    for end in ("", eos, f"{eos}\n", f"{eos}{eos}\n"):
+        [e], _ = examples([row(trace=f"a=5{end}")])
+        assert e.trace == once
+    said = {"prompt": "a?", "response": f"a=5{eos}\na=6", "reward": 1}
+    for read in (examples, redi_pairs):
+        with pytest.raises(InputError, match=r"toy.jsonl, row 0: a trace goes on behind .*'conversations'"):
+            read([row(trace=said["response"])])
+    item = read_row(said, "row")
+    with pytest.raises(InputError, match="^a trace goes on behind"):
+        trace_ids(item, item.traces[0], TOKENIZER, 0)
+
+
+def redi_pairs(rows):
+    return redi.make_pairs(rows, TOKENIZER, redi.Args(), source="toy.jsonl")
+
+
+def test_a_template_that_renders_nothing_is_named():
+    bare = igsm.tokenizer("symbolic")
+    bare.chat_template = "{% for m in messages if m['role'] == 'x' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(InputError, match="x, row 0: the prompt is empty: .*--chat_template"):
+        make_examples([row()], bare, limits(), source="x")
 
 
 def test_ids_that_a_model_drew_are_what_every_script_trains_on():
