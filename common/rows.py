@@ -269,7 +269,8 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
         elif text.strip():
             eos = tokenizer.eos_token_id
             end = ids.index(eos) if eos in ids else len(ids)
-            if tokenizer.decode([i for i in ids[end:] if i != eos]).strip():
+            behind = [i for i in ids[end:] if i != eos]
+            if behind and tokenizer.decode(behind).strip():
                 raise InputError(f"{row}a trace goes on behind {tokenizer.eos_token}: put turns into 'conversations'")
             ids = [*ids[:end], eos]
         else:

@@ -28,7 +28,8 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")  # beside a
 GOLDS = ("answer_number", "final_answer", "expected_answer", "answer", "ground_truth", "reference_answer")
 NO_GOLD = {"nan", "none", "null", "n/a", "notfound", "proof"}
 RIGHT_OPTION = (  # columns that may name it
-    "answerkey", "answer_letter", "answer_idx", "correct_option", "answer", "ground_truth", "correct", "label",
+    "answerkey", "answer_letter", "answer_idx", "correct_option", "answer", "ground_truth", "expected_answer",
+    "final_answer", "reference_answer", "correct", "label",
 )
 VERDICTS = ("llama_verification", "math_verify_reparsed_answer")  # in OpenR1-Math-Raw's 'correctness'
 MARKS = ("label", "reward", "is_correct", "correct", "kto_tag")  # of one trace
@@ -275,6 +276,7 @@ def _asked(row: dict) -> Item:
     if name and _blank(row.get("prompt")):
         parts = [*PASSAGES, name, *(["input"] if name == "instruction" else [])]
         text = "\n\n".join(_text(row[part], f"'{part}'") for part in parts if not _blank(row.get(part)))
+        row = _gpqa(row) if "correct answer" in row else row
         if options := _options(row):  # as LUFFY's files write them, one a line
             text = "\n".join([f"{text}\n", *(f"{label}) {option}" for label, option in options.items())])
             gold = _right_option(row, options)
@@ -425,14 +427,15 @@ def _problem(row: dict) -> Item:
     return item
 
 
-def _gpqa(row: dict) -> Item:
+def _gpqa(row: dict) -> dict:
+    """A row of GPQA as a multiple choice of options in random order."""
     names = ("correct answer", *(f"incorrect answer {i}" for i in (1, 2, 3)))
     options = [_text(row[name], f"'{name}'").strip() for name in names if name in row]
     right = options[0]
     if not all(options) or options.count(right) > 1 or len(options) < 2:
         raise ValueError("the options must be two or more, none of them blank, and the right one only once")
     random.Random(row["question"]).shuffle(options)  # by the question: the same in every run
-    return _asked(row | {"options": options, "answerkey": LETTERS[options.index(right)]})
+    return row | {"options": options, "answerkey": LETTERS[options.index(right)]}
 
 
 def _options(row: dict) -> dict[str, str]:
@@ -504,7 +507,6 @@ SHAPES = (  # the first shape whose columns a row has; blank columns do not coun
     ({"prompt", "label"}, _single),
     ({"prompt"}, _luffy),
     ({"question", "GRADED"}, _gsm8k_graded),
-    ({"question", "correct answer"}, _gpqa),
     ({"QUESTION", "RESPONSE", "MARK"}, _single),
     ({"QUESTION", "solution"}, _problem),
     ({"QUESTION", "RESPONSE"}, _single),

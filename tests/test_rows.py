@@ -469,6 +469,9 @@ def test_traces_of_a_multiple_choice_stand_beside_its_options(options, more, tra
     assert item.gold == "B" and [(t.reward, t.text) for t in item.traces] == traces
     assert item.question == f"{ASK}\n\nA) 3\nB) 4" and item.prompt[-1]["content"].startswith(item.question)
     assert not read_row({"question": ASK} | options | more, "row 0").gold  # a pair needs none
+    gpqa = {"Question": ASK, "Correct Answer": "4", "Incorrect Answer 1": "3"} | more
+    assert [(t.reward, t.text) for t in read_row(gpqa, "row 0").traces] == traces
+    assert read_row({"question": ASK, "expected_answer": "B"} | options, "row 0").gold == "B"
 
 
 def test_a_history_stands_before_the_instruction():
