@@ -77,7 +77,7 @@ def read_row(row: dict, where: str) -> Item:
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     given = ", ".join(map(str, row))
     names = sorted(row, key=str.islower)  # so that "answer" counts, and not "Answer", if there are both
-    row = {name if name in LETTERS else name.lower(): row[name] for name in names}  # A, B, ... are options
+    row = {name if len(name) == 1 else name.lower(): row[name] for name in names}  # A, B, ... are options
     try:
         row = {name: _unfolded(name, value) for name, value in row.items()}
     except TypeError as error:
