@@ -25,7 +25,7 @@ loss and is in no denominator.
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - One eos per trace is trained. The published SFT trained none, its second stage three end tokens.
 - A trace that is too long is left out and counted; the published code cut it.
-- Log-probs are float32 and their sums float64; the published ones were bf16.
+- Log-probs are float32 and their sums float64; the published ones had the logits' dtype (bf16, if these were).
 - SFT's mean is over the tokens of all GPUs; the published one took each GPU's mean over its 16 rows and averaged those.
 
   python redi.py --preset tiny --stage sft                             a laptop, minutes, nothing downloaded
@@ -81,14 +81,14 @@ class Args(RunArgs):
     alpha: NotNegative[float] = 0.8  # Weight of the incorrect trace in redi (symmetric: 1)
     chosen_coef: NotNegative[float] = 1.0  # Weight of the correct trace in redi and symmetric
     beta: Positive[float] = 0.001  # beta of dpo and simpo
-    gamma: float = 1.0  # Target margin of simpo
+    gamma: NotNegative[float] = 1.0  # Target margin of simpo
     # dpo's label smoothing: the assumed fraction of pairs whose labels are swapped
     label_smoothing: Annotated[float, ("from 0 to under 0.5", lambda x: 0 <= x < 0.5)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # Learning rate after the warm-up
     warmup: Share[float] = 0.1  # Fraction of the updates in which the learning rate rises linearly
     weight_decay: NotNegative[float] = 1e-4  # AdamW weight decay
     # Collapse alarm: it fires when logp/chosen, averaged over 5 steps, is over this many nats per token below step 1.
-    collapse_margin: float = 0.5
+    collapse_margin: NotNegative[float] = 0.5
     seed: Seed = 42  # Seed of data order, sampling, corruption and random weights
     micro_batch_tokens: Positive[int] = 40960  # Tokens per micro-batch and rank. A pair is never split.
     eval_every: NotNegative[int] = 200  # Evaluate every this many steps, before the first and after the last. 0: never
@@ -160,6 +160,11 @@ LOSSES = {
     "dpo": lambda traces, sums, args: dpo_loss(*sums, beta=args.beta, label_smoothing=args.label_smoothing),
     "simpo": lambda traces, sums, args: simpo_loss(*traces, beta=args.beta, gamma=args.gamma),
 }
+
+
+# The losses that a flag is for. Elsewhere only its default is accepted.
+READ_BY = {"alpha": ("redi",), "chosen_coef": ("redi", "symmetric"), "beta": ("dpo", "simpo"), "gamma": ("simpo",),
+           "label_smoothing": ("dpo",)}  # fmt: skip
 
 
 def collapsed_at(chosen_logps: list[float], margin: float, window: int = 5) -> int | None:
@@ -339,8 +344,13 @@ def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together, and for files that another command makes."""
     if args.stage == "sft" and args.loss != "redi":
         raise InputError(f"--loss {args.loss} is of --stage redi, and does nothing in --stage sft")
-    if args.loss == "symmetric" and args.alpha != 1:
-        raise InputError(f"--loss symmetric is redi with --alpha 1, not {args.alpha}: use --loss redi")
+    loss = "sft" if args.stage == "sft" else args.loss
+    for name, losses in READ_BY.items():
+        default = COMPARISONS.get(loss, {}).get(name, getattr(Args, name))
+        if (value := getattr(args, name)) != default and loss not in losses:
+            raise InputError(f"--{name} {value} is for --loss {', '.join(losses)}, and does nothing with {loss}")
+    if args.alpha == args.chosen_coef == 0:
+        raise InputError("--alpha 0 --chosen_coef 0 trains on nothing")
     for name, maker in (("model", "redi.py --stage sft"), ("data", "python -m tools.redi_data")):
         path = getattr(args, name)
         if path.startswith("runs/") and not Path(path).exists():
@@ -355,6 +365,8 @@ def check_pairs(pairs: list[Pair], args: Args) -> None:
     if args.stage == "redi" and not any(p.rejected for p in pairs):
         raise InputError(f"--data {args.data}: no row has an incorrect trace ('rejected', or label 0); `python -m "
                          "tools.redi_data` makes pairs, or use --stage sft")  # fmt: skip
+    if not any(p.chosen for p in pairs):
+        raise InputError(f"--data {args.data}: no row has a correct trace ('chosen', or label 1)")
 
 
 def main(args: Args) -> None:
@@ -407,8 +419,9 @@ def main(args: Args) -> None:
         alarm = followed[fell - 1][0] if fell else None
         if alarm == step and world.main:
             recent = mean(logp for _, logp in followed[-5:])
+            remedy = "--lr or --alpha" if (args.stage, args.loss) == ("redi", "redi") else "--lr"
             tqdm.write(f"step {step}: logp/chosen has fallen from {followed[0][1]:.2f} to {recent:.2f} (5 steps), by "
-                       f"more than --collapse_margin {args.collapse_margin}: lower --lr or --alpha")  # fmt: skip
+                       f"more than --collapse_margin {args.collapse_margin}: lower {remedy}")  # fmt: skip
         run.log({"alarm/collapsed_at": alarm} | run.evaluate(sampler), batch)
         run.save(reference=reference, followed=followed)
     run.finish(sampler)

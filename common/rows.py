@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import igsm
 from common.data import InputError, first_line
-from common.shapes import Item, Trace, check_gold, read_row
+from common.shapes import MARKS, Item, Trace, check_gold, read_row
 
 IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)  # of igsm:LO-HI
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv")  # the last three also with .gz
@@ -75,12 +75,18 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 
     try:
         name, _, config = source.partition(":")
-        rows = datasets.load_dataset(name, config or None, split=split)
+        splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
-        raise InputError(
-            f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({first_line(error)})"
-        ) from error
+        raise InputError(f"{source}: neither a local file or folder nor a Hub dataset ({first_line(error)})") from error
+    if (rows := _of_split(splits, split)) is None:
+        raise InputError(f"{source}: no split '{split}' among {', '.join(splits)}; save the one you mean as a file")
     return map(dict, rows)
+
+
+def _of_split(splits: dict, split: str):
+    """What a split holds, or the only one there is. For a missing test split: validation. None: it is missing."""
+    wanted = "validation" if split == "test" and "test" not in splits else split
+    return next(iter(splits.values())) if len(splits) == 1 else splits.get(wanted)
 
 
 def _ending(path: Path) -> str:
@@ -90,10 +96,9 @@ def _ending(path: Path) -> str:
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """Return the data files of a folder; if their names say different splits, those of `split`.
+    """Return the data files of a folder; if their names say different splits, those of `split` (`_of_split`).
 
-    A missing test split is replaced by the validation split. Copies that editors keep (.ipynb_checkpoints) are
-    left out."""
+    Copies that editors keep (.ipynb_checkpoints) are left out."""
     by_split: dict[str, list[Path]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p)):
         name = str(path.relative_to(folder))
@@ -103,13 +108,11 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
             by_split.setdefault(kind, []).append(path)
     if not by_split:
         raise InputError(f"{folder}: the folder holds no {', '.join(ENDINGS)} file")
-    if len(by_split) == 1:
-        return next(iter(by_split.values()))
-    wanted = "validation" if split == "test" and "test" not in by_split else split
-    if "" in by_split or wanted not in by_split:
+    paths = _of_split(by_split, split)
+    if paths is None or (len(by_split) > 1 and "" in by_split):
         found = "; ".join(f"{kind or 'no split'}: {', '.join(p.name for p in ps)}" for kind, ps in by_split.items())
         raise InputError(f"{folder}: unclear which files are the split '{split}' ({found}): name the file")
-    return by_split[wanted]
+    return paths
 
 
 def _read_file(path: Path) -> Iterator[dict]:
@@ -132,7 +135,14 @@ def _read_file(path: Path) -> Iterator[dict]:
         text = content.decode("utf-8-sig")  # without the byte order mark that some editors write
         if ending == ".csv":
             csv.field_size_limit(2**31 - 1)
-            yield from map(_csv_row, csv.DictReader(io.StringIO(text, newline=""), strict=True))
+            table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            named = [name for name in table.fieldnames or () if name]
+            if len({*named}) < len(named):
+                raise ValueError(f"the header names a column twice: {', '.join(named)}")
+            for row in table:
+                if any(row.pop(None, ())):
+                    raise ValueError(f"line {table.line_num} has more cells than the header: quote cells with commas")
+                yield _csv_row(row)
         elif ending == ".json" and text.lstrip().startswith("["):
             yield from json.loads(text)
         else:
@@ -141,13 +151,14 @@ def _read_file(path: Path) -> Iterator[dict]:
                 if line.strip():
                     yield json.loads(line)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
-        raise InputError(f"{where}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error})") from error
+        wanted = "" if ending == ".csv" else "; a file holds one row a line, or a list [...] of rows"
+        raise InputError(f"{where}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error}{wanted})") from error
 
 
 def _csv_row(row: dict) -> dict:
-    """A row of a .csv file: an empty cell holds nothing, and label, reward and weight are numbers."""
+    """A row of a .csv file: an empty cell holds nothing, and marks and the weight are numbers."""
     row = {name: value for name, value in row.items() if value}
-    for name in row.keys() & {"label", "reward", "weight"}:
+    for name in [name for name in row if name.lower() in {*MARKS, "weight"}]:
         with contextlib.suppress(ValueError):  # what is no number is named later
             row[name] = float({"true": 1, "false": 0}.get(row[name].lower(), row[name]))
     return row
@@ -215,7 +226,7 @@ def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
         return trace
     if prompt_text.rstrip().endswith("</think>"):
         raise InputError(
-            f"{where}{': ' if where else ''}the trace has a thought, and the chat template ends with a closed one: "
+            f"{where}the trace has a thought, and the chat template ends with a closed one: "
             "pass --chat_template_args with the template's switch (such as enable_thinking=true or thinking=true), or "
             "a --chat_template FILE"
         )
@@ -240,28 +251,30 @@ def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[li
     return encoded
 
 
-def ids_are_of_text(trace: Trace, tokenizer) -> bool:
-    """Whether a trace's ids are those of its text. The last id may have ended it, and is then not in the text."""
-    return trace.text in (tokenizer.decode(trace.ids), tokenizer.decode(trace.ids[:-1]))
-
-
 def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], rows: list[str]) -> list[list[int] | None]:
     """The ids of each trace after its prompt, with one eos at the end; [] for a blank trace, None for None. Ids that a
-    model drew are kept, unless the prompt opens the thought that the text begins with. rows: their names in errors."""
+    model drew are kept (a cut answer has no eos), unless the prompt opens the thought that the text begins with.
+
+    rows: "NAME: ", what an InputError begins with: for ids that are not those of the text, and text behind an eos."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
     encoded: list[list[int] | None] = []
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
-        if trace is None or not text.strip():
-            ids = trace and []
+        if trace is None:
+            ids = None
         elif trace.ids is not None and text == trace.text:
             ids = trace.ids
-            if not ids_are_of_text(trace, tokenizer):
-                raise InputError(
-                    f"{row}: the ids of a trace are not those of its text: they are another tokenizer's; remove the "
-                    "column '..._ids' or change --model"
-                )
-        elif ids[-1] != tokenizer.eos_token_id:
-            ids = [*ids, tokenizer.eos_token_id]
+            if text not in (tokenizer.decode(ids), tokenizer.decode(ids[:-1])):  # the last id may have ended it
+                raise InputError(f"{row}the ids of a trace are not those of its text, but another tokenizer's: remove "
+                                 "the column '..._ids' or change --model")  # fmt: skip
+        elif text.strip():
+            eos = tokenizer.eos_token_id
+            end = ids.index(eos) if eos in ids else len(ids)
+            behind = [i for i in ids[end:] if i != eos]
+            if behind and tokenizer.decode(behind).strip():
+                raise InputError(f"{row}a trace goes on behind {tokenizer.eos_token}: put turns into 'conversations'")
+            ids = [*ids[:end], eos]
+        else:
+            ids = []
         encoded.append(ids)
     return encoded
 
@@ -270,8 +283,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
     """Yield (row number, item, prompt text, prompt ids, the ids of each trace), tokenizing 500 rows at a time.
 
     read(row, where) -> (item, trace or None, ...), as many traces for every row; None leaves the row out."""
-    unread, unknown = 0, getattr(tokenizer, "unk_token_id", None)
-    unknown = None if unknown == tokenizer.eos_token_id else unknown  # as in GPT-2's, which knows all text
+    unread = 0
     shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
 
     def share(ids: list[int] | None) -> list[int] | None:
@@ -283,15 +295,29 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
         if not part:
             continue
         numbers, items, *columns = zip(*part, strict=True)
-        names = [f"{source}, row {index}" for index in numbers]
+        names = [f"{source}, row {index}: " for index in numbers]
         texts = [item.text or render_prompt(tokenizer, item.prompt) for item in items]
         prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompts = [with_bos(p, tokenizer) if item.text else p for p, item in zip(prompts, items, strict=True)]
-        unread += sum(unknown in ids for ids in prompts) if unknown is not None else 0
+        if not all(prompts):
+            raise InputError(f"{names[prompts.index([])]}the prompt is empty: the chat template renders nothing of it; "
+                             "pass another --chat_template")  # fmt: skip
+        unread += count_unknown(prompts, tokenizer)
         encoded = [map(share, encode_traces(tokenizer, column, texts, names)) for column in columns]
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
-    if unread and os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {source}: {unread} of {len(rows)} prompts hold text that the tokenizer of --model does not "
+    warn_unknown(source, unread, len(rows))
+
+
+def count_unknown(prompts: list[list[int]], tokenizer) -> int:
+    """How many prompts hold text that the tokenizer does not know. GPT-2's, whose unk is its eos, knows all text."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return 0 if unknown in (None, tokenizer.eos_token_id) else sum(unknown in ids for ids in prompts)
+
+
+def warn_unknown(source: str, unknown: int, prompts: int) -> None:
+    """Say on the terminal that the tokenizer does not know text in some of the prompts."""
+    if unknown and os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {source}: {unknown} of {prompts} prompts hold text that the tokenizer of --model does not "
               "know (models/tiny reads igsm:LO-HI alone)", file=sys.stderr)  # fmt: skip
 
 
@@ -308,6 +334,8 @@ LEFT_OUT = {  # counts of rows and traces that are left out, in words
 
 def with_kept(found: list, count: dict[str, int], source: str, args) -> dict[str, int]:
     """The counts, and how many were kept. Raises InputError if that is none."""
+    if not count["rows"]:
+        raise InputError(f"{source}: no rows")
     if not found:
         why = ", ".join(f"{n} {LEFT_OUT[name]}".format(**vars(args)) for name, n in count.items() if name in LEFT_OUT)
         raise InputError(f"{source}: no row is left of {count['rows']} ({why})")
@@ -389,22 +417,17 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
 def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tuple[list[int], list[int], list | None]:
     """Return (prompt ids, response ids, action mask) of a graded trace. The mask is None if the model chose all tokens.
 
-    Ids that a row holds are taken as they are; text gets an eos. Raises InputError if there is no reward, if ids are of
-    another tokenizer, or if the mask has another length."""
+    Ids of a prompt and a response are taken as they are; else `encode_traces` makes those of the response. Raises
+    InputError if there is no reward, if ids are of another tokenizer, or if the mask has another length."""
     if trace is None or trace.reward is None:
         raise InputError(f"no {'reward' if trace else 'response'}: --rows are graded (README's table)")
-    eos = tokenizer.eos_token_id
     if item.conversation:
         return conversation_ids(item.conversation, tokenizer, skip_turns)
     if not item.prompt_ids:
         prompt = item.text or render_prompt(tokenizer, item.prompt)
         prompt_ids = tokenizer([prompt], add_special_tokens=False)["input_ids"][0]
         prompt_ids = with_bos(prompt_ids, tokenizer) if item.text else prompt_ids
-        said = trace.text if item.text else trace_text(prompt, trace.text)
-        if trace.ids and not ids_are_of_text(trace, tokenizer):
-            raise InputError("ids of another tokenizer: remove the column 'response_ids', or change --model")
-        response = trace.ids or response_ids(tokenizer, [prompt], [said])[0]
-        return prompt_ids, response if response[-1:] in ([], [eos]) else [*response, eos], None
+        return prompt_ids, *encode_traces(tokenizer, [trace], [prompt], [""]), None
     known = max(item.prompt_ids + trace.ids) < len(tokenizer)
     if not known or (trace.text and trace.actions is None and tokenizer.decode(trace.ids) != trace.text):
         raise InputError("ids of another tokenizer")

@@ -26,15 +26,17 @@ PASSAGES = ("context", "passage", "article", "body", "puzzle", "theory", "story"
 RESPONSES = ("response", "completion", "output", "generation", "generated_solution")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")  # beside a response
 GOLDS = ("answer_number", "final_answer", "expected_answer", "answer", "ground_truth", "reference_answer")
-NO_GOLD = {"nan", "null", "n/a", "notfound", "proof"}
+NO_GOLD = {"nan", "none", "null", "n/a", "notfound", "proof"}
 RIGHT_OPTION = (  # columns that may name it
-    "answerKey", "answer_letter", "answer_idx", "correct_option", "answer", "correct", "label",
+    "answerkey", "answer_letter", "answer_idx", "correct_option", "answer", "ground_truth", "expected_answer",
+    "final_answer", "reference_answer", "correct", "label",
 )
+VERDICTS = ("llama_verification", "math_verify_reparsed_answer")  # in OpenR1-Math-Raw's 'correctness'
 MARKS = ("label", "reward", "is_correct", "correct", "kto_tag")  # of one trace
-CAPITALS = {"Problem", "Question", "Answer", "Solution", "Body"}  # read as if they were in lower case
 LETTERS = string.ascii_uppercase
 TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content)["']\s*:""")  # as text, in .csv files
-NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations"}
+NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations", "history", "correctness",
+          "correctness_math_verify", "correctness_llama"}  # fmt: skip
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
 KNOWN_ROLES = ("system", "user", "assistant", "tool", "function", "ipython", "observation")
 
@@ -74,7 +76,8 @@ def read_row(row: dict, where: str) -> Item:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     given = ", ".join(map(str, row))
-    row = {name.lower(): row[name] for name in CAPITALS & row.keys()} | row
+    names = sorted(row, key=str.islower)  # so that "answer" counts, and not "Answer", if there are both
+    row = {name if len(name) == 1 else name.lower(): row[name] for name in names}  # A, B, ... are options
     try:
         row = {name: _unfolded(name, value) for name, value in row.items()}
     except TypeError as error:
@@ -134,7 +137,10 @@ def _parsed(text: str):
 
 
 def _unfolded(name: str, value):
-    """A cell whose lists or turns stand there as text, as in .csv files, as these lists or turns."""
+    """A cell whose lists or turns stand there as text, as in .csv files, as these lists or turns; a text that is alone
+    in a list, as this text."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and name not in NESTED:
+        return value[0]
     if not isinstance(value, str) or not (TURNS.match(value) or (name in NESTED and value[:1] in ("[", "{"))):
         return value
     if (found := _parsed(value)) is None and TURNS.match(value):
@@ -182,6 +188,7 @@ def _turns(value, name: str) -> list[dict]:
 
 def _turn(turn: dict, name: str) -> dict:
     """A turn, {role, content} or {from, value}, with the thought of an assistant's in its content."""
+    turn = {name: value for name, value in turn.items() if value is not None}  # of turns in two forms in one file
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if role is None or content is None or turn.get("tool_calls"):
         raise TypeError(f"'{name}' must be a text or [{{role, content}}, ...]")
@@ -229,7 +236,7 @@ def _gold(*values) -> str:
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # a column of whole numbers that once held a NaN
         gold = _text(str(value), "the gold answer").strip()
-        gold = last_boxed(gold) or gold
+        gold = last_boxed(gold) or re.sub(r"^(-?[\d.,/]+) \([a-z ]+\)$", r"\1", gold)  # ASDiv's "9 (apples)"
         if "####" in gold:
             gold = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", gold.rpartition("####")[2]).strip()
         if gold and gold.lower() not in NO_GOLD:
@@ -258,23 +265,27 @@ def boxed_gold(solution: str) -> str:
     return ""
 
 
-def _question(row: dict) -> tuple[str, str]:
-    """The question alone, behind the passage that it stands on, and the name of its column."""
-    name = next(name for name in QUESTIONS if not _blank(row.get(name)))
-    passages = [_text(row[p], f"'{p}'") for p in PASSAGES if not _blank(row.get(p))]
-    more = [row["input"]] if name == "instruction" and not _blank(row.get("input")) else []
-    return "\n\n".join([*passages, _text(row[name], f"'{name}'"), *more]), name
-
-
 def _asked(row: dict) -> Item:
-    """The question and the gold, without traces. A question that is not in 'prompt' gets a request for a box."""
+    """The question and the gold, without traces. A question that is not in 'prompt' gets its options and a request for
+    a box."""
     reward_model = row.get("reward_model") or {}
     if not isinstance(reward_model, dict):
         raise TypeError("'reward_model' must be {ground_truth}")
     gold = _gold(reward_model.get("ground_truth"), *map(row.get, GOLDS))
-    if _blank(row.get("prompt")) and any(not _blank(row.get(name)) for name in QUESTIONS):
-        text, name = _question(row)
-        return Item(_turns(text if name == "instruction" else f"{text}\n\n{IN_A_BOX}", name), text, gold)
+    name = next((name for name in QUESTIONS if not _blank(row.get(name))), None)
+    if name and _blank(row.get("prompt")):
+        parts = [*PASSAGES, name, *(["input"] if name == "instruction" else [])]
+        text = "\n\n".join(_text(row[part], f"'{part}'") for part in parts if not _blank(row.get(part)))
+        row = _gpqa(row) if "correct answer" in row else row
+        if options := _options(row):  # as LUFFY's files write them, one a line
+            text = "\n".join([f"{text}\n", *(f"{label}) {option}" for label, option in options.items())])
+            gold = _right_option(row, options)
+        history = row.get("history") or [] if name == "instruction" else []  # LLaMA-Factory's
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise TypeError("'history' must be [[question, answer], ...]")
+        turns = [{"role": r, "content": said} for pair in history for r, said in zip(("user", "assistant"), pair)]
+        asks = text if name == "instruction" and not options else f"{text}\n\n{IN_A_BOX}"
+        return Item(_turns([*turns, {"role": "user", "content": asks}], name), text, gold)
     prompt = _turns(row.get("prompt"), "prompt")
     if prompt[-1]["role"] == "assistant":
         raise ValueError("'prompt' ends with a turn of the assistant, so that nothing is asked")
@@ -375,7 +386,8 @@ def _generations(row: dict) -> Item:
     did, because the second was asked only where the first said no."""
     rule, verdicts = any, [row[name] for name in ("correctness_math_verify", "correctness_llama") if name in row]
     if "correctness" in row:
-        rule, verdicts = all, [row["correctness"][v] for v in ("llama_verification", "math_verify_reparsed_answer")]
+        nulls = [None] * len(row["generations"])
+        rule, verdicts = all, [row["correctness"][name] or nulls for name in VERDICTS]
     item = _asked({"prompt": row["problem"]} | row)
     if not all(mark in (0, 1, None) for marks in verdicts for mark in marks):
         raise TypeError("'correctness' must have true, false or null for each generation")
@@ -397,12 +409,13 @@ def _gsm8k_graded(row: dict) -> Item:
 
 def _problem(row: dict) -> Item:
     """GSM8K and MATH: the reasoning becomes the trace, and a request for a box is added to the question."""
-    item, reasoning, answer = _asked(row), row.get("solution"), row.get("answer")
+    item, solution, answer = _asked(row), row.get("solution"), row.get("answer")
+    reasoning = row.get("reannotated_assistant_content") or solution  # R1-Distill-SFT: R1's beside the human's
     if isinstance(answer, str) and "####" in answer:
         reasoning, item.source = answer.rpartition("####")[0], "gsm8k"
     if _blank(reasoning):
         return item
-    item.gold = item.gold or boxed_gold(_text(reasoning, "'solution'"))
+    item.gold = item.gold or boxed_gold(_text(solution or reasoning, "'solution'"))
     said = _with_thought(row, _text(reasoning, "'solution'").strip())
     reward = _reward(row)
     if reward is not None and reward <= 0:
@@ -414,26 +427,23 @@ def _problem(row: dict) -> Item:
     return item
 
 
-def _with_options(row: dict, options: dict, gold) -> Item:
-    """Multiple choice as LUFFY's files write it, an option a line: "A) ..."."""
-    question = _question(row)[0]
-    text = "\n".join([f"{question}\n", *(f"{label}) {option}" for label, option in options.items())])
-    return Item(_turns(f"{text}\n\n{IN_A_BOX}", "question"), text, gold)
-
-
-def _gpqa(row: dict) -> Item:
-    names = ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
+def _gpqa(row: dict) -> dict:
+    """A row of GPQA as a multiple choice of options in random order."""
+    names = ("correct answer", *(f"incorrect answer {i}" for i in (1, 2, 3)))
     options = [_text(row[name], f"'{name}'").strip() for name in names if name in row]
     right = options[0]
     if not all(options) or options.count(right) > 1 or len(options) < 2:
         raise ValueError("the options must be two or more, none of them blank, and the right one only once")
-    random.Random(row["Question"]).shuffle(options)  # by the question: the same in every run
-    return _with_options(row, dict(zip(LETTERS, options, strict=False)), LETTERS[options.index(right)])
+    random.Random(row["question"]).shuffle(options)  # by the question: the same in every run
+    return row | {"options": options, "answerkey": LETTERS[options.index(right)]}
 
 
-def _multiple_choice(row: dict) -> Item:
-    """A list of options, {label: option}, [{label, text}], {label: [...], text: [...]}, or columns A, B, ..."""
-    given = row.get("options") or row.get("choices") or {letter: row[letter] for letter in LETTERS if letter in row}
+def _options(row: dict) -> dict[str, str]:
+    """{label: option}, {} if there are none: of a list, {label: option}, [{label, text}], {label: [...], text: [...]},
+    or columns A, B, ..."""
+    given = next((row[name] for name in ("options", "choices") if not _blank(row.get(name))), {})
+    if not given and not any(_blank(row.get(letter)) for letter in "AB"):
+        given = {letter: row[letter] for letter in LETTERS if letter in row}
     if isinstance(given, dict) and {"label", "text"} <= given.keys():
         given = dict(zip(given["label"], given["text"], strict=True))
     elif isinstance(given, list) and all(isinstance(option, dict) for option in given):
@@ -445,30 +455,41 @@ def _multiple_choice(row: dict) -> Item:
     options = {str(label): str(o) if type(o) in (int, float) else o for label, o in given.items()}
     while options and _blank([*options.values()][-1]):  # a question with fewer options than others of the file
         options.popitem()
-    if len(options) < 2 or any(_blank(_text(option, "an option")) for option in options.values()):
+    if given and (len(options) < 2 or any(_blank(_text(option, "an option")) for option in options.values())):
         raise ValueError("a multiple choice needs two options or more, none of them blank")
     if all(re.match(rf"\(?{re.escape(label)}[).:]", option) for label, option in options.items()):
         options = {label: re.sub(r"^\(?\w+[).:]", "", option) for label, option in options.items()}  # "A) 3"
-    options = {label: option.strip() for label, option in options.items()}
-    answers = [row[name] for name in RIGHT_OPTION if not _blank(row.get(name))]
-    golds = [label for answer in answers for label in _meant(answer, options)]
-    if not golds:
-        raise ValueError(f"the answer {answers[:1] or None} is none of the labels {', '.join(options)}")
-    return _with_options(row, options, golds[0])
+    return {label: option.strip() for label, option in options.items()}
 
 
-def _meant(answer, options: dict) -> list[str]:
-    """The label that an answer means, [] if none: the label itself, the index of the option from 0 on, or its text."""
+def _right_option(row: dict, options: dict) -> str:
+    """The label of the right option, "" if no column names it. Beside a response 'label' and 'correct' are its marks;
+    elsewhere they name the option, and are taken out of the row."""
+    marks = () if row.keys().isdisjoint(RESPONSES) else MARKS
+    names = [name for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks]
+    for name in names:
+        if label := _meant(row[name], options):
+            if name in MARKS:
+                del row[name]
+            return label
+    if names:
+        raise ValueError(f"the answer {row[names[0]]!r} is none of the labels {', '.join(options)}")
+    return ""
+
+
+def _meant(answer, options: dict) -> str:
+    """The label that an answer means, "" if none: the label itself, the index of the option from 0 on, or its text. A
+    text such as "1" is an index only if it is neither a label nor an option."""
     answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
     text, labels, texts = str(answer).strip(), list(options), list(options.values())
     if text in options:
-        return [text]
-    if type(answer) is int and 0 <= answer < len(labels):
-        return [labels[answer]]
+        return text
+    number, bare = text.removesuffix(".0"), text.strip("().").upper()
+    if number.isdecimal() and int(number) < len(labels) and (type(answer) is int or text not in texts):
+        return labels[int(number)]
     if texts.count(text) == 1:
-        return [labels[texts.index(text)]]
-    bare = text.strip("().").upper()
-    return [bare] if bare in options else []
+        return labels[texts.index(text)]
+    return bare if bare in options else ""
 
 
 SHAPES = (  # the first shape whose columns a row has; blank columns do not count
@@ -482,11 +503,10 @@ SHAPES = (  # the first shape whose columns a row has; blank columns do not coun
     ({"prompt", "RESPONSE", "MARK"}, _single),
     ({"prompt", "reward_model"}, _luffy),
     ({"prompt", "RESPONSE"}, _single),
+    ({"prompt", "messages"}, _conversation),  # UltraChat: the prompt is the first of the turns
     ({"prompt", "label"}, _single),
     ({"prompt"}, _luffy),
     ({"question", "GRADED"}, _gsm8k_graded),
-    ({"Question", "Correct Answer"}, _gpqa),
-    ({"QUESTION", "OPTIONS"}, _multiple_choice),
     ({"QUESTION", "RESPONSE", "MARK"}, _single),
     ({"QUESTION", "solution"}, _problem),
     ({"QUESTION", "RESPONSE"}, _single),
@@ -500,7 +520,6 @@ def _groups(row: dict, columns: set[str]) -> set[str]:
     there = {
         "QUESTION": columns & {*QUESTIONS}, "GRADED": _graded_columns(row), "MARK": columns & {*MARKS},
         "RESPONSE": columns & {*RESPONSES} or {"response", "reward"} <= row.keys(),  # an empty one may have a reward
-        "OPTIONS": columns & {"options", "choices"} or {"A", "B"} <= columns,
         "VERDICTS": columns & {"correctness", "correctness_math_verify", "correctness_llama"},
     }  # fmt: skip
     return {name for name, found in there.items() if found}

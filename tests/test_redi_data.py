@@ -96,6 +96,23 @@ def test_openr1_220k_has_neither_a_validity_nor_two_verdicts_a_trace():
     assert [(trace.text, trace.reward) for trace in item.traces] == [("4", 1.0), ("5", 0.0)]
 
 
+def test_sources_validity_and_verifiers_act_on_every_row_that_has_them():
+    row = {"problem": "Q", "answer": "4", "generations": ["5", "4"], "correctness_math_verify": [False, True],
+           "source": "cn_k12", "problem_is_valid": "Yes"}  # fmt: skip
+    assert read_problem(row, "row 0", Args()) == "source left out"
+    assert read_problem(row | {"source": "s", "problem_is_valid": "No"}, "row 0", Args()) == "problem not valid"
+    with pytest.raises(InputError, match="row 0: --right_if llama reads OpenR1-Math-Raw's column 'correctness'"):
+        read_problem(row, "row 0", Args(right_if="llama", drop_sources=()))
+
+
+def test_a_verifier_that_is_not_asked_may_have_no_verdicts():
+    verdicts = {"llama_verification": None, "math_verify_reparsed_answer": [False, True]}
+    row = {"problem_is_valid": "Yes", "problem": "p", "answer": "4", "generations": ["5", "4"], "correctness": verdicts}
+    assert [t.text for t in read_problem(row, "row 0", Args(right_if="math_verify")).traces] == ["4", "5"]
+    for right_if in ("both", "either", "llama"):
+        assert "not a verdict of each verifier" in read_problem(row, "row 0", Args(right_if=right_if))
+
+
 def test_other_sources_can_be_left_out():
     verdicts = {"llama_verification": [True, False], "math_verify_reparsed_answer": [True, False]}
     row = {"problem_is_valid": "Yes", "source": "olympiads", "problem": "p", "answer": "4", "generations": ["x", "y"],

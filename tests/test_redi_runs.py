@@ -123,7 +123,15 @@ def test_a_collapse_raises_the_alarm_once_with_its_step(settings, tmp_path, caps
     [step] = {row["alarm/collapsed_at"] for row in rows if "alarm/collapsed_at" in row}
     assert step == redi.collapsed_at([row["logp/chosen"] for row in rows], 0.5)
     assert [row["step"] for row in rows if "alarm/collapsed_at" in row] == list(range(step, 13))
-    assert capsys.readouterr().out.count("logp/chosen has fallen from") == 1
+    said = capsys.readouterr().out
+    assert said.count("logp/chosen has fallen from") == 1 and "0.5: lower --lr or --alpha\n" in said
+
+
+@pytest.mark.parametrize("words", [["--stage", "sft"], ["--loss", "simpo"]])
+def test_the_alarm_names_no_flag_that_does_nothing(words, settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(redi, "collapsed_at", lambda *_: 1)
+    redi.main(settings(*words, "--steps", 1, "--eval_every", 0, "--out", tmp_path / "run"))
+    assert "--collapse_margin 0.5: lower --lr\n" in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_its_rows_are_kept(settings, tmp_path, monkeypatch):
@@ -173,9 +181,18 @@ def test_rope_theta_and_positions_act_in_training_and_are_saved_for_the_next_sta
         (["--eval_data", "igsm:5-8", "--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
         (["--steps", "-1"], "--steps must be 0 or more"),
         (["--alpha", "-1"], "--alpha must be 0 or more"),
-        (["--beta", "0"], "--beta must be positive"),
-        (["--label_smoothing", "0.5"], "--label_smoothing must be from 0"),
+        (["--loss", "dpo", "--beta", "0"], "--beta must be positive"),
+        (["--loss", "dpo", "--label_smoothing", "0.5"], "--label_smoothing must be from 0"),
         (["--stage", "sft", "--loss", "dpo"], "--loss dpo is of --stage redi"),
+        (["--collapse_margin", "-1"], "--collapse_margin must be 0 or more"),
+        (["--collapse_margin", "nan"], "--collapse_margin must be 0 or more"),
+        (["--loss", "simpo", "--gamma", "inf"], "--gamma must be 0 or more and finite"),
+        (["--loss", "symmetric", "--alpha", "0.8"], "--alpha 0.8 is for --loss redi, and does nothing with symmetric"),
+        (["--loss", "dpo", "--chosen_coef", "0"], "--chosen_coef 0.0 is for --loss redi, symmetric, and does nothing"),
+        (["--loss", "dpo", "--gamma", "9"], "--gamma 9.0 is for --loss simpo, and does nothing with dpo"),
+        (["--loss", "simpo", "--label_smoothing", "0.2"], "--label_smoothing 0.2 is for --loss dpo"),
+        (["--stage", "sft", "--beta", "3"], "--beta 3.0 is for --loss dpo, simpo, and does nothing with sft"),
+        (["--alpha", "0", "--chosen_coef", "0"], "--alpha 0 --chosen_coef 0 trains on nothing"),
         (["--max_positions", "20"], "the longest row has \\d+ tokens, and the model 20 positions: lower --max_resp"),
     ],
 )
@@ -192,7 +209,8 @@ def test_data_without_what_a_stage_needs_gets_one_message(settings, tmp_path):
         ([], [right] * 4, "no row has an incorrect trace"),
         (["--stage", "sft"], [wrong] * 4, "no row is left of 4 .*4 incorrect traces alone"),
         (["--loss", "dpo"], [right, wrong] * 4, "8 rows have one trace, and --loss dpo compares two"),
-        ([], [], "no row is left of 0"),
+        ([], [wrong] * 4, "no row has a correct trace"),
+        ([], [], "rows.jsonl: no rows"),
     ]:
         data = write(tmp_path / "rows.jsonl", rows)
         with pytest.raises(InputError, match=message):

@@ -77,6 +77,9 @@ def test_a_json_line_may_hold_unicode_line_separators(tmp_path):
         ("no.jsonl", None, "no such file"),
         ("bad.jsonl", '{"a": 1}\n{"a": ', "line 2: not valid JSON"),
         ("bad.json", "[1, 2", "not valid JSON"),
+        ("data.json", '{\n  "data": [{"a": 1}]\n}', "line 1: not valid JSON .*a file holds one row a line, or a list"),
+        ("wide.csv", "prompt,chosen,rejected\nWhat?,one,two\nWhat?,one, two,three", "line 3 has more cells than "),
+        ("twice.csv", "question,answer,answer\nQ,1,2", "the header names a column twice: question, answer, answer"),
         ("bad.parquet", "not parquet", "not a readable parquet"),
         ("empty.jsonl", "", "no rows"),
     ],
@@ -91,9 +94,22 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, mes
 
 def test_a_hub_name_may_carry_its_configuration(monkeypatch):
     asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *given, **named: asked.append((given, named)) or [{"a": 1}])
-    assert load_rows("openai/gsm8k:main", split="test") == load_rows("some/data") == [{"a": 1}]
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"}), (("some/data", None), {"split": "train"})]
+    splits = {"train": [{"a": 1}], "test": [{"a": 2}]}
+    monkeypatch.setattr("datasets.load_dataset", lambda *given: asked.append(given) or splits)
+    assert load_rows("openai/gsm8k:main", split="test") == [{"a": 2}] and load_rows("some/data") == [{"a": 1}]
+    assert asked == [("openai/gsm8k", "main"), ("some/data", None)]
+
+
+def test_of_a_hub_dataset_the_only_split_is_read(monkeypatch):
+    """AIME 2024 has its problems in 'train'."""
+    splits = {"train": [{"a": 1}]}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: splits)
+    assert load_rows("HuggingFaceH4/aime_2024", split="test") == [{"a": 1}]
+    splits["dev"] = []
+    with pytest.raises(InputError, match="some/data: no split 'test' among train, dev; save the one you mean"):
+        load_rows("some/data", split="test")
+    splits["validation"] = [{"a": 3}]
+    assert load_rows("some/data", split="test") == [{"a": 3}]
 
 
 @pytest.mark.parametrize(
@@ -399,6 +415,33 @@ OTHERS = {  # rows as other projects write them: (row, gold, [(reward, trace)], 
         {"question": ASK, "A": 3, "B": 4, "C": None, "answer": "B"}, "B", [], ["user"]),
     "labels that are numbers": (
         {"question": ASK, "choices": {"label": ["1", "2"], "text": ["3", "4"]}, "answerKey": 2}, "2", [], ["user"]),
+    "an option's index as text": ({"question": ASK, "options": ["3", "4"], "answer": "1"}, "B", [], ["user"]),
+    "a text that could be an index": ({"question": ASK, "options": ["1", "4"], "answer": "1"}, "A", [], ["user"]),
+    "an option that could be the mark of a solution": (
+        {"question": ASK, "options": ["3", "4"], "label": 1, "solution": "four"}, "B",
+        [(1.0, "<think>\nfour\n</think>\n\n\\boxed{B}")], ["user"]),
+    "capitals of every column": ({"QUESTION": ASK, "ANSWER": "4"}, "4", [], ["user"]),
+    "history": (
+        {"instruction": ASK, "input": "", "output": "4", "history": [["1+1?", "2"]]}, "", [(None, "4")],
+        ["user", "assistant", "user"]),
+    "UltraChat": (
+        {"prompt": ASK, "prompt_id": "x", "messages": [TURN, {"role": "assistant", "content": "4"}]}, "",
+        [(None, "4")], ["user"]),
+    "OlympiadBench": (
+        {"question": ASK, "solution": ["four"], "final_answer": ["4"]}, "4",
+        [(1.0, "<think>\nfour\n</think>\n\n\\boxed{4}")], ["user"]),
+    "turns with nulls": (
+        {"conversations": [TURN | {"from": None, "value": None},
+                           {"from": "gpt", "value": "4", "role": None, "content": None}]}, "",
+        [(None, "4")], ["user"]),
+    "R1-Distill-SFT": (
+        {"problem": ASK, "solution": "by hand: \\boxed{4}", "reannotated_assistant_content": ANSWER}, "4",
+        [(1.0, ANSWER)], ["user"]),
+    "ASDiv": ({"body": "Two and two.", "question": ASK, "answer": "4 (apples)"}, "4", [], ["user"]),
+    "GSM-Plus": ({"question": ASK, "answer": "None"}, "", [], ["user"]),
+    "OpenR1-Math-Raw without a verdict": (
+        R1 | {"correctness": {"llama_verification": None, "math_verify_reparsed_answer": [False, True]}}, "4",
+        [(0.0, "5"), (0.0, ANSWER)], ["user"]),
 }  # fmt: skip
 
 
@@ -408,6 +451,34 @@ def test_rows_of_other_projects_are_read(name):
     item = read_row(given, "row 0")
     assert item.gold == gold and [(t.reward, t.text) for t in item.traces] == traces
     assert [turn["role"] for turn in item.prompt] == roles
+
+
+@pytest.mark.parametrize(
+    ("more", "traces"),
+    [
+        ({"chosen": "B.", "rejected": "A."}, [(1.0, "B."), (0.0, "A.")]),
+        ({"responses": ["B.", "A."], "rewards": [1, 0]}, [(1.0, "B."), (0.0, "A.")]),
+        ({"response": "A.", "label": 0}, [(0.0, "A.")]),
+        ({"response": "B.", "correct": True}, [(1.0, "B.")]),
+        ({"response": "B."}, [(None, "B.")]),
+    ],
+)
+@pytest.mark.parametrize("options", [{"options": ["3", "4"]}, {"A": "3", "B": "4"}])
+def test_traces_of_a_multiple_choice_stand_beside_its_options(options, more, traces):
+    item = read_row({"question": ASK, "answer": "B"} | options | more, "row 0")
+    assert item.gold == "B" and [(t.reward, t.text) for t in item.traces] == traces
+    assert item.question == f"{ASK}\n\nA) 3\nB) 4" and item.prompt[-1]["content"].startswith(item.question)
+    assert not read_row({"question": ASK} | options | more, "row 0").gold  # a pair needs none
+    gpqa = {"Question": ASK, "Correct Answer": "4", "Incorrect Answer 1": "3"} | more
+    assert [(t.reward, t.text) for t in read_row(gpqa, "row 0").traces] == traces
+    assert read_row({"question": ASK, "expected_answer": "B"} | options, "row 0").gold == "B"
+
+
+def test_a_history_stands_before_the_instruction():
+    row = {"instruction": ASK, "output": "4", "history": [["1+1?", "2"], ["1+2?", "3"]]}
+    assert [turn["content"] for turn in read_row(row, "row").prompt] == ["1+1?", "2", "1+2?", "3", ASK]
+    with pytest.raises(InputError, match="'history' must be"):
+        read_row(row | {"history": "1+1?"}, "row")
 
 
 def test_a_question_stands_behind_its_passage_and_before_its_options():
@@ -437,7 +508,7 @@ def test_a_question_stands_behind_its_passage_and_before_its_options():
         (R1 | {"correctness_math_verify": ["False", "True"]}, "'correctness' must have true, false or null"),
         ({"question": ASK, "options": ["a", None, "c"], "answer": "A"}, "an option is not text"),
         ({"question": ASK, "A": "1", "B": "2", "C": " ", "D": "4", "answer": "A"}, "none of them blank"),
-        ({"question": ASK, "options": ["3", "4"], "answer": "7"}, "the answer .'7'. is none of the labels A, B"),
+        ({"question": ASK, "options": ["3", "4"], "answer": "7"}, "the answer '7' is none of the labels A, B"),
         ({"problem": " ", "answer": "4"}, "these columns .problem, answer; blank: problem"),
     ],
 )  # fmt: skip
@@ -565,6 +636,20 @@ def test_a_csv_file_holds_numbers_and_empty_cells(tmp_path):
     assert third.first(correct=True).text == "C" and fourth.first(correct=False).text == "D"
     assert first.first(correct=True).text == "A" and first.weight == 0.5
     assert second.first(correct=False).text == "B" and second.weight == 1.0
+    for name in ("is_correct", "correct", "kto_tag", "Label"):
+        path.write_text(f"prompt,response,{name}\nQ?,A,1\nQ?,B,true\nQ?,C,False\n")
+        marked = [read_row(r, "x").traces[0].reward for r in load_rows(str(path))]
+        assert marked == [1.0, 1.0, 0.0]
+
+
+def test_lists_that_pandas_wrote_as_text_are_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    for name, marks in (("correctness_math_verify", [False, True]), ("correctness", VERDICTS)):
+        path.write_text(f'problem,generations,{name}\nQ?,"[\'5\', \'4\']","{marks}"\n')
+        [row] = load_rows(str(path))
+        assert [t.reward for t in read_row(row, "x").traces] == [0.0, 1.0]
+    path.write_text("question,A,B,answer\n2+2?,3,4,1\n")
+    assert read_row(*load_rows(str(path)), "x").gold == "B"  # its index, as no option is 1
 
 
 def test_ids_that_end_with_another_stop_token_are_those_of_their_text():
@@ -578,8 +663,44 @@ def test_ids_that_end_with_another_stop_token_are_those_of_their_text():
     item = read_row(row, "row")
     assert trace_ids(item, item.traces[0], TOKENIZER, 0)[1] == [*ids, 1]
     item.traces[0].text = "a=6"
-    with pytest.raises(InputError, match="ids of another tokenizer"):
+    with pytest.raises(InputError, match="^the ids of a trace are not those of its text"):
         trace_ids(item, item.traces[0], TOKENIZER, 0)
+
+
+def test_ids_of_a_cut_answer_get_no_eos_in_any_script():
+    ids = TOKENIZER("a=5", add_special_tokens=False)["input_ids"]
+    row = {"prompt": [{"role": "user", "content": "a=5\na?"}], "response": "a=5", "response_ids": ids, "reward": 0}
+    item = read_row(row, "row")
+    assert trace_ids(item, item.traces[0], TOKENIZER, 0)[1] == ids
+    opened = Trace("<think>\na=5", 0.0, TOKENIZER("<think>\na=5", add_special_tokens=False)["input_ids"])
+    assert trace_ids(item, opened, TOKENIZER, 0)[1] == [*ids, TOKENIZER.eos_token_id]  # the prompt has opened it
+    nothing = Trace("", 0.0, [TOKENIZER.eos_token_id])  # a model that ended at once
+    assert trace_ids(item, nothing, TOKENIZER, 0)[1] == nothing.ids
+
+
+def test_what_follows_an_eos_is_cut_if_it_is_blank_and_refused_if_it_is_not():
+    eos, once = TOKENIZER.eos_token, [*TOKENIZER("a=5", add_special_tokens=False)["input_ids"], TOKENIZER.eos_token_id]
+    for end in ("", eos, f"{eos}\n", f"{eos}{eos}\n"):
+        [e], _ = examples([row(trace=f"a=5{end}")])
+        assert e.trace == once
+    said = {"prompt": "a?", "response": f"a=5{eos}\na=6", "reward": 1}
+    for read in (examples, redi_pairs):
+        with pytest.raises(InputError, match=r"toy.jsonl, row 0: a trace goes on behind .*'conversations'"):
+            read([row(trace=said["response"])])
+    item = read_row(said, "row")
+    with pytest.raises(InputError, match="^a trace goes on behind"):
+        trace_ids(item, item.traces[0], TOKENIZER, 0)
+
+
+def redi_pairs(rows):
+    return redi.make_pairs(rows, TOKENIZER, redi.Args(), source="toy.jsonl")
+
+
+def test_a_template_that_renders_nothing_is_named():
+    bare = igsm.tokenizer("symbolic")
+    bare.chat_template = "{% for m in messages if m['role'] == 'x' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(InputError, match="x, row 0: the prompt is empty: .*--chat_template"):
+        make_examples([row()], bare, limits(), source="x")
 
 
 def test_ids_that_a_model_drew_are_what_every_script_trains_on():

@@ -17,7 +17,6 @@ import json
 import random
 from collections import Counter
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +37,7 @@ from common.run import (
     open_tokenizer,
     write_lines,
 )
-from common.shapes import IN_A_BOX, Item, Trace, read_row
+from common.shapes import IN_A_BOX, VERDICTS, Item, Trace, read_row
 from common.trainer import init_world, launch, load_policy, parse_args
 from common.verifiers import Verdict
 
@@ -53,8 +52,8 @@ class Args:
     # Where the data has no incorrect (or no correct) trace of a problem, sample this many answers of --model at
     # temperature 1 and take the first that is. 0: none; igsm:LO-HI then gets corrupted solutions, as in redi.py
     own_answers: NotNegative[int] = 0
-    drop_sources: tuple[str, ...] = ("cn_k12",)  # Values of OpenR1's column 'source' to leave out
-    # Which of OpenR1's two verifiers must accept a trace as correct. All other traces are incorrect.
+    drop_sources: tuple[str, ...] = ("cn_k12",)  # Values of the column 'source' to leave out
+    # Which of OpenR1-Math-Raw's two verifiers must accept a trace as correct. All other traces are incorrect.
     right_if: Literal["both", "llama", "math_verify", "either"] = "both"
     # Benchmark files (or Hub names: their test split). Problems that share --ngram words in a row with one of their
     # questions are left out and counted (published: a check that left nothing out).
@@ -75,44 +74,44 @@ class Args:
     temperature, batch_size = 1.0, 256  # of own answers, the latter sampled, graded and kept at once; no flags
 
 
-PRESETS = {
-    "tiny": dict(model="models/tiny", data="igsm:5-8", out="runs/tiny-data", verifier="boxed", max_prompt_tokens=160,
-                 max_response_tokens=160, own_answers=4),
-}  # fmt: skip
+PRESETS = {"tiny": dict(model="models/tiny", data="igsm:5-8", out="runs/tiny-data", verifier="boxed", own_answers=4,
+                        max_prompt_tokens=160, max_response_tokens=160)}  # fmt: skip
 
-ACCEPTED = {"llama": itemgetter(0), "math_verify": itemgetter(1), "both": all, "either": any}  # (llama, math_verify)
+READS = {"llama": VERDICTS[:1], "math_verify": VERDICTS[1:]}  # the others read both
 
 
 def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[bool] | str:
-    """Return which generations of a row of OpenR1-Math-Raw are correct, or the rule that leaves the row out. A missing
-    verdict counts as a no."""
+    """Return which generations of a row of OpenR1-Math-Raw are correct ([] for another row), or the rule that leaves
+    the row out. A missing verdict counts as a no."""
     generations, correctness = row.get("generations"), row.get("correctness")
-    if str(row.get("problem_is_valid")).strip().lower() != "yes":
+    if str(row.get("problem_is_valid", "yes")).strip().lower() != "yes":
         return "problem not valid"
     if row.get("source") in drop_sources:
         return "source left out"
+    if not {"generations", "correctness"} <= row.keys():
+        return []
     if not row.get("problem"):
         return "no problem"
     if not generations:
         return "no generations"
     correctness = correctness if isinstance(correctness, dict) else {}
-    verdicts = [correctness.get(name) for name in ("llama_verification", "math_verify_reparsed_answer")]
+    verdicts = [correctness.get(name) for name in READS.get(right_if, VERDICTS)]
     if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
-        return "not a verdict of both verifiers for each generation"
-    return [bool(ACCEPTED[right_if](pair)) for pair in zip(*verdicts, strict=True)]
+        return "not a verdict of each verifier for each generation"
+    return [(any if right_if == "either" else all)(marks) for marks in zip(*verdicts, strict=True)]
 
 
 def read_problem(row: dict, where: str, args: Args) -> Item | str:
     """Return a row of any shape in common/shapes.py as an item with its first correct and its first incorrect trace, or
     the name of the rule that leaves it out."""
-    of_openr1 = isinstance(row, dict) and {"generations", "correctness"} <= row.keys()
-    graded = grade_openr1(row, args.drop_sources, args.right_if) if of_openr1 else []
+    graded = grade_openr1(row, args.drop_sources, args.right_if) if isinstance(row, dict) else []
     if isinstance(graded, str):
         return graded
+    if args.right_if != "both" and not graded:
+        raise InputError(f"{where}: --right_if {args.right_if} reads OpenR1-Math-Raw's column 'correctness'")
+    row = row | {"correctness": None, "correctness_math_verify": graded} if graded else row  # these mark its traces
     item = read_row(row, where)
     item.source = str(row.get("source") or item.source)
-    for trace, correct in zip(item.traces, graded):
-        trace.reward = float(correct)
     item.traces = [trace for trace in (item.first(correct=True), item.first(correct=False)) if trace]
     return item
 
