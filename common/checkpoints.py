@@ -94,6 +94,10 @@ class Checkpoints:
         self._written: Future | None = None  # of the checkpoint that is being written
         self._group = dist.new_group(backend="gloo") if self.background else None  # apart from the training's
 
+    def changed(self, there: dict) -> str:
+        """Which settings that may not change differ from those `there`, in words."""
+        return changed_settings(there, self.settings, [name for name in there if name not in self.FREE])
+
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
         return max(self._complete(), default=None)
@@ -123,8 +127,7 @@ class Checkpoints:
                 )
             return None
         state = json.loads((path / "state.json").read_text())
-        there = state["settings"]
-        if changed := changed_settings(there, self.settings, [name for name in there if name not in self.FREE]):
+        if changed := self.changed(state["settings"]):
             raise InputError(
                 f"{path} was made with other settings ({changed}): "
                 "use the same ones to resume, or another --out to start anew"

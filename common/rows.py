@@ -75,11 +75,15 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 
     try:
         name, _, config = source.partition(":")
-        splits = datasets.load_dataset(name, config or None)
+        try:
+            rows = datasets.load_dataset(name, config or None, split=split)
+        except ValueError:  # there is no such split
+            names = datasets.get_dataset_split_names(name, config or None)
+            rows = datasets.load_dataset(name, config or None, split=_of_split(dict(zip(names, names)), split) or split)
     except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
-        raise InputError(f"{source}: neither a local file or folder nor a Hub dataset ({first_line(error)})") from error
-    if (rows := _of_split(splits, split)) is None:
-        raise InputError(f"{source}: no split '{split}' among {', '.join(splits)}; save the one you mean as a file")
+        raise InputError(
+            f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({first_line(error)})"
+        ) from error
     return map(dict, rows)
 
 

@@ -181,9 +181,11 @@ class Run:
         if self.start > self.steps:
             raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
                              "steps: raise --steps (or --epochs), or name another --out")  # fmt: skip
-        if not self.start and (self.out / "model").exists():
-            raise InputError(f"--out {self.out} holds the model of a finished run, and no checkpoint (--save_every 0): "
-                             "name another --out, or delete that folder")  # fmt: skip
+        if not self.start and (self.out / "model").exists() and (self.out / "args.json").exists():
+            there = json.loads((self.out / "args.json").read_text())
+            if changed := self.checkpoints.changed(there):
+                raise InputError(f"--out {self.out} holds a finished run without a checkpoint, of other settings "
+                                 f"({changed}): name another --out, or delete that folder")  # fmt: skip
         self.held_out = held_out if args.eval_every else []
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")

@@ -343,7 +343,7 @@ def test_fewer_rows_are_asked_and_results_of_another_test_leave_the_table(folder
     assert {test["questions"] for model in found.values() for test in model.values()} == {2}
     bridge.main(settings("--out", folder, "--stage", "data", "--test_ops", 2, 4))
     assert not list(folder.glob("*/eval.json"))
-    measure("--out", folder, "--arms", "bridge", "--ops", 1, 3)  # other queries: what other arms had is not compared
+    measure("--out", folder, "--arms", "bridge", "--ops", 2, 3)  # other queries: what other arms had is not compared
     assert [path.parts[-3] for path in folder.glob("*/influence/influence.json")] == ["bridge"]
 
 

@@ -16,6 +16,7 @@ import redi
 from common.data import InputError
 from common.rows import (
     Trace,
+    _hub_rows,
     check_gold,
     data_digest,
     encode_traces,
@@ -94,22 +95,23 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, mes
 
 def test_a_hub_name_may_carry_its_configuration(monkeypatch):
     asked = []
-    splits = {"train": [{"a": 1}], "test": [{"a": 2}]}
-    monkeypatch.setattr("datasets.load_dataset", lambda *given: asked.append(given) or splits)
-    assert load_rows("openai/gsm8k:main", split="test") == [{"a": 2}] and load_rows("some/data") == [{"a": 1}]
-    assert asked == [("openai/gsm8k", "main"), ("some/data", None)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, split: asked.append((*given, split)) or [{"a": 1}])
+    assert load_rows("openai/gsm8k:main", split="test") == load_rows("some/data") == [{"a": 1}]
+    assert asked == [("openai/gsm8k", "main", "test"), ("some/data", None, "train")]
 
 
-def test_of_a_hub_dataset_the_only_split_is_read(monkeypatch):
+def test_of_a_hub_dataset_the_only_split_is_read_and_validation_for_a_missing_test(monkeypatch, tmp_path):
     """AIME 2024 has its problems in 'train'."""
-    splits = {"train": [{"a": 1}]}
-    monkeypatch.setattr("datasets.load_dataset", lambda *_: splits)
-    assert load_rows("HuggingFaceH4/aime_2024", split="test") == [{"a": 1}]
-    splits["dev"] = []
-    with pytest.raises(InputError, match="some/data: no split 'test' among train, dev; save the one you mean"):
-        load_rows("some/data", split="test")
-    splits["validation"] = [{"a": 3}]
-    assert load_rows("some/data", split="test") == [{"a": 3}]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    data = tmp_path / "data"  # the library reads a folder as it reads the Hub
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"a": 1}\n')
+    assert list(_hub_rows(str(data), "test")) == list(_hub_rows(str(data), "train")) == [{"a": 1}]
+    (data / "validation.jsonl").write_text('{"a": 3}\n')
+    assert list(_hub_rows(str(data), "test")) == [{"a": 3}]
+    (data / "train.jsonl").rename(data / "test.jsonl")
+    with pytest.raises(InputError, match="nor a Hub dataset with a split 'train' .*test.*"):
+        list(_hub_rows(str(data), "train"))
 
 
 @pytest.mark.parametrize(
