@@ -27,11 +27,12 @@ from behavior_injection import (
     row_means,
     tokens_of_means,
 )
-from common.data import plan_micro_batches
+from common.data import pack, plan_micro_batches
 from common.rollout import EmbeddedSampler, Sampling
 from common.trainer import World
 from common.verifiers import boxed_reward
-from tools.influence import Args, count_sketch, inner, objective_gradient
+from tests.test_luffy_math import Bigram
+from tools.influence import Args, count_sketch, inner, kernel_table, objective_gradient, summarize
 
 FOLDER = Path(__file__).parent / "vectors"
 VECTORS = json.loads((FOLDER / "behavior_injection.json").read_text())
@@ -328,3 +329,28 @@ def test_a_sketch_is_exact_where_no_two_numbers_meet_and_close_otherwise():
     found = torch.tensor(found)
     assert abs(found.mean()) < 4 * found.std() / math.sqrt(200)
     assert 0.7 < found.std() * math.sqrt(64) < 1.6
+
+
+def test_influence_is_measured_at_the_sampling_temperature():
+    row, policy = Row([0], [1, 2, 3], 0, advantage=1.0), Bigram(torch.eye(5).tolist())
+    [found] = objective_gradient(policy, [row], 1, dataclasses.replace(Args(), temperature=0.5), ONE_RANK)
+    found, policy.table.grad = found.clone(), None
+    policy(pack([(row.prompt, row.response)]), temperature=0.5).mean().backward()
+    assert_equal(found, policy.table.grad)
+
+
+def test_cosines_are_means_over_queries_that_are_solved_sometimes():
+    told = ((0, 0.0), (2, 0.5), (1, 0.3), (4, 0.0))
+    found = [dict(right=k, accuracy=k / 4, dJ=float(k), cosine=c, gradient_norm=1.0) for k, c in told]
+    summary = summarize(found, 4)
+    assert (summary["cosine"], summary["dJ_mixed"]) == (pytest.approx(0.4), 1.5)
+    assert (summary["dJ"], summary["never"], summary["always"]) == (1.75, 0.25, 0.25)
+
+
+def test_kernels_are_means_over_pairs_of_two_answers():
+    told = ((0, True, [1.0, 0.0]), (0, True, [0.0, 1.0]), (0, False, [-1.0, 0.0]), (1, True, [2.0, 0.0]))
+    sketches = [dict(query=q, correct=c, advantage=1.0, gradient=torch.tensor(g)) for q, c, g in told]
+    kernel = kernel_table(sketches)["kernel"]
+    assert {pair: values["K"] for pair, values in kernel.items()} == {
+        "same query, ++": 0.0, "same query, +-": -0.5, "different query, ++": 1.0, "different query, +-": -2.0
+    }  # fmt: skip

@@ -359,3 +359,53 @@ def test_bad_input_exits_with_code_2_and_one_line():
     result = run_script("behavior_injection.py", *SMALL, "--arms", "oops", check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("behavior_injection.py: error: --arms oops: no such arm")
+
+
+def test_sft_has_a_clip_and_betas_of_its_own():
+    args = settings(max_grad_norm=8.0, betas=(0.5, 0.6))
+    own = [bridge.settings_of(args, stage, "bridge") for stage in ("sft", "base", "rl")]
+    assert [a.max_grad_norm for a in own] == [1.0, 1.0, 8.0]
+    assert [a.betas for a in own] == [(0.9, 0.95), (0.9, 0.99), (0.5, 0.6)]
+
+
+def test_no_two_sets_are_the_same_problems(tmp_path, world):
+    same = ["--ops", 2, 2, "--val_ops", 2, 2, "--test_ops", 2, 2, "--base_ops", 2, 2]
+    bridge.make_data(settings("--out", tmp_path, *same), world)
+    names = ("sft_vanilla", "rl", "base", "val", "test_id")  # test_ood has problems of test_id, of other operations
+    firsts = {json.dumps([row["prompt"] for row in read(tmp_path / "data" / f"{name}.jsonl")[:6]]) for name in names}
+    assert len(firsts) == 5
+
+
+def test_kernels_are_of_gradients_without_advantages(folder, monkeypatch):
+    half_right(monkeypatch)
+    asked, real = [], influence.objective_gradient
+    monkeypatch.setattr(influence, "objective_gradient", lambda policy, rows, n, *rest: (
+        asked.append((n, [row.advantage for row in rows])) or real(policy, rows, n, *rest)))  # fmt: skip
+    measure("--out", folder, "--arms", "bridge")
+    assert [advantages for n, advantages in asked if n == 1] == [[1.0]] * 16  # 4 queries of 4 answers
+
+
+def test_queries_that_are_always_solved_are_counted_as_such(folder, monkeypatch):
+    for module in (run, verifiers):
+        monkeypatch.setattr(module, "grade", lambda texts, golds, **_: [verifiers.Verdict(1.0, "ok")] * len(texts))
+    measure("--out", folder, "--arms", "bridge")
+    found = json.loads((folder / "bridge" / "influence" / "influence.json").read_text())
+    assert (found["accuracy"], found["always"], found["dJ"]) == (1.0, 1.0, 0.0)
+
+
+def test_a_querys_cosine_is_its_dj_over_both_norms(pipeline):
+    found = json.loads((pipeline / "bridge" / "influence" / "influence.json").read_text())
+    queries = [q for q in read(pipeline / "bridge" / "influence" / "queries.jsonl") if q["dJ"]]
+    assert queries
+    for q in queries:
+        assert q["cosine"] == pytest.approx(q["dJ"] / (q["gradient_norm"] * found["G_norm"]))
+
+
+def test_sampled_tokens_are_counted_over_a_resume(folder, monkeypatch):
+    half_right(monkeypatch)
+    shutil.rmtree(folder / "bridge" / "rl")  # it is finished
+    for steps in (1, 2):
+        args = settings("--out", folder, "--save_every", 1, "--steps", steps, "--eval_every", 0)
+        bridge.train(bridge.settings_of(args, "rl", "bridge"))
+    rows = read_metrics(folder / "bridge" / "rl")
+    assert rows[-1]["tokens/sampled"] == sum(16 * row["length/own"] for row in rows if row["step"])

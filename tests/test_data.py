@@ -189,3 +189,9 @@ def test_ranks_hardly_wait_for_each_other():
     plan = plan_micro_batches(lengths, 8, 32768)
     waiting = sum(max(sum(cost(lengths[i]) for i in share) for share in shares) for shares in plan)
     assert waiting < 1.01 * sum(map(cost, lengths)) / 8
+
+
+def test_a_window_matters_from_the_first_row_that_is_longer():
+    for size, causal in ((4, True), (5, False)):
+        packing = pack([([3], [4] * size)]).packing
+        assert data.Pattern(packing, None, 4).causal == causal

@@ -16,10 +16,12 @@ from common.data import InputError
 from common.report import disagreements, results_tables, table
 from common.rows import make_examples
 from common.run import read_records
+from common.search import Candidate
 from common.trainer import load_tokenizer
 from eval import (
     TEMPLATES,
     Args,
+    best_answer,
     chunks,
     count_votes,
     difficulty,
@@ -376,3 +378,13 @@ def test_chunks_hold_every_question_once_and_stay_within_the_budget(tokenizer, t
 def test_tables_are_aligned_and_keep_their_columns():
     lines = table([["a", "b|c"], ["long\nname", "1"]]).splitlines()
     assert len({len(line) for line in lines}) == 1 and r"b\|c" in lines[0] and len(lines) == 3
+
+
+def test_a_searched_answer_that_was_cut_says_all_of_it():
+    class Tokenizer:
+        def decode(self, ids):
+            return str(ids)
+
+    cut, ended = (best_answer([Candidate([7, last], True, 0.5)], [1], Tokenizer()) for last in (8, 1))
+    assert (cut["text"], cut["truncated"]) == ("[7, 8]", True)
+    assert (ended["text"], ended["truncated"]) == ("[7]", False)

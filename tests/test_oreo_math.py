@@ -447,3 +447,19 @@ def test_rows_on_a_grid_are_right_padded_and_keep_their_gradient():
 def test_row_losses_of_an_empty_batch_are_empty():
     empty = torch.zeros(0, 1)
     assert [x.shape for x in oreo_row_losses(*[empty] * 5, torch.zeros(0), beta=0.1)] == [(0,), (0,)]
+
+
+def test_seeds_draw_other_pairs_of_a_question():
+    rows = [Row([0], [i], [True], [True], float(i % 2), 0) for i in range(12)]
+    drawn = {tuple(a.response[0] for a, _ in oreo.dpo_pairs(rows, 4, seed)) for seed in range(4)}
+    assert len(drawn) > 1
+
+
+def test_the_last_value_is_that_of_the_text_before_the_last_token():
+    row = Row([0], [5, 6, 1], [True] * 3, [True, False, True])
+    fields = oreo.measurements(row, torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]))
+    assert (fields["values"], fields["last_value"]) == ([1.0, 3.0], 3.0)
+
+
+def test_an_answer_of_a_low_value_takes_the_place_of_no_better_state():
+    assert select_beam([0.9, 0.1, 0.7], [False, True, False], 2, compete=True) == ([0, 2], [])

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import igsm
-from common.data import InputError
+from common.data import InputError, pack
 from common.trainer import World
 from redi import Args, Pair, accumulate_gradient, collapsed_at, dpo_loss, make_pairs, redi_loss, simpo_loss
 from tests.conftest import NANO
@@ -323,3 +323,16 @@ def test_bad_rows_drop_leaves_them_out_and_counts_them(tokenizer):
     rows = [pair_row(), pair_row(rejected="a=5"), pair_row(chosen="")]
     pairs, count = make_pairs(rows, tokenizer, args_of(bad_rows="drop"), source="rows")
     assert [p.index for p in pairs] == [0] and (count["traces_equal"], count["trace_empty"]) == (1, 1)
+
+
+def test_sft_is_the_mean_negative_log_likelihood_of_right_tokens():
+    case = CASES["pipeline_padfree1_maxlenNone_keep_end"]
+    pairs, policy = pipeline_pairs(case), Table(case["inputs"])
+    for p in pairs:
+        p.rejected = []
+    (-policy(pack([(p.prompt, p.chosen) for p in pairs])).mean()).backward()
+    torch.testing.assert_close(table_gradient(pairs, Args(stage="sft")), policy.table.grad)
+
+
+def test_the_alarm_compares_with_step_1_alone():
+    assert collapsed_at([-2.0, -0.5, -0.5, -1.2, -1.2], margin=0.5, window=2) is None

@@ -248,3 +248,24 @@ def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(tmp_path):
 def test_defaults_follow_stage_loss_and_preset_and_what_is_typed_wins(words, lr, batch_size):
     args = parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
     assert (args.lr, args.batch_size) == (lr, batch_size)
+
+
+def test_the_alarm_follows_updates_that_were_taken_also_after_a_resume(settings, tmp_path, monkeypatch):
+    words = ["--eval_every", 0, "--save_every", 1, "--out"]
+    redi.main(settings(*words, tmp_path / "run", "--steps", 1))
+    redi.main(settings(*words, tmp_path / "run", "--steps", 2))
+    rows = read_metrics(tmp_path / "run")
+    [path] = (tmp_path / "run").glob("checkpoint/step-00000002/state.json")
+    followed = json.loads(path.read_text())["followed"]
+    assert followed == [[row["step"], row["logp/chosen"]] for row in rows]
+    monkeypatch.setattr(redi.Run, "update", lambda *_, **__: False)  # as with --skip_bad_updates
+    redi.main(settings(*words, tmp_path / "skipped", "--steps", 1))
+    [path] = (tmp_path / "skipped").glob("checkpoint/*/state.json")
+    assert json.loads(path.read_text())["followed"] == []
+
+
+def test_every_row_is_corrupted_from_a_stream_of_its_own(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(redi.igsm, "corrupt", lambda text, rng, modulus: drawn.append(rng.random()) or text)
+    list(redi.read_rows(redi.Args(data="igsm:1-2", igsm_problems=5)))
+    assert len(set(drawn)) == 5

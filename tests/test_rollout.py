@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import luffy
 from common import vllm
 from common.data import InputError, pack
-from common.rollout import EmbeddedSampler, Sampling, draw, make_sampler
+from common.rollout import Completion, EmbeddedSampler, Sampling, draw, make_sampler
 from common.run import check_flags
 from common.trainer import World
 from tests import ranks
@@ -311,3 +311,16 @@ def test_tis_cap_scales_the_own_tokens_loss_and_leaves_the_teachers(world, polic
 def test_a_cap_below_1_is_refused():
     with pytest.raises(InputError, match="--tis_cap must be 1 or more"):
         check_flags(luffy.Args(tis_cap=0.5))
+
+
+def test_an_answer_that_was_cut_says_all_of_it():
+    assert Completion([7, 8], [-1.0, -1.0], "length").said == [7, 8]
+    assert Completion([7, 1], [-1.0, -1.0], "stop").said == [7]
+
+
+def test_stop_ids_of_a_call_end_completions_too(sampler):
+    groups = sampler.generate(PROMPTS, n=20, keys=KEYS, seed=0, sampling=Sampling(30, stop_ids=(7, 8, 9)))
+    answers = [c for group in groups for c in group]
+    assert not any({1, 7, 8, 9} & set(c.ids[:-1]) for c in answers)
+    assert all((c.finish == "stop") == (c.ids[-1] in (1, 7, 8, 9)) for c in answers)
+    assert {7, 8, 9} <= {c.ids[-1] for c in answers}

@@ -17,6 +17,7 @@ import relift
 from benchmarks.scale import MODELS, activation_bytes
 from common import run, trainer
 from common.data import InputError, pack
+from common.rollout import Completion
 from common.rows import Example
 from common.run import Grader, Row, Run, RunArgs, check_flags, micro_batches, per_token, trace_rows
 from common.trainer import layers_to_keep, load_policy, make_optimizer, parse_args
@@ -244,3 +245,93 @@ def test_a_folder_without_weights_gives_the_model_of_its_seed(world, capsys):
     weights = [next(model.parameters()) for model in (a, b, c)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert "models/scratch: no weights there: the model starts from random ones" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- seeds, metrics, evaluation, rows
+
+
+def test_neighbouring_seeds_share_no_stream(tmp_path, world):
+    seeds = []
+    for mine in [Run(RunArgs(out=str(tmp_path / "run"), seed=seed)) for seed in range(3)]:
+        for mine.step in range(1, 101):
+            seeds.append(mine.seed)
+    assert len(set(seeds)) == 300
+
+
+def test_drift_is_from_before_the_step_and_from_who_drew():
+    totals = trainer.Totals(ONE_RANK)
+    logp, old, drawn = torch.tensor([[0.36, 0.9], [0.5, 0.5], [0.25, 0.8]]).log()  # ratios 0.72 and 1.8
+    run.add_drift(totals, logp, old, drawn, clip=0.3, per=2)
+    log = totals.reduce()
+    assert log["policy/clipped"] == 0.5
+    assert log["policy/kl_old"] == pytest.approx((old - logp).mean().item())
+    assert log["mismatch/kl"] == pytest.approx((drawn - old).mean().item())
+    assert log["mismatch/mean_abs"] == pytest.approx((drawn - old).abs().mean().item())
+
+
+def test_an_evaluation_grades_what_was_said_and_weighs_sources_alike(monkeypatch):
+    class Sampler:
+        def generate(self, prompts, *, sampling, **_):
+            assert sampling.max_tokens == 7
+            return [[Completion([ids[0], 1], [-1.0, -1.0], "stop")] for ids in prompts]
+
+    def grade(texts, golds, *, verifier):
+        return [Verdict(float(text == gold), "ok") for text, gold in zip(texts, golds, strict=True)]
+
+    monkeypatch.setattr(run, "grade", grade)
+    told = [(7, "7", "a"), (8, "x", "a"), (9, "9", "b")]
+    examples = [Example([n], None, gold, source, i, "") for i, (n, gold, source) in enumerate(told)]
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))  # the eos is no part of an answer
+    found = run.evaluate(Sampler(), tokenizer, examples, RunArgs(max_response_tokens=7), ONE_RANK)
+    assert (found["eval/a"], found["eval/b"], found["eval/mean"]) == (0.5, 1.0, 0.75)
+
+
+def test_rows_of_all_ranks_are_in_the_order_of_the_questions():
+    rows = [Row([1], [1], group) for group in (0, 2, 1, 3)]  # as two ranks hold them
+    assert [row.group for row in run.gather_rows(rows, ONE_RANK)] == [0, 1, 2, 3]
+
+
+def test_an_answer_ends_with_every_eos_of_the_generation_config(policy):
+    policy.lm.generation_config.eos_token_id = [7, 9]
+    tokenizer = trainer.load_tokenizer("models/tiny")
+    assert run.stop_ids(policy, tokenizer) == [tokenizer.eos_token_id, 7, 9]
+
+
+def test_random_weights_are_those_of_the_seed_of_the_run(world):
+    a, b = (run.open_policy("models/scratch", RunArgs(seed=seed), world) for seed in (1, 2))
+    assert not torch.equal(next(a.parameters()), next(b.parameters()))
+
+
+def test_an_update_takes_whole_groups():
+    rows = [Row([1], [1], group) for group in (0, 0, 1, 1, 2, 2, 3, 3)]
+    updates = run.split_updates(rows, luffy.Args(batch_size=4, updates_per_step=2))
+    assert [[row.group for row in update] for update in updates] == [[0, 0, 1, 1], [2, 2, 3, 3]]
+
+
+def test_a_reward_of_a_users_verifier_is_taken_as_it_is(monkeypatch):
+    future = Future()
+    future.set_result([Verdict(0.25, "ok", "half of a half"), Verdict(-1.0, "ok")])
+    monkeypatch.setattr(run, "grade_later", lambda *_, **__: future)
+    rows = [Row([3], [8, 1], i, example=EXAMPLES[i]) for i in range(2)]
+    grader = Grader(SimpleNamespace(decode=str), "math")
+    grader.add(rows)
+    grader.wait()
+    assert [(row.reward, row.detail) for row in rows] == [(0.25, "half of a half"), (-1.0, None)]
+
+
+def test_the_last_step_has_a_checkpoint_too(tmp_path, world):
+    mine, saved = planned(tmp_path, save_every=2, steps=3), []
+    mine.checkpoints = SimpleNamespace(save=lambda step, *_, **__: saved.append(step))
+    mine.pairs, mine.more = {"policy": (None, None)}, {}
+    mine.tokenizer = SimpleNamespace(chat_template="", name_or_path="")
+    for _ in mine:
+        mine.save()
+    assert saved == [2, 3]
+
+
+def test_a_sampler_has_room_for_the_longest_prompt_with_the_longest_answer(policy, world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "make_sampler", lambda *_, **named: asked.append(named["max_tokens"]))
+    args = RunArgs(max_prompt_tokens=5, max_response_tokens=7)
+    run.open_sampler(policy, trainer.load_tokenizer("models/tiny"), args, world)
+    assert asked == [12]

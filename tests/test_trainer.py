@@ -1,15 +1,19 @@
 """common/trainer.py: loading, schedules, checkpoints, metrics."""
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import checkpoints, trainer
@@ -17,6 +21,7 @@ from common.checkpoints import Checkpoints
 from common.data import InputError, pack
 from common.metrics import Metrics, complete_lines, read_metrics
 from common.rollout import EmbeddedSampler, Sampling, change_logits
+from common.run import RunArgs
 from common.trainer import (
     export,
     learning_rate,
@@ -581,3 +586,38 @@ def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
     assert value(pairs).abs().max() == 0
     export(value, tokenizer, tmp_path / "value", world)
     load_policy(str(tmp_path / "value"), world, kind=trainer.ValueModel)
+
+
+def test_a_model_is_saved_in_the_dtype_that_it_was_loaded_from(policy, world, tmp_path):
+    for dtype in (torch.bfloat16, torch.float32):
+        policy.lm.saved_dtype = dtype
+        export(policy, load_tokenizer("models/tiny"), tmp_path / "model", world)
+        saved = load_file(tmp_path / "model" / "model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {dtype}
+        assert load_policy(str(tmp_path / "model"), world).lm.saved_dtype == dtype
+
+
+def test_the_disk_must_hold_moments_the_checkpoint_that_is_written_and_the_model(policy, tmp_path, monkeypatch):
+    need = 4 * sum(p.numel() for p in policy.parameters()) * (3 * (2 + 1) + 1)  # --keep 2
+    for free in (need, need - 1):
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with contextlib.nullcontext() if free == need else pytest.raises(InputError, match="GB are free"):
+            checkpoint(tmp_path).check_space(policy)
+
+
+def test_no_setting_that_is_an_algorithms_may_change_on_resume():
+    common = {field.name for field in dataclasses.fields(RunArgs)}
+    for name in ("behavior_injection", "luffy", "oreo", "redi", "relift"):
+        args = importlib.import_module(name).Args
+        assert not Checkpoints.FREE & {field.name for field in dataclasses.fields(args)} - common
+    for name in ("lr", "betas", "batch_size", "schedule", "seed", "max_grad_norm", "weight_decay"):
+        assert name not in Checkpoints.FREE
+
+
+def test_the_rate_of_a_step_is_the_one_that_it_is_given_and_decay_is_adamws(policy):
+    optimizer, weight = make_optimizer(policy, lr=1e-3, weight_decay=0.1), policy.lm.get_output_embeddings().weight
+    for lr in (0.5, 0.25):
+        before = weight.detach().clone()
+        (policy(pack([([3, 4], [5, 6])])).sum() * 0).backward()
+        optimizer_step(policy, optimizer, lr=lr, max_grad_norm=1.0)
+        torch.testing.assert_close(weight.detach(), before * (1 - lr * 0.1))  # without a gradient: decay alone

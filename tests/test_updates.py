@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import behavior_injection as bridge
 import luffy
 import oreo
 import redi
@@ -248,3 +249,126 @@ def test_solved_questions_are_drawn_from_those_that_are_not_hardest():
     assert len(drawn) == len(set(drawn)) == 3 and set(drawn) <= {1, 2, 5, 6, 7, 8}
     assert sorted(relift.questions_to_buffer("solved", [0, 1, 2], 4, seed="")) == [3]
     assert {q for i in range(9) for q in relift.questions_to_buffer("random", [0, 1], 3, seed=f"{i}")} == {0, 1, 2}
+
+
+# ------------------------------------------------------------------------------------------ settings in updates
+
+
+@pytest.mark.parametrize("module", [luffy, relift])
+def test_prompts_fill_the_published_micro_batches_too(module):
+    """900 + 300 tokens a row make 3 micro-batches; answers alone would make one."""
+    row = module.Row([0] * 900, [1, 2, 3] * 100, 0, sampler_logps=[-1.0] * 300)
+    policy = Bigram(torch.eye(5).tolist())
+    policy(pack([(row.prompt, row.response)]), entropy=True)[1].mean().backward()
+    torch.testing.assert_close(gradient_of(module, [row], entropy_coef=0.5), -0.5 * 3 * policy.table.grad)
+
+
+@pytest.mark.parametrize(("loss_rows", "n_micro"), [(64, 3), (32, 2)])
+def test_the_entropy_bonus_of_luffys_sft_is_that_of_its_rl(loss_rows, n_micro):
+    rows, gradients = long_rows(), []
+    for coef in (0.5, 0.0):
+        policy = Bigram(torch.eye(5).tolist())
+        args = dataclasses.replace(luffy.Args(), method="sft", entropy_coef=coef, loss_rows=loss_rows)
+        luffy.accumulate_sft_gradient(policy, rows, args, ONE_RANK)
+        gradients.append(policy.table.grad)
+    policy = Bigram(torch.eye(5).tolist())
+    policy(pack([(r.prompt, r.response) for r in rows]), entropy=True)[1].mean().backward()
+    torch.testing.assert_close(gradients[0] - gradients[1], -0.5 * n_micro * policy.table.grad)
+
+
+@pytest.mark.parametrize("module", [luffy, relift, bridge])
+def test_temperature_and_clip_of_the_settings_reach_the_update(module):
+    row = module.Row([0], [1, 2, 3], 0, sampler_logps=[-1.0] * 3, advantage=1.0)
+    args = dataclasses.replace(module.Args(), temperature=0.5, clip=0.2, entropy_coef=0.0)
+    policy, more = Bigram(torch.eye(5).tolist()), [None] * (module is bridge)
+    module.accumulate_gradient(policy, [row], None, *more, args, ONE_RANK)
+    at_half = Bigram(torch.eye(5).tolist())
+    at_half(pack([(row.prompt, row.response)]), temperature=0.5).sum().backward()
+    scale = 1 / 3 if module is bridge else 64 / 8192
+    torch.testing.assert_close(policy.table.grad, -scale * at_half.table.grad)
+    [old] = module.policy_logps(policy, [row], args, ONE_RANK)
+    policy.table.grad = None
+    module.accumulate_gradient(policy, [row], [old - 1], *more, args, ONE_RANK)  # a ratio of e is clipped
+    assert not policy.table.grad.any()
+
+
+@pytest.mark.parametrize(("flag", "teacher"), [("shape", True), ("own_shape", False)])
+def test_shapes_of_the_settings_reach_the_update_and_its_metrics(flag, teacher):
+    row = luffy.Row([0], [1, 2, 3], 0, teacher, advantage=0.5)
+    policy = Bigram(torch.eye(5).tolist())
+    logp = policy(pack([(row.prompt, row.response)]))
+    given = (logp, logp.detach(), torch.tensor(0.5), torch.full_like(logp, teacher).bool())
+    (luffy.luffy_token_loss(*given, **{flag: "square_root"}).sum() * 64 / 1500).backward()
+    found = gradient_of(luffy, [row], entropy_coef=0.0, **{flag: "square_root"})
+    torch.testing.assert_close(found, policy.table.grad)
+    if teacher:
+        args = luffy.Args(shape="square_root")
+        log = luffy.accumulate_gradient(Bigram(torch.eye(5).tolist()), [row], None, args, ONE_RANK)
+        assert log["teacher/shaped_ratio"] == pytest.approx((logp / 2).exp().mean().item())
+
+
+@pytest.mark.parametrize("module", [luffy, relift, bridge])
+def test_the_mismatch_is_a_mean_over_own_tokens(module):
+    policy, more = Bigram(torch.eye(5).tolist()), [None] * (module is bridge)
+    own = module.Row([0], [1, 2], 0, advantage=0.5)
+    own.sampler_logps = (policy(pack([(own.prompt, own.response)])) + 0.25).tolist()
+    rows = [luffy.Row([0], [1, 2, 3, 4], 0, True, advantage=0.5)] * (module is luffy) + [own]
+    log = module.accumulate_gradient(policy, rows, None, *more, module.Args(), ONE_RANK)
+    assert (log["mismatch/mean_abs"], log["mismatch/kl"]) == pytest.approx((0.25, 0.25))
+
+
+@pytest.mark.parametrize("module", [luffy, relift])
+def test_rows_without_an_advantage_count_in_the_scale_of_the_others(module):
+    rows = [module.Row(r.prompt, r.response, 0, sampler_logps=[-1.0] * len(r.response), advantage=0.5 * k)
+            for k, r in enumerate(long_rows())]  # fmt: skip
+    policy = Bigram(torch.eye(5).tolist())
+    loss = -sum(row.advantage * policy(pack([(row.prompt, row.response)])).sum() for row in rows)
+    (loss * 64 / 4 / 1500).backward()
+    torch.testing.assert_close(gradient_of(module, rows, entropy_coef=0.0), policy.table.grad)
+
+
+@pytest.mark.parametrize("module", [luffy, relift])
+def test_tis_weighs_by_the_policy_before_the_step(module):
+    row, policy = module.Row([0], [1, 2, 3], 0, advantage=1.0), Bigram(torch.eye(5).tolist())
+    old = module.policy_logps(policy, [row], module.Args(), ONE_RANK)[0] - 0.5
+    row.sampler_logps = old.tolist()  # the sampler is right, and the policy has changed since
+    args = [dataclasses.replace(module.Args(), tis_cap=cap) for cap in (0.0, 2.0)]
+    plain, weighed = (module.accumulate_gradient(policy, [row], [old], a, ONE_RANK)["loss/pg"] for a in args)
+    assert weighed == pytest.approx(plain)
+
+
+def test_traces_of_rl_sft_are_learnt_whatever_their_advantage():
+    rows = [luffy.Row([0], [3], 0), luffy.Row([0], [1, 2], 0, True)]
+    assert luffy.rows_with_gradient(rows, luffy.Args(method="rl_sft", entropy_coef=0.0)) == rows[1:]
+
+
+def test_states_of_a_step_update_are_the_starts_of_steps():
+    gradient, units, policy, reference = oreo_update("oreo-step", kl_coef=0.0)
+    losses = []
+    for [row] in units:
+        batch = pack([(row.prompt, row.response)])
+        logp, ref_logp = policy(batch)[None], reference(batch).detach()[None]
+        masks = [torch.tensor([mask]) for mask in (row.actions, row.steps)]
+        given = (logp, ref_logp, torch.zeros_like(logp), *masks, torch.tensor([row.reward]))  # the head is zeros
+        losses.append(oreo.oreo_row_losses(*given, beta=0.3, variant="step")[0])
+    torch.testing.assert_close(gradient, gradient_of_loss(torch.cat(losses).mean(), policy), rtol=1e-3, atol=1e-5)
+
+
+def test_a_kto_baseline_over_zero_reaches_the_loss(monkeypatch):
+    monkeypatch.setattr(oreo, "kto_baseline", lambda *_: 2.0)  # that of the fixed rows is clamped to 0
+    policy, reference = (load_policy("nano", ONE_RANK, from_config=NANO, seed=seed) for seed in (3, 4))
+    units = oreo_ranks.fixed_units("kto")
+    args = oreo.Args(stage="kto", beta=0.3)
+    losses = oreo.accumulate_gradient(policy, None, reference.requires_grad_(False), units, args, ONE_RANK)
+    rows = [row for unit in units for row in unit]
+    gain, right = (torch.tensor([x(row) for row in rows]) for x in (lambda r: r.log_ratio, lambda r: r.reward > 0))
+    assert losses["loss/policy"] == pytest.approx(oreo.kto_loss(gain, right, 2.0, beta=0.3).mean().item(), abs=1e-5)
+
+
+def test_a_warm_up_of_part_of_an_update_is_a_whole_one():
+    rates = [learning_rate(s, lr=1.0, steps=10, schedule="constant", warmup=0.15) for s in range(3)]
+    assert rates == [0.5, 1.0, 1.0]
+
+
+def test_neighbouring_seeds_share_no_order_of_the_data():
+    assert len({tuple(batch_indices(50, 50, epoch, seed)) for seed in range(5) for epoch in range(5)}) == 25

@@ -13,6 +13,7 @@ import luffy
 import oreo
 import relift
 from common import metrics, run, search, trainer, verifiers
+from common.data import InputError
 from common.metrics import read_metrics
 from common.rollout import Completion, EmbeddedSampler
 from common.trainer import learning_rate, load_policy, load_tokenizer
@@ -44,6 +45,7 @@ def test_flags_reach_what_they_name(name, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
     steps = Seen().watch(monkeypatch, run if hasattr(script, "Run") else script, "optimizer_step")
     drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
+    slept = Seen().watch(monkeypatch, EmbeddedSampler, "sleep")
     problems = Seen().watch(monkeypatch, igsm, "problems")
     tables = {flag: getattr(script, {"loss": "COMPARISONS"}.get(flag, f"{flag}s".upper())) for flag in TABLES[name]}
     words = [*RUNS[name][1:], *ODD, *MORE.get(name, []), "--out", str(tmp_path)]
@@ -55,8 +57,10 @@ def test_flags_reach_what_they_name(name, tmp_path, monkeypatch):
         script.main(args)
         steps.clear()
         drawn.clear()
+        slept.clear()
         args.stage, out = "rl", tmp_path / "bridge" / "rl"
     script.main(args)
+    assert len(slept) == 1 + 3 + (name == "oreo")  # when made (oreo: two), and for the update of every step
 
     # the rate follows the schedule, update by update
     rates = [row["optim/lr"] for row in read_metrics(out) if "optim/lr" in row]
@@ -196,3 +200,88 @@ def test_an_evaluation_draws_with_its_seed_and_top_p_from_the_test_split(tmp_pat
 def test_stop_tokens_end_answers():
     policy, tokenizer = load_policy("models/tiny", ONE_RANK), load_tokenizer("models/tiny")
     assert tokenizer.convert_tokens_to_ids("=") in evaluation.stop_ids(policy, tokenizer, ("=",))
+
+
+# ------------------------------------------------------------------------------------------ what loops hand over
+
+
+@pytest.mark.parametrize("name", ["luffy", "relift"])
+def test_old_log_probs_are_those_of_the_rows_that_are_trained_on(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
+    for module in (run, verifiers):
+        monkeypatch.setattr(module, "grade", odd_text)
+    script = importlib.import_module(name)
+    read = Seen().watch(monkeypatch, script, "policy_logps")
+    settings = relift_ranks.settings if name == "relift" else test_luffy_runs.settings
+    words = ["--out", str(tmp_path), "--steps", "2", "--eval_every", "0", "--entropy_coef", "0", "--batch_size", "8"]
+    script.main(settings(*words, "--method", "grpo"))
+    assert len(read) == 2 and all(row.advantage for given, _ in read for row in given[1])
+    assert any(len(given[1]) < 16 for given, _ in read)  # an update has 4 questions of 4 answers
+
+
+def test_rounds_collect_with_the_model_of_the_round_before(tmp_path, monkeypatch):
+    models = []
+    monkeypatch.setattr(oreo, "collect", lambda args: models.append(args.model) or "rows")
+    monkeypatch.setattr(oreo, "train", lambda args: None)
+    monkeypatch.setattr(oreo, "plot_curves", lambda *_: None)
+    words = ["--rounds", "2", "--round_init", "first", "--out", tmp_path]
+    oreo.iterate(oreo_ranks.settings("models/tiny", *words))
+    assert models == ["models/tiny", str(tmp_path / "round-1" / "model")]
+
+
+def test_a_search_of_eval_draws_with_its_seed_temperature_and_delimiters(tmp_path, monkeypatch):
+    found = Seen()
+    monkeypatch.setattr(evaluation, "search_answers", lambda *given, **named: found.append((given, named)) or [[]] * 2)
+    monkeypatch.setattr(evaluation, "check_fit", lambda *_: None)
+    monkeypatch.setattr(evaluation, "load_policy", lambda path, world, **_: load_policy("models/tiny", world))
+    rows = [igsm.row(p, "test") for p in igsm.problems(2, ops=(1, 2), style="symbolic", modulus=23)]
+    evaluation.main(evaluation.Args(
+        model="models/tiny", value="models/tiny", data=(test_luffy_runs.write(tmp_path / "rows.jsonl", rows),),
+        out=str(tmp_path / "out"), verifier=("boxed",), search="beam", max_tokens=8, top_p=0.7, temperature=0.9, seed=4,
+        step_delimiters=("=",), rollout="embedded",
+    ))  # fmt: skip
+    [(_, named)] = found
+    assert (named["seed"], named["top_p"], named["temperature"]) == (4, 0.7, 0.9)
+    assert named["step_ends"] == search.step_ids(load_tokenizer("models/tiny"), ("=",))
+
+
+def test_a_search_leaves_room_for_what_was_said(monkeypatch):
+    monkeypatch.setattr(search, "state_values", lambda value, states, *_: [0.0] * len(states))
+    sampler = Asked()
+    found = search.search_answers(
+        "beam", sampler, None, [[3]], [7], ONE_RANK, width=1, max_steps=9, max_tokens=4, step_ends=frozenset([6]),
+        micro_batch_tokens=100,
+    )  # fmt: skip
+    assert [sampling.max_tokens for *_, sampling in sampler.calls] == [[4], [2]]
+    assert [len(answer.response) for [answer] in found] == [4]
+
+
+def test_searches_of_neighbouring_seeds_share_no_stream(monkeypatch):
+    monkeypatch.setattr(search, "state_values", lambda value, states, *_: [0.0] * len(states))
+    sampler = Asked()
+    for seed in (2, 3):
+        search.search_answers(
+            "beam", sampler, None, [[3]], [7], ONE_RANK, width=2, max_steps=3, max_tokens=9, seed=seed,
+            step_ends=frozenset([6]), micro_batch_tokens=100,
+        )  # fmt: skip
+    assert len({seed for _, seed, _ in sampler.calls}) == 6
+
+
+def test_every_question_of_an_evaluation_draws_from_a_stream_of_its_own(tmp_path, monkeypatch):
+    drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
+    rows = [igsm.row(p, "test") for p in igsm.problems(3, ops=(1, 2), style="symbolic", modulus=23)]
+    evaluation.main(evaluation.Args(
+        model="models/tiny", data=(test_luffy_runs.write(tmp_path / "rows.jsonl", rows),), out=str(tmp_path / "out"),
+        verifier=("boxed",), n=2, max_tokens=8, sampler_tokens=1, rollout="embedded",
+    ))  # fmt: skip
+    keys = [key for _, named in drawn for key in named["keys"]]
+    assert len(drawn) == 3 and len(set(keys)) == 3
+
+
+def test_switches_of_the_chat_template_reach_the_tokenizer_of_an_evaluation(tmp_path):
+    rows = [igsm.row(p, "test") for p in igsm.problems(1, ops=(1, 2), style="symbolic", modulus=23)]
+    with pytest.raises(InputError, match="the chat template has no switch 'enable_thinking'"):
+        evaluation.main(evaluation.Args(
+            model="models/tiny", data=(test_luffy_runs.write(tmp_path / "rows.jsonl", rows),), dry_run=True,
+            verifier=("boxed",), chat_template_args=("enable_thinking=false",),
+        ))  # fmt: skip

@@ -51,7 +51,7 @@ RUNS = {
     ],
 }  # fmt: skip
 SHORT = ("luffy", "relift", "redi-dpo", "oreo", "behavior_injection")  # those of the ordinary tests
-MOMENTS = ("any time", "first file of a checkpoint", "before its checksums", "after its checksums")
+MOMENTS = ("a checkpoint is there", "first file of a checkpoint", "before its checksums", "after its checksums")
 
 
 def words_of(name: str, out: Path) -> list[str]:
@@ -61,6 +61,9 @@ def words_of(name: str, out: Path) -> list[str]:
 
 def reached(moment: str, out: Path, since: float = 0.0) -> bool:
     """Whether a checkpoint is being written, and how far it is. One that nobody touched `since` was left by a kill."""
+    if moment == "a checkpoint is there":  # of the last stage: the next start trains from it
+        found = [*out.glob("checkpoint/step-*"), *out.glob("bridge/rl/checkpoint/step-*")]
+        return any(not path.suffix for path in found)
     for folder in ("checkpoint", "base/checkpoint", "bridge/sft/checkpoint", "bridge/rl/checkpoint"):
         try:
             partials = [entry for entry in os.scandir(out / folder) if entry.name.endswith(".partial")]
@@ -99,7 +102,8 @@ def disturbed(name: str, out: Path, zygote: Zygote, seconds: float, kills: int, 
             share = rng.uniform(0.1, 0.4 if killed else 0.8)
         else:  # few steps between kills, so that there are checkpoints left for the later ones
             share = rng.uniform(0.05, 0.2) if moment == "any time" else rng.uniform(0.2, 0.5)
-        deadline = time.monotonic() + share * seconds
+        sure = moment == "a checkpoint is there" and not killed  # else no start might ever load one
+        deadline = time.monotonic() + (1000 if sure else share * seconds)
         while True:
             seen = reached(moment, out, started)
             if seen or time.monotonic() > deadline:  # a moment of milliseconds may have been missed
