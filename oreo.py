@@ -26,7 +26,7 @@ Departures from the published code that change numbers (the docs page has all of
 - An answer's ids are those that were sampled, eos included. The published rows were text, tokenized again.
 - A row over 2,048 tokens is left out and counted; the published code cut it and lost its eos (--long_response cut).
 - A step ends with a token that holds a delimiter, in training and in search. The published code split text.
-- The cosine ends with the last step; the published one was epochs^2 passes long, so a run saw its beginning alone.
+- The cosine ends with the last step. With several epochs the published rate hardly fell: it counted epochs^2 passes.
 
   python oreo.py --preset tiny --stage sft                        a laptop, a minute, nothing downloaded
   python oreo.py --preset tiny --model runs/tiny-oreo-sft/model   collects, trains, evaluates
@@ -427,12 +427,12 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
             logp = policy(batch)  # [N]
             with torch.no_grad():
                 ref_logp = reference(batch)  # [N]
-            p, ref = (row_sums(x * action, batch, len(rows)) for x in (logp, ref_logp))  # [B], [B]
+            ratios = row_sums((logp - ref_logp) * action, batch, len(rows))  # [B]; two sums apart would round
             if args.stage == "dpo":
-                losses = dpo_loss((p - ref)[::2], (p - ref)[1::2], beta=args.beta)  # [B / 2]
+                losses = dpo_loss(ratios[::2], ratios[1::2], beta=args.beta)  # [B / 2]
             else:
                 right = torch.tensor([row.reward > 0 for row in rows], dtype=torch.bool, device=world.device)
-                losses = kto_loss(p - ref, right, baseline, beta=args.beta)  # [B]
+                losses = kto_loss(ratios, right, baseline, beta=args.beta)  # [B]
             loss = losses.sum() / n_units
         else:  # sft, rejection
             logp = ref_logp = policy(batch)  # [N]

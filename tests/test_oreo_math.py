@@ -380,6 +380,36 @@ def test_kto_is_half_at_its_baseline_and_falls_as_right_answers_gain_and_wrong_o
     assert_equal(loss, [0.5, 0.5, 1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-0.5))])
 
 
+class Given(torch.nn.Module):
+    """A model whose log-probs are given, [N]."""
+
+    def __init__(self, logp):
+        super().__init__()
+        self.logp = torch.nn.Parameter(logp)
+
+    def forward(self, batch):
+        return self.logp
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_log_ratio_of_a_long_answer_is_exact_beside_its_log_probs(stage, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    ref = -3 * torch.rand(4096, generator=generator)
+    logp = ref + 1e-4 * torch.rand(4096, generator=generator)
+    rows = [Row([0], [1] * 2048, [True] * 2048, [True] * 2048, reward, index=i) for i, reward in enumerate((1.0, 0.0))]
+    monkeypatch.setattr(oreo, "kto_baseline", lambda *_: 0.0)
+    args = Args(stage=stage, micro_batch_tokens=10_000)
+    units = [rows] if stage == "dpo" else [[row] for row in rows]
+    accumulate_gradient(Given(logp), None, Given(ref), units, args, ONE_RANK)
+    exact = (logp.double() - ref.double()).view(2, 2048).sum(1)
+    assert [row.log_ratio for row in rows] == pytest.approx(exact.tolist(), rel=1e-5)
+    seen = []
+    monkeypatch.setattr(oreo, "dpo_loss", lambda chosen, rejected, **_: seen.append(torch.cat([chosen, rejected])) or chosen)
+    monkeypatch.setattr(oreo, "kto_loss", lambda ratio, *_, **__: seen.append(ratio) or ratio)
+    accumulate_gradient(Given(logp), None, Given(ref), units, args, ONE_RANK)
+    assert seen[0].tolist() == pytest.approx(exact.tolist(), rel=1e-5)
+
+
 def test_pairs_are_right_and_wrong_answers_to_one_question_each_at_most_once():
     mask = [True]
     rows = [Row([0], [i], mask, mask, float(i % 2), i // 5) for i in range(15)]
