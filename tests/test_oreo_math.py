@@ -357,6 +357,11 @@ def test_a_token_that_holds_a_delimiter_ends_a_step():
     ends = step_ids(Tokens(), ("\n",))
     assert ends == {1, 2, 4}
     assert step_starts([0, 2, 3, 1, 1, 0], ends) == [True, False, True, False, True, True]
+    assert step_ids(Tokens(), ("\\", "b")) == {3}
+    for wrong in ("\\n", "c", ""):
+        Tokens.texts[0] = wrong  # also a tokenizer that has such a token
+        with pytest.raises(InputError, match="--step_delimiters .*for a newline write [$]'\\\\n' in the shell"):
+            step_ids(Tokens(), (wrong,) if wrong != "c" else ("d", "e"))
 
 
 # --------------------------------------------------------------------------- comparisons, selection, search
@@ -404,10 +409,10 @@ def test_the_log_ratio_of_a_long_answer_is_exact_beside_its_log_probs(stage, mon
     exact = (logp.double() - ref.double()).view(2, 2048).sum(1)
     assert [row.log_ratio for row in rows] == pytest.approx(exact.tolist(), rel=1e-5)
     seen = []
-    monkeypatch.setattr(oreo, "dpo_loss", lambda chosen, rejected, **_: seen.append(torch.cat([chosen, rejected])) or chosen)
-    monkeypatch.setattr(oreo, "kto_loss", lambda ratio, *_, **__: seen.append(ratio) or ratio)
+    monkeypatch.setattr(oreo, "dpo_loss", lambda chosen, rejected, **_: seen.append([chosen, rejected]) or chosen)
+    monkeypatch.setattr(oreo, "kto_loss", lambda ratios, *_, **__: seen.append(ratios) or ratios)
     accumulate_gradient(Given(logp), None, Given(ref), units, args, ONE_RANK)
-    assert seen[0].tolist() == pytest.approx(exact.tolist(), rel=1e-5)
+    assert [ratio.item() for ratio in seen[0]] == pytest.approx(exact.tolist(), rel=1e-5)
 
 
 def test_pairs_are_right_and_wrong_answers_to_one_question_each_at_most_once():
