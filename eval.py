@@ -319,7 +319,7 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
     longest = max(len(q.prompt) for q in questions) + args.max_tokens
     if searches:
         value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
-        check_fit(f"--value {args.value}", value, policy)
+        check_fit(f"--value {args.value}", value, policy, longest)
     stops = stop_ids(policy, tokenizer, args.stop_tokens)
     sampler = make_sampler(args.rollout, policy, world, stop_ids=stops, max_tokens=longest,
                            max_batch_tokens=args.sampler_tokens, gpu_memory=args.rollout_gpu_memory)  # fmt: skip

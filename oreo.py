@@ -26,7 +26,7 @@ Departures from the published code that change numbers (the docs page has all of
 - An answer's ids are those that were sampled, eos included. The published rows were text, tokenized again.
 - A row over 2,048 tokens is left out and counted; the published code cut it and lost its eos (--long_response cut).
 - A step ends with a token that holds a delimiter, in training and in search. The published code split text.
-- The cosine ends with the last step; the published one was epochs^2 passes long, so a run saw its beginning alone.
+- The cosine ends with the last step. With several epochs the published rate hardly fell: it counted epochs^2 passes.
 
   python oreo.py --preset tiny --stage sft                        a laptop, a minute, nothing downloaded
   python oreo.py --preset tiny --model runs/tiny-oreo-sft/model   collects, trains, evaluates
@@ -61,6 +61,7 @@ from common.run import (
     check_fit,
     check_flags,
     keep_answers,
+    keep_settings,
     mean,
     micro_batches,
     open_policy,
@@ -100,12 +101,12 @@ class Args(RunArgs):
     skip_turns: NotNegative[int] = 0  # First assistant turns of a conversation that are not trained on (ALFWorld: 1)
     step_delimiters: tuple[str, ...] = ("\n",)  # A step ends with a token that holds one of these.
     samples: Positive[int] = 10  # Answers to collect per problem (published: 10; 7B: 16)
-    # Keep at most this many correct and this many incorrect answers per problem, and at most as many correct as
-    # incorrect ones (one if none is incorrect; published 7B run: 4). 0 keeps all.
+    # Keep at most this many correct and this many incorrect answers per problem, of --rows too, and at most as many
+    # correct as incorrect ones (one if none is incorrect; published 7B run: 4). 0 keeps all.
     balance: NotNegative[int] = 0
     temperature: Positive[float] = 1.0  # Sampling temperature of collect
     top_p: Positive[Share[float]] = 1.0  # Nucleus of collect (published: not stated for collection)
-    reward_scale: float = 1.0  # R = reward * scale + shift (published: 1 and 0)
+    reward_scale: float = 1.0  # R = reward * scale + shift (published: 1 and 0). An answer is correct if R > 0.
     reward_shift: float = 0.0  # See --reward_scale.
     beta: Positive[float] = 0.03  # Strength of the KL penalty in the objective (published; dpo: 0.1)
     kl_coef: NotNegative[float] = 0.01  # alpha, weight of the additional KL loss (published; step 0.1, response 0.3)
@@ -115,7 +116,7 @@ class Args(RunArgs):
     pairs_per_question: Positive[int] = 6  # dpo: pairs to draw per question (published: 6; 7B: 10; ALFWorld: 5)
     epochs: Positive[float] = 1.0  # Passes over the rows if --steps is 0 (published: 1; sft: 3)
     batch_size: Positive[int] = 128  # Rows (dpo: pairs) per update; collect: problems to sample at once
-    sft_rows_per_mean: NotNegative[int] = 8  # sft: average the token means of this many rows each; 0: all tokens alike
+    sft_rows_per_mean: NotNegative[int] = 8  # sft, rejection: mean of token means of this many rows; 0: of all tokens
     lr: NotNegative[float] = 5e-6  # Peak learning rate of AdamW (published: sft 2e-5, dpo 5e-7, kto 5e-8)
     value_lr: NotNegative[float] = 5e-6  # Peak learning rate of the value model's AdamW (published; 7B: 1e-4)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # Learning rate after the warm-up
@@ -159,7 +160,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 ON_ROWS = ("oreo", "rejection", "dpo", "kto")
-STAGES_OF = dict(rows=ON_ROWS, rounds=ON_ROWS, reference=("oreo", "dpo", "kto"), value=("oreo",), variant=("oreo",))
+STAGES_OF = dict(rows=ON_ROWS, rounds=ON_ROWS, reference=("oreo", "dpo", "kto"), value=("oreo",), variant=("oreo",),
+                 reward_scale=("collect", *ON_ROWS), reward_shift=("collect", *ON_ROWS))  # fmt: skip
 SYSTEM = {"math": IN_A_BOX,  # the published system turns
           "gsm8k": "Please reason step by step, and produce a final answer following 4 '#', like '#### 0'"}  # fmt: skip
 
@@ -244,8 +246,7 @@ def kto_loss(log_ratio: Tensor, right: Tensor, baseline: float, *, beta: float) 
     """1 - sigmoid(beta (r - z)) of a correct answer, 1 - sigmoid(beta (z - r)) of another (Ethayarajh et al. 2024).
 
     r: log_ratio [B], log [pi / ref] summed over the answer; right [B] bool; z: `baseline`, the KL(pi || ref) that
-    `kto_baseline` estimates; both weights are 1. -> [B]
-    """
+    `kto_baseline` estimates; both weights are 1. -> [B]"""
     gain = log_ratio - baseline
     return 1 - torch.sigmoid(beta * torch.where(right, gain, -gain))
 
@@ -263,15 +264,18 @@ def balanced(rewards: list[float], most: int) -> list[int]:
     return sorted(right[: min(most, max(len(wrong), 1))] + wrong[:most])
 
 
+def by_question(rows: list["Row"]) -> list[list["Row"]]:
+    """Return the answers to each question."""
+    grouped = itertools.groupby(sorted(rows, key=lambda row: row.group), key=lambda row: row.group)
+    return [list(answers) for _, answers in grouped]
+
+
 def dpo_pairs(rows: list["Row"], limit: int, seed: int) -> list[list["Row"]]:
     """Draw up to `limit` pairs [correct, incorrect] of each question's answers, without replacement."""
-    questions: dict[int, list[Row]] = {}
-    for row in rows:
-        questions.setdefault(row.group, []).append(row)
     pairs = []
-    for question, answers in questions.items():
+    for answers in by_question(rows):
         both = [[a, b] for a in answers if a.reward > 0 for b in answers if b.reward <= 0]
-        pairs += random.Random(f"{seed} {question}").sample(both, min(limit, len(both)))
+        pairs += random.Random(f"{seed} {answers[0].group}").sample(both, min(limit, len(both)))
     return pairs
 
 
@@ -283,7 +287,7 @@ class Row:
     response: list[int]
     actions: list[bool]  # [response]: the model chose this token
     steps: list[bool]  # [response]: the text before this token is a state of the step variant
-    reward: float = 1.0
+    reward: float = 1.0  # R
     group: int = 0  # which question
     index: int = 0  # row number in the data
     # As of its last update: log pi and log [pi / ref], summed over the actions; their mean KL; V at the starts of steps
@@ -309,16 +313,18 @@ class Row:
 
 
 def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, int]]:
-    """Return the graded rows of a file, and counts of what was left out. Raises InputError naming the row."""
+    """Return the graded rows of a file that --balance keeps, and counts. Raises InputError naming the row."""
     rows, ends = [], step_ids(tokenizer, args.step_delimiters)
     traces, count = read_traces(source, tokenizer, args)
-    for prompt, response, mask, *rest in traces:
+    for prompt, response, mask, reward, *rest in traces:
         if mask is None:
             actions, steps = [True] * len(response), step_starts(response, ends)
         else:  # in a conversation a step is a turn
             actions, steps = mask, [now and not then for then, now in itertools.pairwise([False, *mask])]
-        rows.append(Row(prompt, response, actions, steps, *rest))
-    return rows, count | {"right": sum(row.reward > 0 for row in rows)}
+        rows.append(Row(prompt, response, actions, steps, reward * args.reward_scale + args.reward_shift, *rest))
+    kept = [mine[i] for mine in by_question(rows) for i in balanced([row.reward for row in mine], args.balance)]
+    rows = sorted(kept, key=lambda row: row.index)
+    return rows, count | {"kept": len(rows), "right": sum(row.reward > 0 for row in rows)}
 
 
 def as_published(item: Item, row: dict, ask: str) -> Item:
@@ -403,7 +409,7 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
     every = {row.index: row for unit in units for row in unit}
     actions = [sum(row.actions) for row in every.values()]
     n_units, n_actions = len(units), sum(actions)  # the denominators: rows (dpo: pairs); sft's and rejection's tokens
-    scales = token_scales(actions, args.sft_rows_per_mean if args.stage == "sft" else 0)
+    scales = token_scales(actions, args.sft_rows_per_mean)
     scale_of = dict(zip(every, scales, strict=True))
     baseline = kto_baseline(policy, reference, units, args, world) if args.stage == "kto" else 0.0
     totals, measured = Totals(world), []
@@ -413,11 +419,9 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
             logp, ref_logp, kl = policy(batch, reference=reference)  # [N] each
             values = value(batch)  # [N]
             state = per_token(batch, [row.steps for row in rows]) if args.variant == "step" else action
-            reward = torch.tensor([row.reward * args.reward_scale + args.reward_shift for row in rows])  # [B]
+            reward = torch.tensor([row.reward for row in rows], device=world.device)  # [B]
             grids = [on_grid(x, lengths) for x in (logp, ref_logp, values, action, state)]  # [B, T] each
-            policy_losses, value_losses = oreo_row_losses(
-                *grids, reward.to(world.device), beta=args.beta, variant=args.variant
-            )  # fmt: skip
+            policy_losses, value_losses = oreo_row_losses(*grids, reward, beta=args.beta, variant=args.variant)
             value_loss = value_losses.sum() / n_units
             (value_loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
             totals.add({"loss/value": value_loss})
@@ -427,12 +431,12 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
             logp = policy(batch)  # [N]
             with torch.no_grad():
                 ref_logp = reference(batch)  # [N]
-            p, ref = (row_sums(x * action, batch, len(rows)) for x in (logp, ref_logp))  # [B], [B]
+            ratios = row_sums((logp - ref_logp) * action, batch, len(rows))  # [B]; two sums apart would round
             if args.stage == "dpo":
-                losses = dpo_loss((p - ref)[::2], (p - ref)[1::2], beta=args.beta)  # [B / 2]
+                losses = dpo_loss(ratios[::2], ratios[1::2], beta=args.beta)  # [B / 2]
             else:
                 right = torch.tensor([row.reward > 0 for row in rows], dtype=torch.bool, device=world.device)
-                losses = kto_loss(p - ref, right, baseline, beta=args.beta)  # [B]
+                losses = kto_loss(ratios, right, baseline, beta=args.beta)  # [B]
             loss = losses.sum() / n_units
         else:  # sft, rejection
             logp = ref_logp = policy(batch)  # [N]
@@ -502,9 +506,19 @@ def describe(rows: list[Row], args: Args) -> dict[str, float | None]:
     return log
 
 
-def train(args: Args) -> None:
-    """Train by --stage sft, oreo, rejection, dpo or kto; write model/ (and oreo's value/) to the run folder."""
+def keep_weights(args: Args, compare: bool, world) -> None:
+    """Keep digests of the models of the flags in OUT; with `compare` raise InputError if those there are others."""
+    names = ("model", "value", "reference")
+    mine = {name: digest_of(path) for name in names if (path := getattr(args, name))} if world.main else {}
+    digests, wrong = dict(gather_lists([*mine.items()], world)), f"{args.out} was begun with other weights"
+    keep_settings(Path(args.out) / "weights.json", digests, names if compare else (), wrong, world)
+
+
+def train(args: Args, **found: str) -> None:
+    """Train by --stage sft, oreo, rejection, dpo or kto; write model/ (and oreo's value/) to the run folder. found:
+    rows and models under --out. Their contents are compared, not their paths, so that OUT can be renamed."""
     run = Run(args)
+    args = dataclasses.replace(args, **found)
     world, tokenizer = run.world, open_tokenizer(args.model, args)
     units, left_out = training_units(tokenizer, args, world.main)
     # kto reads each answer after another row's prompt too
@@ -522,13 +536,15 @@ def train(args: Args) -> None:
     if args.stage == "oreo":
         head = dict(kind=ValueModel, new_head=True, lora=args.value_lora)
         value = open_policy(args.value or args.model, args, world, **head)
-        check_fit(f"--value {args.value}", value, policy)
         more = {"value": (value, make_optimizer(value, lr=args.value_lr, **adam))}
     if args.stage in ("oreo", "dpo", "kto"):
         flag = "--reference" if args.reference else "--model"
         reference = open_policy(args.reference or args.model, args, world, gradient_checkpointing="none", flag=flag)
         reference.requires_grad_(False)
-        check_fit(f"--reference {args.reference}", reference, policy)
+    for name, model in (("value", value), ("reference", reference)):
+        if model and (path := getattr(args, name)):
+            check_fit(f"--{name} {path}", model, policy, run.longest)
+    keep_weights(args, bool(run.state), world)
     run.begin(policy, optimizer, tokenizer, **more)
     sampler = open_sampler(policy, tokenizer, args, world, needed=run.held_out)
     sampler.sync(policy, version=run.start)
@@ -572,18 +588,18 @@ def collect(args: Args) -> str:
         sampler.sync(policy, version=0)
         return sampler
 
-    names = ("model", "data", "ask", "igsm_problems", "chat_template", "chat_template_args", "verifier", "samples",
-             "max_prompt_tokens", "max_response_tokens", "temperature", "top_p", "batch_size", "seed")  # fmt: skip
-    settings = {name: getattr(args, name) for name in names}
+    names = ("model data ask igsm_problems chat_template chat_template_args verifier samples max_prompt_tokens seed "
+             "max_response_tokens temperature top_p batch_size rope_theta max_positions")  # fmt: skip
+    settings = {name: getattr(args, name) for name in names.split()}
     settings["weights_digest"] = " ".join(gather_lists([digest_of(args.model)] if world.main else [], world))
-    answers = keep_answers(
-        out / "answers.jsonl", examples, sampler, settings, tokenizer, args, world, n=args.samples, top_p=args.top_p
-    )
+    answers = keep_answers(out / "answers.jsonl", examples, sampler, settings, tokenizer, args, world, n=args.samples,
+                           top_p=args.top_p)  # fmt: skip
     if world.main:
         rows = []
         for e, mine in zip(examples, answers, strict=True):
             about = dict(question=e.index, source=e.source, gold=e.gold, prompt=e.text, prompt_ids=e.prompt)
-            rows += [about | mine[i] for i in balanced([answer["reward"] for answer in mine], args.balance)]
+            rewards = [answer["reward"] * args.reward_scale + args.reward_shift for answer in mine]
+            rows += [about | mine[i] for i in balanced(rewards, args.balance)]
         write_lines(out / "rows.jsonl", rows)
         statuses = Counter(answer["status"] for mine in answers for answer in mine)
         right = sum(row["reward"] > 0 for row in rows)
@@ -594,25 +610,24 @@ def collect(args: Args) -> str:
 
 def iterate(args: Args) -> None:
     """Collect and train --rounds times, each time with the policy so far. Rounds that are complete are not redone."""
-    last = args  # with the model and the value of the round before
+    world = init_world(args.timeout_minutes)
+    first = last = dict(model=args.model, value=args.value)  # last: of the round before
     for number in range(1, args.rounds + 1):
-        out, init = Path(args.out) / f"round-{number}", last if args.round_init == "last" else args
-        reference = last.model if args.round_reference == "last" else args.reference or args.model
-        mine = dataclasses.replace(
-            args, out=str(out), rounds=1, seed=args.seed + 1000 * number, model=init.model, value=init.value,
-            reference=reference,
-        )  # fmt: skip
+        out = Path(args.out) / f"round-{number}"
+        mine = dataclasses.replace(args, out=str(out), rounds=1, seed=args.seed + 1000 * number)
+        reference = last["model"] if args.round_reference == "last" else args.reference or args.model
+        models = (last if args.round_init == "last" else first) | dict(reference=reference)
         if not (out / "model").exists():
-            rows = collect(dataclasses.replace(mine, model=last.model))
-            train(dataclasses.replace(mine, rows=rows))
+            train(mine, rows=collect(dataclasses.replace(mine, model=last["model"])), **models)
         else:
             there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(mine)))
-            free = Checkpoints.FREE - {"steps"} | {"rows"} | ({"model", "value", "reference"} if number > 1 else set())
-            if changed := changed_settings(there, here, here.keys() - free):
+            if changed := changed_settings(there, here, here.keys() - Checkpoints.FREE | {"steps"}):
                 raise InputError(f"{out} was made with other settings ({changed}): choose another --out")
-        value = str(out / "value") if args.stage == "oreo" else ""
-        last = dataclasses.replace(mine, model=str(out / "model"), value=value)
-    if init_world().main:
+            keep_weights(dataclasses.replace(mine, **models), True, world)
+            if world.main:
+                print(f"{out}: round {number} is complete")
+        last = dict(model=str(out / "model"), value=str(out / "value") if args.stage == "oreo" else "")
+    if world.main:
         rounds = {f"round {n}": Path(args.out) / f"round-{n}" for n in range(1, args.rounds + 1)}
         plot_curves(rounds, None, Path(args.out) / "curves.png")
 
@@ -627,7 +642,7 @@ def main(args: Args) -> None:
     elif args.stage == "sft" or args.rows:
         train(args)
     else:
-        train(dataclasses.replace(args, rows=collect(args)))
+        train(args, rows=collect(args))
 
 
 if __name__ == "__main__":

@@ -401,7 +401,7 @@ def make_sampler(
     if limit and max_tokens > limit:
         raise InputError(
             f"prompts with answers of up to {max_tokens} tokens exceed the {limit} positions of --model: lower "
-            "--max_prompt_tokens, --max_response_tokens or --max_tokens"
+            "--max_prompt_tokens and --max_response_tokens (eval.py: --max_tokens; tools.agents: --max_episode_tokens)"
         )
     if rollout == "embedded":
         return EmbeddedSampler(policy, stop_ids=stop_ids, max_batch_tokens=max_batch_tokens)

@@ -387,13 +387,17 @@ def open_sampler(policy, tokenizer, args, world: World, *, needed=True):
     )  # fmt: skip
 
 
-def check_fit(flag: str, model, policy) -> None:
-    """Raise InputError if the model of a flag cannot read the ids of the policy, or changes its logits otherwise."""
+def check_fit(flag: str, model, policy, longest: int) -> None:
+    """Raise InputError if the model of a flag cannot read the policy's ids or as many as `longest`, or changes its
+    logits otherwise."""
     mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
     if mine != its:
         raise InputError(f"{flag}: a vocabulary of {mine} does not fit --model's of {its}")
     if logit_form(model.lm.config) != logit_form(policy.lm.config):
         raise InputError(f"{flag}: its soft cap or scale of logits is not --model's")
+    if (limit := max_positions(model.lm.config)) and longest > limit:
+        raise InputError(f"{flag}: sequences of up to {longest} tokens exceed its {limit} positions: lower the flags "
+                         "that limit tokens (--max_...tokens), or name another model")  # fmt: skip
 
 
 def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
@@ -496,7 +500,8 @@ def keep_answers(
     After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
     it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
-    keep_settings(path.with_suffix(".json"), settings, settings, f"{path} has answers of other settings", world)
+    names = [name for name in settings if name != "model"]  # its digest is compared
+    keep_settings(path.with_suffix(".json"), settings, names, f"{path} has answers of other settings", world)
     sampler = open_sampler() if len(read_records(path)) < len(examples) else None
     grader = Grader(tokenizer, args.verifier)
 

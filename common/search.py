@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.data import pack, plan_micro_batches
+from common.data import InputError, pack, plan_micro_batches
 from common.rollout import Sampling
 from common.trainer import gather_lists
 
@@ -69,10 +69,17 @@ def beam_search(questions: int, sample, score, *, width: int, max_steps: int, co
 
 
 def step_ids(tokenizer, delimiters: tuple[str, ...]) -> frozenset[int]:
-    """Ids of the tokens that end a step: those whose text holds a delimiter."""
-    ids = list(range(len(tokenizer)))
-    texts = tokenizer.batch_decode([[i] for i in ids])
-    return frozenset(i for i, text in zip(ids, texts, strict=True) if any(d in text for d in delimiters))
+    """Ids of the tokens that end a step: those whose text holds a delimiter.
+
+    Raises InputError if there are none, and for a delimiter that is empty or a backslash and an n."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    ends = frozenset(i for i, text in enumerate(texts) if any(d in text for d in delimiters))
+    if not ends or {"", "\\n"} & set(delimiters):
+        raise InputError(
+            f"--step_delimiters {', '.join(map(repr, delimiters))}: each must be text, and a token must hold one; "
+            "for a newline write $'\\n' in the shell, not '\\n'"
+        )
+    return ends
 
 
 def step_starts(response: list[int], ends: frozenset[int]) -> list[bool]:

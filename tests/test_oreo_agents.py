@@ -4,6 +4,8 @@ import copy
 import hashlib
 import json
 import random
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -124,24 +126,81 @@ def test_an_episode_is_a_row_of_the_ids_that_were_drawn_with_the_answers_as_acti
     assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
 
 
-def test_every_end_of_an_episode_is_told_apart(games, agent, world, monkeypatch):
+def test_every_end_of_an_episode_is_told_apart(games, agent, world, monkeypatch, tmp_path):
     says = ["Action: open door<|eos|>", "Action: jump<|eos|>", "I wait<|eos|>"]
     scripted(monkeypatch, lambda text, number, _: says[number])
-    args = Args(stage="collect", max_turns=4, max_turn_tokens=16, parallel=2)
+    args = Args(stage="collect", max_turns=4, max_turn_tokens=16, parallel=2, out=str(tmp_path / "a"))
     rows = play(args, TOKENIZER, agent, None, world, 1)
     assert [(row["question"], row["end"], row["turns"]) for row in rows] == [
         ("door-0", "max_turns", 4), ("door-1", "lost", 1), ("door-2", "no_action", 1),
     ]  # fmt: skip
     assert [row["reward"] for row in rows] == [0, 0, 0]
-    rows = play(Args(stage="collect", max_turn_tokens=16, max_episode_tokens=60), TOKENIZER, agent, None, world, 1)
+    args = Args(stage="collect", max_turn_tokens=16, max_episode_tokens=60, out=str(tmp_path / "b"))
+    rows = play(args, TOKENIZER, agent, None, world, 1)
     assert rows[0]["end"] == "too_long" and rows[0]["turns"] > 1
-    rows = play(Args(stage="collect", max_turn_tokens=16, max_episode_tokens=20), TOKENIZER, agent, None, world, 1)
+    args = Args(stage="collect", max_turn_tokens=16, max_episode_tokens=20, out=str(tmp_path / "c"))
+    rows = play(args, TOKENIZER, agent, None, world, 1)
     assert {(row["end"], row["turns"]) for row in rows} == {("too_long", 0)}
 
 
-def test_an_answer_that_does_not_end_loses(games, agent, world, monkeypatch):
+def test_an_answer_that_does_not_end_loses(games, agent, world, monkeypatch, tmp_path):
     scripted(monkeypatch, lambda text, number, _: "Action: open door")
-    assert {row["end"] for row in play(Args(stage="collect"), TOKENIZER, agent, None, world, 1)} == {"no_action"}
+    rows = play(Args(stage="collect", out=str(tmp_path)), TOKENIZER, agent, None, world, 1)
+    assert {row["end"] for row in rows} == {"no_action"}
+
+
+def test_episodes_are_kept_and_a_stopped_collection_plays_the_others(games, agent, world, monkeypatch, tmp_path):
+    played = []
+
+    def says(text, number, _):
+        played.append(number)
+        if len(played) == 4:
+            raise KeyboardInterrupt
+        return "Action: jump<|eos|>"
+
+    scripted(monkeypatch, says)
+    args = Args(stage="collect", parallel=2, out=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        play(args, TOKENIZER, agent, None, world, 2)
+    rows = play(args, TOKENIZER, agent, None, world, 2)
+    assert played == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert [row["id"] for row in rows] == list(range(6)) and {row["end"] for row in rows} == {"lost"}
+    lines = (tmp_path / "episodes.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_a_folder_holds_the_episodes_of_one_stage_its_settings_and_weights(games, agent, monkeypatch, tmp_path):
+    scripted(monkeypatch, lambda text, number, _: "Action: jump<|eos|>")
+    digests = {"m": "1", "moved": "1", "other": "2"}
+    monkeypatch.setattr(agents, "digest_of", digests.get)
+    monkeypatch.setattr(agents, "open_tokenizer", lambda path, args: TOKENIZER)
+    monkeypatch.setattr(agents, "load_policy", lambda path, world, **options: agent)
+    first = dict(stage="expert", model="m", out=str(tmp_path / "out"))
+    agents.main(Args(**first))
+    before = (tmp_path / "out" / "rows.jsonl").read_text()
+    agents.main(Args(**first | {"model": "moved", "parallel": 7}))  # the same weights
+    for changes, message in (
+        (dict(stage="collect"), "--stage 'expert' there, 'collect' here"),
+        (dict(seed=3), "--seed 0 there, 3 here"),
+        (dict(model="other"), "--weights_digest '1' there, '2' here"),
+    ):
+        with pytest.raises(InputError, match=f"out has episodes of other settings .{message}"):
+            agents.main(Args(**first | changes))
+    assert (tmp_path / "out" / "rows.jsonl").read_text() == before
+    assert agents.main(Args(**first | {"out": str(tmp_path / "b"), "stage": "evaluate"}))["episodes"] == 3
+    assert agents.main(Args(**first | {"out": str(tmp_path / "b"), "stage": "evaluate"}))["success"] == 0
+
+
+def test_a_folder_of_games_has_one_kind(tmp_path, monkeypatch):
+    made = []
+    textworld = types.SimpleNamespace(make=lambda options: made.append(options.seeds), GameOptions=lambda: (
+        types.SimpleNamespace(chaining=types.SimpleNamespace(), grammar=types.SimpleNamespace())))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "textworld", textworld)
+    agents.main(Args(stage="make", games=str(tmp_path), count=2))
+    agents.main(Args(stage="make", games=str(tmp_path), count=1, first_seed=7))
+    with pytest.raises(InputError, match="holds games of other options .--rooms 1 there, 3 here.: name another folder"):
+        agents.main(Args(stage="make", games=str(tmp_path), count=9, rooms=3))
+    assert made == [0, 1, 7]
 
 
 class Counts(torch.nn.Module):
@@ -157,7 +216,7 @@ class Counts(torch.nn.Module):
         return (counts[batch.predictors] - torch.cat([counts.new_zeros(1), counts[starts - 1]])).float()
 
 
-def test_the_value_chooses_among_the_candidates(games, agent, world, monkeypatch):
+def test_the_value_chooses_among_the_candidates(games, agent, world, monkeypatch, tmp_path):
     """Of three answers one opens the door, and once it is open one goes out: a value that likes both words wins."""
     says = ["Action: wait<|eos|>", "Action: open door<|eos|>", "Action: go out<|eos|>"]
     scripted(monkeypatch, lambda text, number, i: says[i])
@@ -169,9 +228,10 @@ def test_the_value_chooses_among_the_candidates(games, agent, world, monkeypatch
             opened = Counts(opens)(batch)
             return opened.clamp(max=2) + Counts(out)(batch) * (opened >= 2)
 
-    args = Args(stage="evaluate", candidates=3, max_turns=3)
+    args = Args(stage="evaluate", candidates=3, max_turns=3, out=str(tmp_path / "a"))
     rows = play(args, TOKENIZER, agent, OpenThenOut(), world, 1)  # "is open" is the second one
     assert {(row["end"], row["turns"]) for row in rows} == {("won", 2)}
+    args.out = str(tmp_path / "b")
     rows = play(args, TOKENIZER, agent, Counts(ids(" wait")[0]), world, 1)
     assert {row["end"] for row in rows} == {"max_turns"}
 
@@ -179,7 +239,7 @@ def test_the_value_chooses_among_the_candidates(games, agent, world, monkeypatch
 def test_episodes_train_policy_and_value(games, agent, world, monkeypatch, tmp_path):
     says = ["Action: open door<|eos|>", "Action: go out<|eos|>"]
     scripted(monkeypatch, lambda text, number, _: says["is open" in text and number != 1])
-    rows = play(Args(stage="collect", max_turns=3), TOKENIZER, agent, None, world, 2)
+    rows = play(Args(stage="collect", max_turns=3, out=str(tmp_path)), TOKENIZER, agent, None, world, 2)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read, count = oreo.read_rows(str(path), TOKENIZER, oreo.Args())
@@ -237,12 +297,16 @@ def test_other_names_are_of_the_same_kind_and_share_no_word(monkeypatch):
         (dict(renamed=2), "--renamed 2 is for --stage expert with --names"),
         (dict(renamed=2, stage="expert"), "--renamed 2 is for --stage expert with --names"),
         (dict(stage="collect", temperature=0.0), "answers that must differ need a positive one"),
+        (dict(value="v"), "--value v: sequences of up to 4096 tokens exceed its 512 positions"),
+        (dict(stage="collect", temperature=float("nan")), "--temperature must be 0 or more and finite, not nan"),
+        (dict(stage="collect", temperature=float("inf")), "--temperature must be 0 or more and finite, not inf"),
     ],
 )
 def test_bad_settings_get_one_message(changes, message, agent, tmp_path, monkeypatch, world):
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     monkeypatch.setattr(agents, "open_tokenizer", lambda path, args: TOKENIZER)
     monkeypatch.setattr(agents, "load_policy", lambda path, world, **options: agent)
+    monkeypatch.setattr(agents, "digest_of", lambda path: path)
     with pytest.raises(InputError, match=message):
         agents.main(Args(**{"model": "m", "out": str(tmp_path / "out")} | changes))
 
@@ -258,10 +322,11 @@ def test_a_generated_textworld_game_is_won_by_its_walkthrough_and_seeds_differ(t
     first = [kind(path).reset() for _, path, kind in games]
     assert len(games) == 2 and first[0] != first[1]
     assert all("$" not in text and "\n\n" not in text for text in first)  # no banner
+    assert agents.find_games(args.games) == games  # with what else lies there
     args.stage, args.names, args.renamed = "expert", 4, 3
     result = agents.main(args)
     assert result["success"] == 1 and result["turns"] == 2 and result["episodes"] == 8
-    args.names, args.renamed = 0, 0
+    args.names, args.renamed, args.out = 0, 0, str(tmp_path / "unnamed")
     assert agents.main(args)["success"] == 1
     args.names = 4
     things = agents.open_game(*games[0], args).things

@@ -357,6 +357,11 @@ def test_a_token_that_holds_a_delimiter_ends_a_step():
     ends = step_ids(Tokens(), ("\n",))
     assert ends == {1, 2, 4}
     assert step_starts([0, 2, 3, 1, 1, 0], ends) == [True, False, True, False, True, True]
+    assert step_ids(Tokens(), ("\\", "b")) == {3}
+    for wrong in ("\\n", "c", ""):
+        Tokens.texts[0] = wrong  # also a tokenizer that has such a token
+        with pytest.raises(InputError, match="--step_delimiters .*for a newline write [$]'\\\\n' in the shell"):
+            step_ids(Tokens(), (wrong,) if wrong != "c" else ("d", "e"))
 
 
 # --------------------------------------------------------------------------- comparisons, selection, search
@@ -378,6 +383,36 @@ def test_kto_is_half_at_its_baseline_and_falls_as_right_answers_gain_and_wrong_o
     right = torch.tensor([True, False, True, False])
     loss = oreo.kto_loss(f64([2.0, 2.0, 3.0, 3.0]), right, 2.0, beta=0.5)
     assert_equal(loss, [0.5, 0.5, 1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-0.5))])
+
+
+class Given(torch.nn.Module):
+    """A model whose log-probs are given, [N]."""
+
+    def __init__(self, logp):
+        super().__init__()
+        self.logp = torch.nn.Parameter(logp)
+
+    def forward(self, batch):
+        return self.logp
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_log_ratio_of_a_long_answer_is_exact_beside_its_log_probs(stage, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    ref = -3 * torch.rand(4096, generator=generator)
+    logp = ref + 1e-4 * torch.rand(4096, generator=generator)
+    rows = [Row([0], [1] * 2048, [True] * 2048, [True] * 2048, reward, index=i) for i, reward in enumerate((1.0, 0.0))]
+    monkeypatch.setattr(oreo, "kto_baseline", lambda *_: 0.0)
+    args = Args(stage=stage, micro_batch_tokens=10_000)
+    units = [rows] if stage == "dpo" else [[row] for row in rows]
+    accumulate_gradient(Given(logp), None, Given(ref), units, args, ONE_RANK)
+    exact = (logp.double() - ref.double()).view(2, 2048).sum(1)
+    assert [row.log_ratio for row in rows] == pytest.approx(exact.tolist(), rel=1e-5)
+    seen = []
+    monkeypatch.setattr(oreo, "dpo_loss", lambda chosen, rejected, **_: seen.append([chosen, rejected]) or chosen)
+    monkeypatch.setattr(oreo, "kto_loss", lambda ratios, *_, **__: seen.append(ratios) or ratios)
+    accumulate_gradient(Given(logp), None, Given(ref), units, args, ONE_RANK)
+    assert [ratio.item() for ratio in seen[0]] == pytest.approx(exact.tolist(), rel=1e-5)
 
 
 def test_pairs_are_right_and_wrong_answers_to_one_question_each_at_most_once():

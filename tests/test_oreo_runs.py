@@ -18,6 +18,7 @@ from common.data import InputError, pack
 from common.metrics import read_metrics
 from common.rows import IGSM, conversation_ids, read_row, trace_ids
 from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args
+from oreo import Row
 from tests import oreo_ranks
 from tests.conftest import NANO, run_script
 from tests.oreo_ranks import SMALL, search, settings
@@ -162,10 +163,11 @@ def test_collected_ids_are_trained_as_they_were_drawn(nano, tmp_path):
     assert len(kinds) == len(set(kinds))  # --balance 1: one right and one wrong answer of a question
 
 
-def test_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatch):
+def test_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatch, capsys):
     seen = []
     real = oreo.train
-    monkeypatch.setattr(oreo, "train", lambda args: (seen.append(args), real(args)))
+    monkeypatch.setattr(oreo, "train", lambda args, **found: (
+        seen.append(dataclasses.replace(args, **found)), real(args, **found)))  # fmt: skip
     words = ["--igsm_problems", "8", "--samples", "3", "--eval_every", "0", "--steps", "1", "--rounds", "2"]
     oreo.main(settings(nano, "--stage", "iterate", *words, "--out", tmp_path / "run"))
     model, value = (str(tmp_path / "run" / "round-1" / name) for name in ("model", "value"))
@@ -176,6 +178,7 @@ def test_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatc
     assert (tmp_path / "run" / "round-2" / "value").exists() and len(seen) == 2
     oreo.main(settings(nano, "--stage", "iterate", *words, "--out", tmp_path / "run"))
     assert len(seen) == 2  # what is done is not done again
+    assert capsys.readouterr().out.count("is complete") == 2
     with pytest.raises(InputError, match="round-1 was made with other settings .--beta"):
         oreo.main(settings(nano, "--stage", "iterate", *words, "--beta", "9", "--out", tmp_path / "run"))
 
@@ -184,6 +187,92 @@ def test_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatc
     oreo.main(settings(nano, *first, "--out", tmp_path / "first"))
     assert [(args.model, args.reference) for args in seen] == [(nano, nano)] * 2
     assert len({args.rows for args in seen}) == 2
+
+
+def other_weights(folder):
+    """Change the weights of a model folder, as a second run of SFT to the same path does."""
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.1 * x for name, x in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("changed", ["model", "reference"])
+@pytest.mark.parametrize("stage", ["oreo", "dpo", "kto"])
+def test_a_run_does_not_resume_with_another_reference(stage, changed, nano, rows, tmp_path):
+    for name in ("model", "reference"):
+        shutil.copytree(nano, tmp_path / name)
+    words = ["--stage", stage, "--rows", rows, "--eval_every", "0", "--save_every", "1", "--out", tmp_path / "run"]
+    words += ["--reference", tmp_path / "reference"] if changed == "reference" else []
+    oreo.main(settings(str(tmp_path / "model"), *words, "--steps", "1"))
+    oreo.main(settings(str(tmp_path / "model"), *words, "--steps", "2"))
+    other_weights(tmp_path / changed)
+    with pytest.raises(InputError, match=f"run was begun with other weights .--{changed} .* there, .* here"):
+        oreo.main(settings(str(tmp_path / "model"), *words, "--steps", "3"))
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_complete_rounds_of_another_model_are_not_taken_for_its_own(nano, tmp_path):
+    shutil.copytree(nano, tmp_path / "model")
+    words = ["--stage", "iterate", "--rounds", "2", "--igsm_problems", "8", "--samples", "3", "--eval_every", "0"]
+    words += ["--steps", "1", "--out", tmp_path / "run"]
+    oreo.main(settings(str(tmp_path / "model"), *words))
+    other_weights(tmp_path / "model")
+    with pytest.raises(InputError, match="round-1 was begun with other weights .--model"):
+        oreo.main(settings(str(tmp_path / "model"), *words))
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_renamed_run_folder_resumes(rounds, nano, tmp_path):
+    words = ["--rounds", rounds, "--igsm_problems", "8", "--samples", "3", "--eval_every", "0", "--save_every", "1"]
+    oreo.main(settings(nano, *words, "--steps", "1", "--out", tmp_path / "a"))
+    last = f"round-{rounds}" if rounds > 1 else "."
+    shutil.rmtree(tmp_path / "a" / last / "model")  # as if it had been stopped before
+    (tmp_path / "a").rename(tmp_path / "b")
+    oreo.main(settings(nano, *words, "--steps", "2" if rounds == 1 else "1", "--out", f"{tmp_path}/./b/"))
+    assert [row["step"] for row in read_metrics(tmp_path / "b" / last)] == ([1, 2] if rounds == 1 else [1])
+    assert (tmp_path / "b" / last / "model").exists() and not (tmp_path / "a").exists()
+
+
+def test_a_collection_is_of_its_weights_and_context_wherever_the_model_lies(nano, tmp_path):
+    words = ["--stage", "collect", "--igsm_problems", "4", "--out", tmp_path / "run"]
+    oreo.main(settings(nano, *words))
+    shutil.copytree(nano, tmp_path / "moved")
+    oreo.main(settings(str(tmp_path / "moved"), *words))
+    for flag, value in (("--rope_theta", "500"), ("--max_positions", "300")):
+        with pytest.raises(InputError, match=f"answers of other settings .{flag}"):
+            oreo.main(settings(nano, *words, flag, value))
+
+
+@pytest.mark.parametrize("stage", ["rejection", "dpo", "kto", "oreo"])
+def test_an_answer_is_right_in_every_stage_if_its_scaled_reward_is_positive(stage, nano, tmp_path):
+    graded = [GOOD | {"response": f"a={i}\n\\boxed{{{i}}}", "reward": r} for i, r in enumerate((0.2, 0.7, 0.9))]
+    args = settings(nano, "--stage", stage, "--rows", write(tmp_path / "rows.jsonl", graded), "--reward_shift", "-0.5")
+    units, count = oreo.training_units(load_tokenizer(nano), args, False)
+    assert count["right"] == 2
+    found = {round(row.reward, 6) for unit in units for row in unit}
+    assert found == ({0.2, 0.4} if stage == "rejection" else {-0.3, 0.2, 0.4})
+
+
+def test_balance_keeps_as_many_of_rows_that_are_given_as_of_those_that_are_collected(nano, tmp_path):
+    answers = [(i % 2, i > 3) for i in range(12)]  # (question, right), questions mixed
+    graded = [{"prompt": f"a={q}\na?", "response": f"a={i}\n\\boxed{{{q}}}", "reward": int(right)}
+              for i, (q, right) in enumerate(answers)]  # fmt: skip
+    data = write(tmp_path / "rows.jsonl", graded)
+    kept, count = oreo.read_rows(data, load_tokenizer(nano), settings(nano, "--rows", data, "--balance", "1"))
+    assert [row.index for row in kept] == [0, 1, 4, 5] and (count["kept"], count["right"]) == (4, 2)
+    every, _ = oreo.read_rows(data, load_tokenizer(nano), settings(nano, "--rows", data))
+    assert [row.index for row in every] == list(range(12))
+
+
+def test_rejection_is_reduced_as_sft_is(world, policy):
+    rows = [Row([1, 2], [5] * n, [True] * n, [True] * n, index=i) for i, n in enumerate((1, 9))]
+    losses = {}
+    for stage in ("sft", "rejection"):
+        for per_mean in (0, 1):
+            args = oreo.Args(stage=stage, sft_rows_per_mean=per_mean)
+            units = [[row] for row in rows]
+            losses[stage, per_mean] = oreo.accumulate_gradient(policy, None, None, units, args, world)["loss/policy"]
+    assert losses["rejection", 1] == losses["sft", 1] == pytest.approx(sum(-r.logp / len(r.response) for r in rows) / 2)
+    assert losses["rejection", 0] == losses["sft", 0] != losses["sft", 1]
 
 
 def test_lora_trains_adapters_and_the_values_head_and_saves_whole_models(nano, rows, tmp_path, world):
@@ -280,6 +369,8 @@ def write(path, rows):
         (["--reference", "no/such/model"], "--reference no/such/model: cannot be loaded"),
         (["--balance", "-1"], "--balance must be 0 or more"),
         (["--stage", "sft"], "--rows .* is for --stage oreo, rejection, dpo, kto, not sft"),
+        (["--stage", "sft", "--reward_shift", "-1", "--rows", ""], "--reward_shift -1.0 is for --stage collect, oreo"),
+        (["--step_delimiters", "\\n"], "for a newline write [$]'"),
         (["--rounds", "2", "--reference", "some/model"], "--reference some/model has no effect with --round_reference"),
     ],
 )
@@ -332,6 +423,17 @@ def test_a_value_checkpoint_that_does_not_fit_is_refused(nano, rows, tmp_path, w
     export(load_policy("nano", world, from_config=dict(NANO, vocab_size=50)), tokenizer, tmp_path / "model", world)
     with pytest.raises(InputError, match="--reference .*model: a vocabulary of 50 does not fit --model's of"):
         oreo.main(settings(nano, *words, "--reference", tmp_path / "model"))
+    own = dict(NANO, vocab_size=len(tokenizer), max_position_embeddings=20)
+    short = load_policy("nano", world, from_config=own, kind=ValueModel)
+    export(short, tokenizer, tmp_path / "short", world)
+    export(load_policy("nano", world, from_config=own), tokenizer, tmp_path / "few", world)
+    for flag, name in (("--value", "short"), ("--reference", "few")):
+        with pytest.raises(InputError, match=f"{flag} .*{name}: sequences of up to .* exceed its 20 positions"):
+            oreo.main(settings(nano, *words, flag, tmp_path / name))
+    data = write(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **IGSM, ops=(1, 2))])
+    with pytest.raises(InputError, match="--value .*short: sequences of up to .* exceed its 20 positions"):
+        ask = dict(data=(data,), out=str(tmp_path / "eval"), max_tokens=40, verifier=("boxed",), temperature=1.0)
+        evaluation.main(evaluation.Args(model=nano, value=str(tmp_path / "short"), search="beam", **ask))
     config = json.loads((tmp_path / "value" / "config.json").read_text())
     (tmp_path / "value" / "config.json").write_text(json.dumps(config | {"hidden_size": 16}))
     with pytest.raises(InputError, match="--value .*value: its weights do not fit .*mismatched are"):

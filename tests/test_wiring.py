@@ -178,7 +178,7 @@ def test_collect_draws_with_the_temperature_and_top_p_that_it_is_given(tmp_path,
 def test_rounds_draw_from_other_streams(tmp_path, monkeypatch):
     seeds = []
     monkeypatch.setattr(oreo, "collect", lambda args: seeds.append(args.seed) or "rows")
-    monkeypatch.setattr(oreo, "train", lambda args: None)
+    monkeypatch.setattr(oreo, "train", lambda args, **_: None)
     monkeypatch.setattr(oreo, "plot_curves", lambda *_: None)
     oreo.iterate(oreo_ranks.settings("models/tiny", "--rounds", "3", "--out", tmp_path))
     assert len(set(seeds)) == 3

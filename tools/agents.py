@@ -33,6 +33,7 @@ from typing import Annotated, Literal
 import numpy as np
 from tqdm import tqdm
 
+from common.checkpoints import Checkpoints, changed_settings, digest_of
 from common.data import InputError
 from common.rollout import Sampling, make_sampler
 from common.rows import render_prompt, with_bos
@@ -43,6 +44,8 @@ from common.run import (
     Share,
     check_fit,
     check_ranges,
+    keep_records,
+    keep_settings,
     open_tokenizer,
     write_lines,
     write_whole,
@@ -67,13 +70,13 @@ class Args:
     games: str = "runs/games/train"  # Folder of TextWorld games (.z8), or alfworld:train (eval_in_distribution, ...)
     model: str = ""  # Model folder or Hub name. expert: or scratch, a small new model with a token per word
     value: str = ""  # Value model of oreo.py that chooses among --candidates
-    out: str = "runs/agent"  # Where rows.jsonl (evaluate: episodes.jsonl) and results.json go
+    out: str = "runs/agent"  # Folder of episodes.jsonl, rows.jsonl, results.json. The same command again resumes.
     chat_template: str = ""  # File with a Jinja chat template. Empty: the tokenizer's own
     chat_template_args: tuple[str, ...] = ()  # Switches of the template, such as enable_thinking=false
     trust_remote_code: bool = False  # Run the Python files that come with --model.
     repeat: Positive[int] = 5  # Episodes of each game that collect plays (published: 5)
     candidates: Positive[int] = 5  # Answers that evaluate draws at each turn if there is a --value (published: 3 to 5)
-    temperature: float = 1.0  # Sampling temperature of collect and of candidates. Without a --value evaluate is greedy.
+    temperature: NotNegative[float] = 1.0  # Of collect and of candidates. Without a --value evaluate is greedy.
     max_turns: Positive[int] = 40  # Actions per episode at most (published)
     max_turn_tokens: Positive[int] = 128  # Tokens per answer at most. An answer that does not end in them loses.
     max_episode_tokens: Positive[int] = 4096  # Tokens per episode at most (published). A longer one loses.
@@ -96,10 +99,8 @@ class Args:
 
 SPLITS = {"alfworld:train": "train", "alfworld:eval_in_distribution": "valid_seen",
           "alfworld:eval_out_of_distribution": "valid_unseen"}  # fmt: skip
-SCRATCH = dict(
-    model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False,
-)  # fmt: skip
+SCRATCH = dict(model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+               num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False)  # fmt: skip
 
 
 def parse_action(answer: str) -> str | None:
@@ -114,7 +115,6 @@ def parse_action(answer: str) -> str | None:
 
 def turn_end(tokenizer) -> tuple[int | None, list[int]]:
     """Return the token that the template puts behind an answer (None if it puts none), and all ids that end an answer.
-
     That token is eos, or another one that closes a turn, such as <|im_end|>. Without one, as in MiniCPM's template, the
     mark of the next user turn follows. If it is one token, it ends an answer too, as the published stop string does."""
     turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
@@ -152,10 +152,8 @@ class Episode:
         self.ids, self.actions, self.text = self.ids + new, self.actions + [0] * len(new), shown
 
     def add_answer(self, ids: list[int]) -> None:
-        """Add the model's answer, with the token that ended it, and what the game makes of it.
-
-        If the template does not put that token behind an answer, it is not kept, nor are spaces before it: no history
-        shows them."""
+        """Add the model's answer, with the token that ended it, and what the game makes of it. A token that the
+        template does not put behind an answer is not kept, nor are spaces before it: no history shows them."""
         self.turns += 1
         ended, kept = ids[-1] in self.stops, ids
         answer = self.tokenizer.decode(ids[:-1] if ended else ids)
@@ -193,7 +191,6 @@ class Episode:
 
 class Game:
     """A game has `rules` (the first turn) and, after a reset, `things` {name: type} and a `walkthrough` that wins it.
-
     reset() returns the first observation; act(command): the next one, whether the game is over, whether it is won."""
 
     def close(self) -> None:
@@ -245,9 +242,8 @@ class AlfworldGame(Game):
 
 
 class RenamedGame(Game):
-    """A TextWorld game with other names for its things. names: {old: new}.
-
-    Rooms keep their names. So does a thing where the game uses a part of its name."""
+    """A TextWorld game with other names {old: new} for its things. Rooms keep theirs. So does a thing where the game
+    uses a part of its name."""
 
     def __init__(self, game: Game, names: dict[str, str]):
         self.env = self.game = game
@@ -282,9 +278,7 @@ def replace_words(text: str, names: dict[str, str]) -> str:
 
 
 def other_names(things: dict[str, str], count: int, rng: random.Random) -> dict[str, str]:
-    """Return a new name for each of a game's things, of the first `count` of its type: no two new names share a word.
-
-    Raises InputError if there are too few names of a type."""
+    """Return a new name of the first `count` of its type for each of a game's things. No two share a word."""
     taken: dict[str, str] = {}
     for name, type_ in things.items():
         words = {word for other in taken.values() for word in other.lower().split()}
@@ -314,10 +308,14 @@ def find_games(source: str) -> list[tuple[str, str, type]]:
 
 
 def make_games(args: Args) -> None:
-    """Generate TextWorld games. Those that exist are left alone."""
+    """Generate TextWorld games. Those that exist are left alone; InputError if they are of other options."""
     import textworld
 
-    Path(args.games).mkdir(parents=True, exist_ok=True)
+    kept = Path(args.games) / "options.json"
+    options = {"rooms": args.rooms, "objects": args.objects, "quest_length": args.quest_length}
+    if kept.exists() and (changed := changed_settings(json.loads(kept.read_text()), options, options)):
+        raise InputError(f"--games {args.games} holds games of other options ({changed}): name another folder")
+    write_whole(kept, json.dumps(options) + "\n")
     for seed in tqdm(range(args.first_seed, args.first_seed + args.count), desc="make", unit="game"):
         path = Path(args.games) / f"seed-{seed:06d}.z8"
         if path.exists():
@@ -349,41 +347,41 @@ def choose(groups: list[list], episodes: list[Episode], value, args: Args, world
 
 
 def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]:
-    """Play every game `repeat` times; return the rows of all ranks. Ranks share the games, turn by turn."""
+    """Play every game `repeat` times; return all rows. Ranks share the games, turn by turn. OUT/episodes.jsonl keeps
+    the episodes of each --parallel games: after a stop the next call plays the others."""
     games = [game for game in find_games(args.games) for _ in range(repeat)]
-    sampler = make_sampler(
-        args.rollout, policy, world, stop_ids=turn_end(tokenizer)[1], max_batch_tokens=args.sampler_tokens,
-        max_tokens=args.max_episode_tokens, gpu_memory=args.rollout_gpu_memory,
-    )  # fmt: skip
+    sampler = make_sampler(args.rollout, policy, world, stop_ids=turn_end(tokenizer)[1],
+                           max_batch_tokens=args.sampler_tokens, max_tokens=args.max_episode_tokens,
+                           gpu_memory=args.rollout_gpu_memory)  # fmt: skip
     sampler.sync(policy, version=0)
-    greedy = args.stage == "evaluate" and not value
-    sampling = Sampling(args.max_turn_tokens, 0.0 if greedy else args.temperature)
-    rows, at_once = [], world.size * args.parallel
-    for start in range(0, len(games), at_once):
-        mine = range(len(games))[start : start + at_once][world.rank :: world.size]
+    sampling = Sampling(args.max_turn_tokens, args.temperature if value or args.stage == "collect" else 0.0)
+
+    def play_part(part: list[int]) -> list[dict]:
+        mine = part[world.rank :: world.size]
         episodes = [Episode(games[i][0], i, open_game(*games[i], args), tokenizer) for i in mine]
         for turn in range(args.max_turns + 1):
             for e in episodes:
-                if not e.end and turn == args.max_turns:
-                    e.end = "max_turns"
-                elif not e.end and len(e.ids) + args.max_turn_tokens > args.max_episode_tokens:
-                    e.end = "too_long"
+                full = len(e.ids) + args.max_turn_tokens > args.max_episode_tokens
+                e.end = e.end or ("max_turns" if turn == args.max_turns else "too_long" if full else "")
             live = [e for e in episodes if not e.end]
             if not any(gather_lists([len(live)], world)):
                 break
             groups = sampler.generate(
                 [e.ids for e in live], n=args.candidates if value else 1, keys=[e.number for e in live],
-                seed=args.seed * 1_000_003 + turn, sampling=sampling,
-                progress=f"{start} of {len(games)} played, turn {turn + 1}" if world.main else None,
+                seed=args.seed * 1_000_003 + turn, sampling=sampling, progress=f"turn {turn}" if world.main else None,
             )  # fmt: skip
             chosen = choose(groups, live, value, args, world) if value else [g[0].ids for g in groups]
             for e, ids in zip(live, chosen, strict=True):
                 e.add_answer(ids)
         for e in episodes:
             e.game.close()
-        rows += [(e.number, e.row()) for e in episodes]
+        return gather_lists([{"id": e.number} | e.row() for e in episodes], world)
+
+    numbers, at_once = list(range(len(games))), world.size * args.parallel
+    parts = [numbers[i : i + at_once] for i in numbers[::at_once]]
+    rows = keep_records(Path(args.out) / "episodes.jsonl", parts, play_part, world, together=True)
     sampler.close()
-    return [row for _, row in sorted(gather_lists(rows, world), key=lambda pair: pair[0])]
+    return list(rows.values())
 
 
 def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
@@ -454,6 +452,11 @@ def main(args: Args) -> dict | None:
         world, remote = init_world(), dict(trust_remote_code=args.trust_remote_code)
         if args.stage == "expert" and world.size > 1:
             raise InputError("--stage expert runs in one process")
+        out, models = Path(args.out), [path for path in (args.model, args.value) if path not in ("", "scratch")]
+        digests = " ".join(gather_lists(list(map(digest_of, models)) if world.main else [], world))
+        settings, episodes = vars(args) | {"weights_digest": digests}, list(out.glob("*.jsonl"))
+        names = settings.keys() - Checkpoints.FREE - {"model", "value", "parallel"} if episodes else ()
+        keep_settings(out / "args.json", settings, names, f"--out {out} has episodes of other settings", world)
         scratch = args.stage == "expert" and args.model == "scratch"
         tokenizer = open_tokenizer(scratch_model(args, world) if scratch else args.model, args)
         if args.stage == "expert":
@@ -462,23 +465,20 @@ def main(args: Args) -> dict | None:
             policy = load_policy(args.model, world, **remote)
             value = load_policy(args.value, world, kind=ValueModel, **remote) if args.value else None
             if value:
-                check_fit(f"--value {args.value}", value, policy)
+                check_fit(f"--value {args.value}", value, policy, args.max_episode_tokens)
             rows = play(args, tokenizer, policy, value, world, args.repeat if args.stage == "collect" else 1)
     except ModuleNotFoundError as error:
         if error.name not in ("textworld", "alfworld"):
             raise
         raise InputError(f"{args.games} needs {error.name}: pip install -r requirements-agents.txt") from error
     ends = Counter(row["end"] for row in rows)
-    result = {
-        "success": ends["won"] / len(rows), "episodes": len(rows), "ends": dict(sorted(ends.items())),
-        "turns": sum(row["turns"] for row in rows) / len(rows), "games": args.games, "model": args.model,
-        "value": args.value, "candidates": args.candidates if args.value else 1, "seed": args.seed,
-    }  # fmt: skip
+    result = {"success": ends["won"] / len(rows), "episodes": len(rows), "ends": dict(sorted(ends.items())),
+              "turns": sum(row["turns"] for row in rows) / len(rows)}  # fmt: skip
     if world.main:
-        path = Path(args.out) / ("episodes.jsonl" if args.stage == "evaluate" else "rows.jsonl")
-        write_lines(path, [row for row in rows if row["response_ids"]])  # without an answer there is nothing to train
-        write_whole(path.with_name("results.json"), json.dumps(result, indent=2) + "\n")
-        print(f"{path}: {result}")
+        if args.stage != "evaluate":  # an episode without an answer has nothing to train
+            write_lines(out / "rows.jsonl", [row for row in rows if row["response_ids"]])
+        write_whole(out / "results.json", json.dumps(result, indent=2) + "\n")
+        print(f"{out}: {result}")
     return result
 
 
