@@ -621,7 +621,7 @@ def iterate(args: Args) -> None:
             train(mine, rows=collect(dataclasses.replace(mine, model=last["model"])), **models)
         else:
             there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(mine)))
-            if changed := changed_settings(there, here, here.keys() - Checkpoints.FREE | {"steps"}):
+            if changed := changed_settings(there, here, here.keys() - Checkpoints.FREE | {"steps", "epochs"}):
                 raise InputError(f"{out} was made with other settings ({changed}): choose another --out")
             keep_weights(dataclasses.replace(mine, **models), True, world)
             if world.main:

@@ -222,6 +222,7 @@ def test_sft_trains_on_prompts_and_solutions_or_on_solutions_alone(folder, promp
     lm = AutoModelForCausalLM.from_pretrained(folder / "base" / "model")
     examples, _ = bridge.read_set("sft_bridge", tokenizer, args, traces="needed")
     losses = []
+    shutil.rmtree(folder / "bridge" / "sft")  # it is finished
     for i in batch_indices(len(examples), 4, 0, args.seed):
         example = examples[i]
         ids = torch.tensor(example.prompt + example.trace)
@@ -236,6 +237,7 @@ def test_sft_trains_on_prompts_and_solutions_or_on_solutions_alone(folder, promp
 def test_the_bonus_for_form_is_in_the_reward_but_solves_no_question(folder, monkeypatch):
     half_right(monkeypatch)
     monkeypatch.setattr(bridge, "format_reward", lambda said: float("<|eos|>" not in said))  # of every answer
+    shutil.rmtree(folder / "bridge" / "rl")  # it is finished
     args = settings("--out", folder, format_reward=0.05, steps=1, eval_every=0, log_samples=16)
     bridge.train(bridge.settings_of(args, "rl", "bridge"))
     [row], samples = read_metrics(folder / "bridge" / "rl"), read(folder / "bridge" / "rl" / "samples.jsonl")
