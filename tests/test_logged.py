@@ -69,12 +69,12 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
     wrong_step = corrupted.rpartition("\n")[0] + "\n" + first.solution.rpartition("\n")[2]  # a right box after it
     tokenizer, said = Says(first.solution, "no", wrong_step, second.solution), {0.0: 0, 0.6: 2}
     examples = [Example([1], None, str(p.answer), "t", i, "") for i, p in enumerate((first, second))]
-    questions = [{"prompt": [{"content": problem.question}]} for problem in (first, second)]
+    questions = [problem.question for problem in (first, second)]
     monkeypatch.setattr(bridge, "load_tokenizer", lambda *_: tokenizer)
     monkeypatch.setattr(bridge, "load_policy", lambda *_: None)
     monkeypatch.setattr(bridge, "open_sampler", lambda *_: Asked())
     monkeypatch.setattr(bridge, "read_set", lambda *_, **options: (examples, {}))
-    monkeypatch.setattr(bridge, "load_rows", lambda *_: questions)
+    monkeypatch.setattr(bridge, "read_questions", lambda *_: questions)
 
     def sample_rows(sampler, batch, mine, counts, args, world, *, seed, grader):
         rows = [bridge.Row([1], [said[args.temperature] + g, 1], g, example=batch[g]) for g in mine]
