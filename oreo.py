@@ -582,18 +582,14 @@ def collect(args: Args) -> str:
     world, tokenizer, out = init_world(args.timeout_minutes), open_tokenizer(args.model, args), Path(args.out)
     examples, left_out = read_problems(tokenizer, args, traces="ignored", progress=world.main)
 
-    def sampler():
-        policy = open_policy(args.model, args, world, gradient_checkpointing="none")
-        sampler = open_sampler(policy, tokenizer, args, world)
-        sampler.sync(policy, version=0)
-        return sampler
-
     names = ("model data ask igsm_problems chat_template chat_template_args verifier samples max_prompt_tokens seed "
              "max_response_tokens temperature top_p batch_size rope_theta max_positions")  # fmt: skip
     settings = {name: getattr(args, name) for name in names.split()}
     settings["weights_digest"] = " ".join(gather_lists([digest_of(args.model)] if world.main else [], world))
-    answers = keep_answers(out / "answers.jsonl", examples, sampler, settings, tokenizer, args, world, n=args.samples,
-                           top_p=args.top_p)  # fmt: skip
+    answers = keep_answers(
+        out / "answers.jsonl", examples, partial(open_policy, args.model, args, world, gradient_checkpointing="none"),
+        settings, tokenizer, args, world, n=args.samples, top_p=args.top_p,
+    )
     if world.main:
         rows = []
         for e, mine in zip(examples, answers, strict=True):

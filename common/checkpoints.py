@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
-from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -71,12 +70,9 @@ def digest_of(model: str) -> str:
 class Checkpoints:
     """Checkpoints of a run under `folder`, each complete or absent: written beside, then renamed into place.
 
-    A checkpoint is model and optimizer (torch.distributed.checkpoint, so that another number of ranks can
-    load it), state.json (the step, the settings that made it, and what else the algorithm keeps) and SHA256SUMS
-    (`sha256sum -c` reads it). One that does not fit its sums is set aside, with a warning, for the one before.
-    `more` names further pairs that an algorithm trains: {"value": (model, optimizer)}, or {"sft": (policy, its
-    second optimizer)}; a model that comes twice is saved once.
-
+    A checkpoint is model and optimizer (any number of ranks can load them), state.json (the step, the settings, and
+    what the algorithm keeps) and SHA256SUMS. A damaged one is set aside, with a warning, for the one before.
+    pairs: {"policy": (model, optimizer), "value": ...}, what is trained; a model that comes twice is saved once.
     On CUDA a checkpoint is copied to the host's memory and written while training goes on; wait() for the last."""
 
     # settings that may change between two starts of one run; those of the last line change how sums are rounded
@@ -121,69 +117,57 @@ class Checkpoints:
             dist.barrier()
         if path is None:
             if damaged := damaged or sorted(map(str, self.folder.glob("*.damaged"))):  # also of an earlier start
-                raise InputError(
-                    f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start anew, or "
-                    "choose another --out"
-                )
+                raise InputError(f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start "
+                                 "anew, or choose another --out")  # fmt: skip
             return None
         state = json.loads((path / "state.json").read_text())
         if changed := self.changed(state["settings"]):
-            raise InputError(
-                f"{path} was made with other settings ({changed}): "
-                "use the same ones to resume, or another --out to start anew"
-            )
+            raise InputError(f"{path} was made with other settings ({changed}): use the same ones to resume, or "
+                             "another --out to start anew")  # fmt: skip
         if world.main and state["ranks"] != world.size:
-            print(
-                f"{path} was made by {state['ranks']} ranks and goes on with {world.size}: sums are rounded in another "
-                "order, so that the run is not bit for bit the one it would have been",
-                file=sys.stderr,
-            )
+            print(f"{path} was made by {state['ranks']} ranks, and {world.size} resume: sums are rounded in another "
+                  "order, so the run is not bit for bit the same", file=sys.stderr)  # fmt: skip
         return state
 
     def check_data(self, state: dict | None, digest: str, flags: str) -> None:
         """Save `digest` with every checkpoint. Raises InputError if that of `state` is another one."""
         self.data = digest
         if state and state.get("data") not in (None, digest):
-            raise InputError(
-                f"{flags}: the data (or the tokenizer) changed since {self.latest()} was written; restore them, or use "
-                "another --out to start anew"
-            )
+            raise InputError(f"{flags}: the data (or the tokenizer) changed since {self.latest()} was written; restore "
+                             "them, or use another --out to start anew")  # fmt: skip
 
-    def check_space(self, policy: nn.Module, more: dict | None = None) -> None:
+    def check_space(self, pairs: dict) -> None:
         """Raise InputError if the disk cannot hold `keep` checkpoints, the one being written and the model."""
-        models = [policy, *(model for model, _ in (more or {}).values())]
+        models = [model for model, _ in pairs.values()]
         sizes = {model: 4 * sum(p.numel() for p in model.parameters()) for model in models}
         checkpoint = sum(sizes.values()) + sum(2 * sizes[model] for model in models)  # two moments an optimizer
-        need = checkpoint * (self.keep + 1) + sizes[policy]
+        need = checkpoint * (self.keep + 1) + sizes[models[0]]
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < need:
-            raise InputError(
-                f"{self.folder}: {free / 1e9:.1f} GB are free, and checkpoints and the model need "
-                f"{need / 1e9:.1f} GB: free some, choose another --out, or --save_every 0"
-            )
+            raise InputError(f"{self.folder}: {free / 1e9:.1f} GB are free, and checkpoints and the model need "
+                             f"{need / 1e9:.1f} GB: free some, choose another --out, or --save_every 0")  # fmt: skip
 
     @staticmethod
     def _tensors(pairs: dict) -> dict:
-        """{"model", "optim"} of the pair named "", "model-NAME" and "optim-NAME" of the others; each model once."""
+        """The states of all models and optimizers by `_key`; a model that comes twice once, under its first name."""
         first = {model: name for name, (model, _) in reversed(pairs.items())}
-        tensors = {f"model{name}": dcp_state.get_model_state_dict(model) for model, name in first.items()}
+        tensors = {_key("model", name): dcp_state.get_model_state_dict(model) for model, name in first.items()}
         for name, (model, optimizer) in pairs.items():
-            tensors[f"optim{name}"] = dcp_state.get_optimizer_state_dict(model, optimizer)
+            tensors[_key("optim", name)] = dcp_state.get_optimizer_state_dict(model, optimizer)
         return tensors
 
-    def load(self, policy: nn.Module, optimizer, more: dict | None = None) -> None:
-        """Load model and optimizer, and `more`, in place, on any number of ranks."""
-        pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
+    def load(self, pairs: dict) -> None:
+        """Load models and optimizers in place, on any number of ranks."""
         tensors = self._tensors(pairs)
         # alone without gloo, whose thread would compute: OpenMP, with more threads than cores, then takes twice as long
         dcp.load(tensors, checkpoint_id=self.latest(), no_dist=dist.get_world_size() == 1)
         for name, (model, optimizer) in pairs.items():
-            if f"model{name}" in tensors:
-                dcp_state.set_model_state_dict(model, tensors[f"model{name}"])
-            dcp_state.set_optimizer_state_dict(model, optimizer, tensors[f"optim{name}"])
+            if _key("model", name) in tensors:
+                dcp_state.set_model_state_dict(model, tensors[_key("model", name)])
+            dcp_state.set_optimizer_state_dict(model, optimizer, tensors[_key("optim", name)])
 
-    def save(self, step: int, policy: nn.Module, optimizer, world: World, more: dict | None = None, **extra) -> None:
+    def save(self, step: int, pairs: dict, world: World, **extra) -> None:
         """Write the checkpoint of `step`; `extra` (plain JSON) comes back from state().
 
         Raises RuntimeError if it cannot be written (a full disk); the checkpoints before it are intact then."""
@@ -193,13 +177,12 @@ class Checkpoints:
             for stale in [*self.folder.glob("*.partial"), *self.folder.glob("*.damaged")]:
                 shutil.rmtree(stale)
         dist.barrier()
-        pairs = {"": (policy, optimizer)} | {f"-{name}": pair for name, pair in (more or {}).items()}
         configs = {}
         for name, (model, _) in pairs.items():  # where a model was read from is no part of what it is
             about = {"dtype": str(model.lm.saved_dtype).removeprefix("torch."), "_name_or_path": ""}
-            configs[name.removeprefix("-") or "policy"] = model.lm.config.to_dict() | about
+            configs[name] = model.lm.config.to_dict() | about
         state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
-        state |= {"configs": configs, "generation": policy.lm.generation_config.to_dict(), **extra}
+        state |= {"configs": configs, "generation": pairs["policy"][0].lm.generation_config.to_dict(), **extra}
         start, tensors = time.perf_counter(), self._tensors(pairs)
         with self._explain(step):
             if not self.background:
@@ -257,6 +240,11 @@ class Checkpoints:
         dist.barrier(self._group)
 
 
+def _key(kind: str, name: str) -> str:
+    """What a checkpoint calls the "model" or "optim" of a pair."""
+    return kind if name == "policy" else f"{kind}-{name}"
+
+
 def _sums(path: Path, world: World, group=None) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
     names = sorted(p.name for p in path.iterdir() if p.is_file() and p.name != "SHA256SUMS")
@@ -265,26 +253,21 @@ def _sums(path: Path, world: World, group=None) -> dict[str, str]:
 
 
 def _damage(path: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, or None. Collective; the same answer on every rank. Files that are not on its
-    list, such as those of a file manager, are nothing wrong."""
+    """What is wrong with a checkpoint, or None. Collective; all ranks agree. Files not on its list may be there."""
     listed = path / "SHA256SUMS"
     lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
-    expected = {line[66:]: line[:64] for line in lines}
-    found = _sums(path, world)
-    if not expected:
-        return "SHA256SUMS is missing or empty"
-    if missing := sorted(expected.keys() - found.keys()):
-        return f"{missing[0]} is missing"
-    wrong = [name for name, digest in expected.items() if found[name] != digest]
-    return f"{wrong[0]} is damaged (its checksum differs)" if wrong else None
+    expected, found = {line[66:]: line[:64] for line in lines}, _sums(path, world)
+    for name, digest in sorted(expected.items()):
+        if found.get(name) != digest:
+            return f"{name} is damaged (its checksum differs)" if name in found else f"{name} is missing"
+    return None if expected else "SHA256SUMS is missing or empty"
 
 
 def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False, tokenizer: str = "") -> None:
     """Write a checkpoint of a run as a model folder.
 
-    run: the run folder. out: the folder to write, a new one. step: of the checkpoint; 0 is the newest. value: the value
-    model instead of the policy. tokenizer: folder to take it from, with its chat template; empty takes that of the
-    run's --model, with the template that the run had."""
+    run: the run folder. out: a new folder. step: of the checkpoint; 0: the newest. value: the value model, not the
+    policy. tokenizer: folder of another tokenizer and chat template; empty: those of the run."""
     if Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise InputError(f"{out}: it exists already; name a new folder")
     world, checkpoints = init_world(), sorted(Path(run).glob("checkpoint/step-????????"))
@@ -306,9 +289,9 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
     words = load_tokenizer(tokenizer or state.get("tokenizer", state["settings"]["model"]), flag="--tokenizer")
     if not tokenizer:
         words.chat_template = state["template"]
-    weights = {"model-value" if value else "model": dcp_state.get_model_state_dict(model)}
+    weights = {_key("model", name): dcp_state.get_model_state_dict(model)}
     dcp.load(weights, checkpoint_id=path)
-    dcp_state.set_model_state_dict(model, next(iter(weights.values())))
+    dcp_state.set_model_state_dict(model, weights[_key("model", name)])
     export(model, words, Path(out), world)
     print(f"{path} -> {out}")
 

@@ -69,9 +69,8 @@ def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
 
 
 def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
-    """For each row the weight of its tokens in the mean of token means of `rows_per_mean` rows each, as a multiple of
-    their weight in one mean over all tokens: N / (M T_m) for N tokens, M means, T_m tokens of the row's mean.
-    rows_per_mean 0: one mean, so 1.
+    """For each row the weight of its tokens in the mean of token means of `rows_per_mean` rows each (0: all), as a
+    multiple of their weight in one mean over all tokens: N / (M T_m) for N tokens, M means, T_m tokens of its mean.
 
     >>> token_scales([4, 1, 5], 1), token_scales([4, 1, 5], 2), token_scales([4, 1, 5], 0)
     ([0.8333333333333334, 3.3333333333333335, 0.6666666666666666], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
@@ -90,9 +89,8 @@ QUERIES = 512  # whose scores are in memory at once, where attention is written 
 class Packing:
     """How attention lays the T packed tokens out: one row a sequence, longest first, in blocks of rows of one width.
 
-    A prompt's tokens stand in the row of every sequence that they begin. On CUDA a kernel takes rows of any length, so
-    blocks hold rows of equal length. Elsewhere they hold rows of like length, right-padded. Causal attention over them
-    needs no padding mask: a token never sees what comes after it, and what the padding cells compute is not read."""
+    A prompt's tokens are in the row of every sequence that they begin. On CUDA a block's rows are equally long;
+    elsewhere nearly, and right-padded, which needs no mask: a token never sees what comes after it."""
 
     blocks: list[tuple[int, int]]  # rows and width of each block; C cells in all
     bounds: torch.Tensor  # [B + 1] int32: the cell at which each row begins, and the end
@@ -126,10 +124,8 @@ def to_device(values: torch.Tensor, device) -> torch.Tensor:
 
 
 def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBatch:
-    """(prompt ids, response ids) pairs -> one packed batch. An empty list gives one token that predicts nothing,
-    so that a rank without work still takes part in every collective. Raises ValueError on an empty prompt.
-
-    Equal prompts are read once, by all sequences that begin with them: the answers of a group share one."""
+    """(prompt ids, response ids) pairs -> one packed batch, which holds equal prompts once. An empty list gives one
+    token that predicts nothing, so that a rank without work joins every collective. ValueError on an empty prompt."""
     tokens: list[int] = []
     targets: list[int] = []
     none = torch.zeros(0, dtype=torch.long)
@@ -210,8 +206,7 @@ class _FromGrid(torch.autograd.Function):
 
 @dataclass
 class Pattern:
-    """Which keys of its row a query sees. Transformers' mask functions make it, and models hand it to their layers in
-    place of a mask: so each layer gets the packing and its own kind of attention."""
+    """Which keys of its row a query sees: what models hand to their layers in place of a mask."""
 
     packing: Packing
     visible: Callable  # (batch, head, query position, key position) -> bool
@@ -339,9 +334,8 @@ AttentionMaskInterface.register("packed", packed_mask)
 def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
     """Share sequences out: plan[round][rank] = indices of the sequences of that micro-batch.
 
-    A micro-batch holds at most max_tokens tokens (or one longer sequence). Every rank has the same number of rounds.
-    Ranks wait for each other in every round, so all micro-batches get nearly the same cost. One rank waits for nobody:
-    there the sequences stay in order, and those with the same prompt come together and share it.
+    A micro-batch holds at most max_tokens tokens (or one longer sequence). Ranks wait for each other in every round, so
+    all micro-batches get nearly the same cost. For one rank the sequences stay in order, and so share prompts.
 
     >>> plan_micro_batches([5, 4, 4, 3, 2], ranks=2, max_tokens=9)
     [[[0], [3, 4]], [[1], [2]]]

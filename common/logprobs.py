@@ -29,10 +29,9 @@ and then a soft cap c (Gemma) make z = c tanh(scale * hidden @ weight.T / c) / t
 - `keep`: the forward stored E = exp(z - its tile's maximum) in bf16, 2 bytes a logit: 6NHV operations. g then has
   bf16's relative error of 2^-9, as it has where inputs are bf16; log-probs, entropies and the target's g are exact.
 
-Products are the library's (cuBLAS; on a CPU MKL or oneDNN). The token side is a Triton kernel on CUDA, which reads a
-tile once, and elsewhere a few passes over a tile that stays in cache. A tile is float32 on CUDA as well: logits rounded
-to bf16 move a log-prob by 0.01. Vocabulary is the outer loop, tokens the inner one, so that the weight's gradient needs
-float32 for one tile only. docs/logprobs.md says why this is not one fused kernel, and what was measured.
+Products are the library's. The token side is a Triton kernel on CUDA, and elsewhere a few passes over a tile in cache.
+A tile is float32: logits rounded to bf16 move a log-prob by 0.01. Vocabulary is the outer loop, so that the weight's
+gradient needs float32 for one tile only. docs/logprobs.md says why this is not one fused kernel, and what was measured.
 
 Shapes: N tokens, H hidden, V vocabulary; n and v of a tile.
 """
@@ -49,11 +48,7 @@ except ImportError:
     triton = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KEPT = 2**22  # logits, 16 MB, up to which a single tile is kept for the backward instead of being computed again
 LOWEST = -1e30  # "no logit yet"; also stands for -inf, whose differences would be NaN
-# MKL multiplies float32 with AVX2 where the processor is not Intel's; oneDNN, which torch has too, with AVX-512, twice
-# as fast. But it adds up a row's products one by one: 192 at a time, it rounds no worse than MKL.
-ONEDNN = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear_logprobs(
@@ -76,24 +71,20 @@ def linear_logprobs(
     settings = _check(hidden, weight, targets, temperature, backend), _form(temperature, cap, scale), entropy
     keep = (_has_room(hidden, weight) if keep is None else keep) and not cap
     tiling = _tiling(hidden, weight, chunk_size, tile_size)
-    logp, ent = _Linear.apply(hidden, weight, targets, None, None, settings, tiling, keep, False)
+    logp, ent = _Linear.apply(hidden, weight, targets, None, None, settings, tiling, keep)
     return (logp, ent) if entropy else logp
 
 
 def logprobs_from_logits(
-    logits, targets, *, temperature=1.0, entropy=False, cap=0.0, scale=1.0, backend="auto", chunk_size=None,
-    inplace=False,
-):  # fmt: skip
-    """The same of logits that exist already: logits [N, V], targets [N] -> logp [N], or (logp [N], entropy [N]).
-
-    inplace=True writes the gradient of the logits over the logits, where nothing else needs them.
-    """
+    logits, targets, *, temperature=1.0, entropy=False, cap=0.0, scale=1.0, backend="auto", chunk_size=None
+):
+    """The same of logits that exist already: logits [N, V], targets [N] -> logp [N], or (logp [N], entropy [N])."""
     settings = _check(logits, None, targets, temperature, backend), _form(temperature, cap, scale), entropy
     fused, (n, v) = settings[0], logits.shape
     if fused:
         logits = logits.contiguous()
-    tiling = _slices(n, max(1, n if fused else chunk_size or KEPT // v)), [slice(0, v)]
-    logp, ent = _Linear.apply(logits, None, targets, None, None, settings, tiling, False, inplace)
+    tiling = _slices(n, max(1, n if fused else chunk_size or 2**22 // v)), [slice(0, v)]
+    logp, ent = _Linear.apply(logits, None, targets, None, None, settings, tiling, False)
     return (logp, ent) if entropy else logp
 
 
@@ -107,12 +98,10 @@ def linear_kl(
     """
     settings = _check(hidden, weight, None, temperature, backend), _form(temperature, cap, scale), True
     _check(ref_hidden, ref_weight, None, temperature, backend)
-    if (len(hidden), len(weight)) != (len(ref_hidden), len(ref_weight)):
-        raise ValueError(
-            f"policy and reference differ: N {len(hidden)} {len(ref_hidden)} V {len(weight)} {len(ref_weight)}"
-        )
+    if (shape := (len(hidden), len(weight))) != (ref_shape := (len(ref_hidden), len(ref_weight))):
+        raise ValueError(f"policy and reference differ in (N, V): {shape} and {ref_shape}")
     tiling, nowhere = _tiling(hidden, weight, chunk_size, tile_size), hidden.new_full((len(hidden),), -1).long()
-    return _Linear.apply(hidden, weight, nowhere, ref_hidden, ref_weight, settings, tiling, False, False)[1]
+    return _Linear.apply(hidden, weight, nowhere, ref_hidden, ref_weight, settings, tiling, False)[1]
 
 
 def _check(hidden, weight, targets, temperature, backend):
@@ -173,13 +162,6 @@ def _slices(total, size):
 
 def _mm(a, b, out, accumulate=False):
     """out = a @ b, or out += a @ b; bf16 or fp16 factors of a float32 out are summed in float32."""
-    if ONEDNN and out.device.type == "cpu" and out.dtype == torch.float32 and a.numel() * b.shape[1] > 2**28:
-        for k in _slices(a.shape[1], 192):
-            # oneDNN is slow on rows that lie apart
-            x, w = (m if m.T.is_contiguous() else m.contiguous() for m in (a[:, k], b[k].T))
-            part = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")  # x @ w.T
-            out.add_(part) if accumulate or k.start else out.copy_(part)
-        return
     kwargs = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if accumulate:
         torch.addmm(out, a, b, out=out, **kwargs)
@@ -246,28 +228,24 @@ class _Linear(torch.autograd.Function):
     """(logp, entropy or None) of targets; or, with a reference and targets nowhere, (NaN, kl)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ref_hidden, ref_weight, settings, tiling, keep, inplace):
-        head, logits, (rows, cols) = _Head(hidden, weight, settings[0]), None, tiling
+    def forward(ctx, hidden, weight, targets, ref_hidden, ref_weight, settings, tiling, keep):
+        head, (rows, cols) = _Head(hidden, weight, settings[0]), tiling
         ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, settings[0])
-        product = weight is not None and any(ctx.needs_input_grad)  # which the backward needs again
-        small = product and ref is None and len(rows) == len(cols) == 1 and len(hidden) * len(weight) <= KEPT
-        kept = _Kept(hidden, weight, cols) if keep and product and not small else None
+        kept = _Kept(hidden, weight, cols) if keep and any(ctx.needs_input_grad) else None
         state = _new_state(hidden)
         for i, c in enumerate(cols):
             for r in rows:
                 tiles = [head.tile(r, c)] if ref is None else [head.tile(r, c), ref.tile(r, c)]
-                if small:
-                    logits = tiles[0].clone()
                 _absorb(tiles, targets[r] - c.start, state[:, r], *settings, kept and kept.tile(i, r, c))
-        ctx.save_for_backward(hidden, weight, targets, ref_hidden, ref_weight, state, logits)
-        ctx.settings, ctx.tiling, ctx.kept, ctx.inplace = settings, tiling, kept, inplace
+        ctx.save_for_backward(hidden, weight, targets, ref_hidden, ref_weight, state)
+        ctx.settings, ctx.tiling, ctx.kept = settings, tiling, kept
         ctx.set_materialize_grads(False)
         return _outputs(state, -1 if ref is None else 1, settings[-1], head.sum_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_other):
-        hidden, weight, targets, ref_hidden, ref_weight, state, logits = ctx.saved_tensors
+        hidden, weight, targets, ref_hidden, ref_weight, state = ctx.saved_tensors
         fused, form, _ = ctx.settings
         head, (rows, cols) = _Head(hidden, weight, fused), ctx.tiling
         ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, fused)
@@ -275,15 +253,14 @@ class _Linear(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None  # g is written over E: a second backward computes the logits again
         whole = kept.e if kept and kept.e.dtype == head.dtype else None  # memory for all of g
         if weight is None:
-            whole = hidden.detach() if ctx.inplace else torch.empty_like(hidden)
+            whole = torch.empty_like(hidden)
         else:
             grads = _Grads(head, ctx.needs_input_grad)
         for i, c in enumerate(cols):
             for r in rows:
                 tiles, stored = [], kept and kept.tile(i, r, c)
                 if not kept:
-                    tiles = [head.tile(r, c) if logits is None else logits.clone()]
-                    tiles += [] if ref is None else [ref.tile(r, c)]
+                    tiles = [head.tile(r, c)] if ref is None else [head.tile(r, c), ref.tile(r, c)]
                 if whole is not None:
                     g = whole[r, c]
                 elif head.dtype != head.sum_dtype:
@@ -295,10 +272,10 @@ class _Linear(torch.autograd.Function):
                 if whole is None:
                     grads.add(g, r, c)
         if weight is None:
-            return whole, *[None] * 8
+            return whole, *[None] * 7
         if whole is not None:  # two products
             grads.add(whole, slice(0, len(hidden)), slice(0, len(weight)))
-        return *grads.finish(), *[None] * 7
+        return *grads.finish(), *[None] * 6
 
 
 class _Kept:

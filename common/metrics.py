@@ -36,15 +36,13 @@ class Metrics:
                 import wandb
         except ImportError as error:
             raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        write_whole(out / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
         self.files = {}
         for name in ("metrics", "samples"):
             path = out / f"{name}.jsonl"
             # after a crash: what was logged beyond the checkpoint will be done and logged again
             kept = [line for line in complete_lines(path) if start and json.loads(line)["step"] <= start]
-            path.with_suffix(".partial").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(path.with_suffix(".partial"), path)
+            write_whole(path, "".join(line + "\n" for line in kept))
             self.files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close())
         if args.tensorboard:
             self.board = SummaryWriter(out, purge_step=start + 1 if start else None)
@@ -53,8 +51,7 @@ class Metrics:
         self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", dynamic_ncols=True)
 
     def log(self, step: int, values: dict[str, float], show: list[str]) -> None:
-        """One row of metrics; `show` names those that the progress bar prints. Raises RuntimeError on
-        every rank if the verifier failed on every answer of the step: such rewards say nothing."""
+        """Write a row of metrics; `show`: those on the progress bar. RuntimeError if the verifier always failed."""
         if self.world.main:
             known = {k: v for k, v in values.items() if v is not None}
             self._write("metrics", {"step": step, **known})
@@ -69,10 +66,8 @@ class Metrics:
             self.bar.set_postfix({k.split("/")[-1]: f"{known[k]:.3g}" for k in show if k in known}, refresh=False)
             self.bar.update(step - self.bar.n)
         if values.get("verifier/error") == 1:
-            raise RuntimeError(
-                f"step {step}: --verifier failed on every answer, so all rewards are 0. Its first exception is printed "
-                "above. Mend the reward function, then run the same command again: the step is not saved"
-            )
+            raise RuntimeError(f"step {step}: --verifier failed on every answer; its first exception is printed above. "
+                               "Fix the reward function and run the same command: the step is not saved")  # fmt: skip
 
     def samples(self, step: int, rows: list[dict]) -> None:
         """Texts worth reading, one object a line."""
@@ -95,6 +90,17 @@ class Metrics:
             for file in self.files.values():
                 file.close()
             plot_curves({self.out.name: self.out}, None, self.out / "curves.png")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent}: {error}") from error
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, path)
 
 
 def complete_lines(path: Path) -> list[str]:
@@ -194,8 +200,7 @@ class Clock:
         self.profiler.export_chrome_trace(str(path))
         if rank == "0":
             self.profiled["the rest"] = total - sum(self.profiled.values())
-            lines = [f"  {act:9} {s / steps:8.3f} s a step  {s / total:6.1%}"
-                     for act, s in self.profiled.most_common()]  # fmt: skip
+            lines = [f"  {act:9} {s / steps:8.3f} s a step  {s / total:6.1%}" for act, s in self.profiled.most_common()]
             by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             lines += ["", self.profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)]
             tqdm.write("\n".join([f"\n{steps} steps in {total:.2f} s while traced ({path}):", *lines]))

@@ -1,7 +1,6 @@
 """Records of an evaluation (eval.py): graded, read from its folder, as Markdown tables, as bars.
 
-A reader of an evaluation's numbers need not know: which verdicts are given anew, how results.md and results.png are
-made."""
+A reader of its numbers need not know which verdicts are given anew, and how results.md and results.png are made."""
 
 import hashlib
 import importlib.metadata
@@ -16,7 +15,7 @@ from common.data import InputError
 from common.rows import gold_unreadable
 from common.run import read_records
 from common.trainer import World, gather_lists
-from common.verifiers import Verdict, grade
+from common.verifiers import grade
 
 
 def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, dict]]:
@@ -27,10 +26,8 @@ def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, 
         raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
     records = read_records(path / "samples.jsonl")
     if verifier and any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
-        raise InputError(
-            f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier {verifier} "
-            "(nothing is sampled twice), or name another grader with --verifier"
-        )
+        raise InputError(f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier "
+                         f"{verifier} (nothing is sampled twice), or name another with --verifier")  # fmt: skip
     return json.loads((path / "args.json").read_text()), records
 
 
@@ -52,10 +49,8 @@ def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: Wor
 
 
 def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:
-    """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one.
-
-    Verdicts of the same version are kept, unless they are time-outs or errors, or `again` is set. Raises InputError on
-    a reward that is not 0 or 1."""
+    """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one. Verdicts of the
+    same version are kept, unless they are time-outs or errors, or `again`. InputError on a reward but 0 and 1."""
     version, todo = grader_version(verifier), []
     for record in records:
         same = record.setdefault("graded_by", {}).get(verifier) == version and not again
@@ -92,7 +87,7 @@ def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]
     """Return the rows whose gold answer one of the verifiers could not read: their answers count as wrong."""
     return [
         record.get("row", record["id"]) for record in records
-        if any(gold_unreadable(Verdict(*answer["verdicts"][v])) for answer in record["answers"] for v in verifiers)
+        if any(gold_unreadable(*answer["verdicts"][v][2:]) for answer in record["answers"] for v in verifiers)
     ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from collections import Counter, namedtuple
 
 import sympy
 
-from common.verifiers import MAX_CHARS, NoAnswer
+from common.verifiers import MAX_CHARS, NoAnswer, boxes
 
 MAX_ANSWER = 400  # characters of an answer; longer ones are compared as text only
 MAX_DEPTH = 12  # nested brackets
@@ -36,7 +36,6 @@ class Unreadable(ValueError):
 
 # 1. Find the answer of a text.
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BARE_BOX = re.compile(
     r"\\(?:boxed|fbox)(?![a-zA-Z{])\s*(\\[dtc]?frac\s*(?:\w\s*\w|(?:\{[^{}]*\}){2})|-?[\d.,]*\d|[A-Z]\b)"
 )
@@ -58,22 +57,6 @@ SENTENCE_END = re.compile(
     r"\n|[.!?](?=\s|$)|[。，]|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=|[^()\n]{0,40}\))|"
     r"\s(?:because|since|which|so|as|where|but)\b|\s\((?=[a-z])|;\s|<[|/]"
 )
-
-
-def boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""Return (start, end, content) of the last boxes of a text, without boxes in boxes. `\{` is not a brace."""
-    found = []
-    for box in [*BOX.finditer(text)][-50:]:
-        depth, start = 0, box.end() - 1
-        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
-            depth += (brace[0] == "{") - (brace[0] == "}")
-            if depth == 0:
-                if not found or box.start() >= found[-1][1]:
-                    found.append((box.start(), brace.end(), text[start + 1 : brace.start()].strip()))
-                break
-        else:
-            found = []  # a box that stays open was to hold the answer
-    return found
 
 
 def find_answer(text: str) -> str | None:
@@ -159,18 +142,16 @@ def _chosen(text):
 
 # 2. Spell it in one way.
 
-SIGNS = {
-    name: char
-    for line in (
-        "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∪ cup", "∩ cap",
-        "∅ emptyset varnothing", "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "/ slash", "< lt",
-        "> gt", "≈ approx simeq", "° degree circ", "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert",
-        "… ldots dots cdots dotsc", "⦃ lbrace {", "⦄ rbrace }", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil",
-        "∨ lor vee", "¢ cent", "' prime", "% %", "_ _", "& &", "^ **",
-    )
-    for char, *names in [line.split()]
-    for name in names
-}  # fmt: skip
+SIGNS = {}
+for line in (
+    "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∪ cup", "∩ cap",
+    "∅ emptyset varnothing", "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "/ slash", "< lt",
+    "> gt", "≈ approx simeq", "° degree circ", "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert",
+    "… ldots dots cdots dotsc", "⦃ lbrace {", "⦄ rbrace }", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil",
+    "∨ lor vee", "¢ cent", "' prime", "% %", "_ _", "& &", "^ **",
+):  # fmt: skip
+    char, *names = line.split()
+    SIGNS |= dict.fromkeys(names, char)
 LOOKALIKES = {
     **dict.fromkeys("−–—‐‑‒﹣", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "。": ".",
     "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "⩽": "≤", "⩾": "≥", "º": "°", "˚": "°",
@@ -192,23 +173,23 @@ GREEK = (
 ).split()
 PREFIXES = {"": 0, "nano": -9, "micro": -6, "milli": -3, "centi": -2, "kilo": 3, "mega": 6, "giga": 9,
             "n": -9, "m": -3, "c": -2, "k": 3, "M": 6, "G": 9}  # fmt: skip
-UNITS = {  # name: (what is measured, how many of its first unit); L for a length, t for one over a time
-    prefix + name: (measured, sympy.Rational(factor) * sympy.Integer(10) ** exponent)
-    for measured, table in {
-        "L": "1 + m meter metre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,201168/125 mi mile",
-        "T": "1 + s second,1 sec,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 year",
-        "M": "1 + g gram,1000000 ton tonne,45359237/100000 lb pound", "LLL": "1/1000 + L l liter litre",
-        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule,1.602176634e-16 + eV", "MLLttt": "1000 + W watt",
-        "Mltt": "1000 + Pa pascal", "A": "1 + A amp ampere", "MLLttta": "1000 + V volt", "t": "1 + Hz hertz",
-        "Lt": "5/18 kph kmph kmh,0.44704 mph", "N": "1 + mol mole", "B": "1 + B byte", "D": "1 dollar USD,1/100 cent ¢",
-        "K": "1 + K kelvin", "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent pct",
-        "P": "1 am", "Q": "1 pm",
-    }.items()
-    for line in table.split(",")
-    for factor, *names in [line.split()]
-    for prefix, exponent in (PREFIXES if names[0] == "+" else {"": 0}).items()  # for the names after a +
-    for name in names
-} | dict.fromkeys(["°", "degree", "deg"], ("R", sympy.pi / 180))  # fmt: skip
+# name: (what is measured, how many of its first unit); L for a length, t for one over a time
+UNITS = dict.fromkeys(["°", "degree", "deg"], ("R", sympy.pi / 180))
+for measured, table in {
+    "L": "1 + m meter metre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,201168/125 mi mile",
+    "T": "1 + s second,1 sec,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 year",
+    "M": "1 + g gram,1000000 ton tonne,45359237/100000 lb pound", "LLL": "1/1000 + L l liter litre",
+    "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule,1.602176634e-16 + eV", "MLLttt": "1000 + W watt",
+    "Mltt": "1000 + Pa pascal", "A": "1 + A amp ampere", "MLLttta": "1000 + V volt", "t": "1 + Hz hertz",
+    "Lt": "5/18 kph kmph kmh,0.44704 mph", "N": "1 + mol mole", "B": "1 + B byte", "D": "1 dollar USD,1/100 cent ¢",
+    "K": "1 + K kelvin", "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent pct",
+    "P": "1 am", "Q": "1 pm",
+}.items():  # fmt: skip
+    for line in table.split(","):
+        factor, *names = line.split()
+        for prefix, exponent in (PREFIXES if names[0] == "+" else {"": 0}).items():  # for the names after a +
+            size = sympy.Rational(factor) * sympy.Integer(10) ** exponent
+            UNITS |= {prefix + name: (measured, size) for name in names}
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 NOT_UNITS = set(  # words after a number that change it, most of them without a plural's s
     "and or to by of than out not no if for when where with without except plus minus over under below above before "

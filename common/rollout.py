@@ -7,15 +7,14 @@
     sampler.sleep()                                     its memory is the trainer's; sync wakes it
     sampler.close()
 
-Every completion has a random stream of its own, keyed by (seed, key of its prompt, its place in the group).
-What is drawn therefore depends on the weights alone: not on the number of ranks, on how prompts are batched
-or on which rows finish first, up to a draw that rounding tips (in float32 about one token in a million; in bf16,
-where a batch of another shape rounds otherwise, one in six: sampled alike there, not the same).
+Every completion has a random stream of its own, keyed by (seed, key of its prompt, its place in the group). Samples
+therefore depend only on the weights, not on ranks or batching, except where rounding changes a draw: about one token in
+a million in float32. In bf16 batches of different shape round differently, and one answer in six changes.
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,32 +27,18 @@ from transformers.masking_utils import sdpa_mask
 
 from common.data import InputError, first_line, pack
 from common.logprobs import free_memory
-from common.trainer import (
-    Policy,
-    World,
-    distance,
-    full_parameters,
-    logit_form,
-    max_positions,
-    reshard,
-    tolerance,
-)
+from common.trainer import Policy, World, distance, full_parameters, logit_form, max_positions, reshard, tolerance
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw: temperature 0 is greedy; top_p keeps the likeliest tokens that hold that much mass; stop_ids
-    end a completion as the sampler's own do (search: a step at a time). max_tokens: of each completion, or a list with
-    one for each prompt."""
+    """How to draw. max_tokens: of every completion, or a list with one number for each prompt. temperature 0: greedy.
+    top_p: draw from the likeliest tokens with this much probability. stop_ids: further ids that end a completion."""
 
     max_tokens: int | list[int]
     temperature: float = 1.0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
-
-    def limits(self, prompts: int) -> list[int]:
-        """max_tokens for each prompt."""
-        return [self.max_tokens] * prompts if isinstance(self.max_tokens, int) else self.max_tokens
 
 
 @dataclass
@@ -102,7 +87,8 @@ class Sampler:
             raise RuntimeError("the sampler has no current weights: call sync() before generate()")
         if not all(prompts):
             raise ValueError("an empty prompt cannot be continued")
-        counts = [n] * len(prompts) if isinstance(n, int) else n
+        counts, most = [n] * len(prompts) if isinstance(n, int) else n, sampling.max_tokens
+        sampling = replace(sampling, max_tokens=[most] * len(prompts) if isinstance(most, int) else most)
         groups = [[None] * count for count in counts]  # filled in by _generate
         drawn = drawn or (lambda i, completions: None)
         with tqdm(total=sum(counts), desc=progress, unit="answer", leave=False, disable=progress is None) as bar:
@@ -140,9 +126,8 @@ class RoomyLayer(DynamicLayer):
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """SDPA, where the query heads of one key head are rows of one query while a token is decoded.
-
-    Transformers repeats the keys for each of them (7-fold in Qwen2.5) as soon as there is a padding mask."""
+    """SDPA. While a token is decoded, the query heads of one key head are rows of one query; Transformers would repeat
+    the keys for each of them (7-fold in Qwen2.5), as there is a padding mask."""
     b, heads, new, d = query.shape  # key [b, key heads, T, d], mask [b, 1, new, T]
     if new > 1 or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -162,9 +147,8 @@ class EmbeddedSampler(Sampler):
     Ranks never wait for each other's tokens. Right for CPUs and for machines without vLLM."""
 
     def __init__(self, policy: Policy, *, stop_ids: list[int], max_batch_tokens: int = 0):
-        """stop_ids: ids that end a completion. max_batch_tokens bounds rows x (prompt + max_tokens) at once, but all
-        answers to a prompt are drawn together; 0 takes 65,536 on a CPU, and on CUDA as many as half of the free memory
-        has room for."""
+        """stop_ids: ids that end a completion. max_batch_tokens: rows x (prompt + max_tokens) at once, but at least all
+        answers to a prompt; 0: 65,536 on a CPU, on CUDA what half of the free memory has room for."""
         self.device = next(policy.parameters()).device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         config = copy.deepcopy(policy.lm.config)
@@ -199,7 +183,7 @@ class EmbeddedSampler(Sampler):
         try:
             for _ in range(2):
                 answers = [[None, None], [None, None]]
-                self._generate_batch([0, 1], prompts, answers, [0, 1], 0, Sampling(half), tqdm(disable=True))
+                self._generate_batch([0, 1], prompts, answers, [0, 1], 0, Sampling([half] * 2), tqdm(disable=True))
                 rows = [(prompt, c.ids) for prompt, group in zip(prompts, answers, strict=True) for c in group]
                 found = torch.tensor([x for group in answers for c in group for x in c.logps])
                 gap = distance(found, policy(pack(rows, self.device)).cpu())
@@ -220,7 +204,7 @@ class EmbeddedSampler(Sampler):
     @torch.no_grad()
     def _generate(self, prompts, groups, keys, seed, sampling, bar, drawn) -> None:
         # prompts of like length go together, and as many rows as the budget of tokens allows
-        budget, limits = self._budget(), sampling.limits(len(prompts))
+        budget, limits = self._budget(), sampling.max_tokens
         batches: list[list[int]] = []
         asked = [i for i, group in enumerate(groups) if group]
         for i in sorted(asked, key=lambda i: -len(prompts[i])):
@@ -259,16 +243,12 @@ class EmbeddedSampler(Sampler):
         expand = torch.tensor([b for b, i in enumerate(batch) for _ in groups[i]], device=device)
         cache.batch_select_indices(expand)  # ... and shared by its completions
         hidden, position, mask = hidden[expand], position[expand, -1], mask[expand]
-        limits = sampling.limits(len(prompts))
-        length = torch.tensor([limits[i] for i, _ in rows], device=device)
-        most = max(limits[i] for i in batch)
+        length = torch.tensor([sampling.max_tokens[i] for i, _ in rows], device=device)
+        most = int(length.max())
         mask = torch.cat([mask, mask.new_ones(len(rows), most)], 1)
         uniforms = None
         if sampling.temperature > 0:
-            draws = [
-                np.random.default_rng((seed, keys[i], j)).random(most, dtype=np.float32)
-                for i, j in rows
-            ]
+            draws = [np.random.default_rng((seed, keys[i], j)).random(most, dtype=np.float32) for i, j in rows]
             uniforms = torch.from_numpy(np.stack(draws)).to(device)  # [rows, most]
 
         drawn = torch.zeros(len(rows), most, dtype=torch.long, device=device)
@@ -311,11 +291,8 @@ class EmbeddedSampler(Sampler):
 
     def _hidden(self, ids, mask, position, cache):
         """Final hidden state of each row's last token, [b, H]; the cache grows by ids' tokens."""
-        decoder = self.lm.get_decoder()
-        out = decoder(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-        )
-        return out.last_hidden_state[:, -1]
+        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache)
+        return self.lm.get_decoder()(**inputs, use_cache=True).last_hidden_state[:, -1]
 
     def sleep(self) -> None:
         """Free the weights, which the update needs no copy of; until the next sync nothing can be drawn."""
@@ -373,11 +350,10 @@ def make_sampler(
     rollout: str, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int,
     max_batch_tokens: int = 0, gpu_memory: float = 0.7,
 ):
-    """The sampler that the flag --rollout names, EmbeddedSampler or VLLMSampler; rank 0 prints which and why.
+    """The sampler that --rollout names, EmbeddedSampler or VLLMSampler; rank 0 prints which and why.
 
-    rollout: "embedded", "vllm" or "auto". max_tokens: of a prompt with its completion (vLLM). max_batch_tokens: the
-    embedded sampler's. gpu_memory: fraction of the GPU for vLLM. Raises InputError where vLLM is asked for and not
-    installed, and for "auto" where a GPU has a large model and no vLLM."""
+    max_tokens: of a prompt with its completion. max_batch_tokens: the embedded sampler's. gpu_memory: fraction of the
+    GPU for vLLM. InputError if vLLM is asked for, or needed for a large model on a GPU ("auto"), and not installed."""
     from common import vllm
 
     cuda, version = world.device.type == "cuda", vllm_for(rollout, world)

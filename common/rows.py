@@ -1,8 +1,7 @@
 """Data files -> rows -> items -> examples: files, chat templates, ids.
 
-A *row* is one object of a file, in any shape of common/shapes.py, which turns it into an *item*: the turns that ask the
-question, the gold answer, and traces, each correct or not. An *example* is an item as ids. Every script reads its data
-through this file; a row that does not fit is counted, or named in an InputError.
+A *row* is one object of a file; common/shapes.py turns it into an *item*: the turns that ask the question, the gold
+answer, and traces. An *example* is an item as ids. A row that does not fit is counted, or named in an InputError.
 """
 
 import contextlib
@@ -172,9 +171,8 @@ SWITCHES = "{# --chat_template_args #}"  # ends the settings of switches in fron
 
 
 def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, think: bool = False):
-    """Give the tokenizer the template of --chat_template and --chat_template_args; -> the tokenizer.
+    """Give the tokenizer the template of --chat_template and --chat_template_args, saved with the model; return it.
 
-    A model that is exported with this tokenizer is asked in the same way afterwards, without the flags.
     switches: "key=value" for templates with switches. think: prompts end with "<think>\\n" if the template has no
     tag. Raises InputError for a file that does not exist and for a switch that the template does not have."""
     if file and not Path(file).is_file():
@@ -221,19 +219,15 @@ def render_prompt(tokenizer, messages: list[dict]) -> str:
 
 
 def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
-    """A teacher's trace as the model would have to produce it after this prompt.
-
-    If the prompt ends with an open `<think>`, the tag is taken off the trace, and so is the white space after it that
-    the prompt has already. Raises InputError, with `where`, if the prompt ends with a closed thought and the trace has
-    one."""
+    """A teacher's trace as the model would have to produce it after this prompt: if the prompt ends with an open
+    `<think>`, without the tag and the white space that the prompt has already. Raises InputError, with `where`, if the
+    prompt ends with a closed thought and the trace has one."""
     if not trace.startswith("<think>"):
         return trace
     if prompt_text.rstrip().endswith("</think>"):
-        raise InputError(
-            f"{where}the trace has a thought, and the chat template ends with a closed one: "
-            "pass --chat_template_args with the template's switch (such as enable_thinking=true or thinking=true), or "
-            "a --chat_template FILE"
-        )
+        raise InputError(f"{where}the trace has a thought, and the chat template ends with a closed one: pass "
+                         "--chat_template_args with the template's switch (such as enable_thinking=true or "
+                         "thinking=true), or a --chat_template FILE")  # fmt: skip
     opened = re.search(r"<think>(\s*)$", prompt_text)
     if not opened:
         return trace
@@ -242,10 +236,8 @@ def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
 
 
 def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[list[int]]:
-    """The ids of each response as it stands after its prompt, without an eos.
-
-    A SentencePiece tokenizer puts a word mark before a text that it is given alone. Such a response is tokenized
-    together with its prompt, where it has none."""
+    """The ids of each response as it stands after its prompt, without an eos. A SentencePiece tokenizer puts a word
+    mark before a text alone: such a response is tokenized together with its prompt."""
     encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
     for i, (prompt, response, ids) in enumerate(zip(prompts, responses, encoded, strict=True)):
         if ids and response[0] not in " \u2581" and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
@@ -369,10 +361,8 @@ def given_logps(probs: list | None, trace: list[int], where: str) -> list[float]
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: 'target_probs' must be a list of numbers above 0 ({error})") from error
     if len(trace) - len(logps) not in (0, 1) or max(logps, default=0.0) > 0:
-        raise InputError(
-            f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos included), or "
-            "one above 1; remove the column, or make it with this tokenizer"
-        )
+        raise InputError(f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos "
+                         "included), or one above 1; remove the column, or make it with this tokenizer")  # fmt: skip
     return logps + [math.nan] * (len(trace) - len(logps))
 
 
@@ -393,8 +383,7 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
         p p p r r r r    r r r r r r
         actions 1 1 1 1  0 0 0 1 1 1
 
-    A template that puts no eos behind a turn (the one of the paper's agents) trains none: the model learns no stop.
-    Raises InputError if the template shows earlier turns otherwise than when they were said."""
+    If the template puts no eos behind a turn, none is trained. InputError if it changes earlier turns later on."""
     text, ids, actions = "", [], []
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"][skip_turns:]
     if not turns:
@@ -403,10 +392,8 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
         before = render_prompt(tokenizer, messages[:turn])
         after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
         if not (before.startswith(text) and after.startswith(before)):
-            raise InputError(
-                f"the chat template shows turn {turn} or what is before it otherwise than when it was said (some drop "
-                "<think> from earlier turns); pass a --chat_template that keeps the history as it is"
-            )
+            raise InputError(f"the chat template changes turn {turn} or earlier ones later on (some drop <think> from "
+                             "them); pass a --chat_template that keeps the history as it is")  # fmt: skip
         said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
         for so_far, piece, action in ((text, before[len(text) :], False), (before, said + eos, True)):
             [piece_ids] = response_ids(tokenizer, [so_far], [piece])
@@ -503,10 +490,8 @@ def make_examples(
                 why = "the trace is empty or missing ('target', 'solution', ...: the table of shapes is in README)"
                 if item.traces and not item.first(correct=True):
                     why = "none of its traces is correct (its label or reward)"
-                raise InputError(
-                    f"{where}: {why}; remove the row (or, with luffy.py, pass --empty_trace drop | on_policy; columns "
-                    f"found: {', '.join(map(str, rows[index]))})"
-                )
+                raise InputError(f"{where}: {why}; remove the row (or, with luffy.py, pass --empty_trace drop | "
+                                 f"on_policy; columns found: {', '.join(map(str, rows[index]))})")  # fmt: skip
             count["trace_empty"] += 1
             if empty_trace == "drop":
                 continue
@@ -524,16 +509,16 @@ def make_examples(
     return examples, with_kept(examples, count, source, args)
 
 
-def gold_unreadable(verdict) -> bool:
-    """The verifier could not read the gold answer, so it would accept no response."""
-    return (verdict.detail or "").startswith("gold unreadable")
+def gold_unreadable(detail: str | None = None) -> bool:
+    """Whether a verdict's detail says that the gold answer cannot be read, so that no response is accepted."""
+    return (detail or "").startswith("gold unreadable")
 
 
 def report_golds(examples: Iterable[Example], verdicts: Iterable) -> None:
     """Name each row whose gold answer the verifier cannot read on the terminal, once."""
     for example, verdict in zip(examples, verdicts, strict=True):
         where = f"{example.source}, row {example.index}"
-        if gold_unreadable(verdict) and where not in _reported:
+        if gold_unreadable(verdict.detail) and where not in _reported:
             _reported.add(where)
             print(f"warning: {where}: {verdict.detail}; every response to it counts as wrong", file=sys.stderr)
 

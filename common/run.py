@@ -13,9 +13,8 @@
             run.save()
         run.finish(sampler)                             the model, curves.png
 
-policy and optimizer come from load_policy and make_optimizer (common/trainer.py). To read an algorithm you can skip
-this file: how flags are checked, where metrics, samples and checkpoints go, how rows are graded in the background,
-split into micro-batches and turned into vectors.
+To read an algorithm you can skip this file: how flags are checked, where metrics, samples and checkpoints go, how rows
+are graded in the background, split into micro-batches and turned into vectors.
 """
 
 import contextlib
@@ -23,7 +22,6 @@ import fcntl
 import functools
 import json
 import math
-import os
 import random
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -37,7 +35,7 @@ from tqdm import tqdm
 
 from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
-from common.metrics import Clock, Metrics, complete_lines, peak_memory_gb, read_metrics
+from common.metrics import Clock, Metrics, complete_lines, peak_memory_gb, read_metrics, write_whole
 from common.rollout import Sampler, Sampling, make_sampler
 from common.rows import Example, data_digest, report_golds, set_template
 from common.trainer import (
@@ -57,7 +55,7 @@ from common.trainer import (
     optimizer_step,
     set_context,
 )
-from common.verifiers import grade, grade_later
+from common.verifiers import grade_later
 
 T = TypeVar("T")
 Positive = Annotated[T, ("positive and finite", lambda x: 0 < x < math.inf)]
@@ -198,16 +196,14 @@ class Run:
         """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as
         value=(model, optimizer) or sft=(policy, a second optimizer)."""
         if (limit := max_positions(policy.lm.config)) and self.longest > limit:
-            raise InputError(
-                f"{self.source}: the longest row has {self.longest} tokens, and the model {limit} positions: lower "
-                "--max_response_tokens, or raise --max_positions (with --rope_theta)"
-            )
-        self.policy, self.tokenizer, self.more = policy, tokenizer, more
+            raise InputError(f"{self.source}: the longest row has {self.longest} tokens, and the model {limit} "
+                             "positions: lower --max_response_tokens, or raise --max_positions and --rope_theta")
+        self.policy, self.tokenizer = policy, tokenizer
         self.pairs = {"policy": (policy, optimizer)} | more
         if self.state:
-            self.checkpoints.load(policy, optimizer, more)
+            self.checkpoints.load(self.pairs)
         elif self.args.save_every:
-            self.checkpoints.check_space(policy, more)
+            self.checkpoints.check_space(self.pairs)
         if self.args.gradient_checkpointing == "auto":
             keep_activations(policy, self.args.micro_batch_tokens, self.world)
         self.metrics = Metrics(self.out, self.args, self.world, start=self.start, steps=self.steps)
@@ -254,12 +250,15 @@ class Run:
                norm: str = "optim/grad_norm") -> bool:  # fmt: skip
         """Check the numbers of an update, clip the gradient of the pair `name`, take its optimizer's step.
 
-        log: metrics of the update, kept for `log`; norm: the name of the gradient's norm among them. A non-finite
-        number stops the run; --skip_bad_updates skips the update and returns False. `rows` are then in OUT/bad."""
+        log: metrics of the update; norm: the name of the gradient's norm among them. A non-finite number stops the run,
+        or with --skip_bad_updates skips the update and returns False; `rows` are then in OUT/bad."""
         model, optimizer = self.pairs[name]
         try:
             check_finite(log, self.policy, self.world)
-            check_mismatch(log.get("mismatch/mean_abs", 0.0), self.step, self.args, self.world)
+            limit = self.args.max_mismatch or (0.05 if self.world.device.type == "cuda" else 0.001)
+            if (gap := log.get("mismatch/mean_abs", 0.0)) > limit:
+                raise RuntimeError(f"step {self.step}: the sampler's log-probs differ from the trainer's by {gap:.4f} "
+                                   f"per token (--max_mismatch {limit}): stale weights, or another model")  # fmt: skip
             for other, _ in self.pairs.values():
                 if other is not model:
                     gradient_norm(other)  # of several models that are trained all take their step, or none
@@ -285,9 +284,8 @@ class Run:
             tqdm.write(f"{message}. It is skipped (--skip_bad_updates)")
 
     def log(self, values: dict, rows: list = (), also: list = ()) -> None:
-        """Log means over the updates of this step, `values`, and what the step cost; write samples of `rows`.
-
-        also: other rows that were trained on. Before the first step only `values` are logged, if there are any."""
+        """Log means over this step's updates, `values`, and what the step cost; write samples of `rows`. also: other
+        rows that were trained on. Before the first step only `values` are logged, if there are any."""
         if self.step == self.start:
             return self.metrics.log(self.step, values, SHOWN) if values else None
         seconds, tokens = self.clock.flush(), sum(row.tokens for row in [*rows, *also])
@@ -310,12 +308,12 @@ class Run:
         if every and (self.step % every == 0 or self.step == self.steps):
             # for an export of the checkpoint
             state |= {"template": self.tokenizer.chat_template, "tokenizer": self.tokenizer.name_or_path}
-            self.checkpoints.save(self.step, *self.pairs["policy"], self.world, self.more, **state)
+            self.checkpoints.save(self.step, self.pairs, self.world, **state)
 
     def finish(self, sampler) -> None:
         """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler."""
         self.checkpoints.wait()
-        for name, (model, _) in self.more.items():
+        for name, (model, _) in self.pairs.items():
             if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
         export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
@@ -325,9 +323,8 @@ class Run:
 
 
 def lock(out: Path, world: World):
-    """Make the run folder and keep other processes from writing there, until this one ends; -> the file that says so.
-
-    Raises InputError if another one does, such as the ranks of a torchrun that was killed, or there is no folder."""
+    """Make the run folder and lock it until this process ends; return the lock's file. InputError if another process
+    holds it, such as a rank of a torchrun that was killed, or the folder cannot be made."""
     if not world.main:
         return None
     try:
@@ -341,16 +338,6 @@ def lock(out: Path, world: World):
         except BlockingIOError as error:
             raise InputError(f"--out {out}: another process writes there: end it, or name another folder") from error
     return file
-
-
-def check_mismatch(gap: float, step: int, args, world: World) -> None:
-    """Raise RuntimeError if the log-probs of sampler and trainer differ by more than --max_mismatch."""
-    limit = args.max_mismatch or (0.05 if world.device.type == "cuda" else 0.001)
-    if gap > limit:
-        raise RuntimeError(
-            f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.4f} per token (--max_mismatch "
-            f"{limit}): the sampler has stale weights, or runs another model"
-        )
 
 
 def stop_ids(policy, tokenizer, more: Iterable[str] = ()) -> list[int]:
@@ -402,16 +389,11 @@ def check_fit(flag: str, model, policy, longest: int) -> None:
 
 def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
     """Return the accuracy on examples by data source, and its unweighted mean. The ranks share the examples."""
-    mine = examples[world.rank :: world.size]
-    groups = sampler.generate(
-        [e.prompt for e in mine], n=1, keys=[e.index for e in mine], seed=args.seed + 1,
-        sampling=Sampling(args.max_response_tokens, args.eval_temperature),
-        progress="evaluate" if world.main else None,
-    )  # fmt: skip
-    answers = [answer for [answer] in groups]
-    verdicts = grade([tokenizer.decode(a.said) for a in answers], [e.gold for e in mine], verifier=args.verifier)
-    report_golds(mine, verdicts)
-    results = [(e.source, v.reward, a.truncated, len(a.ids)) for e, v, a in zip(mine, verdicts, answers, strict=True)]
+    mine, grader = range(world.rank, len(examples), world.size), Grader(tokenizer, args.verifier)
+    rows = sample_rows(sampler, examples, mine, [1] * len(examples), args, world, seed=args.seed + 1, grader=grader,
+                       temperature=args.eval_temperature)  # fmt: skip
+    grader.wait()
+    results = [(row.example.source, row.reward, row.truncated, len(row.response)) for row in rows]
     sources, rewards, truncated, lengths = zip(*gather_lists(results, world), strict=True)
     accuracy = {f"eval/{name}": mean(r for s, r in zip(sources, rewards) if s == name) for name in sorted(set(sources))}
     return accuracy | {
@@ -466,10 +448,10 @@ def trace_rows(batch: list[Example], mine, counts: list[int] | None = None) -> l
 
 def sample_rows(
     sampler, batch: list[Example], mine, counts: list[int], args, world: World, *, seed: int, grader: "Grader",
-    top_p: float = 1.0,
+    top_p: float = 1.0, temperature: float | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Sample counts[g] answers to question g of a batch, for the questions `mine`. The answers to a question are graded
-    while others are still being sampled."""
+    """Sample counts[g] answers to question g of a batch, for the questions `mine`, at --temperature or another one. The
+    answers to a question are graded while others are still being sampled."""
     groups: list[list[Row]] = [[] for _ in mine]
 
     def drawn(i: int, answers) -> None:
@@ -479,8 +461,8 @@ def sample_rows(
 
     sampler.generate(
         [batch[g].prompt for g in mine], n=[counts[g] for g in mine], keys=[batch[g].index for g in mine], seed=seed,
-        sampling=Sampling(args.max_response_tokens, args.temperature, top_p), drawn=drawn,
-        progress="sample" if world.main and args.max_response_tokens > 1000 else None,
+        sampling=Sampling(args.max_response_tokens, args.temperature if temperature is None else temperature, top_p),
+        drawn=drawn, progress="sample" if world.main and args.max_response_tokens > 1000 else None,
     )  # fmt: skip
     return [row for group in groups for row in group]
 
@@ -491,19 +473,23 @@ def gather_rows(rows: list[Row], world: World) -> list[Row]:
 
 
 def keep_answers(
-    path: Path, examples: list[Example], open_sampler, settings: dict, tokenizer, args, world: World, *, n: int,
+    path: Path, examples: list[Example], load, settings: dict, tokenizer, args, world: World, *, n: int,
     top_p: float = 1.0,
 ) -> list[list[dict]]:  # fmt: skip
     """Sample n answers to each example, grade them, keep them in `path` (a question per line), and return them:
     [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
 
-    After a stop the next call resumes: --batch_size questions are made at once. open_sampler() returns the sampler, if
-    it is needed. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
+    After a stop the next call resumes: --batch_size questions are made at once. load() returns the policy, if answers
+    are missing. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
     names = [name for name in settings if name != "model"]  # its digest is compared
     keep_settings(path.with_suffix(".json"), settings, names, f"{path} has answers of other settings", world)
-    sampler = open_sampler() if len(read_records(path)) < len(examples) else None
-    grader = Grader(tokenizer, args.verifier)
+    sampler, grader = None, Grader(tokenizer, args.verifier)
+    if len(read_records(path)) < len(examples):
+        policy = load()
+        sampler = open_sampler(policy, tokenizer, args, world)
+        sampler.sync(policy, version=0)
+        del policy  # the sampler has what it needs
 
     def answer(part: list[int]) -> list[dict]:
         batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
@@ -557,17 +543,6 @@ class Grader:
         self.jobs = []
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent}: {error}") from error
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
-
-
 def keep_settings(path: Path, settings: dict, names: Iterable[str], wrong: str, world: World) -> None:
     """Write settings to a JSON file. Raise InputError, which begins with `wrong`, if those `names` differ there."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
@@ -604,10 +579,9 @@ def write_records(path: Path, records: list[dict]) -> None:
 def keep_records(path: Path, parts: list[list], make, world: World, *, together: bool = False) -> dict:
     """Make a record for each id, keep them in `path`, and return {id: record} in the order of the ids.
 
-    parts: lists of ids that are made at once. make(part) returns the part's records, each with its "id". One rank makes
-    a part; with `together` all ranks make every part, as a collective. A rank that has nothing left calls make([]).
-    Records are appended to a file of each rank as they come. If the run is killed, the next call makes only the parts
-    that are missing, whatever the number of ranks."""
+    parts: lists of ids that are made at once. make(part) returns their records, each with its "id". One rank makes a
+    part (or calls make([]), if none is left); with `together` all ranks make every part, as a collective. Each rank
+    appends to a file of its own. If the run is killed, the next call makes only the parts that are missing."""
 
     def merge() -> dict:
         dist.barrier()  # all have written
@@ -686,8 +660,7 @@ def per_token(batch, values: list) -> torch.Tensor:
 
 @torch.no_grad()
 def policy_logps(policy, rows: list[Row], args, world: World) -> list[torch.Tensor]:
-    """Log-probs of the rows' tokens under the policy as it is, a tensor for each of `micro_batches`. Tokens of the
-    teacher are not computed: they hold 0 and are never read."""
+    """Log-probs of the rows' tokens, a tensor for each of `micro_batches`; 0, never read, for the teacher's tokens."""
     logps = []
     for batch, mine in micro_batches(rows, args, world):
         own = pack([(row.prompt, row.response) for row in mine if not row.teacher], world.device)
@@ -699,16 +672,15 @@ def policy_logps(policy, rows: list[Row], args, world: World) -> list[torch.Tens
 
 
 def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per: int, own=None) -> None:
-    """Add to the metrics, as means over `per` own tokens: how far the policy is from the one that sampled them
-    (policy/clipped: ratios outside the clip), and the trainer's log-probs from the sampler's (mismatch/).
-    [N] each; own None: all tokens."""
+    """Add to the metrics, as means over `per` own tokens: how far the policy is from the one that sampled them, and the
+    trainer's log-probs from the sampler's (mismatch/). [N] each; own None: all tokens."""
     own = torch.ones_like(logp, dtype=torch.bool) if own is None else own
     gone = torch.where(own, logp - old_logp, 0.0)
     gap = torch.where(own, old_logp - sampler_logp, 0.0).double()
     clipped = (gone.exp() - 1).abs() > (clip or math.inf)
     totals.add({"policy/clipped": clipped.sum(), "policy/kl_old": -gone.sum(),
                 "mismatch/mean_abs": gap.abs().sum(), "mismatch/kl": -gap.sum()}, per=max(1, per))  # fmt: skip
-    totals.largest({"mismatch/max": gap.abs()})
+    totals.largest("mismatch/max", gap.abs())
 
 
 def truncated_importance(old_logp: torch.Tensor, sampler_logp: torch.Tensor, cap: float) -> torch.Tensor:

@@ -29,10 +29,9 @@ class Candidate:
 
 
 def select_beam(values: list[float], finished: list[bool], width: int, *, compete: bool = False):
-    """One question's candidates -> indices of those that go on, best first, and of its new answers.
+    """One question's candidates -> indices of those that go on, best first, and of its new answers (finished ones).
 
-    Finished candidates are answers and take no place: the `width` best of the others go on. With `compete` they
-    do take places: of the `width` best, those that are finished are answers, and the rest of all is dropped.
+    The `width` best that are not finished go on. With `compete` only the `width` best of all are kept.
 
     >>> select_beam([0.2, 0.9, 0.7, 0.5], [False, True, False, False], 2)
     ([2, 3], [1])
@@ -107,10 +106,8 @@ def search_answers(
     max_tokens: int, step_ends: frozenset[int], micro_batch_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
     seed: int = 0,
 ) -> list[list[Candidate]]:  # fmt: skip
-    """The answers that a search finds to each prompt, [prompts][answers]; the best has the highest value.
-
-    A collective: every rank passes all prompts and gets all answers. keys: an int for each prompt that its draws
-    depend on. step_ends: see step_ids. No answer within max_steps: an empty list."""
+    """The answers that a search finds to each prompt within max_steps, [prompts][answers]. A collective: every rank
+    passes all prompts and gets all answers. keys: an int for each prompt, for its draws. step_ends: see step_ids."""
     eos, whole = set(map(int, sampler.stop_ids)), kind == "best_of_n"
     stops = () if whole else tuple(sorted(step_ends))
 
@@ -126,9 +123,11 @@ def search_answers(
             progress=f"step {step + 1}" if world.main else None,
         )  # fmt: skip
         drawn = sorted(gather_lists([(i, [c.ids for c in g]) for i, g in zip(mine, groups, strict=True)], world))
-        longer = [[state.response + ids for ids in steps]
-                  for (_, state), (_, steps) in zip(states, drawn, strict=True)]  # fmt: skip
-        return [[Candidate(r, r[-1] in eos or len(r) == max_tokens) for r in responses] for responses in longer]
+        found = []
+        for (_, state), (_, steps) in zip(states, drawn, strict=True):
+            longer = [state.response + ids for ids in steps]
+            found.append([Candidate(ids, ids[-1] in eos or len(ids) == max_tokens) for ids in longer])
+        return found
 
     def score(states):
         texts = [prompts[q] + (c.response[:-1] if c.response[-1] in eos else c.response) for q, c in states]

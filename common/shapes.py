@@ -16,7 +16,7 @@ import string
 from dataclasses import dataclass, field
 
 from common.data import InputError
-from common.verifiers import last_boxed
+from common.verifiers import boxes, last_boxed
 
 THINK = "<think>\n"
 IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -252,17 +252,10 @@ def boxed_gold(solution: str) -> str:
     """
     if (found := last_boxed(solution)) is not None:
         return found
-    inside = re.split(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", solution)
-    if len(inside) == 1:
-        return ""
-    if not inside[-1].startswith("{"):
+    inside = re.split(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", solution)[1:]
+    if inside and not inside[-1].startswith("{"):
         return re.split(r"\$|\\\)|\\\]|\n", inside[-1])[0].strip().rstrip(" .,;")
-    depth = 0
-    for mark in re.finditer(r"\\.|[{}]", inside[-1], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0 and mark[0] == "}":
-            return inside[-1][1 : mark.start()].strip()
-    return ""
+    return max(boxes(solution), default=(0, 0, ""))[2]  # the last one
 
 
 def _asked(row: dict) -> Item:
@@ -307,10 +300,8 @@ def _trace(row: dict, name: str, prompt: list[dict], **settings) -> list[Trace]:
         asked = [turn["content"].strip() for turn in prompt if turn["role"] != "system"]
         before = [turn["content"].strip() for turn in before if turn["role"] != "system"]
         if before and before != asked[-len(before) :]:
-            raise TypeError(
-                f"'{name}' has several turns, of which only the last would be trained: put the others into 'prompt', "
-                "or all of them into 'conversations' (oreo.py)"
-            )
+            raise TypeError(f"'{name}' has several turns, of which only the last would be trained: put the others into "
+                            "'prompt', or all of them into 'conversations' (oreo.py)")  # fmt: skip
         value = last["content"]
     text = _text(value, f"'{name}' (a text or [{{role, content}}])")
     if ids is not None:
@@ -382,8 +373,8 @@ def _responses(row: dict) -> Item:
 
 
 def _generations(row: dict) -> Item:
-    """OpenR1-Math. Raw: correct are the generations that both verifiers accepted (REDI's rule). 220k: that either
-    did, because the second was asked only where the first said no."""
+    """OpenR1-Math. Raw: both verifiers must accept (REDI's rule). 220k: one; the second was asked only if
+    the first did not."""
     rule, verdicts = any, [row[name] for name in ("correctness_math_verify", "correctness_llama") if name in row]
     if "correctness" in row:
         nulls = [None] * len(row["generations"])

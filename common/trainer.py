@@ -55,10 +55,9 @@ transformers_logging.disable_progress_bar()  # shards read and written: noise be
 def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
     """Parse argv into the dataclass `args_type` with tyro, where some flags choose the defaults of others.
 
-    `parse_args(Args, argv, preset=PRESETS, method=METHODS)`: the values of PRESETS[--preset] and then of
-    METHODS[--method] stand in for the dataclass's own defaults, and --help shows them; what is typed wins.
-    What holds for one value of an earlier flag only is nested under it: {"tiny": {"stage": {"sft": {"lr": 1e-3}}}}.
-    --print_settings: print what the command means as JSON, and exit."""
+    `parse_args(Args, argv, preset=PRESETS, method=METHODS)`: PRESETS[--preset] and then METHODS[--method] replace the
+    dataclass's defaults, also in --help; what is typed wins. What holds for one value of an earlier flag only is nested
+    under it: {"tiny": {"stage": {"sft": {"lr": 1e-3}}}}. --print_settings prints the settings as JSON and exits."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if shown := "--print_settings" in argv:
         argv.remove("--print_settings")
@@ -81,9 +80,8 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
 
 
 def launch(main, args) -> None:
-    """Run main(args) as a program: an InputError is one line and exit code 2; any other error ends this rank
-    at once with its traceback, so that torchrun ends the others instead of leaving them in a collective. Of several
-    ranks that fail the first one shows its error; the others fail because it is gone."""
+    """Run main(args) as a program: an InputError is one line and exit code 2; any other error ends this rank at once,
+    so that torchrun ends the others. If several ranks fail, only the first prints its error."""
     try:
         main(args)
     except InputError as error:
@@ -140,11 +138,9 @@ def init_world(timeout_minutes: float = 30.0) -> World:
     cuda = torch.cuda.is_available()
     if not cuda and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and NVIDIA_DRIVER.exists():
         driver = NVIDIA_DRIVER.read_text().splitlines()[0]
-        raise InputError(
-            f"torch {torch.__version__} cannot use this machine's NVIDIA GPU; its driver ({driver}) may be too old for "
-            f"CUDA {torch.version.cuda} (CUDA 13 needs 580 or later). Install a newer driver, or set "
-            "CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
+        raise InputError(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU; its driver ({driver}) may "
+                         f"be too old for CUDA {torch.version.cuda} (CUDA 13 needs 580 or later). Install a newer "
+                         "driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU")  # fmt: skip
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -188,8 +184,8 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
 
 
 class Totals:
-    """Metrics by name, summed over micro-batches and ranks: `totals.add({"policy/entropy": entropy.sum()}, per=n)` in
-    each micro-batch, then `totals.reduce()` once. They stay on the device: no micro-batch waits for the one before."""
+    """Metrics by name, summed over micro-batches and ranks: `add` in each micro-batch, then `reduce` once. They stay on
+    the device until then, so that no micro-batch waits for the one before."""
 
     def __init__(self, world: World):
         self.world, self.sums, self.maxima = world, {}, {}
@@ -199,11 +195,10 @@ class Totals:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() / per
 
-    def largest(self, values: dict[str, torch.Tensor]) -> None:
+    def largest(self, name: str, values: torch.Tensor) -> None:
         """Keep the largest of the numbers that a name was given; 0 if there are none."""
-        for name, value in values.items():
-            so_far = self.maxima.get(name, torch.zeros((), dtype=torch.float64, device=value.device))
-            self.maxima[name] = torch.cat([so_far[None], value.detach().flatten().double()]).max()
+        so_far = self.maxima.get(name, values.new_zeros((), dtype=torch.float64))
+        self.maxima[name] = torch.cat([so_far[None], values.detach().flatten().double()]).max()
 
     def reduce(self) -> dict[str, float]:
         """The metrics over all ranks (a collective)."""
@@ -264,8 +259,7 @@ class Policy(nn.Module):
         return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
 
     def useful_share(self) -> float | None:
-        """Share of the cells of attention on this rank that were no padding, since the last call; everything else
-        in the model computes tokens alone."""
+        """Fraction of attention's cells on this rank that were no padding, since the last call."""
         cells, useful, self.cells, self.useful = self.cells, self.useful, 0, 0
         return useful / cells if cells else None
 
@@ -282,10 +276,9 @@ VALUE_HEADS = ("ForSequenceClassification", "LLMForSequenceRegression")  # archi
 
 
 class ValueModel(Policy):
-    """The same body with a linear head: forward returns the value of a state, one number, float32.
+    """The same body with a linear head: forward returns the value of a state, float32.
 
-    On disk it is a sequence-classification folder with one label, or one of the published OREO code, whose head is
-    called value_head. A language model's folder gets a head of zeros, so every value starts at 0."""
+    On disk it is a sequence-classification folder with one label, or one of the published OREO code (value_head)."""
 
     auto = AutoModelForSequenceClassification
 
@@ -310,8 +303,7 @@ def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "--model"):
-    """The tokenizer of a model folder or Hub name. Raises InputError where there is none, or it has no eos, with the
-    flag that names it."""
+    """The tokenizer of a model folder or Hub name. InputError, with `flag`, if there is none or it has no eos."""
     try:
         # AutoTokenizer goes by the model's type: a Qwen2 folder gets Qwen2's own pre-tokenizer, even where its
         # tokenizer.json is another one and says so by naming no class of its own
@@ -333,17 +325,14 @@ def load_policy(
     """A Hugging Face causal LM, float32 master weights, sharded over the ranks with FSDP2 (bf16 compute and
     float32 reduction on CUDA). Only rank 0 reads the weights; the others receive their shards from it.
 
-    A folder with a configuration and no weights gives a model with random weights from `seed`.
-    from_config: settings of such a configuration instead of `path`. gradient_checkpointing: "all" layers (True), "none"
-    (False), or "auto": on CUDA those that `keep_activations` does not free from it.
-    kind: Policy, or ValueModel; new_head: a folder without a head of values gets one of zeros, which training starts
-    from. lora: rank (and alpha) of adapters on every linear layer of the body; the body's own weights are then
-    frozen, a value's head is not. edit_config: called with the configuration before the model is built (such as
-    RoPE's theta); what it sets is saved with the model. compile: fuse each layer's small operations with
-    torch.compile; attention, whose shapes change with every batch, is left as it is. flag: what names `path` in errors.
-    Dropout is set to 0, and routers have no jitter, as in the papers' runs.
-    Raises InputError if there is no such model at `path`, its weights are not those of its configuration, or packed
-    sequences or the head do not give what plain Transformers gives (`prove`)."""
+    A folder without weights, or from_config (settings of a configuration), gives random weights from `seed`.
+    gradient_checkpointing: "all" layers (True), "none" (False), or "auto": on CUDA what `keep_activations` leaves.
+    kind: Policy, or ValueModel; new_head: a folder without a value head gets one of zeros, to be trained. lora: rank
+    (and alpha) of adapters on the body's linear layers; its own weights are then frozen, a value's head is not.
+    edit_config: changes the configuration before the model is built; it is saved with the model. compile: compile each
+    layer except attention, whose shapes change with every batch. flag: names `path` in errors. Dropout is set to 0.
+    Raises InputError if there is no such model, its weights do not fit its configuration, or its log-probs are not
+    those of plain Transformers (`prove`)."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
     reading = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # what does not fit is named below
     flag = f"{flag or ('--model' if kind is Policy else '--value')} {path}"
@@ -458,8 +447,8 @@ def _prepare_config(config: PreTrainedConfig) -> None:
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Mean difference, in standard deviations of what is expected; NaN where one is NaN. A standard deviation counts as
-    0.1 at least: the log-probs of a model that is certain hardly vary, and rounding does not shrink with them."""
+    """Mean difference in standard deviations of what is expected, which count as 0.1 at least: the log-probs of a model
+    that is certain hardly vary, and rounding does not shrink with them. NaN if a value is NaN."""
     return ((found - expected).abs().mean() / expected.std().clamp(min=0.1)).item()
 
 
@@ -473,11 +462,10 @@ def tolerance(model: nn.Module) -> float:
 
 @torch.no_grad()
 def prove(model, flag: str) -> None:
-    """Raise InputError unless three short sequences, two of which share a prompt, have packed the log-probs (of a
-    ValueModel: the final hidden states) that plain Transformers gives each alone. A collective.
+    """Raise InputError unless three short packed sequences have the log-probs (of a ValueModel: the hidden states) that
+    the model's own forward gives each alone, with eager attention and in eval mode. A collective.
 
-    Plain Transformers: the same weights, the model's own forward with eager attention, no position ids, eval mode.
-    It cannot see what needs more tokens than these 24 a sequence, such as a wrong window of 4096."""
+    It cannot see what needs more than 24 tokens, such as a wrong window of 4096."""
     lm, device = model.lm, next(model.parameters()).device
     size = max(10, min(24, max_positions(lm.config) or 24))
     ids = torch.randint(len(lm.get_input_embeddings().weight), (3, size), generator=torch.Generator().manual_seed(0))
@@ -490,8 +478,12 @@ def prove(model, flag: str) -> None:
         return (out[0] if isinstance(out, tuple) else out).float()
 
     def plain(raw=states, train=False):
-        with _plain_attention(model.train(train)):
+        model.train(train)
+        lm.set_attn_implementation("eager")
+        try:
             each = [model.plain(torch.tensor(p + r, device=device), raw=raw)[len(p) - 1 :] for p, r in rows]
+        finally:
+            lm.set_attn_implementation("packed")
         model.train()
         return torch.cat(each)
 
@@ -518,19 +510,6 @@ def prove(model, flag: str) -> None:
     raise InputError(f"{flag}: {type(lm).__name__} is not supported: {why}")
 
 
-@contextlib.contextmanager
-def _plain_attention(model: nn.Module):
-    """Let the model compute with Transformers' eager attention."""
-    configs = [c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)]
-    for c in configs:
-        c._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        for c in configs:
-            c._attn_implementation = "packed"
-
-
 class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):
     """Transformers has none."""
 
@@ -539,10 +518,8 @@ AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceCla
 
 
 def read_config(path: str, *, trust_remote_code: bool = False, **labels) -> PreTrainedConfig:
-    """The configuration of a model folder or Hub name.
-
-    MiniCPM's is the Granite configuration that computes what its own code does, with the same names of weights, so that
-    none of that code is run. A model that is trained from there is saved as Granite."""
+    """The configuration of a model folder or Hub name. MiniCPM's is the Granite configuration that computes the same
+    from the same weights, so that none of its code is run; it is saved as Granite."""
     theirs, _ = PreTrainedConfig.get_config_dict(path)
     if theirs.get("model_type") != "minicpm":
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **labels)
@@ -559,16 +536,11 @@ def read_config(path: str, *, trust_remote_code: bool = False, **labels) -> PreT
 def set_context(args, config) -> None:
     """Set RoPE's base and the number of positions as --rope_theta and --max_positions say; 0 keeps the model's."""
     if args.rope_theta:
-        if rope_theta(config) is None:
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_theta") is None:  # no RoPE, or several bases
             raise InputError(f"--rope_theta: the configuration of --model {args.model} has no single RoPE base")
         config.rope_parameters["rope_theta"] = args.rope_theta
     if args.max_positions:
         config.max_position_embeddings = args.max_positions
-
-
-def rope_theta(config) -> float | None:
-    """RoPE's base; None for a model without it, or with one for each kind of layer."""
-    return (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
 
 
 def has_weights(path: str) -> bool:
@@ -595,8 +567,8 @@ def layers_to_keep(config, tokens: int, free: float) -> int:
 
 
 def keep_activations(policy: Policy, tokens: int, world: World) -> None:
-    """Let as many layers keep their activations as the free memory allows, with a fifth of it to spare. Weights and
-    optimizer must be there already; gradients are still to come. On a CPU: nothing to do."""
+    """On CUDA let as many layers keep their activations as fit into four fifths of the free memory, less the gradients.
+    Weights and optimizer must be there already."""
     if world.device.type != "cuda":
         return
     gradients = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad) / world.size
@@ -620,10 +592,8 @@ def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
     body = lm.requires_grad_(False).get_decoder()
     known = {f"{name}.weight" for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     if others := [name for name, p in body.named_parameters() if p.ndim > 1 and name not in known]:
-        raise InputError(
-            f"LoRA adapts linear layers, and {type(lm).__name__} has other weight matrices ({others[0]} and "
-            f"{len(others) - 1} more), which it would leave out: train all weights"
-        )
+        raise InputError(f"LoRA adapts linear layers, and {type(lm).__name__} has other weight matrices ({others[0]} "
+                         f"and {len(others) - 1} more), which it would leave out: train all weights")  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"), body)
@@ -730,8 +700,7 @@ def make_optimizer(policy: nn.Module, *, lr: float, betas=(0.9, 0.999), weight_d
     """AdamW over every parameter that is trained (float32 states, sharded as the parameters are)."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=True)
-    # AdamW makes its states at the first step, and a checkpoint of an optimizer without any would take that step
-    # with a gradient of zero: Adam's count would be one too high ever after
+    # a checkpoint of an optimizer without states would make them by a step of its own: Adam's count would be too high
     for p in trained:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -739,8 +708,8 @@ def make_optimizer(policy: nn.Module, *, lr: float, betas=(0.9, 0.999), weight_d
 
 
 def learning_rate(step: int, *, lr: float, steps: int, schedule: str, warmup: float = 0.0, floor=0.0) -> float:
-    """The rate of update `step` (0, 1, ...) of `steps`: linear warm-up over a share `warmup` of the updates,
-    then "constant", or "linear" / "cosine" down to `floor` times the peak. Stateless: nothing to save."""
+    """The rate of update `step` (0, 1, ...) of `steps`: linear warm-up over a fraction `warmup` of the updates, then
+    "constant", or "linear" / "cosine" down to `floor` times the peak."""
     ramp = math.ceil(warmup * steps)
     if step < ramp:
         return lr * (step + 1) / ramp
@@ -761,9 +730,8 @@ def gradient_norm(policy: nn.Module, *, clip: float = math.inf) -> float:
 
 
 def optimizer_step(policy: nn.Module, optimizer, *, lr: float, max_grad_norm: float) -> float:
-    """Clip the global gradient norm, set the rate, step, clear. Returns the norm before clipping.
-
-    Raises FloatingPointError on a norm that is not finite; the weights are then untouched."""
+    """Clip the global gradient norm, set the rate, step, clear; return the norm before clipping. FloatingPointError if
+    it is not finite: the weights are then untouched."""
     norm = gradient_norm(policy, clip=max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -773,9 +741,8 @@ def optimizer_step(policy: nn.Module, optimizer, *, lr: float, max_grad_norm: fl
 
 
 def check_finite(log: dict[str, float], policy: Policy, world: World) -> None:
-    """Raise FloatingPointError if a number of an update's log is NaN or infinite, or a log-prob was NaN or above 0.
-
-    A collective; every rank holds the same log: all raise, or none."""
+    """Raise FloatingPointError on every rank if a number of an update's log (the same on all) is not finite, or a
+    log-prob was NaN or above 0."""
     bad = sum_over_ranks(torch.tensor([float(policy.bad_logps)], dtype=torch.float64), world).item()
     policy.bad_logps = 0
     if bad:

@@ -12,9 +12,8 @@ The rules, by name (`VERIFIERS`). One's own is a function (response, gold) -> fl
     exact       last \boxed{}, else what follows the last ####, else all after </think>: the gold, stripped
     mcq         label of a choice: last \boxed{}, else the last "answer is X", else the start of the last line
 
-Statuses. "ok": a verdict was reached, right or wrong. "unparsable": nothing to compare, as no answer could be
-extracted from the response (or from the gold). "timeout": the deadline came first. "error": the verifier
-raised or its process died. All but "ok" have reward 0 and a `detail`; the first error of a verifier is printed.
+Statuses. "ok": a verdict, right or wrong. "unparsable": no answer in the response (or in the gold). "timeout": the
+deadline came first. "error": the verifier raised or its process died. All but "ok" have reward 0 and a `detail`.
 
 Traps
 - `\boxed{42} no wait \boxed{7}` is 7: the last box wins. Math-Verify 0.6, of LUFFY's runs, joins boxes only
@@ -22,8 +21,8 @@ Traps
 - sympy's parse_expr is eval, and lambdify writes Python with the names of symbols in it. Answers reach both:
   Math-Verify 0.9 runs what stands in the brackets of \sum_{n=0}^\infty \frac{1+n\text{[...]}}{n!}. Here both
   are replaced while a text is in its hands, and CPython then refuses to run or open anything (`_audit`).
-- Math-Verify's own time-outs are off. SIGALRM needs a main thread, cannot stop a long C call, leaves sympy's
-  caches half-written, and a slow answer becomes a wrong one. Here the parent kills and replaces the process.
+- Math-Verify's own time-outs are off: SIGALRM needs a main thread, cannot stop a long C call, and leaves sympy's
+  caches half-written. Here the parent kills and replaces the process.
 """
 
 import ast
@@ -110,6 +109,22 @@ def last_boxed(text: str) -> str | None:
     return ",".join(found) if found else None
 
 
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""Return (start, end, content) of the last boxes of a text, without boxes in boxes. `\{` is not a brace."""
+    found = []
+    for box in [*re.finditer(r"\\(?:boxed|fbox)\s*\{", text)][-50:]:
+        depth, start = 0, box.end() - 1
+        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
+            depth += (brace[0] == "{") - (brace[0] == "}")
+            if depth == 0:
+                if not found or box.start() >= found[-1][1]:
+                    found.append((box.start(), brace.end(), text[start + 1 : brace.start()].strip()))
+                break
+        else:
+            found = []  # a box that stays open was to hold the answer
+    return found
+
+
 def after_think(response):
     """What follows </think>, up to a second one; the whole text if there is no tag."""
     return response.split("</think>", 2)[min(1, response.count("</think>"))]
@@ -154,11 +169,10 @@ def _label(text):
 
 
 def math_reward(response: str, gold: str, *, think_gate: bool = True) -> float:
-    r"""LUFFY's reward, 1.0 or 0.0 (`mix_src/math_verify_reward.py`; specs A4).
+    r"""LUFFY's reward, 1.0 or 0.0 (`mix_src/math_verify_reward.py`): `grade` of one item.
 
-    think_gate: only what stands between the first and the second </think> counts, and without a tag the
-    reward is 0 (`reward_impl_version` 3, all published runs); False: the whole text (version 4). This is
-    `grade` of one item: safe on any text and from any thread, 0.0 after five seconds.
+    think_gate: only what stands between the first and the second </think> counts, and without a tag the reward is 0
+    (`reward_impl_version` 3, all published runs); False: the whole text (version 4).
 
     >>> math_reward("hm </think> It is \\boxed{0.5}", r"\frac{1}{2}"), math_reward(r"\boxed{2}", "2")
     (1.0, 0.0)
@@ -173,10 +187,6 @@ def _math(response, gold):
     if "</think>" not in response:
         raise NoAnswer("no </think>")
     return _compare(after_think(response), gold)
-
-
-def _full(response, gold):
-    return _compare(response, gold)
 
 
 def _strict_box(response, gold):
@@ -209,7 +219,7 @@ def _compare(text, gold):
 
 
 VERIFIERS = {
-    "math": _math, "full": _full, "strict_box": _strict_box, "robust": _robust, "boxed": _boxed, "exact": _exact,
+    "math": _math, "full": _compare, "strict_box": _strict_box, "robust": _robust, "boxed": _boxed, "exact": _exact,
     "mcq": _mcq,
 }  # fmt: skip
 # Imports and the parser's tables take a third of a second, which should not be on the first items' time.
@@ -342,14 +352,12 @@ def _importing():
 def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> list[Verdict]:
     """Grade each response against its gold: one Verdict an item, in order, whatever the text.
 
-    verifier: a name in VERIFIERS; a function (response, gold) -> float that a fresh process can import;
-    "module:function". workers: processes; None: the cores this process may use over the ranks of the machine.
-    timeout: seconds for one item, after which its worker is killed and replaced. Time in which others had the
-    cores does not count, up to twice as much: a busy machine shall not make a right answer wrong. So the call
-    ends within ceil(items / workers) * (3 * timeout + a start). Verdicts do not depend on `workers`.
+    verifier: a name in VERIFIERS, "module:function", or a function (response, gold) -> float that can be imported.
+    workers: processes, on which verdicts do not depend; None: this process's cores over the machine's ranks.
+    timeout: seconds for one item, after which its worker is killed and replaced. Time spent waiting for a core is not
+    counted, up to 2 x timeout. The call returns within ceil(items / workers) * (3 * timeout + a start).
     Raises ValueError (lengths differ, no such verifier), TypeError (a response is not a string), ImportError
-    (the verifier's module does not import), RuntimeError (a worker does not start).
-    """
+    (the verifier's module does not import), RuntimeError (a worker does not start)."""
     if len(responses) != len(golds):
         raise ValueError(f"{len(responses)} responses but {len(golds)} golds")
     if not all(isinstance(response, str) for response in responses):
@@ -442,10 +450,8 @@ def _spec(verifier):
 class _Worker:
     """A process that grades one item at a time: the parent's side of it.
 
-    Not a fork, which a process with CUDA must not do; not multiprocessing's spawn, which would run the
-    training script and import torch: a bare interpreter that loads this file. JSON both ways: what a process
-    says that reads a model's text is not unpickled.
-    """
+    A bare interpreter that loads this file: no fork, which CUDA forbids, and no spawn, which would import torch. JSON
+    both ways: what a process that reads a model's text sends is not unpickled."""
 
     BOOT = """if True:
         import importlib.util, json, sys
@@ -532,9 +538,8 @@ def _serve(spec, fd, memory):
     """A worker's whole life. It ends with its parent's, whatever it is doing and however the parent dies."""
     global _in_worker
     _in_worker = True
-    # When the parent's end of stdin closes, the kernel sends SIGIO, which terminates: no verifier need
-    # cooperate, not even one inside a C call. (PR_SET_PDEATHSIG follows the thread that started us, not its
-    # process.)
+    # When the parent's end of stdin closes, the kernel sends SIGIO, which terminates even a verifier inside a C call.
+    # (PR_SET_PDEATHSIG follows the thread that started us, not its process.)
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)

@@ -139,19 +139,17 @@ class Worker:
 
 
 class VLLMSampler(Sampler):
-    """Samples from a vLLM engine beside this rank.
+    """Samples from a vLLM engine beside this rank. Every method is a collective (a rank without prompts passes []).
 
-    Every method is a collective: all ranks call it in the same order (a rank without prompts passes []). A worker
-    that dies or hangs is started again, gets the weights again, and the missing answers are drawn again, at most
+    A worker that dies or hangs is restarted with the weights, and the missing answers are drawn again, at most
     MAX_RESTARTS times per call. If it has never worked, the error is raised at once."""
 
     def __init__(
         self, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int, gpu_memory: float = 0.7,
         patience: float | None = None, **settings,
     ):
-        """stop_ids: ids that end a completion. max_tokens: of a prompt with its completion. gpu_memory: fraction of
-        the GPU for vLLM. patience: seconds of silence after which it counts as hung; None: 120, and on a
-        CPU, where a step may read 8192 tokens without a sign, 1200. settings: more of vllm.LLM's."""
+        """stop_ids: ids that end a completion. max_tokens: of a prompt with its completion. gpu_memory: fraction of the
+        GPU for vLLM. patience: seconds of silence when it is hung; None: 120, on a CPU 1200. settings: LLM's."""
         self.world, self.policy, self.max_tokens = world, policy, max_tokens
         self.stop_ids = sorted(set(stop_ids))
         self.cuda = world.device.type == "cuda"
@@ -185,10 +183,8 @@ class VLLMSampler(Sampler):
 
     @torch.no_grad()
     def sync(self, policy: Policy, version: int) -> None:
-        """Wake vLLM, give it the policy's weights, empty its prefix cache, and have it proven.
-
-        Proof: vLLM reports this version; from now on every token it draws must carry it; and its log-probs of a
-        short completion are the policy's own. Raises RuntimeError where they are not."""
+        """Wake vLLM, give it the policy's weights, and empty its prefix cache. Then vLLM must report this version, also
+        with every token that it draws, and have the policy's log-probs of a short completion: else RuntimeError."""
         self.version, self.policy = None, policy
         self.syncs += 1
         self.label = f"{self.syncs} (step {version})"
@@ -291,9 +287,7 @@ class VLLMSampler(Sampler):
             torch.cuda.empty_cache()
 
     def _prove(self) -> None:
-        """Compare vLLM's log-probs of a short completion with the policy's own.
-
-        At a temperature that is not 1, so that log-probs at temperature 1 are found out too."""
+        """Compare vLLM's log-probs of a short completion with the policy's own, at a temperature that is not 1."""
         rng = np.random.default_rng(self.syncs)
         vocabulary = self.policy.lm.get_input_embeddings().weight.shape[0]
         length = max(1, min(8, self.max_tokens // 2))
@@ -313,22 +307,17 @@ class VLLMSampler(Sampler):
         gap = (logp - torch.tensor(drawn[0].logps)).abs().mean().item()
         limit = 0.25 if self.cuda else 1e-3  # bf16: 0.02 on average
         if not gap < limit:
-            raise RuntimeError(
-                f"the weights did not arrive in vLLM, or it does not run the same model: after sync {self.label} its "
-                f"log-probs differ from the policy's by {gap:.4f} per token (at most {limit} is expected)"
-            )
+            raise RuntimeError(f"the weights did not arrive in vLLM, or it does not run the same model: after sync "
+                               f"{self.label} its log-probs differ from the policy's by {gap:.4f} per token (at most "
+                               f"{limit} is expected)")  # fmt: skip
 
     def _generate(self, prompts, groups, keys, seed, sampling, bar, drawn) -> None:
-        limits = sampling.limits(len(prompts))
+        limits = sampling.max_tokens
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             if len(prompt) + limit > self.max_tokens:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens: with max_tokens {limit} that is more than the "
-                    f"{self.max_tokens} that vLLM was started for"
-                )
-        streams = [
-            int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "big") for key in keys
-        ]
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens: with max_tokens {limit} that is more than the "
+                                 f"{self.max_tokens} that vLLM was started for")  # fmt: skip
+        streams = [int(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).hexdigest(), 16) for key in keys]
         for attempt in range(MAX_RESTARTS + 1):
             missing = [(i, j) for i, group in enumerate(groups) for j, answer in enumerate(group) if answer is None]
 

@@ -381,27 +381,9 @@ def test_backward_may_run_twice(keep):
         logp = linear_logprobs(h, w, targets, keep=keep, **tiles)
         first = torch.autograd.grad(logp.sum(), (h, w), retain_graph=True)
         second = torch.autograd.grad(logp.sum(), (h, w))
-        tolerance = 2e-3 if keep and tiles else 0  # the first wrote over what was kept: the second computes it again
+        tolerance = 2e-3 if keep else 0  # the first wrote over what was kept: the second computes it again
         for a, b in zip(first, second):
             torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-@everywhere
-def test_inplace_writes_the_gradient_over_the_logits(place):
-    backend, device = place
-    torch.manual_seed(0)
-    z, targets = torch.randn(5, 30, device=device), torch.randint(0, 30, (5,), device=device)
-    gradients, memory = [], []
-    for inplace in (False, True):
-        (leaf,) = leaves(z)
-        logits = leaf * 2
-        logp, entropy = logprobs_from_logits(logits, targets, entropy=True, inplace=inplace, backend=backend)
-        logits.register_hook(lambda g: memory.append(g.data_ptr()))
-        (logp.sum() - entropy.sum()).backward()
-        gradients.append(leaf.grad)
-        memory[-1] = memory[-1] == logits.data_ptr()
-    assert memory == [False, True]
-    torch.testing.assert_close(*gradients)
 
 
 @everywhere
@@ -431,7 +413,6 @@ def test_kl_of_a_policy_with_itself_is_zero_and_its_reference_gets_no_gradient()
     assert h.grad.abs().max() < 1e-6 and w.grad.abs().max() < 1e-6
 
 
-@pytest.mark.skipif(not logprobs.ONEDNN, reason="needs AVX-512 and a torch with oneDNN")
 def test_large_products_on_a_cpu_round_no_worse_than_torch_mm():
     torch.manual_seed(0)
     for a, b in ((torch.randn(500, 800), torch.randn(800, 700)), (torch.randn(800, 500).T, torch.randn(700, 800).T)):
@@ -569,7 +550,7 @@ def test_offsets_beyond_2_to_the_31():
     logits[-1, -1] = 5.0
     targets = torch.full((n,), v - 1, device="cuda")
     logits.requires_grad_()
-    logp = logprobs_from_logits(logits, targets, inplace=True)
+    logp = logprobs_from_logits(logits, targets)
     logp[-1].backward()
     expected = 5.0 - torch.tensor(v - 1 + 5.0, dtype=torch.float64).exp().log()
     del expected

@@ -220,7 +220,7 @@ def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(t
             for i in range(len(prompts)):
                 drawn(i, [Completion(ids, [0.0] * len(ids), "stop") for ids in answers])
 
-    monkeypatch.setattr(redi_data, "open_sampler", lambda *_: Three())
+    monkeypatch.setattr("common.run.open_sampler", lambda *_: Three())
     turns = [{"role": "user", "content": "a=1\na?"}]
     problems = [Item(turns, "", "9", [Trace("x")]), Item(turns, "", "9", [Trace("y", 0.0)])]
     args = Args(model="models/tiny", out=str(tmp_path), verifier="boxed", own_answers=3)
@@ -242,7 +242,7 @@ def test_a_prompt_that_is_rendered_gets_no_template(tmp_path, monkeypatch):
             asked.extend(prompts)
             drawn(0, [Completion([*tokenizer("a=6")["input_ids"], tokenizer.eos_token_id], [0.0] * 3, "stop")])
 
-    monkeypatch.setattr(redi_data, "open_sampler", lambda *_: One())
+    monkeypatch.setattr("common.run.open_sampler", lambda *_: One())
     graded = [{"prompt": shown, "response": "a=5", "reward": 1, "answer": "5"}]
     make(tmp_path / "data", "--own_answers", 1, "--data", write(tmp_path / "rows.jsonl", graded))
     assert asked == [prompt]

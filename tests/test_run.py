@@ -217,7 +217,7 @@ def test_totals_are_sums_maxima_and_means(world):
     for values in ([1.0, -5.0], [2.0, 4.0], []):
         x = torch.tensor(values)
         totals.add({"mean": x.sum()}, per=4)
-        totals.largest({"largest": x.abs()})
+        totals.largest("largest", x.abs())
     assert totals.reduce() == {"mean": 0.5, "largest": 5.0}
 
 

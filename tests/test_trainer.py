@@ -184,7 +184,7 @@ def checkpoint(tmp_path, **settings):
 def test_training_goes_on_from_a_checkpoint_bit_for_bit(policy, world, tmp_path):
     optimizer = make_optimizer(policy, lr=1e-2)
     train_a_little(policy, optimizer, 3)
-    checkpoint(tmp_path).save(3, policy, optimizer, world, buffer=[1, 2])
+    checkpoint(tmp_path).save(3, {"policy": (policy, optimizer)}, world, buffer=[1, 2])
     train_a_little(policy, optimizer, 2, seed=1)
 
     again = load_policy("nano", world, from_config=NANO, seed=99)
@@ -192,7 +192,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(policy, world, tmp_path)
     saved = checkpoint(tmp_path)
     state = saved.state()
     assert (state["step"], state["buffer"]) == (3, [1, 2])
-    saved.load(again, its_optimizer)
+    saved.load({"policy": (again, its_optimizer)})
     train_a_little(again, its_optimizer, 2, seed=1)
     assert weights_digest(again) == weights_digest(policy)
 
@@ -211,12 +211,12 @@ def test_a_second_optimizer_or_model_comes_back_from_a_checkpoint_bit_for_bit(po
 
     optimizer, second = make_optimizer(policy, lr=1e-2), second_pair(kind, policy, world, 7)
     train(policy, optimizer, *second, seed=1)
-    checkpoint(tmp_path).save(1, policy, optimizer, world, more={kind: second})
+    checkpoint(tmp_path).save(1, {"policy": (policy, optimizer), kind: second}, world)
     train(policy, optimizer, *second, seed=5)
 
     again = load_policy("nano", world, from_config=NANO, seed=99)
     its_optimizer, its_second = make_optimizer(again, lr=1e-2), second_pair(kind, again, world, 98)
-    checkpoint(tmp_path).load(again, its_optimizer, more={kind: its_second})
+    checkpoint(tmp_path).load({"policy": (again, its_optimizer), kind: its_second})
     train(again, its_optimizer, *its_second, seed=5)
     assert weights_digest(again) == weights_digest(policy)
     assert weights_digest(its_second[0]) == weights_digest(second[0])
@@ -226,10 +226,10 @@ def test_saving_an_optimizer_that_has_not_stepped_changes_nothing(policy, world,
     """Adam's count of steps stays 0, in the run that goes on and in the one that loads the checkpoint."""
     optimizer, second = make_optimizer(policy, lr=1e-2), make_optimizer(policy, lr=1e-2)
     train_a_little(policy, optimizer, 1)
-    checkpoint(tmp_path).save(1, policy, optimizer, world, more={"sft": (policy, second)})
+    checkpoint(tmp_path).save(1, {"policy": (policy, optimizer), "sft": (policy, second)}, world)
     again = load_policy("nano", world, from_config=NANO, seed=99)
     its_optimizer, its_second = make_optimizer(again, lr=1e-2), make_optimizer(again, lr=1e-2)
-    checkpoint(tmp_path).load(again, its_optimizer, more={"sft": (again, its_second)})
+    checkpoint(tmp_path).load({"policy": (again, its_optimizer), "sft": (again, its_second)})
     for steps, expected in ((optimizer, 1), (second, 0), (its_optimizer, 1), (its_second, 0)):
         assert {state["step"].item() for state in steps.state.values()} == {expected}
 
@@ -239,11 +239,11 @@ def test_only_the_newest_checkpoints_are_kept_and_partial_ones_do_not_count(poli
     train_a_little(policy, optimizer, 1)
     saved = checkpoint(tmp_path)
     for step in (1, 2, 3):
-        saved.save(step, policy, optimizer, world)
+        saved.save(step, {"policy": (policy, optimizer)}, world)
     assert sorted(p.name for p in saved.folder.iterdir()) == ["step-00000002", "step-00000003"]
     (saved.folder / "step-00000009.partial").mkdir()  # what a crash while saving leaves
     assert saved.latest().name == "step-00000003"
-    saved.save(4, policy, optimizer, world)
+    saved.save(4, {"policy": (policy, optimizer)}, world)
     assert sorted(p.name for p in saved.folder.iterdir()) == ["step-00000003", "step-00000004"]
 
 
@@ -257,8 +257,8 @@ def test_a_process_alone_saves_and_loads_without_gloo(policy, world, tmp_path, m
     for name in ("save", "load"):
         monkeypatch.setattr(checkpoints.dcp, name, noted(getattr(checkpoints.dcp, name)))
     mine, optimizer = Checkpoints(tmp_path, Settings()), make_optimizer(policy, lr=1e-2)
-    mine.save(1, policy, optimizer, world)
-    mine.load(policy, optimizer)
+    mine.save(1, {"policy": (policy, optimizer)}, world)
+    mine.load({"policy": (policy, optimizer)})
     assert asked == [True, True]
 
 
@@ -266,14 +266,14 @@ def test_a_failed_save_leaves_the_last_checkpoint(policy, world, tmp_path, monke
     optimizer = make_optimizer(policy, lr=1e-2)
     train_a_little(policy, optimizer, 1)
     saved = checkpoint(tmp_path)
-    saved.save(1, policy, optimizer, world)
+    saved.save(1, {"policy": (policy, optimizer)}, world)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints.json, "dump", full)
     with pytest.raises(RuntimeError, match=r"step 2 .* could not be written .*No space.* step-00000001 is intact"):
-        saved.save(2, policy, optimizer, world)
+        saved.save(2, {"policy": (policy, optimizer)}, world)
     assert saved.state()["step"] == 1
 
 
@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, policy, wo
     optimizer, saved = make_optimizer(policy, lr=1e-2), checkpoint(tmp_path)
     for step in (1, 2):
         train_a_little(policy, optimizer, 1)
-        saved.save(step, policy, optimizer, world)
+        saved.save(step, {"policy": (policy, optimizer)}, world)
     path = saved.folder / "step-00000002" / ("state.json" if "state" in damage else "__0_0.distcp")
     content = bytearray(path.read_bytes())
     if damage == "remove":
@@ -292,15 +292,15 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, policy, wo
         path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     assert saved.state()["step"] == 1
     assert "WARNING" in (said := capsys.readouterr().err) and path.name in said
-    saved.load(policy, optimizer)
-    saved.save(2, policy, optimizer, world)  # the run comes by again
+    saved.load({"policy": (policy, optimizer)})
+    saved.save(2, {"policy": (policy, optimizer)}, world)  # the run comes by again
     assert sorted(p.name for p in saved.folder.iterdir()) == ["step-00000001", "step-00000002"]
     assert saved.state()["step"] == 2
 
 
 def test_without_an_intact_checkpoint_a_run_does_not_start_anew_in_silence(policy, world, tmp_path):
     saved = checkpoint(tmp_path)
-    saved.save(1, policy, make_optimizer(policy, lr=1e-2), world)
+    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
     (saved.folder / "step-00000001" / "SHA256SUMS").unlink()
     for _ in range(2):  # a second start finds that it was set aside
         with pytest.raises(InputError, match="no intact checkpoint is left.*start anew"):
@@ -309,7 +309,7 @@ def test_without_an_intact_checkpoint_a_run_does_not_start_anew_in_silence(polic
 
 def test_what_a_file_manager_leaves_in_a_checkpoint_does_not_damage_it(policy, world, tmp_path, capsys):
     saved = checkpoint(tmp_path)
-    saved.save(1, policy, make_optimizer(policy, lr=1e-2), world)
+    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
     (saved.latest() / ".DS_Store").write_text("x")
     (saved.latest() / "@eaDir").mkdir()
     assert saved.state()["step"] == 1 and "WARNING" not in capsys.readouterr().err
@@ -317,7 +317,7 @@ def test_what_a_file_manager_leaves_in_a_checkpoint_does_not_damage_it(policy, w
 
 def test_sha256sum_reads_the_checksums(policy, world, tmp_path):
     saved = checkpoint(tmp_path)
-    saved.save(1, policy, make_optimizer(policy, lr=1e-2), world)
+    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
     subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=saved.latest(), check=True, capture_output=True)
 
 
@@ -326,11 +326,11 @@ def test_a_checkpoint_written_in_the_background_is_that_of_its_moment(policy, wo
     train_a_little(policy, optimizer, 1)
     saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
     then = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    saved.save(1, policy, optimizer, world, mark=7)
+    saved.save(1, {"policy": (policy, optimizer)}, world, mark=7)
     train_a_little(policy, optimizer, 3)  # while it is written
     saved.wait()
     assert saved.state()["mark"] == 7
-    saved.load(policy, optimizer)
+    saved.load({"policy": (policy, optimizer)})
     assert all(torch.equal(p, then[name]) for name, p in policy.named_parameters())
 
 
@@ -341,7 +341,7 @@ def test_what_goes_wrong_in_the_background_is_not_lost(policy, world, tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints.json, "dump", full)
-    saved.save(2, policy, make_optimizer(policy, lr=1e-2), world)
+    saved.save(2, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
     with pytest.raises(RuntimeError, match="could not be written .*No space.*There is none before it"):
         saved.wait()
 
@@ -368,7 +368,7 @@ def test_log_probs_that_are_not_numbers_are_counted(policy, world):
 def test_another_configuration_is_refused_and_the_difference_named(policy, world, tmp_path):
     optimizer = make_optimizer(policy, lr=1e-2)
     train_a_little(policy, optimizer, 1)
-    checkpoint(tmp_path).save(1, policy, optimizer, world)
+    checkpoint(tmp_path).save(1, {"policy": (policy, optimizer)}, world)
     assert checkpoint(tmp_path, steps=20).state()["step"] == 1  # more steps of the same run are fine
     with pytest.raises(InputError, match=r"--lr 0\.001 there, 0\.5 here"):
         checkpoint(tmp_path, lr=0.5).state()
@@ -379,7 +379,7 @@ def test_too_little_disk_is_an_error_before_training(policy, tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
     with pytest.raises(InputError, match="GB are free"):
-        checkpoint(tmp_path).check_space(policy)
+        checkpoint(tmp_path).check_space({"policy": (policy, None)})
 
 
 # ---------------------------------------------------------------------------------------------------- metrics

@@ -69,11 +69,10 @@ def load_runs(folders: tuple[str, ...], verifier: str) -> list[Run]:
 
 
 def bootstrap_interval(differences: list[np.ndarray], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of the mean over benchmarks of their mean difference, by resampling questions.
+    """Return the 95 % interval of the mean over benchmarks of their mean difference, by a paired bootstrap.
 
-    differences: for each benchmark [Q], run B's fraction of correct answers minus run A's. Questions are drawn within
-    each benchmark, the same ones for both runs (a paired bootstrap), so that what makes a question hard for both
-    cancels. A question's answers are not resampled: the scatter of the fractions includes their noise already."""
+    differences: for each benchmark [Q], run B's fraction of correct answers minus run A's. Questions are resampled
+    within each benchmark. Their answers are not: the scatter of the fractions includes their noise already."""
     rng = np.random.default_rng(seed)
     means = np.zeros(draws)
     for values in differences:
@@ -85,10 +84,8 @@ def bootstrap_interval(differences: list[np.ndarray], *, draws: int = 10_000, se
 
 
 def compare_rates(rates: dict[str, np.ndarray], names: list[str]) -> list[dict]:
-    """Return the rows of comparison.csv: for each benchmark and their unweighted average, for each run, pass@1, its
-    standard error, and the difference to the first run with its 95 % interval.
-
-    rates: for each benchmark [runs, questions], the fraction of correct answers; names: the runs'."""
+    """Return the rows of comparison.csv: for each benchmark, and their unweighted average, and each run. rates: for
+    each benchmark [runs, questions], the fraction of correct answers; names: the runs'."""
     rows = []
     for benchmark, part in [*((b, [b]) for b in rates), ("average", list(rates))]:
         for i, name in enumerate(names):
@@ -137,9 +134,8 @@ def different_settings(runs: list[Run], verifier: str) -> list[list]:
     return [["", *(run.name for run in runs)], *(row for row in rows if any(value != row[1] for value in row[2:]))]
 
 
-# What is on it was written by models: the page gets it as data and shows it as text. Formulas are turned into MathML
-# here. Only the elements and attributes listed pass: the converter makes links of \href and does not escape \text. The
-# page's policy lets no script run but its own.
+# Models wrote what is on the page: it gets it as data and shows it as text. Formulas become MathML, of which only the
+# elements and attributes listed pass: the converter makes links of \href and does not escape \text.
 
 FORMULA = re.compile(
     r"\$\$(?P<display>.+?)\$\$|\\\[(?P<brackets>.+?)\\\]|\\\((?P<inline>.+?)\\\)"

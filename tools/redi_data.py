@@ -26,20 +26,9 @@ import redi
 from common.checkpoints import digest_of
 from common.data import InputError
 from common.rows import Example, data_digest, encode, gold_unreadable, iter_rows
-from common.run import (
-    NotNegative,
-    Positive,
-    Seed,
-    Share,
-    check_flags,
-    keep_answers,
-    open_sampler,
-    open_tokenizer,
-    write_lines,
-)
+from common.run import NotNegative, Positive, Seed, Share, check_flags, keep_answers, open_tokenizer, write_lines
 from common.shapes import IN_A_BOX, VERDICTS, Item, Trace, read_row
 from common.trainer import init_world, launch, load_policy, parse_args
-from common.verifiers import Verdict
 
 
 @dataclass
@@ -102,8 +91,7 @@ def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[b
 
 
 def read_problem(row: dict, where: str, args: Args) -> Item | str:
-    """Return a row of any shape in common/shapes.py as an item with its first correct and its first incorrect trace, or
-    the name of the rule that leaves it out."""
+    """Return a row as an item with its first correct and first incorrect trace, or the rule that leaves it out."""
     graded = grade_openr1(row, args.drop_sources, args.right_if) if isinstance(row, dict) else []
     if isinstance(graded, str):
         return graded
@@ -170,10 +158,9 @@ def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list
 
 def add_own_answers(problems: list[Item], tokenizer, args: Args, world) -> None:
     """Sample answers of --model to the problems that lack a correct or an incorrect trace, and add them as traces.
-    Counts go to own_answers.json. The answers are kept: if the command is killed, the same command resumes.
+    Counts go to own_answers.json. If the command is killed, the same command resumes.
 
-    An answer that the length limit cut is not taken (it has no eos to learn from), nor one that the verifier could not
-    grade. A problem whose prompt is over --max_prompt_tokens gets no answers."""
+    Answers that were cut or not graded are left out, as are problems with prompts over --max_prompt_tokens."""
 
     def lacking(problem: Item, where: str) -> tuple[Item] | None:
         if problem.first(correct=True) and problem.first(correct=False):
@@ -188,17 +175,12 @@ def add_own_answers(problems: list[Item], tokenizer, args: Args, world) -> None:
         for index, problem, text, prompt in encode(problems, tokenizer, lacking, source=source)
         if len(prompt) <= args.max_prompt_tokens
     ]
-
-    def sampler():
-        policy = load_policy(args.model, world)
-        sampler = open_sampler(policy, tokenizer, args, world)
-        sampler.sync(policy, version=0)
-        return sampler
-
     settings = json.dumps(dataclasses.asdict(args) | {"out": ""}), digest_of(args.model)
     digest = data_digest([settings], ((example.prompt,) for example in asked))
     kept = Path(args.out) / f"own_answers-{digest}.jsonl"  # other settings, data or weights have another file
-    answers = keep_answers(kept, asked, sampler, {}, tokenizer, args, world, n=args.own_answers)
+    answers = keep_answers(
+        kept, asked, lambda: load_policy(args.model, world), {}, tokenizer, args, world, n=args.own_answers
+    )
     count, tokens = dict.fromkeys(("right", "wrong", "cut short", "not graded"), 0), 0
     for example, drawn in zip(asked, answers, strict=True):
         for answer in drawn:
@@ -217,10 +199,9 @@ def kind_of(answer: dict) -> str:
     """Return what an own answer counts as."""
     if answer["truncated"]:
         return "cut short"
-    verdict = Verdict(answer["reward"], answer["status"], answer["detail"])
-    if verdict.status in ("timeout", "error") or gold_unreadable(verdict):
+    if answer["status"] in ("timeout", "error") or gold_unreadable(answer["detail"]):
         return "not graded"
-    return "right" if verdict.reward else "wrong"
+    return "right" if answer["reward"] else "wrong"
 
 
 def main(args: Args) -> None:

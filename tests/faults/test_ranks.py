@@ -67,5 +67,5 @@ def test_torchrun_restarts_a_run_which_goes_on_and_then_on_another_number_of_ran
 
     words = [sys.executable, "luffy.py", *ONLINE, *STEPS, "--steps", "5", "--out", str(tmp_path / "run")]
     alone = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "made by 2 ranks and goes on with 1" in alone.stderr
+    assert "made by 2 ranks, and 1 resume" in alone.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
