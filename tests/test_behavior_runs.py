@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import behavior_injection as bridge
-from common import run, verifiers
+from common import verifiers
 from common.data import InputError, batch_indices
 from common.metrics import read_metrics
 from common.trainer import load_tokenizer, parse_args
@@ -39,8 +39,7 @@ def measure(*words):
 
 def half_right(patch):
     """A verifier that accepts half of the answers."""
-    for module in (run, verifiers):
-        patch.setattr(module, "grade", ranks.odd_length)
+    patch.setattr(verifiers, "grade", ranks.odd_length)
 
 
 @pytest.fixture(scope="module")
@@ -388,8 +387,7 @@ def test_kernels_are_of_gradients_without_advantages(folder, monkeypatch):
 
 
 def test_queries_that_are_always_solved_are_counted_as_such(folder, monkeypatch):
-    for module in (run, verifiers):
-        monkeypatch.setattr(module, "grade", lambda texts, golds, **_: [verifiers.Verdict(1.0, "ok")] * len(texts))
+    monkeypatch.setattr(verifiers, "grade", lambda texts, golds, **_: [verifiers.Verdict(1.0, "ok")] * len(texts))
     measure("--out", folder, "--arms", "bridge")
     found = json.loads((folder / "bridge" / "influence" / "influence.json").read_text())
     assert (found["accuracy"], found["always"], found["dJ"]) == (1.0, 1.0, 0.0)

@@ -15,7 +15,7 @@ import luffy
 import redi
 import relift
 from benchmarks.scale import MODELS, activation_bytes
-from common import run, trainer
+from common import run, trainer, verifiers
 from common.data import InputError, pack
 from common.rollout import Completion
 from common.rows import Example
@@ -271,17 +271,18 @@ def test_drift_is_from_before_the_step_and_from_who_drew():
 
 def test_an_evaluation_grades_what_was_said_and_weighs_sources_alike(monkeypatch):
     class Sampler:
-        def generate(self, prompts, *, sampling, **_):
-            assert sampling.max_tokens == 7
-            return [[Completion([ids[0], 1], [-1.0, -1.0], "stop")] for ids in prompts]
+        def generate(self, prompts, *, sampling, drawn, **_):
+            assert (sampling.max_tokens, sampling.temperature) == (7, 0.6)
+            for i, ids in enumerate(prompts):
+                drawn(i, [Completion([ids[0], 1], [-1.0, -1.0], "stop")])
 
     def grade(texts, golds, *, verifier):
         return [Verdict(float(text == gold), "ok") for text, gold in zip(texts, golds, strict=True)]
 
-    monkeypatch.setattr(run, "grade", grade)
+    monkeypatch.setattr(verifiers, "grade", grade)
     told = [(7, "7", "a"), (8, "x", "a"), (9, "9", "b")]
     examples = [Example([n], None, gold, source, i, "") for i, (n, gold, source) in enumerate(told)]
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))  # the eos is no part of an answer
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), eos_token_id=1)  # the eos is no part of an answer
     found = run.evaluate(Sampler(), tokenizer, examples, RunArgs(max_response_tokens=7), ONE_RANK)
     assert (found["eval/a"], found["eval/b"], found["eval/mean"]) == (0.5, 1.0, 0.75)
 

@@ -102,8 +102,7 @@ def odd_text(texts, golds, *, verifier):
 @pytest.mark.parametrize(("method", "std"), [("luffy", False), ("rl_sft", False), ("grpo", True), ("relift", True)])
 def test_advantages_of_a_step_are_those_of_its_rewards(method, std, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
-    for module in (run, verifiers):
-        monkeypatch.setattr(module, "grade", odd_text)
+    monkeypatch.setattr(verifiers, "grade", odd_text)
     words = ["--out", str(tmp_path), "--steps", "1", "--eval_every", "0", "--log_samples", "99", "--group_size", "5"]
     words += ["--std"] * std
     if method == "relift":
@@ -208,8 +207,7 @@ def test_stop_tokens_end_answers():
 @pytest.mark.parametrize("name", ["luffy", "relift"])
 def test_old_log_probs_are_those_of_the_rows_that_are_trained_on(name, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
-    for module in (run, verifiers):
-        monkeypatch.setattr(module, "grade", odd_text)
+    monkeypatch.setattr(verifiers, "grade", odd_text)
     script = importlib.import_module(name)
     read = Seen().watch(monkeypatch, script, "policy_logps")
     settings = relift_ranks.settings if name == "relift" else test_luffy_runs.settings
