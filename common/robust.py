@@ -22,7 +22,7 @@ from collections import Counter, namedtuple
 
 import sympy
 
-from common.verifiers import MAX_CHARS, NoAnswer
+from common.verifiers import MAX_CHARS, NoAnswer, choice_label
 
 MAX_ANSWER = 400  # characters of an answer; longer ones are compared as text only
 MAX_DEPTH = 12  # nested brackets
@@ -40,24 +40,62 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BARE_BOX = re.compile(
     r"\\(?:boxed|fbox)(?![a-zA-Z{])\s*(\\[dtc]?frac\s*(?:\w\s*\w|(?:\{[^{}]*\}){2})|-?[\d.,]*\d|[A-Z]\b)"
 )
-DOUBT = "maybe|perhaps|possibly|probably"
 JOINED_BOXES = re.compile(  # what stands between the boxes of a list
     r"(?s)(?=.*(?:[,;]|and|or))"
-    rf"(?:[\s$,;}}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{{)?\s*(?:and|or|{DOUBT})\b|\w(?:_\w|_\{{\w+\}})?\s*=)*"
+    r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
+)
+OR = re.compile(  # 5 or 6, 5 or more
+    r"(?:[\s$,()]|\\[,; ]|\\q?quad)*(?:\\text\s*\{)?\s*or\b[\s}$\\(]*"
+    r"(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)[^.;\n]*"
 )
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
-ANSWER = r"answers?(?:[ *_]{0,3}to[^.\n]{0,80})?|antwort|respuesta|réponse|ответ"
-IS = r"\b(?:(?:must|should|would) be|is|are|ist|est|es)\b(?![\s*_:$]*not\b)"
-CHINESE = "答案(?:是|为|选)?[:：]?|故选[:：]?"
+ANSWER = r"(?:answers?(?:[ *_]{0,3}to[^.\n]{0,80})?|antwort|r[eé]sp(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
+IS = r"\b(?:(?:must|should|would) be|is|are|ist|lautet|est?|[èé])\b(?![\s*_:$]*(?:no|nich|pa)[ts]\b)"
+CHINESE = "(?:答案|正确选项)(?:是|为|选)?[:：]?|[故此以应]选[:：]?|答えは|답은"
 PHRASE = re.compile(
-    rf"(?i)(?:\b(?:{ANSWER})[\s*_$]{{0,4}}(?:[:：](?![\s*_:]*not\b)|{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
+    rf"(?i)(?:\b{ANSWER}[\s*_$]{{0,4}}(?:[:：](?![\s*_:]*not\b)|{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
 )
-DOUBTED = re.compile(rf"(?is)[^.\n]*\b(?:{DOUBT}|(?:could|might|may) be)\b|.*\b(?:wait|hmm)\b")  # after an answer
+DOUBT = "maybe|perhaps|possibly|probably|could be|might be|may be"
+WRONG = r"(?: (?:is|was)n't|(?:'s| is| was)? (?:not|wrong|incorrect|false))\b"
+RETRACTED = re.compile(  # after an answer
+    rf"(?is)[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)|(?-i:[A-J]?[^.!,;\nA-Z]{{0,20}}\?)|[\s$*]*{WRONG}|"
+    rf".*(?:[.!?;:,—\n$]\s{{0,3}}|\b(?:but|oh|or),? )(?:wait|hm+|oops|(?<!, )actually|no[,.:]|sorry|correction|scratch|"
+    rf"on second thought|{DOUBT}|I (?:made|meant|was wrong|am not sure)|(?:but |however, )?(?:that|this|it){WRONG}|"
+    r"(?:but|however),? (?:it|that|this|I|the answer)\b[^.\n]{0,40}(?:\bnot|n't|wrong|incorrect|should be)\b)"
+)
+UNCLAIMED = re.compile(  # before an answer
+    rf"(?i)(?:\b(?:if|suppos\w+|assum\w+|whether|unless|check|verify|doubt|wrong|incorrect|false|mistake\w*|not|cannot|"
+    rf"might|could|may|possible|contradiction|{DOUBT})|n't)[\s*_$]+(?:(?:that|the|an?|this|it|we|you|one|final|true|is|"
+    r"was|correct|right|answer|value|be|to|think|say|believe|assume|claim|my|our|your|h(?:is|er)|[a-z]|\w+'s)\b|"
+    r"[\s*_$={(\\:])*$"
+)
 SENTENCE_END = re.compile(
     r"\n|[.!?](?=\s|$)|[。，]|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=|[^()\n]{0,40}\))|"
-    r"\s(?:because|since|which|so|as|where|but)\b|\s\((?=[a-z])|;\s|<[|/]"
+    r"\s(?:because|since|which|so|(?<!times )as|where|but)\b|\s\((?=[a-z])|;\s|<[|/]|\s*(?:です|입니다|이다)"
 )
+LAYOUT = (
+    "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare "
+    "square qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
+).replace(" ", "|")
+WRAPPER = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)|text|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+SCALED = re.compile(rf"[\s$~]*(?:\\text\s*\{{\s*)?(?:{'|'.join(SCALES)}|squared|cubed|times (?:\w|the|as)\b)")
+BESIDE_BOX = [  # how the line of a box is simplified: no layout, and a $ around what is no part of the formula
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"\\\$|\*\*|\\[,;:!> ]|\\(?:begin|end)\s*\{\w+\*?\}(?:\{\w+\})?|\\(?:text)?color\s*\{\w*\}", ""),
+        (r"\\[()\[\]]|\\\\|" + WRAPPER + r"\s*\{[^{}]*\}|\\tag\s*\{[^{}]*\}|\\f?box(?:ed)?\s*\{[^{}]*\}\s*$", "$"),
+        (rf"{WRAPPER}(?![a-zA-Z])|\\(?:{LAYOUT}|underline)(?![a-zA-Z])", ""),
+    ]
+]
+PART = (
+    r"\\(?!implies|iff|to\b|\w*arrow|q?quad|[pb]?mod|approx|[lg]eq?\b|neq?\b|equiv|in\b)[a-zA-Z]+|\\?%|[-+*/^_!×·÷±√|]|\s|"
+    r"\.?\d|(?<![A-Za-z])\s?:\s?(?=[\d\\]|$)|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<![\sA-Za-z\\])[A-Za-z]{2,3}(?![A-Za-z])"
+)
+LEFT, RIGHT = re.compile(rf"(?:{PART}|[,(){{}}\[\]])*$"), re.compile(rf"(?:{PART}|[,(){{}}\[\]])*")
+PARTS = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*"
+JOINS = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -82,11 +120,17 @@ def find_answer(text: str) -> str | None:
     >>> find_answer(r"Hence $x=\boxed{1}$ or $x=\boxed{2}$."), find_answer("The answer is 7, since 6 + 1 = 7.")
     ('1, 2', '7')
     """
-    if found := boxes(text):
-        joined = [found.pop()]
-        while found and JOINED_BOXES.fullmatch(text, found[-1][1], joined[0][0]):
-            joined.insert(0, found.pop())
-        return ", ".join(dict.fromkeys(content for _, _, content in joined))
+    found = [box for box in boxes(text) if _claimed(text, box[0])]
+    if found:
+        start, end, content = found.pop()
+        joined = [content]
+        while found and JOINED_BOXES.fullmatch(text, found[-1][1], start):
+            start, _, content = found.pop()
+            joined.insert(0, content)
+        if RETRACTED.match(text, end):
+            return find_answer(text[end:]) or ""
+        alternative = OR.match(text, end)
+        return _with_its_formula(text, start, end, ", ".join(dict.fromkeys(joined))) + (alternative or [""])[0]
     before, closed, _ = text.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
     if opened and closed:
@@ -94,19 +138,50 @@ def find_answer(text: str) -> str | None:
     line, _, more = text.rpartition("####")[2].strip().partition("\n")
     if "####" in text and not PHRASE.search(more):
         return line if re.search(r"\d", line) or not more.strip() else more.strip().rpartition("\n")[2]
-    if phrases := [*PHRASE.finditer(text)]:
-        rest = text[phrases[-1].end() :]
-        return "" if DOUBTED.match(rest) else re.sub(r"\$|\*\*(?!\w)", "", SENTENCE_END.split(rest, maxsplit=1)[0])
+    phrases = reversed([*PHRASE.finditer(text)])
+    if phrase := next((phrase for phrase in phrases if _claimed(text, phrase.start())), None):
+        rest = text[phrase.end() :]
+        return "" if RETRACTED.match(rest) else re.sub(r"\$|\*\*(?!\w)", "", SENTENCE_END.split(rest, maxsplit=1)[0])
     return None
 
 
+def _claimed(text, start):
+    """Is what starts there claimed? Not in "if the answer is" and "it is wrong that the answer is"."""
+    return not UNCLAIMED.search(text[max(0, start - 80) : start])
+
+
+def _with_its_formula(text, start, end, content):
+    r"""The content of a box, or the formula on its line that the box is a part of: -\boxed{5} is -(5)."""
+    before, after = text[max(0, start - 200) : start].rpartition("\n")[2], text[end : end + 200].partition("\n")[0]
+    if scale := SCALED.match(after):
+        return content + scale[0]
+    for pattern, replacement in BESIDE_BOX:
+        before, after = pattern.sub(replacement, before), pattern.sub(replacement, after)
+    left, right = LEFT.search(before)[0], RIGHT.match(after)[0]
+    if not _depths("." + left)[-1] > 0 == _depths("." + left + right)[-1]:  # no bracket goes around the box
+        left, right = re.search(PARTS + "$", left)[0], re.match(PARTS, right)[0]
+        if before.count("$") % 2 == 0:  # in prose only what touches the box, or an operator with another operand
+            left = left if re.search(rf"(?:[\w^_√)}}\]+*/-]|\\[a-z]+|[\w)}}\]]\s*(?:{JOINS})\s*)$", left) else ""
+            right = right if re.match(rf"[\w^_\\({{]|\s*(?:{JOINS})\s*[\w\\({{]", right) else ""
+    left, right = left.strip(" *"), right.lstrip().rstrip(" *-+/:")
+    return content if left + right in ("", "{}", "()") or content[:1] == "=" else f"{left}({content}){right}"
+
+
 HEDGE = re.compile(
-    r"(?i)\\f?box|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have|let|suppose|assume|unless|but|not|than|more|"
-    r"less|fewer|times|base|minus|plus|out|half|twice)\b"
+    r"(?i)\\f?box|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have|let|suppose|assum\w+|unless|but|not|than|more|"
+    r"less|fewer|times|base|minus|plus|out|half|twice|nobody|cannot|nicht|pas|non|não|hardly|wrong|incorrect|mistake|would|"
+    r"could|might|may|should|want\w*|start\w*|beg[aiu]n\w*|initial\w*|once|already|guess\w*|thinks?|thought|"
+    r"says?|said|claim\w*|hope\w*|fail\w*|refus\w*|recall|asked|whether|other|next|almost|nearly|least|most|too|"
+    rf"{DOUBT}|(?:by|from|over|under|above|below|within|until|up to|number|degree|step|equation|theorem|section|table|"
+    r"case|problem|question) [$]?\d\S*)\b|n't\b"
 )
 SAID = re.compile(  # an unmarked sentence with one number, or one after its only =
-    r"(?!.*\b(?:or|and|either)\b)(?:[^=,;]*=|[^\d=]*\b(?:is|are|equals|made|pays?|paid|costs?|needs?|up with|comes to)"
-    r"\b)[ $]*(-?\d[\d,]*(?:\.\d+)?\b(?: [a-z]+)?)\$?(?:(?:,| (?:in|per|every|each|from|at|on|a|total)\b)[^\d=]*)?\."
+    r"(?!.*\b(?:[Nn]o(?:ne)?|never|or|and|n?either)\b)(?:[^=,;]*=|[^\d=]*\b(?:is|are|equals|up with|comes to)\b|"
+    r"(?:(?:So|Thus|Hence|Therefore|Then|Finally|Altogether|In total|Overall),? )?(?:(?:[Hh]e|[Ss]he|[Ii]t|[Tt]he(?:y|re|"
+    r"(?: [a-z]+){1,2}))|(?!(?:We|You|Now|Next|Since|To|With|Each|Every|Note|Use|Using)\b)[A-Z][a-z]+) "
+    r"(?!(?:the|it|that|this|all|both|these|those|them|away|up|to|we|you|there)\b)[a-z]+[^\d=.?!]*(?<=[ $]))[ $]*"
+    r"(-?\d[\d,]*(?:\.\d+)?\b(?: (?!(?:left|in|per|every|each|from|at|on|an?|to|for|of|after|during|this)\b)[a-z]+)?)"
+    r"\$?(?:(?:,| [a-z]+\b)[^\d=.?!]*)?\."
 )
 
 
@@ -125,36 +200,17 @@ CHOICE = re.compile(
     rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose)\b|{CHINESE})[ *_:$\n]*"
 )
 CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best)\b")
-LABEL = re.compile(r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z])(?![a-z0-9_'’^])(\)?)(.*)")
-SECOND_LABEL = re.compile(
-    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?"
-    r"\(?[A-Z]\)?\s*(?:$|[).:,;]|and\b|or\b)"
-)
-
-
-def _label(text, sentence=False):
-    """The label of a choice that starts a text; "" for two labels, None for none."""
-    text = re.sub(r"\\(?:text|math)(?:bf|rm|it|normal)?(?![a-zA-Z])|\\boxed|[{}$*~`\[\]_]|\\[ ,;()]", " ", text).strip()
-    if not (found := LABEL.match(text)):
-        return None
-    opened, label, closed, rest = found.groups()
-    if SECOND_LABEL.match(rest):
-        return ""
-    alone = re.fullmatch(r"[\s.:。\"]*", rest)
-    plain = opened or closed or re.match(r"\s*(?:[.:,;]|[-–—](?!\w))", rest)  # not "A dog", not "I think", not "V-1"
-    goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if label in "AI" else r"\s+[a-z]", rest)
-    return label.upper() if alone or label.isupper() and (plain or goes_on) or label.islower() and opened else None
-
-
 def _chosen(text):
     """The label that a response chooses: in its last box, after its last "answer is", or on its last line."""
-    marks = [(m.end(), text[m.end() :][:300].partition("\n")[0], True) for m in [*CHOICE.finditer(text)][-50:]]
+    marks = [(m.end(), text[m.end() :][:300].partition("\n")[0], True) for m in [*CHOICE.finditer(text)][-50:]
+             if _claimed(text, m.start())]
     marks += [(m.end(), m[1], False) for m in [*CORRECT.finditer(text)][-50:]]
-    marks += [(end, find_answer(text), False) for _, end, _ in boxes(text)[-1:]]
-    if marks and DOUBTED.match(text, max(marks)[0]):
+    marks += [(end, find_answer(text) or "", False) for _, end, _ in boxes(text)[-1:]]
+    if marks and RETRACTED.match(text, max(marks)[0]):
         return ""
-    labels = [label for _, said, sentence in sorted(marks) if (label := _label(said, sentence)) is not None]
-    return labels[-1] if labels else _label(text.strip().rpartition("\n")[2])
+    labels = [choice_label(said, sentence=sentence) for _, said, sentence in sorted(marks)]
+    labels = [label for label in labels if label is not None and not label.isdigit()]
+    return labels[-1] if labels else choice_label(text.strip().rpartition("\n")[2])
 
 
 # 2. Spell it in one way.
@@ -165,6 +221,7 @@ SIGNS = {
         "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∪ cup", "∩ cap",
         "∅ emptyset varnothing", "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "/ slash", "< lt",
         "> gt", "≈ approx simeq", "° degree circ", "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert",
+        "∧ land wedge", "¬ neg lnot", "→ to rightarrow",
         "… ldots dots cdots dotsc", "⦃ lbrace {", "⦄ rbrace }", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil",
         "∨ lor vee", "¢ cent", "' prime", "% %", "_ _", "& &", "^ **",
     )
@@ -177,11 +234,6 @@ LOOKALIKES = {
     **{c: rf"\{unicodedata.name(c).split()[-1].lower()} " for c in "αβγδεζηθικμνξπρστυφχψω"}, "λ": r"\lambda ",
     **{c: rf"\{unicodedata.name(c).split()[-1].capitalize()} " for c in "ΓΔΘΞΠΣΦΨΩ"}, "Λ": r"\Lambda ",
 }  # fmt: skip
-WRAPPER = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)|text|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
-LAYOUT = (
-    "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare "
-    "square qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
-).replace(" ", "|")
 FUNCTIONS = {
     **{name: getattr(sympy, name) for name in "sin cos tan cot csc sec sinh cosh tanh sqrt exp".split()},
     "ln": sympy.log, "log": lambda x: sympy.log(x, 10), "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan
@@ -209,7 +261,6 @@ UNITS = {  # name: (what is measured, how many of its first unit); L for a lengt
     for prefix, exponent in (PREFIXES if names[0] == "+" else {"": 0}).items()  # for the names after a +
     for name in names
 } | dict.fromkeys(["°", "degree", "deg"], ("R", sympy.pi / 180))  # fmt: skip
-SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 NOT_UNITS = set(  # words after a number that change it, most of them without a plural's s
     "and or to by of than out not no if for when where with without except plus minus over under below above before "
     "after ago more less fewer greater least most up down between through until score pair half halve third quarter "
@@ -220,6 +271,9 @@ NOT_UNITS = set(  # words after a number that change it, most of them without a 
 )
 SHORT_WORDS = NOT_UNITS | set("in the yes st nd rd th am pm mph kph oz lb lbs hrs mins secs sq cu gal mol rad per mm "
                               "cm km ft yd mi sec min hr pct day mg kg ml usd deg".split())  # fmt: skip
+
+
+COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def _repeating(match):
@@ -245,9 +299,10 @@ SPELLINGS = [
         (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]|\*\*", lambda m: SIGNS.get(m[1] or m[0], m[0])),
         *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: WORD.sub(r" ~\g<0> ", m[1]))] * 3,
         (WRAPPER + "(?![a-zA-Z])", ""),
+        (r"\\mathbb ?([A-Z])", r"\\mathbb{\1}"),
         (r"\^\s*\{?\s*°\s*\}?", "°"),
         (r"^(\S+) ?≠ ?([^=≠]+)$", r"\1 ∈ (-∞,\2)∪(\2,∞)"),
-        (r"\\mathbb ?\{?R\}? ?∖ ?⦃([^⦃⦄,;]+)⦄", r"(-∞,\1)∪(\1,∞)"),
+        (r"\\mathbb\{R\} ?∖ ?⦃([^⦃⦄,;]+)⦄", r"(-∞,\1)∪(\1,∞)"),
         (r"^[^=()⦃\[]*[±∓][^=()⦃\[]*$",  # 0, ±3 has three items
          lambda m: ",".join(dict.fromkeys(f"{m[0].translate(PLUS)},{m[0].translate(MINUS)}".split(",")))),
         (r"(?s).*[±∓].*", lambda m: m[0].translate(PLUS) + "," + m[0].translate(MINUS)),
@@ -259,8 +314,12 @@ SPELLINGS = [
         (r"\\sqrt(\d)(?=\d)", r"\\sqrt{\1}"),  # \sqrt53 is not the root of 53
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
         (r"\s+", " "),
+        (rf"^ ?~?({'|'.join(COUNTS)}) ?$", lambda m: str(COUNTS.index(m[1]))),
+        (r"\\pmod ?(\d+)", r"\\pmod{\1}"),
+        (r"^(~[A-Z][a-z]+ \d\d?), ?(?=\d{4}$)", r"\1 "),
         (r"(?:°|~degrees?) ?~?([CF])(?:elsius|ahrenheit)?(?![a-z])", r"~deg\1"),
         (r"~(?:square|sq\.?|(cubic|cu\.?)) ~([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
+        (r" ?\( ?(?:~(?:since|because|as)\b[^()·×+*/=]*|((?:~[a-z]+[ ^\d]*)+))\)$", r" \1"),  # 5 (since x > 0)
         (rf" ?~({'|'.join(SCALES)})s?(?![a-z])", lambda m: f"·{SCALES[m[1]]}"),
         (r"\\frac\{ *(~[a-z]+) *\}\{ *(~?[a-z]+) *\}", r"\1/ \2"),  # km over h
         (r"(?<![\d.,])\d{1,3}(?:[ ']\s*\d{3})+(?!\d|\s*/)", lambda m: re.sub(r"\D", "", m[0])),  # 10 080
@@ -329,9 +388,9 @@ Relation = namedtuple("Relation", "sign difference")  # left - right, which is =
 INTERVALS = ("()", "[]", "(]", "[)", "∪", "⦃⦄")  # and what may stand in a union
 SETS = [
     (r"∅|⦃ ?⦄|empty set|(?:there (?:is|are) )?no (?:such |real )?solutions?(?: exists?)?", Group("⦃⦄", [])),
-    (r"\\mathbb ?\{?r\}?|(?:(?:all|any|every) )?(?:reals|real numbers?|real x)",
+    (r"\\mathbb\{r\}|(?:(?:all|any|every) )?(?:reals|real numbers?|real x)",
      Group("()", [Number(-sympy.oo), Number(sympy.oo)])),
-    (r"\\mathbb ?\{?r\}?[\^_]\{?(?:\+|> ?0)\}?", Group("()", [Number(sympy.Integer(0)), Number(sympy.oo)])),
+    (r"\\mathbb\{r\}[\^_]\{?(?:\+|> ?0)\}?", Group("()", [Number(sympy.Integer(0)), Number(sympy.oo)])),
 ]
 FILLERS = re.compile(
     "(?:~?(?:the [^=,;:0-9]{1,60}? ~?(?:is|are|equals)|the|final|answers?|is|are|it|exactly|about|around|"
@@ -342,10 +401,10 @@ CONJUNCTION = "~(?:and|or|where|with|for)(?![a-z])"
 SEPARATOR = rf"(?i)\s*(?:[,;]\s*(?:{CONJUNCTION})?|{CONJUNCTION}|∨|∪|&)\s*"
 CONDITION = re.compile(
     r"(?=.*[~∈])(?:~?(?:all|any|some|real|integers?|numbers?|constants?) )*([a-zA-Z])(?:_\w)?"
-    r"(?: ?∈ ?\\mathbb ?\{?[ZR]\}?| ~is(?: ~?(?:an?|any|integer|real|number|constant|arbitrary))+)?"
+    r"(?: ?∈ ?\\mathbb\{[ZR]\}| ~is(?: ~?(?:an?|any|integer|real|number|constant|arbitrary))+)?"
 )
-PROPERTY = re.compile(r"⦃ ?[a-z](?: ?∈ ?\\mathbb ?\{?R\}?)? ?(?:[|:]|\\mid) ?((?=.*[<>≤≥])[^|:]*)⦄")
-INTEGER = re.compile(r"(?<![\\~A-Za-z])([a-z]) ?∈ ?\\mathbb ?\{?Z")  # a k of ℤ may have another name
+PROPERTY = re.compile(r"⦃ ?[a-z](?: ?∈ ?\\mathbb\{R\})? ?(?:[|:]|\\mid) ?((?=.*[<>≤≥])[^|:]*)⦄")
+INTEGER = re.compile(r"(?<![\\~A-Za-z])([a-z]) ?∈ ?\\mathbb\{Z")  # a k of ℤ may have another name
 NAME = re.compile(
     r"(?!(?:e|i|\\pi)$)(?:\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'*(?:\([\w ,\\]*\))?|\([a-z](?:, ?[a-z])+\)|(?:~[A-Za-z]+ ?)+"
     r"|\\(?:angle|overline|triangle|vec)\W*\w+\W*)"
@@ -356,9 +415,12 @@ CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] "
 LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
 UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
 QUANTITY = re.compile(rf"(.*?[^ /·~])\s*({UNIT}(?: ?[/·]? ?{UNIT})*)")
+COMPOUND = r"(\d+(?:\.\d+)?) ?(~[A-Za-z]+)\.?(?:,? ?(?:~and )?(?=\d)|$)"
 UNIT_WORD = re.compile(r"(/ ?)?~?([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d)\}?)?")
-CLOCK = re.compile(r"(\d{1,2}:[0-5]\d(?::[0-5]\d)?)(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
-DATE = re.compile(r"\d{4}([/-])\d{1,2}\1\d{1,2}|\d{1,2}([/-])\d{1,2}\2\d{4}|\d+ ?- ?\d+")  # or a score, a range
+CLOCK = re.compile(r"(?=.*[:ap])(\d{1,2}(?::[0-5]\d){0,2}?)(?::00)?(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
+DATE = re.compile(  # or a score, or a number with a base
+    r"\d{4}([/-])\d{1,2}\1\d{1,2}|\d{1,2}([/-])\d{1,2}\2\d{4}|\d+ ?- ?\d+|\d\w*_(?:\w|\{\w+\})"
+)
 TABLE = re.compile(
     r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin ?\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end ?\{\3\} ?[)\]]?"
 )
@@ -407,7 +469,7 @@ def _read(text):
     for pattern, value in SETS:
         if re.fullmatch(pattern, text.replace("~", "").lower().strip()):
             return value
-    for rule in (_table, _list, _relation, _brackets, _ratio, _text):
+    for rule in (_table, _compound, _list, _relation, _brackets, _symbol):
         if (value := rule(text)) is not None:
             return value
     return _quantity(text)
@@ -424,6 +486,16 @@ def _table(text):
     return Named(name.strip(), value) if name else value
 
 
+def _compound(text):
+    """1 hour 30 minutes is 90 minutes."""
+    parts = re.findall(COMPOUND, text) if re.fullmatch(rf"(?:{COMPOUND}){{2,4}}", text) else []
+    values = [Number(sympy.Rational(number), _unit(unit)) for number, unit in parts]
+    sizes = [value.unit[1] for value in values]
+    if not values or len({value.unit[0] for value in values}) > 1 or sizes != sorted({*sizes} - {0}, reverse=True):
+        return None
+    return Number(sum(value.value * value.unit[1] for value in values) / sizes[-1], values[-1].unit)
+
+
 def _list(text):
     """2, 3 and 4 is a Group; x < 1 or x > 2 is a union of intervals."""
     items, separators = _split(text, SEPARATOR)
@@ -437,8 +509,8 @@ def _list(text):
     if rest and all(condition[1] in rest[0].rpartition("=")[2] for condition in conditions):  # 3k, k ∈ ℤ
         items = rest
     values = _flat(map(_read, items))
-    if len(values) == 1:
-        return values[0]
+    if len(values) == 1 or any("or" in s.lower() for s in separators) and all(same(values[0], v) for v in values):
+        return values[0]  # also of 0.5 or 1/2
     if len({value.unit for value in values if isinstance(value, Number)} - {None}) > 1:
         raise Unreadable("several units")
     names = {value.name for value in values if isinstance(value, Named)}
@@ -528,28 +600,21 @@ def _brackets(text):
     return Group(kind, _flat(values) if kind == "⦃⦄" else values)
 
 
-def _ratio(text):
-    """3:4 is a quotient, 7:05 p.m. a symbol with a unit, 5/10/2021 and 3-2 are symbols."""
+def _symbol(text):
+    """3:4 is a quotient, 7:05 p.m. a symbol with a unit; 5/10/2021, 3-2, 52_8 and words without a number are symbols."""
     if clock := CLOCK.fullmatch(text):
         return Number(sympy.Symbol(clock[1]), clock[2] and _unit(f"~{clock[2]}m".lower()))
     if DATE.fullmatch(text):
         return Number(sympy.Symbol(text.replace(" ", "")))
+    if re.fullmatch(r"[~A-Za-z .\-/]+", text) and ("~" in text or len(text) > 2 and text.isalpha()):
+        words = re.findall("[a-z]+", text.lower())
+        return Number(sympy.Symbol(" ".join(w for w in words if w not in ("the", "a", "an", "is", "it")) or text))
     parts, signs = _split(text, ":")
     if not signs:
         return None
     parts = [formula(part) for part in parts]
     ratios = [Number(a / b) for a, b in zip(parts, parts[1:], strict=False)]
     return Group(":", ratios) if len(ratios) > 1 else ratios[0]
-
-
-def _text(text):
-    """Words without a number, or a number with a base."""
-    if re.fullmatch(r"\d\w*_(\w|\{\w+\})", text):
-        return Number(sympy.Symbol(text))
-    if re.fullmatch(r"[~A-Za-z .\-/]+", text) and ("~" in text or len(text) > 2 and text.isalpha()):
-        words = re.findall("[a-z]+", text.lower())
-        return Number(sympy.Symbol(" ".join(w for w in words if w not in ("the", "a", "an", "is", "it")) or text))
-    return None
 
 
 def _quantity(text):
@@ -566,7 +631,7 @@ def _unit(text):
     for over, word, exponent in UNIT_WORD.findall(text.replace("~per ", "/ ")):
         folded = word.lower() if len(word) > 3 else word  # mg is not Mg
         names = (word, folded, folded.removesuffix("s"), word.lower())
-        if NOT_UNITS & {*names, word.lower().removesuffix("s")}:
+        if NOT_UNITS & {*names, word.lower().removesuffix("s")} or re.search("times ~(?!per)", text):
             raise Unreadable(f"{word} after a number")
         kinds, factor = next((UNITS[name] for name in names if name in UNITS), ("", 0))
         power = int(exponent or 1) * (-1 if over else 1)
@@ -763,10 +828,8 @@ def _same(a, b):
     match a, b:
         case Number(), Number():
             return _same_quantity(a, b)
-        case Named(), Named() if a.name == b.name:
-            return same(a.value, b.value)
-        case Named(), Named() | Relation():
-            return False
+        case Named(), Named():
+            return a.name == b.name and same(a.value, b.value)
         case Named(), _:
             return same(a.value, b)
         case Relation(), Relation():

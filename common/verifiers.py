@@ -133,21 +133,41 @@ def _plain(text):
 def _mcq(response, gold):
     text = after_think(response)[-MAX_CHARS:]
     box = last_boxed(text)
-    text = re.sub(r"\\(?:boxed|text|mathrm|mathbf|textbf)\b|[{}$]", "", text if box is None else box)
-    if box is not None:
-        label = _label(text)
-    else:
-        named = r"(?i:answer[ *]{0,3}(?:is:?|:))[ *(]{0,4}(?i:option )?[(*]{0,3}([A-Z]|\d)\b(?!['.,]\w)"
-        said = re.findall(named, text)
-        label = said[-1] if said else _label(text.rstrip().rpartition("\n")[2])
-    if label is None:
-        raise NoAnswer("no label")
-    return label == (_label(str(gold)) or str(gold).strip())
+    said = re.findall(r"(?i)answer[ *]{0,3}(?:is:?|:)(?=([^\n]{0,80}))", text) if box is None else []
+    labels = [label for words in said if (label := choice_label(words, sentence=True)) is not None]
+    label = labels[-1] if labels else choice_label(text.rstrip().rpartition("\n")[2] if box is None else box)
+    if not label:
+        raise NoAnswer("no label, or two")
+    return label == (choice_label(str(gold)) or str(gold).strip())
 
 
-def _label(text):
-    found = re.match(r"[\s(*]{0,4}([A-Za-z]|\d)(?:[)*]|[.:,](?!\w)|\s{0,4}(?:<\||$))", text)
-    return found[1].upper() if found else None
+LABEL = re.compile(
+    r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z]|\d)(?![a-z0-9_'’^])(\)?)(.*)"
+)
+SECOND_LABEL = re.compile(
+    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?"
+    r"\(?([A-Z]|\d)\)?\s*(?:$|[).:,;]|and\b|or\b)"
+)
+
+
+def choice_label(text: str, *, sentence: bool = False) -> str | None:
+    """The label of a choice that starts a text; "" for two labels, None for none. sentence: words may follow it.
+
+    >>> choice_label("(b) dogs"), choice_label("A, B"), choice_label("A dog"), choice_label("B as x < 0", sentence=True)
+    ('B', '', None, 'B')
+    """
+    text = re.sub(r"\\(?:text|math)(?:bf|rm|it|normal)?(?![a-zA-Z])|\\boxed|[{}$*~`\[\]_]|\\[ ,;()]", " ", text)
+    if not (found := LABEL.match(text.partition("<|")[0].strip())):
+        return None
+    opened, label, closed, rest = found.groups()
+    if (second := SECOND_LABEL.match(rest)) and second[1].isdigit() == label.isdigit():
+        return ""
+    alone = re.fullmatch(r"[\s.:。\"]*", rest)
+    plain = opened or closed or re.match(r"\s*(?:[.:,;](?!\d)|[-–—](?!\w))", rest)  # not "A dog", "I think", "V-1"
+    needs_reason = label in "AI0123456789"  # "A dog" and "3 dogs" are no labels
+    goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if needs_reason else r"\s+[a-z]", rest)
+    good = alone or (opened or closed if label.islower() else plain or goes_on)
+    return label.upper() if good else None
 
 
 # Rules by Math-Verify. They may take for ever, or all memory: they run in workers only.
