@@ -86,8 +86,18 @@ def _boxed(response, gold):
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{)?")
-BRACE = re.compile(r"[{}]")
+OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 JOIN = re.compile(r"\s*(?:and|or|,)\s*")
+
+
+def closing_brace(text: str, inside: int, end: int | None = None, *, signs: str = "[{}]") -> int | None:
+    """Where the brace closes that opened just before `inside`; None if it stays open up to `end`."""
+    depth = 1
+    for sign in re.compile(signs, re.S).finditer(text, inside, len(text) if end is None else end):
+        depth += (sign[0] == "{") - (sign[0] == "}")
+        if depth == 0:
+            return sign.start()
+    return None
 
 
 def last_boxed(text: str) -> str | None:
@@ -97,17 +107,24 @@ def last_boxed(text: str) -> str | None:
     """
     found, end = collections.deque(), len(text)
     for start, inside in reversed([box.span() for box in BOX.finditer(text)]):
-        depth, close = 1, None
-        for brace in BRACE.finditer(text, inside, end) if text[inside - 1] == "{" else ():
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                close = brace.start()
-                break
+        close = closing_brace(text, inside, end) if text[inside - 1] == "{" else None
         if close is None or (found and not JOIN.fullmatch(text, close + 1, end)):
             break
         found.appendleft(text[inside:close].strip())
         end = start
     return ",".join(found) if found else None
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""Return (start, end, content) of the last boxes of a text, without boxes in boxes. `\{` is not a brace."""
+    found = []
+    for box in [*OPEN_BOX.finditer(text)][-50:]:
+        close = closing_brace(text, box.end(), signs=r"\\.|[{}]")
+        if close is None:
+            found = []  # a box that stays open was to hold the answer
+        elif not found or box.start() >= found[-1][1]:
+            found.append((box.start(), close + 1, text[box.end() : close].strip()))
+    return found
 
 
 def after_think(response):
@@ -133,8 +150,11 @@ def _plain(text):
 def _mcq(response, gold):
     text = after_think(response)[-MAX_CHARS:]
     box = last_boxed(text)
-    said = re.findall(r"(?i)answer[ *]{0,3}(?:is:?|:)(?=([^\n]{0,80}))", text) if box is None else []
-    labels = [label for words in said if (label := choice_label(words, sentence=True)) is not None]
+    said = [*re.finditer(r"(?i)answer[ *]{0,3}(?:is:?|:)(?=([^\n]{0,80}))", text)] if box is None else []
+    if said and retracted(text, said[-1].end()):
+        raise NoAnswer("a label in doubt")
+    labels = [choice_label(mark[1], sentence=True) for mark in said if claimed(text, mark.start())]
+    labels = [label for label in labels if label is not None]
     label = labels[-1] if labels else choice_label(text.rstrip().rpartition("\n")[2] if box is None else box)
     if not label:
         raise NoAnswer("no label, or two")
@@ -168,6 +188,41 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
     goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if needs_reason else r"\s+[a-z]", rest)
     good = alone or (opened or closed if label.islower() else plain or goes_on)
     return label.upper() if good else None
+
+
+# Doubts, for mcq and robust.
+
+DOUBT = "maybe|perhaps|possibly|probably|could be|might be|may be"
+WRONG = r"(?: (?:is|was)n't|(?:'s| is| was)? (?:not|wrong|incorrect|false))\b"
+RETRACTED = re.compile(  # after an answer
+    rf"(?is)[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)|(?-i:[A-J]?[^.!,;\nA-Z]{{0,20}}\?)|[\s$*]*{WRONG}|"
+    rf".*(?:[.!?;:,—\n$]\s{{0,3}}|\b(?:but|oh|or),? )(?:wait|hm+|oops|(?<!, )actually|no[,.:]|sorry|correction|scratch|"
+    rf"on second thought|{DOUBT}|I (?:made|meant|was wrong|am not sure)|(?:but |however, )?(?:that|this|it){WRONG}|"
+    r"(?:but|however),? (?:it|that|this|I|the answer)\b[^.\n]{0,40}(?:\bnot|n't|wrong|incorrect|should be)\b)"
+)
+CHECK = re.compile(
+    r"(?is)[\s.$]{0,9}(?:but )?(?:wait|hm+)\W{1,3}(?:let me|let's|I)\b[^.:\n]{0,40}(?:check|verify)\b(.*)\b"
+    r"(?:correct|right)\W*$"
+)
+OBJECTION = re.compile(r"(?i)\b(?:not|no|wrong|incorrect|mistake|error|but|however|instead|should|so)\b|n't\b")
+UNCLAIMED = re.compile(  # before an answer
+    rf"(?i)(?:\b(?:if|suppos\w+|assum\w+|whether|unless|check|verify|doubt|wrong|incorrect|false|mistake\w*|not|cannot|"
+    rf"might|could|may|possible|contradiction|{DOUBT})|n't)[\s*_$]+(?:(?:that|the|an?|this|it|we|you|one|final|true|is|"
+    r"was|correct|right|answer|value|be|to|think|say|believe|assume|claim|my|our|your|h(?:is|er)|[a-z]|\w+'s)\b|"
+    r"[\s*_$={(\\:])*$"
+)
+
+
+def claimed(text: str, start: int) -> bool:
+    """Is what starts there claimed? Not in "if the answer is" and "it is wrong that the answer is"."""
+    return not UNCLAIMED.search(text, max(0, start - 80), start)
+
+
+def retracted(text: str, end: int) -> bool:
+    """Is what ended there doubted or taken back? Not by a check that confirms it."""
+    if (check := CHECK.match(text, end)) and not OBJECTION.search(check[1]):
+        return False
+    return RETRACTED.match(text, end) is not None
 
 
 # Rules by Math-Verify. They may take for ever, or all memory: they run in workers only.
