@@ -62,7 +62,7 @@ LAYOUT = (
 WRAPPER = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)|text|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 GOES_ON = re.compile(  # 5 million, 5 times the height, 5 or 6, 5 or more
-    rf"(?:[\s$~,()]|\\[,; ]|\\q?quad)*(?:\\text\s*\{{)?\s*(?:(?:{'|'.join(SCALES)}|squared|cubed|times (?:\w|the))\b|"
+    rf"(?:[\s$~,()]|\\[,; ]|\\q?quad)*(?:\\text\s?\{{\s?)?(?:(?:{'|'.join(SCALES)}|squared|cubed|times (?:\w|the))\b|"
     r"or\b[\s}$\\(]*(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)[^.;\n]*)"
 )
 BORDER = re.compile(rf"\\[()\[\]]|\\\\|(?:{WRAPPER}|\\tag)\s*\{{[^{{}}]*\}}|\\f?box(?:ed)?\s*\{{[^{{}}]*\}}\s*$")
@@ -110,10 +110,9 @@ def find_answer(text: str) -> str | None:
 
 def _with_its_formula(text, start, end, content):
     r"""The content of a box, or the formula on its line that the box is a part of: -\boxed{5} is -(5)."""
-    after = text[end : end + 200].partition("\n")[0]
-    if more := GOES_ON.match(after):
+    if more := GOES_ON.match(text, end):
         return content + more[0]
-    sides = text[max(0, start - 200) : start].rpartition("\n")[2], after
+    sides = text[max(0, start - 200) : start].rpartition("\n")[2], text[end : end + 200].partition("\n")[0]
     before, after = (NO_SIGN.sub("", BORDER.sub("$", side)) for side in sides)
     left, right = LEFT.search(before)[0], RIGHT.match(after)[0]
     if not _depths("." + left)[-1] > 0 == _depths("." + left + right)[-1]:  # no bracket goes around the box
@@ -134,12 +133,13 @@ HEDGE = re.compile(
     r"case|problem|question) [$]?\d\S*)\b|n't\b"
 )
 SAID = re.compile(  # an unmarked sentence with one number, or one after its only =
-    r"(?!.*\b(?:[Nn]o(?:ne)?|never|or|and|n?either)\b)(?:[^=,;]*=|[^\d=]*\b(?:is|are|equals|up with|comes to)\b|(?:"
-    r"(?:So|Thus|Hence|Therefore|Then|Finally|Altogether|In total|Overall),? )?(?:(?:[Hh]e|[Ss]he|[Ii]t|[Tt]he(?:y|re|"
-    r"(?: [a-z]+){1,2}))|(?!(?:We|You|Now|Next|Since|To|With|Each|Every|Note|Use|Using)\b)[A-Z][a-z]+) "
-    r"(?!(?:the|it|that|this|all|both|these|those|them|away|up|to|we|you|there)\b)[a-z]+[^\d=.?!]*(?<=[ $]))[ $]*"
-    r"(-?\d[\d,]*(?:\.\d+)?\b(?: (?!(?:left|in|per|every|each|from|at|on|an?|to|for|of|after|during|this)\b)[a-z]+)?)"
-    r"\$?(?:(?:,| [a-z]+\b)[^\d=.?!]*)?\."
+    r"(?!.*\b(?:[Nn]o(?:ne)?|never|or|and|n?either)\b)(?:[^=,;]*=|[^\d=]*\b(?:is|are|equals|up with|comes to)\b|"
+    r"(?:(?:So|Thus|Hence|Therefore|Then|Finally|Altogether|In total|Overall),? )?"
+    r"(?:[Hh]e|[Ss]he|[Ii]t|[Tt]he(?:y|re|(?: (?!of )[a-z]+){1,2})|"
+    r"(?!(?:We|You|Now|Next|Since|To|The|With|Each|Every|Note|Using?)\b)[A-Z][a-z]+(?:'s [a-z]+)?) "
+    r"(?!(?:of|the|it|that|this|all|both|these|those|them|away|up|to|we|you|there)\b)[a-z]+[^\d=.?!]*(?<=[ $]))[ $]*(-?"
+    r"\d[\d,]*(?:\.\d+)?\b(?: (?!(?:left|in|per|every|each|from|at|on|an?|to|for|of|after|during|this)\b)[a-z]+)?)\$?"
+    r"(?:(?:,| [a-z]+\b)[^\d=.?!]*)?\."
 )
 
 

@@ -196,12 +196,14 @@ DOUBT = "maybe|perhaps|possibly|probably|could be|might be|may be"
 WRONG = r"(?: (?:is|was)n't|(?:'s| is| was)? (?:not|wrong|incorrect|false))\b"
 RETRACTED = re.compile(  # after an answer
     rf"(?is)[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)|(?-i:[A-J]?[^.!,;\nA-Z]{{0,20}}\?)|[\s$*]*{WRONG}|"
-    rf".*(?:[.!?;:,—\n$]\s{{0,3}}|\b(?:but|oh|or),? )(?:wait|hm+|oops|(?<!, )actually|no[,.:]|sorry|correction|scratch|"
-    rf"on second thought|{DOUBT}|I (?:made|meant|was wrong|am not sure)|(?:but |however, )?(?:that|this|it){WRONG}|"
-    r"(?:but|however),? (?:it|that|this|I|the answer)\b[^.\n]{0,40}(?:\bnot|n't|wrong|incorrect|should be)\b)"
+    rf".*(?:[.!?;:,—\n$]\s{{0,3}}|\b(?:but|oh|or),? )(?:(?:wait|hm+|oops|(?<!, )actually|sorry|correction|"
+    rf"scratch that|on second thought|{DOUBT})\b|no[,.:]|I (?:made|meant|was wrong|am not sure)|"
+    rf"(?:but |however, )?(?:that|this|it){WRONG}|(?:but|however),? (?:it|that|this|I|the answer)\b[^.\n]{{0,40}}"
+    r"(?:(?:not|n't) (?:be |seem |look )?(?:right|correct|true|possible|work|make|match|sure|the answer)|"
+    r"wrong|incorrect|should be(?! \w+ed\b))\b)"
 )
 CHECK = re.compile(
-    r"(?is)[\s.$]{0,9}(?:but )?(?:wait|hm+)\W{1,3}(?:let me|let's|I)\b[^.:\n]{0,40}(?:check|verify)\b(.*)\b"
+    r"(?is)[^.\n]{0,40}[\s.$]{1,9}(?:wait|hm+)\W{1,3}(?:let me|let's|I)\b[^.:\n]{0,40}(?:check|verify)\b.*\b"
     r"(?:correct|right)\W*$"
 )
 OBJECTION = re.compile(r"(?i)\b(?:not|no|wrong|incorrect|mistake|error|but|however|instead|should|so)\b|n't\b")
@@ -220,7 +222,7 @@ def claimed(text: str, start: int) -> bool:
 
 def retracted(text: str, end: int) -> bool:
     """Is what ended there doubted or taken back? Not by a check that confirms it."""
-    if (check := CHECK.match(text, end)) and not OBJECTION.search(check[1]):
+    if (check := CHECK.match(text, end)) and not OBJECTION.search(check[0]):
         return False
     return RETRACTED.match(text, end) is not None
 
