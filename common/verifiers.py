@@ -193,7 +193,7 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
 # Doubts, for mcq and robust.
 
 DOUBT = "maybe|perhaps|possibly|probably|could be|might be|may be"
-WRONG = r"(?: (?:is|was)n't|(?:'s| is| was)? (?:not|wrong|incorrect|false))\b"
+WRONG = r"(?:'s| is| was)?(?:(?: not|n't) (?:the|right|correct|true|possible|valid)| wrong| incorrect| false)\b"
 RETRACTED = re.compile(  # after an answer
     rf"(?is)[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)|(?-i:[A-J]?[^.!,;\nA-Z]{{0,20}}\?)|[\s$*]*{WRONG}|"
     rf".*(?:[.!?;:,—\n$]\s{{0,3}}|\b(?:but|oh|or),? )(?:(?:wait|hm+|oops|(?<!, )actually|sorry|correction|"

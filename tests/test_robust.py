@@ -107,4 +107,5 @@ def test_an_answer_that_is_taken_back_or_only_supposed_does_not_count(mark):
     assert grade(texts[2:3], ["6"], verifier="robust")[0].reward == 1
     check = "2 + 3 = 5. Yes, that is correct."
     harmless = ["", f".\n\nLet me verify: {check}", f". Wait, let me double-check: {check}"]
-    assert [v.reward for v in grade([mark + words for words in harmless], ["5"] * 3, verifier="robust")] == [1] * 3
+    harmless += [". But this is not required here.", ". However, it should be noted that x > 0."]
+    assert [v.reward for v in grade([mark + words for words in harmless], ["5"] * 5, verifier="robust")] == [1] * 5
