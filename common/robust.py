@@ -22,7 +22,7 @@ from collections import Counter, namedtuple
 
 import sympy
 
-from common.verifiers import MAX_CHARS, NoAnswer, boxes
+from common.verifiers import DOUBT, MAX_CHARS, NoAnswer, boxes, choice_label, claimed, retracted
 
 MAX_ANSWER = 400  # characters of an answer; longer ones are compared as text only
 MAX_DEPTH = 12  # nested brackets
@@ -39,24 +39,44 @@ class Unreadable(ValueError):
 BARE_BOX = re.compile(
     r"\\(?:boxed|fbox)(?![a-zA-Z{])\s*(\\[dtc]?frac\s*(?:\w\s*\w|(?:\{[^{}]*\}){2})|-?[\d.,]*\d|[A-Z]\b)"
 )
-DOUBT = "maybe|perhaps|possibly|probably"
 JOINED_BOXES = re.compile(  # what stands between the boxes of a list
     r"(?s)(?=.*(?:[,;]|and|or))"
-    rf"(?:[\s$,;}}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{{)?\s*(?:and|or|{DOUBT})\b|\w(?:_\w|_\{{\w+\}})?\s*=)*"
+    r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
 )
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
-ANSWER = r"answers?(?:[ *_]{0,3}to[^.\n]{0,80})?|antwort|respuesta|réponse|ответ"
-IS = r"\b(?:(?:must|should|would) be|is|are|ist|est|es)\b(?![\s*_:$]*not\b)"
-CHINESE = "答案(?:是|为|选)?[:：]?|故选[:：]?"
+ANSWER = r"(?:answers?|antwort|r[eé]sp(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
+IS = r"(?:[:：]|\b(?:(?:must|should|would) be|is|are|ist|lautet|est?|[èé])\b)(?![\s*_:$]*(?:not|nicht|pas)\b)"
+CHINESE = "(?:答案|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|(?<!不)应)选[:：]?|答えは|답은"
 PHRASE = re.compile(
-    rf"(?i)(?:\b(?:{ANSWER})[\s*_$]{{0,4}}(?:[:：](?![\s*_:]*not\b)|{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
+    rf"(?i)(?:\b{ANSWER}(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$]{{0,4}}(?:{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
 )
-DOUBTED = re.compile(rf"(?is)[^.\n]*\b(?:{DOUBT}|(?:could|might|may) be)\b|.*\b(?:wait|hmm)\b")  # after an answer
 SENTENCE_END = re.compile(
     r"\n|[.!?](?=\s|$)|[。，]|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=|[^()\n]{0,40}\))|"
-    r"\s(?:because|since|which|so|as|where|but)\b|\s\((?=[a-z])|;\s|<[|/]"
+    r"\s(?:because|since|which|so|(?<!times )as|where|but)\b|\s\((?=[a-z])|;\s|<[|/]|\s*(?:です|입니다|이다)"
 )
+LAYOUT = (
+    "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare "
+    "square qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
+).replace(" ", "|")
+WRAPPER = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)|text|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+GOES_ON = re.compile(  # 5 million, 5 times the height, 5 or 6, 5 or more
+    rf"(?:[\s$~,()]|\\[,; ]|\\q?quad)*(?:\\text\s?\{{\s?)?(?:(?:{'|'.join(SCALES)}|squared|cubed|times (?:\w|the))\b|"
+    r"or\b[\s}$\\(]*(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)[^.;\n]*)"
+)
+BORDER = re.compile(rf"\\[()\[\]]|\\\\|(?:{WRAPPER}|\\tag)\s*\{{[^{{}}]*\}}|\\f?box(?:ed)?\s*\{{[^{{}}]*\}}\s*$")
+NO_SIGN = re.compile(  # what is no part of a formula, as BORDER is what ends one
+    rf"\\\$|\*\*|\\[,;:!> ]|\\(?:begin|end)\s*\{{\w+\*?\}}(?:\{{\w+\}})?|\\(?:text)?color\s*\{{\w*\}}|"
+    rf"(?:{WRAPPER}|\\(?:{LAYOUT}|underline))(?![a-zA-Z])"
+)
+PART = (
+    r"\\(?!implies|iff|to\b|\w*arrow|q?quad|[pb]?mod|approx|[lg]eq?\b|neq?\b|equiv|in\b)[a-zA-Z]+|\\?%|[-+*/^_!×·÷±√|]|\s|"
+    r"\.?\d|(?<![A-Za-z])\s?:\s?(?=[\d\\]|$)|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<![\sA-Za-z\\])[A-Za-z]{2,3}(?![A-Za-z])"
+)
+LEFT, RIGHT = re.compile(rf"(?:{PART}|[,(){{}}\[\]])*$"), re.compile(rf"(?:{PART}|[,(){{}}\[\]])*")
+PARTS = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*"
+JOINS = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
 
 
 def find_answer(text: str) -> str | None:
@@ -65,11 +85,15 @@ def find_answer(text: str) -> str | None:
     >>> find_answer(r"Hence $x=\boxed{1}$ or $x=\boxed{2}$."), find_answer("The answer is 7, since 6 + 1 = 7.")
     ('1, 2', '7')
     """
-    if found := boxes(text):
-        joined = [found.pop()]
-        while found and JOINED_BOXES.fullmatch(text, found[-1][1], joined[0][0]):
-            joined.insert(0, found.pop())
-        return ", ".join(dict.fromkeys(content for _, _, content in joined))
+    if found := [box for box in boxes(text) if claimed(text, box[0])]:
+        start, end, content = found.pop()
+        joined = [content]
+        while found and JOINED_BOXES.fullmatch(text, found[-1][1], start):
+            start, _, content = found.pop()
+            joined.insert(0, content)
+        if retracted(text, end):
+            return find_answer(text[end:]) or ""
+        return _with_its_formula(text, start, end, ", ".join(dict.fromkeys(joined)))
     before, closed, _ = text.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
     if opened and closed:
@@ -77,19 +101,45 @@ def find_answer(text: str) -> str | None:
     line, _, more = text.rpartition("####")[2].strip().partition("\n")
     if "####" in text and not PHRASE.search(more):
         return line if re.search(r"\d", line) or not more.strip() else more.strip().rpartition("\n")[2]
-    if phrases := [*PHRASE.finditer(text)]:
-        rest = text[phrases[-1].end() :]
-        return "" if DOUBTED.match(rest) else re.sub(r"\$|\*\*(?!\w)", "", SENTENCE_END.split(rest, maxsplit=1)[0])
+    phrases = reversed([*PHRASE.finditer(text)])
+    if phrase := next((phrase for phrase in phrases if claimed(text, phrase.start())), None):
+        said = SENTENCE_END.split(text[phrase.end() :], maxsplit=1)[0]
+        return "" if retracted(text, phrase.end()) else re.sub(r"\$|\*\*(?!\w)", "", said)
     return None
 
 
+def _with_its_formula(text, start, end, content):
+    r"""The content of a box, or the formula on its line that the box is a part of: -\boxed{5} is -(5)."""
+    if more := GOES_ON.match(text, end):
+        return content + more[0]
+    sides = text[max(0, start - 200) : start].rpartition("\n")[2], text[end : end + 200].partition("\n")[0]
+    before, after = (NO_SIGN.sub("", BORDER.sub("$", side)) for side in sides)
+    left, right = LEFT.search(before)[0], RIGHT.match(after)[0]
+    if not _depths("." + left)[-1] > 0 == _depths("." + left + right)[-1]:  # no bracket goes around the box
+        left, right = re.search(PARTS + "$", left)[0], re.match(PARTS, right)[0]
+        if before.count("$") % 2 == 0:  # in prose only what touches the box, or an operator with another operand
+            left = left if re.search(rf"(?:[\w^_√)}}\]+*/-]|\\[a-z]+|[\w)}}\]]\s*(?:{JOINS})\s*)$", left) else ""
+            right = right if re.match(rf"[\w^_\\({{]|\s*(?:{JOINS})\s*[\w\\({{]", right) else ""
+    left, right = left.strip(" *"), right.lstrip().rstrip(" *-+/:")
+    return content if left + right in ("", "{}", "()") or content[:1] == "=" else f"{left}({content}){right}"
+
+
 HEDGE = re.compile(
-    r"(?i)\\f?box|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have|let|suppose|assume|unless|but|not|than|more|"
-    r"less|fewer|times|base|minus|plus|out|half|twice)\b"
+    r"(?i)\\f?box|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have|let|suppose|assum\w+|unless|but|not|than|more|"
+    r"less|fewer|times|base|minus|plus|out|half|twice|nobody|cannot|nicht|pas|non|não|hardly|wrong|incorrect|mistake|would|"
+    r"could|might|may|should|want\w*|start\w*|beg[aiu]n\w*|initial\w*|once|already|guess\w*|thinks?|thought|"
+    r"says?|said|claim\w*|hope\w*|fail\w*|refus\w*|recall|asked|whether|other|next|almost|nearly|least|most|too|"
+    rf"{DOUBT}|(?:by|from|over|under|above|below|within|until|up to|number|degree|step|equation|theorem|section|table|"
+    r"case|problem|question) [$]?\d\S*)\b|n't\b"
 )
 SAID = re.compile(  # an unmarked sentence with one number, or one after its only =
-    r"(?!.*\b(?:or|and|either)\b)(?:[^=,;]*=|[^\d=]*\b(?:is|are|equals|made|pays?|paid|costs?|needs?|up with|comes to)"
-    r"\b)[ $]*(-?\d[\d,]*(?:\.\d+)?\b(?: [a-z]+)?)\$?(?:(?:,| (?:in|per|every|each|from|at|on|a|total)\b)[^\d=]*)?\."
+    r"(?!.*\b(?:[Nn]o(?:ne)?|never|or|and|n?either)\b)(?:[^=,;]*=|[^\d=]*\b(?:is|are|equals|up with|comes to)\b|"
+    r"(?:(?:So|Thus|Hence|Therefore|Then|Finally|Altogether|In total|Overall),? )?"
+    r"(?:[Hh]e|[Ss]he|[Ii]t|[Tt]he(?:y|re|(?: (?!of )[a-z]+){1,2})|"
+    r"(?!(?:We|You|Now|Next|Since|To|The|With|Each|Every|Note|Using?)\b)[A-Z][a-z]+(?:'s [a-z]+)?) "
+    r"(?!(?:of|the|it|that|this|all|both|these|those|them|away|up|to|we|you|there)\b)[a-z]+[^\d=.?!]*(?<=[ $]))[ $]*(-?"
+    r"\d[\d,]*(?:\.\d+)?\b(?: (?!(?:left|in|per|every|each|from|at|on|an?|to|for|of|after|during|this)\b)[a-z]+)?)\$?"
+    r"(?:(?:,| [a-z]+\b)[^\d=.?!]*)?\."
 )
 
 
@@ -104,107 +154,82 @@ def _last_line(text):
 
 
 CHOICE = re.compile(
-    rf"(?i)(?:\b(?:answer|antwort|option|choice|respuesta|réponse)\b[^.\n:：]{{0,40}}?(?:[:：](?![\s*_:$]*not\b)|{IS})|"
+    rf"(?i)(?:\b(?:{ANSWER}|option|choice)\b[^.\n:：]{{0,40}}?{IS}|"
     rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose)\b|{CHINESE})[ *_:$\n]*"
 )
 CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best)\b")
-LABEL = re.compile(r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z])(?![a-z0-9_'’^])(\)?)(.*)")
-SECOND_LABEL = re.compile(
-    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?"
-    r"\(?[A-Z]\)?\s*(?:$|[).:,;]|and\b|or\b)"
-)
-
-
-def _label(text, sentence=False):
-    """The label of a choice that starts a text; "" for two labels, None for none."""
-    text = re.sub(r"\\(?:text|math)(?:bf|rm|it|normal)?(?![a-zA-Z])|\\boxed|[{}$*~`\[\]_]|\\[ ,;()]", " ", text).strip()
-    if not (found := LABEL.match(text)):
-        return None
-    opened, label, closed, rest = found.groups()
-    if SECOND_LABEL.match(rest):
-        return ""
-    alone = re.fullmatch(r"[\s.:。\"]*", rest)
-    plain = opened or closed or re.match(r"\s*(?:[.:,;]|[-–—](?!\w))", rest)  # not "A dog", not "I think", not "V-1"
-    goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if label in "AI" else r"\s+[a-z]", rest)
-    return label.upper() if alone or label.isupper() and (plain or goes_on) or label.islower() and opened else None
-
-
 def _chosen(text):
     """The label that a response chooses: in its last box, after its last "answer is", or on its last line."""
-    marks = [(m.end(), text[m.end() :][:300].partition("\n")[0], True) for m in [*CHOICE.finditer(text)][-50:]]
+    marks = [(m.end(), text[m.end() :][:300].partition("\n")[0], True) for m in [*CHOICE.finditer(text)][-50:]
+             if claimed(text, m.start())]
     marks += [(m.end(), m[1], False) for m in [*CORRECT.finditer(text)][-50:]]
-    marks += [(end, find_answer(text), False) for _, end, _ in boxes(text)[-1:]]
-    if marks and DOUBTED.match(text, max(marks)[0]):
+    marks += [(end, find_answer(text) or "", False) for _, end, _ in boxes(text)[-1:]]
+    if marks and retracted(text, max(marks)[0]):
         return ""
-    labels = [label for _, said, sentence in sorted(marks) if (label := _label(said, sentence)) is not None]
-    return labels[-1] if labels else _label(text.strip().rpartition("\n")[2])
+    labels = [choice_label(said, sentence=sentence) for _, said, sentence in sorted(marks)]
+    labels = [label for label in labels if label is not None and not label.isdigit()]
+    return labels[-1] if labels else choice_label(text.strip().rpartition("\n")[2])
 
 
 # 2. Spell it in one way.
 
-SIGNS = {}
-for line in (
-    "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∪ cup", "∩ cap",
-    "∅ emptyset varnothing", "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "/ slash", "< lt",
-    "> gt", "≈ approx simeq", "° degree circ", "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert",
-    "… ldots dots cdots dotsc", "⦃ lbrace {", "⦄ rbrace }", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil",
-    "∨ lor vee", "¢ cent", "' prime", "% %", "_ _", "& &", "^ **",
-):  # fmt: skip
-    char, *names = line.split()
-    SIGNS |= dict.fromkeys(names, char)
+SIGNS = {
+    name: char
+    for line in (
+        "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∪ cup", "∩ cap",
+        "∅ emptyset varnothing", "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "/ slash", "< lt",
+        "> gt", "≈ approx simeq", "° degree circ", "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert",
+        "∧ land wedge", "¬ neg lnot", "→ to rightarrow",
+        "… ldots dots cdots dotsc .. ...", "⦃ lbrace {", "⦄ rbrace }", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil",
+        "∨ lor vee", "¢ cent", "' prime", "% %", "_ _", "& &", "^ **",
+    )
+    for char, *names in [line.split()]
+    for name in names
+}  # fmt: skip
+GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+).split(), strict=True))  # fmt: skip
 LOOKALIKES = {
     **dict.fromkeys("−–—‐‑‒﹣", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "。": ".",
     "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "⩽": "≤", "⩾": "≥", "º": "°", "˚": "°",
-    **{c: rf"\{unicodedata.name(c).split()[-1].lower()} " for c in "αβγδεζηθικμνξπρστυφχψω"}, "λ": r"\lambda ",
-    **{c: rf"\{unicodedata.name(c).split()[-1].capitalize()} " for c in "ΓΔΘΞΠΣΦΨΩ"}, "Λ": r"\Lambda ",
+    **{char: rf"\{name} " for char, name in GREEK.items()},
 }  # fmt: skip
-WRAPPER = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)|text|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
-LAYOUT = (
-    "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare "
-    "square qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
-).replace(" ", "|")
 FUNCTIONS = {
     **{name: getattr(sympy, name) for name in "sin cos tan cot csc sec sinh cosh tanh sqrt exp".split()},
     "ln": sympy.log, "log": lambda x: sympy.log(x, 10), "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan
 }  # fmt: skip
-GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega hbar"
-).split()
 PREFIXES = {"": 0, "nano": -9, "micro": -6, "milli": -3, "centi": -2, "kilo": 3, "mega": 6, "giga": 9,
             "n": -9, "m": -3, "c": -2, "k": 3, "M": 6, "G": 9}  # fmt: skip
-# name: (what is measured, how many of its first unit); L for a length, t for one over a time
-UNITS = dict.fromkeys(["°", "degree", "deg"], ("R", sympy.pi / 180))
-for measured, table in {
-    "L": "1 + m meter metre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,201168/125 mi mile",
-    "T": "1 + s second,1 sec,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 year",
-    "M": "1 + g gram,1000000 ton tonne,45359237/100000 lb pound", "LLL": "1/1000 + L l liter litre",
-    "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule,1.602176634e-16 + eV", "MLLttt": "1000 + W watt",
-    "Mltt": "1000 + Pa pascal", "A": "1 + A amp ampere", "MLLttta": "1000 + V volt", "t": "1 + Hz hertz",
-    "Lt": "5/18 kph kmph kmh,0.44704 mph", "N": "1 + mol mole", "B": "1 + B byte", "D": "1 dollar USD,1/100 cent ¢",
-    "K": "1 + K kelvin", "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent pct",
-    "P": "1 am", "Q": "1 pm",
-}.items():  # fmt: skip
-    for line in table.split(","):
-        factor, *names = line.split()
-        for prefix, exponent in (PREFIXES if names[0] == "+" else {"": 0}).items():  # for the names after a +
-            size = sympy.Rational(factor) * sympy.Integer(10) ** exponent
-            UNITS |= {prefix + name: (measured, size) for name in names}
-SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+UNITS = {  # name: (what is measured, how many of its first unit); L for a length, t for one over a time
+    prefix + name: (measured, sympy.Rational(factor) * sympy.Integer(10) ** exponent)
+    for measured, table in {
+        "L": "1 + m meter metre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,201168/125 mi mile",
+        "T": "1 + s second,1 sec,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 year",
+        "M": "1 + g gram,1000000 ton tonne,45359237/100000 lb pound", "LLL": "1/1000 + L l liter litre", "Q": "1 pm",
+        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule,1.602176634e-16 + eV", "MLLttt": "1000 + W watt",
+        "Mltt": "1000 + Pa pascal", "A": "1 + A amp ampere", "MLLttta": "1000 + V volt", "t": "1 + Hz hertz",
+        "Lt": "5/18 kph kmph kmh,0.44704 mph", "N": "1 + mol mole", "B": "1 + B byte", "D": "1 dollar USD,1/100 cent ¢",
+        "K": "1 + K kelvin", "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent pct", "P": "1 am",
+    }.items()
+    for line in table.split(",")
+    for factor, *names in [line.split()]
+    for prefix, exponent in (PREFIXES if names[0] == "+" else {"": 0}).items()  # for the names after a +
+    for name in names
+} | dict.fromkeys(["°", "degree", "deg"], ("R", sympy.pi / 180))  # fmt: skip
 NOT_UNITS = set(  # words after a number that change it, most of them without a plural's s
     "and or to by of than out not no if for when where with without except plus minus over under below above before "
     "after ago more less fewer greater least most up down between through until score pair half halve third quarter "
     "fourth fifth sixth seventh eighth ninth tenth hundredth thousandth wrong incorrect false lakh crore gross squared "
     "cubed factorial root mod modulo remainder base negative positive north south east west left right choose power "
-    "larger smaller bigger either neither hundred thousand million dozen is are was be but only odd even prime divide "
-    "multiple".split()
-)
+    "larger smaller bigger either neither is are was be but only odd even prime divide multiple".split()
+) | SCALES.keys()
 SHORT_WORDS = NOT_UNITS | set("in the yes st nd rd th am pm mph kph oz lb lbs hrs mins secs sq cu gal mol rad per mm "
                               "cm km ft yd mi sec min hr pct day mg kg ml usd deg".split())  # fmt: skip
+COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
-def _repeating(match):
-    r"""0.1\overline{6} as a fraction."""
+def _repeating(match):  # 0.1\overline{6} as a fraction
     fixed, period = (match[1] or "0") + match[2], match[3]
     return rf"\frac{{{int(fixed + period) - int(fixed)}}}{{{'9' * len(period) + '0' * len(match[2])}}}"
 
@@ -217,31 +242,33 @@ SPELLINGS = [
         (r"\{,\}|,\\! ?", ","),
         (r"\\\$|\$|\\[()]|[€£¥]|\\\[|\\\](?!\s*[\d.])", ""),  # marks of money and of formulas; \\[2pt] stays
         (r"\\(?:begin|end) ?\{(?:align|gather)(?:ed)?\*?\}|&(?= ?=)", ""),
-        (r"\.{2,}", "…"),
         (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|dot|bar) ?\{?(\d+)\}?", _repeating),
         (r"(?<!\\)\\(?:[,;:> \n]|q?quad(?![a-zA-Z]))|~|\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
         (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"),
         (r"(?:\\underline\s*\{\d+\}\s*)+", lambda m: re.sub(r"\D", "", m[0])),  # blanks that are filled in
         (rf"\\(?:{LAYOUT})(?![a-zA-Z])\.?|\\!|\\(?:text)?color\s*\{{\w*\}}", ""),
-        (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]|\*\*", lambda m: SIGNS.get(m[1] or m[0], m[0])),
+        (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]|\*\*|\.{2,3}", lambda m: SIGNS.get(m[1] or m[0], m[0])),
         *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: WORD.sub(r" ~\g<0> ", m[1]))] * 3,
         (WRAPPER + "(?![a-zA-Z])", ""),
+        (r"\\(mathbb|pmod) ?([A-Z]|\d+)", r"\\\1{\2}"),
         (r"\^\s*\{?\s*°\s*\}?", "°"),
         (r"^(\S+) ?≠ ?([^=≠]+)$", r"\1 ∈ (-∞,\2)∪(\2,∞)"),
-        (r"\\mathbb ?\{?R\}? ?∖ ?⦃([^⦃⦄,;]+)⦄", r"(-∞,\1)∪(\1,∞)"),
+        (r"\\mathbb\{R\} ?∖ ?⦃([^⦃⦄,;]+)⦄", r"(-∞,\1)∪(\1,∞)"),
         (r"^[^=()⦃\[]*[±∓][^=()⦃\[]*$",  # 0, ±3 has three items
          lambda m: ",".join(dict.fromkeys(f"{m[0].translate(PLUS)},{m[0].translate(MINUS)}".split(",")))),
         (r"(?s).*[±∓].*", lambda m: m[0].translate(PLUS) + "," + m[0].translate(MINUS)),
         (r"(?<![\\~a-zA-Z])(?:infinity|inf|infty)(?![a-zA-Z])", "∞"),
         (rf"(?<![\\a-zA-Z])~?({'|'.join(FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 "),
         (WORD, lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS) + m[0]),
-        (r"\\frac\s*([0-9a-zA-Z])", r"\\frac{\1}"),
+        (r"\\(frac|sqrt(?=\d\d))\s*([0-9a-zA-Z])", r"\\\1{\2}"),  # \sqrt53 is not the root of 53
         (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\frac\1{\2}"),
-        (r"\\sqrt(\d)(?=\d)", r"\\sqrt{\1}"),  # \sqrt53 is not the root of 53
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
         (r"\s+", " "),
+        (rf"^ ?~?({'|'.join(COUNTS)}) ?$", lambda m: str(COUNTS.index(m[1]))),
+        (r"^(~[A-Z][a-z]+ \d\d?), ?(?=\d{4}$)", r"\1 "),
         (r"(?:°|~degrees?) ?~?([CF])(?:elsius|ahrenheit)?(?![a-z])", r"~deg\1"),
         (r"~(?:square|sq\.?|(cubic|cu\.?)) ~([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
+        (r" ?\( ?(?:~(?:since|because|as)\b[^()·×+*/=]*|((?:~[a-z]+[ ^\d]*)+))\)$", r" \1"),  # 5 (since x > 0)
         (rf" ?~({'|'.join(SCALES)})s?(?![a-z])", lambda m: f"·{SCALES[m[1]]}"),
         (r"\\frac\{ *(~[a-z]+) *\}\{ *(~?[a-z]+) *\}", r"\1/ \2"),  # km over h
         (r"(?<![\d.,])\d{1,3}(?:[ ']\s*\d{3})+(?!\d|\s*/)", lambda m: re.sub(r"\D", "", m[0])),  # 10 080
@@ -258,9 +285,8 @@ def spell(text: str) -> str:
     text = text.encode(errors="replace").decode()
     for chars, mark in [("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "^"), ("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "_")]:
         text = re.sub(f"[{chars}]+", lambda m, mark=mark: mark + "{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
-    fraction = r"\frac{{{}}}{{{}}}"
-    text = re.sub("[½⅓⅔¼¾⅕-⅞]", lambda m: fraction.format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
-    text = unicodedata.normalize("NFKC", text.translate(str.maketrans(LOOKALIKES)))
+    text = re.sub("[½⅓⅔¼¾⅕-⅞]", r" \g<0>", text).translate(str.maketrans(LOOKALIKES))
+    text = re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", text))
     text = "".join(c for c in re.sub(r"\s", " ", text) if unicodedata.category(c)[0] != "C").strip(" *`")
     if r"\begin" not in text:  # else \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text).replace(r"\\", " ")
@@ -295,12 +321,11 @@ def _split(text, pattern):
         raise Unreadable("brackets")
     matches = [match for match in re.finditer(pattern, text) if not depths[match.start()]]
     ends = [0, *(end for match in matches for end in match.span()), len(text)]
-    parts = [text[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True)]
+    parts = [text[start:end].strip() for start, end in zip(ends[::2], ends[1::2], strict=True)]
     return parts, [match[0].strip() for match in matches]
 
 
 # 3. Read it.
-
 
 Number = namedtuple("Number", "value unit", defaults=[None])  # unit: as _unit returns it
 Group = namedtuple("Group", "kind items")  # kind: its brackets, as (] for an interval; "," or ∪ ; matrix, cases or row
@@ -310,9 +335,8 @@ Relation = namedtuple("Relation", "sign difference")  # left - right, which is =
 INTERVALS = ("()", "[]", "(]", "[)", "∪", "⦃⦄")  # and what may stand in a union
 SETS = [
     (r"∅|⦃ ?⦄|empty set|(?:there (?:is|are) )?no (?:such |real )?solutions?(?: exists?)?", Group("⦃⦄", [])),
-    (r"\\mathbb ?\{?r\}?|(?:(?:all|any|every) )?(?:reals|real numbers?|real x)",
-     Group("()", [Number(-sympy.oo), Number(sympy.oo)])),
-    (r"\\mathbb ?\{?r\}?[\^_]\{?(?:\+|> ?0)\}?", Group("()", [Number(sympy.Integer(0)), Number(sympy.oo)])),
+    (r"\\mathbb\{r\}|(?:(all|any|every) )?real(s| numbers?| x)", Group("()", [Number(-sympy.oo), Number(sympy.oo)])),
+    (r"\\mathbb\{r\}[\^_]\{?(?:\+|> ?0)\}?", Group("()", [Number(sympy.Integer(0)), Number(sympy.oo)])),
 ]
 FILLERS = re.compile(
     "(?:~?(?:the [^=,;:0-9]{1,60}? ~?(?:is|are|equals)|the|final|answers?|is|are|it|exactly|about|around|"
@@ -323,10 +347,10 @@ CONJUNCTION = "~(?:and|or|where|with|for)(?![a-z])"
 SEPARATOR = rf"(?i)\s*(?:[,;]\s*(?:{CONJUNCTION})?|{CONJUNCTION}|∨|∪|&)\s*"
 CONDITION = re.compile(
     r"(?=.*[~∈])(?:~?(?:all|any|some|real|integers?|numbers?|constants?) )*([a-zA-Z])(?:_\w)?"
-    r"(?: ?∈ ?\\mathbb ?\{?[ZR]\}?| ~is(?: ~?(?:an?|any|integer|real|number|constant|arbitrary))+)?"
+    r"(?: ?∈ ?\\mathbb\{[ZR]\}| ~is(?: ~?(?:an?|any|integer|real|number|constant|arbitrary))+)?"
 )
-PROPERTY = re.compile(r"⦃ ?[a-z](?: ?∈ ?\\mathbb ?\{?R\}?)? ?(?:[|:]|\\mid) ?((?=.*[<>≤≥])[^|:]*)⦄")
-INTEGER = re.compile(r"(?<![\\~A-Za-z])([a-z]) ?∈ ?\\mathbb ?\{?Z")  # a k of ℤ may have another name
+PROPERTY = re.compile(r"⦃ ?[a-z](?: ?∈ ?\\mathbb\{R\})? ?(?:[|:]|\\mid) ?((?=.*[<>≤≥])[^|:]*)⦄")
+INTEGER = re.compile(r"(?<![\\~A-Za-z])([a-z]) ?∈ ?\\mathbb\{Z")  # a k of ℤ may have another name
 NAME = re.compile(
     r"(?!(?:e|i|\\pi)$)(?:\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'*(?:\([\w ,\\]*\))?|\([a-z](?:, ?[a-z])+\)|(?:~[A-Za-z]+ ?)+"
     r"|\\(?:angle|overline|triangle|vec)\W*\w+\W*)"
@@ -337,9 +361,10 @@ CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] "
 LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
 UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
 QUANTITY = re.compile(rf"(.*?[^ /·~])\s*({UNIT}(?: ?[/·]? ?{UNIT})*)")
+COMPOUND = r"(\d+(?:\.\d+)?) ?(~[A-Za-z]+)\.?(?:,? ?(?:~and )?(?=\d)|$)"
 UNIT_WORD = re.compile(r"(/ ?)?~?([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d)\}?)?")
-CLOCK = re.compile(r"(\d{1,2}:[0-5]\d(?::[0-5]\d)?)(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
-DATE = re.compile(r"\d{4}([/-])\d{1,2}\1\d{1,2}|\d{1,2}([/-])\d{1,2}\2\d{4}|\d+ ?- ?\d+")  # or a score, a range
+CLOCK = re.compile(r"(?=.*[:ap])(\d{1,2}(?::[0-5]\d){0,2}?)(?::00)?(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
+DATE = re.compile(r"\d{4}([/-])\d\d?\1\d\d?|\d\d?([/-])\d\d?\2\d{4}|\d+ ?- ?\d+|\d\w*_(?:\w|\{\w+\})")  # score, base
 TABLE = re.compile(
     r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin ?\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end ?\{\3\} ?[)\]]?"
 )
@@ -388,7 +413,7 @@ def _read(text):
     for pattern, value in SETS:
         if re.fullmatch(pattern, text.replace("~", "").lower().strip()):
             return value
-    for rule in (_table, _list, _relation, _brackets, _ratio, _text):
+    for rule in (_table, _compound, _list, _relation, _brackets, _symbol):
         if (value := rule(text)) is not None:
             return value
     return _quantity(text)
@@ -405,21 +430,30 @@ def _table(text):
     return Named(name.strip(), value) if name else value
 
 
+def _compound(text):
+    """1 hour 30 minutes is 90 minutes."""
+    parts = re.findall(COMPOUND, text) if re.fullmatch(rf"(?:{COMPOUND}){{2,4}}", text) else []
+    values = [Number(sympy.Rational(number), _unit(unit)) for number, unit in parts]
+    sizes = [value.unit[1] for value in values]
+    if not values or len({value.unit[0] for value in values}) > 1 or sizes != sorted({*sizes} - {0}, reverse=True):
+        return None
+    return Number(sum(value.value * value.unit[1] for value in values) / sizes[-1], values[-1].unit)
+
+
 def _list(text):
     """2, 3 and 4 is a Group; x < 1 or x > 2 is a union of intervals."""
     items, separators = _split(text, SEPARATOR)
     if not separators:
         return None
-    items = [item.strip() for item in items if item.strip()]
+    items = [item for item in items if item]
     if not 0 < len(items) <= MAX_ITEMS:
         raise Unreadable("no items or too many")
-    conditions = [condition for item in items if (condition := CONDITION.fullmatch(item))]
     rest = [item for item in items if not CONDITION.fullmatch(item)]
-    if rest and all(condition[1] in rest[0].rpartition("=")[2] for condition in conditions):  # 3k, k ∈ ℤ
+    if rest and all(c[1] in rest[0].rpartition("=")[2] for c in map(CONDITION.fullmatch, items) if c):  # 3k, k ∈ ℤ
         items = rest
     values = _flat(map(_read, items))
-    if len(values) == 1:
-        return values[0]
+    if len(values) == 1 or any("or" in s.lower() for s in separators) and all(same(values[0], v) for v in values):
+        return values[0]  # also of 0.5 or 1/2
     if len({value.unit for value in values if isinstance(value, Number)} - {None}) > 1:
         raise Unreadable("several units")
     names = {value.name for value in values if isinstance(value, Named)}
@@ -455,7 +489,6 @@ def _relation(text):
     sides, signs = _split(text, "[=<>≤≥≠∈]")
     if not signs:
         return None
-    sides = [side.strip() for side in sides]
     if "" in sides or len(sides) > 4:
         raise Unreadable("half a relation")
     if set(signs) == {"="}:
@@ -509,28 +542,20 @@ def _brackets(text):
     return Group(kind, _flat(values) if kind == "⦃⦄" else values)
 
 
-def _ratio(text):
-    """3:4 is a quotient, 7:05 p.m. a symbol with a unit, 5/10/2021 and 3-2 are symbols."""
+def _symbol(text):
+    """3:4 is a quotient, 7:05 p.m. a symbol with a unit; 5/10/2021, 3-2, 52_8 and words alone are symbols."""
     if clock := CLOCK.fullmatch(text):
         return Number(sympy.Symbol(clock[1]), clock[2] and _unit(f"~{clock[2]}m".lower()))
     if DATE.fullmatch(text):
         return Number(sympy.Symbol(text.replace(" ", "")))
-    parts, signs = _split(text, ":")
-    if not signs:
-        return None
-    parts = [formula(part) for part in parts]
-    ratios = [Number(a / b) for a, b in zip(parts, parts[1:], strict=False)]
-    return Group(":", ratios) if len(ratios) > 1 else ratios[0]
-
-
-def _text(text):
-    """Words without a number, or a number with a base."""
-    if re.fullmatch(r"\d\w*_(\w|\{\w+\})", text):
-        return Number(sympy.Symbol(text))
     if re.fullmatch(r"[~A-Za-z .\-/]+", text) and ("~" in text or len(text) > 2 and text.isalpha()):
         words = re.findall("[a-z]+", text.lower())
         return Number(sympy.Symbol(" ".join(w for w in words if w not in ("the", "a", "an", "is", "it")) or text))
-    return None
+    parts, signs = _split(text, ":")
+    if not signs:
+        return None
+    ratios = [Number(formula(a) / formula(b)) for a, b in zip(parts, parts[1:], strict=False)]
+    return Group(":", ratios) if len(ratios) > 1 else ratios[0]
 
 
 def _quantity(text):
@@ -541,13 +566,12 @@ def _quantity(text):
 
 
 def _unit(text):
-    """Units as powers of what they measure, and how many first units: ~km/ ~hr is {L 1, T -1}, 5/18. Its words and 0 if
-    the table lacks one of them."""
+    """Units as powers of what they measure, and their size: ~km/ ~hr is {L 1, T -1}, 5/18; else the words, 0."""
     powers, size = Counter(), sympy.Integer(1)
     for over, word, exponent in UNIT_WORD.findall(text.replace("~per ", "/ ")):
         folded = word.lower() if len(word) > 3 else word  # mg is not Mg
         names = (word, folded, folded.removesuffix("s"), word.lower())
-        if NOT_UNITS & {*names, word.lower().removesuffix("s")}:
+        if NOT_UNITS & {*names, word.lower().removesuffix("s")} or re.search("times ~(?!per)", text):
             raise Unreadable(f"{word} after a number")
         kinds, factor = next((UNITS[name] for name in names if name in UNITS), ("", 0))
         power = int(exponent or 1) * (-1 if over else 1)
@@ -559,7 +583,8 @@ def _unit(text):
 
 MIXED = re.compile(r"(?<![\d.^_}])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+ ?/ ?\d+)")
 SYMBOL = re.compile(
-    rf"(?:\\(?:{'|'.join(GREEK)})(?![a-zA-Z])|[A-Za-z])(?:_(?:\w|\{{\w+\}}))?'*(?:(?<=[fghFGHP]) ?\(-?[^()+-]*\))?"
+    rf"(?:\\(?:(?:var)?(?:{'|'.join(GREEK.values())})|hbar)(?![a-zA-Z])|[A-Za-z])(?:_(?:\w|\{{\w+\}}))?'*"
+    r"(?:(?<=[fghFGHP]) ?\(-?[^()+-]*\))?"
 )
 FUNCTION = re.compile(rf"\\({'|'.join(FUNCTIONS)})(?![a-zA-Z])(?:_(\w|\{{\w+\}}))?")
 NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")
@@ -683,13 +708,13 @@ OPERATORS = {  # how tightly they bind on their left and on their right
 
 # 4. Compare.
 
-
 def _points(symbols):
     """Return four points {symbol: number} with all signs of two symbols; one without symbols."""
     if len(symbols) > 8:
         raise Unreadable("too many symbols")
+    ordered = sorted(symbols, key=str)
     return [
-        {s: (-1) ** (k >> i % 2) * sympy.Rational(37 + 24 * i + 10 * k, 29 + 2 * i) for i, s in enumerate(symbols)}
+        {s: (-1) ** (k >> i % 2) * sympy.Rational(37 + 24 * i + 10 * k, 29 + 2 * i) for i, s in enumerate(ordered)}
         for k in range(4 if symbols else 1)
     ]
 
@@ -715,22 +740,21 @@ def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
         return a == b
     if any(x.free_symbols and x.has(sympy.floor, sympy.ceiling) for x in (a, b)):
         raise Unreadable("a floor of symbols, which stand for integers")
-    points = _points(sorted(a.free_symbols | b.free_symbols, key=str))
-    verdicts = {_equal_at(a, b, at) for at in points}
+    verdicts = {_equal_at(a, b, at) for at in _points(a.free_symbols | b.free_symbols)}
     return True in verdicts and False not in verdicts
 
 
 def _near(exact, rounded):
     """Is a number a rounded other one?"""
     a, b = (value.value if isinstance(value, Named) else value for value in (exact, rounded))
-    if not all(isinstance(x, Number) and x.value.is_number for x in (a, b)):
-        return False
-    return bool(abs((a.value - b.value).evalf(8)) <= abs(a.value.evalf(8)) / 20 * (1 - bool(a.value.is_Integer)))
+    numbers = all(isinstance(x, Number) and x.value.is_number for x in (a, b))
+    margin = 0 if numbers and a.value.is_Integer else 20**-1
+    return numbers and bool(abs((a.value - b.value).evalf(8)) <= margin * abs(a.value.evalf(8)))
 
 
 def _proportional(f, g, *, positive):
     """Is f a multiple of g at all points, a positive one if asked for?"""
-    ratios = [f.subs(at) / g.subs(at) for at in _points(sorted(f.free_symbols, key=str))]
+    ratios = [f.subs(at) / g.subs(at) for at in _points(f.free_symbols)]
     alike = all(ratio.is_finite and ratio != 0 and equal(ratio, ratios[0]) for ratio in ratios)
     return alike and bool(not positive or ratios[0].is_positive)
 
@@ -744,10 +768,8 @@ def _same(a, b):
     match a, b:
         case Number(), Number():
             return _same_quantity(a, b)
-        case Named(), Named() if a.name == b.name:
-            return same(a.value, b.value)
-        case Named(), Named() | Relation():
-            return False
+        case Named(), Named():
+            return a.name == b.name and same(a.value, b.value)
         case Named(), _:
             return same(a.value, b)
         case Relation(), Relation():
@@ -755,7 +777,8 @@ def _same(a, b):
         case Group("⦃⦄" | "[]", [item]), Number() | Named():
             return same(item, b)
         case Group("⦃⦄", items), Group("⦃⦄" | ",", others):
-            return _all_in(items, others) and _all_in(others, items)
+            alike = [[same(item, other) for other in others] for item in items]
+            return all(map(any, alike)) and all(map(any, zip(*alike, strict=True))) and bool(items) == bool(others)
         case Group("," | "∪" | "cases" as kind, items), Group(other, others) if kind == other:
             return _paired(items, others)
         case Group("matrix", rows), Group("()" | ",", items):
@@ -766,10 +789,6 @@ def _same(a, b):
         case Group(kind, items), Group(other, others):
             return kind == other and _in_order(items, others)
     return False
-
-
-def _all_in(items, others):
-    return all(any(same(item, other) for other in others) for item in items)
 
 
 def _in_order(items, others):
@@ -800,7 +819,7 @@ def robust(response: str, gold: str) -> bool:
     said, *more = RUN_ON.split(said, 3)
     while more and not find_answer(said):
         said += more.pop(0)
-    gold = find_answer(gold) if boxes(gold) else gold
+    gold = boxes(gold) and find_answer(gold) or gold
     around = r"[\s$(){}\[\].:*\\]*"
     label = re.fullmatch(rf"{around}(?:(?:text|math)(?:rm|bf)?)?{around}([A-Z]){around}", gold)
     if label and (chosen := _chosen(said)) is not None:

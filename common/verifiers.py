@@ -85,8 +85,18 @@ def _boxed(response, gold):
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{)?")
-BRACE = re.compile(r"[{}]")
+OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 JOIN = re.compile(r"\s*(?:and|or|,)\s*")
+
+
+def closing_brace(text: str, inside: int, end: int | None = None, *, signs: str = "[{}]") -> int | None:
+    """Where the brace closes that opened just before `inside`; None if it stays open up to `end`."""
+    depth = 1
+    for sign in re.compile(signs, re.S).finditer(text, inside, len(text) if end is None else end):
+        depth += (sign[0] == "{") - (sign[0] == "}")
+        if depth == 0:
+            return sign.start()
+    return None
 
 
 def last_boxed(text: str) -> str | None:
@@ -96,12 +106,7 @@ def last_boxed(text: str) -> str | None:
     """
     found, end = collections.deque(), len(text)
     for start, inside in reversed([box.span() for box in BOX.finditer(text)]):
-        depth, close = 1, None
-        for brace in BRACE.finditer(text, inside, end) if text[inside - 1] == "{" else ():
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                close = brace.start()
-                break
+        close = closing_brace(text, inside, end) if text[inside - 1] == "{" else None
         if close is None or (found and not JOIN.fullmatch(text, close + 1, end)):
             break
         found.appendleft(text[inside:close].strip())
@@ -112,16 +117,12 @@ def last_boxed(text: str) -> str | None:
 def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""Return (start, end, content) of the last boxes of a text, without boxes in boxes. `\{` is not a brace."""
     found = []
-    for box in [*re.finditer(r"\\(?:boxed|fbox)\s*\{", text)][-50:]:
-        depth, start = 0, box.end() - 1
-        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
-            depth += (brace[0] == "{") - (brace[0] == "}")
-            if depth == 0:
-                if not found or box.start() >= found[-1][1]:
-                    found.append((box.start(), brace.end(), text[start + 1 : brace.start()].strip()))
-                break
-        else:
+    for box in [*OPEN_BOX.finditer(text)][-50:]:
+        close = closing_brace(text, box.end(), signs=r"\\.|[{}]")
+        if close is None:
             found = []  # a box that stays open was to hold the answer
+        elif not found or box.start() >= found[-1][1]:
+            found.append((box.start(), close + 1, text[box.end() : close].strip()))
     return found
 
 
@@ -148,21 +149,81 @@ def _plain(text):
 def _mcq(response, gold):
     text = after_think(response)[-MAX_CHARS:]
     box = last_boxed(text)
-    text = re.sub(r"\\(?:boxed|text|mathrm|mathbf|textbf)\b|[{}$]", "", text if box is None else box)
-    if box is not None:
-        label = _label(text)
-    else:
-        named = r"(?i:answer[ *]{0,3}(?:is:?|:))[ *(]{0,4}(?i:option )?[(*]{0,3}([A-Z]|\d)\b(?!['.,]\w)"
-        said = re.findall(named, text)
-        label = said[-1] if said else _label(text.rstrip().rpartition("\n")[2])
-    if label is None:
-        raise NoAnswer("no label")
-    return label == (_label(str(gold)) or str(gold).strip())
+    said = [*re.finditer(r"(?i)answer[ *]{0,3}(?:is:?|:)(?=([^\n]{0,80}))", text)] if box is None else []
+    if said and retracted(text, said[-1].end()):
+        raise NoAnswer("a label in doubt")
+    labels = [choice_label(mark[1], sentence=True) for mark in said if claimed(text, mark.start())]
+    labels = [label for label in labels if label is not None]
+    label = labels[-1] if labels else choice_label(text.rstrip().rpartition("\n")[2] if box is None else box)
+    if not label:
+        raise NoAnswer("no label, or two")
+    return label == (choice_label(str(gold)) or str(gold).strip())
 
 
-def _label(text):
-    found = re.match(r"[\s(*]{0,4}([A-Za-z]|\d)(?:[)*]|[.:,](?!\w)|\s{0,4}(?:<\||$))", text)
-    return found[1].upper() if found else None
+LABEL = re.compile(
+    r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z]|\d)(?![a-z0-9_'’^])(\)?)(.*)"
+)
+SECOND_LABEL = re.compile(
+    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?"
+    r"\(?([A-Z]|\d)\)?\s*(?:$|[).:,;]|and\b|or\b)"
+)
+
+
+def choice_label(text: str, *, sentence: bool = False) -> str | None:
+    """The label of a choice that starts a text; "" for two labels, None for none. sentence: words may follow it.
+
+    >>> choice_label("(b) dogs"), choice_label("A, B"), choice_label("A dog"), choice_label("B as x < 0", sentence=True)
+    ('B', '', None, 'B')
+    """
+    text = re.sub(r"\\(?:text|math)(?:bf|rm|it|normal)?(?![a-zA-Z])|\\boxed|[{}$*~`\[\]_]|\\[ ,;()]", " ", text)
+    if not (found := LABEL.match(text.partition("<|")[0].strip())):
+        return None
+    opened, label, closed, rest = found.groups()
+    if (second := SECOND_LABEL.match(rest)) and second[1].isdigit() == label.isdigit():
+        return ""
+    alone = re.fullmatch(r"[\s.:。\"]*", rest)
+    plain = opened or closed or re.match(r"\s*(?:[.:,;](?!\d)|[-–—](?!\w))", rest)  # not "A dog", "I think", "V-1"
+    needs_reason = label in "AI0123456789"  # "A dog" and "3 dogs" are no labels
+    goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if needs_reason else r"\s+[a-z]", rest)
+    good = alone or (opened or closed if label.islower() else plain or goes_on)
+    return label.upper() if good else None
+
+
+# Doubts, for mcq and robust.
+
+DOUBT = "maybe|perhaps|possibly|probably|could be|might be|may be"
+WRONG = r"(?:'s| is| was)?(?:(?: not|n't) (?:the|right|correct|true|possible|valid)| wrong| incorrect| false)\b"
+RETRACTED = re.compile(  # after an answer
+    rf"(?is)[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)|(?-i:[A-J]?[^.!,;\nA-Z]{{0,20}}\?)|[\s$*]*{WRONG}|"
+    rf".*(?:[.!?;:,—\n$]\s{{0,3}}|\b(?:but|oh|or),? )(?:(?:wait|hm+|oops|(?<!, )actually|sorry|correction|"
+    rf"scratch that|on second thought|{DOUBT})\b|no[,.:]|I (?:made|meant|was wrong|am not sure)|"
+    rf"(?:but |however, )?(?:that|this|it){WRONG}|(?:but|however),? (?:it|that|this|I|the answer)\b[^.\n]{{0,40}}"
+    r"(?:(?:not|n't) (?:be |seem |look )?(?:right|correct|true|possible|work|make|match|sure|the answer)|"
+    r"wrong|incorrect|should be(?! \w+ed\b))\b)"
+)
+CHECK = re.compile(
+    r"(?is)[^.\n]{0,40}[\s.$]{1,9}(?:wait|hm+)\W{1,3}(?:let me|let's|I)\b[^.:\n]{0,40}(?:check|verify)\b.*\b"
+    r"(?:correct|right)\W*$"
+)
+OBJECTION = re.compile(r"(?i)\b(?:not|no|wrong|incorrect|mistake|error|but|however|instead|should|so)\b|n't\b")
+UNCLAIMED = re.compile(  # before an answer
+    rf"(?i)(?:\b(?:if|suppos\w+|assum\w+|whether|unless|check|verify|doubt|wrong|incorrect|false|mistake\w*|not|cannot|"
+    rf"might|could|may|possible|contradiction|{DOUBT})|n't)[\s*_$]+(?:(?:that|the|an?|this|it|we|you|one|final|true|is|"
+    r"was|correct|right|answer|value|be|to|think|say|believe|assume|claim|my|our|your|h(?:is|er)|[a-z]|\w+'s)\b|"
+    r"[\s*_$={(\\:])*$"
+)
+
+
+def claimed(text: str, start: int) -> bool:
+    """Is what starts there claimed? Not in "if the answer is" and "it is wrong that the answer is"."""
+    return not UNCLAIMED.search(text, max(0, start - 80), start)
+
+
+def retracted(text: str, end: int) -> bool:
+    """Is what ended there doubted or taken back? Not by a check that confirms it."""
+    if (check := CHECK.match(text, end)) and not OBJECTION.search(check[0]):
+        return False
+    return RETRACTED.match(text, end) is not None
 
 
 # Rules by Math-Verify. They may take for ever, or all memory: they run in workers only.

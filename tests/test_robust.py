@@ -54,6 +54,9 @@ HUGE = [
     r"\boxed{factorial(10**8)}", r"\boxed{100000000!}", r"\boxed{\binom{10^8}{60116421}}", " " * 10**5 + r"\boxed{ }",
     r"\boxed{\lfloor 10^{6402}\pi\rfloor}", r"\boxed{" + "2^" * 90 + "2}", r"\boxed{" * 2000, r"\boxed{&}",
     "answer is " * 5000, r"\boxed{5\text{ km}^{99999999}}", "<answer>" * 8000, "答案" * 30_000, "\n" * 65_000 + "5",
+    r"\boxed{5}" + "\n" * 60_000 + "wait", "answer is 7" + ". but it " * 8000 + "not", "answer to " * 6500,
+    r"\boxed{5}. Wait, let me check" + " correct" * 8000 + " so", "if the " * 9000 + "answer is 42.",
+    "He a" + " 1 a" * 16_000 + ".",
     "answer is " + "a, " * 20_000 + ")", "is 5 a" + " b" * 30_000, "option a" + " b" * 30_000, "abc " * 16_000 + ".",
 ]  # fmt: skip
 
@@ -77,3 +80,32 @@ def test_robust_needs_no_tag_and_takes_the_last_box():
 def test_a_last_box_that_stays_open_or_a_doubt_is_no_answer():
     texts = [r"\boxed{42} so \boxed{", r"\boxed{41} or maybe \boxed{42}", "The answer is 42, but it could be 43."]
     assert [v.reward for v in grade(texts, ["42"] * 3, verifier="robust")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "text, gold",
+    [
+        (r"$-\boxed{5}$", "-5"),
+        (r"$\boxed{12}\pi$ cm", r"12\pi"),
+        (r"$\frac{\boxed{3}}{4}$", "3/4"),
+        (r"\boxed{5} million", "5000000"),
+        (r"$(\boxed{1}, 2)$", "(1, 2)"),
+        (r"- $x = \boxed{5}$ cm.", "5"),
+    ],
+)
+def test_a_box_is_read_with_the_formula_that_it_is_a_part_of(text, gold):
+    parts = ["5", "12", "3", "1"]
+    assert [v.reward for v in grade([text] * 5, [gold, *parts], verifier="robust")] == [1, *(p == gold for p in parts)]
+
+
+@pytest.mark.parametrize("mark", [r"The answer is \boxed{5}", "The answer is 5"])
+def test_an_answer_that_is_taken_back_or_only_supposed_does_not_count(mark):
+    after = [". Wait, that is wrong.", ", but it could be 6", ". Wait, I made a mistake: the answer is 6.", "?"]
+    before = ["Suppose ", "It is wrong that ", "Let's check if ", "So maybe "]
+    texts = [mark + words for words in after] + [words + mark for words in before]
+    assert [v.reward for v in grade(texts, ["5"] * 8, verifier="robust")] == [0] * 8
+    assert grade(texts[2:3], ["6"], verifier="robust")[0].reward == 1
+    check = "2 + 3 = 5. Yes, that is correct."
+    harmless = ["", f".\n\nLet me verify: {check}", f". Wait, let me double-check: {check}"]
+    harmless += [". But this is not required here.", ". However, it should be noted that x > 0."]
+    assert [v.reward for v in grade([mark + words for words in harmless], ["5"] * 5, verifier="robust")] == [1] * 5

@@ -282,7 +282,7 @@ def test_an_evaluation_grades_what_was_said_and_weighs_sources_alike(monkeypatch
     monkeypatch.setattr(verifiers, "grade", grade)
     told = [(7, "7", "a"), (8, "x", "a"), (9, "9", "b")]
     examples = [Example([n], None, gold, source, i, "") for i, (n, gold, source) in enumerate(told)]
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), eos_token_id=1)  # the eos is no part of an answer
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), eos_token_id=1)  # eos: no part of it
     found = run.evaluate(Sampler(), tokenizer, examples, RunArgs(max_response_tokens=7), ONE_RANK)
     assert (found["eval/a"], found["eval/b"], found["eval/mean"]) == (0.5, 1.0, 0.75)
 

@@ -201,6 +201,13 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
         (r"The answer is \textbf{C}.", "C"),
         ("The answer is C, since answer A is wrong", "C"),
         ("To answer 2 questions at once: so\nC)", "C"),
+        (r"\boxed{B, C}", None),
+        ("The answer is A or B", None),
+        ("The answer is A dog", None),
+        ("The answer is A, because B is wrong", "A"),
+        ("Answer: B. 12 dogs", "B"),
+        ("Answer: A. But actually B.", None),
+        ("If the answer is A, it barks.\nThe answer is B.", "B"),
     ],
 )
 def test_mcq_reads_the_label(response, label):
