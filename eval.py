@@ -40,7 +40,16 @@ from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
 from common.report import grade_records, load_run, plot_bars, results_tables, rewards_of, unreadable_golds, versions_of
 from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler, vllm_for
-from common.rows import check_gold, load_rows, read_row, render_prompt, set_template, with_bos
+from common.rows import (
+    check_gold,
+    count_unknown,
+    load_rows,
+    read_row,
+    render_prompt,
+    set_template,
+    warn_unknown,
+    with_bos,
+)
 from common.run import (
     NotNegative,
     Positive,
@@ -263,6 +272,7 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
             raise InputError(f"{question.where}: {error}{remedy}") from error
     # a chat template writes the bos token itself; plain text gets the tokens that the tokenizer puts around text
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=plain)["input_ids"]
+    warn_unknown("--data", count_unknown(encoded, tokenizer), len(encoded))
     for question, ids in zip(questions, encoded, strict=True):
         question.prompt = with_bos(ids, tokenizer) if question.prompt_text == question.rendered else ids
         if not ids:

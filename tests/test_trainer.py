@@ -602,7 +602,7 @@ def test_the_disk_must_hold_moments_the_checkpoint_that_is_written_and_the_model
     for free in (need, need - 1):
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         with contextlib.nullcontext() if free == need else pytest.raises(InputError, match="GB are free"):
-            checkpoint(tmp_path).check_space(policy)
+            checkpoint(tmp_path).check_space({"policy": (policy, None)})
 
 
 def test_no_setting_that_is_an_algorithms_may_change_on_resume():

@@ -84,9 +84,9 @@ def test_flags_reach_what_they_name(name, tmp_path, monkeypatch):
     # evaluation and rollouts
     calls = [named for _, named in drawn]
     evaluations = [call for call in calls if call["sampling"].temperature == 0.3]
-    assert len(evaluations) == 4 and all(call["n"] == 1 for call in evaluations)
+    assert len(evaluations) == 4 and all({*call["n"]} == {1} for call in evaluations)
     if name in ("luffy", "relift", "behavior_injection"):
-        rollouts = [call["seed"] for call in calls if call["n"] not in (1, 8)]
+        rollouts = [call["seed"] for call in calls if call["n"] != 8 and call not in evaluations]
         assert len(rollouts) == len(set(rollouts)) == 3  # a step's draws are not those of another
     if name != "behavior_injection":
         assert [named["split"] for _, named in problems] == ["train"] * (len(problems) - 1) + ["test"]
@@ -168,7 +168,7 @@ def test_each_state_and_step_of_a_search_draws_from_a_stream_of_its_own(monkeypa
 
 def test_collect_draws_with_the_temperature_and_top_p_that_it_is_given(tmp_path, monkeypatch):
     sampler = Asked()
-    monkeypatch.setattr(oreo, "open_sampler", lambda *_: sampler)
+    monkeypatch.setattr(run, "open_sampler", lambda *_: sampler)
     words = ["--stage", "collect", "--temperature", "0.7", "--top_p", "0.8", "--out", tmp_path]
     oreo.main(oreo_ranks.settings("models/tiny", *words))
     assert {(s.temperature, s.top_p) for *_, s in sampler.calls} == {(0.7, 0.8)}
@@ -220,7 +220,7 @@ def test_old_log_probs_are_those_of_the_rows_that_are_trained_on(name, tmp_path,
 def test_rounds_collect_with_the_model_of_the_round_before(tmp_path, monkeypatch):
     models = []
     monkeypatch.setattr(oreo, "collect", lambda args: models.append(args.model) or "rows")
-    monkeypatch.setattr(oreo, "train", lambda args: None)
+    monkeypatch.setattr(oreo, "train", lambda args, **_: None)
     monkeypatch.setattr(oreo, "plot_curves", lambda *_: None)
     words = ["--rounds", "2", "--round_init", "first", "--out", tmp_path]
     oreo.iterate(oreo_ranks.settings("models/tiny", *words))
