@@ -193,9 +193,9 @@ class Question:
     gold: str
     where: str  # file and row, for messages
     index: int  # the row, which names the random stream of a search
+    rendered: str = ""  # the prompt's text, if the row holds it
     rows: int = 1  # how often the files have it
     n: int = 1  # answers to draw
-    rendered: str = ""  # the prompt's text, if the row holds it
     prompt_text: str = ""
     prompt: list[int] = field(default_factory=list)
 
@@ -227,9 +227,8 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
             questions[key].rows += 1
         elif not limit or seen[benchmark] < limit:
             seen[benchmark] += 1
-            questions[key] = Question(
-                key, benchmark, item.question, item.prompt, item.gold, where, index, rendered=item.text or ""
-            )
+            text = item.text or ""
+            questions[key] = Question(key, benchmark, item.question, item.prompt, item.gold, where, index, text)
     return list(questions.values())
 
 
