@@ -210,7 +210,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     counted, totals = rows_with_gradient(rows, args), Totals(world)
     n_counted = sum(len(row.response) for row in counted)
     n_teacher = sum(len(row.response) for row in counted if row.teacher)
-    n_sft = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))  # with a trace
+    n_with_trace = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))  # mean
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
@@ -229,7 +229,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         loss = pg_loss = token_loss.sum() * row_scale
         if args.method == "rl_sft":
             sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
-            loss = loss + args.sft_coef * n_sft * sft_loss
+            loss = loss + args.sft_coef * n_with_trace * sft_loss
             totals.add({"loss/sft": sft_loss})
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
