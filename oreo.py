@@ -598,7 +598,7 @@ def collect(args: Args) -> str:
             rows += [about | mine[i] for i in balanced(rewards, args.balance)]
         write_lines(out / "rows.jsonl", rows)
         statuses = Counter(answer["status"] for mine in answers for answer in mine)
-        right = sum(row["reward"] > 0 for row in rows)
+        right = sum(row["reward"] * args.reward_scale + args.reward_shift > 0 for row in rows)
         print(f"{' '.join(args.data)}: {left_out}; {len(rows)} answers, {right} right; sampled: {dict(statuses)}")
     gather_lists([], world)  # no rank reads the file before it is there
     return str(out / "rows.jsonl")

@@ -76,7 +76,8 @@ def read_row(row: dict, where: str) -> Item:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     given = ", ".join(map(str, row))
-    names = sorted(row, key=str.islower)  # so that "answer" counts, and not "Answer", if there are both
+    # so that "answer" counts, and not "Answer", if both are filled
+    names = sorted(row, key=lambda name: (not _blank(row[name]), str(name).islower()))
     row = {name if len(name) == 1 else name.lower(): row[name] for name in names}  # A, B, ... are options
     try:
         row = {name: _unfolded(name, value) for name, value in row.items()}

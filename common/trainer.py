@@ -478,12 +478,8 @@ def prove(model, flag: str) -> None:
         return (out[0] if isinstance(out, tuple) else out).float()
 
     def plain(raw=states, train=False):
-        model.train(train)
-        lm.set_attn_implementation("eager")
-        try:
+        with _plain_attention(model.train(train)):
             each = [model.plain(torch.tensor(p + r, device=device), raw=raw)[len(p) - 1 :] for p, r in rows]
-        finally:
-            lm.set_attn_implementation("packed")
         model.train()
         return torch.cat(each)
 
@@ -508,6 +504,19 @@ def prove(model, flag: str) -> None:
         reshard(model)
         model.cells = model.useful = 0
     raise InputError(f"{flag}: {type(lm).__name__} is not supported: {why}")
+
+
+@contextlib.contextmanager
+def _plain_attention(model: nn.Module):
+    """Let the model, also one with code of its own, compute with Transformers' eager attention."""
+    configs = [c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)]
+    for c in configs:
+        c._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for c in configs:
+            c._attn_implementation = "packed"
 
 
 class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):

@@ -631,6 +631,11 @@ def names_of(rows):
     return [r["question"] for r in rows]
 
 
+def test_a_blank_column_in_lower_case_does_not_hide_the_one_in_capitals():
+    assert read_row({"question": "Q?", "Answer": "5", "answer": ""}, "x").gold == "5"
+    assert read_row({"question": "Q?", "Answer": "5", "answer": "6"}, "x").gold == "6"
+
+
 def test_a_csv_file_holds_numbers_and_empty_cells(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,response,label,weight,chosen\nQ?,A,1,0.5,\nQ?,B,0,,\nQ?,C,True,,\nQ?,D,False,,\n")

@@ -19,7 +19,7 @@ end, loses. The ids of an episode are those that the sampler read and drew: only
   python -m tools.agents --stage collect --games FOLDER --model MODEL    episodes at temperature 1: rows for oreo.py
   python -m tools.agents --games FOLDER --model MODEL --value VALUE      success rate; V chooses among --candidates
 
-docs/oreo.md has the whole sequence, with the training between these steps."""
+Each needs an --out of its own. docs/oreo.md has the whole sequence, with the training between these steps."""
 
 import json
 import os
