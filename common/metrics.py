@@ -3,7 +3,6 @@
 A reader of an algorithm need not know where they go. `common/run.py` calls this.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -153,20 +152,33 @@ class Clock:
     """Seconds by act: `with clock("sample"): ...`, then clock.flush() -> {"seconds/sample": 1.2, ...}.
 
     With `profile`, steps 2 to 1 + profile of this run are traced: the trace (for ui.perfetto.dev) goes to
-    out/profile, and rank 0 prints the seconds by act and the costliest operations."""
+    out/profile, and rank 0 prints the costliest operations."""
 
     def __init__(self, profile: int = 0, out: Path = Path()):
         self.seconds: dict[str, float] = {}
         self.since = time.perf_counter()
-        self.steps, self.profile, self.out = 0, profile, out
-        self.profiler, self.profiled = None, collections.Counter()
+        self.out, self.profiler = out, None
+        if profile:  # the first step warms everything up
+            steps = torch.profiler.schedule(wait=0, warmup=1, active=profile, repeat=1)
+            self.profiler = torch.profiler.profile(schedule=steps, on_trace_ready=self._traced)
+            self.profiler.start()
+
+    def _traced(self, profiler) -> None:
+        rank = os.environ.get("RANK", "0")
+        path = self.out / "profile" / f"rank-{rank}.json.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        if rank == "0":
+            by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            table = profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)
+            tqdm.write(f"\ntrace: {path}; seconds by act: {self.out}/metrics.jsonl\n{table}")
 
     @contextlib.contextmanager
     def __call__(self, act: str):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
-        with torch.profiler.record_function(act) if self.profiler else contextlib.nullcontext():
+        with torch.profiler.record_function(act):
             yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -174,37 +186,17 @@ class Clock:
 
     def flush(self) -> dict[str, float]:
         """Seconds by act since the last flush, and the whole step's."""
-        now = time.perf_counter()
-        row = {f"seconds/{act}": s for act, s in self.seconds.items()} | {"seconds/step": now - self.since}
-        self.steps += 1
+        row = {f"seconds/{act}": s for act, s in self.seconds.items()}
+        row["seconds/step"] = time.perf_counter() - self.since
         if self.profiler:
-            self.profiled.update(self.seconds | {"step": row["seconds/step"]})
-            if self.steps == 1 + self.profile:
-                self.close()
-        elif self.profile and self.steps == 1:  # the first step warms everything up
-            self.profiler = torch.profiler.profile()  # of all that is there: CPU, CUDA
-            self.profiler.start()
+            self.profiler.step()
         self.seconds, self.since = {}, time.perf_counter()
         return row
 
     def close(self) -> None:
-        """End the trace if one runs, write it, print where the time went."""
+        """End the trace, if one runs, and write it."""
         if self.profiler:
             self.profiler.stop()
-        if not self.profiled:  # no trace, or no step in it
-            return
-        steps = self.steps - 1
-        rank, total = os.environ.get("RANK", "0"), self.profiled.pop("step")
-        path = self.out / "profile" / f"rank-{rank}.json.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.profiler.export_chrome_trace(str(path))
-        if rank == "0":
-            self.profiled["the rest"] = total - sum(self.profiled.values())
-            lines = [f"  {act:9} {s / steps:8.3f} s a step  {s / total:6.1%}" for act, s in self.profiled.most_common()]
-            by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            lines += ["", self.profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)]
-            tqdm.write("\n".join([f"\n{steps} steps in {total:.2f} s while traced ({path}):", *lines]))
-        self.profiler, self.profiled = None, collections.Counter()
 
 
 def peak_memory_gb(world: World) -> float:
