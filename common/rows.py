@@ -373,18 +373,34 @@ def with_bos(ids: list[int], tokenizer) -> list[int]:
     return [bos, *ids] if adds and ids[:1] != [bos] else ids
 
 
+def turn_end(tokenizer) -> tuple[int | None, list[int]]:
+    """Return the token that the template puts behind an answer (None if it puts none), and all ids that end an answer.
+    That token is eos, or another one that closes a turn, such as <|im_end|>. Without one, as in MiniCPM's template, the
+    mark of the next user turn follows. If it is one token, it ends an answer too, as the published stop string does."""
+    turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
+    talk = [{"role": role, "content": content} for role, content in turns]
+    render_prompt(tokenizer, talk[:1])  # without a template it raises an error that names the flag
+    shown, more = (tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
+    closing, user_mark = shown.rpartition("answer")[2], more[len(shown) :].partition("question")[0]
+    if tokenizer.eos_token in closing:
+        return tokenizer.eos_token_id, [tokenizer.eos_token_id]
+    tokens = tokenizer.convert_tokens_to_ids([closing.strip(), user_mark.strip()])
+    tokens = [None if token == tokenizer.unk_token_id else token for token in tokens]
+    return tokens[0], [tokenizer.eos_token_id, *(token for token in tokens if token is not None)]
+
+
 def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[list[int], list[int], list[bool]]:
     """Return (prompt ids, response ids, action mask of the response) of a conversation.
 
-    Every assistant turn after the first `skip_turns` is an action, with the eos that the template puts behind it; what
+    Every assistant turn after the first `skip_turns` is an action, with the token that closes it (`turn_end`); what
     is between two turns is not. The pieces are tokenized one by one, so the ids are those that a sampler reads:
 
         user  assistant  user  assistant
         p p p r r r r    r r r r r r
         actions 1 1 1 1  0 0 0 1 1 1
 
-    If the template puts no eos behind a turn, none is trained. InputError if it changes earlier turns later on."""
-    text, ids, actions = "", [], []
+    If the template closes turns with no token, none is trained. InputError if it changes earlier turns later on."""
+    text, ids, actions, (closing, _) = "", [], [], turn_end(tokenizer)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"][skip_turns:]
     if not turns:
         raise InputError(f"no action: {len(messages)} turns, none of them an assistant's after --skip_turns")
@@ -394,13 +410,16 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
         if not (before.startswith(text) and after.startswith(before)):
             raise InputError(f"the chat template changes turn {turn} or earlier ones later on (some drop <think> from "
                              "them); pass a --chat_template that keeps the history as it is")  # fmt: skip
-        said, eos, _ = after[len(before) :].partition(tokenizer.eos_token)
-        for so_far, piece, action in ((text, before[len(text) :], False), (before, said + eos, True)):
+        said = after[len(before) :]
+        if closing is not None:
+            said, mark, _ = said.partition(tokenizer.decode([closing]))
+            said += mark
+        for so_far, piece, action in ((text, before[len(text) :], False), (before, said, True)):
             [piece_ids] = response_ids(tokenizer, [so_far], [piece])
             piece_ids = piece_ids if ids else with_bos(piece_ids, tokenizer)
             ids += piece_ids
             actions += [action] * len(piece_ids)
-        text = before + said + eos
+        text = before + said
     first = actions.index(True) if any(actions) else len(ids)
     return ids[:first], ids[first:], actions[first:]
 

@@ -14,7 +14,7 @@ import torch
 import oreo
 from common.data import InputError
 from common.rollout import Completion
-from common.rows import conversation_ids
+from common.rows import conversation_ids, turn_end
 from common.trainer import ValueModel, load_policy
 from tests.conftest import NANO
 from tools import agents
@@ -396,7 +396,7 @@ def test_a_template_that_closes_turns_with_another_token_than_eos_ends_answers_w
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     tokenizer.chat_template = CHATML
     [closing] = tokenizer("<|end|>", add_special_tokens=False)["input_ids"]
-    assert agents.turn_end(tokenizer) == (closing, [tokenizer.eos_token_id, closing, *ids("<|user|>")])
+    assert turn_end(tokenizer) == (closing, [tokenizer.eos_token_id, closing, *ids("<|user|>")])
     episode = Episode("door", 0, Door(""), tokenizer)
     for answer in ("Action: open door", "Action: go out"):
         episode.add_answer(tokenizer(answer + end, add_special_tokens=False)["input_ids"])
@@ -410,10 +410,10 @@ def test_a_template_that_closes_turns_with_another_token_than_eos_ends_answers_w
 
 @pytest.mark.parametrize("end", ["<|eos|>", " <|eos|>", "<|user|>"])
 def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_answer_too(end):
-    assert agents.turn_end(TOKENIZER) == (TOKENIZER.eos_token_id, [TOKENIZER.eos_token_id])
+    assert turn_end(TOKENIZER) == (TOKENIZER.eos_token_id, [TOKENIZER.eos_token_id])
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = MINICPM
-    assert agents.turn_end(tokenizer) == (None, ids("<|eos|><|user|>"))
+    assert turn_end(tokenizer) == (None, ids("<|eos|><|user|>"))
     episode = Episode("door", 0, Door(""), tokenizer)
     for answer in ("Action: open door", "Action: go out"):
         episode.add_answer(ids(answer + end))

@@ -272,7 +272,7 @@ class CharTokenizer:
     def __init__(self, eos="<E>"):
         self.eos_token, self.special = eos, ["<B>", "<E>", "<U>", "<A>"]
         self.eos_token_id = 1
-        self.chat_template = "set"
+        self.chat_template, self.unk_token_id = "set", None
 
     def __len__(self):
         return 4 + 128
@@ -289,6 +289,12 @@ class CharTokenizer:
 
     def convert_ids_to_tokens(self, token):
         return self.special[token] if token < 4 else chr(token - 4)
+
+    def convert_tokens_to_ids(self, tokens):
+        return [self.special.index(token) if token in self.special else None for token in tokens]
+
+    def decode(self, ids):
+        return self.batch_decode([ids])[0]
 
     def batch_decode(self, rows):
         return ["".join(self.special[i] if i < 4 else chr(i - 4) for i in row) for row in rows]
@@ -320,7 +326,8 @@ def test_masks_are_the_published_ones(case, tmp_path):
     assert count["response_too_long"] == (case["id"] == "token_truncated")
 
 
-def test_a_turns_eos_is_an_action_and_what_the_template_puts_behind_it_is_not():
+@pytest.mark.parametrize("eos", ["<E>", "<B>"])  # Qwen's base models close a turn with another token than eos
+def test_what_closes_a_turn_is_an_action_and_what_the_template_puts_behind_it_is_not(eos):
     class Chat(CharTokenizer):
         def apply_chat_template(self, messages, *, add_generation_prompt=False, **_):
             text = "".join(f"<{m['role'][0].upper()}>{m['content']}<E>\n" for m in messages)
@@ -328,7 +335,7 @@ def test_a_turns_eos_is_an_action_and_what_the_template_puts_behind_it_is_not():
 
     said = (("user", "q"), ("assistant", "a"), ("user", "o"), ("assistant", "b"))
     messages = [{"role": role, "content": content} for role, content in said]
-    prompt, response, actions = conversation_ids(messages, Chat(), 0)
+    prompt, response, actions = conversation_ids(messages, Chat(eos), 0)
     assert "".join(Chat().batch_decode([[i] for i in prompt])) == "<U>q<E>\n<A>"
     assert "".join(Chat().batch_decode([[i] for i in response])) == "a<E>\n<U>o<E>\n<A>b<E>"
     assert actions == [True] * 2 + [False] * 6 + [True] * 2

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from common.checkpoints import Checkpoints, changed_settings, digest_of
 from common.data import InputError
 from common.rollout import Sampling, make_sampler
-from common.rows import render_prompt, with_bos
+from common.rows import render_prompt, turn_end, with_bos
 from common.run import (
     NotNegative,
     Positive,
@@ -111,22 +111,6 @@ def parse_action(answer: str) -> str | None:
     """
     found = re.search(r"Action: *(.*)", answer)
     return found[1].strip() or None if found else None
-
-
-def turn_end(tokenizer) -> tuple[int | None, list[int]]:
-    """Return the token that the template puts behind an answer (None if it puts none), and all ids that end an answer.
-    That token is eos, or another one that closes a turn, such as <|im_end|>. Without one, as in MiniCPM's template, the
-    mark of the next user turn follows. If it is one token, it ends an answer too, as the published stop string does."""
-    turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
-    talk = [{"role": role, "content": content} for role, content in turns]
-    render_prompt(tokenizer, talk[:1])  # without a template it raises an error that names the flag
-    shown, more = (tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
-    closing, user_mark = shown.rpartition("answer")[2], more[len(shown) :].partition("question")[0]
-    if tokenizer.eos_token in closing:
-        return tokenizer.eos_token_id, [tokenizer.eos_token_id]
-    tokens = tokenizer.convert_tokens_to_ids([closing.strip(), user_mark.strip()])
-    tokens = [None if token == tokenizer.unk_token_id else token for token in tokens]
-    return tokens[0], [tokenizer.eos_token_id, *(token for token in tokens if token is not None)]
 
 
 class Episode:
