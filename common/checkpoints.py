@@ -45,9 +45,10 @@ def _sha256(path: Path) -> bytes:
 
 
 def changed_settings(there: dict, here: dict, names) -> str:
-    """Which of the settings `names` differ, in words; "" for none."""
+    """Which of the settings `names` differ, in words; "" for none. Of a digest only what it is a digest of is named."""
     return "; ".join(
-        f"--{name} {there.get(name)!r} there, {here.get(name)!r} here"
+        f"other {name.removesuffix('_digest')}" if name.endswith("_digest")
+        else f"--{name} {there.get(name)!r} there, {here.get(name)!r} here"
         for name in names if there.get(name) != here.get(name)
     )  # fmt: skip
 
