@@ -287,13 +287,13 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
     )
     if model.lm.can_generate():
         model.lm.generation_config = GenerationConfig.from_dict(state["generation"])
-    words = load_tokenizer(tokenizer or state.get("tokenizer", state["settings"]["model"]), flag="--tokenizer")
+    loaded = load_tokenizer(tokenizer or state.get("tokenizer", state["settings"]["model"]), flag="--tokenizer")
     if not tokenizer:
-        words.chat_template = state["template"]
+        loaded.chat_template = state["template"]
     weights = {_key("model", name): dcp_state.get_model_state_dict(model)}
     dcp.load(weights, checkpoint_id=path)
     dcp_state.set_model_state_dict(model, weights[_key("model", name)])
-    export(model, words, Path(out), world)
+    export(model, loaded, Path(out), world)
     print(f"{path} -> {out}")
 
 

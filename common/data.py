@@ -80,7 +80,7 @@ def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
     return [total / (means * tokens) for tokens in tokens_of_means(lengths, rows_per_mean)]
 
 
-BLOCK = {"cpu": 0.94, "cuda": 1.0}  # rows of a block of attention are at least so long, as a share of its longest
+BLOCK = {"cpu": 0.94, "cuda": 1.0}  # shortest row of a block of attention, as a fraction of its longest
 RAGGED = (torch.bfloat16, torch.float16)  # what CUDA's kernel for rows of any length computes in
 QUERIES = 512  # whose scores are in memory at once, where attention is written out
 

@@ -152,11 +152,12 @@ class Clock:
     """Seconds by act: `with clock("sample"): ...`, then clock.flush() -> {"seconds/sample": 1.2, ...}.
 
     With `profile`, steps 2 to 1 + profile of this run are traced: the trace (for ui.perfetto.dev) goes to
-    out/profile, and rank 0 prints the costliest operations."""
+    out/profile, and rank 0 prints the seconds by act and the costliest operations."""
 
     def __init__(self, profile: int = 0, out: Path = Path()):
         self.seconds: dict[str, float] = {}
         self.since = time.perf_counter()
+        self.acts: set[str] = set()
         self.out, self.profiler = out, None
         if profile:  # the first step warms everything up
             steps = torch.profiler.schedule(wait=0, warmup=1, active=profile, repeat=1)
@@ -170,14 +171,17 @@ class Clock:
         profiler.export_chrome_trace(str(path))
         if rank == "0":
             by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            table = profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)
-            tqdm.write(f"\ntrace: {path}; seconds by act: {self.out}/metrics.jsonl\n{table}")
+            found = profiler.key_averages()
+            acts = ", ".join(f"{e.key} {e.cpu_time_total / 1e6:.3f} s" for e in found if e.key in self.acts)
+            table = found.table(sort_by=by, row_limit=15, max_name_column_width=50)
+            tqdm.write(f"\n{path}: {acts}\n{table}")
 
     @contextlib.contextmanager
     def __call__(self, act: str):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
+        self.acts.add(act)
         with torch.profiler.record_function(act):
             yield
         if torch.cuda.is_available():

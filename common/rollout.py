@@ -314,7 +314,8 @@ def cache_size(config) -> int:
 
 def change_logits(logits: torch.Tensor, *, cap: float, scale: float) -> torch.Tensor:
     """The model's own change of its logits, of any shape: cap * tanh(scale * z / cap). See `logit_form`."""
-    return cap * (scale * logits / cap).tanh() if cap else logits if scale == 1.0 else scale * logits
+    logits = logits if scale == 1.0 else scale * logits
+    return cap * (logits / cap).tanh() if cap else logits
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Sampling):

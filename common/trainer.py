@@ -68,7 +68,10 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
         chosen = selected[flag] = getattr(reader.parse_known_args(argv)[0], flag)
         values |= {flag: chosen} if chosen in table else {}
         for name, value in table.get(chosen, {}).items():
-            values |= value.get(selected[name], {}) if isinstance(value, dict) else {name: value}
+            if isinstance(value, dict):  # name: an earlier flag, whose value chooses
+                values |= value.get(selected[name], {})
+            else:
+                values[name] = value
     about = "--print_settings prints the settings that a command means, and stops."
     spec = sys.modules["__main__"].__spec__  # of `python -m tools.NAME`
     args = tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True, description=about,

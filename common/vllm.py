@@ -398,5 +398,7 @@ def fill(buffer: torch.Tensor, weights):
             yield names, shapes, sizes
             names, shapes, sizes = [], [], []
         buffer[sum(sizes) : sum(sizes) + len(flat)].copy_(flat)
-        names, shapes, sizes = [*names, name], [*shapes, list(value.shape)], [*sizes, len(flat)]
+        names.append(name)
+        shapes.append(list(value.shape))
+        sizes.append(len(flat))
     yield names, shapes, sizes
