@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gzip
 import json
+import re
 import math
 
 import pytest
