@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import gzip
 import json
-import re
 import math
+import re
 
 import pytest
 
