@@ -1,14 +1,14 @@
 """Behavior injection (BRIDGE): preparing a model for reinforcement learning (Cen et al., arXiv 2505.18917).
 
-Models with the same accuracy after SFT can gain very differently from RL. A gradient step of size eta on GRPO's
-objective J (its rewards, a mean over questions) raises that objective for one question, J(q), to first order, by
+Models with the same accuracy after SFT can gain very differently from RL. J(q) is GRPO's objective for one question,
+without KL and entropy; J is its mean over questions. A gradient step of size eta on J raises J(q), to first order, by
 
     dJ(q) = eta <G, grad J(q)> = eta mean_{q',o'} A(q',o') sqrt(a(q) (1 - a(q))) (mean_+ K - mean_- K)          (Eq. 5)
     K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J, the mean of grad J(q') over questions q'
 
 o is an answer to q, A(q,o) its advantage, a(q) the fraction of correct answers to q. mean_+ is over the correct ones,
-mean_- over the others; log pi is a mean over tokens. So RL needs questions that are solved sometimes, and answers whose
-gradients agree with those to other questions. BRIDGE injects behaviors into SFT solutions that raise both: looking
+mean_- over the others; log pi is a mean over tokens. So RL needs questions that are solved sometimes, and answers to
+different questions whose gradients agree. To raise both, BRIDGE injects behaviors into the SFT solutions: looking
 ahead and coming back (reflection), repeating what the question says (analysis), one operation at a time (subgoals).
 SFT minimizes the mean of -log p over the tokens of prompts and solutions. GRPO follows, with the SFT model as
 reference. R_i is 1 for a correct answer and else 0, plus --format_reward for the right form:
@@ -16,8 +16,8 @@ reference. R_i is 1 for a correct answer and else 0, plus --format_reward for th
     A_i  = (R_i - mean R) / (std R + 1e-6)                                         over the group of answers to q
     loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef min(k, 10) - entropy_coef H ]
 
-Of token t of answer i: r = p / p_old, k = e^d - d - 1 with d = log p_ref - log p, and the entropy H. c is --clip.
---kl_mask sets to 0 the loss of an answer whose mean of min(k, 10) is that large. tools/influence.py measures dJ and K.
+For token t of answer i: r = p / p_old, k = e^d - d - 1 with d = log p_ref - log p, H is the entropy, c is --clip. The
+loss of an answer whose mean of min(k, 10) reaches --kl_mask is 0. tools/influence.py measures dJ and K.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - All arms use the same problems, whose numbers are at least 1. From 0, as published, "0" is right in 27 % of them.
@@ -104,7 +104,7 @@ class Args(RunArgs):
     system_prompt: bool = True  # Begin prompts with BRIDGE's system message.
     ops: tuple[int, int] = (15, 20)  # Fewest and most operations of problems for SFT, RL and influence
     val_ops: tuple[int, int] = (21, 25)  # Fewest and most operations of problems for evaluation during RL
-    test_ops: tuple[int, int] = (20, 25)  # Exact number of operations: of the in-distribution, of the other test
+    test_ops: tuple[int, int] = (20, 25)  # Operations per problem: in-distribution test, out-of-distribution test
     sft_problems: Positive[int] = 2000  # Problems for SFT, the same for every arm
     rl_problems: Positive[int] = 10000  # Problems for RL
     eval_problems: Positive[int] = 500  # Problems for the evaluation during RL, and for each test
@@ -120,7 +120,7 @@ class Args(RunArgs):
     sft_batch_size: Positive[int] = 128  # Rows per SFT update
     sft_lr: NotNegative[float] = 5e-6  # Learning rate of SFT, constant; betas 0.9 0.95 (--lr, --schedule, ...: RL's)
     prompt_loss: bool = True  # Train SFT on the tokens of prompts too.
-    # SFT loss: average over the tokens of each block of this many rows, then over blocks; 0: over all tokens
+    # SFT loss: average the token means of blocks of this many rows; 0: one block, the mean over all tokens
     sft_rows_per_mean: NotNegative[int] = 4
     base_steps: Positive[int] = 3500  # Updates of the base model, of 64 problems each
     base_lr: NotNegative[float] = 1.5e-3  # Its peak learning rate
@@ -131,7 +131,7 @@ class Args(RunArgs):
     updates_per_step: Positive[int] = 1  # RL: updates per step (SFT: 1). With 1, as published, the clip never acts.
     temperature: Positive[float] = 1.0  # RL: sampling temperature. The policy is trained at it too.
     clip: NotNegative[float] = 0.2  # RL: PPO clip of the ratio; 0: none
-    kl_coef: NotNegative[float] = 0.001  # RL: weight of the KL to the SFT model (not loaded if kl_mask is 0 too)
+    kl_coef: NotNegative[float] = 0.001  # RL: weight of the KL to the SFT model (not loaded if this and kl_mask are 0)
     kl_mask: NotNegative[float] = 0.0  # RL: leave out answers whose mean KL is this or more; 0: none (Llama: 0.15)
     entropy_coef: NotNegative[float] = 0.001  # RL: weight of the entropy bonus
     format_reward: NotNegative[float] = 0.0  # RL: bonus for <think>...</think><answer>...</answer> (Llama: 0.05)
@@ -182,8 +182,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: flo
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.tensor([7, 7, 7, 7]), eps=0.0).tolist()
     [1.5, -0.5, -0.5, -0.5]
     """
-    _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
-    n = group.bincount()  # [G]
+    _, group = groups.unique(return_inverse=True)  # [B], 0 .. Q-1
+    n = group.bincount()  # [Q], rows of each question
     centered = rewards - (group.bincount(rewards) / n)[group]
     sigma = (group.bincount(centered**2) / (n - ddof).clamp(min=1)).sqrt()
     return centered / torch.where(sigma > 0, sigma + eps, 1.0)[group]
@@ -273,7 +273,7 @@ def accumulate_gradient(
         row_kl = row_means(kl.detach(), batch, mine)  # [rows]
         kept = row_kl < (args.kl_mask or math.inf)  # [rows]; the others still count in the mean
         loss = torch.where(kept, row_loss, 0.0).sum() / len(rows)
-        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+        (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         pg = torch.where(kept, row_means(token_loss, batch, mine), 0.0).sum()
         totals.add({"loss/pg": pg, "policy/kl_ref": row_kl.sum(), "policy/masked": (~kept).sum()}, per=len(rows))
@@ -286,7 +286,7 @@ def accumulate_gradient(
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
     """Forward and backward of one SFT update, at temperature 1; the gradient is left in .grad.
 
-    loss = - (1/M) sum_m (1/T_m) sum_{t in m} log p_t over M blocks of sft_rows_per_mean neighbors in `rows`, with T_m
+    loss = - (1/K) sum_k (1/T_k) sum_{t in k} log p_t over K blocks of sft_rows_per_mean neighbors in `rows`, with T_k
     tokens each. The gradient is the same for any number of ranks and any micro_batch_tokens."""
     lengths, totals = [len(row.response) for row in rows], Totals(world)
     rows_per_mean = args.sft_rows_per_mean or len(rows)
@@ -296,7 +296,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     for batch, mine in micro_batches(numbers, args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
         loss = -(logp * per_token(batch, [weights[i] for i in mine])).sum()
-        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+        (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"sft/loss": loss})
         totals.add({"sft/logp": logp.sum(), "sft/entropy": entropy.sum()}, per=sum(lengths))
@@ -474,7 +474,7 @@ def train(args: Args) -> None:
 
         # 4. update
         with run.clock("update"):
-            sampler.sleep()  # its memory is the trainer's until the sync
+            sampler.sleep()  # frees its memory for the trainer until the sync
             updates = split_updates(rows, args)
             old = [None] + [policy_logps(policy, update, args, world) for update in updates[1:]]
             for u, update in enumerate(updates):

@@ -7,11 +7,11 @@ r"""Evaluate a model on benchmark files.
 
 Benchmark files repeat rows to get several answers to a question (30 questions x 32 rows of AIME, for "avg@32"). Such
 rows are one question here. A question gets --n answers, or one per row if it has more rows; greedy decoding gives one.
-With m_q the fraction of correct answers to question q, n_q its answers, c_q correct ones among them, and Q questions:
+Question q of Q has n_q answers, c_q of them correct; m_q = c_q / n_q; var_q is the sample variance of their rewards:
 
     pass@1              mean of m_q; for equal n_q this is the mean over all answers (avg@n)
     pass@k              mean of 1 - C(n_q - c_q, k) / C(n_q, k): is one of k answers correct? (Chen et al., 2021)
-    maj@k               is the most frequent of k answers correct? Exact expectation over all k-subsets; ties share
+    maj@k               is the most frequent of k answers correct? Exact mean over all k-subsets; a tie of m counts 1/m
     pass@1_se           sqrt(var(m_q) / Q): standard error over sets of such questions
     pass@1_se_sampling  sqrt(sum of var_q / n_q) / Q: standard error over runs on these questions
     average             mean of the benchmarks' pass@1, each counted once whatever its size
@@ -100,13 +100,13 @@ class Args:
     system: bool = True  # Keep the rows' system turns under "own" and Jinja files (LUFFY and ReLIFT drop them).
     stop_tokens: tuple[str, ...] = ()  # Tokens that also end an answer: <|im_end|> for a base model asked in ChatML
     seed: Seed = 0  # Seed of the sampling
-    # Let a value model choose: one answer per question. beam: --width states, as many next steps of each; the best go
-    # on. best_of_n: --width answers. best_of_k: --width next steps of one state
+    # Let a value model choose: one answer per question. beam: --width next steps of each of --width states; keep the
+    # best. best_of_n: --width answers. best_of_k: --width next steps of one state
     search: Literal["none", "beam", "best_of_n", "best_of_k"] = "none"
     value: str = ""  # Value model of --search (oreo.py trains one)
     width: Positive[int] = 5  # Width of --search (OREO: 3, 5, 7)
     max_steps: Positive[int] = 20  # Most steps of beam and best_of_k (OREO: 20). No answer by then is an empty answer.
-    step_delimiters: tuple[str, ...] = ("\n",)  # A step of --search ends with a token that contains one of these.
+    step_delimiters: tuple[str, ...] = ("\n",)  # A --search step ends with a token that contains one (a newline).
     limit: NotNegative[int] = 0  # First questions of each benchmark to ask; 0: all (igsm:LO-HI: 1000)
     dry_run: bool = False  # Print the first prompts of each benchmark with their ids, and exit.
 
@@ -120,7 +120,7 @@ class Args:
     rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM (7B on 80 GB: 0.5)
     # Largest batch of the embedded sampler: rows x (prompt + response) tokens. 0: 65,536; on CUDA 524,288 (7B: 30 GB)
     sampler_tokens: NotNegative[int] = 0
-    write_every: Positive[int] = 2048  # Answers that vLLM is given at once, and that are written at once
+    write_every: Positive[int] = 2048  # Answers per vLLM call; each call's answers are written when it ends
 
 
 SAMPLER_TOKENS = {"cpu": 65536, "cuda": 524288}  # of --sampler_tokens 0
@@ -180,7 +180,7 @@ def mean_and_errors(rewards: list[list[float]]) -> tuple[float, float | None, fl
 
 
 def difficulty(base_rate: float) -> str:
-    """ReLIFT's bucket for the base's fraction of correct answers: of 8, easy has 6 or more, medium 3, hard 1."""
+    """ReLIFT's bucket for the base's correct answers. Of 8: easy 6 to 8, medium 3 to 5, hard 1 or 2, hardest 0."""
     return "easy" if base_rate >= 6 / 8 else "medium" if base_rate >= 3 / 8 else "hard" if base_rate > 0 else "hardest"
 
 

@@ -9,11 +9,11 @@ trace. All are graded alike and share one mean:
     f(p) = p / (p + 0.1)                                                                               (Eq. 5-8)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) is the published scale of the sum; 8192 is --max_response_tokens. c = 0.001. The published code
-added one mean entropy per micro-batch, so its bonus grew with their number, M; `published_micro_batches` computes it.
+S = 64 / (rows x 8192), rows of the update: each published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
+c = 0.001, 8192: --max_response_tokens. A mean entropy per micro-batch was added, M in all (`published_micro_batches`).
 Where the teacher's own probability is unknown, as in the published data, LUFFY uses 1, so the ratio is p. With f, the
 gradient w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are
-learnt first. If k own answers are right, they and the trace have the advantage (7 - k) / 8: 7/8 at first, 0 at last.
+learnt first. If the trace and k own answers are right, each of them has the advantage (7 - k) / 8: from 7/8 down to 0.
 
 --method picks the above or one of the paper's comparisons:
   grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2
@@ -21,9 +21,9 @@ learnt first. If k own answers are right, they and the trace have the advantage 
   sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- Denominators count the rows of all GPUs: the gradient depends on neither GPUs nor micro-batches. S, M: its scale.
+- Denominators count the rows of all GPUs, so neither GPUs nor micro-batches change the gradient. S, M: published scale.
 - An update takes whole groups. The published code sorted a step's rows by length first, which could split a group.
-- A trace that is too long is left out and counted; the published code cut it and lost its eos (--long_trace cut).
+- A row whose trace is too long is left out and counted; the published code cut it and lost the eos (--long_trace cut).
 - A question without a trace is an error; the published code sampled another answer (--empty_trace on_policy).
 
   python luffy.py --preset tiny                                              a laptop, 4 minutes, nothing downloaded
@@ -74,15 +74,15 @@ class Args(RunArgs):
     out: str = "runs/luffy"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
     data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
-    long_trace: Literal["reject", "cut"] = "reject"  # A trace over --max_response_tokens: reject it, or cut it
+    long_trace: Literal["reject", "cut"] = "reject"  # Over-long trace: reject it (luffy.py: with its row), or cut it
     epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
     clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
-    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus, times M (LUFFY's text: 0.01)
-    loss_rows: Positive[float] = 64.0  # Sets S and M: rows that a GPU of the published run had per update (8 GPUs: 64)
+    entropy_coef: NotNegative[float] = 0.001  # Weight c of the entropy bonus, before the factor M (LUFFY's text: 0.01)
+    loss_rows: Positive[float] = 64.0  # Scale of the loss: rows per GPU and update of the published run (8 GPUs: 64)
     group_size: Positive[int] = 8  # Rows per question, the teacher's included
     empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A question without a trace: stop, drop, own answers
     steps: NotNegative[int] = 500  # Steps to train (the paper's 500); 0 follows --epochs.
@@ -90,8 +90,8 @@ class Args(RunArgs):
     shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
     shape: Shape = ""  # Another f on the teacher's tokens, by its published name. Empty: that of --shaping_gamma
     own_shape: Shape = ""  # f on own tokens' ratio (paper's Table 4: p_div_p_0.1, --teacher_rows 0). Empty: none
-    sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term, times how many of the M hold a trace
-    sft_rows_per_mean: NotNegative[int] = 1  # sft: mean of token means of this many traces each; 0: mean over tokens
+    sft_coef: NotNegative[float] = 1.0  # Weight of rl_sft's SFT term (scaled as published: docs/luffy.md, detail 6)
+    sft_rows_per_mean: NotNegative[int] = 1  # sft: average the token means of blocks of this many traces; 0: one block
 
 
 METHODS = {
@@ -111,7 +111,7 @@ PRESETS = {
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, baseline: Tensor | None = None) -> Tensor:
-    """A_i = R_i - mean of the rewards of i's group (LUFFY's Eq. 4); with `std` divided by their unbiased std + 1e-6.
+    """A_i = R_i - mean of the rewards of i's group; with `std` (as in LUFFY's Eq. 4) over their unbiased std + 1e-6.
 
     rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
     A group of one row has mean 0 and std 1.
@@ -121,8 +121,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     [0.75, -0.25, -0.25, -0.25]
     """
     weight = torch.ones_like(rewards) if baseline is None else baseline.to(rewards.dtype)  # [B]
-    _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
-    n = group.bincount(weight)  # [G]
+    _, group = groups.unique(return_inverse=True)  # [B], 0 .. Q-1
+    n = group.bincount(weight)  # [Q], rows of each question
     mean = torch.where(n > 1, group.bincount(weight * rewards) / n.clamp(min=1), 0.0)
     advantages = rewards - mean[group]
     if not std:
@@ -135,8 +135,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
 
 
 def shaped(logp: Tensor, name: str, gamma: float | None = None) -> Tensor:
-    """f(p) of Eq. 7 by its published name, elementwise: p_div_p_X p / (p + X) for any number X, no_reshape p,
-    square_root (or pow) p^0.5, logp log p, p_logp p + log p. Without a name: p / (p + gamma), or p without gamma.
+    """f(p) of Eq. 7 by its published name, elementwise. p_div_p_X: p / (p + X). no_reshape: p. square_root
+    and pow: p^0.5. logp: log p. p_logp: p + log p. Without a name: p / (p + gamma), or p if gamma is 0 or None.
 
     >>> [round(shaped(torch.tensor(0.25).log(), name).item(), 4) for name in ("no_reshape", "p_div_p_0.1", "pow")]
     [0.25, 0.7143, 0.5]
@@ -210,13 +210,13 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     counted, totals = rows_with_gradient(rows, args), Totals(world)
     n_counted = sum(len(row.response) for row in counted)
     n_teacher = sum(len(row.response) for row in counted if row.teacher)
-    n_with_trace = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))  # mean
+    expected_with_trace = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], of who drew it; NaN: unknown
+        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], by sampler or teacher; NaN: unknown
         token_loss = luffy_token_loss(
             logp, old, advantage, teacher, gamma=args.shaping_gamma, clip=args.clip or None, shape=args.shape,
             own_shape=args.own_shape, teacher_logp=drawn_logp,
@@ -229,11 +229,11 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         loss = pg_loss = token_loss.sum() * row_scale
         if args.method == "rl_sft":
             sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
-            loss = loss + args.sft_coef * n_with_trace * sft_loss
+            loss = loss + args.sft_coef * expected_with_trace * sft_loss  # published: summed over such micro-batches
             totals.add({"loss/sft": sft_loss})
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
-        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+        (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"loss/pg": pg_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
@@ -251,11 +251,11 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     scale_of = dict(zip(map(id, rows), token_scales(lengths, args.sft_rows_per_mean), strict=True))
     for batch, mine in micro_batches(rows, args, world):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        scale = per_token(batch, [scale_of[id(row)] for row in mine])  # [N], of a token in one mean over all tokens
+        scale = per_token(batch, [scale_of[id(row)] for row in mine])  # [N], relative to one mean over all tokens
         loss = sft_loss = -(logp * scale).sum() / sum(lengths)
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / sum(lengths)
-        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+        (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"loss/sft": sft_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=sum(lengths))
@@ -274,7 +274,7 @@ def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
     if args.method == "sft" and (args.teacher_rows != 1 or args.empty_trace == "on_policy"):
         raise InputError("--method sft trains on one trace alone: set --teacher_rows 1, --empty_trace error or drop")
-    most, few = args.group_size - 1, int(args.method == "rl_sft")  # which adds the traces' loss
+    most, few = args.group_size - 1, int(args.method == "rl_sft")  # rl_sft needs a trace for its SFT term
     if args.method != "sft" and not few <= args.teacher_rows <= most:
         raise InputError(f"--teacher_rows {args.teacher_rows} must be from {few} to {most}, under --group_size")
 
@@ -326,9 +326,9 @@ def main(args: Args) -> None:
 
         # 4. update
         with run.clock("update"):
-            sampler.sleep()  # its memory is the trainer's until the sync
+            sampler.sleep()  # frees its memory for the trainer until the sync
             updates = split_updates(rows, args)
-            # p_old of later updates is computed before the first one changes the weights; there p_old = p
+            # p_old of later updates is computed before the first update changes the weights; in the first, p_old = p
             old = [None] + [policy_logps(policy, rows_with_gradient(u, args), args, world) for u in updates[1:]]
             for u, update in enumerate(updates):
                 if by_rl:

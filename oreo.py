@@ -18,15 +18,15 @@ the gradient reaches the whole answer, from its first state (Eq. 10); V is still
 states, and the gradient reaches all tokens that follow (the paper's comparison). At test time V guides a search without
 a verifier: eval.py --search.
 
---stage sft: worked solutions, 3 epochs: makes the starting model. collect: sample answers to the problems, grade them.
-oreo: the above, on --rows; without --rows it collects them. rejection, dpo, kto: the paper's comparisons, on the same
-rows. iterate: oreo for three rounds, each on answers of the model of the round before.
+--stage sft: train the starting model on solutions, 3 epochs. collect: sample answers to the problems and grade them.
+oreo: the above, on --rows, or on rows that it collects first. rejection, dpo, kto: the paper's comparisons, on the same
+rows. iterate: three rounds of oreo, each on answers of the previous round's model.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - An answer's ids are those that were sampled, eos included. The published rows were text, tokenized again.
 - A row over 2,048 tokens is left out and counted; the published code cut it and lost its eos (--long_response cut).
 - A step ends with a token that holds a delimiter, in training and in search. The published code split text.
-- The cosine ends with the last step. With several epochs the published rate hardly fell: it counted epochs^2 passes.
+- The cosine ends with the last step. The published one was stretched over epochs^2 passes, so its rate hardly fell.
 
   python oreo.py --preset tiny --stage sft                        a laptop, a minute, nothing downloaded
   python oreo.py --preset tiny --model runs/tiny-oreo-sft/model   collects, trains, evaluates
@@ -99,7 +99,7 @@ class Args(RunArgs):
     max_row_tokens: Positive[int] = 2048  # Prompt and response together, to train on (published; ALFWorld: 4096)
     long_response: Literal["reject", "cut"] = "reject"  # A row over these limits: reject it, or cut its response
     skip_turns: NotNegative[int] = 0  # First assistant turns of a conversation that are not trained on (ALFWorld: 1)
-    step_delimiters: tuple[str, ...] = ("\n",)  # A step ends with a token that holds one of these.
+    step_delimiters: tuple[str, ...] = ("\n",)  # A step ends with a token that contains one (a newline).
     samples: Positive[int] = 10  # Answers to collect per problem (published: 10; 7B: 16)
     # Keep at most this many correct and this many incorrect answers per problem, of --rows too, and at most as many
     # correct as incorrect ones (one if none is incorrect; published 7B run: 4). 0 keeps all.
@@ -111,12 +111,12 @@ class Args(RunArgs):
     beta: Positive[float] = 0.03  # Strength of the KL penalty in the objective (published; dpo: 0.1)
     kl_coef: NotNegative[float] = 0.01  # alpha, weight of the additional KL loss (published; step 0.1, response 0.3)
     rounds: Positive[int] = 1  # Collect and train this many times, except in sft.
-    round_init: Literal["last", "first"] = "last"  # Start from the models of the round before, or from --model
+    round_init: Literal["last", "first"] = "last"  # last: start from the previous round's models; first: --model
     round_reference: Literal["last", "first"] = "last"  # last: what sampled the round's rows; first: --reference
     pairs_per_question: Positive[int] = 6  # dpo: pairs to draw per question (published: 6; 7B: 10; ALFWorld: 5)
     epochs: Positive[float] = 1.0  # Passes over the rows if --steps is 0 (published: 1; sft: 3)
     batch_size: Positive[int] = 128  # Rows (dpo: pairs) per update; collect: problems to sample at once
-    sft_rows_per_mean: NotNegative[int] = 8  # sft, rejection: mean of token means of this many rows; 0: of all tokens
+    sft_rows_per_mean: NotNegative[int] = 8  # sft, rejection: average token means of blocks of this many rows; 0: one
     lr: NotNegative[float] = 5e-6  # Peak learning rate of AdamW (published: sft 2e-5, dpo 5e-7, kto 5e-8)
     value_lr: NotNegative[float] = 5e-6  # Peak learning rate of the value model's AdamW (published; 7B: 1e-4)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # Learning rate after the warm-up
@@ -183,7 +183,7 @@ def oreo_row_losses(
     model chose it, values [B, T] is V of the text up to token t, and state_mask [B, T] is 1 if the equation is imposed
     there. rewards [B]. Padding, on either side, has 0 in both masks.
 
-    variant   the policy loss is the mean over a row's states of (sg(V_t) - R + beta x_t)^2, with x_t equal to S_t
+    The policy loss is the mean over a row's states of (sg(V_t) - R + beta x_t)^2. x_t is S_t; its gradient is:
     token     S_t = d_t + sg(S_{t+1}),             d_t = log [pi_t / ref_t] of an action, 0 of any other token
     step      S_t = d_t + .. + d_{u-1} + sg(S_u),  u the row's next state
     response  S_t, at the row's first state alone
@@ -243,7 +243,7 @@ def dpo_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float) -> Te
 
 
 def kto_loss(log_ratio: Tensor, right: Tensor, baseline: float, *, beta: float) -> Tensor:
-    """1 - sigmoid(beta (r - z)) of a correct answer, 1 - sigmoid(beta (z - r)) of another (Ethayarajh et al. 2024).
+    """1 - sigmoid(beta (r - z)) of a correct answer, 1 - sigmoid(beta (z - r)) of an incorrect one (Ethayarajh 2024).
 
     r: log_ratio [B], log [pi / ref] summed over the answer; right [B] bool; z: `baseline`, the KL(pi || ref) that
     `kto_baseline` estimates; both weights are 1. -> [B]"""
@@ -281,7 +281,7 @@ def dpo_pairs(rows: list["Row"], limit: int, seed: int) -> list[list["Row"]]:
 
 @dataclass
 class Row:
-    """A graded answer as ids. In a conversation the response is all that follows the first trained turn's start."""
+    """A graded answer as ids. In a conversation the response starts at the first trained turn."""
 
     prompt: list[int]
     response: list[int]
@@ -400,12 +400,12 @@ def row_sums(values: Tensor, batch, rows: int) -> Tensor:
 
 
 def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: Args, world) -> dict[str, float]:
-    """Forward and backward of one update, summed over ranks and micro-batches. Gradients are left in .grad, and what
-    was measured of each row, of all ranks, in the rows. Returns the losses.
+    """Forward and backward of one update, summed over ranks and micro-batches. Gradients stay in .grad;
+    what was measured of the rows of all ranks is written into them. Returns the losses.
 
     `units` are those of all ranks. Every denominator is counted over them before the first backward, so the gradient is
-    the same for any number of ranks and any micro_batch_tokens. oreo's policy loss reads the values from before the
-    update, and its value loss the log-probs, so the order of the two optimizer steps that follow does not matter."""
+    the same for any number of ranks and any micro_batch_tokens. Both losses of oreo read the
+    values and log-probs from before the update, so the order of the two optimizer steps does not matter."""
     every = {row.index: row for unit in units for row in unit}
     actions = [sum(row.actions) for row in every.values()]
     n_units, n_actions = len(units), sum(actions)  # the denominators: rows (dpo: pairs); sft's and rejection's tokens
@@ -423,7 +423,7 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
             grids = [on_grid(x, lengths) for x in (logp, ref_logp, values, action, state)]  # [B, T] each
             policy_losses, value_losses = oreo_row_losses(*grids, reward, beta=args.beta, variant=args.variant)
             value_loss = value_losses.sum() / n_units
-            (value_loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+            (value_loss * world.size).backward()  # FSDP averages over ranks; we need the sum
             totals.add({"loss/value": value_loss})
             mean_kl = row_sums(kl * action, batch, len(rows)) / row_sums(action, batch, len(rows))  # [B]
             loss = (policy_losses.sum() + args.kl_coef * mean_kl.sum()) / n_units
@@ -442,7 +442,7 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
             logp = ref_logp = policy(batch)  # [N]
             scale = per_token(batch, [scale_of[row.index] for row in rows])  # [N]
             loss = -(logp * action * scale).sum() / n_actions
-        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+        (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"loss/policy": loss})
         sums = [row_sums((x * action).detach(), batch, len(rows)) for x in (logp, logp - ref_logp, kl)]  # [B] each
@@ -507,7 +507,7 @@ def describe(rows: list[Row], args: Args) -> dict[str, float | None]:
 
 
 def keep_weights(args: Args, compare: bool, world) -> None:
-    """Keep digests of the models of the flags in OUT; with `compare` raise InputError if those there are others."""
+    """Write digests of --model, --value, --reference to OUT; with `compare` raise InputError if OUT has others."""
     names = ("model", "value", "reference")
     mine = {name: digest_of(path) for name in names if (path := getattr(args, name))} if world.main else {}
     digests, wrong = dict(gather_lists([*mine.items()], world)), f"{args.out} was begun with other weights"
@@ -558,7 +558,7 @@ def train(args: Args, **found: str) -> None:
 
         # 4. update
         with run.clock("update"):
-            sampler.sleep()  # its memory is the trainer's until the sync
+            sampler.sleep()  # frees its memory for the trainer until the sync
             log = accumulate_gradient(policy, value, reference, batch, args, world) | describe(rows, args)
             clip, norm = dict(max_grad_norm=args.max_grad_norm), "optim/value_grad_norm"
             # both models take their step, or none: `update` checks the gradients of both first

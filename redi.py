@@ -14,7 +14,7 @@ rate limit this. Watch logp/chosen: alarm/collapsed_at is the step at which it h
 
 --loss picks the above or one of the paper's comparisons. In the paper those start from a model of `--stage sft --epochs
 3` (give it as --model), redi from one of 5 epochs:
-  symmetric  alpha = 1 (Eq. 4), up to a factor SimPO's limit for beta -> 0; stable up to a rate of 2e-7 (redi: 1e-6)
+  symmetric  alpha = 1 (Eq. 4): SimPO's limit as beta -> 0, up to a factor. Stable up to --lr 2e-7 (redi: 1e-6)
   dpo        - log sigmoid(beta [log p(c) - log ref(c) - log p(r) + log ref(r)]); ref: the policy before any update
   simpo      - log sigmoid(beta [log p(c) / |c| - log p(r) / |r|] - gamma)
 
@@ -87,7 +87,7 @@ class Args(RunArgs):
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # Learning rate after the warm-up
     warmup: Share[float] = 0.1  # Fraction of the updates in which the learning rate rises linearly
     weight_decay: NotNegative[float] = 1e-4  # AdamW weight decay
-    # Collapse alarm: it fires when logp/chosen, averaged over 5 steps, is over this many nats per token below step 1.
+    # Collapse alarm: it fires when logp/chosen, averaged over 5 steps, falls more than this (nats/token) below step 1.
     collapse_margin: NotNegative[float] = 0.5
     seed: Seed = 42  # Seed of data order, sampling, corruption and random weights
     micro_batch_tokens: Positive[int] = 40960  # Tokens per micro-batch and rank. A pair is never split.
@@ -132,13 +132,13 @@ def dpo_loss(
 ) -> Tensor:  # fmt: skip
     """- log sigmoid(beta h), h = log p(c) - log ref(c) - log p(r) + log ref(r), for each pair: [B] -> [B].
 
-    All four are sums of log-probs. label_smoothing e: (1 - e) times that, plus e times the same of -h.
+    *_logp: sums of log-probs. With label_smoothing e: - (1 - e) log sigmoid(beta h) - e log sigmoid(- beta h).
 
     >>> round(dpo_loss(*(torch.tensor([x]) for x in (-3.0, -8.0, -4.0, -8.0)), beta=1.0).item(), 4)
     0.3133
     """
-    h = beta * ((chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp))
-    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    h = (chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp)
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
 def simpo_loss(
@@ -152,7 +152,7 @@ def simpo_loss(
     return -F.logsigmoid(beta * (chosen_logp / chosen_len - rejected_logp / rejected_len) - gamma)
 
 
-# Losses of pairs, [B]. traces: log-prob and length of chosen, of rejected; sums: both log-probs, and the reference's.
+# One loss per pair, [B]. traces: log-prob and length of chosen, then rejected. sums: log-probs, then the reference's.
 LOSSES = {
     "sft": lambda traces, sums, args: -sums[0],
     "redi": lambda traces, sums, args: redi_loss(*traces, alpha=args.alpha, chosen_coef=args.chosen_coef),
@@ -162,7 +162,7 @@ LOSSES = {
 }
 
 
-# The losses that a flag is for. Elsewhere only its default is accepted.
+# Which losses use a flag. With any other loss the flag must keep its default.
 READ_BY = {"alpha": ("redi",), "chosen_coef": ("redi", "symmetric"), "beta": ("dpo", "simpo"), "gamma": ("simpo",),
            "label_smoothing": ("dpo",)}  # fmt: skip
 
@@ -252,7 +252,7 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> dict[st
         here = [pairs[i] for i in mine]
         logps, entropies = (sum_by_trace(x, batch, here) for x in (logp, entropy.detach()))  # [B, 2], [B, 2]
         losses = pair_losses(logps, lengths[mine], reference[mine], args)  # [B]
-        ((weight[mine] * losses).sum() / n * world.size).backward()  # FSDP averages over ranks; the sum is wanted
+        ((weight[mine] * losses).sum() / n * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         means = torch.cat([logps.detach(), entropies], 1) / lengths[mine].clamp(min=1).repeat(1, 2)  # [B, 4]
         measured[mine] = torch.cat([losses.detach()[:, None], means], 1)
@@ -403,7 +403,7 @@ def main(args: Args) -> None:
 
         # 4. update
         with run.clock("update"):
-            sampler.sleep()  # its memory is the trainer's until the sync
+            sampler.sleep()  # frees its memory for the trainer until the sync
             log = accumulate_gradient(policy, batch, args, world)
             updated = run.update("policy", log, batch, lr=run.lr(), max_grad_norm=args.max_grad_norm)
 

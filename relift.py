@@ -1,4 +1,4 @@
-"""ReLIFT: what reinforcement learning cannot learn, fine-tuned in between (Ma et al., arXiv 2506.07527).
+"""ReLIFT: reinforcement learning interleaved with fine-tuning on the hardest questions (Ma et al., arXiv 2506.07527).
 
 On-policy RL learns from a model's own answers, so it learns nothing from a question that all of them get wrong.
 SFT can teach such questions, but it needs a demonstration for every question and degrades what the model already does
@@ -6,14 +6,14 @@ well. ReLIFT does RL and keeps in a buffer the questions whose whole group of G 
 holds `sft_data_size` of them, one SFT update on their demonstrations follows the RL updates of the step:
 
     A_i  = R_i - mean(R_1 .. R_G)
-    loss = - S sum_i sum_t p_it / p_old_it A_i  -  c M mean_it H_it           RL
-    loss = mean (- log p_it - 0.001 H_it)     SFT on the newest hardest questions; mean of token means of 4 rows each
+    loss = - S sum_i sum_t p_it / p_old_it A_i  -  c M mean_it H_it                      (RL)
+    loss = mean over blocks of 4 demonstrations of mean_it (- log p_it - 0.001 H_it)     (SFT, newest hardest questions)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) is the published scale of the sum; 8192 is --max_response_tokens. c = 0.001. The published code
-added one mean entropy per micro-batch, so its bonus grew with their number, M; `published_micro_batches` computes it.
-LUFFY puts a demonstration into every group. ReLIFT uses them only where RL has no gradient, with an AdamW (its own
-moments and rate) and a gradient clip for SFT alone.
+S = 64 / (rows x 8192), rows of the update: each published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
+c = 0.001, 8192: --max_response_tokens. A mean entropy per micro-batch was added, M in all (`published_micro_batches`).
+LUFFY puts a demonstration into every group. ReLIFT uses demonstrations only where RL has no gradient, in updates of
+their own: SFT has its own AdamW (moments and learning rate) and its own gradient clip.
 
 --method picks the above or one of the paper's comparisons:
   grpo     RL alone, as published: PPO clip 0.2, gradient clip 1.0 (relift: none and 0.7). `--sft_data_size -1` is
@@ -21,9 +21,9 @@ moments and rate) and a gradient clip for SFT alone.
   sft      the demonstrations alone, 3 epochs (the settings are not published: LUFFY's are taken)
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- Denominators count the rows of all GPUs: the gradient depends on neither GPUs nor micro-batches. S, M: its scale.
+- Denominators count the rows of all GPUs, so neither GPUs nor micro-batches change the gradient. S, M: published scale.
 - The SFT gradient is the true mean; the published one was an eighth of it (8 GPUs), so sft_max_grad_norm is 8, not 1.
-- The SFT loss averages blocks of `sft_rows_per_mean` demonstrations, each over its tokens, as published micro-batches.
+- The SFT loss averages over the tokens of `sft_rows_per_mean` rows, then over these blocks (published: micro-batches).
 - A question is in the buffer once, however often it failed. Its demonstration is verified (--no_verify_demonstrations).
 - A question whose demonstration is missing or too long is trained by RL alone and counted (--long_trace cut).
 
@@ -75,15 +75,15 @@ class Args(RunArgs):
     out: str = "runs/relift"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
     data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
-    long_trace: Literal["reject", "cut"] = "reject"  # A trace over --max_response_tokens: reject it, or cut it
+    long_trace: Literal["reject", "cut"] = "reject"  # Over-long trace: reject it (luffy.py: with its row), or cut it
     epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
     clip: NotNegative[float] = 0.0  # PPO clip of own tokens' ratio; 0: none (published: none; grpo 0.2)
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
-    entropy_coef: NotNegative[float] = 0.001  # c, weight of the entropy bonus, times M (LUFFY's text: 0.01)
-    loss_rows: Positive[float] = 64.0  # Sets S and M: rows that a GPU of the published run had per update (8 GPUs: 64)
+    entropy_coef: NotNegative[float] = 0.001  # Weight c of the entropy bonus, before the factor M (LUFFY's text: 0.01)
+    loss_rows: Positive[float] = 64.0  # Scale of the loss: rows per GPU and update of the published run (8 GPUs: 64)
     group_size: Positive[int] = 8  # Answers per question
     max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
     # Questions of an SFT update, and how many the buffer must hold for one; -1: RL alone
@@ -95,14 +95,14 @@ class Args(RunArgs):
     hard_threshold: Share[float] = 0.0  # Fraction of correct answers up to which a question is hardest (published: 0)
     verify_demonstrations: bool = True  # Use only demonstrations that the verifier accepts (published: no).
     sft_lr: NotNegative[float] = 1e-6  # Learning rate of the SFT updates, constant
-    sft_max_grad_norm: Positive[float] = 8.0  # Clip their gradient norm to this (published: 1, of an eighth).
+    sft_max_grad_norm: Positive[float] = 8.0  # Clip the SFT gradient norm to this (published: 1, for 1/8 of it).
     sft_entropy_coef: NotNegative[float] = 0.001  # Weight of their entropy bonus (the paper reports 1e-4 as best)
-    # The SFT loss is the mean of token means over this many demonstrations each (published micro-batches: 4, 7B-Math,
-    # or 2). 1 weighs demonstrations alike, 0 tokens.
+    # SFT loss: mean over blocks of this many demonstrations of their token means (published micro-batches: 4 for
+    # 7B-Math, else 2). 1 weighs all demonstrations equally; 0 is one block, which weighs all tokens equally.
     sft_rows_per_mean: NotNegative[int] = 4
 
 
-LONG_TRACE = {"reject": "drop", "cut": "end"}  # read_examples: the question stays; the trace that is cut ends with eos
+LONG_TRACE = {"reject": "drop", "cut": "end"}  # drop: keep the question without its trace. end: cut, ending with eos
 METHODS = {
     "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
     "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, betas=(0.9, 0.95), weight_decay=0.0,
@@ -122,7 +122,7 @@ PRESETS = {
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> Tensor:
-    """A_i = R_i - mean of the rewards of i's group (LUFFY's Eq. 4); with `std` divided by their unbiased std + 1e-6.
+    """A_i = R_i - mean of the rewards of i's group; with `std` (as in LUFFY's Eq. 4) over their unbiased std + 1e-6.
 
     rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
     A group of one row has mean 0 and std 1.
@@ -130,8 +130,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> T
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.tensor([7, 7, 7, 7])).tolist()
     [0.75, -0.25, -0.25, -0.25]
     """
-    _, group = groups.unique(return_inverse=True)  # [B], 0 .. G-1
-    n = group.bincount()  # [G]
+    _, group = groups.unique(return_inverse=True)  # [B], 0 .. Q-1
+    n = group.bincount()  # [Q], rows of each question
     mean = torch.where(n > 1, group.bincount(rewards) / n.clamp(min=1), 0.0)
     advantages = rewards - mean[group]
     if not std:
@@ -157,9 +157,9 @@ def policy_token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, cli
 
 
 def sft_token_loss(logp: Tensor, entropy: Tensor, mean_tokens: Tensor, *, means: int, entropy_coef: float) -> Tensor:
-    """SFT loss of each token, to be summed: (1/M) sum_m (1/T_m) sum_{t in m} (- log p_t - c H_t).
+    """SFT loss of each token, to be summed: (1/K) sum_k (1/T_k) sum_{t in k} (- log p_t - c H_t).
 
-    logp, entropy [N]; mean_tokens [N]: T_m of the mean m that a token belongs to (`tokens_of_means`); M means."""
+    K = `means` blocks. logp, entropy [N]; mean_tokens [N]: T_k of the block that a token is in (`tokens_of_means`)."""
     return (-logp - entropy_coef * entropy) / mean_tokens / means
 
 
@@ -258,7 +258,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], of who drew it; NaN: unknown
+        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], by sampler or teacher; NaN: unknown
         token_loss = policy_token_loss(logp, old, advantage, clip=args.clip or None)
         if args.tis_cap:
             weight = truncated_importance(old, drawn_logp, args.tis_cap)
@@ -266,7 +266,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         loss = pg_loss = token_loss.sum() * row_scale
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
-        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+        (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"loss/pg": pg_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
@@ -285,7 +285,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
         mean_tokens = per_token(batch, [tokens_of[id(row)] for row in mine])  # [N]
         loss = sft_token_loss(logp, entropy, mean_tokens, means=means, entropy_coef=args.sft_entropy_coef).sum()
-        (loss * world.size).backward()  # FSDP averages over ranks; the sum is what is wanted
+        (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"sft/loss": loss})
         totals.add({"sft/logp": logp.sum(), "sft/entropy": entropy.sum()}, per=sum(lengths))
@@ -391,9 +391,9 @@ def main(args: Args) -> None:
 
         # 4. update
         with run.clock("update"):
-            sampler.sleep()  # its memory is the trainer's until the sync
+            sampler.sleep()  # frees its memory for the trainer until the sync
             updates = split_updates(rows, args)
-            # p_old of later updates is computed before the first one changes the weights; there p_old = p
+            # p_old of later updates is computed before the first update changes the weights; in the first, p_old = p
             old = [None] + [policy_logps(policy, rows_with_gradient(u, args), args, world) for u in updates[1:]]
             for u, update in enumerate(updates):
                 if by_rl:

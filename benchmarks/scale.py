@@ -111,7 +111,7 @@ def main() -> None:
                 cells.append(activation_bytes(shape, t, checkpointing=True))
                 cells += [peak_bytes(shape, ranks, t, t, checkpointing=True, kept=kept) for kept in (True, False)]
             print(f"| {name} | {ranks} | {' | '.join(f'{x / 1e9:.1f}' for x in cells)} |")
-    print(f"\n| model | tokens a sequence | operations of an update of {options.rows:,} sequences | "
+    print(f"\n| model | tokens a sequence | operations of the updates of {options.rows:,} sequences | "
           + " | ".join(f"{r} GPU{'s' * (r > 1)}" for r in options.ranks) + " |")
     print("|---|---|---|" + "---|" * len(options.ranks))
     for name, shape in MODELS.items():

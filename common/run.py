@@ -105,7 +105,7 @@ class RunArgs:
     # Largest batch of the embedded sampler, as rows x (prompt + response) tokens; at least the answers to one question.
     # 0: 65,536 on a CPU, and on a GPU what fits into half of the free memory
     sampler_tokens: NotNegative[int] = 0
-    # Stop if log-probs of sampler and trainer differ by more on average (stale weights). 0: 0.05 on CUDA, else 0.001
+    # Stop if log-probs of sampler and trainer differ by more than this on average. 0: 0.05 on CUDA, else 0.001
     max_mismatch: NotNegative[float] = 0.0
     eval_every: NotNegative[int] = 10  # Evaluate every this many steps, before the first and after the last. 0: never
     eval_temperature: NotNegative[float] = 0.6  # Sampling temperature of evaluation; 0 is greedy.

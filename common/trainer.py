@@ -72,8 +72,9 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
                 values |= value.get(selected[name], {})
             else:
                 values[name] = value
-    about = "--print_settings prints the settings that a command means, and stops."
-    spec = sys.modules["__main__"].__spec__  # of `python -m tools.NAME`
+    script = sys.modules["__main__"]
+    title, spec = (script.__doc__ or "").partition("\n")[0], script.__spec__  # spec: of `python -m tools.NAME`
+    about = f"{title} --print_settings prints the settings that a command means, and exits."
     args = tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True, description=about,
                     prog=f"python -m {spec.name}" if spec else None)  # fmt: skip
     if shown:

@@ -77,7 +77,8 @@ RIGHT = kinds_of(
 )
 RECURRENT, OWN, HEAD, LAYERS, MASK, ROWS = (
     "packed sequences see each other", "does not go through Transformers' interfaces", "an output layer with a bias",
-    "layers of a kind that is not supported", "a mask that is neither causal nor a window", "no decoder in it, or",
+    "layers of a kind that is not supported", "a mask that is neither causal nor a window",
+    "no decoder in it, or fewer rows out than in",
 )  # fmt: skip
 REFUSED = kinds_of(
     {

@@ -76,13 +76,13 @@ class Args:
     trust_remote_code: bool = False  # Run the Python files that come with --model.
     repeat: Positive[int] = 5  # Episodes of each game that collect plays (published: 5)
     candidates: Positive[int] = 5  # Answers that evaluate draws at each turn if there is a --value (published: 3 to 5)
-    temperature: NotNegative[float] = 1.0  # Of collect and of candidates. Without a --value evaluate is greedy.
+    temperature: NotNegative[float] = 1.0  # Sampling temperature of collect and --candidates; else evaluate is greedy
     max_turns: Positive[int] = 40  # Actions per episode at most (published)
     max_turn_tokens: Positive[int] = 128  # Tokens per answer at most. An answer that does not end in them loses.
     max_episode_tokens: Positive[int] = 4096  # Tokens per episode at most (published). A longer one loses.
     parallel: Positive[int] = 32  # Episodes that each rank plays at a time
     seed: Seed = 0  # Seed of sampling
-    # TextWorld: call things by this many names of each kind, which a small model can learn. 0: as the games do
+    # TextWorld: rename things to this many names per type, which a small model can learn. 0: keep the games' names
     names: Annotated[int, ("0 to 8", lambda n: 0 <= n <= len(NAMES["c"]))] = 0
     renamed: NotNegative[int] = 0  # expert: play each game this many times more, with other --names
     count: Positive[int] = 100  # make: games to generate
