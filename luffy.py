@@ -207,7 +207,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_tokens = sum(len(row.response) for row in rows)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    counted, totals = rows_with_gradient(rows, args), Totals(world)
+    counted = rows_with_gradient(rows, args)
+    totals = Totals(world)
     n_counted = sum(len(row.response) for row in counted)
     n_teacher = sum(len(row.response) for row in counted if row.teacher)
     expected_with_trace = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))
@@ -246,7 +247,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
     """Forward and backward of one SFT update on traces, at temperature 1; the gradient is left in .grad.
     It is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours."""
-    lengths, totals = [len(row.response) for row in rows], Totals(world)
+    lengths = [len(row.response) for row in rows]
+    totals = Totals(world)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     scale_of = dict(zip(map(id, rows), token_scales(lengths, args.sft_rows_per_mean), strict=True))
     for batch, mine in micro_batches(rows, args, world):
@@ -281,7 +283,8 @@ def check(args: Args) -> None:
 
 def main(args: Args) -> None:
     check(args)
-    run, by_rl = Run(args), args.method != "sft"
+    run = Run(args)
+    by_rl = args.method != "sft"
     world = run.world
     tokenizer = open_tokenizer(args.model, args)
     grader = Grader(tokenizer, args.verifier)

@@ -532,7 +532,8 @@ def train(args: Args, **found: str) -> None:
 
     adam = dict(betas=args.betas, weight_decay=args.weight_decay)
     policy = open_policy(args.model, args, world, lora=args.policy_lora)
-    optimizer, more, value, reference = make_optimizer(policy, lr=args.lr, **adam), {}, None, None
+    optimizer = make_optimizer(policy, lr=args.lr, **adam)
+    more, value, reference = {}, None, None
     if args.stage == "oreo":
         head = dict(kind=ValueModel, new_head=True, lora=args.value_lora)
         value = open_policy(args.value or args.model, args, world, **head)
@@ -579,7 +580,8 @@ def train(args: Args, **found: str) -> None:
 def collect(args: Args) -> str:
     """Sample --samples answers to each problem of --data and grade them; write those that --balance keeps to
     OUT/rows.jsonl, and return its path. After a stop it resumes."""
-    world, tokenizer, out = init_world(args.timeout_minutes), open_tokenizer(args.model, args), Path(args.out)
+    world, out = init_world(args.timeout_minutes), Path(args.out)
+    tokenizer = open_tokenizer(args.model, args)
     examples, left_out = read_problems(tokenizer, args, traces="ignored", progress=world.main)
 
     names = ("model data ask igsm_problems chat_template chat_template_args verifier samples max_prompt_tokens seed "

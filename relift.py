@@ -252,7 +252,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_tokens = sum(len(row.response) for row in rows)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    counted, totals = rows_with_gradient(rows, args), Totals(world)
+    counted = rows_with_gradient(rows, args)
+    totals = Totals(world)
     n_counted = sum(len(row.response) for row in counted)
     for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
@@ -277,7 +278,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
     """Forward and backward of one SFT update on traces, at temperature 1; the gradient is left in .grad.
     It is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours."""
-    lengths, totals = [len(row.response) for row in rows], Totals(world)
+    lengths = [len(row.response) for row in rows]
+    totals = Totals(world)
     rows_per_mean = args.sft_rows_per_mean or len(rows)
     means = math.ceil(len(rows) / rows_per_mean)
     tokens_of = dict(zip(map(id, rows), tokens_of_means(lengths, rows_per_mean), strict=True))
@@ -329,7 +331,8 @@ def with_demonstration(questions: list[int], examples, grader: Grader, args: Arg
 
 def main(args: Args) -> None:
     check(args)
-    run, by_rl = Run(args), args.method != "sft"
+    run = Run(args)
+    by_rl = args.method != "sft"
     world = run.world
     interleave = args.method == "relift" and args.sft_data_size > 0
     tokenizer = open_tokenizer(args.model, args)

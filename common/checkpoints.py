@@ -184,7 +184,8 @@ class Checkpoints:
             configs[name] = model.lm.config.to_dict() | about
         state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
         state |= {"configs": configs, "generation": pairs["policy"][0].lm.generation_config.to_dict(), **extra}
-        start, tensors = time.perf_counter(), self._tensors(pairs)
+        start = time.perf_counter()
+        tensors = self._tensors(pairs)
         with self._explain(step):
             if not self.background:
                 dcp.save(tensors, checkpoint_id=partial, no_dist=world.size == 1)
@@ -209,7 +210,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            last, reason = self.latest(), getattr(error, "failures", None)
+            last = self.latest()
+            reason = getattr(error, "failures", None)
             reason = next(iter(reason.values())) if reason else error  # torch wraps each rank's own error
             reason = reason[0] if isinstance(reason, tuple) else reason
             raise RuntimeError(
@@ -271,11 +273,13 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
     policy. tokenizer: folder of another tokenizer and chat template; empty: those of the run."""
     if Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise InputError(f"{out}: it exists already; name a new folder")
-    world, checkpoints = init_world(), sorted(Path(run).glob("checkpoint/step-????????"))
+    world = init_world()
+    checkpoints = sorted(Path(run).glob("checkpoint/step-????????"))
     found = {int(path.name.removeprefix("step-")): path for path in checkpoints}
     if not found or (step and step not in found):
         raise InputError(f"{run}: no checkpoint{f' of step {step}' if step else ''} there; steps: {sorted(found)}")
-    path, name = found[step or max(found)], "value" if value else "policy"
+    path = found[step or max(found)]
+    name = "value" if value else "policy"
     if damage := _damage(path, world):
         raise InputError(f"{path}: {damage}; export another --step, of {sorted(found)}")
     state = json.loads((path / "state.json").read_text())

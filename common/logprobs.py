@@ -100,7 +100,8 @@ def linear_kl(
     _check(ref_hidden, ref_weight, None, temperature, backend)
     if (shape := (len(hidden), len(weight))) != (ref_shape := (len(ref_hidden), len(ref_weight))):
         raise ValueError(f"policy and reference differ in (N, V): {shape} and {ref_shape}")
-    tiling, nowhere = _tiling(hidden, weight, chunk_size, tile_size), hidden.new_full((len(hidden),), -1).long()
+    tiling = _tiling(hidden, weight, chunk_size, tile_size)
+    nowhere = hidden.new_full((len(hidden),), -1).long()  # targets in no tile
     return _Linear.apply(hidden, weight, nowhere, ref_hidden, ref_weight, settings, tiling, False)[1]
 
 

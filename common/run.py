@@ -443,7 +443,11 @@ class Row:
 def trace_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
     """Rows with the traces of the questions `mine` of a batch: counts[g] of question g, one of each if None."""
     copies = counts or [1] * len(batch)
-    return [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for g in mine for e in [batch[g]] * copies[g]]
+    rows = []
+    for g in mine:
+        e = batch[g]
+        rows += [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for _ in range(copies[g])]
+    return rows
 
 
 def sample_rows(
