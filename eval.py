@@ -366,7 +366,7 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
 
 def make_answer(drawn: Completion, tokenizer) -> dict:
     """Return an answer of a line of samples.jsonl."""
-    return {"text": tokenizer.decode(drawn.said), "tokens": len(drawn.ids), "truncated": drawn.truncated}
+    return {"text": tokenizer.decode(drawn.text_ids), "tokens": len(drawn.ids), "truncated": drawn.truncated}
 
 
 def best_answer(found, stops: list[int], tokenizer) -> dict:

@@ -61,7 +61,7 @@ class Flags:
     quick: bool = False
     """One seed, short runs, half of the test problems and tries. Rates are not chosen: the middle of each grid."""
     seeds: tuple[int, ...] = ()
-    """Seeds of every run; data and test problems stay the same. None: 0, 1, 2, or as many as the block needs."""
+    """Seeds of every run; data and test problems stay the same. Without the flag: 0, 1, 2, or as the block needs."""
     problems: int = 300
     """Test problems; half as many validation problems."""
     tries: int = 8
@@ -127,7 +127,7 @@ def holm(ps: list[float]) -> list[float]:
 
 
 def verdict(claim: dict, adjusted: float | None) -> str:
-    """What a contrast says of its claim, that it is positive: yes, no, hint, hint against, not shown, one seed."""
+    """Return the verdict on a claim that a contrast is positive: yes, no, hint, hint against, not shown, one seed."""
     if adjusted is None:
         return "one seed"
     if claim["p"] > 0.05:
@@ -171,7 +171,7 @@ class Block:
         return getattr(self.module, name, default)
 
     def once(self, function: Callable, *args) -> Future:
-        """function(*args) in a thread, one for all who ask."""
+        """Run function(*args) in a thread, only once for all callers; return its future."""
         with self.lock:
             key = (function.__name__, *args)
             if key not in self.futures:
@@ -209,7 +209,7 @@ class Block:
         return 100 * mean(map(mean, found["sampled"]))
 
     def folder(self, name: str, seed: int) -> Path:
-        """The folder of a run, which is complete."""
+        """Make a run if it is not complete yet; return its folder."""
         seed = 0 if self.module.RUNS[name].once else seed
         return self.once(self.make, name, seed, self.rate(name)).result()
 
@@ -317,7 +317,7 @@ def core_seconds(folder: Path) -> float:
 
 
 def commit() -> str:
-    """That of this folder, where it is a clone."""
+    """Return the commit of this repository; "" if it is not a clone."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
 
@@ -333,7 +333,7 @@ def curve(folder: Path, metric: str | Callable) -> list[tuple[float, float]]:
 
 
 def cost(folder: Path, per_token: float) -> dict[str, float]:
-    """What a run did, from its metrics: updates, sampled tokens, demonstrations, operations; of this run alone."""
+    """Return the costs of this run alone, from its metrics: updates, sampled tokens, demonstrations, operations."""
     rows, args = [r for r in read_metrics(folder) if r["step"]], json.loads((folder / "args.json").read_text())
     config = json.loads((folder / "model" / "config.json").read_text())
     h, f = config["hidden_size"], config["intermediate_size"]
@@ -355,7 +355,7 @@ def cost(folder: Path, per_token: float) -> dict[str, float]:
 
 
 def short(measured: dict, buckets: list[str]) -> dict[str, float]:
-    """Means of what is measured of a row, of sampled answers also by difficulty."""
+    """Return the means of a row's measures; those of sampled answers also by difficulty."""
     means = {name: mean(v) if isinstance(v, list) else v for name, v in measured.items()}
     for bucket in set(buckets) if "sampled" in measured else ():
         means[bucket] = mean(v for v, b in zip(measured["sampled"], buckets, strict=True) if b == bucket)

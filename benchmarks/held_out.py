@@ -29,7 +29,7 @@ def drawn(
         [e.prompt for e in examples], n=tries, keys=[e.index for e in examples], seed=seed,
         sampling=Sampling(max_tokens, temperature), progress=f"evaluate {name or model}" if progress else None,
     )  # fmt: skip
-    texts = [tokenizer.decode(c.said) for group in groups for c in group]
+    texts = [tokenizer.decode(c.text_ids) for group in groups for c in group]
     golds = [e.gold for e in examples for _ in range(tries)]
     rewards = iter(v.reward for v in grade(texts, golds, verifier=verifier))
     return [[(e.prompt, c.ids, next(rewards)) for c in group] for e, group in zip(examples, groups, strict=True)]

@@ -44,12 +44,13 @@ def _sha256(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def changed_settings(there: dict, here: dict, names) -> str:
-    """Which of the settings `names` differ, in words; "" for none. Of a digest only what it is a digest of is named."""
+def changed_settings(saved: dict, current: dict, names) -> str:
+    """Describe which of the settings `names` differ; "" for none. Of a digest only its subject is named."""
+    changed = [name for name in names if saved.get(name) != current.get(name)]
     return "; ".join(
         f"other {name.removesuffix('_digest')}" if name.endswith("_digest")
-        else f"--{name} {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in names if there.get(name) != here.get(name)
+        else f"--{name} {saved.get(name)!r} there, {current.get(name)!r} here"
+        for name in changed
     )  # fmt: skip
 
 
@@ -72,9 +73,9 @@ class Checkpoints:
     """Checkpoints of a run under `folder`, each complete or absent: written beside, then renamed into place.
 
     A checkpoint is model and optimizer (any number of ranks can load them), state.json (the step, the settings, and
-    what the algorithm keeps) and SHA256SUMS. A damaged one is set aside, with a warning, for the one before.
+    what the algorithm keeps) and SHA256SUMS. A damaged one is set aside with a warning; the one before it is used.
     pairs: {"policy": (model, optimizer), "value": ...}, what is trained; a model that comes twice is saved once.
-    On CUDA a checkpoint is copied to the host's memory and written while training goes on; wait() for the last."""
+    On CUDA a checkpoint is copied to the host's memory and written during training; wait() returns when it is there."""
 
     # settings that may change between two starts of one run; those of the last line change how sums are rounded
     FREE = {"out", "steps", "epochs", "save_every", "eval_every", "log_samples", "keep", "keep_best", "wandb",
@@ -91,9 +92,9 @@ class Checkpoints:
         self._written: Future | None = None  # of the checkpoint that is being written
         self._group = dist.new_group(backend="gloo") if self.background else None  # apart from the training's
 
-    def changed(self, there: dict) -> str:
-        """Which settings that may not change differ from those `there`, in words."""
-        return changed_settings(there, self.settings, [name for name in there if name not in self.FREE])
+    def changed(self, saved: dict) -> str:
+        """Describe which settings, of those that may not change, differ from the saved ones."""
+        return changed_settings(saved, self.settings, [name for name in saved if name not in self.FREE])
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -104,9 +105,8 @@ class Checkpoints:
         return sorted(p for p in self.folder.glob("step-*") if not p.suffix)
 
     def state(self) -> dict | None:
-        """state.json of the newest intact checkpoint, after checking that this run may go on from it. Collective.
-
-        Raises InputError if it was made with other settings, or if there are checkpoints and none is intact."""
+        """Return state.json of the newest intact checkpoint, from which this run may resume; None without one. A
+        collective. Raises InputError if it has other settings, or if there are checkpoints and none is intact."""
         world = World(dist.get_rank(), dist.get_world_size(), 1, torch.device("cpu"))
         damaged: list[str] = []
         while (path := self.latest()) and (damage := _damage(path, world)):
@@ -117,7 +117,8 @@ class Checkpoints:
                 print(f"WARNING: {damaged[-1]}; it is set aside, and the checkpoint before it is used", file=sys.stderr)
             dist.barrier()
         if path is None:
-            if damaged := damaged or sorted(map(str, self.folder.glob("*.damaged"))):  # also of an earlier start
+            damaged = damaged or sorted(map(str, self.folder.glob("*.damaged")))  # also of an earlier start
+            if damaged:
                 raise InputError(f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start "
                                  "anew, or choose another --out")  # fmt: skip
             return None
@@ -161,7 +162,7 @@ class Checkpoints:
     def load(self, pairs: dict) -> None:
         """Load models and optimizers in place, on any number of ranks."""
         tensors = self._tensors(pairs)
-        # alone without gloo, whose thread would compute: OpenMP, with more threads than cores, then takes twice as long
+        # without gloo for one process: with gloo's thread OpenMP has more threads than cores and takes twice as long
         dcp.load(tensors, checkpoint_id=self.latest(), no_dist=dist.get_world_size() == 1)
         for name, (model, optimizer) in pairs.items():
             if _key("model", name) in tensors:
@@ -179,7 +180,7 @@ class Checkpoints:
                 shutil.rmtree(stale)
         dist.barrier()
         configs = {}
-        for name, (model, _) in pairs.items():  # where a model was read from is no part of what it is
+        for name, (model, _) in pairs.items():  # without the path that the model was read from
             about = {"dtype": str(model.lm.saved_dtype).removeprefix("torch."), "_name_or_path": ""}
             configs[name] = model.lm.config.to_dict() | about
         state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
@@ -199,7 +200,7 @@ class Checkpoints:
         self._written = self._writer.submit(write)
 
     def wait(self) -> None:
-        """Return when the last checkpoint is complete; raises what kept it from that."""
+        """Return when the last checkpoint is complete. Raises RuntimeError if it could not be written."""
         written, self._written = self._written, None
         if written:
             with self._explain(None):
@@ -216,11 +217,11 @@ class Checkpoints:
             reason = reason[0] if isinstance(reason, tuple) else reason
             raise RuntimeError(
                 f"the checkpoint{f' of step {step}' if step else ''} in {self.folder} could not be written ({reason}). "
-                + (f"{last.name} is intact: the same command goes on from it" if last else "There is none before it")
+                + (f"{last.name} is intact: the same command resumes from it" if last else "There is none before it")
             ) from error
 
     def _commit(self, partial: Path, state: dict, world: World, start: float) -> None:
-        """Make a written checkpoint the newest one, then forget the oldest ones."""
+        """Make a written checkpoint the newest one, then delete the oldest beyond --keep."""
         if world.main:
             with open(partial / "state.json", "w") as file:
                 json.dump(state, file)
@@ -249,14 +250,14 @@ def _key(kind: str, name: str) -> str:
 
 
 def _sums(path: Path, world: World, group=None) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint but the list itself; the ranks share the work."""
+    """SHA-256 of every file of a checkpoint except SHA256SUMS itself; the ranks share the work."""
     names = sorted(p.name for p in path.iterdir() if p.is_file() and p.name != "SHA256SUMS")
     mine = [(name, _sha256(path / name).hex()) for name in names[world.rank :: world.size]]
     return dict(sorted(gather_lists(mine, world, group)))
 
 
 def _damage(path: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, or None. Collective; all ranks agree. Files not on its list may be there."""
+    """What is wrong with a checkpoint, or None. A collective: all ranks agree. Files not in SHA256SUMS are ignored."""
     listed = path / "SHA256SUMS"
     lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
     expected, found = {line[66:]: line[:64] for line in lines}, _sums(path, world)
@@ -305,4 +306,5 @@ if __name__ == "__main__":
     try:
         tyro.cli(export_checkpoint, prog="python -m common.checkpoints", use_underscores=True)
     except InputError as error:
-        sys.exit(print(f"checkpoints: error: {error}", file=sys.stderr) or 2)
+        print(f"checkpoints: error: {error}", file=sys.stderr)
+        sys.exit(2)

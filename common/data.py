@@ -41,7 +41,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_verifier(name: str) -> None:
-    """Raise InputError if the flag --verifier names none, or one that cannot be imported, before hours of sampling."""
+    """Raise InputError if there is no verifier of this name or it cannot be imported: before hours of sampling."""
     try:
         grade([""], [""], verifier=name, workers=1)
     except (ValueError, ImportError, RuntimeError) as error:
@@ -49,9 +49,9 @@ def check_verifier(name: str) -> None:
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Indices of the examples of a step (0, 1, ...): epochs of a fresh permutation each, the rest dropped.
+    """Indices of the examples of a step (0, 1, ...). Each epoch is a fresh permutation; an incomplete batch is dropped.
 
-    A function of its arguments alone, so that a run goes on anywhere without a saved loader. n >= batch_size."""
+    They depend on the arguments alone, so a run can resume at any step without a saved loader. n >= batch_size."""
     per_epoch = n // batch_size
     epoch, position = divmod(step, per_epoch)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -59,7 +59,7 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 
 def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
-    """For each row the tokens of its mean: `rows_per_mean` rows in a row make one, the last may have fewer.
+    """For each row the tokens of its block. Blocks are `rows_per_mean` adjacent rows; the last may have fewer.
 
     >>> tokens_of_means([5, 3, 4, 4, 2], 2)
     [8, 8, 8, 8, 2]
@@ -69,8 +69,8 @@ def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
 
 
 def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
-    """For each row the weight of its tokens in the mean of token means of `rows_per_mean` rows each (0: all), as a
-    multiple of their weight in one mean over all tokens: N / (M T_m) for N tokens, M means, T_m tokens of its mean.
+    """For each row the weight of its tokens if the loss is a mean over blocks of `rows_per_mean` rows (0: all) of each
+    block's token mean, relative to one mean over all tokens: N / (M T_m) for N tokens, M blocks, T_m in its block.
 
     >>> token_scales([4, 1, 5], 1), token_scales([4, 1, 5], 2), token_scales([4, 1, 5], 0)
     ([0.8333333333333334, 3.3333333333333335, 0.6666666666666666], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
@@ -87,10 +87,10 @@ QUERIES = 512  # whose scores are in memory at once, where attention is written 
 
 @dataclass
 class Packing:
-    """How attention lays the T packed tokens out: one row a sequence, longest first, in blocks of rows of one width.
+    """How attention lays the T packed tokens out: a row per sequence, longest first, in blocks of rows of one width.
 
-    A prompt's tokens are in the row of every sequence that they begin. On CUDA a block's rows are equally long;
-    elsewhere nearly, and right-padded, which needs no mask: a token never sees what comes after it."""
+    A prompt's tokens are in the row of every sequence that begins with it. On CUDA a block's rows are equally long. On
+    a CPU they are nearly, and right-padded; that needs no mask, because no token sees what comes after it."""
 
     blocks: list[tuple[int, int]]  # rows and width of each block; C cells in all
     bounds: torch.Tensor  # [B + 1] int32: the cell at which each row begins, and the end
@@ -128,8 +128,9 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
     token that predicts nothing, so that a rank without work joins every collective. ValueError on an empty prompt."""
     tokens: list[int] = []
     targets: list[int] = []
-    none = torch.zeros(0, dtype=torch.long)
-    positions, predictors, rows = [none], [none], []  # tensors; of rows one a sequence: the indices of its tokens
+    positions: list[torch.Tensor] = []
+    predictors = [torch.zeros(0, dtype=torch.long)]  # for torch.cat, if there are no sequences
+    rows: list[torch.Tensor] = []  # for each sequence the indices of its tokens
     prompts: dict[tuple[int, ...], torch.Tensor] = {}
     for b, (prompt, response) in enumerate(sequences):
         if not prompt or not response:
@@ -147,9 +148,10 @@ def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBat
     if not sequences:
         tokens, positions, rows = [0], [torch.tensor([0])], [torch.tensor([0])]
 
-    like, blocks = BLOCK[torch.device(device).type], []  # lists of rows, the longest first
+    blocks: list[list[torch.Tensor]] = []
+    shortest = BLOCK[torch.device(device).type]
     for row in sorted(rows, key=len, reverse=True):
-        if not blocks or len(row) < like * len(blocks[-1][0]):
+        if not blocks or len(row) < shortest * len(blocks[-1][0]):
             blocks.append([])
         blocks[-1].append(row)
     shapes = [(len(block), len(block[0])) for block in blocks]
@@ -245,7 +247,7 @@ def read(model, batch: TokenBatch) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
-SEEN = {"position_ids", "use_cache", "is_causal"}  # what layers hand to attention, and the pattern says already
+SEEN = {"position_ids", "use_cache", "is_causal"}  # arguments of attention that the pattern covers already
 
 
 @torch.compiler.disable
@@ -271,8 +273,8 @@ def packed_attention(
     # [1, heads, T, d] -> [C, heads, d]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     q, k, v = (x if packing.dense else _ToGrid.apply(x, packing) for x in (q, k, v))
-    window = (pattern.causal or sliding_window) and q.shape[-1] == v.shape[-1]  # else the kernel cannot
-    if query.is_cuda and query.dtype in RAGGED and window and s_aux is None and softcap is None:
+    supported = (pattern.causal or sliding_window) and q.shape[-1] == v.shape[-1]  # by _ragged_attention's kernel
+    if query.is_cuda and query.dtype in RAGGED and supported and s_aux is None and softcap is None:
         out = _ragged_attention(q, k, v, pattern, scaling)
     else:
         out = _block_attention(q, k, v, pattern, scaling, softcap=softcap, sinks=s_aux)
@@ -318,7 +320,7 @@ def _written_out(q, k, v, mask, scaling, softcap, sinks):
 
 
 def _ragged_attention(q, k, v, pattern: Pattern, scaling):
-    """The same in one call, for rows of any length without padding (torch's own flash attention)."""
+    """Compute attention with one call for rows of any length, without padding (torch's own flash attention)."""
     from torch.nn.attention.varlen import varlen_attn  # takes 2 s to import
 
     gqa = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}  # 2.11 does it unasked
@@ -332,7 +334,7 @@ AttentionMaskInterface.register("packed", packed_mask)
 
 
 def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Share sequences out: plan[round][rank] = indices of the sequences of that micro-batch.
+    """Assign sequences to micro-batches: plan[round][rank] = the indices of those in a rank's micro-batch of a round.
 
     A micro-batch holds at most max_tokens tokens (or one longer sequence). Ranks wait for each other in every round, so
     all micro-batches get nearly the same cost. For one rank the sequences stay in order, and so share prompts.

@@ -145,7 +145,7 @@ def _tiling(hidden, weight, chunk_size, tile_size):
 
 
 def _has_room(hidden, weight):
-    """Whether E may be kept without being asked for."""
+    """Whether `keep` is on if the caller leaves it None: bf16 on CUDA with memory to spare."""
     if not hidden.is_cuda or hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
     return 2 * len(hidden) * len(weight) <= free_memory(hidden.device) / 2
@@ -382,7 +382,8 @@ def _gradient(tiles, g, targets, factors, fused, form, weighted, kept=None):
         return _launch(_gradient_kernel, tiles, targets, factors, form, kept, g, WEIGHTED=weighted)
     m, f0, f1, g_y, m_ref = factors[:, :, None]
     if kept:
-        x, shift = (g if g.dtype == factors.dtype else g.to(factors.dtype)).copy_(kept[0]), kept[1][0][:, None] - m
+        x = (g if g.dtype == factors.dtype else g.to(factors.dtype)).copy_(kept[0])
+        shift = kept[1][0][:, None] - m
     else:
         x = _scaled(tiles[0], form)
         slope = 1 - (x / form[1]).square_() if form[1] else None
@@ -414,7 +415,7 @@ def _block(v):
 
 
 def _launch(kernel, tiles, targets, per_token, form, kept, *g, **flags):
-    """Runs a kernel on all tokens of a tile; when it writes a gradient g, on all blocks of a token's logits at once."""
+    """Run a kernel with a program per token of a tile; if it writes a gradient g, one per token and block of logits."""
     e, top = kept or (None, None)
     z = tiles[0] if tiles else e
     (n, v), ref, block = z.shape, tiles[-1] if tiles else z, _block(z.shape[1])

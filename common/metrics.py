@@ -54,8 +54,9 @@ class Metrics:
         if self.world.main:
             known = {k: v for k, v in values.items() if v is not None}
             self._write("metrics", {"step": step, **known})
-            for name, value in known.items() if self.board else ():
-                self.board.add_scalar(name, value, step)
+            if self.board:
+                for name, value in known.items():
+                    self.board.add_scalar(name, value, step)
             if self.wandb:
                 self.wandb.log(known, step=step)
             if known.get("reward/teacher") == 0 and not self.warned:
@@ -113,8 +114,8 @@ def read_metrics(out: Path) -> list[dict]:
 
 
 def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Path) -> None:
-    """One panel for each list of metric names that a run has (None: for each prefix of names, without those of another
-    scale), a line for each run and name, over steps."""
+    """Draw metrics over steps: a panel for each list of names, with a line for each run and name. panels None: a panel
+    for each prefix of names, and for each name whose scale differs from the others of its prefix."""
     from matplotlib.figure import Figure
 
     metrics = {label: read_metrics(out) for label, out in runs.items()}

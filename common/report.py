@@ -1,6 +1,6 @@
-"""Records of an evaluation (eval.py): graded, read from its folder, as Markdown tables, as bars.
+"""Verdicts on the records of an evaluation (eval.py), and its numbers as Markdown tables and bars.
 
-A reader of its numbers need not know which verdicts are given anew, and how results.md and results.png are made."""
+To read eval.py you can skip this file: which verdicts are given anew, and how results.md and results.png are made."""
 
 import hashlib
 import importlib.metadata
@@ -114,14 +114,14 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]) + "\n"
 
 
-def numbers(values: dict, before: str = "") -> Iterator[tuple[str, str]]:
+def numbers(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the numbers in (nested) results as (key, text): counts as they are, fractions in percent."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from numbers(value, f"{before}{key} ")
+            yield from numbers(value, f"{prefix}{key} ")
         elif isinstance(value, int | float):
-            digits = 0 if isinstance(value, int) or key == "mean_tokens" else 1
-            yield before + key, f"{value if digits == 0 else 100 * value:.{digits}f}"
+            plain = isinstance(value, int) or key == "mean_tokens"
+            yield prefix + key, f"{value:.0f}" if plain else f"{100 * value:.1f}"
 
 
 def results_tables(results: dict, records: list[dict], args) -> str:

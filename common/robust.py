@@ -748,7 +748,7 @@ def _near(exact, rounded):
     """Is a number a rounded other one?"""
     a, b = (value.value if isinstance(value, Named) else value for value in (exact, rounded))
     numbers = all(isinstance(x, Number) and x.value.is_number for x in (a, b))
-    margin = 0 if numbers and a.value.is_Integer else 20**-1
+    margin = 0 if numbers and a.value.is_Integer else 0.05
     return numbers and bool(abs((a.value - b.value).evalf(8)) <= margin * abs(a.value.evalf(8)))
 
 

@@ -55,13 +55,13 @@ class Completion:
         return self.finish == "length"
 
     @property
-    def said(self) -> list[int]:
-        """The ids without the one that ended it: what a verifier reads."""
+    def text_ids(self) -> list[int]:
+        """The ids without the one that ended the completion: what a verifier reads."""
         return self.ids if self.truncated else self.ids[:-1]
 
 
 class Sampler:
-    """What both samplers share. It stands alone in a run that never samples."""
+    """Base class of both samplers. A run that never samples uses it as it is."""
 
     version: int | None = None  # of the weights that it has now
 
@@ -78,7 +78,7 @@ class Sampler:
         self, prompts: list[list[int]], *, n: int | list[int], keys: list[int], seed: int, sampling: Sampling,
         progress: str | None = None, drawn: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:  # fmt: skip
-        """n (or n[i]) completions of each prompt, in order. keys: one int a prompt, naming its random stream.
+        """Draw n (or n[i]) completions of each prompt, in order. keys: an int per prompt that names its random stream.
         drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
 
         Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt and on one that is
@@ -87,8 +87,9 @@ class Sampler:
             raise RuntimeError("the sampler has no current weights: call sync() before generate()")
         if not all(prompts):
             raise ValueError("an empty prompt cannot be continued")
-        counts, most = [n] * len(prompts) if isinstance(n, int) else n, sampling.max_tokens
-        sampling = replace(sampling, max_tokens=[most] * len(prompts) if isinstance(most, int) else most)
+        counts = [n] * len(prompts) if isinstance(n, int) else n
+        limit = sampling.max_tokens
+        sampling = replace(sampling, max_tokens=[limit] * len(prompts) if isinstance(limit, int) else limit)
         groups = [[None] * count for count in counts]  # filled in by _generate
         drawn = drawn or (lambda i, completions: None)
         with tqdm(total=sum(counts), desc=progress, unit="answer", leave=False, disable=progress is None) as bar:
@@ -190,14 +191,14 @@ class EmbeddedSampler(Sampler):
                 self.proven = gap < tolerance(policy)
                 if self.proven:
                     break
-                self.lm.set_attn_implementation("eager")  # SDPA leaves a soft cap of scores out, without a word
+                self.lm.set_attn_implementation("eager")  # SDPA silently ignores a soft cap of scores
             why = f"its log-probs are {gap:.2g} standard deviations from the policy's"
         except (InputError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             why = first_line(error)
         reshard(policy)
-        policy.useful_share()  # counts updates alone
+        policy.useful_share()  # reset: it counts the updates only
         if not self.proven:
             raise InputError(f"--rollout embedded does not support {type(self.lm).__name__}: {why}; try --rollout vllm")
 
@@ -295,7 +296,7 @@ class EmbeddedSampler(Sampler):
         return self.lm.get_decoder()(**inputs, use_cache=True).last_hidden_state[:, -1]
 
     def sleep(self) -> None:
-        """Free the weights, which the update needs no copy of; until the next sync nothing can be drawn."""
+        """Free this copy of the weights. Nothing can be drawn until the next sync."""
         self.version = None
         for p in self.lm.parameters():
             p.untyped_storage().resize_(0)
@@ -369,7 +370,8 @@ def make_sampler(
     why = "asked for"
     if rollout == "auto":
         rollout = "vllm" if version else "embedded"
-        why = f"CUDA and vLLM {version}" if version else "vLLM is not installed" if cuda else "no CUDA"
+        missing = "vLLM is not installed" if cuda else "no CUDA"
+        why = f"CUDA and vLLM {version}" if version else missing
     if world.main:
         other = version and not version.startswith(vllm.VLLM)
         pinned = f" (made for vLLM {vllm.VLLM}, this is {version})" if other else ""

@@ -236,8 +236,8 @@ def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
 
 
 def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[list[int]]:
-    """The ids of each response as it stands after its prompt, without an eos. A SentencePiece tokenizer puts a word
-    mark before a text alone: such a response is tokenized together with its prompt."""
+    """The ids of each response after its prompt, without an eos. A SentencePiece tokenizer adds a word mark to a text
+    that is tokenized alone, so such a response is tokenized together with its prompt."""
     encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
     for i, (prompt, response, ids) in enumerate(zip(prompts, responses, encoded, strict=True)):
         if ids and response[0] not in " \u2581" and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
@@ -251,7 +251,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
     """The ids of each trace after its prompt, with one eos at the end; [] for a blank trace, None for None. Ids that a
     model drew are kept (a cut answer has no eos), unless the prompt opens the thought that the text begins with.
 
-    rows: "NAME: ", what an InputError begins with: for ids that are not those of the text, and text behind an eos."""
+    rows: "NAME: " of each row, for errors. Raises InputError for ids of another text, and for text after an eos."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
     encoded: list[list[int] | None] = []
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
@@ -305,13 +305,13 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
 
 
 def count_unknown(prompts: list[list[int]], tokenizer) -> int:
-    """How many prompts hold text that the tokenizer does not know. GPT-2's, whose unk is its eos, knows all text."""
+    """How many prompts hold unknown tokens. GPT-2's tokenizer, whose unk is its eos, knows all text."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     return 0 if unknown in (None, tokenizer.eos_token_id) else sum(unknown in ids for ids in prompts)
 
 
 def warn_unknown(source: str, unknown: int, prompts: int) -> None:
-    """Say on the terminal that the tokenizer does not know text in some of the prompts."""
+    """Print a warning if some of the prompts hold text that the tokenizer does not know."""
     if unknown and os.environ.get("RANK", "0") == "0":
         print(f"WARNING: {source}: {unknown} of {prompts} prompts hold text that the tokenizer of --model does not "
               "know (models/tiny reads igsm:LO-HI alone)", file=sys.stderr)  # fmt: skip
@@ -329,7 +329,7 @@ LEFT_OUT = {  # counts of rows and traces that are left out, in words
 
 
 def with_kept(found: list, count: dict[str, int], source: str, args) -> dict[str, int]:
-    """The counts, and how many were kept. Raises InputError if that is none."""
+    """Return the counts with the number of rows kept. Raises InputError if none was kept."""
     if not count["rows"]:
         raise InputError(f"{source}: no rows")
     if not found:

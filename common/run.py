@@ -180,8 +180,8 @@ class Run:
             raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
                              "steps: raise --steps (or --epochs), or name another --out")  # fmt: skip
         if not self.start and (self.out / "model").exists() and (self.out / "args.json").exists():
-            there = json.loads((self.out / "args.json").read_text())
-            if changed := self.checkpoints.changed(there):
+            finished = json.loads((self.out / "args.json").read_text())
+            if changed := self.checkpoints.changed(finished):
                 raise InputError(f"--out {self.out} holds a finished run without a checkpoint, of other settings "
                                  f"({changed}): name another --out, or delete that folder")  # fmt: skip
         self.held_out = held_out if args.eval_every else []
@@ -248,10 +248,10 @@ class Run:
 
     def update(self, name: str, log: dict, rows: list, *, lr: float, max_grad_norm: float,
                norm: str = "optim/grad_norm") -> bool:  # fmt: skip
-        """Check the numbers of an update, clip the gradient of the pair `name`, take its optimizer's step.
+        """Check the metrics of an update, clip the gradient of the pair `name`, take its optimizer's step; return True.
 
-        log: metrics of the update; norm: the name of the gradient's norm among them. A non-finite number stops the run,
-        or with --skip_bad_updates skips the update and returns False; `rows` are then in OUT/bad."""
+        log: the metrics. norm: what the gradient's norm is called among them. If a number is not finite, `rows` are
+        written to OUT/bad, and the run stops, or with --skip_bad_updates the update is skipped: return False."""
         model, optimizer = self.pairs[name]
         try:
             check_finite(log, self.policy, self.world)
@@ -261,7 +261,7 @@ class Run:
                                    f"per token (--max_mismatch {limit}): stale weights, or another model")  # fmt: skip
             for other, _ in self.pairs.values():
                 if other is not model:
-                    gradient_norm(other)  # of several models that are trained all take their step, or none
+                    gradient_norm(other)  # raises if not finite: either all trained models take their step, or none
             log[norm] = optimizer_step(model, optimizer, lr=lr, max_grad_norm=max_grad_norm)
         except FloatingPointError as error:
             self._skip_or_stop(error, rows)
@@ -279,16 +279,17 @@ class Run:
             write_lines(path, [row.shown(self.tokenizer) for row in rows])
         dist.barrier()  # the file is complete before a rank ends
         if not self.args.skip_bad_updates:
-            raise FloatingPointError(f"{message}. The same command resumes before it") from error
+            raise FloatingPointError(f"{message}. The same command resumes from the last checkpoint") from error
         if self.world.main:
-            tqdm.write(f"{message}. It is skipped (--skip_bad_updates)")
+            tqdm.write(f"{message}. The update is skipped (--skip_bad_updates)")
 
     def log(self, values: dict, rows: list = (), also: list = ()) -> None:
         """Log means over this step's updates, `values`, and what the step cost; write samples of `rows`. also: other
         rows that were trained on. Before the first step only `values` are logged, if there are any."""
         if self.step == self.start:
             return self.metrics.log(self.step, values, SHOWN) if values else None
-        seconds, tokens = self.clock.flush(), sum(row.tokens for row in [*rows, *also])
+        seconds = self.clock.flush()
+        tokens = sum(row.tokens for row in [*rows, *also])
         names = dict.fromkeys(name for log in self.logs for name in log)
         logged = {name: [log[name] for log in self.logs if log.get(name) is not None] for name in names}
         means = {name: max(found) if name.endswith("/max") else mean(found) for name, found in logged.items()}
@@ -375,13 +376,13 @@ def open_sampler(policy, tokenizer, args, world: World, *, needed=True):
 
 
 def check_fit(flag: str, model, policy, longest: int) -> None:
-    """Raise InputError if the model of a flag cannot read the policy's ids or as many as `longest`, or changes its
-    logits otherwise."""
-    mine, its = model.lm.config.vocab_size, policy.lm.config.vocab_size
-    if mine != its:
-        raise InputError(f"{flag}: a vocabulary of {mine} does not fit --model's of {its}")
+    """Raise InputError if the model of a flag has another vocabulary than the policy, fewer positions than `longest`,
+    or another soft cap or scale of its logits."""
+    size, expected = model.lm.config.vocab_size, policy.lm.config.vocab_size
+    if size != expected:
+        raise InputError(f"{flag}: a vocabulary of {size} does not fit --model's of {expected}")
     if logit_form(model.lm.config) != logit_form(policy.lm.config):
-        raise InputError(f"{flag}: its soft cap or scale of logits is not --model's")
+        raise InputError(f"{flag}: its logits have another soft cap or scale: name a model of --model's type")
     if (limit := max_positions(model.lm.config)) and longest > limit:
         raise InputError(f"{flag}: sequences of up to {longest} tokens exceed its {limit} positions: lower the flags "
                          "that limit tokens (--max_...tokens), or name another model")  # fmt: skip
@@ -389,7 +390,8 @@ def check_fit(flag: str, model, policy, longest: int) -> None:
 
 def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
     """Return the accuracy on examples by data source, and its unweighted mean. The ranks share the examples."""
-    mine, grader = range(world.rank, len(examples), world.size), Grader(tokenizer, args.verifier)
+    mine = range(world.rank, len(examples), world.size)
+    grader = Grader(tokenizer, args.verifier)
     rows = sample_rows(sampler, examples, mine, [1] * len(examples), args, world, seed=args.seed + 1, grader=grader,
                        temperature=args.eval_temperature)  # fmt: skip
     grader.wait()
@@ -413,7 +415,7 @@ class Row:
     truncated: bool = False
     reward: float = 0.0
     status: str = ""  # the verifier's; empty: not graded
-    detail: str | None = None  # why it is so
+    detail: str | None = None  # the verifier's reason, if the status is not "ok"
     advantage: float = 0.0
     example: Example | None = None
 
@@ -427,12 +429,12 @@ class Row:
         return self.sampler_logps or [math.nan] * len(self.response)
 
     def text(self, tokenizer) -> str:
-        """The response without the eos, as a verifier reads it. A trace that was cut has none."""
+        """The response as text without the eos, as a verifier reads it. A trace that was cut has no eos."""
         cut = self.response[-1] != tokenizer.eos_token_id if self.teacher else self.truncated
         return tokenizer.decode(self.response if cut else self.response[:-1])
 
     def shown(self, tokenizer) -> dict:
-        """What samples.jsonl shows of it."""
+        """The row as a dictionary for samples.jsonl."""
         return {
             "who": "teacher" if self.teacher else "own", "reward": self.reward if self.status else None,
             "detail": self.detail, "advantage": self.advantage, "gold": self.example.gold,
@@ -484,11 +486,12 @@ def keep_answers(
     [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
 
     After a stop the next call resumes: --batch_size questions are made at once. load() returns the policy, if answers
-    are missing. settings: what the answers depend on, kept beside `path`; InputError if those there are others."""
+    are missing. settings: what the answers depend on, kept beside `path`. InputError if the kept ones differ."""
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
     names = [name for name in settings if name != "model"]  # its digest is compared
     keep_settings(path.with_suffix(".json"), settings, names, f"{path} has answers of other settings", world)
-    sampler, grader = None, Grader(tokenizer, args.verifier)
+    sampler = None
+    grader = Grader(tokenizer, args.verifier)
     if len(read_records(path)) < len(examples):
         policy = load()
         sampler = open_sampler(policy, tokenizer, args, world)
@@ -496,7 +499,8 @@ def keep_answers(
         del policy  # the sampler has what it needs
 
     def answer(part: list[int]) -> list[dict]:
-        batch, records = [examples[i] for i in part], [{"id": i, "answers": []} for i in part]
+        batch = [examples[i] for i in part]
+        records = [{"id": i, "answers": []} for i in part]
         rows = sample_rows(
             sampler, batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader, top_p=top_p
         )
@@ -547,11 +551,11 @@ class Grader:
         self.jobs = []
 
 
-def keep_settings(path: Path, settings: dict, names: Iterable[str], wrong: str, world: World) -> None:
-    """Write settings to a JSON file. Raise InputError, which begins with `wrong`, if those `names` differ there."""
+def keep_settings(path: Path, settings: dict, names: Iterable[str], message: str, world: World) -> None:
+    """Write settings to a JSON file. If it exists and has other values of `names`, raise InputError with `message`."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
     if path.exists() and (changed := changed_settings(json.loads(path.read_text()), settings, names)):
-        raise InputError(f"{wrong} ({changed}): use the same ones to resume, or another --out")
+        raise InputError(f"{message} ({changed}): use the same settings to resume, or another --out")
     dist.barrier()  # all have compared before one writes
     if world.main:
         write_whole(path, json.dumps(settings, indent=2) + "\n")
@@ -600,9 +604,10 @@ def keep_records(path: Path, parts: list[list], make, world: World, *, together:
     path.parent.mkdir(parents=True, exist_ok=True)
     done = merge()
     todo = [part for part in parts if not all(i in done for i in part)]
-    mine, calls = (todo, len(todo)) if together else (todo[world.rank :: world.size], -(-len(todo) // world.size))
+    if not together:  # every rank gets as many parts; its last one may be empty
+        todo = (todo + [[]] * (-len(todo) % world.size))[world.rank :: world.size]
     with open(path.with_name(f"{path.stem}.part-{world.rank}.jsonl"), "a", encoding="utf-8") as file:
-        for part in tqdm([*mine, *[[]] * (calls - len(mine))], desc=path.name, unit="part", disable=not world.main):
+        for part in tqdm(todo, desc=path.name, unit="part", disable=not world.main):
             records = make(part)
             if world.main or not together:
                 file.write("".join(json.dumps(record) + "\n" for record in records))
@@ -645,13 +650,13 @@ def split_updates(rows: list[Row], args) -> list[list[Row]]:
 
 
 def micro_batches(rows: list, args, world: World, sequences=lambda row: [(row.prompt, row.response)]):
-    """Yield this rank's packed micro-batches of an update: (token batch, its rows). As many on every rank.
+    """Yield this rank's packed micro-batches of an update: (token batch, its rows). Every rank gets the same number.
 
-    sequences(row): its (prompt, response) pairs, which are not parted. The same rows are split in the same way."""
+    sequences(row): its (prompt, response) pairs, which stay in one micro-batch. The same rows are split alike."""
     parts = [sequences(row) for row in rows]
     lengths = [sum(len(prompt) + len(response) - 1 for prompt, response in part) for part in parts]
-    for shares in plan_micro_batches(lengths, world.size, args.micro_batch_tokens):
-        mine = shares[world.rank]
+    for by_rank in plan_micro_batches(lengths, world.size, args.micro_batch_tokens):
+        mine = by_rank[world.rank]
         yield pack([pair for i in mine for pair in parts[i]], world.device), [rows[i] for i in mine]
 
 
@@ -679,10 +684,10 @@ def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per:
     """Add to the metrics, as means over `per` own tokens: how far the policy is from the one that sampled them, and the
     trainer's log-probs from the sampler's (mismatch/). [N] each; own None: all tokens."""
     own = torch.ones_like(logp, dtype=torch.bool) if own is None else own
-    gone = torch.where(own, logp - old_logp, 0.0)
+    log_ratio = torch.where(own, logp - old_logp, 0.0)
     gap = torch.where(own, old_logp - sampler_logp, 0.0).double()
-    clipped = (gone.exp() - 1).abs() > (clip or math.inf)
-    totals.add({"policy/clipped": clipped.sum(), "policy/kl_old": -gone.sum(),
+    clipped = (log_ratio.exp() - 1).abs() > (clip or math.inf)
+    totals.add({"policy/clipped": clipped.sum(), "policy/kl_old": -log_ratio.sum(),
                 "mismatch/mean_abs": gap.abs().sum(), "mismatch/kl": -gap.sum()}, per=max(1, per))  # fmt: skip
     totals.largest("mismatch/max", gap.abs())
 

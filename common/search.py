@@ -51,7 +51,8 @@ def beam_search(questions: int, sample, score, *, width: int, max_steps: int, co
     sample(states, step): the next steps of every state (question, Candidate), as lists of Candidates.
     score(states): their values. A state starts as the empty response, so the first step has the fewest candidates.
     """
-    beams, answers = [[Candidate([])] for _ in range(questions)], [[] for _ in range(questions)]
+    beams = [[Candidate([])] for _ in range(questions)]
+    answers = [[] for _ in range(questions)]
     for step in range(max_steps):
         states = [(q, state) for q, beam in enumerate(beams) for state in beam]
         if not states:
@@ -60,10 +61,10 @@ def beam_search(questions: int, sample, score, *, width: int, max_steps: int, co
         for (_, candidate), value in zip(new, score(new), strict=True):
             candidate.value = value
         for q in range(questions):
-            mine = [candidate for p, candidate in new if p == q]
-            kept, done = select_beam([c.value for c in mine], [c.finished for c in mine], width, compete=compete)
-            beams[q] = [mine[i] for i in kept]
-            answers[q] += [mine[i] for i in done]
+            group = [candidate for p, candidate in new if p == q]
+            kept, done = select_beam([c.value for c in group], [c.finished for c in group], width, compete=compete)
+            beams[q] = [group[i] for i in kept]
+            answers[q] += [group[i] for i in done]
     return answers
 
 
@@ -92,13 +93,13 @@ def step_starts(response: list[int], ends: frozenset[int]) -> list[bool]:
 
 @torch.no_grad()
 def state_values(value, states: list[list[int]], world, micro_batch_tokens: int) -> list[float]:
-    """V of each text (ids) as it stands; every rank passes all texts, computes its share and gets all values."""
-    found = []
-    for shares in plan_micro_batches([len(ids) for ids in states], world.size, micro_batch_tokens):
-        mine = shares[world.rank]
+    """Return V of each text (ids). A collective: every rank passes all texts, computes some and gets all values."""
+    values = []  # (index of the text, its value)
+    for by_rank in plan_micro_batches([len(ids) for ids in states], world.size, micro_batch_tokens):
+        mine = by_rank[world.rank]
         batch = pack([(states[i], [0]) for i in mine], world.device)  # the token that is predicted is never read
-        found += zip(mine, value(batch).tolist(), strict=True)
-    return [v for _, v in sorted(gather_lists(found, world))]
+        values += zip(mine, value(batch).tolist(), strict=True)
+    return [v for _, v in sorted(gather_lists(values, world))]
 
 
 def search_answers(

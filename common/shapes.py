@@ -22,12 +22,12 @@ THINK = "<think>\n"
 IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 
 QUESTIONS = ("problem", "question", "query", "question_stem", "instruction")
-PASSAGES = ("context", "passage", "article", "body", "puzzle", "theory", "story", "table")  # what a question stands on
+PASSAGES = ("context", "passage", "article", "body", "puzzle", "theory", "story", "table")  # put before the question
 RESPONSES = ("response", "completion", "output", "generation", "generated_solution")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")  # beside a response
 GOLDS = ("answer_number", "final_answer", "expected_answer", "answer", "ground_truth", "reference_answer")
 NO_GOLD = {"nan", "none", "null", "n/a", "notfound", "proof"}
-RIGHT_OPTION = (  # columns that may name it
+RIGHT_OPTION = (  # columns that may name the correct option of a multiple choice
     "answerkey", "answer_letter", "answer_idx", "correct_option", "answer", "ground_truth", "expected_answer",
     "final_answer", "reference_answer", "correct", "label",
 )
@@ -138,8 +138,8 @@ def _parsed(text: str):
 
 
 def _unfolded(name: str, value):
-    """A cell whose lists or turns stand there as text, as in .csv files, as these lists or turns; a text that is alone
-    in a list, as this text."""
+    """Return a cell with lists and turns that are written as text (in .csv files) parsed. A list that holds one text
+    alone becomes this text."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and name not in NESTED:
         return value[0]
     if not isinstance(value, str) or not (TURNS.match(value) or (name in NESTED and value[:1] in ("[", "{"))):
@@ -179,7 +179,7 @@ def _ids(value, name: str) -> list[int]:
 
 
 def _turns(value, name: str) -> list[dict]:
-    """Turns [{role, content}, ...] with these two alone; a text is one user turn. Raises TypeError naming it."""
+    """Return turns [{role, content}, ...] without other keys; a text is one user turn. Raises TypeError with `name`."""
     if isinstance(value, str) and value.strip():
         value = [{"role": "user", "content": value}]
     if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
@@ -189,7 +189,7 @@ def _turns(value, name: str) -> list[dict]:
 
 def _turn(turn: dict, name: str) -> dict:
     """A turn, {role, content} or {from, value}, with the thought of an assistant's in its content."""
-    turn = {name: value for name, value in turn.items() if value is not None}  # of turns in two forms in one file
+    turn = {key: value for key, value in turn.items() if value is not None}  # files that mix both forms hold nulls
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if role is None or content is None or turn.get("tool_calls"):
         raise TypeError(f"'{name}' must be a text or [{{role, content}}, ...]")
@@ -274,7 +274,7 @@ def _asked(row: dict) -> Item:
         if options := _options(row):  # as LUFFY's files write them, one a line
             text = "\n".join([f"{text}\n", *(f"{label}) {option}" for label, option in options.items())])
             gold = _right_option(row, options)
-        history = row.get("history") or [] if name == "instruction" else []  # LLaMA-Factory's
+        history = (row.get("history") or []) if name == "instruction" else []  # LLaMA-Factory's
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
             raise TypeError("'history' must be [[question, answer], ...]")
         turns = [{"role": r, "content": said} for pair in history for r, said in zip(("user", "assistant"), pair)]
@@ -335,12 +335,13 @@ def _pair(row: dict) -> Item:
 
 
 def _single(row: dict) -> Item:
-    item, name = _asked(row), next((name for name in RESPONSES if not _blank(row.get(name))), "response")
+    item = _asked(row)
+    name = next((name for name in RESPONSES if not _blank(row.get(name))), "response")
     item.traces = _trace(row, name, item.prompt, reward=_reward(row))
     if not item.traces:
         raise KeyError(name)
     if "reward" in row and "label" not in row and isinstance(row.get("prompt"), str):
-        item.text = row["prompt"]  # OREO's published rows hold the prompt rendered, and the trace as it was said
+        item.text = row["prompt"]  # OREO's published rows hold the rendered prompt and the trace as the model wrote it
         item.traces[0].text = _text(row[name], f"'{name}'")
     return item
 
@@ -383,7 +384,8 @@ def _generations(row: dict) -> Item:
         nulls = [None] * len(row["generations"])
         rule, verdicts = all, [row["correctness"][name] or nulls for name in VERDICTS]
     item = _asked({"prompt": row["problem"]} | row)
-    if not all(mark in (0, 1, None) for marks in verdicts for mark in marks):
+    n = len(row["generations"])
+    if any(len(marks) != n or any(mark not in (0, 1, None) for mark in marks) for marks in verdicts):
         raise TypeError("'correctness' must have true, false or null for each generation")
     item.traces = _graded(row["generations"], [rule(marks) for marks in zip(*verdicts, strict=True)])
     return item
@@ -403,7 +405,8 @@ def _gsm8k_graded(row: dict) -> Item:
 
 def _problem(row: dict) -> Item:
     """GSM8K and MATH: the reasoning becomes the trace, and a request for a box is added to the question."""
-    item, solution, answer = _asked(row), row.get("solution"), row.get("answer")
+    item = _asked(row)
+    solution, answer = row.get("solution"), row.get("answer")
     reasoning = row.get("reannotated_assistant_content") or solution  # R1-Distill-SFT: R1's beside the human's
     if isinstance(answer, str) and "####" in answer:
         reasoning, item.source = answer.rpartition("####")[0], "gsm8k"
@@ -439,11 +442,15 @@ def _options(row: dict) -> dict[str, str]:
     if not given and not any(_blank(row.get(letter)) for letter in "AB"):
         given = {letter: row[letter] for letter in LETTERS if letter in row}
     if isinstance(given, dict) and {"label", "text"} <= given.keys():
+        if len(given["label"]) != len(given["text"]):
+            raise ValueError(f"{len(given['text'])} options have {len(given['label'])} labels: give each one")
         given = dict(zip(given["label"], given["text"], strict=True))
     elif isinstance(given, list) and all(isinstance(option, dict) for option in given):
         given = {option.get("label", option.get("key")): option.get("text", option.get("value")) for option in given}
     elif isinstance(given, list):
-        given = dict(zip(LETTERS[: len(given)], given, strict=True))
+        if len(given) > len(LETTERS):
+            raise ValueError(f"{len(given)} options without labels: at most {len(LETTERS)} can be labelled")
+        given = dict(zip(LETTERS, given, strict=False))
     elif not isinstance(given, dict):
         raise TypeError("'options' is neither a list nor {label: option}")
     options = {str(label): str(o) if type(o) in (int, float) else o for label, o in given.items()}
@@ -462,7 +469,7 @@ def _right_option(row: dict, options: dict) -> str:
     marks = () if row.keys().isdisjoint(RESPONSES) else MARKS
     names = [name for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks]
     for name in names:
-        if label := _meant(row[name], options):
+        if label := _label_of(row[name], options):
             if name in MARKS:
                 del row[name]
             return label
@@ -471,9 +478,9 @@ def _right_option(row: dict, options: dict) -> str:
     return ""
 
 
-def _meant(answer, options: dict) -> str:
-    """The label that an answer means, "" if none: the label itself, the index of the option from 0 on, or its text. A
-    text such as "1" is an index only if it is neither a label nor an option."""
+def _label_of(answer, options: dict) -> str:
+    """The label of the option that an answer names, "" if none: by its label, its index from 0 on, or its text. A text
+    such as "1" is an index only if it is neither a label nor an option."""
     answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
     text, labels, texts = str(answer).strip(), list(options), list(options.values())
     if text in options:
@@ -511,9 +518,9 @@ SHAPES = (  # the first shape whose columns a row has; blank columns do not coun
 
 def _groups(row: dict, columns: set[str]) -> set[str]:
     """The groups in SHAPES, named in capitals, of which a row has a column."""
-    there = {
+    found = {
         "QUESTION": columns & {*QUESTIONS}, "GRADED": _graded_columns(row), "MARK": columns & {*MARKS},
         "RESPONSE": columns & {*RESPONSES} or {"response", "reward"} <= row.keys(),  # an empty one may have a reward
         "VERDICTS": columns & {"correctness", "correctness_math_verify", "correctness_llama"},
     }  # fmt: skip
-    return {name for name, found in there.items() if found}
+    return {group for group, names in found.items() if names}

@@ -221,8 +221,8 @@ class Policy(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
-        self.bad_logps = 0  # how many of the updates' were NaN or above 0 since check_finite asked
-        self.cells = self.useful = 0  # of attention, since useful_share asked
+        self.bad_logps = 0  # log-probs that were NaN or above 0, with gradients, since the last check_finite
+        self.cells = self.useful = 0  # cells of attention, and those without padding, since the last useful_share
 
     def forward(
         self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False, reference=None, raw: bool = False
@@ -270,7 +270,8 @@ class Policy(nn.Module):
 
 def logit_form(config) -> dict[str, float]:
     """{"cap", "scale"} of common/logprobs.py: Gemma has a cap on its logits, Cohere multiplies, Granite divides."""
-    config, names = config.get_text_config(decoder=True), ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    config = config.get_text_config(decoder=True)
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     cap, factor, scaling = (float(getattr(config, name, None) or 0) for name in names)
     power = 1 if config.model_type == "hyperclovax" else -1  # it multiplies under Granite's name
     return {"cap": cap, "scale": (factor or 1.0) * (scaling or 1.0) ** power}
@@ -287,7 +288,7 @@ class ValueModel(Policy):
     auto = AutoModelForSequenceClassification
 
     def forward(self, batch: TokenBatch, *, raw: bool = False):
-        """-> values [N]: the n-th is that of the text which the n-th response token follows.
+        """-> values [N]: the n-th is the value of the text before the n-th response token.
 
         With `raw`: hidden states [N, H]."""
         hidden = predictor_states(self.lm, batch).float()
@@ -400,7 +401,7 @@ def load_policy(
         gradient_checkpointing = world.device.type == "cuda" and lm.supports_gradient_checkpointing
     if gradient_checkpointing in (True, "all"):
         if not lm.supports_gradient_checkpointing:
-            raise InputError(f"{flag}: {type(lm).__name__} has no gradient checkpointing: train it without that flag")
+            raise InputError(f"{flag}: {type(lm).__name__} has no checkpointing: use --gradient_checkpointing none")
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
         for layer in layers_of(lm):
@@ -451,14 +452,14 @@ def _prepare_config(config: PreTrainedConfig) -> None:
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Mean difference in standard deviations of what is expected, which count as 0.1 at least: the log-probs of a model
-    that is certain hardly vary, and rounding does not shrink with them. NaN if a value is NaN."""
+    """Mean absolute difference in standard deviations of `expected`. A deviation under 0.1 counts as 0.1: log-probs of
+    a confident model hardly vary, and rounding errors are no smaller for it. NaN if a value is NaN."""
     return ((found - expected).abs().mean() / expected.std().clamp(min=0.1)).item()
 
 
 def tolerance(model: nn.Module) -> float:
-    """The largest distance that rounding explains: in float32 on a CPU, 20 times as much where it may choose another
-    expert of a mixture, and in bf16 on CUDA."""
+    """The largest `distance` that rounding can cause: 0.001 in float32 on a CPU, 0.02 there for a mixture of experts,
+    where rounding may choose another expert, and 0.1 in bf16 on CUDA."""
     if next(model.parameters()).is_cuda:
         return 0.1
     return 0.02 if any("experts" in name for name, _ in model.named_parameters()) else 0.001
@@ -477,7 +478,7 @@ def prove(model, flag: str) -> None:
     rows = [(a[:5], a[5:-2]), (a[:5], b[5:]), (c[:2], c[2:-1])]
     states = isinstance(model, ValueModel)
 
-    def packed(rows, raw=states):  # -> [N] or [N, H]
+    def packed(raw=states):  # -> [N] or [N, H]
         out = model(pack(rows, device), raw=raw)
         return (out[0] if isinstance(out, tuple) else out).float()
 
@@ -488,19 +489,19 @@ def prove(model, flag: str) -> None:
         return torch.cat(each)
 
     try:
-        gap, expected = distance(packed(rows), plain()), tolerance(model)
-        if gap < expected:
+        gap, limit = distance(packed(), plain()), tolerance(model)
+        if gap < limit:
             return
-        if not distance(plain(train=True), plain()) < expected:
+        if not distance(plain(train=True), plain()) < limit:
             why = "it computes with noise in training"
-        elif distance(packed(rows, raw=True), plain(raw=True)) < expected:
+        elif distance(packed(raw=True), plain(raw=True)) < limit:
             why = "it changes its logits after the output layer"
         else:
             why = f"packed sequences see each other (recurrent layers, positions from masks), or {OWN_ATTENTION}"
-        why += f" (log-probs are off by {gap:.2g} standard deviations; rounding explains {expected})"
+        why += f" (log-probs are off by {gap:.2g} standard deviations; rounding explains {limit})"
     except (InputError, torch.OutOfMemoryError):
         raise
-    except NotImplementedError as error:  # packed attention's own words
+    except NotImplementedError as error:  # raised by packed_attention or packed_mask
         why = first_line(error)
     except Exception as error:
         why = f"{OWN_ATTENTION} ({first_line(error)})"
@@ -524,7 +525,7 @@ def _plain_attention(model: nn.Module):
 
 
 class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):
-    """Transformers has none."""
+    """Granite's decoder with a value head, which Transformers lacks."""
 
 
 AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceClassification, exist_ok=True)
@@ -595,7 +596,7 @@ def keep_activations(policy: Policy, tokens: int, world: World) -> None:
 
 
 def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
-    """Adapters W + (alpha / rank) B A, alpha = rank, on the body's linear layers, which alone are then trained.
+    """Add adapters W + (alpha / rank) B A, alpha = rank, to the body's linear layers. Only they are trained there.
 
     Raises InputError if the body has other weight matrices, such as fused experts: they would be left out."""
     try:
@@ -647,8 +648,8 @@ def _shard(policy: Policy, world: World) -> Policy:
 
 
 def reshard(policy: nn.Module) -> None:
-    """Give a rank its shards back: a forward without gradient leaves FSDP2's own weights whole, and rounded to what it
-    computes in."""
+    """Free the gathered weights: after a forward without gradients FSDP2 leaves the root's weights whole, and in the
+    dtype that it computes in."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -713,7 +714,7 @@ def make_optimizer(policy: nn.Module, *, lr: float, betas=(0.9, 0.999), weight_d
     """AdamW over every parameter that is trained (float32 states, sharded as the parameters are)."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=True)
-    # a checkpoint of an optimizer without states would make them by a step of its own: Adam's count would be too high
+    # made here: torch's checkpoint functions create missing states by a step, which Adam would count
     for p in trained:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -734,7 +735,7 @@ def learning_rate(step: int, *, lr: float, steps: int, schedule: str, warmup: fl
 
 
 def gradient_norm(policy: nn.Module, *, clip: float = math.inf) -> float:
-    """The global norm of the gradient, which is then clipped to `clip`. FloatingPointError if it is not finite."""
+    """Clip the gradient to the global norm `clip`; return its norm before. FloatingPointError if it is not finite."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), clip, foreach=True)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):

@@ -454,7 +454,7 @@ def grade_later(responses, golds, **how) -> concurrent.futures.Future:
 
 
 def _grade_one(spec, response, gold, timeout):
-    """The verdict of a worker that no other thread has meanwhile."""
+    """Grade one item with an idle worker, or a new one. No other thread uses the worker meanwhile."""
     idle = _pools.setdefault(spec, [])
     try:
         worker = idle.pop()
@@ -477,7 +477,7 @@ def close() -> None:
 
 @functools.cache
 def _threads(kind, count):
-    """Threads that wait, each for a worker or for all of a call's."""
+    """Threads that wait: a "worker" thread for the verdict on one item, a "call" thread for all items of a call."""
     return concurrent.futures.ThreadPoolExecutor(count, f"grade-{kind}")
 
 
@@ -528,7 +528,7 @@ class _Worker:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", self.BOOT, argument],
-                stdin=subprocess.PIPE,  # nothing is ever written: by its end a worker learns of ours
+                stdin=subprocess.PIPE,  # never written to: it closes when we end, which ends the worker (_serve)
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},  # sympy orders by hash
                 start_new_session=True,  # Ctrl-C is for us to handle
@@ -543,7 +543,7 @@ class _Worker:
             raise ImportError(f"verifier {spec}: {detail}")
 
     def grade(self, response, gold, timeout):
-        """Its verdict, or ours if it gives none by the deadline or dies. Then it is gone."""
+        """Return its verdict; if it misses the deadline or dies, it is killed: "timeout" or "error"."""
         try:
             self.sock.settimeout(timeout)
             self.sock.sendall(json.dumps([response, gold]).encode() + b"\n")
@@ -558,7 +558,7 @@ class _Worker:
             return Verdict(0.0, "error", f"worker died, exit code {self.kill()}")
 
     def receive(self, timeout):
-        """What it says next: [reward, status, detail, whether it is to be replaced]."""
+        """Return its next message: [reward, status, detail, whether to replace it]. TimeoutError if none comes."""
         since, starved_before, left = time.monotonic(), self.starved(), timeout
         while left > 0:
             if wait([self.sock], left):

@@ -90,9 +90,9 @@ class Worker:
         try:
             self.receive(1200)
         except WorkerFault as fault:
-            words = self.last_words()
+            log = self.last_words()
             self.stop()
-            raise RuntimeError(f"vLLM does not start: {fault}; --rollout embedded needs none.{words}") from fault
+            raise RuntimeError(f"vLLM does not start: {fault}; --rollout embedded works without it.{log}") from fault
 
     def send(self, *message) -> None:
         """Send a request: the name of a function of common/vllm_worker.py, and its arguments."""
@@ -261,9 +261,9 @@ class VLLMSampler(Sampler):
                 pass
             buffer = address = None
             self._free()
-        there = self.worker.call("wake", self.label)
-        if there != self.label:
-            raise WorkerFault(f"vLLM has the weights {there}, not {self.label}")
+        loaded = self.worker.call("wake", self.label)
+        if loaded != self.label:
+            raise WorkerFault(f"vLLM has the weights of sync {loaded}, not {self.label}")
 
     def _buffer(self, size: int):
         """-> bytes that the worker reads too, and what it needs to find them."""
@@ -340,12 +340,12 @@ class VLLMSampler(Sampler):
         """(prompt, seed, max_tokens) each; take(k, completion) as that of request k ends."""
         if not requests:
             return
-        how = {
+        params = {
             "temperature": sampling.temperature, "top_p": sampling.top_p, "logprobs": 0, "detokenize": False,
             "stop_token_ids": [*self.stop_ids, *sampling.stop_ids],
-            "ignore_eos": True,  # the config's: those that are to end a completion are in stop_ids
+            "ignore_eos": True,  # the eos of the config: stop_ids has all ids that end a completion
         }  # fmt: skip
-        self.worker.send("generate", requests, how)
+        self.worker.send("generate", requests, params)
         while isinstance(answers := self.worker.receive(), list):
             for k, ids, logps, finish, versions in answers:
                 if set(versions) != {self.label}:
@@ -356,12 +356,12 @@ class VLLMSampler(Sampler):
 
 
 def environment(world: World) -> dict[str, str]:
-    """The worker's: ours without the launcher's, for this rank's GPU or its share of the cores."""
+    """Return the worker's environment: ours without torchrun's variables, with this rank's GPU or number of cores."""
     launchers = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     ours = {k: v for k, v in os.environ.items() if k not in launchers and "TORCHELASTIC" not in k} | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the worker itself
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it knows no seeds
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it ignores seeds
     }  # fmt: skip
     ours.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-vllm")  # outlives the worker
     if world.device.type == "cuda":
@@ -389,8 +389,8 @@ def cpu_settings(config, max_tokens: int) -> dict:
 
 
 def fill(buffer: torch.Tensor, weights):
-    """Copy (name, tensor) pairs into a buffer of bytes, one after the other; -> names, shapes and sizes in bytes of
-    what is in it, each time that the next one does not fit, and at the end. No tensor may be larger than the buffer."""
+    """Copy (name, tensor) pairs into a buffer of bytes, one after the other. Yield names, shapes and sizes in bytes of
+    its content whenever the next tensor does not fit, and at the end. No tensor may be larger than the buffer."""
     names, shapes, sizes = [], [], []
     for name, value in weights:
         flat = value.contiguous().view(-1).view(torch.uint8)

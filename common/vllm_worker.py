@@ -88,7 +88,7 @@ def label(llm, pipe, version: str) -> str:
 
 def generate(llm, pipe, requests, sampling: dict) -> None:
     """Draw a completion for each (prompt ids, seed, max_tokens). Sends lists of (index, ids, log-probs, why it ended,
-    versions of the weights) as completions end, and an empty one after each step that ends a second without any."""
+    versions of the weights) as completions end. After a second without any it sends [], as a sign of life."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -100,7 +100,7 @@ def generate(llm, pipe, requests, sampling: dict) -> None:
         ended = []
         for request in engine.step():
             answer = request.outputs[0]
-            logps = [there[token].logprob for token, there in zip(answer.token_ids, answer.logprobs)]
+            logps = [logprobs[token].logprob for token, logprobs in zip(answer.token_ids, answer.logprobs)]
             versions = [span.version for span in answer.weight_versions]
             ended.append((int(request.request_id), list(answer.token_ids), logps, answer.finish_reason, versions))
         if ended or time.monotonic() > sent + 1:

@@ -72,8 +72,8 @@ class Args:
     reflection: float = 0.0
     """Chance of a look-ahead before a line: "we don't know ... yet", and back to it later (BRIDGE: 0.1)."""
     analysis: str = "0"
-    """Chance that a line says the question's sentence once more, or "table": the more likely the more parents
-    (BRIDGE's code)."""
+    """Chance that a line repeats the question's sentence, or "table": a higher chance for more parents (BRIDGE's
+    code)."""
     retry: float = 0.0
     """Chance, again and again, that a line is preceded by one that cannot be computed yet, "BACK" (Meta's)."""
     question_variant: int = 0
@@ -98,34 +98,17 @@ def write_parquet(path, rows):
     import pyarrow as pa
     from pyarrow import parquet
 
-    message = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-    schema = pa.schema(
-        {
-            "data_source": pa.string(),
-            "prompt": message,
-            "target": message,
-            "ability": pa.string(),
-            "reward_model": pa.struct({"style": pa.string(), "ground_truth": pa.string()}),
-            "extra_info": pa.struct(
-                {
-                    "split": pa.string(),
-                    "index": pa.int64(),
-                    "ops": pa.int64(),
-                    "seed": pa.int64(),
-                    "template": pa.string(),
-                    "modulus": pa.int64(),
-                }
-            ),
-        }
-    )
+    text, number = pa.string(), pa.int64()
+    turns = pa.list_(pa.struct({"role": text, "content": text}))
+    info = {"split": text, "index": number, "ops": number, "seed": number, "template": text, "modulus": number}
+    schema = pa.schema({
+        "data_source": text, "prompt": turns, "target": turns, "ability": text,
+        "reward_model": pa.struct({"style": text, "ground_truth": text}), "extra_info": pa.struct(info),
+    })  # fmt: skip
+    rows = iter(rows)
     with parquet.ParquetWriter(path, schema) as writer:
-        batch = []
-        for one in rows:
-            batch.append(one)
-            if len(batch) == ROWS_AT_ONCE:
-                writer.write_table(pa.Table.from_pylist(batch, schema))
-                batch = []
-        writer.write_table(pa.Table.from_pylist(batch, schema))
+        while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
 
 
 def _chance(text):

@@ -1,9 +1,9 @@
 """Behaviours: the same problem solved in other steps. What BRIDGE (arXiv 2505.18917) injects before RL.
 
-    reflection   looks ahead at a parameter, says which of its parents are missing, comes back to it later
-    analysis     says the question's sentence once more before using it
+    reflection   looks ahead at a parameter, lists its unknown parents, and comes back to it later
+    analysis     repeats the question's sentence before using it
     subgoals     writes every intermediate result of an equation (text.py, `worked`)
-    retry        Meta's nearest rival (arXiv 2408.16293): begins a parameter that cannot be computed yet, "BACK"
+    retry        Meta's comparable behaviour (arXiv 2408.16293): begins a parameter too early, then writes "BACK"
 
 A solution is planned here as a list of steps and told in text.py. Nothing planned here is ever wrong: a
 reflection or a retry says only that something is not known yet, and it is not. Each behaviour draws from a

@@ -1,9 +1,9 @@
-r"""Checks every step of a solution against its question: a right answer for a wrong reason does not pass.
+r"""Check every step of a solution against its question: a correct answer for a wrong reason does not pass.
 
-A step of any style comes down to: which parameter, which letter for it, and then one of
+A step of any style gives a parameter, the letter for it, and one of
  - a chain of equal members: the formula in letters, the same with values, intermediate results, the value;
- - a statement that it cannot be computed yet, because of these parents (a *reflection*);
- - nothing more: it is left at that (a *retry*).
+ - a statement that the parameter cannot be computed yet, because certain parents are unknown (a *reflection*);
+ - nothing more: the parameter is begun and left (a *retry*).
 
     - Next, let u represent the number of each A's B.    letter and parameter
       We know that it equals 2 times each C's D.         an *analysis*: the question's sentence once more
@@ -248,14 +248,8 @@ FIELDS = {
 def _patterns(phrases, *fields):
     """Phrases of text.py as regular expressions, with the named fields in the places of {} or {0}, {1}."""
     groups = [FIELDS[field] for field in fields]
-    unescape = {r"\{\}": "{}", r"\{0\}": "{0}", r"\{1\}": "{1}"}
-    patterns = []
-    for phrase in phrases:
-        pattern = re.escape(phrase)
-        for escaped, plain in unescape.items():
-            pattern = pattern.replace(escaped, plain)
-        patterns.append(re.compile(pattern.format(*groups) + r"(?: |$)"))
-    return patterns
+    escaped = [re.sub(r"\\\{(\d?)\\\}", r"{\1}", re.escape(phrase)) for phrase in phrases]  # all but {}, {0}, {1}
+    return [re.compile(phrase.format(*groups) + r"(?: |$)") for phrase in escaped]
 
 
 GIVEN = _patterns(text.GIVEN, "name", "number")

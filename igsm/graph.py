@@ -395,15 +395,13 @@ def _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, 
     while redundant:
         still_pending = []  # abstract parameters are listed parts first, so one pass is enough
         for v in pending:
-            for p in parents[v]:
-                if p not in values:
-                    still_pending.append(v)
-                    break
-            else:
-                value = _evaluate((None, "", "+", abstract[v - num_instance][3]), values, max_value, modulus)
-                if value is not None:
-                    values[v] = value
-                    computable.append(v)
+            if not all(p in values for p in parents[v]):
+                still_pending.append(v)
+                continue
+            value = _evaluate((None, "", "+", abstract[v - num_instance][3]), values, max_value, modulus)
+            if value is not None:
+                values[v] = value
+                computable.append(v)
         pending = still_pending
 
         v = redundant.pop(int(rnd() * len(redundant)))

@@ -26,8 +26,8 @@ class Problem:
     nodes: list[Node]
     num_necessary: int
     letters: list[str] = field(default_factory=list, repr=False)  # a variable for each node
-    phrases: list[int] = field(default_factory=list, repr=False)  # which words tell of it
-    told: tuple | None = field(default=None, repr=False, compare=False)  # how the solution is
+    phrases: list[int] = field(default_factory=list, repr=False)  # which phrases the line of each node uses
+    told: tuple | None = field(default=None, repr=False, compare=False)  # settings of `retell` for this solution
     memo: dict = field(default_factory=dict, repr=False, compare=False)  # {subgoals: Memo}, shared by retellings
 
     @property
@@ -48,25 +48,10 @@ def generate(n, **settings):
 
 
 def problems(
-    n,
-    *,
-    ops=(4, 8),
-    seed=0,
-    split=None,
-    style="natural",
-    modulus=None,
-    max_params=20,
-    max_value=1000,
-    max_literal=None,
-    subgoals=False,
-    shuffle=True,
-    start=0,
-    reflection=0.0,
-    analysis=0.0,
-    retry=0.0,
-    question_variant=0,
-    solution_variant=0,
-):
+    n, *, ops=(4, 8), seed=0, split=None, style="natural", modulus=None, max_params=20, max_value=1000,
+    max_literal=None, subgoals=False, shuffle=True, start=0, reflection=0.0, analysis=0.0, retry=0.0,
+    question_variant=0, solution_variant=0,
+):  # fmt: skip
     """An iterator over n problems, the ones numbered start, start + 1, ... of this seed.
 
     ops: (fewest, most) operations; the smaller of two uniform draws, so easier ones are more frequent.
@@ -103,21 +88,10 @@ def problems(
         letters = draw_letters(len(nodes), style, rng)
         question = question_text(nodes, num_necessary, style, rng, letters, shuffle=shuffle)
         problem = Problem(
-            question=question,
-            solution="",
-            answer=nodes[num_necessary - 1].value,
-            ops=num_ops,
-            style=style,
-            modulus=modulus,
-            template=template,
-            seed=seed,
-            index=index,
-            categories=categories,
-            nodes=nodes,
-            num_necessary=num_necessary,
-            letters=letters,
-            phrases=draw_phrases(len(nodes), rng),
-        )
+            question=question, solution="", answer=nodes[num_necessary - 1].value, ops=num_ops, style=style,
+            modulus=modulus, template=template, seed=seed, index=index, categories=categories, nodes=nodes,
+            num_necessary=num_necessary, letters=letters, phrases=draw_phrases(len(nodes), rng),
+        )  # fmt: skip
         return retell(problem, **telling)
 
     return map(make, range(start, start + n))
@@ -128,9 +102,9 @@ def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, 
 
     subgoals: the solution writes every intermediate result.
     reflection: chance of a look-ahead before a line (BRIDGE: 0.1).
-    analysis: chance that a line says the question's sentence once more, or "table": by its number of parents,
-    0.1, 0.4, 0.8, 1 (BRIDGE's code; its text says 0.1).
-    retry: chance, again and again, that a line is preceded by a parameter that cannot be computed yet (Meta's).
+    analysis: chance that a line repeats the question's sentence, or "table": 0.1, 0.4, 0.8, 1 for 1, 2, 3, more
+    parents (BRIDGE's code; its text says 0.1).
+    retry: chance that a line is preceded by a parameter that cannot be computed yet, drawn again after each (Meta's).
     question_variant: 0, or the number of a random order of this question's conditions (BRIDGE's PP-Aug has 1, 2, 3).
     solution_variant: 0, or the number of another order of the steps, told with other letters and words
     (RC-Aug has 1, 2, 3); letters stay in the symbolic style, where they are the question's. The order's template
@@ -193,7 +167,7 @@ def _another_order(nodes, num_necessary, rng):
 
 
 def _copy(problem, question, solution, told):
-    """dataclasses.replace, twice as fast: it is all that is left to do where a solution is told already."""
+    """Return a copy with this question and solution: dataclasses.replace, but twice as fast."""
     copy = object.__new__(Problem)
     for name in Problem.__slots__:
         setattr(copy, name, getattr(problem, name))
@@ -211,14 +185,10 @@ def row(problem, split, system_prompt=False):
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
         "extra_info": {
-            "split": split,
-            "index": problem.index,
-            "ops": problem.ops,
-            "seed": problem.seed,
-            "template": problem.template,
-            "modulus": problem.modulus,
+            "split": split, "index": problem.index, "ops": problem.ops, "seed": problem.seed,
+            "template": problem.template, "modulus": problem.modulus,
         },
-    }
+    }  # fmt: skip
 
 
 def _check(n, ops, split, style, modulus, max_params, max_value, max_literal, start):

@@ -1,7 +1,7 @@
-"""Solves a problem from its text alone: nothing of the generator is used but the default vocabulary.
+"""Solve a problem from its text alone: the only part of the generator used here is the default vocabulary.
 
-Reads our three styles, BRIDGE's text (which ours follows) and Meta's. The sentences say what each instance
-parameter is, and by the way who owns what; an abstract parameter is formed from that:
+It reads our three styles, BRIDGE's text (which ours follows) and Meta's. The sentences give each instance
+parameter, and thereby who owns what; an abstract parameter is computed from that:
 
     each Sloop's Fruit = sum over the things T that a Sloop has:
                          each Sloop's T                       if T is a fruit

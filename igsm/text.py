@@ -117,7 +117,7 @@ def solution_text(steps, nodes, answer, style, letters, phrases, *, modulus=None
 
 
 class Memo(NamedTuple):
-    """What was said of a problem, to be said again. Valid for one choice of `subgoals`."""
+    """Lines that were written for a problem, to be reused. Valid for one choice of `subgoals`."""
 
     lines: dict  # {Step: its line}; valid for one choice of letters and phrases
     ends: dict  # {node: its equation from the first number on}
@@ -127,10 +127,10 @@ def _symbolic_line(step, nodes, letters, phrases, equation):
     letter = letters[step.node]
     if step.retry:
         return f"{letter}?\n"
-    said = f"({formula_text(nodes[step.node], letters, '')})" if step.analysis else ""
+    analysis = f"({formula_text(nodes[step.node], letters, '')})" if step.analysis else ""
     if step.missing:
-        return f"{letter}{said}?{'?'.join([letters[p] for p in step.missing])}\n"
-    return f"{letter}{said}={equation}\n"
+        return f"{letter}{analysis}?{'?'.join([letters[p] for p in step.missing])}\n"
+    return f"{letter}{analysis}={equation}\n"
 
 
 def _define_line(step, nodes, letters, phrases, equation):

@@ -17,14 +17,8 @@ from string import ascii_letters, ascii_lowercase, digits
 from igsm import text
 from igsm.vocabulary import CATEGORIES
 
-PAD, EOS, UNK, SYSTEM, USER, ASSISTANT = SPECIAL = (
-    "<|pad|>",
-    "<|eos|>",
-    "<|unk|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-)
+SPECIAL = ("<|pad|>", "<|eos|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>")
+PAD, EOS, UNK, SYSTEM, USER, ASSISTANT = SPECIAL
 MARKS = ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{"]
 PIECES = {
     "symbolic": r"</?think>|\\boxed\{|[\s\S]",
@@ -80,15 +74,9 @@ def word_level(types, pattern, special=SPECIAL, chat_template=CHAT_TEMPLATE):
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNK,
-        additional_special_tokens=list(special[3:]),
-        chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token=UNK, chat_template=chat_template,
+        additional_special_tokens=list(special[3:]), clean_up_tokenization_spaces=False, padding_side="left",
+    )  # fmt: skip
 
 
 def _symbolic_types(modulus):

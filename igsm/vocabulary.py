@@ -45,13 +45,7 @@ WORLDS = {
             "school": ["Newton School", "Curie School", "Darwin School", "Kepler School", "Euler School"],
         },
         "Gallery": {
-            "floors": [
-                "Cellar Gallery",
-                "Attic Gallery",
-                "Ground Gallery",
-                "Terrace Gallery",
-                "Balcony Gallery",
-            ],
+            "floors": ["Cellar Gallery", "Attic Gallery", "Ground Gallery", "Terrace Gallery", "Balcony Gallery"],
             "wings": ["North Wing", "South Wing", "East Wing", "West Wing", "Central Wing"],
             "halls": ["Marble Hall", "Mirror Hall", "Velvet Hall", "Crystal Hall", "Ivory Hall"],
             "rooms": ["Map Room", "Clock Room", "Music Room", "Garden Room", "Archive Room"],

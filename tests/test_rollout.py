@@ -314,8 +314,8 @@ def test_a_cap_below_1_is_refused():
 
 
 def test_an_answer_that_was_cut_says_all_of_it():
-    assert Completion([7, 8], [-1.0, -1.0], "length").said == [7, 8]
-    assert Completion([7, 1], [-1.0, -1.0], "stop").said == [7]
+    assert Completion([7, 8], [-1.0, -1.0], "length").text_ids == [7, 8]
+    assert Completion([7, 1], [-1.0, -1.0], "stop").text_ids == [7]
 
 
 def test_stop_ids_of_a_call_end_completions_too(sampler):

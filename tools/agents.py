@@ -323,7 +323,7 @@ def open_game(name: str, path: str, kind: type, args: Args):
 
 def choose(groups: list[list], episodes: list[Episode], value, args: Args, world) -> list[list[int]]:
     """Return, of each episode's candidate answers, the one after which V is highest. A collective."""
-    texts = [e.ids + answer.said for e, group in zip(episodes, groups, strict=True) for answer in group]
+    texts = [e.ids + answer.text_ids for e, group in zip(episodes, groups, strict=True) for answer in group]
     before = sum(gather_lists([len(texts)], world)[: world.rank])
     values = state_values(value, gather_lists(texts, world), world, args.micro_batch_tokens)
     mine = np.reshape(values[before : before + len(texts)], (len(groups), args.candidates))
@@ -433,12 +433,15 @@ def main(args: Args) -> dict | None:
     try:
         if args.stage == "make":
             return make_games(args)
-        world, remote = init_world(), dict(trust_remote_code=args.trust_remote_code)
+        world = init_world()
+        remote = dict(trust_remote_code=args.trust_remote_code)
         if args.stage == "expert" and world.size > 1:
             raise InputError("--stage expert runs in one process")
-        out, models = Path(args.out), [path for path in (args.model, args.value) if path not in ("", "scratch")]
+        out = Path(args.out)
+        models = [path for path in (args.model, args.value) if path not in ("", "scratch")]
         digests = " ".join(gather_lists(list(map(digest_of, models)) if world.main else [], world))
-        settings, episodes = vars(args) | {"weights_digest": digests}, list(out.glob("*.jsonl"))
+        settings = vars(args) | {"weights_digest": digests}
+        episodes = list(out.glob("*.jsonl"))
         names = settings.keys() - Checkpoints.FREE - {"model", "value", "parallel"} if episodes else ()
         keep_settings(out / "args.json", settings, names, f"--out {out} has episodes of other settings", world)
         scratch = args.stage == "expert" and args.model == "scratch"

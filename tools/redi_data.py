@@ -60,7 +60,7 @@ class Args:
     sampler_tokens: NotNegative[int] = 0  # Largest batch of the embedded sampler, as in redi.py
     seed: Seed = 42  # Seed of order, sampling and corruption
     timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
-    temperature, batch_size = 1.0, 256  # of own answers, the latter sampled, graded and kept at once; no flags
+    temperature, batch_size = 1.0, 256  # no flags: own answers are sampled, graded and saved 256 questions at a time
 
 
 PRESETS = {"tiny": dict(model="models/tiny", data="igsm:5-8", out="runs/tiny-data", verifier="boxed", own_answers=4,
@@ -115,8 +115,8 @@ def row_of(problem: Item, **traces: Trace) -> dict:
 
 
 def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    """All n words in a row of a text, in lower case, without the request for a box, which questions of any data share;
-    a shorter text is one n-gram.
+    """Return the n-grams of words of a text, in lower case; a shorter text is one n-gram. The request for a box is left
+    out, because all data sets share it.
 
     >>> sorted(word_ngrams("How  many are THERE", 3)), word_ngrams("Two", 3)
     ([('how', 'many', 'are'), ('many', 'are', 'there')], {('two',)})
