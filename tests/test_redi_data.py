@@ -230,6 +230,19 @@ def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(t
     assert problems[1].first(correct=False) == Trace("y", 0.0) and not problems[1].first(correct=True)
 
 
+@pytest.mark.parametrize(
+    ("reward", "status", "truncated", "kind"),
+    [(1.0, "ok", False, "right"), (0.0, "ok", False, "wrong"), (-1.0, "ok", False, "wrong"),
+     (0.0, "unparsable", False, "wrong"), (0.0, "timeout", False, "not graded"), (0.0, "error", False, "not graded"),
+     (1.0, "ok", True, "cut short")],
+)  # fmt: skip
+def test_an_own_answer_is_right_if_its_reward_is_positive_and_wrong_only_if_it_was_graded(
+    reward, status, truncated, kind
+):
+    answer = {"reward": reward, "status": status, "truncated": truncated, "detail": None}
+    assert redi_data.kind_of(answer) == kind
+
+
 def test_a_prompt_that_is_rendered_gets_no_template(tmp_path, monkeypatch):
     """OREO's rows hold it as text beside a response and its reward. It is asked and written as it is."""
     tokenizer = load_tokenizer("models/tiny")
