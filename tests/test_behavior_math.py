@@ -167,6 +167,18 @@ def test_answers_far_from_the_reference_are_left_out_but_count_in_the_mean():
     assert metrics["policy/masked"] == 6 / 16
 
 
+def test_metrics_of_an_update_are_of_the_answers_that_are_kept_and_means_over_tokens():
+    rows = [Row([0], [1, 2], 0, sampler_logps=[-1.0] * 2, advantage=1.0),
+            Row([0], [3, 4, 1], 0, sampler_logps=[-1.0] * 3, advantage=0.5)]  # fmt: skip
+    policy = Bigram(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).tolist())
+    logp, entropy = policy(pack([(row.prompt, row.response) for row in rows]), entropy=True)
+    reference = logp.detach() - torch.tensor([0.0, 0, 3, 3, 3])  # the second answer is far from it
+    log = accumulate_gradient(policy, rows, None, [reference], Args(kl_mask=0.5), ONE_RANK)
+    assert (log["loss/pg"], log["policy/masked"]) == (-0.5, 0.5)
+    assert log["policy/entropy"] == pytest.approx(entropy.mean().item())
+    assert log["policy/kl_ref"] == pytest.approx((math.exp(-3) + 3 - 1) / 2)
+
+
 # ----------------------------------------------------------------------------------------------------- SFT
 
 
@@ -354,3 +366,15 @@ def test_kernels_are_means_over_pairs_of_two_answers():
     assert {pair: values["K"] for pair, values in kernel.items()} == {
         "same query, ++": 0.0, "same query, +-": -0.5, "different query, ++": 1.0, "different query, +-": -2.0
     }  # fmt: skip
+
+
+def test_inner_products_are_summed_in_float64():
+    x = torch.tensor([4096.0, 1.0, 1.0, 1.0])
+    assert inner([x], [x]) == 2**24 + 3
+
+
+def test_the_djs_of_a_kernel_are_with_and_without_each_querys_own_answers():
+    told = ((0, True, 1.0, [1.0, 0.0]), (0, False, -1.0, [-1.0, 0.0]), (1, True, 0.0, [0.0, 1.0]))
+    sketches = [dict(query=q, correct=c, advantage=a, gradient=torch.tensor(g)) for q, c, a, g in told]
+    found = kernel_table(sketches)["kernel_dJ"]  # G is (2/3, 0), and grad J of the first query (1, 0)
+    assert found == {"with own answers": pytest.approx(1 / 3), "without": 0.0}

@@ -348,6 +348,37 @@ def test_fewer_rows_are_asked_and_results_of_another_test_leave_the_table(folder
     assert [path.parts[-3] for path in folder.glob("*/influence/influence.json")] == ["bridge"]
 
 
+def test_a_mask_alone_needs_the_reference_and_few_rows_are_held_out(pipeline, tmp_path, monkeypatch, capsys):
+    for name in ("data", "bridge/sft"):
+        shutil.copytree(pipeline / name, tmp_path / name)
+    opened = []
+
+    def begin(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bridge, "open_policy", lambda *_, **__: opened.append(1) or torch.nn.Linear(1, 1))
+    monkeypatch.setattr(bridge.Run, "begin", begin)
+    for mask, models in ((0.0, 1), (0.1, 2)):
+        args = settings("--out", tmp_path, "--kl_coef", 0, "--kl_mask", mask, "--eval_limit", 2)
+        opened.clear()
+        with pytest.raises(KeyboardInterrupt):
+            bridge.train(bridge.settings_of(args, "rl", "bridge"))
+        assert len(opened) == models
+    assert capsys.readouterr().out.count("; 2 held-out; ") == 2
+
+
+def test_the_table_shows_sft_and_rl_and_the_chain_of_rl(tmp_path, capsys):
+    def tests(start):
+        return {name: dict(accuracy=(start + i) / 100, chain=(start + i + 1) / 100)
+                for i, name in ((0, "test_id"), (2, "test_ood"))}  # fmt: skip
+
+    (tmp_path / "vanilla").mkdir()
+    (tmp_path / "vanilla" / "eval.json").write_text(json.dumps({"sft": tests(10), "rl": tests(20)}))
+    bridge.report(settings("--out", tmp_path))
+    cells = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| vanilla")]
+    assert [cell.strip() for cell in cells[0]] == ["vanilla", "10.0", "20.0", "21.0", "12.0", "22.0", "23.0"]
+
+
 def test_own_queries_stay_and_must_be_enough(folder):
     (folder / "data" / "influence.settings.json").unlink()  # what the tool leaves beside queries that it made
     before = (folder / "data" / "influence.jsonl").read_bytes()
@@ -384,6 +415,7 @@ def test_kernels_are_of_gradients_without_advantages(folder, monkeypatch):
         asked.append((n, [row.advantage for row in rows])) or real(policy, rows, n, *rest)))  # fmt: skip
     measure("--out", folder, "--arms", "bridge")
     assert [advantages for n, advantages in asked if n == 1] == [[1.0]] * 16  # 4 queries of 4 answers
+    assert [n for n, _ in asked if n > 1] == [24] + [4] * 6  # G of all answers, and each query's own mean
 
 
 def test_queries_that_are_always_solved_are_counted_as_such(folder, monkeypatch):

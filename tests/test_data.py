@@ -195,3 +195,15 @@ def test_a_window_matters_from_the_first_row_that_is_longer():
     for size, causal in ((4, True), (5, False)):
         packing = pack([([3], [4] * size)]).packing
         assert data.Pattern(packing, None, 4).causal == causal
+
+
+@pytest.mark.parametrize(("given", "message"), [(dict(sliding_window=3), "a window of 3 beside a mask for 4"),
+                                                (dict(dropout=0.1), "dropout")])  # fmt: skip
+def test_a_window_that_is_not_the_masks_and_dropout_are_refused(given, message):
+    packing = pack([([3], [4] * 6)]).packing
+    x = torch.zeros(1, 2, 6, 8)
+    visible = sliding_window_causal_mask_function(4)
+    out, _ = data.packed_attention(None, x, x, x, data.Pattern(packing, visible, 4), sliding_window=4)
+    assert out.shape == (1, 6, 2, 8)
+    with pytest.raises(NotImplementedError, match=message):
+        data.packed_attention(None, x, x, x, data.Pattern(packing, visible, 4), **given)

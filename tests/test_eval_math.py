@@ -21,7 +21,9 @@ from common.trainer import load_tokenizer
 from eval import (
     TEMPLATES,
     Args,
+    Question,
     best_answer,
+    check_settings,
     chunks,
     count_votes,
     difficulty,
@@ -34,7 +36,7 @@ from eval import (
     vote,
 )
 from tests.conftest import ROOT
-from tools.compare import bootstrap_interval, compare_rates
+from tools.compare import Run, bootstrap_interval, compare_rates, different_settings, summary_cells
 
 # The numbers.
 
@@ -172,6 +174,10 @@ def record(name, answers, benchmark="b", rows=1):
     return dict(id=name, benchmark=benchmark, rows=rows, question="?", gold="1", prompt="?", answers=answers)
 
 
+def test_a_long_text_votes_for_its_end():
+    assert vote(r"\boxed{5} " + "so " * 20_000 + r"\boxed{7}") == "7"
+
+
 def test_right_answers_vote_as_one_and_unparsable_ones_not_at_all():
     answers = [answer(1, r"\boxed{0.5}"), answer(1, "half"), answer(0, "3"), answer(0, r"\boxed{3}"), answer(0, "4")]
     answers += [answer(0, "17", "unparsable"), answer(0, "no", "timeout")]
@@ -196,6 +202,7 @@ def test_results_have_the_contracts_keys_and_the_right_numbers():
     lines = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (x.split("|") for x in text.splitlines())
              if len(cells) == 6}  # fmt: skip
     assert lines["pass@1"] == ["25.0", "100.0", "62.5"] and lines["pass@1_se"] == ["25.0", "", ""]
+    assert lines["mean_tokens"] == ["15", "10", ""]
     assert lines["answers"] == ["4", "2", ""] and lines["graders full"] == ["75.0", "100.0", ""]
 
 
@@ -213,6 +220,24 @@ def test_accuracy_by_difficulty_counts_every_question_once():
     assert list(found) == ["easy", "hard", "hardest", "not_in_base"]
     assert all(bucket["questions"] == 1 for bucket in found.values())
     assert found["easy"]["base"] == 7 / 8 and found["easy"]["pass@1"] == 1 and found["hardest"]["pass@1"] == 0.5
+
+
+def test_every_run_is_measured_against_the_first():
+    rates = {"a": np.array([[0.0, 0.5], [0.5, 1.0], [0.0, 0.75]]), "b": np.array([[0.5, 0.5], [0.5, 0.5], [1.0, 1.0]])}
+    names = ["one", "two", "three"]
+    rows = compare_rates(rates, names)
+    assert [row["difference"] for row in rows] == [None, 0.5, 0.125, None, 0.0, 0.5, None, 0.25, 0.3125]
+    cells = summary_cells(rows, names)
+    assert cells[0][2:] == ["one", "two", "three", "two - one", "three - one"]
+    assert [[text.split()[0] for text in line[5:]] for line in cells[1:]] == [
+        ["+50.0", "+12.5"], ["+0.0", "+50.0"], ["+25.0", "+31.2"]
+    ]  # fmt: skip
+
+
+def test_a_setting_in_which_any_run_differs_is_shown():
+    runs = [Run(name, {"n": n, "model": name, "seed": 0}, {}) for name, n in (("a", 8), ("b", 4), ("c", 8))]
+    rows = {row[0]: row[1:] for row in different_settings(runs, "math")}
+    assert rows == {"": ["a", "b", "c"], "n": [8, 4, 8], "model": ["a", "b", "c"]}
 
 
 # Benchmark rows.
@@ -358,6 +383,25 @@ def test_templates_that_cannot_work_are_refused(tokenizer, tmp_path):
 
 
 # Samples.
+
+
+@pytest.mark.parametrize("name", ["model", "value"])
+def test_answers_of_a_model_that_has_changed_are_not_gone_on_from(name, tmp_path, world):
+    folders = {}
+    for kind in ("model", "value"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text("{}")
+        folders[kind] = str(tmp_path / kind)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "samples.jsonl").write_text('{"id": "q"}\n')
+    questions = [Question(i, "b", "?", [], "1", "row", 0) for i in "qr"]
+    args = Args(**folders, search="beam", out=str(out), rollout="embedded")
+    for _ in range(2):
+        check_settings(args, questions, world)
+    (tmp_path / name / "config.json").write_text("{ }")
+    with pytest.raises(InputError, match="holds an evaluation with other settings .other weights"):
+        check_settings(args, questions, world)
 
 
 def test_a_file_that_is_cut_anywhere_keeps_its_complete_records(tmp_path):

@@ -207,6 +207,17 @@ def test_the_page_says_why_a_verdict_is_as_it_is():
     assert shown["verdicts"] == {"full": "unparsable (gold unreadable: /)"}
 
 
+def test_the_page_has_the_questions_on_which_runs_differ_most_and_the_first_answer_of_each_kind(tmp_path):
+    runs = [write_run(tmp_path / name, rights, n=4) for name, rights in (("a", [0, 1, 3, 2]), ("b", [1, 1, 0, 4]))]
+    compare.main(compare.Args(tuple(runs), out=str(tmp_path / "out"), verifier="full", page_questions=2))
+    text = (tmp_path / "out" / "comparison.html").read_text()
+    places = {name: text.find(f'"id": "{name}"') for name in ("q0", "q1", "q2", "q3")}
+    assert -1 == places["q0"] == places["q1"] < places["q2"] < places["q3"]
+    answers = [dict(text=str(i), tokens=i, truncated=False, verdicts={"full": [i % 2, "ok"]}) for i in range(4)]
+    shown = compare.page_answers({"answers": answers}, "full")["shown"]
+    assert [(a["right"], a["tokens"]) for a in shown] == [(True, 1), (False, 0)]
+
+
 def test_dollars_of_money_are_no_formula():
     assert to_html("It costs $5 and $10, not $ 7 $.") == "It costs $5 and $10, not $ 7 $."
     assert to_html(r"$x$ and \(y\) and \[z\] and $$w$$ and \boxed{\frac{1}{v}}").count("<math") == 5

@@ -22,7 +22,7 @@ from common.rows import IGSM
 from igsm import check_solution, corrupt, generate, problems, retell, solve, tokenizer
 from igsm.__main__ import main
 from igsm.graph import Node
-from igsm.solver import canonical, evaluate, parse_expression
+from igsm.solver import Question, canonical, evaluate, parse_expression
 from igsm.text import STYLES, formula_text, worked
 from igsm.tokens import SYSTEM_PROMPT
 from igsm.vocabulary import CATEGORIES, WORLDS
@@ -298,6 +298,13 @@ def test_a_problem_has_exactly_the_operations_asked_for_and_nothing_beyond_the_b
     assert zeros / len(everything) < 0.08
 
 
+def test_what_a_solution_does_not_need_has_the_value_that_the_text_gives_it():
+    """Also where a narrow bound leaves it a number alone."""
+    for p in problems(100, ops=(3, 8), seed=1, max_value=15, max_params=26, style="symbolic"):
+        question = Question(p.question)
+        assert [question.value(letter) for letter in p.letters] == [node.value for node in p.nodes]
+
+
 def test_zero_is_no_shortcut_with_a_modulus_either():
     for ops in DIFFICULTIES:
         answers = Counter(p.answer for p in problems(1000, ops=ops, modulus=23))
@@ -494,6 +501,11 @@ def test_every_step_matters_and_its_place_too(style):
             assert not check_solution(p.question, "\n".join(lines[:i] + [lines[i]] + lines[i:])).correct
         moved = [*lines[:first], lines[steps[-1]], *lines[first : steps[-1]], *lines[steps[-1] + 1 :]]
         assert not check_solution(p.question, "\n".join(moved)).correct or p.num_necessary == 1
+
+
+def test_a_step_that_is_not_needed_is_counted_whether_or_not_the_others_are_complete():
+    check = check_solution("a=5\nb=7\nc=a+1\nc?", "<think>\na=5\nb=7\n</think>\n\\boxed{6}")
+    assert (check.solved, check.redundant, check.correct) == (2, 1, False)
 
 
 def test_a_completion_without_the_prompts_think_tag_is_as_good():

@@ -1,8 +1,13 @@
 """What is counted, logged and kept: metrics of a step, verdicts, pairs that are made of a model's own answers."""
 
+import json
 import random
+import resource
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import behavior_injection as bridge
 import igsm
@@ -11,7 +16,7 @@ import oreo
 import redi
 from common import report
 from common.data import InputError
-from common.metrics import Metrics
+from common.metrics import Clock, Metrics, peak_memory_gb, read_metrics, write_whole
 from common.rows import Example, report_golds
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
@@ -39,7 +44,9 @@ def test_what_is_logged_of_rows():
     told = ((0, 1.0), (0, 0.0), (1, 0.0), (1, 0.0), (2, 1.0), (3, 0.0))
     own = [luffy.Row([1], [1], group, reward=reward, status="ok") for group, reward in told]
     teacher = luffy.Row([1], [1], 1, True, reward=1.0, status="ok")  # does not make its question a solved one
+    own[0].truncated = True
     log = luffy.describe([*own, teacher])
+    assert log["length/truncated"] == 1 / 6  # of own answers
     assert (log["group/solve_all"], log["group/solve_none"], log["reward/own"]) == (0.25, 0.5, 2 / 6)
 
 
@@ -57,6 +64,61 @@ def test_what_is_logged_of_pairs():
     assert log["loss/mean"] == (2 * 0.5 - 0.25) / 1.5
     assert (log["logp/chosen"], log["logp/rejected"], log["logp/gap"], log["pair/accuracy"]) == (-1.5, -4.0, 3.0, 1.0)
     assert log["reward/margin"] == 0.5 * ((2 * -1.0 + 3.0) - (1 * -4.0 + 5.0))
+    assert (log["entropy/chosen"], log["entropy/rejected"]) == (0.2, 0.2)
+    assert (log["length/chosen"], log["length/rejected"]) == (1.5, 1)
+    shown = a.shown(Says(*"abc"))
+    assert (shown["chosen_logp"], shown["rejected_logp"], shown["weight"]) == (-1.0, -4.0, 2.0)
+
+
+def test_what_is_logged_of_rows_with_tokens_of_an_environment():
+    """Means over actions alone."""
+    row = oreo.Row([1], [1, 2, 3, 4], [True, False, True, False], [True, False, True, False], 1.0)
+    vars(row).update(oreo.measurements(row, torch.tensor([-3.0, 0.5, 0.8]), torch.tensor([0.1, 0.2, 0.3, 0.4])))
+    log = oreo.describe([row], oreo.Args())
+    assert (log["policy/logp"], log["length"]) == (-1.5, 4)
+    found = (log["policy/kl"], log["value/first"], log["value/right"], log["log_ratio/right"])
+    assert found == pytest.approx((0.4, 0.1, 0.4, 0.5))
+
+
+def test_seconds_are_those_since_the_last_step_and_an_act_may_come_twice(monkeypatch):
+    now = iter([10.0, 11.0, 13.0, 14.0, 18.0, 20.0, 25.0])
+    monkeypatch.setattr("common.metrics.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    clock = Clock()
+    with clock("reward"):
+        pass
+    with clock("reward"):
+        pass
+    seconds = clock.flush()
+    assert seconds == {"seconds/reward": 2.0 + 4.0, "seconds/step": 20.0 - 10.0}
+
+
+def test_the_second_step_is_timed_from_the_end_of_the_first(monkeypatch):
+    now = iter([10.0, 12.0, 12.0, 15.0, 15.0])
+    monkeypatch.setattr("common.metrics.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    clock = Clock()
+    assert [clock.flush()["seconds/step"] for _ in range(2)] == [2.0, 3.0]
+
+
+def test_memory_is_in_gigabytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    now = pages * resource.getpagesize() / 1e9
+    assert 0.9 * now < peak_memory_gb(ONE_RANK) < 1000 * now
+
+
+def test_a_metric_of_zero_is_logged_and_curves_are_over_steps(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, **_: drawn.append((x, y)))
+    metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=9)
+    for step in (3, 6):
+        metrics.log(step, {"reward/own": 0.0, "eval/mean": None}, [])
+    metrics.close()
+    assert read_metrics(tmp_path) == [{"step": 3, "reward/own": 0.0}, {"step": 6, "reward/own": 0.0}]
+    assert drawn == [((3, 6), (0.0, 0.0))]
+
+
+def test_half_a_character_does_not_keep_a_file_from_being_written(tmp_path):
+    write_whole(tmp_path / "a.md", "x\ud800y")
+    assert (tmp_path / "a.md").read_text() == "x\\ud800y"
 
 
 # --------------------------------------------------------------------------------------------- tests of models
@@ -68,8 +130,8 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
     corrupted = igsm.corrupt(first.solution, random.Random(0), 23)
     wrong_step = corrupted.rpartition("\n")[0] + "\n" + first.solution.rpartition("\n")[2]  # a right box after it
     tokenizer, said = Says(first.solution, "no", wrong_step, second.solution), {0.0: 0, 0.6: 2}
-    examples = [Example([1], None, str(p.answer), "t", i, "") for i, p in enumerate((first, second))]
-    questions = [problem.question for problem in (first, second)]
+    examples = [Example([1], None, str(p.answer), "t", i, "") for i, p in enumerate((first, second), 1)]
+    questions = ["of a row that is left out", *(problem.question for problem in (first, second))]
     monkeypatch.setattr(bridge, "load_tokenizer", lambda *_: tokenizer)
     monkeypatch.setattr(bridge, "load_policy", lambda *_: None)
     monkeypatch.setattr(bridge, "open_sampler", lambda *_: Asked())
@@ -77,7 +139,8 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
     monkeypatch.setattr(bridge, "read_questions", lambda *_: questions)
 
     def sample_rows(sampler, batch, mine, counts, args, world, *, seed, grader):
-        rows = [bridge.Row([1], [said[args.temperature] + g, 1], g, example=batch[g]) for g in mine]
+        ids = {g: [said[args.temperature] + g, *[1] * (1 + bool(args.temperature))] for g in mine}
+        rows = [bridge.Row([1], ids[g], g, example=batch[g]) for g in mine]
         grader.add(rows)
         return rows
 
@@ -85,7 +148,7 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
     args = bridge.Args(eval_temperature=0.6, modulus=23, verifier="boxed", format_reward=0.05)
     found = bridge.test_model("m", args, ONE_RANK)["test_id"]
     assert (found["greedy"], found["accuracy"], found["chain"]) == (0.5, 1.0, 0.5)
-    assert (found["accuracy_other"], found["accuracy_zero"]) == (1.0, None)
+    assert (found["accuracy_other"], found["accuracy_zero"], found["tokens"]) == (1.0, None, 3)
 
 
 def test_answers_that_were_not_graded_in_time_are_graded_again():
@@ -94,6 +157,59 @@ def test_answers_that_were_not_graded_in_time_are_graded_again():
     record = {"gold": "5", "answers": answers, "graded_by": {"boxed": report.grader_version("boxed")}}
     report.give_verdicts([record], "boxed")
     assert [a["verdicts"]["boxed"] for a in answers] == [[1.0, "ok"], [1.0, "ok"], [0.0, "ok"]]
+
+
+@pytest.mark.parametrize("count", [1, 256, 257, 512])
+def test_every_answer_is_graded_however_many_there_are(count):
+    record = {"gold": "5", "answers": [{"text": "\\boxed{5}"} for _ in range(count)]}
+    report.give_verdicts([record], "boxed")
+    assert [a["verdicts"]["boxed"] for a in record["answers"]] == [[1.0, "ok"]] * count
+
+
+def test_a_users_grader_grades_again_whatever_its_version_says(monkeypatch):
+    """What it imports may have changed."""
+    asked = []
+    monkeypatch.setattr(report, "give_verdicts", lambda mine, name, *, again, progress: asked.append((name, again)))
+    record = {"id": "q", "graded_by": {}, "answers": []}
+    report.grade_records({"q": record}, ("boxed", "mine:grade"), ONE_RANK)
+    assert asked == [("boxed", False), ("mine:grade", True)]
+
+
+def test_the_version_of_a_grader_is_that_of_all_its_code(tmp_path, monkeypatch):
+    """robust.py reads the answers for verifiers.py."""
+    folder = Path(report.__file__).parent
+    for name in ("verifiers.py", "robust.py"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    spec = SimpleNamespace(origin=str(tmp_path / "verifiers.py"))
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: spec)
+    before = report.grader_version("robust")
+    with open(tmp_path / "robust.py", "a") as file:
+        file.write("\n")
+    assert report.grader_version("robust") != before
+
+
+def test_an_evaluation_with_one_answer_that_was_not_graded_is_refused(tmp_path):
+    answers = [{"text": "", "verdicts": {"boxed": [1, "ok"]}}, {"text": ""}]
+    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"id": "q", "answers": answers}) + "\n")
+    with pytest.raises(InputError, match="answers without a verdict of boxed"):
+        report.load_run(str(tmp_path), "boxed")
+
+
+def test_golds_that_a_second_grader_cannot_read_are_listed_too():
+    verdicts = {"boxed": [0, "ok"], "math": [0, "unparsable", "gold unreadable: 1/2/"]}
+    records = [{"id": "q", "row": "r.jsonl, row 3", "answers": [{"text": "", "verdicts": verdicts}]}]
+    assert report.unreadable_golds(records, ("boxed", "math")) == ["r.jsonl, row 3"]
+
+
+def test_bars_show_95_percent_intervals(tmp_path, monkeypatch):
+    bars = []
+    keep = lambda self, at, means, width, *, yerr, **_: bars.append((means, yerr))  # noqa: E731
+    monkeypatch.setattr("matplotlib.axes.Axes.bar", keep)
+    monkeypatch.setattr("matplotlib.axes.Axes.bar_label", lambda *_, **__: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)
+    report.plot_bars({"run": {"math": (0.5, 0.01), "amc": (0.25, None)}}, tmp_path / "a.png")
+    assert bars == [([50.0, 25.0], [pytest.approx(1.96), 0])]
 
 
 @pytest.mark.parametrize("reward", [0.5, -1.0])

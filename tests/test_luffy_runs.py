@@ -202,6 +202,15 @@ def test_bad_settings_get_one_message_before_anything_is_written(tmp_path, words
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+def test_traces_alone_need_no_golds(tmp_path):
+    bare = [{name: row[name] for name in ("prompt", "target")} for row in toy_rows()]
+    words = ["--data", write(tmp_path / "rows.jsonl", bare), "--steps", "1", "--eval_every", "0"]
+    luffy.main(settings("--method", "sft", *words, "--out", str(tmp_path / "sft")))
+    assert len(read_metrics(tmp_path / "sft")) == 1
+    with pytest.raises(InputError, match="row 0: .*reward_model"):
+        luffy.main(settings(*words, "--out", str(tmp_path / "luffy")))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

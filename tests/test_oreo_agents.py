@@ -143,6 +143,37 @@ def test_every_end_of_an_episode_is_told_apart(games, agent, world, monkeypatch,
     assert {(row["end"], row["turns"]) for row in rows} == {("too_long", 0)}
 
 
+def test_an_episode_may_fill_its_tokens(games, agent, world, monkeypatch, tmp_path):
+    scripted(monkeypatch, lambda text, number, _: "Action: jump<|eos|>")
+    start = len(Episode("door", 0, Door(""), TOKENIZER).ids)
+    for size, end in ((start + 16, "lost"), (start + 15, "too_long")):
+        args = Args(stage="collect", max_turn_tokens=16, max_episode_tokens=size, out=str(tmp_path / end))
+        assert {row["end"] for row in play(args, TOKENIZER, agent, None, world, 1)} == {end}
+
+
+def test_every_turn_of_every_seed_draws_from_a_stream_of_its_own(games, agent, world, monkeypatch, tmp_path):
+    """At the temperature of the settings to collect, and greedily to evaluate without a value."""
+    asked = []
+    scripted(monkeypatch, lambda text, number, _: "Action: open door<|eos|>")
+    made = agents.make_sampler
+
+    def watched(*args, **options):
+        sampler = made()
+        real = sampler.generate
+        sampler.generate = lambda *given, **named: (
+            asked.append((named["seed"], named["sampling"])) or real(*given, **named)
+        )
+        return sampler
+
+    monkeypatch.setattr(agents, "make_sampler", watched)
+    for seed in (0, 1):
+        args = Args(stage="collect", seed=seed, temperature=0.7, max_turns=3, out=str(tmp_path / str(seed)))
+        play(args, TOKENIZER, agent, None, world, 1)
+    assert len({seed for seed, _ in asked}) == len(asked) == 6 and {s.temperature for _, s in asked} == {0.7}
+    play(Args(temperature=0.7, max_turns=1, out=str(tmp_path / "e")), TOKENIZER, agent, None, world, 1)
+    assert asked[-1][1].temperature == 0.0
+
+
 def test_an_answer_that_does_not_end_loses(games, agent, world, monkeypatch, tmp_path):
     scripted(monkeypatch, lambda text, number, _: "Action: open door")
     rows = play(Args(stage="collect", out=str(tmp_path)), TOKENIZER, agent, None, world, 1)
@@ -234,6 +265,25 @@ def test_the_value_chooses_among_the_candidates(games, agent, world, monkeypatch
     args.out = str(tmp_path / "b")
     rows = play(args, TOKENIZER, agent, Counts(ids(" wait")[0]), world, 1)
     assert {row["end"] for row in rows} == {"max_turns"}
+
+
+def test_a_rank_chooses_by_the_values_of_its_own_answers_however_many_others_have(monkeypatch):
+    groups = [[Completion([10 * e + i, 1], [], "stop") for i in range(2)] for e in range(2)]
+    episodes = [types.SimpleNamespace(ids=[7]), types.SimpleNamespace(ids=[8])]
+    monkeypatch.setattr(agents, "gather_lists", lambda items, world: [6] + items if items == [4] else [[9]] * 6 + items)
+    asked = []
+    values = [0.0] * 6 + [0.1, 0.2, 0.4, 0.3]
+    monkeypatch.setattr(agents, "state_values", lambda value, texts, *_: asked.append(texts) or values)
+    second = types.SimpleNamespace(rank=1, size=2)
+    assert agents.choose(groups, episodes, None, Args(candidates=2), second) == [[1, 1], [10, 1]]
+    assert asked == [[[9]] * 6 + [[7, 0], [7, 1], [8, 10], [8, 11]]]
+
+
+def test_a_game_is_renamed_otherwise_each_time(games, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(agents, "other_names", lambda things, _, rng: drawn.append(rng.random()) or {"door": "door"})
+    rows = agents.play_walkthroughs(Args(stage="expert", renamed=2), TOKENIZER)
+    assert len(rows) == 9 and len(set(drawn)) == 6
 
 
 def test_episodes_train_policy_and_value(games, agent, world, monkeypatch, tmp_path):

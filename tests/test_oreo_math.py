@@ -465,6 +465,17 @@ def test_beam_search_keeps_width_states_and_pools_the_answers():
         assert len(found) == 6 and max(found, key=lambda c: c.value).response == [2, 2, 2]
 
 
+def test_states_of_negative_values_are_ranked_too():
+    beams = []
+
+    def sample(states, step):
+        beams.append([c.response for _, c in states])
+        return [[Candidate([*c.response, k], step == 1) for k in range(3)] for _, c in states]
+
+    [answers] = beam_search(1, sample, lambda states: [-9.0 + c.response[-1] for _, c in states], width=1, max_steps=2)
+    assert beams == [[[]], [[2]]] and [c.value for c in answers] == [-9.0, -8.0, -7.0]
+
+
 def test_what_does_not_end_in_max_steps_is_no_answer():
     answers, asked = search_tree(2, candidates=3, max_steps=2)
     assert answers == [[], []] and asked == [2, 4]

@@ -1,5 +1,6 @@
 """oreo.py from end to end on models that train in seconds: stages, ranks, a crash, search, bad input."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 import eval as evaluation
 import igsm
 import oreo
+from common.checkpoints import export_checkpoint
 from common.data import InputError, pack
 from common.metrics import read_metrics
 from common.rows import IGSM, conversation_ids, read_row, trace_ids
@@ -237,9 +239,38 @@ def test_a_collection_is_of_its_weights_and_context_wherever_the_model_lies(nano
     oreo.main(settings(nano, *words))
     shutil.copytree(nano, tmp_path / "moved")
     oreo.main(settings(str(tmp_path / "moved"), *words))
-    for flag, value in (("--rope_theta", "500"), ("--max_positions", "300")):
+    for flag, value in (("--rope_theta", "500"), ("--max_positions", "300"), ("--temperature", "0.5"),
+                        ("--top_p", "0.5"), ("--ask", "user"), ("--seed", "1"), ("--samples", "2")):  # fmt: skip
         with pytest.raises(InputError, match=f"answers of other settings .{flag}"):
-            oreo.main(settings(nano, *words, flag, value))
+            oreo.collect(settings(nano, *words, flag, value))
+
+
+def test_a_run_does_not_resume_with_other_rewards(nano, tmp_path):
+    words = ["--rows", tmp_path / "rows.jsonl", "--batch_size", "1", "--eval_every", "0", "--save_every", "1"]
+    for rewards, steps in (((1, 0), 1), ((0, 1), 2)):
+        write(tmp_path / "rows.jsonl", [GOOD | {"reward": r, "response": f"a={i}"}
+                                        for i, r in enumerate(rewards)])  # fmt: skip
+        with pytest.raises(InputError, match="the data .* changed") if steps == 2 else contextlib.nullcontext():
+            oreo.main(settings(nano, *words, "--steps", steps, "--out", tmp_path / "run"))
+
+
+def test_collected_answers_are_balanced_by_their_scaled_rewards(nano, tmp_path, monkeypatch):
+    answers = [[{"reward": r, "status": "ok", "response": str(i)} for i, r in enumerate((0.2, 0.3, 0.9))]] * 12
+    monkeypatch.setattr(oreo, "keep_answers", lambda *_, **__: answers)
+    words = ["--reward_shift", "-0.5", "--balance", "1", "--out", tmp_path]
+    oreo.collect(settings(nano, *words))
+    kept = [json.loads(line)["response"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert kept == ["0", "2"] * 12  # at most one right and one wrong answer to a question
+
+
+def test_problems_of_several_files_are_numbered_through_and_counted_together(nano, tmp_path):
+    turns = [{"role": "user", "content": "a=5\na?"}]
+    row = {"prompt": turns, "target": "a=5\n\\boxed{5}", "reward_model": {"ground_truth": "5"}}
+    long = row | {"prompt": [{"role": "user", "content": "a=5\n" * 99}]}
+    files = [write(tmp_path / "a.jsonl", [long, row]), write(tmp_path / "b.jsonl", [row, row])]
+    examples, count = oreo.read_problems(load_tokenizer(nano), settings(nano, "--data", *files))
+    assert [e.index for e in examples] == [1, 2, 3]  # keys of their draws
+    assert (count["rows"], count["prompt_too_long"], count["kept"]) == (4, 1, 3)
 
 
 @pytest.mark.parametrize("stage", ["rejection", "dpo", "kto", "oreo"])
@@ -277,7 +308,7 @@ def test_rejection_is_reduced_as_sft_is(world, policy):
 
 def test_lora_trains_adapters_and_the_values_head_and_saves_whole_models(nano, rows, tmp_path, world):
     pytest.importorskip("peft")
-    words = ["--rows", rows, "--policy_lora", "4", "--value_lora", "4", "--save_every", "2", "--out", tmp_path / "run"]
+    words = ["--rows", rows, "--policy_lora", "2", "--value_lora", "4", "--save_every", "2", "--out", tmp_path / "run"]
     oreo.main(settings(nano, *words))
     log = read_metrics(tmp_path / "run")
     assert log[1]["policy/kl"] == 0 and log[3]["policy/kl"] > 0 and log[3]["value/first"] != 0
@@ -286,6 +317,9 @@ def test_lora_trains_adapters_and_the_values_head_and_saves_whole_models(nano, r
         after = load_policy(str(tmp_path / "run" / name), world, kind=kind)
         changed = {n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not a.equal(b)}
         assert changed and all("proj" in n or "score" in n for n in changed)
+        export_checkpoint(str(tmp_path / "run"), str(tmp_path / name), value=kind is ValueModel)
+        exported, run = (load_file(folder / name / "model.safetensors") for folder in (tmp_path, tmp_path / "run"))
+        assert exported.keys() == run.keys() and all(torch.equal(x, run[n]) for n, x in exported.items())
     oreo.main(settings(nano, *words, "--steps", "4"))  # goes on from a checkpoint with adapters
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
 

@@ -1,5 +1,6 @@
 """tools/redi_data.py: which traces of graded rows become REDI's training files, and a model's own answers."""
 
+import contextlib
 import json
 import re
 
@@ -192,6 +193,19 @@ def test_the_funnel_counts_every_row_once(tmp_path, capsys):
     }  # fmt: skip
 
 
+def test_pairs_are_the_rows_that_fit_with_their_weights_in_an_order_of_the_seed(tmp_path):
+    graded = [{"prompt": f"a={i}\na?", "responses": [f"a={i}", "+" * 70 if i % 2 else "a=0"], "rewards": [1, 0],
+               "weight": i} for i in range(1, 13)]  # fmt: skip
+    data, orders = write(tmp_path / "rows.jsonl", graded), []
+    for seed in (1, 2):
+        make(tmp_path / "data", "--own_answers", 0, "--data", data, "--seed", seed)
+        rows = [json.loads(line) for line in (tmp_path / "data" / "pairs.jsonl").read_text().splitlines()]
+        assert {r["rejected"] for r in rows} == {"a=0"}
+        orders.append([int(r["chosen"].removeprefix("a=")) for r in rows])
+        assert [r["weight"] for r in rows] == orders[-1] and sorted(orders[-1]) == [2, 4, 6, 8, 10, 12]
+    assert orders[0] != orders[1]
+
+
 def test_problems_that_share_words_with_a_benchmark_are_left_out_and_counted(tmp_path, capsys):
     def row(prompt):
         return {"prompt": prompt, "responses": ["a=5", "a=6"], "rewards": [1, 0]}
@@ -228,6 +242,31 @@ def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(t
     assert problems[0].first(correct=False) == Trace("a=1", 0.0, answers[0])
     assert problems[0].first(correct=True) == Trace("x")
     assert problems[1].first(correct=False) == Trace("y", 0.0) and not problems[1].first(correct=True)
+
+
+@pytest.mark.parametrize(
+    ("reward", "status", "truncated", "kind"),
+    [(1.0, "ok", False, "right"), (0.0, "ok", False, "wrong"), (-1.0, "ok", False, "wrong"),
+     (0.0, "unparsable", False, "wrong"), (0.0, "timeout", False, "not graded"), (0.0, "error", False, "not graded"),
+     (1.0, "ok", True, "cut short")],
+)  # fmt: skip
+def test_an_own_answer_is_right_if_its_reward_is_positive_and_wrong_only_if_it_was_graded(
+    reward, status, truncated, kind
+):
+    answer = {"reward": reward, "status": status, "truncated": truncated, "detail": None}
+    assert redi_data.kind_of(answer) == kind
+
+
+def test_a_prompt_of_the_limits_length_is_asked_for_own_answers(tmp_path, monkeypatch):
+    tokenizer, asked = load_tokenizer("models/tiny"), []
+    monkeypatch.setattr(redi_data, "keep_answers", lambda path, examples, *_, **__: asked.append(examples) or [])
+    problems = [Item([{"role": "user", "content": "a=1\na?"}], "", "9", [Trace("x")])]
+    [(*_, prompt)] = redi_data.encode(problems, tokenizer, lambda item, where: (item,), source="")
+    for limit in (len(prompt), len(prompt) - 1):
+        args = Args(model="models/tiny", out=str(tmp_path), own_answers=3, max_prompt_tokens=limit)
+        with contextlib.suppress(ValueError):  # no answers came
+            redi_data.add_own_answers(problems, tokenizer, args, ONE_RANK)
+    assert [len(examples) for examples in asked] == [1, 0]
 
 
 def test_a_prompt_that_is_rendered_gets_no_template(tmp_path, monkeypatch):

@@ -12,7 +12,18 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import igsm
 from common.data import InputError, pack
 from common.trainer import World
-from redi import Args, Pair, accumulate_gradient, collapsed_at, dpo_loss, make_pairs, redi_loss, simpo_loss
+from redi import (
+    Args,
+    Pair,
+    accumulate_gradient,
+    check_pairs,
+    collapsed_at,
+    dpo_loss,
+    make_pairs,
+    redi_loss,
+    simpo_loss,
+    sum_by_trace,
+)
 from tests.conftest import NANO
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "redi.json").read_text())
@@ -336,3 +347,25 @@ def test_sft_is_the_mean_negative_log_likelihood_of_right_tokens():
 
 def test_the_alarm_compares_with_step_1_alone():
     assert collapsed_at([-2.0, -0.5, -0.5, -1.2, -1.2], margin=0.5, window=2) is None
+
+
+def test_log_probs_of_a_trace_are_summed_in_float64():
+    pair = Pair([0], [1, 2, 3], [4])
+    found = sum_by_trace(torch.tensor([2.0**24, 1.0, 1.0, 5.0]), pack(pair.sequences), [pair])
+    assert found.tolist() == [[2.0**24 + 2, 5.0]]
+
+
+def test_a_prompt_of_the_limits_length_is_kept(tokenizer):
+    length = len(make_pairs([pair_row()], tokenizer, args_of(), source="rows")[0][0].prompt)
+    kept = [len(make_pairs([pair_row(), pair_row(prompt="a=5\na=5\na?")], tokenizer,
+                           Args(max_prompt_tokens=n, max_response_tokens=12), source="rows")[0])
+            for n in (length, length + 8)]  # fmt: skip
+    assert kept == [1, 2]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_a_loss_that_compares_two_traces_refuses_rows_of_one(loss, tokenizer):
+    rows = [pair_row(), {"prompt": "a=5\na?", "response": "a=5", "label": 1}]
+    pairs, _ = make_pairs(rows, tokenizer, args_of(), source="rows")
+    with pytest.raises(InputError, match=f"1 rows have one trace, and --loss {loss} compares two"):
+        check_pairs(pairs, args_of(loss=loss))

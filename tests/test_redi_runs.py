@@ -264,6 +264,14 @@ def test_the_alarm_follows_updates_that_were_taken_also_after_a_resume(settings,
     assert json.loads(path.read_text())["followed"] == []
 
 
+def test_a_run_does_not_resume_with_other_weights_of_rows(settings, tmp_path):
+    row = {"prompt": "a=5\na?", "chosen": "a=5", "rejected": "a=6"}
+    words = ["--batch_size", 1, "--eval_every", 0, "--save_every", 1, "--out", tmp_path / "run"]
+    redi.main(settings(*words, "--data", write(tmp_path / "rows.jsonl", [row]), "--steps", 1))
+    with pytest.raises(InputError, match="the data .* changed"):
+        redi.main(settings(*words, "--data", write(tmp_path / "rows.jsonl", [row | {"weight": 2}]), "--steps", 2))
+
+
 def test_every_row_is_corrupted_from_a_stream_of_its_own(monkeypatch):
     drawn = []
     monkeypatch.setattr(redi.igsm, "corrupt", lambda text, rng, modulus: drawn.append(rng.random()) or text)

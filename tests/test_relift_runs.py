@@ -113,6 +113,15 @@ def test_random_questions_are_as_many_as_the_hardest_but_others(tmp_path, monkey
     assert 0 < len(held[0]) == len(held[1]) and set(held[0]) != set(held[1])
 
 
+def test_random_questions_are_others_in_every_step(tmp_path, monkeypatch):
+    seeds, real = [], relift.questions_to_buffer
+    monkeypatch.setattr(relift, "questions_to_buffer", lambda *given, seed: (
+        seeds.append(seed) or real(*given, seed=seed)))  # fmt: skip
+    for seed in (1, 2):
+        run(tmp_path / str(seed), *FEW, "--steps", "2", "--sft_on", "random", "--seed", seed)
+    assert len(set(seeds)) == 4
+
+
 # -------------------------------------------------------------------------------------------- demonstrations
 
 
@@ -145,6 +154,26 @@ def test_a_question_without_a_demonstration_is_warned_of_skipped_and_counted(tmp
     assert "warning: 5 of 12 questions have no demonstration" in capsys.readouterr().out
     assert sum(row["buffer/no_demonstration"] for row in logged) == 5
     assert logged[-1]["buffer/size"] + logged[-1]["sft/demonstrations"] == 7
+    logged = run(tmp_path / "sft", *FEW, "--data", data, "--method", "sft", "--steps", "2", "--batch_size", "7")
+    assert [row["sft/demonstrations"] for row in logged] == [7, 14]  # sft trains on the others alone
+
+
+def test_hardest_questions_are_counted_whether_or_not_their_demonstration_is_accepted(tmp_path, monkeypatch):
+    grade_by(monkeypatch, picky)
+    rows = run(tmp_path, *FEW)
+    assert [row["group/hardest"] for row in rows] == [1.0] * 3 and any(row["buffer/rejected"] for row in rows)
+
+
+def test_demonstrations_are_counted_over_a_resume_and_those_of_a_skipped_update_are_not(tmp_path, monkeypatch):
+    grade_by(monkeypatch, mixed)
+    words = [*FEW, "--sft_on", "all", "--sft_data_size", "4", "--save_every", "1"]
+    run(tmp_path, *words, "--steps", "1")
+    assert [row["sft/demonstrations"] for row in run(tmp_path, *words, "--steps", "2")] == [4, 8]
+    real = relift.Run.update
+    monkeypatch.setattr(relift.Run, "update", lambda self, name, *given, **named: (
+        name != "sft" and real(self, name, *given, **named)))  # fmt: skip
+    rows = run(tmp_path, *words, "--steps", "3")
+    assert [(row["sft/demonstrations"], row["sft/fired"]) for row in rows] == [(4, 1), (8, 1), (8, 0)]
 
 
 # ----------------------------------------------------------------------------------------------------- ranks

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import luffy
 from common import vllm
 from common.data import InputError, pack
-from common.rollout import Completion, EmbeddedSampler, Sampling, draw, make_sampler
+from common.rollout import Completion, EmbeddedSampler, Sampling, change_logits, draw, make_sampler
 from common.run import check_flags
 from common.trainer import World
 from tests import ranks
@@ -115,6 +115,18 @@ def test_a_prompts_completions_are_announced_once_before_later_batches_are_drawn
         assert len(widths) >= batches and (batches == 1 or widths[2] >= 1)
 
 
+@pytest.mark.parametrize(("limits", "budget"), [([1, 9, 1, 9, 1], 60), ([9, 1, 1, 1, 1], 50)])
+def test_a_batch_is_within_the_budget_of_tokens_for_its_longest_prompt_and_answer(policy, monkeypatch, limits, budget):
+    one = EmbeddedSampler(policy, stop_ids=[1], max_batch_tokens=budget)
+    one.version, batches, counts = 0, [], [1, 3, 2, 1, 4]
+    monkeypatch.setattr(one, "_generate_batch", lambda batch, *_: batches.append(batch))
+    one.generate(PROMPTS, n=counts, keys=KEYS, seed=0, sampling=Sampling(limits))
+    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4] and len(batches) < 5
+    for batch in batches:
+        width = max(len(PROMPTS[i]) for i in batch) + max(limits[i] for i in batch)
+        assert len(batch) == 1 or sum(counts[i] for i in batch) * width <= budget
+
+
 def test_seeds_keys_and_places_name_different_streams(sampler):
     def first(seed, keys):
         return ids(sampler.generate([[5, 6]] * len(keys), n=2, keys=keys, seed=seed, sampling=Sampling(25)))
@@ -123,6 +135,12 @@ def test_seeds_keys_and_places_name_different_streams(sampler):
     draws = [tuple(c) for groups in (a, b) for group in groups for c in group]
     assert len(set(draws)) == len(draws)
     assert first(0, [2, 1]) == a[::-1]
+
+
+def test_the_proof_at_the_first_sync_counts_as_no_update(policy):
+    policy.useful_share()
+    EmbeddedSampler(policy, stop_ids=[1]).sync(policy, version=0)
+    assert policy.useful_share() is None
 
 
 def test_nothing_is_drawn_before_the_first_sync(policy):
@@ -192,6 +210,11 @@ def test_draws_follow_the_distribution():
 def test_a_token_of_probability_zero_is_never_drawn(u):
     logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]])
     assert draw(logits, torch.tensor([u]), Sampling(1))[0].item() in (1, 2)
+
+
+def test_logits_are_scaled_before_they_are_capped():
+    z = torch.tensor([-1.0, 0.5, 4.0])
+    torch.testing.assert_close(change_logits(z, cap=2.0, scale=3.0), 2 * (3 * z / 2).tanh())
 
 
 def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
@@ -277,6 +300,13 @@ def test_a_rollout_that_cannot_be_gets_one_message(policy, world, monkeypatch, t
 
 
 # -------------------------------------------------------------------- truncated importance sampling (--tis_cap)
+
+
+def test_prompts_with_answers_may_fill_all_positions_of_a_model(policy, world):
+    limit = policy.lm.config.max_position_embeddings
+    make_sampler("embedded", policy, world, stop_ids=[1], max_tokens=limit)
+    with pytest.raises(InputError, match=f"of up to {limit + 1} tokens exceed the {limit} positions"):
+        make_sampler("embedded", policy, world, stop_ids=[1], max_tokens=limit + 1)
 
 
 def test_truncated_importance_is_the_capped_ratio_and_1_without_a_sampler():

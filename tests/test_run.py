@@ -93,6 +93,15 @@ def test_a_run_that_is_past_its_last_step_is_not_given_out_as_a_shorter_one(tmp_
         mine.plan(EXAMPLES, [], {})
 
 
+def test_the_digest_of_the_data_is_of_held_out_rows_too(tmp_path, world):
+    digests = []
+    for held_out in ([], [], EXAMPLES[:1], EXAMPLES[1:]):
+        mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1))
+        mine.plan(EXAMPLES, held_out, {})
+        digests.append(mine.checkpoints.data)
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
 def test_an_epoch_is_as_many_steps_as_its_batches_are(tmp_path, world, capsys):
     mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=2, epochs=3.0))
     mine.plan([*EXAMPLES, EXAMPLES[0]], [], {})  # the third row waits for the next epoch's order
@@ -207,6 +216,8 @@ def test_of_two_models_both_take_their_step_or_none(tmp_path, world):
     assert not it.update("other", {}, [], lr=1.0, max_grad_norm=1.0) and it.skipped == 1
     assert all(torch.equal(p, b) for p, b in zip(other.parameters(), before, strict=True))
     assert all(p.grad is None for model in (policy, other) for p in model.parameters())
+    policy.bad_logps += 1  # a log-prob of the policy that is NaN stops the other's step too
+    assert not it.update("other", {}, [], lr=1.0, max_grad_norm=1.0) and it.skipped == 2
     other(pack([([3], [4, 5])])).sum().backward()
     assert it.update("other", {"loss": 1.0}, [], lr=1.0, max_grad_norm=1.0, norm="other/grad_norm")
     assert it.logs[0].keys() == {"loss", "other/grad_norm"} and not torch.equal(before[0], next(other.parameters()))
@@ -219,6 +230,13 @@ def test_totals_are_sums_maxima_and_means(world):
         totals.add({"mean": x.sum()}, per=4)
         totals.largest("largest", x.abs())
     assert totals.reduce() == {"mean": 0.5, "largest": 5.0}
+
+
+def test_totals_are_summed_in_float64(world):
+    totals = trainer.Totals(world)
+    for value in (2.0**24, 1.0, 1.0):
+        totals.add({"sum": torch.tensor(value)})
+    assert totals.reduce() == {"sum": 2.0**24 + 2}
 
 
 # ------------------------------------------------------------------------------------------------------ memory
@@ -285,6 +303,44 @@ def test_an_evaluation_grades_what_was_said_and_weighs_sources_alike(monkeypatch
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), eos_token_id=1)  # eos: no part of it
     found = run.evaluate(Sampler(), tokenizer, examples, RunArgs(max_response_tokens=7), ONE_RANK)
     assert (found["eval/a"], found["eval/b"], found["eval/mean"]) == (0.5, 1.0, 0.75)
+
+
+def test_an_evaluation_at_temperature_zero_is_greedy_whatever_the_rollouts_are():
+    asked = []
+
+    class Sampler:
+        def generate(self, prompts, *, sampling, drawn, **_):
+            asked.append(sampling.temperature)
+            raise KeyboardInterrupt
+
+    args = luffy.Args(eval_temperature=0.0, temperature=0.7)
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate(Sampler(), SimpleNamespace(), EXAMPLES, args, ONE_RANK)
+    assert asked == [0.0]
+
+
+def test_a_question_draws_from_the_same_stream_wherever_it_stands_in_a_batch():
+    asked = []
+    sampler = SimpleNamespace(generate=lambda prompts, *, keys, **_: asked.append((prompts, keys)))
+    examples = [dataclasses.replace(e, index=40 + e.index) for e in EXAMPLES]
+    for batch, mine in ((examples, range(1, 2)), (examples[::-1], range(2))):
+        run.sample_rows(sampler, batch, mine, [1, 1], luffy.Args(), ONE_RANK, seed=0, grader=None)
+    assert asked == [([[3]], [41]), ([[3], [3, 4]], [41, 40])]
+
+
+def test_kept_answers_are_of_their_golds(tmp_path, world, monkeypatch):
+    """They were graded by them."""
+    sampler = SimpleNamespace(sync=lambda *_, **__: None, close=lambda: None, generate=lambda *_, **__: None)
+    monkeypatch.setattr(run, "open_sampler", lambda *_: sampler)
+
+    def keep(examples):
+        args = luffy.Args(batch_size=1)
+        run.keep_answers(tmp_path / "a.jsonl", examples, lambda: None, {}, None, args, ONE_RANK, n=1)
+
+    keep(EXAMPLES)
+    keep(EXAMPLES)
+    with pytest.raises(InputError, match="has answers of other settings .other data"):
+        keep([dataclasses.replace(EXAMPLES[0], gold="8"), EXAMPLES[1]])
 
 
 def test_rows_of_all_ranks_are_in_the_order_of_the_questions():

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import subprocess
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -334,6 +336,29 @@ def test_a_checkpoint_written_in_the_background_is_that_of_its_moment(policy, wo
     assert all(torch.equal(p, then[name]) for name, p in policy.named_parameters())
 
 
+def test_a_checkpoint_waits_for_the_one_before_it(policy, world, tmp_path, monkeypatch):
+    saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
+    commit, begun = saved._commit, threading.Event()
+
+    def slowly(*given):
+        begun.set()
+        time.sleep(0.2)
+        commit(*given)
+
+    monkeypatch.setattr(saved, "_commit", slowly)
+    for step in (1, 2):
+        saved.save(step, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+        begun.wait(10)
+    saved.wait()
+    assert [path.name for path in saved._complete()] == ["step-00000001", "step-00000002"]
+
+
+def test_a_model_that_comes_twice_is_saved_once_under_its_first_name(policy):
+    optimizers = [make_optimizer(policy, lr=1e-2) for _ in range(2)]
+    pairs = {name: (policy, optimizer) for name, optimizer in zip(("policy", "sft"), optimizers, strict=True)}
+    assert Checkpoints._tensors(pairs).keys() == {"model", "optim", "optim-sft"}
+
+
 def test_what_goes_wrong_in_the_background_is_not_lost(policy, world, tmp_path, monkeypatch):
     saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
 
@@ -603,6 +628,9 @@ def test_the_disk_must_hold_moments_the_checkpoint_that_is_written_and_the_model
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         with contextlib.nullcontext() if free == need else pytest.raises(InputError, match="GB are free"):
             checkpoint(tmp_path).check_space({"policy": (policy, None)})
+        if free == need:  # the second optimizer of a model has moments of its own
+            with pytest.raises(InputError, match="GB are free"):
+                checkpoint(tmp_path).check_space({"policy": (policy, None), "sft": (policy, None)})
 
 
 def test_no_setting_that_is_an_algorithms_may_change_on_resume():
@@ -621,3 +649,68 @@ def test_the_rate_of_a_step_is_the_one_that_it_is_given_and_decay_is_adamws(poli
         (policy(pack([([3, 4], [5, 6])])).sum() * 0).backward()
         optimizer_step(policy, optimizer, lr=lr, max_grad_norm=1.0)
         torch.testing.assert_close(weight.detach(), before * (1 - lr * 0.1))  # without a gradient: decay alone
+
+
+# ---------------------------------------------------------------------- what is measured, limits, digests, settings
+
+
+def test_the_useful_share_is_of_cells_that_are_no_padding_since_it_was_last_asked_for(policy):
+    policy.useful_share()
+    batch = pack([([3, 4, 5], [6] * 20), ([3, 4, 5], [7] * 19), ([8], [9] * 21)])  # a prompt stands in two rows
+    policy(batch)
+    rows = (3 + 19) + (3 + 18) + (1 + 20)
+    assert len(batch.packing.cells) == 3 * 22 and policy.useful_share() == rows / (3 * 22)
+    assert policy.useful_share() is None
+
+
+def test_a_sequence_may_have_as_many_tokens_as_there_are_positions(policy):
+    limit = NANO["max_position_embeddings"]
+    with torch.no_grad():
+        assert len(policy(pack([([3], [4] * limit)]))) == limit  # the last one is never read
+        with pytest.raises(InputError, match=f"a sequence of {limit + 1} tokens exceeds the {limit} positions"):
+            policy(pack([([3], [4] * (limit + 1))]))
+
+
+def test_dropout_is_zero_in_nested_configurations_too():
+    config = AutoConfig.for_model("llava", text_config=dict(model_type="qwen2", attention_dropout=0.3))
+    trainer._prepare_config(config)
+    assert config.text_config.attention_dropout == 0.0
+
+
+def test_adapters_begin_from_the_seed(world):
+    pytest.importorskip("peft")
+    a, b, c = (load_policy("models/tiny", world, lora=2, seed=seed).state_dict() for seed in (1, 1, 2))
+    names = [name for name in a if "lora_A" in name]
+    assert names and all(a[name].equal(b[name]) and not a[name].equal(c[name]) for name in names)
+
+
+def test_a_models_digest_is_of_its_weights_configuration_and_template_under_their_names(tmp_path):
+    files = {"a.safetensors": "1", "b.safetensors": "2", "config.json": "{}", "chat_template.jinja": "x"}
+
+    def digest(name, **changes):
+        (tmp_path / name).mkdir()
+        for file, text in (files | {key.replace("_", "."): text for key, text in changes.items()}).items():
+            (tmp_path / name / file).write_text(text)
+        return checkpoints.digest_of(str(tmp_path / name))
+
+    plain = digest("one")
+    (tmp_path / "two").mkdir()
+    for file in files:
+        shutil.copy(tmp_path / "one" / file, tmp_path / "two")
+    (tmp_path / "two" / "README.md").write_text("no part of it")
+    assert checkpoints.digest_of(str(tmp_path / "two")) == plain
+    changed = [digest("three", config_json="{ }"), digest("four", b_safetensors="3")]
+    (tmp_path / "two" / "chat_template.jinja").write_text("y")
+    changed.append(checkpoints.digest_of(str(tmp_path / "two")))
+    (tmp_path / "one" / "b.safetensors").rename(tmp_path / "one" / "c.safetensors")
+    changed.append(checkpoints.digest_of(str(tmp_path / "one")))
+    assert len({plain, *changed}) == 5
+
+
+def test_a_checkpoint_of_before_there_was_a_flag_is_gone_on_from(tmp_path, world):
+    mine = Checkpoints(tmp_path, Settings(method="b"))
+    there = {name: value for name, value in mine.settings.items() if name != "method"}
+    assert not mine.changed(there) and "--method 'a' there, 'b' here" in mine.changed(there | {"method": "a"})
+    mine.check_data({"settings": there}, "digest", "--data")  # nor had it a digest
+    with pytest.raises(InputError, match="--data: the data .* changed"):
+        mine.check_data({"settings": there, "data": "other"}, "digest", "--data")

@@ -48,16 +48,16 @@ def test_the_entropy_bonus_is_a_mean_over_tokens_times_the_published_micro_batch
     torch.testing.assert_close(bonus, -0.5 * 3 * policy.table.grad)
 
 
-@pytest.mark.parametrize("group_size", [8, 64, 10**9])
-def test_the_sft_term_of_rl_sft_is_weighed_by_the_published_micro_batches_that_hold_a_trace(group_size):
-    """Of 3, with 64 rows a GPU and 8 traces, 1, or none among them: a mean over random places of the traces."""
+@pytest.mark.parametrize(("group_size", "teacher_rows"), [(8, 1), (64, 1), (10**9, 1), (64, 2)])
+def test_the_sft_term_of_rl_sft_is_weighed_by_the_published_micro_batches_that_hold_a_trace(group_size, teacher_rows):
+    """Of 3, with 64 rows a GPU and 8 traces, 1, none or 2 among them: a mean over random places of the traces."""
     rows = long_rows()
-    settings = dict(method="rl_sft", entropy_coef=0.0, group_size=group_size)
+    settings = dict(method="rl_sft", entropy_coef=0.0, group_size=group_size, teacher_rows=teacher_rows)
     term = [gradient_of(luffy, rows, sft_coef=c, **settings) for c in (0.0, 0.7)]
     policy = Bigram(torch.eye(5).tolist())
     policy(pack([(rows[0].prompt, rows[0].response)])).mean().backward()
     generator = torch.Generator().manual_seed(0)
-    places = torch.randint(3, (20000, 64 // group_size), generator=generator)
+    places = torch.randint(3, (20000, 64 * teacher_rows // group_size), generator=generator)
     held = sum((places == m).any(1).double().mean().item() for m in range(3))
     torch.testing.assert_close(term[1] - term[0], -0.7 * held * policy.table.grad, rtol=0.01, atol=1e-6)
 
@@ -84,9 +84,10 @@ def test_tis_cap_scales_the_loss_of_relift(policy):
     assert capped == pytest.approx(2 * plain, rel=1e-5)  # all tokens are likelier than the sampler said
 
 
-def test_demonstrations_are_learnt_at_temperature_one_whatever_the_sampling(policy):
-    rows = [relift.Row(r.prompt, r.response, r.group, True) for r in ranks.fixed_rows()]
-    a, b = (relift.accumulate_sft_gradient(policy, rows, relift.Args(temperature=t), ONE_RANK) for t in (1.0, 0.5))
+@pytest.mark.parametrize("module", [luffy, relift])
+def test_demonstrations_are_learnt_at_temperature_one_whatever_the_sampling(module, policy):
+    rows = [module.Row(r.prompt, r.response, r.group, True) for r in ranks.fixed_rows()]
+    a, b = (module.accumulate_sft_gradient(policy, rows, module.Args(temperature=t), ONE_RANK) for t in (1.0, 0.5))
     assert a == b
 
 
@@ -325,6 +326,29 @@ def test_rows_without_an_advantage_count_in_the_scale_of_the_others(module):
     loss = -sum(row.advantage * policy(pack([(row.prompt, row.response)])).sum() for row in rows)
     (loss * 64 / 4 / 1500).backward()
     torch.testing.assert_close(gradient_of(module, rows, entropy_coef=0.0), policy.table.grad)
+
+
+@pytest.mark.parametrize("module", [luffy, relift])
+def test_metrics_of_tokens_are_means_over_the_rows_that_have_a_gradient(module):
+    rows = [module.Row([0], [1, 2], 0, sampler_logps=[-1.0] * 2, advantage=0.5),
+            module.Row([0], [3, 4, 1], 0, sampler_logps=[-1.0] * 3)]  # fmt: skip
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).tolist()
+    log = module.accumulate_gradient(Bigram(table), rows, None, module.Args(entropy_coef=0.0), ONE_RANK)
+    expected = Bigram(table)(pack([([0], [1, 2])]), entropy=True)[1].mean().item()
+    assert log["policy/entropy"] == pytest.approx(expected)
+
+
+def test_metrics_of_traces_are_means_over_their_tokens_at_the_settings_gamma():
+    """Whether RL or SFT learns them; the SFT term of rl_sft is in no policy loss."""
+    row, policy = luffy.Row([0], [1, 2, 3], 0, True, advantage=0.5), Bigram(torch.eye(5).tolist())
+    p = policy(pack([(row.prompt, row.response)])).exp().detach()
+    args = luffy.Args(shaping_gamma=0.4)
+    for log in (luffy.accumulate_gradient(policy, [row], None, args, ONE_RANK),
+                luffy.accumulate_sft_gradient(policy, [row], args, ONE_RANK)):  # fmt: skip
+        found = log["teacher/logp"], log["teacher/shaped_ratio"]
+        assert found == pytest.approx((p.log().mean().item(), (p / (p + 0.4)).mean().item()))
+    args = dataclasses.replace(args, method="rl_sft")
+    assert luffy.accumulate_gradient(policy, [row], None, args, ONE_RANK)["loss/pg"] == 0
 
 
 @pytest.mark.parametrize("module", [luffy, relift])

@@ -201,7 +201,7 @@ def kind_of(answer: dict) -> str:
         return "cut short"
     if answer["status"] in ("timeout", "error") or gold_unreadable(answer["detail"]):
         return "not graded"
-    return "right" if answer["reward"] else "wrong"
+    return "right" if answer["reward"] > 0 else "wrong"
 
 
 def main(args: Args) -> None:
