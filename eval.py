@@ -126,7 +126,7 @@ class Args:
 SAMPLER_TOKENS = {"cpu": 65536, "cuda": 524288}  # of --sampler_tokens 0
 FREE = {"out", "verifier", "regrade", "buckets", "dry_run", "rollout_gpu_memory"}  # may change on resume
 SAMPLER = {"rollout", "sampler_tokens", "write_every"}  # may change when all questions are answered
-BY_DIGEST = {"model", "value", "data"}  # their names may change: digests of the contents are compared
+BY_DIGEST = {"model", "value", "data", "questions"}  # their names may change: digests of the contents are compared
 # The published evaluations' prompts. Text is the whole prompt; turns go through the tokenizer's chat template.
 TEMPLATES = json.loads((Path(__file__).parent / "benchmarks" / "templates.json").read_text())
 

@@ -25,7 +25,8 @@ class Metrics:
     def __init__(self, out: Path, args, world: World, *, start: int, steps: int):
         self.out, self.world = out, world
         self.board = self.wandb = None
-        self.warned = False
+        self.warned: set[str] = set()
+        self.drawn = time.monotonic()
         if not world.main:
             return
         try:
@@ -59,15 +60,23 @@ class Metrics:
                     self.board.add_scalar(name, value, step)
             if self.wandb:
                 self.wandb.log(known, step=step)
-            if known.get("reward/teacher") == 0 and not self.warned:
-                self.warned = True
-                why = "do the gold answers fit it? --verifier robust reads more spellings; samples.jsonl shows both"
-                tqdm.write(f"WARNING: step {step}: --verifier accepts none of the traces: {why}", file=sys.stderr)
-            self.bar.set_postfix({k.split("/")[-1]: f"{known[k]:.3g}" for k in show if k in known}, refresh=False)
+            if known.get("verifier/own_unparsable") == 1:
+                self.warn(step, "finds no answer in the model's own responses: samples.jsonl says why (math, the "
+                          "default, needs </think>)")  # fmt: skip
+            if known.get("reward/teacher") == 0:
+                self.warn(step, "accepts none of the traces: do the gold answers fit it, or were the traces cut? "
+                          "samples.jsonl shows both; --verifier robust reads more spellings")  # fmt: skip
+            self.bar.set_postfix({k: f"{known[k]:.3g}" for k in show if k in known}, refresh=False)
             self.bar.update(step - self.bar.n)
         if values.get("verifier/error") == 1:
             raise RuntimeError(f"step {step}: --verifier failed on every answer; its first exception is printed above. "
                                "Fix the reward function and run the same command: the step is not saved")  # fmt: skip
+
+    def warn(self, step: int, what: str) -> None:
+        """Print a warning about the verifier, once."""
+        if what not in self.warned:
+            self.warned.add(what)
+            tqdm.write(f"WARNING: step {step}: --verifier {what}", file=sys.stderr)
 
     def samples(self, step: int, rows: list[dict]) -> None:
         """Texts worth reading, one object a line."""
@@ -89,7 +98,14 @@ class Metrics:
                 self.wandb.finish()
             for file in self.files.values():
                 file.close()
+            self.draw()
+            print(f"{self.out}: model, metrics.jsonl, samples.jsonl, curves.png")
+
+    def draw(self, every: float = 0.0) -> None:
+        """Draw curves.png, if the last one is older than `every` seconds."""
+        if self.world.main and time.monotonic() - self.drawn >= every:
             plot_curves({self.out.name: self.out}, None, self.out / "curves.png")
+            self.drawn = time.monotonic()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -141,6 +157,7 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
                     axis.plot(*zip(*points, strict=True), label=text, lw=1.3, marker="." if len(points) < 30 else "")
         axis.set_title(" and ".join(names) if len(names) < 3 else names[0].split("/")[0], fontsize=10)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if axis.lines and (len(names) > 1 or len(runs) > 1):
             axis.legend(fontsize=8)

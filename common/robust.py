@@ -43,13 +43,15 @@ JOINED_BOXES = re.compile(  # what stands between the boxes of a list
     r"(?s)(?=.*(?:[,;]|and|or))"
     r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
 )
+PLACEHOLDER = re.compile(r"(?i)[\s.…]*(?:\\text\s*\{)?(?:your |the )?(?:final )?(?:answer)?[\s.…}]*")  # of a box
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 ANSWER = r"(?:answers?|antwort|r[eé]sp(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
 IS = r"(?:[:：]|\b(?:(?:must|should|would) be|is|are|ist|lautet|est?|[èé])\b)(?![\s*_:$]*(?:not|nicht|pas)\b)"
 CHINESE = "(?:答案|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|(?<!不)应)选[:：]?|答えは|답은"
 PHRASE = re.compile(
-    rf"(?i)(?:\b{ANSWER}(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$]{{0,4}}(?:{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
+    rf"(?i)(?:\b{ANSWER}(?: (?:with)?in \\boxed\{{ *\}})?"
+    rf"(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$]{{0,4}}(?:{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
 )
 SENTENCE_END = re.compile(
     r"\n|[.!?](?=\s|$)|[。，]|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=|[^()\n]{0,40}\))|"
@@ -85,7 +87,7 @@ def find_answer(text: str) -> str | None:
     >>> find_answer(r"Hence $x=\boxed{1}$ or $x=\boxed{2}$."), find_answer("The answer is 7, since 6 + 1 = 7.")
     ('1, 2', '7')
     """
-    if found := [box for box in boxes(text) if claimed(text, box[0])]:
+    if found := [box for box in boxes(text) if claimed(text, box[0]) and not _echoed(text, *box)]:
         start, end, content = found.pop()
         joined = [content]
         while found and JOINED_BOXES.fullmatch(text, found[-1][1], start):
@@ -106,6 +108,12 @@ def find_answer(text: str) -> str | None:
         said = SENTENCE_END.split(text[phrase.end() :], maxsplit=1)[0]
         return "" if retracted(text, phrase.end()) else re.sub(r"\$|\*\*(?!\w)", "", said)
     return None
+
+
+def _echoed(text, start, end, content):
+    r"""Whether a box repeats the request for one: `put it within \boxed{}` holds no answer."""
+    around = text[max(0, start - 200) : start].rpartition("\n")[2] + text[end : end + 200].partition("\n")[0]
+    return PLACEHOLDER.fullmatch(content) and re.search("[A-Za-z]{2}", around)
 
 
 def _with_its_formula(text, start, end, content):
@@ -827,7 +835,7 @@ def robust(response: str, gold: str) -> bool:
     answer = find_answer(said if said.strip() else whole)
     answer = _last_line(said) if answer is None else answer
     if not answer.strip() or len(answer) > 4 * MAX_ANSWER:
-        raise NoAnswer(f"no answer in the response, or one of {len(answer)} characters")
+        raise NoAnswer(f"an answer of {len(answer)} characters" if answer.strip() else "no answer in the response")
     spelled, truth = spell(answer), spell(gold)
     if spelled and _key(spelled) in (_key(truth), *re.findall(r"^\(?([A-J])[).:] ?(?=.)", truth)):  # or its label
         return True

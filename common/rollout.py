@@ -27,7 +27,17 @@ from transformers.masking_utils import sdpa_mask
 
 from common.data import InputError, first_line, pack
 from common.logprobs import free_memory
-from common.trainer import Policy, World, distance, full_parameters, logit_form, max_positions, reshard, tolerance
+from common.trainer import (
+    Policy,
+    World,
+    distance,
+    full_parameters,
+    logit_form,
+    lost_peer,
+    max_positions,
+    reshard,
+    tolerance,
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,8 @@ class Sampler:
         sampling = replace(sampling, max_tokens=[limit] * len(prompts) if isinstance(limit, int) else limit)
         groups = [[None] * count for count in counts]  # filled in by _generate
         drawn = drawn or (lambda i, completions: None)
-        with tqdm(total=sum(counts), desc=progress, unit="answer", leave=False, disable=progress is None) as bar:
+        how = dict(unit="answer", delay=5, miniters=0, leave=False, disable=progress is None)
+        with tqdm(total=sum(counts), desc=progress, **how) as bar:
             self._generate(prompts, groups, keys, seed, sampling, bar, drawn)
         return groups
 
@@ -196,6 +207,8 @@ class EmbeddedSampler(Sampler):
         except (InputError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if lost_peer(error):
+                raise
             why = first_line(error)
         reshard(policy)
         policy.useful_share()  # reset: it counts the updates only
@@ -259,6 +272,8 @@ class EmbeddedSampler(Sampler):
         stop_ids = torch.cat([self.stop_ids, self.stop_ids.new_tensor(sampling.stop_ids)])
         form = logit_form(self.lm.config)
         for t in range(most):
+            bar.set_postfix_str(f"token {t + 1} of at most {most}", refresh=False)
+            bar.update(0)
             u = uniforms[live, t] if uniforms is not None else None
             token, logp = draw(change_logits(self._logits(hidden), **form), u, sampling)
             drawn[live, t], logps[live, t] = token, logp

@@ -189,8 +189,9 @@ class Run:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
         self.lock = lock(self.out, self.world)
         if self.world.main:
+            resumes = f"; {self.out} resumes after step {self.start}" if self.start else ""
             print(f"{source}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size} "
-                  f"({self.steps / per_epoch:.3g} epochs)")  # fmt: skip
+                  f"({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as
@@ -310,6 +311,7 @@ class Run:
             # for an export of the checkpoint
             state |= {"template": self.tokenizer.chat_template, "tokenizer": self.tokenizer.name_or_path}
             self.checkpoints.save(self.step, self.pairs, self.world, **state)
+            self.metrics.draw(every=60)
 
     def finish(self, sampler) -> None:
         """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler."""
@@ -437,7 +439,7 @@ class Row:
         """The row as a dictionary for samples.jsonl."""
         return {
             "who": "teacher" if self.teacher else "own", "reward": self.reward if self.status else None,
-            "detail": self.detail, "advantage": self.advantage, "gold": self.example.gold,
+            "detail": self.detail, "truncated": self.truncated, "advantage": self.advantage, "gold": self.example.gold,
             "prompt": self.example.text, "response": tokenizer.decode(self.response),
         }  # fmt: skip
 
@@ -468,7 +470,7 @@ def sample_rows(
     sampler.generate(
         [batch[g].prompt for g in mine], n=[counts[g] for g in mine], keys=[batch[g].index for g in mine], seed=seed,
         sampling=Sampling(args.max_response_tokens, args.temperature if temperature is None else temperature, top_p),
-        drawn=drawn, progress="sample" if world.main and args.max_response_tokens > 1000 else None,
+        drawn=drawn, progress="sample" if world.main else None,
     )  # fmt: skip
     return [row for group in groups for row in group]
 
@@ -640,6 +642,7 @@ def describe(rows: list[Row]) -> dict[str, float | None]:
         "group/solve_none": mean(max(g) <= 0 for g in solved.values()),
         "length/own": mean(len(r.response) for r in own), "length/teacher": mean(len(r.response) for r in teacher),
         "length/truncated": mean(r.truncated for r in own),
+        "verifier/own_unparsable": mean(r.status == "unparsable" for r in own),
     } | {f"verifier/{s}": mean(r.status == s for r in graded) for s in ("ok", "timeout", "error", "unparsable")}
 
 
@@ -655,7 +658,8 @@ def micro_batches(rows: list, args, world: World, sequences=lambda row: [(row.pr
     sequences(row): its (prompt, response) pairs, which stay in one micro-batch. The same rows are split alike."""
     parts = [sequences(row) for row in rows]
     lengths = [sum(len(prompt) + len(response) - 1 for prompt, response in part) for part in parts]
-    for by_rank in plan_micro_batches(lengths, world.size, args.micro_batch_tokens):
+    plan = plan_micro_batches(lengths, world.size, args.micro_batch_tokens)
+    for by_rank in tqdm(plan, desc="micro-batches", delay=5, leave=False, disable=not world.main):
         mine = by_rank[world.rank]
         yield pack([pair for i in mine for pair in parts[i]], world.device), [rows[i] for i in mine]
 

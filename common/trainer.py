@@ -187,6 +187,11 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
     return values
 
 
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed, as it does on all ranks when one of them has died."""
+    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
+
+
 class Totals:
     """Metrics by name, summed over micro-batches and ranks: `add` in each micro-batch, then `reduce` once. They stay on
     the device until then, so that no micro-batch waits for the one before."""
@@ -316,7 +321,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "-
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise many types here; all mean: no tokenizer
-        raise InputError(f"{flag} {path}: no tokenizer there ({first_line(error)})") from error
+        if (path[:1] in ("/", ".", "~") or path.count("/") > 1) and not Path(path).exists():
+            raise InputError(f"{flag} {path}: no such folder") from error
+        inside = [str(folder) for name in ("model", "best") if (folder := Path(path, name)).is_dir()]
+        hint = f"; it is a run folder: name {' or '.join(inside)}" if inside else ""
+        raise InputError(f"{flag} {path}: no tokenizer there ({first_line(error)}){hint}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{flag} {path}: the tokenizer has no eos token; set one in tokenizer_config.json")
     return tokenizer
@@ -356,6 +365,7 @@ def load_policy(
             edit_config(config)
         _check_config(config, flag, kind)
         _prepare_config(config)
+        saved_dtype = config.dtype or torch.float32  # what export writes; to build a model changes the configuration's
         has_value_head = any(name in str(config.architectures) for name in VALUE_HEADS)
         if kind is ValueModel and not (has_value_head or new_head or from_config):
             raise InputError(f"{flag}: no trained value head there: {config.architectures}; --stage oreo trains one")
@@ -390,7 +400,7 @@ def load_policy(
     rows = len(lm.get_input_embeddings().weight)
     if lm.get_decoder() in (lm, head) or (head is not None and len(head.weight) != rows):
         raise InputError(f"{flag}: {type(lm).__name__} is not supported: no decoder in it, or fewer rows out than in")
-    lm.saved_dtype = config.dtype or torch.float32  # what export writes
+    lm.saved_dtype = saved_dtype
     if lora:
         _add_lora(lm, lora, seed)
     if kind is ValueModel:
@@ -504,6 +514,8 @@ def prove(model, flag: str) -> None:
     except NotImplementedError as error:  # raised by packed_attention or packed_mask
         why = first_line(error)
     except Exception as error:
+        if lost_peer(error):
+            raise
         why = f"{OWN_ATTENTION} ({first_line(error)})"
     finally:
         reshard(model)

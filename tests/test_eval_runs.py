@@ -361,12 +361,18 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
         (dict(temperature=-1), "--temperature must be 0 or more"),
         (dict(max_tokens=5000), "--max_tokens .* or less fits"), (dict(stop_tokens=("<|im_end|>",)), "--stop_tokens"),
         (dict(buckets="nowhere"), "nowhere: no evaluation there"),
+        (dict(buckets="training"), "training: a training run, not an evaluation"),
         (dict(template="no-such"), "--template no-such"),
         (dict(search="beam", value="no/such"), "no/such: no model there"),
         (dict(template="qwen", chat_template_args=("a=1",)), "--chat_template_args are for --template own, not qwen"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_work_are_refused(data, tmp_path, settings, message):
+def test_settings_that_cannot_work_are_refused(data, tmp_path, monkeypatch, settings, message):
+    if settings.get("buckets") == "training":
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "training").mkdir()
+        (tmp_path / "training" / "args.json").write_text("{}")
+        (tmp_path / "training" / "samples.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(InputError, match=message):
         evaluation.main(args(data, tmp_path, **settings))
 

@@ -244,6 +244,16 @@ def test_rejection_trains_on_right_answers_alone(tmp_path):
     assert [row.reward for unit in units for row in unit] == [1.0]
 
 
+def test_own_answers_in_which_the_verifier_finds_nothing_are_said_once(tmp_path, capsys):
+    metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
+    rows = [luffy.Row([1], [1], 0, status="unparsable"), luffy.Row([1], [1], 0, True, reward=1.0, status="ok")]
+    for step in (1, 2):
+        metrics.log(step, luffy.describe(rows), [])
+    assert capsys.readouterr().err.count("--verifier finds no answer in the model's own responses") == 1
+    metrics.log(3, luffy.describe([*rows, luffy.Row([1], [1], 0, status="ok")]), [])
+    assert read_metrics(tmp_path)[-1]["verifier/own_unparsable"] == 0.5
+
+
 def test_traces_that_the_verifier_all_refuses_are_said_once_and_lengths_have_panels_of_their_own(tmp_path, capsys):
     metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
     for step in (1, 2):

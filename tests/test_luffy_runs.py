@@ -46,7 +46,7 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
     for name in ("args.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
         assert (tmp_path / "run" / name).exists()
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
-    assert {"step", "who", "reward", "detail", "advantage", "gold", "prompt", "response"} == sample.keys()
+    assert {"step", "who", "reward", "detail", "truncated", "advantage", "gold", "prompt", "response"} == sample.keys()
     assert (sample["reward"] is None) == (method == "sft")  # nobody has graded it
 
 

@@ -82,6 +82,13 @@ def test_a_last_box_that_stays_open_or_a_doubt_is_no_answer():
     assert [v.reward for v in grade(texts, ["42"] * 3, verifier="robust")] == [0, 0, 0]
 
 
+def test_a_box_without_an_answer_in_a_sentence_repeats_the_request():
+    echoes = [r"To put it within \boxed{}, add. The final answer is 3.", r"\boxed{3}, which puts it within \boxed{}.",
+              r"The final answer within \boxed{} is 3.", r"\boxed{answer}: the answer is 3"]
+    assert [v.reward for v in grade(echoes, ["3"] * 4, verifier="robust")] == [1] * 4
+    assert grade(["\\boxed{3}\n\\boxed{}"], ["3"], verifier="robust")[0].reward == 0
+
+
 @pytest.mark.parametrize(
     "text, gold",
     [

@@ -498,6 +498,8 @@ def test_an_exported_checkpoint_is_asked_and_stops_as_the_runs_model_and_replace
     base, out = tmp_path / "base", tmp_path / "exported"
     shutil.copytree("models/tiny", base)
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "pad_token_id": 0}))
+    config = json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
     template = base / "own.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}<think>\n")
     words = ["--model", str(base), "--chat_template", str(template), "--steps", "1", "--save_every", "1"]
@@ -507,6 +509,7 @@ def test_an_exported_checkpoint_is_asked_and_stops_as_the_runs_model_and_replace
     for folder in (tmp_path / "run" / "model", out):
         assert load_tokenizer(str(folder)).chat_template.startswith("{% for m in messages %}{{ m.content }}")
         assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, 2]
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("precious")
@@ -611,6 +614,26 @@ def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
     assert value(pairs).abs().max() == 0
     export(value, tokenizer, tmp_path / "value", world)
     load_policy(str(tmp_path / "value"), world, kind=trainer.ValueModel)
+
+
+def test_a_peer_that_died_is_not_reported_as_a_model_that_is_not_supported(policy, monkeypatch):
+    def lost(*_, **__):
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:537] Connection reset by peer")
+
+    monkeypatch.setattr(policy, "forward", lost)
+    with pytest.raises(RuntimeError, match="reset by peer"):
+        trainer.prove(policy, "--model m")
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    with pytest.raises(RuntimeError, match="reset by peer"):
+        sampler.sync(policy, version=0)
+
+
+def test_a_path_that_is_no_model_folder_is_named_with_what_to_name_instead(tmp_path):
+    with pytest.raises(InputError, match=f"--model {tmp_path}/typo: no such folder"):
+        load_tokenizer(f"{tmp_path}/typo")
+    shutil.copytree("models/tiny", tmp_path / "run" / "model")
+    with pytest.raises(InputError, match=f"it is a run folder: name {tmp_path}/run/model"):
+        load_tokenizer(f"{tmp_path}/run")
 
 
 def test_a_model_is_saved_in_the_dtype_that_it_was_loaded_from(policy, world, tmp_path):
