@@ -116,7 +116,7 @@ class Args(RunArgs):
     pairs_per_question: Positive[int] = 6  # dpo: pairs to draw per question (published: 6; 7B: 10; ALFWorld: 5)
     epochs: Positive[float] = 1.0  # Passes over the rows if --steps is 0 (published: 1; sft: 3)
     batch_size: Positive[int] = 128  # Rows (dpo: pairs) per update; collect: problems to sample at once
-    sft_rows_per_mean: NotNegative[int] = 8  # sft, rejection: average token means of blocks of this many rows; 0: one
+    sft_rows_per_mean: NotNegative[int] = 8  # sft, rejection: average token means of blocks of this many rows (0: all)
     lr: NotNegative[float] = 5e-6  # Peak learning rate of AdamW (published: sft 2e-5, dpo 5e-7, kto 5e-8)
     value_lr: NotNegative[float] = 5e-6  # Peak learning rate of the value model's AdamW (published; 7B: 1e-4)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # Learning rate after the warm-up

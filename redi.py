@@ -265,8 +265,7 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> dict[st
 def reference_logps(policy, pairs: list[Pair], args: Args, world) -> list[list[float]]:
     """Return the sums of log-probs of each pair's traces, [P][2], under the policy as it is."""
     sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=world.device)
-    steps = micro_batches(range(len(pairs)), args, world, sequences=lambda i: pairs[i].sequences)
-    for batch, mine in tqdm(steps, desc="reference", unit="micro-batch", leave=False, disable=not world.main):
+    for batch, mine in micro_batches(range(len(pairs)), args, world, sequences=lambda i: pairs[i].sequences):
         sums[mine] = sum_by_trace(policy(batch), batch, [pairs[i] for i in mine])
     return sum_over_ranks(sums, world).tolist()
 

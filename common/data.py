@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from inspect import signature
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -38,6 +39,11 @@ def first_line(error: Exception) -> str:
     lines = (str(error).strip() or type(error).__name__).splitlines()
     said = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
     return f"{said} is not known" if isinstance(error, KeyError) and " " not in said else said
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed, as it does on all ranks when one of them has died."""
+    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
 
 
 def check_verifier(name: str) -> None:

@@ -61,8 +61,8 @@ class Metrics:
             if self.wandb:
                 self.wandb.log(known, step=step)
             if known.get("verifier/own_unparsable") == 1:
-                self.warn(step, "finds no answer in the model's own responses: samples.jsonl says why (math, the "
-                          "default, needs </think>)")  # fmt: skip
+                self.warn(step, "reads none of the model's own answers, or not the golds: samples.jsonl says why "
+                          "(math, the default, needs </think>)")  # fmt: skip
             if known.get("reward/teacher") == 0:
                 self.warn(step, "accepts none of the traces: do the gold answers fit it, or were the traces cut? "
                           "samples.jsonl shows both; --verifier robust reads more spellings")  # fmt: skip
@@ -190,7 +190,8 @@ class Clock:
         if rank == "0":
             by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             found = profiler.key_averages()
-            acts = ", ".join(f"{e.key} {e.cpu_time_total / 1e6:.3f} s" for e in found if e.key in self.acts)
+            seconds = {e.key: e.cpu_time_total / 1e6 for e in found if e.cpu_time_total}  # CUDA's copies have none
+            acts = ", ".join(f"{act} {seconds[act]:.3f} s" for act in sorted(self.acts & seconds.keys()))
             table = found.table(sort_by=by, row_limit=15, max_name_column_width=50)
             tqdm.write(f"\n{path}: {acts}\n{table}")
 

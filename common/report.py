@@ -24,14 +24,14 @@ def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, 
     path = Path(folder)
     if not (path / "args.json").is_file() or not (path / "samples.jsonl").is_file():
         raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
-    try:
-        records = read_records(path / "samples.jsonl")
-    except KeyError as error:
-        raise InputError(f"{folder}: a training run, not an evaluation: run eval.py on its model first") from error
+    settings = json.loads((path / "args.json").read_text())
+    if "questions_digest" not in settings:
+        raise InputError(f"{folder}: a training run, not an evaluation: run eval.py on its model first")
+    records = read_records(path / "samples.jsonl")
     if verifier and any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
         raise InputError(f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier "
                          f"{verifier} (nothing is sampled twice), or name another with --verifier")  # fmt: skip
-    return json.loads((path / "args.json").read_text()), records
+    return settings, records
 
 
 def rewards_of(record: dict, verifier: str) -> list[float]:

@@ -43,7 +43,7 @@ JOINED_BOXES = re.compile(  # what stands between the boxes of a list
     r"(?s)(?=.*(?:[,;]|and|or))"
     r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
 )
-PLACEHOLDER = re.compile(r"(?i)[\s.…]*(?:\\text\s*\{)?(?:your |the )?(?:final )?(?:answer)?[\s.…}]*")  # of a box
+PLACEHOLDER = re.compile(r"(?i)[\s.…]*+(?:\\text\s*\{)?(?:your |the )?(?:final )?(?:answer)?[\s.…}]*")  # of a box
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 ANSWER = r"(?:answers?|antwort|r[eé]sp(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
@@ -171,7 +171,8 @@ def _chosen(text):
     marks = [(m.end(), text[m.end() :][:300].partition("\n")[0], True) for m in [*CHOICE.finditer(text)][-50:]
              if claimed(text, m.start())]
     marks += [(m.end(), m[1], False) for m in [*CORRECT.finditer(text)][-50:]]
-    marks += [(end, find_answer(text) or "", False) for _, end, _ in boxes(text)[-1:]]
+    filled = [box for box in boxes(text) if not _echoed(text, *box)]
+    marks += [(end, find_answer(text) or "", False) for _, end, _ in filled[-1:]]
     if marks and retracted(text, max(marks)[0]):
         return ""
     labels = [choice_label(said, sentence=sentence) for _, said, sentence in sorted(marks)]

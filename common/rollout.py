@@ -13,6 +13,7 @@ a million in float32. In bf16 batches of different shape round differently, and 
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,19 +26,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common.data import InputError, first_line, pack
+from common.data import InputError, first_line, lost_peer, pack
 from common.logprobs import free_memory
-from common.trainer import (
-    Policy,
-    World,
-    distance,
-    full_parameters,
-    logit_form,
-    lost_peer,
-    max_positions,
-    reshard,
-    tolerance,
-)
+from common.trainer import Policy, World, distance, full_parameters, logit_form, max_positions, reshard, tolerance
 
 
 @dataclass(frozen=True)
@@ -102,8 +93,8 @@ class Sampler:
         sampling = replace(sampling, max_tokens=[limit] * len(prompts) if isinstance(limit, int) else limit)
         groups = [[None] * count for count in counts]  # filled in by _generate
         drawn = drawn or (lambda i, completions: None)
-        how = dict(unit="answer", delay=5, miniters=0, leave=False, disable=progress is None)
-        with tqdm(total=sum(counts), desc=progress, **how) as bar:
+        how = dict(unit="answer", leave=False, delay=5, miniters=0, disable=progress is None)
+        with tqdm(total=sum(counts), desc=progress, mininterval=0.1 if sys.stderr.isatty() else 60, **how) as bar:
             self._generate(prompts, groups, keys, seed, sampling, bar, drawn)
         return groups
 

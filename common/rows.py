@@ -379,8 +379,10 @@ def turn_end(tokenizer) -> tuple[int | None, list[int]]:
     mark of the next user turn follows. If it is one token, it ends an answer too, as the published stop string does."""
     turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
     talk = [{"role": role, "content": content} for role, content in turns]
-    render_prompt(tokenizer, talk[:1])  # without a template it raises an error that names the flag
-    shown, more = (tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
+    try:
+        shown, more = (tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
+    except (jinja2.TemplateError, TypeError, ValueError):  # no template, or one that refuses these turns
+        return tokenizer.eos_token_id, [tokenizer.eos_token_id]
     closing, user_mark = shown.rpartition("answer")[2], more[len(shown) :].partition("question")[0]
     if tokenizer.eos_token in closing:
         return tokenizer.eos_token_id, [tokenizer.eos_token_id]

@@ -447,11 +447,8 @@ class Row:
 def trace_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
     """Rows with the traces of the questions `mine` of a batch: counts[g] of question g, one of each if None."""
     copies = counts or [1] * len(batch)
-    rows = []
-    for g in mine:
-        e = batch[g]
-        rows += [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for _ in range(copies[g])]
-    return rows
+    chosen = [(g, batch[g]) for g in mine for _ in range(copies[g])]
+    return [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for g, e in chosen]
 
 
 def sample_rows(
@@ -659,7 +656,7 @@ def micro_batches(rows: list, args, world: World, sequences=lambda row: [(row.pr
     parts = [sequences(row) for row in rows]
     lengths = [sum(len(prompt) + len(response) - 1 for prompt, response in part) for part in parts]
     plan = plan_micro_batches(lengths, world.size, args.micro_batch_tokens)
-    for by_rank in tqdm(plan, desc="micro-batches", delay=5, leave=False, disable=not world.main):
+    for by_rank in tqdm(plan, desc="micro-batches", delay=5, leave=False, disable=None if world.main else True):
         mine = by_rank[world.rank]
         yield pack([pair for i in mine for pair in parts[i]], world.device), [rows[i] for i in mine]
 

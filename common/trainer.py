@@ -45,7 +45,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from common.data import InputError, TokenBatch, first_line, pack, read
+from common.data import InputError, TokenBatch, first_line, lost_peer, pack, read
 from common.logprobs import free_memory, linear_kl, linear_logprobs
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -68,10 +68,8 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
         chosen = selected[flag] = getattr(reader.parse_known_args(argv)[0], flag)
         values |= {flag: chosen} if chosen in table else {}
         for name, value in table.get(chosen, {}).items():
-            if isinstance(value, dict):  # name: an earlier flag, whose value chooses
-                values |= value.get(selected[name], {})
-            else:
-                values[name] = value
+            # nested: `name` is an earlier flag, and its value chooses
+            values |= value.get(selected[name], {}) if isinstance(value, dict) else {name: value}
     script = sys.modules["__main__"]
     title, spec = (script.__doc__ or "").partition("\n")[0], script.__spec__  # spec: of `python -m tools.NAME`
     about = f"{title} --print_settings prints the settings that a command means, and exits."
@@ -185,11 +183,6 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
         dist.all_reduce(on_device)
         values.copy_(on_device)
     return values
-
-
-def lost_peer(error: Exception) -> bool:
-    """Whether a collective failed, as it does on all ranks when one of them has died."""
-    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
 
 
 class Totals:
@@ -321,7 +314,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "-
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise many types here; all mean: no tokenizer
-        if (path[:1] in ("/", ".", "~") or path.count("/") > 1) and not Path(path).exists():
+        local = path[:1] in ("/", ".", "~") or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
+        if local and not Path(path).exists():
             raise InputError(f"{flag} {path}: no such folder") from error
         inside = [str(folder) for name in ("model", "best") if (folder := Path(path, name)).is_dir()]
         hint = f"; it is a run folder: name {' or '.join(inside)}" if inside else ""
@@ -550,6 +544,7 @@ def read_config(path: str, *, trust_remote_code: bool = False, **labels) -> PreT
     if theirs.get("model_type") != "minicpm":
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **labels)
     hidden, layers, heads = (theirs[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    theirs["dtype"] = theirs.get("dtype") or theirs.get("torch_dtype")  # its older name
     known = GraniteConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     return GraniteConfig(
         **{name: value for name, value in theirs.items() if name in known}, **labels,

@@ -32,7 +32,7 @@ ATTACKS = [
 def write_run(folder, rights, *, text="So it is {answer}.", benchmark="math", n=2, **settings):
     """An evaluation as eval.py leaves it: question i has rights[i] right answers of n."""
     folder.mkdir()
-    settings = {"model": "m", "verifier": ["full"], "temperature": 0.6} | settings
+    settings = {"model": "m", "verifier": ["full"], "temperature": 0.6, "questions_digest": ""} | settings
     (folder / "args.json").write_text(json.dumps(settings))
     with open(folder / "samples.jsonl", "w") as file:
         for i, right in enumerate(rights):

@@ -190,7 +190,7 @@ def test_the_version_of_a_grader_is_that_of_all_its_code(tmp_path, monkeypatch):
 
 def test_an_evaluation_with_one_answer_that_was_not_graded_is_refused(tmp_path):
     answers = [{"text": "", "verdicts": {"boxed": [1, "ok"]}}, {"text": ""}]
-    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "args.json").write_text('{"questions_digest": ""}')
     (tmp_path / "samples.jsonl").write_text(json.dumps({"id": "q", "answers": answers}) + "\n")
     with pytest.raises(InputError, match="answers without a verdict of boxed"):
         report.load_run(str(tmp_path), "boxed")
@@ -249,9 +249,21 @@ def test_own_answers_in_which_the_verifier_finds_nothing_are_said_once(tmp_path,
     rows = [luffy.Row([1], [1], 0, status="unparsable"), luffy.Row([1], [1], 0, True, reward=1.0, status="ok")]
     for step in (1, 2):
         metrics.log(step, luffy.describe(rows), [])
-    assert capsys.readouterr().err.count("--verifier finds no answer in the model's own responses") == 1
+    assert capsys.readouterr().err.count("--verifier reads none of the model's own answers") == 1
     metrics.log(3, luffy.describe([*rows, luffy.Row([1], [1], 0, status="ok")]), [])
     assert read_metrics(tmp_path)[-1]["verifier/own_unparsable"] == 0.5
+
+
+def test_curves_are_drawn_while_a_run_goes_on_at_most_every_so_often(tmp_path):
+    metrics, curves = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3), tmp_path / "curves.png"
+    metrics.log(1, {"eval/mean": 0.5}, [])
+    metrics.draw(every=60)
+    assert not curves.exists()
+    metrics.drawn -= 61
+    metrics.draw(every=60)
+    curves.unlink()
+    metrics.draw(every=60)
+    assert not curves.exists()
 
 
 def test_traces_that_the_verifier_all_refuses_are_said_once_and_lengths_have_panels_of_their_own(tmp_path, capsys):

@@ -56,7 +56,7 @@ HUGE = [
     "answer is " * 5000, r"\boxed{5\text{ km}^{99999999}}", "<answer>" * 8000, "答案" * 30_000, "\n" * 65_000 + "5",
     r"\boxed{5}" + "\n" * 60_000 + "wait", "answer is 7" + ". but it " * 8000 + "not", "answer to " * 6500,
     r"\boxed{5}. Wait, let me check" + " correct" * 8000 + " so", "if the " * 9000 + "answer is 42.",
-    "He a" + " 1 a" * 16_000 + ".",
+    "He a" + " 1 a" * 16_000 + ".", r"put it in \boxed{" + "." * 60_000 + "x}",
     "answer is " + "a, " * 20_000 + ")", "is 5 a" + " b" * 30_000, "option a" + " b" * 30_000, "abc " * 16_000 + ".",
 ]  # fmt: skip
 
@@ -86,6 +86,8 @@ def test_a_box_without_an_answer_in_a_sentence_repeats_the_request():
     echoes = [r"To put it within \boxed{}, add. The final answer is 3.", r"\boxed{3}, which puts it within \boxed{}.",
               r"The final answer within \boxed{} is 3.", r"\boxed{answer}: the answer is 3"]
     assert [v.reward for v in grade(echoes, ["3"] * 4, verifier="robust")] == [1] * 4
+    choice = "My first box was \\boxed{A}.\nThe answer is B.\nI was told to put it into \\boxed{}."
+    assert [v.reward for v in grade([choice] * 2, ["A", "B"], verifier="robust")] == [0, 1]
     assert grade(["\\boxed{3}\n\\boxed{}"], ["3"], verifier="robust")[0].reward == 0
 
 

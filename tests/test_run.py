@@ -377,13 +377,13 @@ def test_a_reward_of_a_users_verifier_is_taken_as_it_is(monkeypatch):
 
 
 def test_the_last_step_has_a_checkpoint_too(tmp_path, world):
-    mine, saved = planned(tmp_path, save_every=2, steps=3), []
+    mine, saved, drawn = planned(tmp_path, save_every=2, steps=3), [], []
     mine.checkpoints = SimpleNamespace(save=lambda step, *_, **__: saved.append(step))
-    mine.pairs, mine.metrics = {"policy": (None, None)}, SimpleNamespace(draw=lambda **_: None)
+    mine.pairs, mine.metrics = {"policy": (None, None)}, SimpleNamespace(draw=lambda every: drawn.append(every))
     mine.tokenizer = SimpleNamespace(chat_template="", name_or_path="")
     for _ in mine:
         mine.save()
-    assert saved == [2, 3]
+    assert saved == [2, 3] and drawn == [60, 60]  # curves too, at most once a minute
 
 
 def test_a_sampler_has_room_for_the_longest_prompt_with_the_longest_answer(policy, world, monkeypatch):

@@ -594,7 +594,7 @@ def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
     theirs = json.loads((tmp_path / "minicpm" / "config.json").read_text()) | {
         "model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "scale_emb": scale_emb,
         "scale_depth": scale_depth, "dim_model_base": base,
-        "auto_map": {"AutoConfig": "modeling_minicpm.MiniCPMConfig"},
+        "auto_map": {"AutoConfig": "modeling_minicpm.MiniCPMConfig"}, "dtype": None, "torch_dtype": "float64",
     }  # fmt: skip
     (tmp_path / "minicpm" / "config.json").write_text(json.dumps(theirs))
     llama = load_policy("x", world, from_config=config | {"tie_word_embeddings": False}, seed=5)
@@ -607,6 +607,7 @@ def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
                 p.mul_(scale_depth / 2**0.5)
     pairs = pack([([5, 6, 7], [8, 9, 10, 1]), ([11, 12], [13, 14])])
     ours = load_policy(str(tmp_path / "minicpm"), world)
+    assert ours.lm.saved_dtype == torch.float64
     torch.testing.assert_close(ours(pairs), llama(pairs), rtol=1e-4, atol=1e-4)
     export(ours, tokenizer, tmp_path / "granite", world)
     torch.testing.assert_close(load_policy(str(tmp_path / "granite"), world)(pairs), ours(pairs))
