@@ -320,8 +320,8 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
     """Return the records of all questions by id: those of samples.jsonl, and new ones for the others."""
     path, by_id = Path(args.out) / "samples.jsonl", {q.id: q for q in questions}
     done = read_records(path)
-    if world.main and done:
-        print(f"{args.out}: {len(done)} of {len(questions)} questions are answered already")
+    if world.main:
+        print(f"{args.out}: {len(questions)} questions, {sum(q.n for q in questions)} answers; {len(done)} questions done")
     if by_id.keys() <= done.keys():
         return {key: done[key] for key in by_id}
     policy, searches = load_policy(args.model, world), args.search != "none"
