@@ -321,7 +321,7 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
     path, by_id = Path(args.out) / "samples.jsonl", {q.id: q for q in questions}
     done = read_records(path)
     if world.main:
-        print(f"{args.out}: {len(questions)} questions, {sum(q.n for q in questions)} answers; {len(done)} questions done")
+        print(f"{args.out}: {len(done)} of {len(questions)} questions done; {sum(q.n for q in questions)} answers")
     if by_id.keys() <= done.keys():
         return {key: done[key] for key in by_id}
     policy, searches = load_policy(args.model, world), args.search != "none"
