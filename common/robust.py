@@ -22,7 +22,7 @@ from collections import Counter, namedtuple
 
 import sympy
 
-from common.verifiers import DOUBT, MAX_CHARS, NoAnswer, boxes, choice_label, claimed, retracted
+from common.verifiers import MAX_CHARS, NoAnswer, boxes, choice_label, claimed, retracted
 
 MAX_ANSWER = 400  # characters of an answer; longer ones are compared as text only
 MAX_DEPTH = 12  # nested brackets
@@ -46,7 +46,7 @@ JOINED_BOXES = re.compile(  # what stands between the boxes of a list
 PLACEHOLDER = re.compile(r"(?i)[\s.…]*+(?:\\text\s*\{)?(?:your |the )?(?:final )?(?:answer)?[\s.…}]*")  # of a box
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
-ANSWER = r"(?:answers?|antwort|r[eé]sp(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
+ANSWER = r"(?:answers?|antwort|r[eé]s?p(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
 IS = r"(?:[:：]|\b(?:(?:must|should|would) be|is|are|ist|lautet|est?|[èé])\b)(?![\s*_:$]*(?:not|nicht|pas)\b)"
 CHINESE = "(?:答案|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|(?<!不)应)选[:：]?|答えは|답은"
 PHRASE = re.compile(
@@ -132,33 +132,15 @@ def _with_its_formula(text, start, end, content):
     return content if left + right in ("", "{}", "()") or content[:1] == "=" else f"{left}({content}){right}"
 
 
-HEDGE = re.compile(
-    r"(?i)\\f?box|\b(?:if|when|for|about|around|approx\w*|roughly|answer|have|let|suppose|assum\w+|unless|but|not|than|more|"
-    r"less|fewer|times|base|minus|plus|out|half|twice|nobody|cannot|nicht|pas|non|não|hardly|wrong|incorrect|mistake|would|"
-    r"could|might|may|should|want\w*|start\w*|beg[aiu]n\w*|initial\w*|once|already|guess\w*|thinks?|thought|"
-    r"says?|said|claim\w*|hope\w*|fail\w*|refus\w*|recall|asked|whether|other|next|almost|nearly|least|most|too|"
-    rf"{DOUBT}|(?:by|from|over|under|above|below|within|until|up to|number|degree|step|equation|theorem|section|table|"
-    r"case|problem|question) [$]?\d\S*)\b|n't\b"
-)
-SAID = re.compile(  # an unmarked sentence with one number, or one after its only =
-    r"(?!.*\b(?:[Nn]o(?:ne)?|never|or|and|n?either)\b)(?:[^=,;]*=|[^\d=]*\b(?:is|are|equals|up with|comes to)\b|"
-    r"(?:(?:So|Thus|Hence|Therefore|Then|Finally|Altogether|In total|Overall),? )?"
-    r"(?:[Hh]e|[Ss]he|[Ii]t|[Tt]he(?:y|re|(?: (?!of )[a-z]+){1,2})|"
-    r"(?!(?:We|You|Now|Next|Since|To|The|With|Each|Every|Note|Using?)\b)[A-Z][a-z]+(?:'s [a-z]+)?) "
-    r"(?!(?:of|the|it|that|this|all|both|these|those|them|away|up|to|we|you|there)\b)[a-z]+[^\d=.?!]*(?<=[ $]))[ $]*(-?"
-    r"\d[\d,]*(?:\.\d+)?\b(?: (?!(?:left|in|per|every|each|from|at|on|an?|to|for|of|after|during|this)\b)[a-z]+)?)\$?"
-    r"(?:(?:,| [a-z]+\b)[^\d=.?!]*)?\."
+NOT_AN_ANSWER = re.compile(  # on a last line: a box, a condition, a hedge, or words behind the last number
+    r"(?i)\\f?box|\?|\b(?:answer|if|for|when|have|about|approx\w*|not)\b|\d[^\d]*(?<![\\a-z])(?!and\b)[a-z]{3}"
 )
 
 
 def _last_line(text):
-    """Return the answer that ends a last line without a mark; "" for a hedge or an unfinished thought or box."""
+    """Return the last line if it has no mark and is nothing but an answer, as `Thus x = 5.`; else ""."""
     line = re.sub(r"\*\*([^*]+)\*\*", r"\1", text.strip().rpartition("\n")[2])
-    if line[-1:].isalnum() and re.search(r"\b[a-z]+ [a-z]+ [a-z]+ ", line) or HEDGE.search(line) or "<think>" in text:
-        return ""
-    if said := SAID.fullmatch(line):
-        return said[1]
-    return "" if re.search(r"\d[^\d]*(?<![\\A-Za-z])[A-Za-z]{3}", line) else line
+    return "" if "<think>" in text or NOT_AN_ANSWER.search(line) else line
 
 
 CHOICE = re.compile(
