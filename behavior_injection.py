@@ -46,7 +46,7 @@ import igsm
 from common.data import InputError, batch_indices, tokens_of_means
 from common.metrics import plot_curves
 from common.report import table
-from common.rows import load_rows, read_examples, read_row, set_template
+from common.rows import in_words, load_rows, read_examples, read_row, set_template
 from common.run import (
     Grader,
     NotNegative,
@@ -522,7 +522,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
         examples, left_out = read_set(name, tokenizer, args, traces="ignored")
         examples = examples[: args.eval_limit or None]
         if world.main:
-            print(f"{args.out}/data/{name}.jsonl: {left_out}; {len(examples)} are asked")
+            print(f"{args.out}/data/{name}.jsonl: {in_words(left_out, args)}; {len(examples)} are asked")
         asked = read_questions(f"{args.out}/data/{name}.jsonl", args)
         mine, counts = range(world.rank, len(examples), world.size), [1] * len(examples)
         rows = {}  # by temperature

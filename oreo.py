@@ -50,7 +50,7 @@ from torch import Tensor
 from common.checkpoints import Checkpoints, changed_settings, digest_of
 from common.data import InputError, batch_indices, token_scales
 from common.metrics import plot_curves
-from common.rows import held_out_examples, read_examples, read_traces
+from common.rows import held_out_examples, in_words, read_examples, read_traces
 from common.run import (
     Betas,
     NotNegative,
@@ -601,7 +601,8 @@ def collect(args: Args) -> str:
         write_lines(out / "rows.jsonl", rows)
         statuses = Counter(answer["status"] for mine in answers for answer in mine)
         right = sum(row["reward"] * args.reward_scale + args.reward_shift > 0 for row in rows)
-        print(f"{' '.join(args.data)}: {left_out}; {len(rows)} answers, {right} right; sampled: {dict(statuses)}")
+        print(f"{' '.join(args.data)}: {in_words(left_out, args)}; {len(rows)} answers, {right} right; "
+              f"sampled: {dict(statuses)}")  # fmt: skip
     gather_lists([], world)  # no rank reads the file before it is there
     return str(out / "rows.jsonl")
 

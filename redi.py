@@ -375,7 +375,7 @@ def main(args: Args) -> None:
     tokenizer = open_tokenizer(args.model, args)
     pairs, left_out = make_pairs(list(read_rows(args)), tokenizer, args, source=args.data, progress=world.main)
     if args.stage == "redi":
-        left_out["of these pairs"] = sum(len(p.sequences) == 2 for p in pairs)
+        left_out["pairs"] = sum(len(p.sequences) == 2 for p in pairs)
     check_pairs(pairs, args)
     run.plan(
         pairs, held_out_examples(tokenizer, args), left_out, key=lambda p: (p.prompt, p.chosen, p.rejected, p.weight),

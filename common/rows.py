@@ -318,14 +318,23 @@ def warn_unknown(source: str, unknown: int, prompts: int) -> None:
 
 
 LEFT_OUT = {  # counts of rows and traces that are left out, in words
+    "gold_missing": "without a gold answer",
     "prompt_too_long": "prompts over --max_prompt_tokens {max_prompt_tokens}",
     "trace_too_long": "traces over --max_response_tokens {max_response_tokens}",
     "response_too_long": "responses over --max_response_tokens {max_response_tokens} "
     "or --max_row_tokens {max_row_tokens}",
     "trace_empty": "empty traces",
     "traces_equal": "pairs of equal traces",
+    "row_too_long": "over --max_row_tokens {max_row_tokens}",
     "wrong_only": "incorrect traces alone",
 }
+
+
+def in_words(count: dict[str, int], args) -> str:
+    """Counts of rows as text: 960 of 1000 rows (30 prompts over --max_prompt_tokens 1024, 10 empty traces)."""
+    names = [name for name, n in count.items() if n and name not in ("rows", "kept")]
+    why = ", ".join(f"{count[name]} {LEFT_OUT.get(name, name)}".format(**vars(args)) for name in names)
+    return f"{count.get('kept', 0)} of {count['rows']} rows" + (f" ({why})" if why else "")
 
 
 def with_kept(found: list, count: dict[str, int], source: str, args) -> dict[str, int]:
@@ -333,8 +342,7 @@ def with_kept(found: list, count: dict[str, int], source: str, args) -> dict[str
     if not count["rows"]:
         raise InputError(f"{source}: no rows")
     if not found:
-        why = ", ".join(f"{n} {LEFT_OUT[name]}".format(**vars(args)) for name, n in count.items() if name in LEFT_OUT)
-        raise InputError(f"{source}: no row is left of {count['rows']} ({why})")
+        raise InputError(f"{source}: no row is left: {in_words(count, args)}")
     return count | {"kept": len(found)}
 
 
@@ -485,20 +493,23 @@ def make_examples(
     """Rows to examples, and a count of what was left out and why. The trace is the first correct one of the row.
 
     traces:       "needed" (a row must have one) or "ignored" (on-policy methods, evaluation).
-    golds:        a row must have a gold answer.
+    golds:        rows without a gold answer are left out.
     empty_trace:  "error", "drop" the row, or "on_policy": keep the question without a teacher row.
     long_trace:   what becomes of a trace (eos included) over args.max_response_tokens. "reject" the row; "drop" the
                   trace; "cut" it, which loses the eos and the answer; "end": cut it, with an eos as its last token.
     reshape:      (item, row) -> item, for a method that asks a question in its own way.
     Raises InputError naming `source`, the row and the field."""
     examples: list[Example] = []
-    count = {"rows": len(rows), "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0}
+    count = {"rows": len(rows), "gold_missing": 0, "prompt_too_long": 0, "trace_too_long": 0, "trace_empty": 0}
 
-    def read(row: dict, where: str) -> tuple[Item, Trace | None]:
+    def read(row: dict, where: str) -> tuple[Item, Trace | None] | None:
         item = read_row(row, where)
         item = reshape(item, row) if reshape else item
-        if golds:
-            check_gold(item, row, where)
+        if golds and not item.gold:
+            count["gold_missing"] += 1
+            if count["gold_missing"] == len(rows):
+                check_gold(item, row, f"{source}, all {len(rows)} rows")
+            return None
         return item, item.first(correct=True) if traces == "needed" else None
 
     for index, item, text, prompt, ids in encode(rows, tokenizer, read, source=source, progress=progress):
@@ -554,15 +565,14 @@ def read_examples(source: str, tokenizer, args, *, split: str, limit: int = 0, *
 
 
 def held_out_examples(tokenizer, args, **options) -> list[Example]:
-    """The examples of --eval_data; rank 0 says how many prompts are too long. `options`: those of `make_examples`."""
+    """The examples of --eval_data; rank 0 says how many are left out. `options`: those of `make_examples`."""
     options |= dict(split="test", limit=args.eval_limit, traces="ignored")
     found = []
     for source in args.eval_data:
         examples, count = read_examples(source, tokenizer, args, **options)
         found += examples
-        if count["prompt_too_long"] and os.environ.get("RANK", "0") == "0":
-            print(f"--eval_data {source}: {count['prompt_too_long']} of {count['rows']} prompts are over "
-                  f"--max_prompt_tokens {args.max_prompt_tokens} and left out", file=sys.stderr)  # fmt: skip
+        if count["kept"] < count["rows"] and os.environ.get("RANK", "0") == "0":
+            print(f"--eval_data {source}: {in_words(count, args)}", file=sys.stderr)
     return found
 
 

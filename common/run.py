@@ -37,7 +37,7 @@ from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
 from common.metrics import Clock, Metrics, complete_lines, peak_memory_gb, read_metrics, write_whole
 from common.rollout import Sampler, Sampling, make_sampler
-from common.rows import Example, data_digest, report_golds, set_template
+from common.rows import Example, data_digest, in_words, report_golds, set_template
 from common.trainer import (
     Totals,
     World,
@@ -190,8 +190,8 @@ class Run:
         self.lock = lock(self.out, self.world)
         if self.world.main:
             resumes = f"; {self.out} resumes after step {self.start}" if self.start else ""
-            print(f"{source}: {left_out}; {len(held_out)} held-out; {self.steps} steps of {args.batch_size} "
-                  f"({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
+            print(f"{source}: {in_words(left_out, args)}; {len(held_out)} held-out; {self.steps} steps of "
+                  f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as

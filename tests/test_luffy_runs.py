@@ -72,7 +72,7 @@ def test_what_was_printed_reaches_a_file_when_a_run_fails(tmp_path):
     failed = run_script("luffy.py", "--preset", "tiny", *words, "--max_mismatch", "1e-12", "--steps", "1",
                         "--eval_every", "0", "--out", tmp_path / "run", check=False)  # fmt: skip
     assert failed.returncode and "max_mismatch" in failed.stderr
-    assert "trace_too_long" in failed.stdout
+    assert "traces over --max_response_tokens 4" in failed.stdout
 
 
 def test_attention_pads_little_and_the_metrics_say_how_much(tmp_path):
@@ -183,8 +183,8 @@ def write(path, rows):
         (["--teacher_rows", "4"], "--teacher_rows 4 must be from 0 to 3, under --group_size"),
         (["--model", "no/such/model"], "--model no/such/model"),
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
-        (["--max_prompt_tokens", "3"], "no row is left of 40"),
-        (["--max_response_tokens", "3"], "no row is left of 40 .*40 traces over"),
+        (["--max_prompt_tokens", "3"], "no row is left: 0 of 40 rows"),
+        (["--max_response_tokens", "3"], "no row is left: 0 of 40 rows .*40 traces over"),
         (["--steps", "-1"], "--steps must be 0 or more and finite, not -1"),
         (["--temperature", "0"], "--temperature must be positive"),
         (["--keep", "-1"], "--keep must be positive"),
@@ -207,7 +207,7 @@ def test_traces_alone_need_no_golds(tmp_path):
     words = ["--data", write(tmp_path / "rows.jsonl", bare), "--steps", "1", "--eval_every", "0"]
     luffy.main(settings("--method", "sft", *words, "--out", str(tmp_path / "sft")))
     assert len(read_metrics(tmp_path / "sft")) == 1
-    with pytest.raises(InputError, match="row 0: .*reward_model"):
+    with pytest.raises(InputError, match="all 8 rows: .*reward_model"):
         luffy.main(settings(*words, "--out", str(tmp_path / "luffy")))
 
 

@@ -384,8 +384,8 @@ def write(path, rows):
         (["--model", "no/such/model"], "--model no/such/model"),
         (["--model", "runs/no-such/model"], "--model runs/no-such/model: not there; --stage sft makes it"),
         (["--batch_size", "400"], "24 rows are fewer than --batch_size 400"),
-        (["--max_prompt_tokens", "3"], "no row is left of 24 .24 prompts over"),
-        (["--max_response_tokens", "3"], "no row is left of 24 .*24 responses over"),
+        (["--max_prompt_tokens", "3"], "no row is left: 0 of 24 rows .24 prompts over"),
+        (["--max_response_tokens", "3"], "no row is left: 0 of 24 rows .*24 responses over"),
         (["--eval_data", "igsm:5-8", "--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
         (["--steps", "-1"], "--steps must be 0 or more"),
         (["--beta", "0"], "--beta must be positive"),
@@ -498,7 +498,8 @@ def test_the_published_value_models_head_is_read(nano, nano_value, tmp_path, wor
     (folder / "config.json").write_text(json.dumps(config))
     theirs, ours = (load_policy(path, world, kind=ValueModel) for path in (folder, nano_value))
     batch = pack([([5, 6], [7, 8, 9])])
-    assert torch.equal(theirs(batch), ours(batch)) and ours(batch).abs().min() > 0
+    torch.testing.assert_close(theirs(batch), ours(batch))  # files of other headers lie otherwise in memory: rounding
+    assert ours(batch).abs().min() > 0
     with pytest.raises(InputError, match="it is a value model"):
         load_policy(str(folder), world)
 
@@ -526,7 +527,7 @@ def test_gsm8k_and_math_are_asked_and_answered_as_published(nano, words, tmp_pat
     units, count = oreo.training_units(load_tokenizer(nano), args, False)
     assert [unit[0].index for unit in units] == [0, 1, 2, 3, 4] and count["kept"] == count["rows"] == 5
     bad = write(tmp_path / "math.jsonl", [math_row | {"solution": "no"}])
-    with pytest.raises(InputError, match="math.jsonl, row 0: the gold answer is missing"):
+    with pytest.raises(InputError, match="math.jsonl, all 1 rows: the gold answer is missing"):
         oreo.read_problems(load_tokenizer(nano), settings(nano, "--data", bad), traces="ignored")
 
 

@@ -313,7 +313,7 @@ def test_traces_come_as_text_turns_conversations_labels_or_in_luffys_columns(tok
         ([pair_row(rejected="a=5")], "row 0: the correct and the incorrect trace are equal; .*--bad_rows drop"),
         ([pair_row(), pair_row(chosen=" ")], "row 1: a trace is missing or empty"),
         ([pair_row(chosen="<think>\n")], "row 0: a trace is missing or empty"),
-        ([pair_row(chosen="a=1+1+1+1+1+1")], "no row is left of 1 .*1 traces over"),
+        ([pair_row(chosen="a=1+1+1+1+1+1")], "no row is left: 0 of 1 rows .*1 traces over"),
         ([{"prompt": "p", "response": "a", "label": 2}], "row 0: 'label' must be 1 .right. or 0 .wrong., not 2"),
         ([{"prompt": "p", "response": "a", "label": "1"}], "'label' must be .* not '1'"),
         ([{"prompt": "p", "label": 1}], "column 'response' is missing .found: prompt, label"),

@@ -176,8 +176,8 @@ def test_rope_theta_and_positions_act_in_training_and_are_saved_for_the_next_sta
         (["--batch_size", "400"], "40 rows are fewer than --batch_size 400"),
         (["--model", "no/such/model"], "--model no/such/model"),
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
-        (["--max_prompt_tokens", "3"], "no row is left of 40 .40 prompts over"),
-        (["--max_response_tokens", "3"], "no row is left of 40 .*40 traces over"),
+        (["--max_prompt_tokens", "3"], "no row is left: 0 of 40 rows .40 prompts over"),
+        (["--max_response_tokens", "3"], "no row is left: 0 of 40 rows .*40 traces over"),
         (["--eval_data", "igsm:5-8", "--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
         (["--steps", "-1"], "--steps must be 0 or more"),
         (["--alpha", "-1"], "--alpha must be 0 or more"),
@@ -207,7 +207,7 @@ def test_data_without_what_a_stage_needs_gets_one_message(settings, tmp_path):
     wrong = right | {"label": 0, "response": "a=6"}
     for words, rows, message in [
         ([], [right] * 4, "no row has an incorrect trace"),
-        (["--stage", "sft"], [wrong] * 4, "no row is left of 4 .*4 incorrect traces alone"),
+        (["--stage", "sft"], [wrong] * 4, "no row is left: 0 of 4 rows .*4 incorrect traces alone"),
         (["--loss", "dpo"], [right, wrong] * 4, "8 rows have one trace, and --loss dpo compares two"),
         ([], [wrong] * 4, "no row has a correct trace"),
         ([], [], "rows.jsonl: no rows"),

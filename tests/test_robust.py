@@ -93,9 +93,9 @@ def test_a_box_without_an_answer_in_a_sentence_repeats_the_request():
 
 def test_a_last_line_without_a_mark_counts_only_if_it_is_nothing_but_an_answer():
     alone = ["Thus x = 18.", "The total is 18", "**18**", "6 * 3 = 18"]
-    sentences = ["She has 18 eggs left.", "She lost count at egg 18.", "He made 18.", "Suppose x = 18", "about 18", "18?"]
-    verdicts = grade(["Add.\n" + line for line in alone + sentences], ["18"] * 10, verifier="robust")
-    assert [v.reward for v in verdicts] == [1] * 4 + [0] * 6
+    sentences = ["She has 18 eggs left.", "She lost count at egg 18.", "He made 18.", "Suppose x = 18", "about 18"]
+    verdicts = grade(["Add.\n" + line for line in alone + sentences], ["18"] * 9, verifier="robust")
+    assert [v.reward for v in verdicts] == [1] * 4 + [0] * 5
     assert {v.status for v in verdicts[4:]} == {"unparsable"}
 
 

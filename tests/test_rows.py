@@ -21,6 +21,7 @@ from common.rows import (
     data_digest,
     encode_traces,
     held_out_examples,
+    in_words,
     load_rows,
     make_examples,
     read_row,
@@ -116,10 +117,11 @@ def test_of_a_hub_dataset_the_only_split_is_read_and_validation_for_a_missing_te
 
 @pytest.mark.parametrize(
     ("answer", "message"),
-    [("(1, 2)", "the trace is empty"), ("so\n####", "the gold answer is missing"), ("#### 5", "the trace is empty")],
+    [("(1, 2)", "row 0: the trace is empty"), ("so\n####", "all 1 rows: the gold answer is missing"),
+     ("#### 5", "row 0: the trace is empty")],
 )
 def test_an_answer_that_is_not_gsm8ks_is_refused(answer, message):
-    with pytest.raises(InputError, match=f"toy.jsonl, row 0: {message}"):
+    with pytest.raises(InputError, match=f"toy.jsonl, {message}"):
         examples([{"question": "Q?", "answer": answer}], limits(400))
 
 
@@ -151,7 +153,8 @@ def test_rows_that_are_too_long_are_counted_and_left_out():
     long_prompt, long_trace = row(question="a=1\n" * 40 + "a?"), row(trace="a=1\n" * 20)
     kept, count = examples([long_prompt, row(), long_trace])
     assert [e.index for e in kept] == [1]
-    assert count == {"rows": 3, "prompt_too_long": 1, "trace_too_long": 1, "trace_empty": 0, "kept": 1}
+    assert count == {"rows": 3, "gold_missing": 0, "prompt_too_long": 1, "trace_too_long": 1, "trace_empty": 0,
+                     "kept": 1}
 
 
 def test_a_long_trace_can_be_cut_as_published_and_then_has_no_eos():
@@ -173,7 +176,7 @@ def test_held_out_prompts_that_are_too_long_are_counted_on_the_terminal(tmp_path
     path.write_text("".join(json.dumps(r) + "\n" for r in [row(), row(question="a=1\n" * 40 + "a?")]))
     args = SimpleNamespace(**vars(limits()), eval_data=(str(path),), eval_limit=0, igsm_problems=1)
     assert len(held_out_examples(TOKENIZER, args)) == 1
-    assert "1 of 2 prompts are over --max_prompt_tokens" in capsys.readouterr().err
+    assert "1 of 2 rows (1 prompts over --max_prompt_tokens" in capsys.readouterr().err
 
 
 def test_a_trace_that_fits_with_its_eos_is_kept_whole():
@@ -198,9 +201,8 @@ def test_an_empty_trace_is_an_error_unless_told_otherwise():
 
 @pytest.mark.parametrize(
     ("column", "message"),
-    [("prompt", "no shape of row has these columns"), ("target", "the trace is empty or missing"),
-     ("reward_model", "the gold answer is missing")],
-)  # fmt: skip
+    [("prompt", "no shape of row has these columns"), ("target", "the trace is empty or missing")],
+)
 def test_a_missing_column_is_named_with_those_found(column, message):
     broken = row()
     del broken[column]
@@ -210,7 +212,7 @@ def test_a_missing_column_is_named_with_those_found(column, message):
 
 @pytest.mark.parametrize(
     "broken", [{"prompt": 5}, {"prompt": []}, {"prompt": [{"role": "user", "content": None}]},
-               {"reward_model": None}, {"reward_model": {}}, {"target": [{"role": "assistant"}]}, {"target": 5}],
+               {"target": [{"role": "assistant"}]}, {"target": 5}],
 )  # fmt: skip
 def test_a_malformed_row_is_named(broken):
     with pytest.raises(InputError, match="toy.jsonl, row 1"):
@@ -218,7 +220,7 @@ def test_a_malformed_row_is_named(broken):
 
 
 def test_nothing_left_is_an_error_that_says_why():
-    with pytest.raises(InputError, match="no row is left of 2 .*2 prompts over --max_prompt_tokens 3"):
+    with pytest.raises(InputError, match="no row is left: 0 of 2 rows .*2 prompts over --max_prompt_tokens 3"):
         examples([row(), row()], limits(3))
 
 
@@ -566,12 +568,15 @@ def test_a_blank_answer_beside_a_solution_is_the_solutions_box(answer):
 
 
 @pytest.mark.parametrize("gold", ["", "  ", float("nan"), None])
-def test_a_blank_gold_is_refused_by_row_and_not_counted_as_a_models_failure(gold, tmp_path):
+def test_a_blank_gold_is_left_out_of_training_and_refused_by_row_in_an_evaluation(gold, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row(), row(gold=gold))))
     with pytest.raises(InputError, match=r"rows.jsonl, row 1: the gold answer is missing or blank.*remove the row"):
         evaluation.read_questions([str(tmp_path / "rows.jsonl")])
-    with pytest.raises(InputError, match="toy.jsonl, row 1: the gold answer is missing or blank"):
-        examples([row(), row(gold=gold)])
+    found, count = examples([row(), row(gold=gold)])
+    assert [e.index for e in found] == [0] and count["gold_missing"] == 1
+    assert in_words(count, limits()).startswith("1 of 2 rows (1 without a gold answer)")
+    with pytest.raises(InputError, match="toy.jsonl, all 2 rows: the gold answer is missing or blank"):
+        examples([row(gold=gold)] * 2)
     assert len(examples([row(), row(gold=gold)], golds=False)[0]) == 2
 
 

@@ -27,6 +27,7 @@ from tests.test_luffy_math import ONE_RANK
 from tools import influence, redi_data
 
 EXAMPLES = [Example([3, 4], [5, 6, 1], "6", "s", 0, "q"), Example([3], [7, 1], "7", "s", 1, "r")]
+COUNT = {"rows": len(EXAMPLES), "kept": len(EXAMPLES)}
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -74,7 +75,7 @@ def planned(tmp_path, **settings) -> Run:
     """A run of the two EXAMPLES, one a step."""
     args = RunArgs(out=str(tmp_path / "run"), batch_size=1, rollout="embedded", verifier="boxed", **settings)
     mine = Run(args)
-    mine.plan(EXAMPLES, [], {})
+    mine.plan(EXAMPLES, [], COUNT)
     return mine
 
 
@@ -90,21 +91,21 @@ def test_a_run_that_is_past_its_last_step_is_not_given_out_as_a_shorter_one(tmp_
     mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1, steps=2))
     mine.start = 4
     with pytest.raises(InputError, match="has a checkpoint of step 4, after the last of 2 steps: raise --steps"):
-        mine.plan(EXAMPLES, [], {})
+        mine.plan(EXAMPLES, [], COUNT)
 
 
 def test_the_digest_of_the_data_is_of_held_out_rows_too(tmp_path, world):
     digests = []
     for held_out in ([], [], EXAMPLES[:1], EXAMPLES[1:]):
         mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1))
-        mine.plan(EXAMPLES, held_out, {})
+        mine.plan(EXAMPLES, held_out, COUNT)
         digests.append(mine.checkpoints.data)
     assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 def test_an_epoch_is_as_many_steps_as_its_batches_are(tmp_path, world, capsys):
     mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=2, epochs=3.0))
-    mine.plan([*EXAMPLES, EXAMPLES[0]], [], {})  # the third row waits for the next epoch's order
+    mine.plan([*EXAMPLES, EXAMPLES[0]], [], COUNT)  # the third row waits for the next epoch's order
     assert mine.steps == 3 and "3 steps of 2 (3 epochs)" in capsys.readouterr().out
 
 
@@ -207,7 +208,7 @@ def test_of_two_models_both_take_their_step_or_none(tmp_path, world):
     policy, other = (load_policy("nano", world, from_config=NANO, seed=seed) for seed in (3, 4))
     args = dataclasses.replace(RunArgs(), out=str(tmp_path), save_every=0, skip_bad_updates=True, batch_size=2)
     it = Run(args)
-    it.plan(EXAMPLES, [], {})
+    it.plan(EXAMPLES, [], COUNT)
     it.begin(policy, make_optimizer(policy, lr=1.0), None, other=(other, make_optimizer(other, lr=1.0)))
     before = [p.clone() for p in other.parameters()]
     for model in (policy, other):

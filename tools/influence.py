@@ -29,6 +29,7 @@ import behavior_injection as bridge
 from behavior_injection import group_advantages, kernel_scores, model_of, per_step_influence, read_set, row_means
 from common.data import InputError
 from common.report import table
+from common.rows import in_words
 from common.run import Grader, Positive, Row, mean, micro_batches, open_sampler, sample_rows, write_lines, write_whole
 from common.trainer import gather_lists, init_world, launch, load_policy, parse_args, sum_over_ranks
 
@@ -91,7 +92,8 @@ def influence(arm: str, args: Args, world) -> None:
     examples, left_out = read_set("influence", tokenizer, args, traces="ignored")
     if len(examples) < 2 * n:
         raise InputError(f"{args.out}/data/influence.jsonl: {len(examples)} questions fit, {2 * n} are needed "
-                         f"({left_out}): choose fewer --influence_queries, or longer --max_prompt_tokens")  # fmt: skip
+                         f"({in_words(left_out, args)}): choose fewer --influence_queries, or longer "
+                         "--max_prompt_tokens")  # fmt: skip
 
     def roll_out(first: int) -> list[Row]:
         """Return this rank's answers to n questions, in whole groups."""

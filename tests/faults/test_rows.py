@@ -83,7 +83,7 @@ def examples(path, tokenizer):
     limits = SimpleNamespace(max_prompt_tokens=500, max_response_tokens=500)
     kept, count = make_examples(rows, tokenizer, limits, source=path)
     assert count["kept"] == len(kept)
-    return len(rows), count["kept"] + count["prompt_too_long"] + count["trace_too_long"]
+    return len(rows), sum(n for name, n in count.items() if name != "rows")
 
 
 def pairs(path, tokenizer):
