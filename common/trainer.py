@@ -91,6 +91,8 @@ def launch(main, args) -> None:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         _leave(2)
     except KeyboardInterrupt:
+        if _first_to_fail():
+            print(f"{Path(sys.argv[0]).name}: interrupted; run the same command to go on", file=sys.stderr, flush=True)
         _leave(130)
     except BaseException:
         if _first_to_fail():

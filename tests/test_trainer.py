@@ -57,6 +57,23 @@ def train_a_little(policy, optimizer, updates, seed=0):
 # ------------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (InputError("--lr 0: no"), 2, "error: --lr 0: no"), (KeyboardInterrupt(), 130, "run the same command to go on"),
+    (RuntimeError("broken"), 1, "RuntimeError: broken"),
+])  # fmt: skip
+def test_an_error_of_the_user_is_one_line_and_an_interrupt_says_how_to_go_on(error, code, said, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(trainer, "_leave", codes.append)
+    monkeypatch.setattr(trainer, "_first_to_fail", lambda: True)
+
+    def main(args):
+        raise error
+
+    trainer.launch(main, None)
+    printed = capsys.readouterr().err
+    assert codes == [code] and said in printed and (printed.count("\n") == 1) == (code != 1)
+
+
 def test_a_flag_chooses_the_defaults_of_others_and_what_is_typed_wins():
     tables = dict(method={"b": dict(lr=0.5, steps=7)}, preset={"tiny": dict(steps=3)})
     assert parse_args(Settings, [], **tables) == Settings()
