@@ -284,7 +284,7 @@ def describe(pairs: list[Pair], args: Args) -> dict[str, float | None]:
         "length/chosen": mean(len(p.chosen) for p in correct),
         "length/rejected": mean(len(p.rejected) for p in incorrect),
     }  # fmt: skip
-    if args.stage == "redi" and args.loss == "dpo":
+    if args.loss == "dpo":
         log["reward/margin"] = mean(
             args.beta * (len(p.chosen) * p.logp[0] - p.reference[0] - len(p.rejected) * p.logp[1] + p.reference[1])
             for p in both
@@ -295,7 +295,7 @@ def describe(pairs: list[Pair], args: Args) -> dict[str, float | None]:
 def read_rows(args: Args):
     """Yield the rows of --data. In stage redi those of igsm:LO-HI get a corrupted solution as the incorrect trace."""
     for row in iter_rows(args.data, problems=args.igsm_problems):
-        if args.data.startswith("igsm:") and args.stage == "redi":
+        if args.data.startswith("igsm:") and args.stage != "sft":
             rng = random.Random(f"{args.seed} {row['extra_info']['index']}")
             wrong = igsm.corrupt(row["target"][0]["content"], rng, IGSM["modulus"])
             row |= {"chosen": row["target"], "rejected": wrong}
@@ -359,9 +359,9 @@ def check(args: Args) -> None:
 def check_pairs(pairs: list[Pair], args: Args) -> None:
     """Raise InputError if the rows do not hold the traces that the loss needs."""
     alone = sum(len(p.sequences) == 1 for p in pairs)
-    if args.loss in ("dpo", "simpo") and alone:
+    if args.loss not in ("redi", "symmetric") and alone:
         raise InputError(f"--data {args.data}: {alone} rows have one trace, and --loss {args.loss} compares two")
-    if args.stage == "redi" and not any(p.rejected for p in pairs):
+    if args.stage != "sft" and not any(p.rejected for p in pairs):
         raise InputError(f"--data {args.data}: no row has an incorrect trace ('rejected', or label 0); `python -m "
                          "tools.redi_data` makes pairs, or use --stage sft")  # fmt: skip
     if not any(p.chosen for p in pairs):
@@ -374,7 +374,7 @@ def main(args: Args) -> None:
     world = run.world
     tokenizer = open_tokenizer(args.model, args)
     pairs, left_out = make_pairs(list(read_rows(args)), tokenizer, args, source=args.data, progress=world.main)
-    if args.stage == "redi":
+    if args.stage != "sft":
         left_out["pairs"] = sum(len(p.sequences) == 2 for p in pairs)
     check_pairs(pairs, args)
     run.plan(

@@ -75,7 +75,7 @@ class Args(RunArgs):
     out: str = "runs/relift"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
     data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
-    long_trace: Literal["reject", "cut"] = "reject"  # Over-long trace: reject it (luffy.py: with its row), or cut it
+    long_trace: Literal["reject", "cut"] = "reject"  # Leave an over-long trace out (luffy.py: its row too), or cut it
     epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
@@ -236,8 +236,8 @@ def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
 
 
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
-    """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing. At
-    least one row, so that there is a gradient (of zeros)."""
+    """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing,
+    unless another term of the loss reads them. At least one row, so that there is a gradient (of zeros)."""
     if args.entropy_coef:
         return rows
     return [row for row in rows if row.advantage] or rows[:1]
@@ -388,9 +388,9 @@ def main(args: Args) -> None:
             hardest = hardest_groups(rewards.tolist(), question.tolist(), args.hard_threshold)
             chosen = questions_to_buffer(args.sft_on, hardest, len(batch), seed=f"{args.seed} {step}")
             with run.clock("reward"):
-                questions, buffer_log = with_demonstration([indices[g] for g in chosen], examples, grader, args, world)
+                questions, counts = with_demonstration([indices[g] for g in chosen], examples, grader, args, world)
             buffer.add(questions)
-            buffer_log["group/hardest"] = len(hardest) / len(batch)
+            buffer_log |= counts | {"group/hardest": len(hardest) / len(batch)}
 
         # 4. update
         with run.clock("update"):

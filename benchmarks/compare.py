@@ -42,7 +42,7 @@ def ends(rows: list[dict], name: str) -> tuple[float, float] | None:
     values = [row[name] for row in rows if row.get(name) is not None]
     if not values:
         return None
-    few = 1 if name.startswith("eval/") else 5
+    few = 1 if name.startswith("eval/") else min(5, (len(values) + 1) // 2)
     return mean(values[:few]), mean(values[-few:])
 
 
@@ -58,7 +58,7 @@ def main(compare: Compare) -> str:
     for flag in sorted(set().union(*settings.values()) - {"out"}):
         values = [settings[run].get(flag, "-") for run in folders]
         if any(value != values[0] for value in values):
-            lines.append(f"{'--' + flag:28}" + "".join(f"{value!s:>24}" for value in values))
+            lines.append(f"{'--' + flag:28}" + "".join(f" {value!s:>23}" for value in values))
     lines += [""] if lines else []
     lines.append(f"{'first -> last':28}" + "".join(f"{run[-22:]:>24}" for run in folders))
     found = [name for name in compare.metrics if any(ends(rows, name) for rows in metrics.values())]

@@ -8,6 +8,7 @@ A reader of an algorithm need not know how they are written, checked and removed
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -85,7 +86,8 @@ class Checkpoints:
     def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
         """background: write while training goes on; None: on CUDA."""
         self.folder, self.keep = folder, keep
-        self.settings = json.loads(json.dumps(dataclasses.asdict(args)))
+        script = Path(inspect.getfile(type(args))).name
+        self.settings = json.loads(json.dumps(dataclasses.asdict(args))) | {"script": script}
         self.data = None  # digest of what is trained on (check_data)
         self.background = torch.cuda.is_available() if background is None else background
         self._writer = ThreadPoolExecutor(1)

@@ -26,7 +26,8 @@ def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, 
         raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
     settings = json.loads((path / "args.json").read_text())
     if "questions_digest" not in settings:
-        raise InputError(f"{folder}: a training run, not an evaluation: run eval.py on its model first")
+        raise InputError(f"{folder}: a training run, not an evaluation: run eval.py on its model first "
+                         "(benchmarks/compare.py compares what runs logged)")  # fmt: skip
     records = read_records(path / "samples.jsonl")
     if verifier and any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
         raise InputError(f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier "

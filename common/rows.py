@@ -522,8 +522,8 @@ def make_examples(
                 why = "the trace is empty or missing ('target', 'solution', ...: the table of shapes is in README)"
                 if item.traces and not item.first(correct=True):
                     why = "none of its traces is correct (its label or reward)"
-                raise InputError(f"{where}: {why}; remove the row (or, with luffy.py, pass --empty_trace drop | "
-                                 f"on_policy; columns found: {', '.join(map(str, rows[index]))})")  # fmt: skip
+                raise InputError(f"{where}: {why}; remove the row (or pass --empty_trace drop | on_policy, where there "
+                                 f"is this flag; columns found: {', '.join(map(str, rows[index]))})")  # fmt: skip
             count["trace_empty"] += 1
             if empty_trace == "drop":
                 continue

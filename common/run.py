@@ -68,7 +68,8 @@ Cap = Annotated[T, ("1 or more, or 0 for none", lambda x: x == 0 or x >= 1)]
 
 @dataclass
 class RunArgs:
-    """Flags of every training script. A comment is its flag's help.
+    """Flags of every training script. A comment is its flag's help. Those that may change when a run resumes stand in
+    `Checkpoints.FREE`.
 
     Scripts that sample add --temperature, those with RL also --updates_per_step: functions here read both."""
 
@@ -446,7 +447,7 @@ class Row:
 
 def trace_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
     """Rows with the traces of the questions `mine` of a batch: counts[g] of question g, one of each if None."""
-    copies = counts or [1] * len(batch)
+    copies = counts or [int(bool(e.trace)) for e in batch]
     chosen = [(g, batch[g]) for g in mine for _ in range(copies[g])]
     return [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for g, e in chosen]
 
@@ -644,7 +645,8 @@ def describe(rows: list[Row]) -> dict[str, float | None]:
 
 
 def split_updates(rows: list[Row], args) -> list[list[Row]]:
-    """The rows of each update of a step: whole groups, the same number of questions each."""
+    """The rows of each update of a step: whole groups, the same number of questions each. Row.group: 0 .. batch_size-1.
+    An update whose groups have no rows is empty, and the caller's to skip."""
     size = args.batch_size // args.updates_per_step
     return [[row for row in rows if row.group // size == u] for u in range(args.updates_per_step)]
 
@@ -670,12 +672,12 @@ def per_token(batch, values: list) -> torch.Tensor:
 
 @torch.no_grad()
 def policy_logps(policy, rows: list[Row], args, world: World) -> list[torch.Tensor]:
-    """Log-probs of the rows' tokens, a tensor for each of `micro_batches`; 0, never read, for the teacher's tokens."""
+    """Log-probs of the rows' tokens, a tensor for each of `micro_batches`; NaN for the teacher's tokens."""
     logps = []
     for batch, mine in micro_batches(rows, args, world):
         own = pack([(row.prompt, row.response) for row in mine if not row.teacher], world.device)
         own_logp = policy(own, temperature=args.temperature)
-        logp = own_logp.new_zeros(len(batch.targets))
+        logp = own_logp.new_full((len(batch.targets),), math.nan)
         logp[~per_token(batch, [row.teacher for row in mine]).bool()] = own_logp
         logps.append(logp)
     return logps

@@ -55,7 +55,7 @@ transformers_logging.disable_progress_bar()  # shards read and written: noise be
 def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
     """Parse argv into the dataclass `args_type` with tyro, where some flags choose the defaults of others.
 
-    `parse_args(Args, argv, preset=PRESETS, method=METHODS)`: PRESETS[--preset] and then METHODS[--method] replace the
+    `parse_args(Args, argv, method=METHODS, preset=PRESETS)`: METHODS[--method] and then PRESETS[--preset] replace the
     dataclass's defaults, also in --help; what is typed wins. What holds for one value of an earlier flag only is nested
     under it: {"tiny": {"stage": {"sft": {"lr": 1e-3}}}}. --print_settings prints the settings as JSON and exits."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -195,7 +195,7 @@ class Totals:
         self.world, self.sums, self.maxima = world, {}, {}
 
     def add(self, values: dict[str, torch.Tensor], per: float = 1) -> None:
-        """Add scalars / per. Every rank must add the same names in the same order."""
+        """Add scalar tensors / per."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() / per
 
@@ -206,9 +206,11 @@ class Totals:
 
     def reduce(self) -> dict[str, float]:
         """The metrics over all ranks (a collective)."""
-        sums = sum_over_ranks(torch.stack(list(self.sums.values())).cpu(), self.world).tolist()
-        maxima = {name: max(gather_lists([x.item()], self.world)) for name, x in self.maxima.items()}
-        return dict(zip(self.sums, sums, strict=True)) | maxima
+        values = torch.stack([*self.sums.values(), *self.maxima.values()]).tolist()
+        log: dict[str, list[float]] = {}
+        for name, value in gather_lists([*zip([*self.sums, *self.maxima], values, strict=True)], self.world):
+            log.setdefault(name, []).append(value)
+        return {name: max(found) if name in self.maxima else math.fsum(found) for name, found in log.items()}
 
 
 class Policy(nn.Module):

@@ -135,7 +135,7 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
     monkeypatch.setattr(bridge, "load_tokenizer", lambda *_: tokenizer)
     monkeypatch.setattr(bridge, "load_policy", lambda *_: None)
     monkeypatch.setattr(bridge, "open_sampler", lambda *_: Asked())
-    monkeypatch.setattr(bridge, "read_set", lambda *_, **options: (examples, {}))
+    monkeypatch.setattr(bridge, "read_set", lambda *_, **options: (examples, {"rows": 2, "kept": 2}))
     monkeypatch.setattr(bridge, "read_questions", lambda *_: questions)
 
     def sample_rows(sampler, batch, mine, counts, args, world, *, seed, grader):

@@ -363,7 +363,7 @@ def test_a_prompt_of_the_limits_length_is_kept(tokenizer):
     assert kept == [1, 2]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "one of your own"])
 def test_a_loss_that_compares_two_traces_refuses_rows_of_one(loss, tokenizer):
     rows = [pair_row(), {"prompt": "a=5\na?", "response": "a=5", "label": 1}]
     pairs, _ = make_pairs(rows, tokenizer, args_of(), source="rows")

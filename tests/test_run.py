@@ -20,7 +20,7 @@ from common.data import InputError, pack
 from common.rollout import Completion
 from common.rows import Example
 from common.run import Grader, Row, Run, RunArgs, check_flags, micro_batches, per_token, trace_rows
-from common.trainer import layers_to_keep, load_policy, make_optimizer, parse_args
+from common.trainer import Totals, World, layers_to_keep, load_policy, make_optimizer, parse_args
 from common.verifiers import Verdict
 from tests.conftest import NANO
 from tests.test_luffy_math import ONE_RANK
@@ -92,6 +92,30 @@ def test_a_run_that_is_past_its_last_step_is_not_given_out_as_a_shorter_one(tmp_
     mine.start = 4
     with pytest.raises(InputError, match="has a checkpoint of step 4, after the last of 2 steps: raise --steps"):
         mine.plan(EXAMPLES, [], COUNT)
+
+
+def test_a_question_without_a_trace_has_no_row_for_it():
+    untaught = dataclasses.replace(EXAMPLES[0], trace=None)
+    assert [row.group for row in trace_rows([untaught, EXAMPLES[1]], range(2))] == [1]
+
+
+def test_totals_take_metrics_that_one_rank_alone_has(monkeypatch):
+    theirs = [("a", 2.0), ("c", 5.0), ("b/max", 7.0)]
+    monkeypatch.setattr("common.trainer.gather_lists", lambda items, world: items + theirs)
+    totals = Totals(World(0, 2, 2, torch.device("cpu")))
+    totals.add({"d": torch.tensor(3.0)})
+    totals.add({"a": torch.tensor(4.0)}, per=2)
+    totals.largest("b/max", torch.tensor([1.0, 4.0]))
+    assert totals.reduce() == {"d": 3.0, "a": 4.0, "b/max": 7.0, "c": 5.0}
+
+
+def test_a_copied_script_does_not_resume_the_runs_of_the_first(tmp_path, world):
+    saved = planned(tmp_path).checkpoints.settings
+    assert saved["script"] == "run.py"
+    checkpoints = planned(tmp_path).checkpoints
+    assert checkpoints.changed(saved | {"script": "mine.py"}) == "--script 'mine.py' there, 'run.py' here"
+    del saved["script"]  # of a run that was made before
+    assert not checkpoints.changed(saved)
 
 
 def test_the_digest_of_the_data_is_of_held_out_rows_too(tmp_path, world):
