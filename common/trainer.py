@@ -231,7 +231,7 @@ class Policy(nn.Module):
     ):
         """-> log-probs [N], float32; with `entropy` also the entropies [N], both of softmax(logits / T).
 
-        With `reference`, a frozen Policy: (log-probs, the reference's log-probs, KL(self || reference) over the
+        With `reference`, a frozen Policy: (the same, the reference's log-probs, KL(self || reference) over the
         whole vocabulary), [N] each. With `raw`: hidden states [N, H] and the head's weight [V, H]."""
         hidden, weight = predictor_states(self.lm, batch), self.lm.get_output_embeddings().weight
         self.cells += len(batch.packing.cells)
