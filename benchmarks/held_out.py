@@ -48,7 +48,7 @@ def solve_rates(model: str, source: str, problems: int, **how) -> list[float]:
 def mean(values) -> float:
     """Of at least one value."""
     values = list(values)
-    return sum(values) / len(values)
+    return math.fsum(values) / len(values)  # from Python 3.12 on `sum` rounds otherwise
 
 
 def error(values) -> float:
@@ -56,7 +56,7 @@ def error(values) -> float:
     values = list(values)
     if len(values) < 2:
         return math.nan
-    return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return math.sqrt(math.fsum((v - mean(values)) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
