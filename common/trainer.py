@@ -538,7 +538,8 @@ class GraniteForSequenceClassification(GenericForSequenceClassification, Granite
     """Granite's decoder with a value head, which Transformers lacks."""
 
 
-AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceClassification, exist_ok=True)
+# `register` does this from Transformers 5.19 on; before, it ignores Transformers' own configurations
+AutoModelForSequenceClassification._model_mapping._extra_content[GraniteConfig] = GraniteForSequenceClassification
 
 
 def read_config(path: str, *, trust_remote_code: bool = False, **labels) -> PreTrainedConfig:
