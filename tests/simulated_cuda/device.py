@@ -176,6 +176,10 @@ class Collectives(dist.ProcessGroup):
         [total] = self.sum(cpu([tensor]), options.reduceOp)
         return fill([output], [total.view(-1).chunk(self.size())[self.rank()]])
 
+    # as torch 2.11 calls them
+    _allgather_base, _reduce_scatter_base = all_gather_single, reduce_scatter_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
     def barrier(self, opts=None):
         self.gloo.barrier(c10d.BarrierOptions()).wait()
         return Done()
