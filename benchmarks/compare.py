@@ -42,7 +42,7 @@ def ends(rows: list[dict], name: str) -> tuple[float, float] | None:
     values = [row[name] for row in rows if row.get(name) is not None]
     if not values:
         return None
-    few = 1 if name.startswith("eval/") else min(5, (len(values) + 1) // 2)
+    few = 1 if name.startswith("eval/") else 5
     return mean(values[:few]), mean(values[-few:])
 
 

@@ -326,14 +326,14 @@ class Run:
         self.metrics.close()
 
 
-def lock(out: Path, world: World):
-    """Make the run folder and lock it until this process ends; return the lock's file. InputError if another process
-    holds it, such as a rank of a torchrun that was killed, or the folder cannot be made."""
+def lock(out: Path, world: World, name: str = ".lock"):
+    """Make the run folder and lock it while the file that is returned is open. InputError if another process holds the
+    lock, such as a rank of a torchrun that was killed, or the folder cannot be made."""
     if not world.main:
         return None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "w")  # noqa: SIM115
+        file = open(out / name, "w")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"--out {out}: {error}") from error
     with contextlib.suppress(OSError):  # some file systems of clusters have no locks
@@ -505,6 +505,9 @@ def keep_answers(
             sampler, batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader, top_p=top_p
         )
         grader.wait()
+        if rows and all(row.status == "error" for row in rows):
+            raise InputError(f"--verifier {args.verifier} failed on all {len(rows)} answers ({rows[0].detail}): "
+                             "mend it and run the same command again")  # fmt: skip
         for row in rows:
             records[row.group]["answers"].append({
                 "response": tokenizer.decode(row.response), "response_ids": row.response, "truncated": row.truncated,
@@ -601,7 +604,7 @@ def keep_records(path: Path, parts: list[list], make, world: World, *, together:
         dist.barrier()  # all have read before one appends
         return found
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _held = lock(path.parent, world, f".{path.stem}.lock")  # two processes would delete each other's records
     done = merge()
     todo = [part for part in parts if not all(i in done for i in part)]
     if not together:  # every rank gets as many parts; its last one may be empty

@@ -207,7 +207,29 @@ def test_records_of_a_killed_run_are_kept_and_those_missing_are_made(tmp_path, w
     made.pop(0)
     records = run.keep_records(path, [[3, 1], [4], [2]], make, world)
     assert made == [[4], [2]] and list(records) == [3, 1, 4, 2] and records == run.read_records(path)
-    assert records[4] == {"id": 4, "square": 16} and list(tmp_path.iterdir()) == [path]
+    assert records[4] == {"id": 4, "square": 16} and [*tmp_path.glob("[!.]*")] == [path]
+
+
+def test_records_belong_to_one_process(tmp_path, world):
+    lock = tmp_path / ".rows.lock"
+    hold = f"import fcntl; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(InputError, match="another process writes there"):
+        run.keep_records(tmp_path / "rows.jsonl", [[1]], None, world)
+    other.kill()
+    other.wait()
+    records = run.keep_records(tmp_path / "rows.jsonl", [[1]], lambda part: [{"id": i} for i in part], world)
+    assert records == {1: {"id": 1}}
+
+
+def test_answers_are_not_kept_if_the_verifier_fails_on_all_of_them(tmp_path, world, monkeypatch):
+    failed = [Row([1], [2], 0, status="error", detail="TypeError: oops")]
+    monkeypatch.setattr(run, "open_sampler", lambda *_: SimpleNamespace(sync=lambda *_, **__: None))
+    monkeypatch.setattr(run, "sample_rows", lambda *_, **__: failed)
+    with pytest.raises(InputError, match="failed on all 1 answers .TypeError: oops.: mend it and run the same command"):
+        run.keep_answers(tmp_path / "a.jsonl", EXAMPLES[:1], lambda: None, {}, None, luffy.Args(), ONE_RANK, n=1)
+    assert not run.read_records(tmp_path / "a.jsonl")
 
 
 def test_values_of_rows_become_values_of_tokens():
