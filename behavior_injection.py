@@ -45,7 +45,7 @@ from tqdm import tqdm
 import igsm
 from common.data import InputError, batch_indices, tokens_of_means
 from common.metrics import plot_curves
-from common.report import table
+from common.report import read_results, table, write_results
 from common.rows import in_words, load_rows, read_examples, read_row, set_template
 from common.run import (
     Grader,
@@ -155,6 +155,8 @@ PRESETS = {
         save_every=40, micro_batch_tokens=4096,
     ),
 }  # fmt: skip
+TESTED_WITH = """verifier eval_temperature eval_limit max_prompt_tokens max_response_tokens seed chat_template
+    chat_template_args modulus test_id.jsonl test_ood.jsonl"""  # arms are compared if these are the same
 
 
 def arms_of(args: Args) -> dict[str, list[dict]]:
@@ -319,9 +321,8 @@ def make_data(args: Args, world) -> None:
 
 def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, arms: dict | None = None) -> None:
     """Write OUT/data/NAME.jsonl, rows in LUFFY's schema: n problems, seeded by `seed`. With arms (of `arms_of`): a file
-    NAMEARM.jsonl for each, of the same problems. Files of the same settings are kept. One rank calls it.
-
-    Raise InputError if a file that it would replace holds rows that it did not write."""
+    NAMEARM.jsonl for each, of the same problems. Files of the same settings are kept; a file with rows that it did
+    not write is an InputError. One rank calls it."""
     settings = dict(ops=ops, split=split, seed=seed, style=args.style, modulus=args.modulus or None,
                     max_params=args.max_params, shuffle=args.shuffle,
                     max_literal=min(9, args.modulus - 1) if args.modulus else 9)  # fmt: skip
@@ -350,9 +351,7 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
     except ValueError as error:
         raise InputError(f"problems of {name.rstrip('_')}: {error}") from error
     if not same_problems:
-        results = {"test_id": "*/eval.json", "test_ood": "*/eval.json", "influence": "*/influence/influence.json"}
-        outdated = Path(args.out).glob(results[name]) if name in results else ()  # of the questions before
-        for file in [record_file, *files.values(), *outdated]:
+        for file in [record_file, *files.values()]:
             file.unlink(missing_ok=True)
     for arm in missing:
         write_whole(files[arm], "".join(lines[arm]))
@@ -429,8 +428,9 @@ def train(args: Args) -> None:
     if args.prompt_loss and not rl:  # the prompt's tokens but the first, which nothing predicts, join the response
         examples = [replace(e, prompt=e.prompt[:1], trace=e.prompt[1:] + e.trace) for e in examples]
     held_out = read_set("val", tokenizer, args, traces="ignored")[0] if args.eval_every else []
+    flag = {"rl": "--batch_size", "sft": "--sft_batch_size"}.get(args.stage, "a batch of")
     run.plan(examples, held_out[: args.eval_limit or None], left_out, source=f"{args.out}/data/{name}.jsonl",
-             batch_flag={"rl": "--batch_size", "sft": "--sft_batch_size"}.get(args.stage, "a batch of"))  # fmt: skip
+             batch_flag=flag, models={"model": model})  # fmt: skip
 
     policy = open_policy(model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
@@ -556,14 +556,14 @@ def evaluate_arm(arm: str, args: Args, world) -> None:
         raise InputError(f"{args.out}/{arm}: no model there; run --stage sft and --stage rl first")
     results = {stage: test_model(model, args, world) for stage, model in models.items()}
     if world.main:
-        write_whole(Path(args.out, arm, "eval.json"), json.dumps(results, indent=2) + "\n")
+        write_results(Path(args.out, arm, "eval.json"), results, args, TESTED_WITH)
     dist.barrier()
 
 
 def report(args: Args) -> None:
-    """Print the table of all arms that have results, in this command or before; write OUT/results.json, curves.png."""
+    """Print the table of all arms that were tested alike, now or before; write OUT/results.json and curves.png."""
     out, arms = Path(args.out), ("base", *arms_of(args))
-    results = {arm: json.loads(path.read_text()) for arm in arms if (path := out / arm / "eval.json").exists()}
+    results = read_results({arm: out / arm / "eval.json" for arm in arms}, args, TESTED_WITH)
     runs = {arm: out / arm / "rl" for arm in arms if (out / arm / "rl" / "metrics.jsonl").exists()}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if runs:

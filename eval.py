@@ -284,17 +284,17 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
     old = json.loads(path.read_text()) if path.exists() else {}
     if old and "questions_digest" not in old:
         raise InputError(f"--out {args.out} is the folder of something else than an evaluation: name another")
-    models = [digest_of(model) for model in (args.model, args.value) if model] if world.main else []
+    models = {"--model": args.model, "--value": args.value} if world.main else {}
     asked = json.dumps([[q.id, q.prompt, q.n] for q in questions])
     settings = dataclasses.asdict(args) | {
         "rollout": "vllm" if vllm_for(args.rollout, world) else "embedded",
-        "weights_digest": " ".join(gather_lists(models, world)),
+        "weights_digest": " ".join(gather_lists([digest_of(m, flag) for flag, m in models.items() if m], world)),
         "questions": len(questions), "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }  # fmt: skip
     answered = len(read_records(path.parent / "samples.jsonl"))
     if answered >= len(questions):
         settings |= {k: old[k] for k in SAMPLER & old.keys()}  # of the one that drew the answers
-    compared = [k for k in settings if k in old and k not in FREE | BY_DIGEST] if answered else []
+    compared = [k for k in settings if answered and k in (old or settings) and k not in FREE | BY_DIGEST]
     keep_settings(path, settings, compared, f"--out {args.out} holds an evaluation with other settings", world)
 
 

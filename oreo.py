@@ -61,7 +61,7 @@ from common.run import (
     check_fit,
     check_flags,
     keep_answers,
-    keep_settings,
+    keep_weights,
     mean,
     micro_batches,
     open_policy,
@@ -506,12 +506,9 @@ def describe(rows: list[Row], args: Args) -> dict[str, float | None]:
     return log
 
 
-def keep_weights(args: Args, compare: bool, world) -> None:
-    """Write digests of --model, --value, --reference to OUT; with `compare` raise InputError if OUT has others."""
-    names = ("model", "value", "reference")
-    mine = {name: digest_of(path) for name in names if (path := getattr(args, name))} if world.main else {}
-    digests, wrong = dict(gather_lists([*mine.items()], world)), f"{args.out} was begun with other weights"
-    keep_settings(Path(args.out) / "weights.json", digests, names if compare else (), wrong, world)
+def models_of(args: Args) -> dict[str, str]:
+    """The models that training starts from, by their flags."""
+    return {"model": args.model, "value": args.value, "reference": args.reference}
 
 
 def train(args: Args, **found: str) -> None:
@@ -527,7 +524,7 @@ def train(args: Args, **found: str) -> None:
         units, held_out_examples(tokenizer, args, reshape=partial(as_published, ask=args.ask)), left_out,
         key=lambda unit: [x for row in unit for x in (row.prompt, row.response, row.actions, row.reward)],
         sequences=lambda unit: [(prompt, row.response) for row in unit for prompt in (row.prompt, *swapped)],
-        source=f"--rows {args.rows}" if args.rows else f"--data {' '.join(args.data)}",
+        source=f"--rows {args.rows}" if args.rows else f"--data {' '.join(args.data)}", models=models_of(args),
     )  # fmt: skip
 
     adam = dict(betas=args.betas, weight_decay=args.weight_decay)
@@ -545,7 +542,6 @@ def train(args: Args, **found: str) -> None:
     for name, model in (("value", value), ("reference", reference)):
         if model and (path := getattr(args, name)):
             check_fit(f"--{name} {path}", model, policy, run.longest)
-    keep_weights(args, bool(run.state), world)
     run.begin(policy, optimizer, tokenizer, **more)
     sampler = open_sampler(policy, tokenizer, args, world, needed=run.held_out)
     sampler.sync(policy, version=run.start)
@@ -596,6 +592,7 @@ def collect(args: Args) -> str:
         rows = []
         for e, mine in zip(examples, answers, strict=True):
             about = dict(question=e.index, source=e.source, gold=e.gold, prompt=e.text, prompt_ids=e.prompt)
+            mine = [a for a in mine if a["status"] not in ("timeout", "error")]  # else right or wrong is not known
             rewards = [answer["reward"] * args.reward_scale + args.reward_shift for answer in mine]
             rows += [about | mine[i] for i in balanced(rewards, args.balance)]
         write_lines(out / "rows.jsonl", rows)
@@ -622,7 +619,7 @@ def iterate(args: Args) -> None:
             there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(mine)))
             if changed := changed_settings(there, here, here.keys() - Checkpoints.FREE | {"steps", "epochs"}):
                 raise InputError(f"{out} was made with other settings ({changed}): choose another --out")
-            keep_weights(dataclasses.replace(mine, **models), True, world)
+            keep_weights(out, models_of(dataclasses.replace(mine, **models)), True, world)
             if world.main:
                 print(f"{out}: round {number} is complete")
         last = dict(model=str(out / "model"), value=str(out / "value") if args.stage == "oreo" else "")

@@ -55,14 +55,15 @@ def changed_settings(saved: dict, current: dict, names) -> str:
     )  # fmt: skip
 
 
-def digest_of(model: str) -> str:
-    """Digest of a model: of all bytes of its weights and of its configuration; a Hub name's is its revision."""
+def digest_of(model: str, flag: str = "--model") -> str:
+    """Digest of a model: of all bytes of its weights and of its configuration; a Hub name's is its revision. flag:
+    names it in an error."""
     folder = Path(model)
     if not folder.is_dir():
         try:
             return extract_commit_hash(cached_file(model, "config.json"), None) or model
         except OSError as error:
-            raise InputError(f"{model}: no model there ({first_line(error)})") from error
+            raise InputError(f"{flag} {model}: cannot be loaded ({first_line(error)})") from error
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     with ThreadPoolExecutor(16) as pool:  # sha256 runs without Python's lock
         digests = pool.map(_sha256, files)
@@ -108,7 +109,8 @@ class Checkpoints:
 
     def state(self) -> dict | None:
         """Return state.json of the newest intact checkpoint, from which this run may resume; None without one. A
-        collective. Raises InputError if it has other settings, or if there are checkpoints and none is intact."""
+        collective. Raises InputError if it, or a finished run without one, has other settings, or if no checkpoint is
+        intact."""
         world = World(dist.get_rank(), dist.get_world_size(), 1, torch.device("cpu"))
         damaged: list[str] = []
         while (path := self.latest()) and (damage := _damage(path, world)):
@@ -118,17 +120,17 @@ class Checkpoints:
                 os.replace(path, path.with_suffix(".damaged"))
                 print(f"WARNING: {damaged[-1]}; it is set aside, and the checkpoint before it is used", file=sys.stderr)
             dist.barrier()
-        if path is None:
-            damaged = damaged or sorted(map(str, self.folder.glob("*.damaged")))  # also of an earlier start
-            if damaged:
-                raise InputError(f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start "
-                                 "anew, or choose another --out")  # fmt: skip
-            return None
-        state = json.loads((path / "state.json").read_text())
-        if changed := self.changed(state["settings"]):
-            raise InputError(f"{path} was made with other settings ({changed}): use the same ones to resume, or "
+        damaged = damaged or sorted(map(str, self.folder.glob("*.damaged")))  # also of an earlier start
+        if damaged and path is None:
+            raise InputError(f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start "
+                             "anew, or choose another --out")  # fmt: skip
+        state, run = json.loads((path / "state.json").read_text()) if path else None, self.folder.parent
+        finished = (run / "model").exists() and (run / "args.json").exists()
+        saved = state["settings"] if state else json.loads((run / "args.json").read_text()) if finished else {}
+        if changed := self.changed(saved):
+            raise InputError(f"{path or run} was made with other settings ({changed}): use the same ones to resume, or "
                              "another --out to start anew")  # fmt: skip
-        if world.main and state["ranks"] != world.size:
+        if state and world.main and state["ranks"] != world.size:
             print(f"{path} was made by {state['ranks']} ranks, and {world.size} resume: sums are rounded in another "
                   "order, so the run is not bit for bit the same", file=sys.stderr)  # fmt: skip
         return state

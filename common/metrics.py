@@ -62,7 +62,7 @@ class Metrics:
                 self.wandb.log(known, step=step)
             if known.get("verifier/own_unparsable") == 1:
                 self.warn(step, "reads none of the model's own answers, or not the golds: samples.jsonl says why "
-                          "(math, the default, needs </think>)")  # fmt: skip
+                          "(cut by --max_response_tokens? math, the default, needs </think>)")  # fmt: skip
             if known.get("reward/teacher") == 0:
                 self.warn(step, "accepts none of the traces: do the gold answers fit it, or were the traces cut? "
                           "samples.jsonl shows both; --verifier robust reads more spellings")  # fmt: skip
@@ -138,7 +138,7 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
     found = {name for rows in metrics.values() for row in rows for name in row}
     if panels is None:
         names = sorted(found - {"step", "optim/lr"})
-        alone = {"eval/length", "length/truncated", "mismatch/max"} & found
+        alone = {"eval/length", "length/truncated", "mismatch/max", "optim/value_grad_norm", "policy/kl_ref"} & found
         prefixes = {name.split("/")[0] for name in names} - {"seconds", "speed", "memory", "verifier", "update"}
         panels = [[n for n in names if n.split("/")[0] == prefix and n not in alone] for prefix in prefixes]
         panels = sorted([*panels, *([name] for name in alone)])

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.checkpoints import changed_settings
 from common.data import InputError
+from common.metrics import write_whole
 from common.rows import gold_unreadable
 from common.run import read_records
 from common.trainer import World, gather_lists
@@ -109,6 +111,34 @@ def disagreements(records: list[dict], verifiers: tuple[str, ...]) -> list[list[
     return rows
 
 
+def _measured_with(args, names: str) -> dict:
+    """The settings `names`, separated by spaces; of a name with .jsonl the digest of that file in OUT/data."""
+    values = {}
+    for name in names.split():
+        if name.endswith(".jsonl"):
+            values[f"{name}_digest"] = hashlib.sha256(Path(args.out, "data", name).read_bytes()).hexdigest()[:16]
+        else:
+            values[name] = getattr(args, name)
+    return json.loads(json.dumps(values))
+
+
+def write_results(path: Path, results: dict, args, names: str) -> None:
+    """Write results of a model to a JSON file, with what they depend on beside the model (`_measured_with`)."""
+    write_whole(path, json.dumps(results | {"settings": _measured_with(args, names)}, indent=2) + "\n")
+
+
+def read_results(paths: dict[str, Path], args, names: str) -> dict[str, dict]:
+    """Return {name: results} of those files that were measured with the settings of `args`; name the others."""
+    found, settings = {}, _measured_with(args, names)
+    for name, path in paths.items():
+        results = json.loads(path.read_text()) if path.exists() else None
+        if results and (changed := changed_settings(results.pop("settings", {}), settings, settings)):
+            print(f"{path} is left out of the table: it was measured with other settings ({changed})")
+        elif results:
+            found[name] = results
+    return found
+
+
 def table(rows: list[list[str]]) -> str:
     """Return rows of cells, the head first, as a Markdown table that is aligned to be read as it is."""
     rows = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
@@ -163,7 +193,9 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
         errors = [196 * (error or 0) for _, error in values.values()]
         drawn = axis.bar(at, means, width * 0.92, label=run, yerr=errors)
         axis.bar_label(drawn, [f"{m:.1f}" for m in means], fontsize=7, padding=2)
-    axis.set_xticks(range(len(benchmarks)), benchmarks, rotation=20 if len(benchmarks) > 4 else 0)
-    axis.set(ylabel="pass@1, % (and its 95 % interval)", ylim=(0, None))
+    turned = dict(rotation=20, ha="right") if sum(map(len, benchmarks)) > 9 * size[0] else {}
+    axis.set_xticks(range(len(benchmarks)), benchmarks, **turned)
+    axis.set_ylabel("pass@1, % (and its 95 % interval)", fontsize=8)
+    axis.set_ylim(0, max(1, 1.05 * axis.get_ylim()[1]))
     figure.legend(loc="outside upper left", ncols=len(bars), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)

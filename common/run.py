@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.checkpoints import Checkpoints, changed_settings
+from common.checkpoints import Checkpoints, changed_settings, digest_of
 from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
 from common.metrics import Clock, Metrics, complete_lines, peak_memory_gb, read_metrics, write_whole
 from common.rollout import Sampler, Sampling, make_sampler
@@ -135,6 +135,8 @@ def check_flags(args) -> None:
     check_ranges(args)
     if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
         raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
+    if getattr(args, "group_size", 2) < 2 and getattr(args, "method", "") != "sft":
+        raise InputError("--group_size 1: an answer without others to its question has no advantage; 2 or more do")
     if getattr(args, "keep_best", False) and not args.eval_every:
         raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_every")
     check_verifier(args.verifier)
@@ -161,11 +163,13 @@ class Run:
         self.skipped = 0
 
     def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, sequences=None,
-             source: str = "", batch_flag: str = "--batch_size") -> None:  # fmt: skip
-        """Check that the data is that of the checkpoint and fills a batch; count the steps.
+             source: str = "", batch_flag: str = "--batch_size", models: dict | None = None) -> None:  # fmt: skip
+        """Check that data and start models are those of the checkpoint, and that the data fills a batch; count the
+        steps.
 
         key(item): what the digest of the data is made of. sequences(item): the (prompt, response) pairs that the model
-        reads of it. source, batch_flag: what messages call the data and the batch size, if not --data, --batch_size."""
+        reads of it. source, batch_flag: what messages call the data and the batch size, if not --data, --batch_size.
+        models: the paths of the models that training starts from, by their flags, if not --model alone."""
         args = self.args
         sequences = sequences or (lambda e: [(e.prompt, e.trace or [])])
         key = key or (lambda e: (e.prompt, e.trace, e.gold, *([str(e.trace_logps)] if e.trace_logps else [])))
@@ -180,15 +184,11 @@ class Run:
         if self.start > self.steps:
             raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
                              "steps: raise --steps (or --epochs), or name another --out")  # fmt: skip
-        if not self.start and (self.out / "model").exists() and (self.out / "args.json").exists():
-            finished = json.loads((self.out / "args.json").read_text())
-            if changed := self.checkpoints.changed(finished):
-                raise InputError(f"--out {self.out} holds a finished run without a checkpoint, of other settings "
-                                 f"({changed}): name another --out, or delete that folder")  # fmt: skip
         self.held_out = held_out if args.eval_every else []
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
         self.lock = lock(self.out, self.world)
+        keep_weights(self.out, models or {"model": args.model}, bool(self.state), self.world)
         if self.world.main:
             resumes = f"; {self.out} resumes after step {self.start}" if self.start else ""
             print(f"{source}: {in_words(left_out, args)}; {len(held_out)} held-out; {self.steps} steps of "
@@ -324,6 +324,14 @@ class Run:
         sampler.close()
         self.clock.close()
         self.metrics.close()
+
+
+def keep_weights(out: Path, models: dict[str, str], compare: bool, world: World) -> None:
+    """Write digests of the models {flag: path} to OUT/weights.json. InputError if `compare` and OUT has others."""
+    mine = {flag: digest_of(path, f"--{flag}") for flag, path in models.items() if path} if world.main else {}
+    digests = dict(gather_lists([*mine.items()], world))
+    path, wrong = out / "weights.json", f"{out} was begun with other weights"
+    keep_settings(path, digests, models if compare and path.exists() else (), wrong, world)
 
 
 def lock(out: Path, world: World, name: str = ".lock"):
@@ -488,11 +496,12 @@ def keep_answers(
     After a stop the next call resumes: --batch_size questions are made at once. load() returns the policy, if answers
     are missing. settings: what the answers depend on, kept beside `path`. InputError if the kept ones differ."""
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
-    names = [name for name in settings if name != "model"]  # its digest is compared
+    kept = len(read_records(path))
+    names = [name for name in settings if kept and name != "model"]  # its digest is compared
     keep_settings(path.with_suffix(".json"), settings, names, f"{path} has answers of other settings", world)
     sampler = None
     grader = Grader(tokenizer, args.verifier)
-    if len(read_records(path)) < len(examples):
+    if kept < len(examples):
         policy = load()
         sampler = open_sampler(policy, tokenizer, args, world)
         sampler.sync(policy, version=0)
@@ -555,9 +564,12 @@ class Grader:
 
 
 def keep_settings(path: Path, settings: dict, names: Iterable[str], message: str, world: World) -> None:
-    """Write settings to a JSON file. If it exists and has other values of `names`, raise InputError with `message`."""
+    """Write settings to a JSON file. With `names` it must be there and have the same values of them, else InputError:
+    with `message`, if they differ."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
-    if path.exists() and (changed := changed_settings(json.loads(path.read_text()), settings, names)):
+    if names and not path.exists():
+        raise InputError(f"{path}, which says what made the files beside it, is missing: name another --out")
+    if names and (changed := changed_settings(json.loads(path.read_text()), settings, names)):
         raise InputError(f"{message} ({changed}): use the same settings to resume, or another --out")
     dist.barrier()  # all have compared before one writes
     if world.main:

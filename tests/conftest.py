@@ -117,6 +117,14 @@ def run_script(*words, ranks: int = 1, check: bool = True, timeout: float = 300,
     return subprocess.CompletedProcess(words, code, out, err)
 
 
+def other_weights(folder):
+    """Change the weights of a model folder, as a second run of SFT to the same path does."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.1 * x for name, x in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
 def weights_digest(policy) -> str:
     """SHA-256 over all weights: equal for bit-equal models."""
     from common.trainer import full_parameters

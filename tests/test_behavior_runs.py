@@ -14,9 +14,10 @@ import behavior_injection as bridge
 from common import verifiers
 from common.data import InputError, batch_indices
 from common.metrics import read_metrics
+from common.report import write_results
 from common.trainer import load_tokenizer, parse_args
 from tests import behavior_ranks as ranks
-from tests.conftest import run_script
+from tests.conftest import other_weights, run_script
 from tools import influence
 
 SMALL = [
@@ -297,12 +298,24 @@ def test_bad_settings_get_one_message(tmp_path, words, message, pipeline):
 
 
 def test_too_few_rows_and_other_settings_are_named(folder):
+    with pytest.raises(InputError, match="bridge/rl was made with other settings .--batch_size 4 there, 32 here"):
+        bridge.train(bridge.settings_of(settings("--out", folder, "--batch_size", "32"), "rl", "bridge"))
+    shutil.rmtree(folder / "bridge" / "rl")
     with pytest.raises(InputError, match="rl.jsonl: 20 rows are fewer than --batch_size 32"):
         bridge.train(bridge.settings_of(settings("--out", folder, "--batch_size", "32"), "rl", "bridge"))
     args = settings("--out", folder, "--save_every", "1", "--steps", "1", "--eval_every", "0")
     bridge.train(bridge.settings_of(args, "rl", "bridge"))
     with pytest.raises(InputError, match="--kl_coef 0.001 there, 0.5 here"):
         bridge.train(bridge.settings_of(dataclasses.replace(args, kl_coef=0.5), "rl", "bridge"))
+
+
+def test_rl_does_not_go_on_from_a_checkpoint_of_another_sft_model(folder):
+    shutil.rmtree(folder / "bridge" / "rl")
+    args = bridge.settings_of(settings("--out", folder, "--save_every", 1, "--eval_every", 0), "rl", "bridge")
+    bridge.train(dataclasses.replace(args, steps=1))
+    other_weights(folder / "bridge" / "sft" / "model")  # as if it was trained anew
+    with pytest.raises(InputError, match="bridge/rl was begun with other weights .--model"):
+        bridge.train(args)
 
 
 def test_sft_takes_own_rows_without_golds_and_names_its_batch_size(folder):
@@ -338,14 +351,28 @@ def test_tables_hold_the_arms_of_earlier_commands_too(folder, capsys):
     assert firsts == ["%", "base", "vanilla", "bridge", "queries", "vanilla", "bridge"]
 
 
-def test_fewer_rows_are_asked_and_results_of_another_test_leave_the_table(folder):
+def arms_of_tables(printed):
+    """The first cells of the printed tables' rows, without headings."""
+    firsts = [line.split()[1] for line in printed.splitlines() if line.startswith("| ")]
+    return [first for first in firsts if first not in ("%", "queries")]
+
+
+def test_fewer_rows_are_asked_and_results_of_another_test_leave_the_table(folder, capsys):
     bridge.main(settings("--out", folder, "--stage", "eval", "--arms", "bridge", "--eval_limit", 2))
     found = json.loads((folder / "bridge" / "eval.json").read_text())
-    assert {test["questions"] for model in found.values() for test in model.values()} == {2}
+    assert {found[stage][name]["questions"] for stage in ("sft", "rl") for name in ("test_id", "test_ood")} == {2}
+    printed = capsys.readouterr().out
+    assert "vanilla/eval.json is left out of the table: it was measured with other settings (--eval_limit 0" in printed
+    assert arms_of_tables(printed) == ["base", "bridge"]
     bridge.main(settings("--out", folder, "--stage", "data", "--test_ops", 2, 4))
-    assert not list(folder.glob("*/eval.json"))
-    measure("--out", folder, "--arms", "bridge", "--ops", 2, 3)  # other queries: what other arms had is not compared
-    assert [path.parts[-3] for path in folder.glob("*/influence/influence.json")] == ["bridge"]
+    bridge.main(settings("--out", folder, "--stage", "eval", "--arms", "vanilla", "--test_ops", 2, 4))
+    printed = capsys.readouterr().out
+    assert "bridge/eval.json is left out" in printed and "; other test_ood.jsonl)" in printed
+    assert arms_of_tables(printed) == ["base", "vanilla"] and (folder / "bridge" / "eval.json").exists()
+    measure("--out", folder, "--arms", "bridge", "--ops", 2, 3)
+    printed = capsys.readouterr().out
+    assert "vanilla/influence/influence.json is left out" in printed and "(other influence.jsonl)" in printed
+    assert arms_of_tables(printed) == ["bridge"]
 
 
 def test_a_mask_alone_needs_the_reference_and_few_rows_are_held_out(pipeline, tmp_path, monkeypatch, capsys):
@@ -367,14 +394,16 @@ def test_a_mask_alone_needs_the_reference_and_few_rows_are_held_out(pipeline, tm
     assert capsys.readouterr().out.count("; 2 held-out; ") == 2
 
 
-def test_the_table_shows_sft_and_rl_and_the_chain_of_rl(tmp_path, capsys):
+def test_the_table_shows_sft_and_rl_and_the_chain_of_rl(tmp_path, capsys, world):
     def tests(start):
         return {name: dict(accuracy=(start + i) / 100, chain=(start + i + 1) / 100)
                 for i, name in ((0, "test_id"), (2, "test_ood"))}  # fmt: skip
 
-    (tmp_path / "vanilla").mkdir()
-    (tmp_path / "vanilla" / "eval.json").write_text(json.dumps({"sft": tests(10), "rl": tests(20)}))
-    bridge.report(settings("--out", tmp_path))
+    args = settings("--out", tmp_path)
+    bridge.make_data(args, world)
+    results = {"sft": tests(10), "rl": tests(20)}
+    write_results(tmp_path / "vanilla" / "eval.json", results, args, bridge.TESTED_WITH)
+    bridge.report(args)
     cells = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| vanilla")]
     assert [cell.strip() for cell in cells[0]] == ["vanilla", "10.0", "20.0", "21.0", "12.0", "22.0", "23.0"]
 

@@ -363,7 +363,7 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
         (dict(buckets="nowhere"), "nowhere: no evaluation there"),
         (dict(buckets="training"), "training: a training run, not an evaluation"),
         (dict(template="no-such"), "--template no-such"),
-        (dict(search="beam", value="no/such"), "no/such: no model there"),
+        (dict(search="beam", value="no/such"), "--value no/such: cannot be loaded"),
         (dict(template="qwen", chat_template_args=("a=1",)), "--chat_template_args are for --template own, not qwen"),
     ],
 )  # fmt: skip

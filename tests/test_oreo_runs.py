@@ -22,7 +22,7 @@ from common.rows import IGSM, conversation_ids, read_row, trace_ids
 from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args
 from oreo import Row
 from tests import oreo_ranks
-from tests.conftest import NANO, run_script
+from tests.conftest import NANO, other_weights, run_script
 from tests.oreo_ranks import SMALL, search, settings
 from tools import agents
 
@@ -152,6 +152,9 @@ def test_a_collection_that_was_cut_short_goes_on_and_is_the_same(nano, tmp_path)
     assert not list(cut.glob("*part*"))
     with pytest.raises(InputError, match="--samples 4 there, 5 here"):
         oreo.main(settings(nano, *words, cut, "--samples", "5"))
+    (cut / "answers.json").unlink()  # whose answers these are cannot be known
+    with pytest.raises(InputError, match="answers.json, which says what made the files beside it, is missing"):
+        oreo.main(settings(nano, *words, cut))
 
 
 def test_collected_ids_are_trained_as_they_were_drawn(nano, tmp_path):
@@ -189,12 +192,6 @@ def test_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatc
     oreo.main(settings(nano, *first, "--out", tmp_path / "first"))
     assert [(args.model, args.reference) for args in seen] == [(nano, nano)] * 2
     assert len({args.rows for args in seen}) == 2
-
-
-def other_weights(folder):
-    """Change the weights of a model folder, as a second run of SFT to the same path does."""
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: 1.1 * x for name, x in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.mark.parametrize("changed", ["model", "reference"])
@@ -256,6 +253,8 @@ def test_a_run_does_not_resume_with_other_rewards(nano, tmp_path):
 
 def test_collected_answers_are_balanced_by_their_scaled_rewards(nano, tmp_path, monkeypatch):
     answers = [[{"reward": r, "status": "ok", "response": str(i)} for i, r in enumerate((0.2, 0.3, 0.9))]] * 12
+    unknown = [{"reward": 0.0, "status": status, "response": status} for status in ("timeout", "error")]
+    answers[0] = unknown + answers[0]  # neither right nor wrong
     monkeypatch.setattr(oreo, "keep_answers", lambda *_, **__: answers)
     words = ["--reward_shift", "-0.5", "--balance", "1", "--out", tmp_path]
     oreo.collect(settings(nano, *words))

@@ -1,7 +1,9 @@
 """common/run.py: flags and their ranges, grading, updates of several models; memory that decides what is recomputed."""
 
 import dataclasses
+import json
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -22,7 +24,7 @@ from common.rows import Example
 from common.run import Grader, Row, Run, RunArgs, check_flags, micro_batches, per_token, trace_rows
 from common.trainer import Totals, World, layers_to_keep, load_policy, make_optimizer, parse_args
 from common.verifiers import Verdict
-from tests.conftest import NANO
+from tests.conftest import NANO, ROOT, other_weights
 from tests.test_luffy_math import ONE_RANK
 from tools import influence, redi_data
 
@@ -116,6 +118,33 @@ def test_a_copied_script_does_not_resume_the_runs_of_the_first(tmp_path, world):
     assert checkpoints.changed(saved | {"script": "mine.py"}) == "--script 'mine.py' there, 'run.py' here"
     del saved["script"]  # of a run that was made before
     assert not checkpoints.changed(saved)
+
+
+def test_a_run_does_not_go_on_from_another_start_model_of_the_same_path(tmp_path, world):
+    shutil.copytree(ROOT / "models/tiny", tmp_path / "model")
+    planned(tmp_path, model=str(tmp_path / "model"))
+    written = json.loads((tmp_path / "run" / "weights.json").read_text())
+
+    def resumed():
+        mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1, model=str(tmp_path / "model")))
+        mine.state = {"step": 1}
+        mine.plan(EXAMPLES, [], COUNT)
+
+    resumed()
+    other_weights(tmp_path / "model")
+    with pytest.raises(InputError, match="run was begun with other weights .--model"):
+        resumed()
+    assert json.loads((tmp_path / "run" / "weights.json").read_text()) == written
+    (tmp_path / "run" / "weights.json").unlink()  # a run of a version that did not write it
+    resumed()
+
+
+def test_an_answer_alone_is_refused_where_it_is_compared_with_others():
+    for module in (luffy, relift):
+        method = "grpo" if module is luffy else "relift"
+        with pytest.raises(InputError, match="--group_size 1: an answer without others"):
+            check_flags(module.Args(method=method, group_size=1))
+        check_flags(module.Args(method="sft", group_size=1))
 
 
 def test_the_digest_of_the_data_is_of_held_out_rows_too(tmp_path, world):

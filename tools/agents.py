@@ -438,8 +438,9 @@ def main(args: Args) -> dict | None:
         if args.stage == "expert" and world.size > 1:
             raise InputError("--stage expert runs in one process")
         out = Path(args.out)
-        models = [path for path in (args.model, args.value) if path not in ("", "scratch")]
-        digests = " ".join(gather_lists(list(map(digest_of, models)) if world.main else [], world))
+        models = {"--model": args.model, "--value": args.value} if world.main else {}
+        mine = [digest_of(path, flag) for flag, path in models.items() if path not in ("", "scratch")]
+        digests = " ".join(gather_lists(mine, world))
         settings = vars(args) | {"weights_digest": digests}
         episodes = list(out.glob("*.jsonl"))
         names = settings.keys() - Checkpoints.FREE - {"model", "value", "parallel"} if episodes else ()

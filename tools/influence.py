@@ -14,7 +14,6 @@ The docs page of behavior_injection.py has the details. In short:
 - K is measured between the answers to a few queries, whose gradients are projected by a count sketch.
 """
 
-import json
 import math
 import random
 from dataclasses import dataclass, replace
@@ -28,9 +27,9 @@ from tqdm import tqdm
 import behavior_injection as bridge
 from behavior_injection import group_advantages, kernel_scores, model_of, per_step_influence, read_set, row_means
 from common.data import InputError
-from common.report import table
+from common.report import read_results, table, write_results
 from common.rows import in_words
-from common.run import Grader, Positive, Row, mean, micro_batches, open_sampler, sample_rows, write_lines, write_whole
+from common.run import Grader, Positive, Row, mean, micro_batches, open_sampler, sample_rows, write_lines
 from common.trainer import gather_lists, init_world, launch, load_policy, parse_args, sum_over_ranks
 
 
@@ -44,6 +43,8 @@ class Args(bridge.Args):
 
 
 PRESETS = bridge.PRESETS | {"tiny": bridge.PRESETS["tiny"] | dict(influence_queries=200)}
+MEASURED_WITH = """verifier temperature max_prompt_tokens max_response_tokens seed chat_template chat_template_args
+    influence_queries influence_group influence_self kernel_queries kernel_dims influence.jsonl"""
 
 
 def objective_gradient(policy, rows: list[Row], n_rows: int, args: Args, world) -> list[Tensor]:
@@ -135,7 +136,7 @@ def influence(arm: str, args: Args, world) -> None:
     if world.main:
         out = Path(args.out, arm, "influence")
         write_lines(out / "queries.jsonl", found)
-        write_whole(out / "influence.json", json.dumps(summary, indent=2) + "\n")
+        write_results(out / "influence.json", summary, args, MEASURED_WITH)
         plot({arm: summary}, out / "influence.png")
 
 
@@ -223,7 +224,7 @@ def main(args: Args) -> None:
         influence(arm, args, world)
     if world.main:
         paths = {arm: Path(args.out, arm, "influence", "influence.json") for arm in bridge.arms_of(args)}
-        summaries = {arm: json.loads(path.read_text()) for arm, path in paths.items() if path.exists()}
+        summaries = read_results(paths, args, MEASURED_WITH)
         plot(summaries, Path(args.out, "influence.png"))
         names = ("never", "sometimes", "always", "dJ", "cosine")
         lines = [[arm, *(f"{found[name]:.4f}" for name in names)] for arm, found in summaries.items()]
