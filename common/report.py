@@ -43,7 +43,8 @@ def rewards_of(record: dict, verifier: str) -> list[float]:
 
 
 def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: World, *, again: bool = False) -> None:
-    """Give every answer a verdict of each verifier; all ranks get all verdicts. again: also where there is one."""
+    """Give every answer a verdict of each verifier; all ranks get all verdicts. again: also where there is one.
+    Raises InputError for a verifier that fails on every answer."""
     mine = list(records.values())[world.rank :: world.size]
     for verifier in verifiers:
         give_verdicts(mine, verifier, again=again or ":" in verifier, progress=world.main)
@@ -52,6 +53,11 @@ def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: Wor
         records[key]["graded_by"] = graded_by
         for answer, verdict in zip(records[key]["answers"], verdicts, strict=True):
             answer["verdicts"] = verdict
+    for verifier in verifiers:
+        found = [answer["verdicts"][verifier] for record in records.values() for answer in record["answers"]]
+        if all(status == "error" for _, status, *_ in found):
+            raise InputError(f"--verifier {verifier} failed on all {len(found)} answers ({' '.join(found[0][2:])}): "
+                             "mend it and run the same command again")  # fmt: skip
 
 
 def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:

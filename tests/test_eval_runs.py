@@ -219,6 +219,17 @@ def test_the_same_model_by_another_path_goes_on_and_a_changed_one_does_not(finis
         evaluation.main(moved)
 
 
+def test_a_verifier_that_fails_on_every_answer_gives_no_numbers(finished, data, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "failing_verifier.py").write_text("def reward(response, gold):\n    raise KeyError('answer')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    wrong = args(data, tmp_path / "out")
+    wrong.verifier = ("boxed", "failing_verifier:reward")
+    with pytest.raises(InputError, match=r"failing_verifier:reward failed on all 36 answers \(KeyError"):
+        evaluation.main(wrong)
+    evaluation.main(args(data, tmp_path / "out"))  # nothing was lost
+
+
 def test_a_hub_name_whose_revision_moved_is_another_model(monkeypatch):
     revision = "a" * 40
     monkeypatch.setattr(checkpoints, "cached_file", lambda name, file: f"models--{name}/snapshots/{revision}/{file}")

@@ -286,6 +286,12 @@ def test_a_game_is_renamed_otherwise_each_time(games, monkeypatch):
     assert len(rows) == 9 and len(set(drawn)) == 6
 
 
+def test_a_walkthrough_that_loses_is_named_with_what_the_tokenizer_made_of_it(games, monkeypatch):
+    monkeypatch.setattr(Door, "walkthrough", ["go out", "Wait"])
+    with pytest.raises(InputError, match="of door-0 does not win it; its last command was 'Wait', and '.*'"):
+        agents.play_walkthroughs(Args(stage="expert"), TOKENIZER)
+
+
 def test_episodes_train_policy_and_value(games, agent, world, monkeypatch, tmp_path):
     says = ["Action: open door<|eos|>", "Action: go out<|eos|>"]
     scripted(monkeypatch, lambda text, number, _: says["is open" in text and number != 1])
@@ -342,6 +348,7 @@ def test_other_names_are_of_the_same_kind_and_share_no_word(monkeypatch):
         (dict(games="alfworld:train"), "no games there; .*pip install alfworld, then alfworld-download"),
         (dict(model=""), "--stage evaluate needs --model"),
         (dict(candidates=0), "--candidates must be positive"),
+        (dict(candidates=3), "--candidates 3 are chosen by a --value, which is missing"),
         (dict(names=9), "--names must be 0 to 8, not 9"),
         (dict(names=2, games="alfworld:train"), "--names 2 is for TextWorld games"),
         (dict(renamed=2), "--renamed 2 is for --stage expert with --names"),

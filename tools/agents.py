@@ -381,7 +381,9 @@ def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
                 if not episode.end:
                     episode.add_answer([*tokenizer(f"Action: {command}", add_special_tokens=False)["input_ids"], end])
             if episode.end != "won":
-                raise InputError(f"--games {args.games}: the walkthrough of {episode.name} does not win it")
+                heard = tokenizer.decode(tokenizer(command, add_special_tokens=False)["input_ids"])
+                raise InputError(f"--games {args.games}: the walkthrough of {episode.name} does not win it; its last "
+                                 f"command was {command!r}, and {heard!r} through --model's tokenizer")  # fmt: skip
             rows.append(episode.row())
         game.close()
     return rows
@@ -426,6 +428,8 @@ def check(args: Args) -> None:
         raise InputError(f"--stage {args.stage} needs --model")
     if args.temperature <= 0 and (args.stage == "collect" or args.value):
         raise InputError(f"--temperature {args.temperature}: answers that must differ need a positive one")
+    if args.candidates != Args.candidates and not args.value:
+        raise InputError(f"--candidates {args.candidates} are chosen by a --value, which is missing")
 
 
 def main(args: Args) -> dict | None:

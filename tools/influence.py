@@ -215,9 +215,12 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
 def main(args: Args) -> None:
     bridge.check(replace(args, stage="eval"))
     world = init_world(args.timeout_minutes)
+    for arm in args.arms:
+        bridge.open_tokenizer(model_of(args, "sft", arm), args)  # an InputError if it is not there
     if world.main:
         queries = Path(args.out, "data", "influence.jsonl")
         if not queries.exists() or queries.with_suffix(".settings.json").exists():  # else they are your own
+            print(f"{queries}: {2 * args.influence_queries} problems of iGSM")
             bridge.write_set("influence", 2 * args.influence_queries, args.ops, "train", 1000 * args.seed + 500, args)
     dist.barrier()
     for arm in args.arms:
