@@ -55,7 +55,7 @@ def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: Wor
             answer["verdicts"] = verdict
     for verifier in verifiers:
         found = [answer["verdicts"][verifier] for record in records.values() for answer in record["answers"]]
-        if all(status == "error" for _, status, *_ in found):
+        if found and all(status == "error" for _, status, *_ in found):
             raise InputError(f"--verifier {verifier} failed on all {len(found)} answers ({' '.join(found[0][2:])}): "
                              "mend it and run the same command again")  # fmt: skip
 

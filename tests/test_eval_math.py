@@ -394,13 +394,16 @@ def test_answers_of_a_model_that_has_changed_are_not_gone_on_from(name, tmp_path
         folders[kind] = str(tmp_path / kind)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "samples.jsonl").write_text('{"id": "q"}\n')
     questions = [Question(i, "b", "?", [], "1", "row", 0) for i in "qr"]
     args = Args(**folders, search="beam", out=str(out), rollout="embedded")
-    for _ in range(2):
-        check_settings(args, questions, world)
+    check_settings(args, questions, world)
+    (out / "samples.jsonl").write_text('{"id": "q"}\n')
+    check_settings(args, questions, world)
     (tmp_path / name / "config.json").write_text("{ }")
     with pytest.raises(InputError, match="holds an evaluation with other settings .other weights"):
+        check_settings(args, questions, world)
+    (out / "args.json").unlink()
+    with pytest.raises(InputError, match="args.json, which says what made the files beside it, is missing"):
         check_settings(args, questions, world)
 
 
