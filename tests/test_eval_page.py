@@ -108,7 +108,7 @@ class Browser:
 
     def open(self, path):
         self.call("Page.navigate", url=f"file://{path}")
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 30
         while not self.run("document.readyState === 'complete' && location.protocol === 'file:'"):
             assert time.monotonic() < deadline
             time.sleep(0.05)

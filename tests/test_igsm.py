@@ -453,7 +453,7 @@ def test_a_thousand_problems_take_about_a_second():
     start = time.process_time()
     generate(300, ops=(15, 20), split="train")
     rate = 300 / (time.process_time() - start)
-    assert rate > 250, f"{rate:.0f} problems a second"  # 2,600 where it was written, 1,200 on a slow idle machine
+    assert rate > 500, f"{rate:.0f} problems a second"  # 2,600 on the machine where it was written
 
 
 # checker, on our own solutions
