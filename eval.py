@@ -36,7 +36,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from common.checkpoints import digest_of
 from common.data import InputError, check_verifier
 from common.report import grade_records, load_run, plot_bars, results_tables, rewards_of, unreadable_golds, versions_of
 from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler, vllm_for
@@ -57,6 +56,7 @@ from common.run import (
     Share,
     check_fit,
     check_ranges,
+    digests_of,
     keep_records,
     keep_settings,
     read_records,
@@ -67,7 +67,6 @@ from common.run import (
 from common.search import search_answers, step_ids
 from common.trainer import (
     ValueModel,
-    gather_lists,
     init_world,
     launch,
     load_policy,
@@ -284,11 +283,11 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
     old = json.loads(path.read_text()) if path.exists() else {}
     if old and "questions_digest" not in old:
         raise InputError(f"--out {args.out} is the folder of something else than an evaluation: name another")
-    models = {"--model": args.model, "--value": args.value} if world.main else {}
+    digests = digests_of({"model": args.model, "value": args.value}, world)
     asked = json.dumps([[q.id, q.prompt, q.n] for q in questions])
     settings = dataclasses.asdict(args) | {
         "rollout": "vllm" if vllm_for(args.rollout, world) else "embedded",
-        "weights_digest": " ".join(gather_lists([digest_of(m, flag) for flag, m in models.items() if m], world)),
+        "weights_digest": " ".join(digests.values()),
         "questions": len(questions), "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }  # fmt: skip
     answered = len(read_records(path.parent / "samples.jsonl"))

@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoints import Checkpoints, changed_settings, digest_of
+from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, batch_indices, token_scales
 from common.metrics import plot_curves
 from common.rows import held_out_examples, in_words, read_examples, read_traces
@@ -60,6 +60,7 @@ from common.run import (
     Share,
     check_fit,
     check_flags,
+    digests_of,
     keep_answers,
     keep_weights,
     mean,
@@ -583,7 +584,7 @@ def collect(args: Args) -> str:
     names = ("model data ask igsm_problems chat_template chat_template_args verifier samples max_prompt_tokens seed "
              "max_response_tokens temperature top_p batch_size rope_theta max_positions")  # fmt: skip
     settings = {name: getattr(args, name) for name in names.split()}
-    settings["weights_digest"] = " ".join(gather_lists([digest_of(args.model)] if world.main else [], world))
+    settings["weights_digest"] = " ".join(digests_of({"model": args.model}, world).values())
     answers = keep_answers(
         out / "answers.jsonl", examples, partial(open_policy, args.model, args, world, gradient_checkpointing="none"),
         settings, tokenizer, args, world, n=args.samples, top_p=args.top_p,

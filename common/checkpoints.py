@@ -124,9 +124,12 @@ class Checkpoints:
         if damaged and path is None:
             raise InputError(f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start "
                              "anew, or choose another --out")  # fmt: skip
-        state, run = json.loads((path / "state.json").read_text()) if path else None, self.folder.parent
-        finished = (run / "model").exists() and (run / "args.json").exists()
-        saved = state["settings"] if state else json.loads((run / "args.json").read_text()) if finished else {}
+        state, saved, run = None, {}, self.folder.parent
+        if path:
+            state = json.loads((path / "state.json").read_text())
+            saved = state["settings"]
+        elif (run / "model").exists() and (run / "args.json").exists():
+            saved = json.loads((run / "args.json").read_text())
         if changed := self.changed(saved):
             raise InputError(f"{path or run} was made with other settings ({changed}): use the same ones to resume, or "
                              "another --out to start anew")  # fmt: skip

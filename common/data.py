@@ -54,6 +54,13 @@ def check_verifier(name: str) -> None:
         raise InputError(f"--verifier {name}: {error}") from error
 
 
+def check_works(verifier: str, found: list[tuple[str, str | None]]) -> None:
+    """Raise InputError if all verdicts (status, detail) are errors: then the verifier is wrong, not the answers."""
+    if found and all(status == "error" for status, _ in found):
+        raise InputError(f"--verifier {verifier} failed on all {len(found)} answers ({found[0][1]}): "
+                         "mend it and run the same command again")  # fmt: skip
+
+
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Indices of the examples of a step (0, 1, ...). Each epoch is a fresh permutation; an incomplete batch is dropped.
 

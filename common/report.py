@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.checkpoints import changed_settings
-from common.data import InputError
+from common.data import InputError, check_works
 from common.metrics import write_whole
 from common.rows import gold_unreadable
 from common.run import read_records
@@ -55,9 +55,7 @@ def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: Wor
             answer["verdicts"] = verdict
     for verifier in verifiers:
         found = [answer["verdicts"][verifier] for record in records.values() for answer in record["answers"]]
-        if found and all(status == "error" for _, status, *_ in found):
-            raise InputError(f"--verifier {verifier} failed on all {len(found)} answers ({' '.join(found[0][2:])}): "
-                             "mend it and run the same command again")  # fmt: skip
+        check_works(verifier, [(status, " ".join(detail)) for _, status, *detail in found])
 
 
 def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.checkpoints import Checkpoints, changed_settings, digest_of
-from common.data import InputError, check_verifier, pack, plan_micro_batches, to_device
+from common.data import InputError, check_verifier, check_works, pack, plan_micro_batches, to_device
 from common.metrics import Clock, Metrics, complete_lines, peak_memory_gb, read_metrics, write_whole
 from common.rollout import Sampler, Sampling, make_sampler
 from common.rows import Example, data_digest, in_words, report_golds, set_template
@@ -326,11 +326,15 @@ class Run:
         self.metrics.close()
 
 
+def digests_of(models: dict[str, str], world: World) -> dict[str, str]:
+    """{flag: digest} of the models {flag: path}, on all ranks; a flag without a path has none. Rank 0 reads them."""
+    mine = {flag: digest_of(path, f"--{flag}") for flag, path in models.items() if path} if world.main else {}
+    return dict(gather_lists([*mine.items()], world))
+
+
 def keep_weights(out: Path, models: dict[str, str], compare: bool, world: World) -> None:
     """Write digests of the models {flag: path} to OUT/weights.json. InputError if `compare` and OUT has others."""
-    mine = {flag: digest_of(path, f"--{flag}") for flag, path in models.items() if path} if world.main else {}
-    digests = dict(gather_lists([*mine.items()], world))
-    path, wrong = out / "weights.json", f"{out} was begun with other weights"
+    digests, path, wrong = digests_of(models, world), out / "weights.json", f"{out} was begun with other weights"
     keep_settings(path, digests, models if compare and path.exists() else (), wrong, world)
 
 
@@ -514,9 +518,7 @@ def keep_answers(
             sampler, batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader, top_p=top_p
         )
         grader.wait()
-        if rows and all(row.status == "error" for row in rows):
-            raise InputError(f"--verifier {args.verifier} failed on all {len(rows)} answers ({rows[0].detail}): "
-                             "mend it and run the same command again")  # fmt: skip
+        check_works(args.verifier, [(row.status, row.detail) for row in rows])
         for row in rows:
             records[row.group]["answers"].append({
                 "response": tokenizer.decode(row.response), "response_ids": row.response, "truncated": row.truncated,

@@ -203,7 +203,7 @@ def test_episodes_are_kept_and_a_stopped_collection_plays_the_others(games, agen
 def test_a_folder_holds_the_episodes_of_one_stage_its_settings_and_weights(games, agent, monkeypatch, tmp_path):
     scripted(monkeypatch, lambda text, number, _: "Action: jump<|eos|>")
     digests = {"m": "1", "moved": "1", "other": "2"}
-    monkeypatch.setattr(agents, "digest_of", lambda path, flag: digests.get(path))
+    monkeypatch.setattr("common.run.digest_of", lambda path, flag: digests.get(path))
     monkeypatch.setattr(agents, "open_tokenizer", lambda path, args: TOKENIZER)
     monkeypatch.setattr(agents, "load_policy", lambda path, world, **options: agent)
     first = dict(stage="expert", model="m", out=str(tmp_path / "out"))
@@ -363,7 +363,7 @@ def test_bad_settings_get_one_message(changes, message, agent, tmp_path, monkeyp
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     monkeypatch.setattr(agents, "open_tokenizer", lambda path, args: TOKENIZER)
     monkeypatch.setattr(agents, "load_policy", lambda path, world, **options: agent)
-    monkeypatch.setattr(agents, "digest_of", lambda path, flag: path)
+    monkeypatch.setattr("common.run.digest_of", lambda path, flag: path)
     with pytest.raises(InputError, match=message):
         agents.main(Args(**{"model": "m", "out": str(tmp_path / "out")} | changes))
 

@@ -33,7 +33,7 @@ from typing import Annotated, Literal
 import numpy as np
 from tqdm import tqdm
 
-from common.checkpoints import Checkpoints, changed_settings, digest_of
+from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError
 from common.rollout import Sampling, make_sampler
 from common.rows import render_prompt, turn_end, with_bos
@@ -44,6 +44,7 @@ from common.run import (
     Share,
     check_fit,
     check_ranges,
+    digests_of,
     keep_records,
     keep_settings,
     open_tokenizer,
@@ -442,10 +443,8 @@ def main(args: Args) -> dict | None:
         if args.stage == "expert" and world.size > 1:
             raise InputError("--stage expert runs in one process")
         out = Path(args.out)
-        models = {"--model": args.model, "--value": args.value} if world.main else {}
-        mine = [digest_of(path, flag) for flag, path in models.items() if path not in ("", "scratch")]
-        digests = " ".join(gather_lists(mine, world))
-        settings = vars(args) | {"weights_digest": digests}
+        models = {"model": "" if args.model == "scratch" else args.model, "value": args.value}
+        settings = vars(args) | {"weights_digest": " ".join(digests_of(models, world).values())}
         episodes = list(out.glob("*.jsonl"))
         names = settings.keys() - Checkpoints.FREE - {"model", "value", "parallel"} if episodes else ()
         keep_settings(out / "args.json", settings, names, f"--out {out} has episodes of other settings", world)
