@@ -20,12 +20,12 @@ For token t of answer i: r = p / p_old, k = e^d - d - 1 with d = log p_ref - log
 loss of an answer whose mean of min(k, 10) reaches --kl_mask is 0. tools/influence.py measures dJ and K.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- All arms use the same problems, whose numbers are at least 1. From 0, as published, "0" is right in 27 % of them.
+- All arms use the same problems, with numbers from 1. Published: from 0, so "0" is right in 27 % of them.
 - The RL gradient is the true mean over rows; the published one was an eighth of it, so max_grad_norm is 8, not 1.
 - A response ends with its first eos. In the published code a pad after the answer was trained on as an eos.
 
   python behavior_injection.py --preset tiny               all stages on two CPU cores in 15 minutes, no download
-    ... --model models/scratch --base_problems 160000      15 more: trains a base model from random weights
+    ... --model models/scratch --base_problems 160000      15 min more: trains a base from random weights
   torchrun --nproc_per_node 2 behavior_injection.py        the paper's run (Llama: --preset paper_llama)
 """
 
@@ -109,7 +109,7 @@ class Args(RunArgs):
     rl_problems: Positive[int] = 10000  # Problems for RL
     eval_problems: Positive[int] = 500  # Problems for the evaluation during RL, and for each test
     reflection: Share[float] = 0.1  # Chance of a look-ahead before a line of the solution
-    # Chance of an analysis of a line. table, as published: 0.1, 0.4, 0.8 or 1 if it uses 1, 2, 3 or more quantities
+    # Chance of an analysis of a line. table (published): 0.1, 0.4, 0.8, 1 for a line with 1, 2, 3, more quantities
     analysis: Chance = "table"
     retry: Share[float] = 0.1  # Chance of a retry before a line
     base_problems: NotNegative[int] = 0  # Plain problems to train the base model on; 0: --model is the base model
@@ -123,7 +123,7 @@ class Args(RunArgs):
     # SFT loss: average the token means of blocks of this many rows; 0: one block, the mean over all tokens
     sft_rows_per_mean: NotNegative[int] = 4
     base_steps: Positive[int] = 3500  # Updates of the base model, of 64 problems each
-    base_lr: NotNegative[float] = 1.5e-3  # Its peak learning rate
+    base_lr: NotNegative[float] = 1.5e-3  # Peak learning rate of the base model
 
     steps: NotNegative[int] = 200  # RL: steps; 0 follows --epochs (SFT: --sft_steps).
     batch_size: Positive[int] = 32  # RL: questions per step (SFT: --sft_batch_size)
@@ -160,7 +160,7 @@ TESTED_WITH = """verifier eval_temperature eval_limit max_prompt_tokens max_resp
 
 
 def arms_of(args: Args) -> dict[str, list[dict]]:
-    """How each arm writes a problem: settings of igsm.retell, a dictionary for each row that it makes of it."""
+    """Settings of igsm.retell by arm, a dictionary for each row that the arm makes of a problem."""
     reflection, analysis = dict(reflection=args.reflection), dict(analysis=args.analysis)
     return {
         "vanilla": [{}],
@@ -175,9 +175,9 @@ def arms_of(args: Args) -> dict[str, list[dict]]:
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """A_i = (R_i - mean) / (std + eps) over the rewards of i's group; 0, but for rounding, if all are equal.
+    """A_i = (R_i - mean) / (std + eps) over the rewards of i's group; 0 if all are equal (float64: to 1e-9).
 
-    rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
+    rewards [B] float32 or float64, groups [B] int (the question of each row) -> [B], of rewards' dtype.
     ddof 1 divides the variance by n - 1, as the published code does. ddof 0 divides it by n, as in the paper: the std
     is then sqrt(a (1 - a)) for a fraction a of correct answers.
 
@@ -211,7 +211,7 @@ def low_variance_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
     Never negative. Over tokens drawn from pi its mean is KL(pi || ref), the cap aside, but the mean of its gradient is
     the gradient of KL(ref || pi)."""
-    d = ref_logp - logp
+    d = (ref_logp - logp).clamp(max=20)  # far above the cap: its gradient is 0, not 0 times inf
     return (d.exp() - d - 1).clamp(max=10)
 
 
@@ -321,8 +321,8 @@ def make_data(args: Args, world) -> None:
 
 def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, arms: dict | None = None) -> None:
     """Write OUT/data/NAME.jsonl, rows in LUFFY's schema: n problems, seeded by `seed`. With arms (of `arms_of`): a file
-    NAMEARM.jsonl for each, of the same problems. Files of the same settings are kept; a file with rows that it did
-    not write is an InputError. One rank calls it."""
+    NAMEARM.jsonl for each, of the same problems. Files of the same settings are kept; a file not
+    written by it raises InputError. One rank calls it."""
     settings = dict(ops=ops, split=split, seed=seed, style=args.style, modulus=args.modulus or None,
                     max_params=args.max_params, shuffle=args.shuffle,
                     max_literal=min(9, args.modulus - 1) if args.modulus else 9)  # fmt: skip
@@ -513,7 +513,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     """Return {test: {accuracy, chain, ...}} of a model's answers to both test sets, sampled at eval_temperature.
 
     chain: fraction of answers whose every step is correct (igsm.check_solution). accuracy_zero: accuracy on problems
-    whose result is 0. greedy: accuracy at temperature 0. RL can raise the sampled accuracy alone, by certainty."""
+    whose result is 0. greedy: accuracy at temperature 0. RL can raise the sampled one alone, by low entropy."""
     tokenizer, policy = open_tokenizer(model, args), load_policy(model, world)
     sampler, grader = open_sampler(policy, tokenizer, args, world), Grader(tokenizer, args.verifier)
     sampler.sync(policy, version=0)
@@ -527,8 +527,8 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
         mine, counts = range(world.rank, len(examples), world.size), [1] * len(examples)
         rows = {}  # by temperature
         for t in sorted({0.0, args.eval_temperature}):
-            at_t = replace(args, temperature=t)
-            rows[t] = sample_rows(sampler, examples, mine, counts, at_t, world, seed=args.seed + 1, grader=grader)
+            rows[t] = sample_rows(sampler, examples, mine, counts, args, world, seed=args.seed + 1, grader=grader,
+                                  temperature=t)  # fmt: skip
         grader.wait()
         greedy, sampled = gather_rows(rows[0.0], world), gather_rows(rows[args.eval_temperature], world)
         checks = [igsm.check_solution(asked[row.example.index], row.text(tokenizer), modulus=args.modulus or None)

@@ -144,8 +144,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 def majority_at_k(right: int, wrong: list[int], blank: int, k: int) -> float:
     """Probability that the most frequent of k answers, drawn without replacement, is the correct one; ties share.
 
-    right: number of correct answers; wrong: how often each wrong answer was given; blank: answers that do not vote. If
-    the correct answer has j votes, the other k - j draws may give no wrong one more than j:
+    right: number of correct answers; wrong: count of each wrong answer; blank: answers that do not vote. If the
+    correct one has j votes, no wrong one may have more; `ties` wrong ones also have j:
 
         sum_j C(right, j) * [x^(k-j)] (1 + x)^blank * prod_w sum_{i <= j} C(w, i) x^i / (1 + ties) / C(n, k)
 
@@ -179,7 +179,7 @@ def mean_and_errors(rewards: list[list[float]]) -> tuple[float, float | None, fl
 
 
 def difficulty(base_rate: float) -> str:
-    """ReLIFT's bucket for the base's correct answers. Of 8: easy 6 to 8, medium 3 to 5, hard 1 or 2, hardest 0."""
+    """ReLIFT's bucket for a fraction correct. Of 8: easy 6 to 8, medium 3 to 5, hard 1 or 2, hardest 0."""
     return "easy" if base_rate >= 6 / 8 else "medium" if base_rate >= 3 / 8 else "hard" if base_rate > 0 else "hardest"
 
 
@@ -191,7 +191,7 @@ class Question:
     turns: list[dict]  # as its row asks it: what "own" renders
     gold: str
     where: str  # file and row, for messages
-    index: int  # the row, which names the random stream of a search
+    index: int  # the row's number, key of a search's random stream
     rendered: str = ""  # the prompt's text, if the row holds it
     rows: int = 1  # how often the files have it
     n: int = 1  # answers to draw
@@ -218,7 +218,7 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
     for name, source, where, index, item in read:
         # the same name in two files is two benchmarks; "average" is a key of results.json
         benchmark = f"{name} ({source})" if len(owners[name]) > 1 else name
-        for named in (name, benchmark):  # the second for a question that two such files have
+        for named in (name, benchmark):  # benchmark: if two such files share a question
             key = hashlib.sha256(json.dumps([named, item.prompt, item.gold]).encode()).hexdigest()[:16]
             if key not in questions or questions[key].benchmark == benchmark:
                 break
@@ -292,7 +292,7 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
     }  # fmt: skip
     answered = len(read_records(path.parent / "samples.jsonl"))
     if answered >= len(questions):
-        settings |= {k: old[k] for k in SAMPLER & old.keys()}  # of the one that drew the answers
+        settings |= {k: old[k] for k in SAMPLER & old.keys()}  # of the run that drew the answers
     compared = [k for k in settings if answered and k in (old or settings) and k not in FREE | BY_DIGEST]
     keep_settings(path, settings, compared, f"--out {args.out} holds an evaluation with other settings", world)
 
@@ -433,7 +433,7 @@ def summarise_benchmark(records: list[dict], verifiers: tuple[str, ...]) -> dict
     answers = [a for r in records for a in r["answers"]]
     status = Counter(a["verdicts"][first][1] for a in answers)
     fewest = min(map(len, rewards))
-    ks = sorted({2**i for i in range(1, fewest.bit_length())} | {fewest} - {1})
+    ks = [k for k in range(2, fewest + 1) if k.bit_count() == 1 or k == fewest]
     counts = [(len(r), sum(x > 0 for x in r)) for r in rewards]
     votes = [count_votes(r, first) for r in records] if ks else []
     return {

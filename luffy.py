@@ -9,8 +9,8 @@ trace. All are graded alike and share one mean:
     f(p) = p / (p + 0.1)                                                                               (Eq. 5-8)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192), rows of the update: each published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
-c = 0.001, 8192: --max_response_tokens. A mean entropy per micro-batch was added, M in all (`published_micro_batches`).
+S = 64 / (rows x 8192) for an update's rows: a published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
+c = 0.001; 8192 is --max_response_tokens. M mean entropies were added, one per micro-batch (`published_micro_batches`).
 Where the teacher's own probability is unknown, as in the published data, LUFFY uses 1, so the ratio is p. With f, the
 gradient w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are
 learnt first. If the trace and k own answers are right, each of them has the advantage (7 - k) / 8: from 7/8 down to 0.
@@ -84,7 +84,7 @@ class Args(RunArgs):
     entropy_coef: NotNegative[float] = 0.001  # Weight c of the entropy bonus, before the factor M (LUFFY's text: 0.01)
     loss_rows: Positive[float] = 64.0  # Scale of the loss: rows per GPU and update of the published run (8 GPUs: 64)
     group_size: Positive[int] = 8  # Rows per question, the teacher's included
-    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # A question without a trace: stop, drop, own answers
+    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # Question without trace: stop, drop it, own answers
     steps: NotNegative[int] = 500  # Steps to train (the paper's 500); 0 follows --epochs.
     teacher_rows: NotNegative[int] = 1  # How many of the group_size rows are the teacher's trace
     shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
@@ -111,9 +111,9 @@ PRESETS = {
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, baseline: Tensor | None = None) -> Tensor:
-    """A_i = R_i - mean of the rewards of i's group; with `std` (as in LUFFY's Eq. 4) over their unbiased std + 1e-6.
+    """A_i = R_i - mean of the rewards of i's group; `std` (LUFFY's Eq. 4) divides by their unbiased std + 1e-6.
 
-    rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
+    rewards [B] float32 or float64, groups [B] int (the question of each row) -> [B], of rewards' dtype.
     A group of one row has mean 0 and std 1.
     baseline [B] bool: only these rows count for mean and std, which apply to all rows; a std of 0 then becomes 1.
 
@@ -155,7 +155,7 @@ def luffy_token_loss(
 ) -> Tensor:  # fmt: skip
     """Loss of each token, elementwise over any shape; what is summed in Eq. 5-8, with the sign of a loss.
 
-    teacher's (off_policy True)   -A f(p), with gradient through f: `shape`, else p / (p + gamma), else p
+    teacher's (off_policy True)   -A f(p), with gradient through f: `shaped(logp, shape, gamma)`
                                   -A p / (p_teacher + 1e-6) where teacher_logp is given and not NaN
     own                           -A r, r = p / p_old; with clip e: max(-A r, -A clamp(r, 1-e, 1+e))
                                   own_shape: r = f(p) / f(p_old) for p_div_p, f(p / p_old) for the others
@@ -191,8 +191,8 @@ def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
 
 
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
-    """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing,
-    unless another term of the loss reads them. At least one row, so that there is a gradient (of zeros)."""
+    """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing.
+    At least one row, so that there is a gradient (of zeros)."""
     if args.entropy_coef:
         return rows
     return [row for row in rows if row.advantage or (row.teacher and args.method == "rl_sft")] or rows[:1]
@@ -217,7 +217,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], by sampler or teacher; NaN: unknown
+        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]; NaN: unknown
         token_loss = luffy_token_loss(
             logp, old, advantage, teacher, gamma=args.shaping_gamma, clip=args.clip or None, shape=args.shape,
             own_shape=args.own_shape, teacher_logp=drawn_logp,
@@ -230,7 +230,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         loss = pg_loss = token_loss.sum() * row_scale
         if args.method == "rl_sft":
             sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
-            loss = loss + args.sft_coef * expected_with_trace * sft_loss  # published: summed over such micro-batches
+            loss = loss + args.sft_coef * expected_with_trace * sft_loss  # micro-batches with a trace were summed
             totals.add({"loss/sft": sft_loss})
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
@@ -246,7 +246,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
     """Forward and backward of one SFT update on traces, at temperature 1; the gradient is left in .grad.
-    It is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours."""
+    It does not depend on ranks or micro_batch_tokens. Adjacent rows share a mean."""
     lengths = [len(row.response) for row in rows]
     totals = Totals(world)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
@@ -276,9 +276,9 @@ def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
     if args.method == "sft" and (args.teacher_rows != 1 or args.empty_trace == "on_policy"):
         raise InputError("--method sft trains on one trace alone: set --teacher_rows 1, --empty_trace error or drop")
-    most, few = args.group_size - 1, int(args.method == "rl_sft")  # rl_sft needs a trace for its SFT term
-    if args.method != "sft" and not few <= args.teacher_rows <= most:
-        raise InputError(f"--teacher_rows {args.teacher_rows} must be from {few} to {most}, under --group_size")
+    top, low = args.group_size - 1, int(args.method == "rl_sft")  # rl_sft needs a trace for its SFT term
+    if args.method != "sft" and not low <= args.teacher_rows <= top:
+        raise InputError(f"--teacher_rows {args.teacher_rows} must be from {low} to {top}, under --group_size")
 
 
 def main(args: Args) -> None:

@@ -26,7 +26,7 @@ Departures from the published code that change numbers (the docs page has all of
 - An answer's ids are those that were sampled, eos included. The published rows were text, tokenized again.
 - A row over 2,048 tokens is left out and counted; the published code cut it and lost its eos (--long_response cut).
 - A step ends with a token that holds a delimiter, in training and in search. The published code split text.
-- The cosine ends with the last step. The published one was stretched over epochs^2 passes, so its rate hardly fell.
+- The cosine ends with the last step. The published one lasted epochs^2 passes, so with epochs > 1 it hardly fell.
 
   python oreo.py --preset tiny --stage sft                        a laptop, a minute, nothing downloaded
   python oreo.py --preset tiny --model runs/tiny-oreo-sft/model   collects, trains, evaluates
@@ -92,13 +92,13 @@ class Args(RunArgs):
     data: tuple[str, ...] = ("openai/gsm8k:main", "DigitalLearningGmbH/MATH-lighteval")
     # How GSM8K's and MATH's rows are asked: with a system turn (Qwen), or with a sentence after the question (DeepSeek)
     ask: Literal["system", "user"] = "system"
-    rows: str = ""  # Graded rows to train on: of collect, or any with graded traces (README). Empty: collect first
+    rows: str = ""  # Graded rows: from collect, or any with graded traces (README). Empty: collect first
     out: str = "runs/oreo"  # Run folder. Running the same command again resumes from its newest checkpoint.
     verifier: str = "full"  # Grader: full (Math-Verify), robust (for your own data), boxed, ... or your module:function
     max_prompt_tokens: Positive[int] = 2048  # Rows with longer prompts are left out and counted.
     max_response_tokens: Positive[int] = 2048  # Longest answer to sample (published) and longest response to train on
     max_row_tokens: Positive[int] = 2048  # Prompt and response together, to train on (published; ALFWorld: 4096)
-    long_response: Literal["reject", "cut"] = "reject"  # A row over these limits: reject it, or cut its response
+    long_response: Literal["reject", "cut"] = "reject"  # Response or row too long: reject, or cut the response
     skip_turns: NotNegative[int] = 0  # First assistant turns of a conversation that are not trained on (ALFWorld: 1)
     step_delimiters: tuple[str, ...] = ("\n",)  # A step ends with a token that contains one (a newline).
     samples: Positive[int] = 10  # Answers to collect per problem (published: 10; 7B: 16)
@@ -180,7 +180,7 @@ def oreo_row_losses(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return each row's policy loss (without the KL regulariser) and value loss, [B] each.
 
-    Index t is the prediction of token t + 1: logp, ref_logp [B, T] are its log-probs, action_mask [B, T] is 1 if the
+    Index t predicts token t + 1 (a_t above): logp, ref_logp [B, T] are its log-probs, action_mask [B, T] is 1 if the
     model chose it, values [B, T] is V of the text up to token t, and state_mask [B, T] is 1 if the equation is imposed
     there. rewards [B]. Padding, on either side, has 0 in both masks.
 
@@ -246,8 +246,8 @@ def dpo_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float) -> Te
 def kto_loss(log_ratio: Tensor, right: Tensor, baseline: float, *, beta: float) -> Tensor:
     """1 - sigmoid(beta (r - z)) of a correct answer, 1 - sigmoid(beta (z - r)) of an incorrect one (Ethayarajh 2024).
 
-    r: log_ratio [B], log [pi / ref] summed over the answer; right [B] bool; z: `baseline`, the KL(pi || ref) that
-    `kto_baseline` estimates; both weights are 1. -> [B]"""
+    r: log_ratio [B], log [pi / ref] summed over the answer; right [B] bool; z: `baseline`, from `kto_baseline`.
+    KTO's weights lambda_D, lambda_U are 1. -> [B]"""
     gain = log_ratio - baseline
     return 1 - torch.sigmoid(beta * torch.where(right, gain, -gain))
 
@@ -304,7 +304,7 @@ class Row:
         return len(self.prompt) + len(self.response)
 
     def shown(self, tokenizer) -> dict:
-        """What samples.jsonl shows of it: its steps, and the value of the state before each."""
+        """The row for samples.jsonl: its steps, and the value of the state before each."""
         starts = [i for i, start in enumerate(self.steps) if start]
         steps = [tokenizer.decode(self.response[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
         return {
@@ -338,12 +338,12 @@ def as_published(item: Item, row: dict, ask: str) -> Item:
     prompt = [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": asked}]
     if ask == "user":
         prompt = [{"role": "user", "content": f"{asked}\n{IN_A_BOX}"}]
-    solution = row["answer"] if "####" in str(row.get("answer")) else row.get("solution")  # as `_problem` reads it
+    solution = row["answer"] if "####" in str(row.get("answer")) else row.get("solution")  # as in common/shapes
     return dataclasses.replace(item, prompt=prompt, traces=[Trace(solution)] if item.traces else [], source=kind)
 
 
 def read_problems(tokenizer, args: Args, *, traces: str = "needed", **options):
-    """Return the examples of all --data, numbered through, and counts of what was left out."""
+    """Return all examples of --data, index over all files, and counts of what was left out."""
     examples, counts, before = [], {}, 0
     options |= dict(traces=traces, long_trace=args.long_response, reshape=partial(as_published, ask=args.ask))
     for source in args.data:
@@ -362,7 +362,7 @@ def read_problems(tokenizer, args: Args, *, traces: str = "needed", **options):
 
 
 def training_units(tokenizer, args: Args, progress: bool) -> tuple[list[list[Row]], dict[str, int]]:
-    """Return what an update draws from, lists of rows that stay together (one row, or a pair), and the counts."""
+    """Return units: lists of rows that stay together in an update (one row, or a pair); and the counts."""
     if args.stage == "sft":
         examples, count = read_problems(tokenizer, args, golds=False, progress=progress)
         masks = [[True] * len(e.trace) for e in examples]
@@ -402,7 +402,7 @@ def row_sums(values: Tensor, batch, rows: int) -> Tensor:
 
 def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: Args, world) -> dict[str, float]:
     """Forward and backward of one update, summed over ranks and micro-batches. Gradients stay in .grad;
-    what was measured of the rows of all ranks is written into them. Returns the losses.
+    measurements are written into the rows of all ranks. Returns the losses.
 
     `units` are those of all ranks. Every denominator is counted over them before the first backward, so the gradient is
     the same for any number of ranks and any micro_batch_tokens. Both losses of oreo read the
@@ -432,7 +432,7 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
             logp = policy(batch)  # [N]
             with torch.no_grad():
                 ref_logp = reference(batch)  # [N]
-            ratios = row_sums((logp - ref_logp) * action, batch, len(rows))  # [B]; two sums apart would round
+            ratios = row_sums((logp - ref_logp) * action, batch, len(rows))  # [B]; subtract first, less error
             if args.stage == "dpo":
                 losses = dpo_loss(ratios[::2], ratios[1::2], beta=args.beta)  # [B / 2]
             else:
@@ -486,7 +486,7 @@ def check(args: Args) -> None:
         raise InputError(f"--reference {args.reference} has no effect with --round_reference last: what collected a "
                          "round's rows is its reference; add --round_reference first")  # fmt: skip
     if args.stage == "kto" and args.batch_size < 2:
-        raise InputError(f"--batch_size {args.batch_size}: kto compares an answer with another row's, so 2 or more")
+        raise InputError(f"--batch_size {args.batch_size}: kto compares with another row's prompt: 2 or more")
     if args.rounds > 1 and args.rows:
         raise InputError("--rounds collects rows of its own: remove --rows")
     if args.model.startswith("runs/") and not Path(args.model).exists():
@@ -514,7 +514,7 @@ def models_of(args: Args) -> dict[str, str]:
 
 def train(args: Args, **found: str) -> None:
     """Train by --stage sft, oreo, rejection, dpo or kto; write model/ (and oreo's value/) to the run folder. found:
-    rows and models under --out. Their contents are compared, not their paths, so that OUT can be renamed."""
+    flags to replace. On resume the contents of rows and models are compared, so that OUT can be renamed."""
     run = Run(args)
     args = dataclasses.replace(args, **found)
     world, tokenizer = run.world, open_tokenizer(args.model, args)
@@ -552,7 +552,7 @@ def train(args: Args, **found: str) -> None:
         batch = [units[i] for i in batch_indices(len(units), args.batch_size, step - 1, args.seed)]
         rows = [row for unit in batch for row in unit]
 
-        # 1. sample, 2. reward: `collect` has done both. 3. advantages: the loss has residuals instead
+        # 1. sample, 2. reward: none; rows are given. 3. advantages: the loss has residuals instead
 
         # 4. update
         with run.clock("update"):

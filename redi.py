@@ -95,7 +95,7 @@ class Args(RunArgs):
     save_every: NotNegative[int] = 200  # Write a checkpoint every this many steps and after the last. 0: never
 
 
-STAGES = {  # the published SFT cut prompt and trace together at 32,768
+STAGES = {  # published: prompt and trace together 32,768 at most
     "sft": dict(model="Qwen/Qwen2.5-Math-1.5B", data="runs/redi-data/positives.jsonl", out="runs/redi-sft", lr=5e-5,
                 epochs=5.0, batch_size=128, max_prompt_tokens=2048, max_response_tokens=30720, rope_theta=300000.0,
                 max_positions=32768),
@@ -183,7 +183,7 @@ def collapsed_at(chosen_logps: list[float], margin: float, window: int = 5) -> i
 
 @dataclass
 class Pair:
-    """A correct and an incorrect trace of one prompt, as ids that end with eos; an empty one if there is only one.
+    """A correct and an incorrect trace of one prompt, as ids that end with eos. A missing trace is empty.
     Arrays hold the ids of 50,000 long pairs in a tenth of the memory of lists."""
 
     prompt: array
@@ -206,7 +206,7 @@ class Pair:
         return sum(len(prompt) + len(trace) for prompt, trace in self.sequences)
 
     def shown(self, tokenizer) -> dict:
-        """What samples.jsonl shows of it."""
+        """The pair for samples.jsonl."""
         texts = {name: tokenizer.decode(list(getattr(self, name))) for name in ("prompt", "chosen", "rejected")}
         return {"row": self.index, "loss": self.loss, "chosen_logp": self.logp[0], "rejected_logp": self.logp[1],
                 "weight": self.weight} | texts  # fmt: skip
@@ -215,7 +215,7 @@ class Pair:
 def sum_by_trace(values: Tensor, batch, pairs: list[Pair]) -> Tensor:
     """[N], one value for each response token -> [B, 2], sums over correct and incorrect traces in float64. The batch
     holds the traces in the order of `Pair.sequences`."""
-    slots = [2 * i + side for i, p in enumerate(pairs) for side, trace in enumerate((p.chosen, p.rejected)) if trace]
+    slots = [k for k, trace in enumerate(t for p in pairs for t in (p.chosen, p.rejected)) if trace]
     slot = torch.tensor(slots, dtype=torch.long, device=values.device)[batch.sequence]  # [N]
     sums = values.new_zeros(2 * len(pairs), dtype=torch.float64)
     return sums.index_add(0, slot, values.double()).view(-1, 2)
@@ -385,7 +385,7 @@ def main(args: Args) -> None:
     policy = open_policy(args.model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     run.begin(policy, optimizer, tokenizer)
-    reference = run.state.get("reference", [])  # dpo's is of the policy before the first update
+    reference = run.state.get("reference", [])  # dpo: log-probs before the first update
     if args.loss == "dpo" and not reference:
         reference = reference_logps(policy, pairs, args, world)
     for pair, logps in zip(pairs, reference):

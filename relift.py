@@ -10,8 +10,8 @@ holds `sft_data_size` of them, one SFT update on their demonstrations follows th
     loss = mean over blocks of 4 demonstrations of mean_it (- log p_it - 0.001 H_it)     (SFT, newest hardest questions)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192), rows of the update: each published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
-c = 0.001, 8192: --max_response_tokens. A mean entropy per micro-batch was added, M in all (`published_micro_batches`).
+S = 64 / (rows x 8192) for an update's rows: a published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
+c = 0.001; 8192 is --max_response_tokens. M mean entropies were added, one per micro-batch (`published_micro_batches`).
 LUFFY puts a demonstration into every group. ReLIFT uses demonstrations only where RL has no gradient, in updates of
 their own: SFT has its own AdamW (moments and learning rate) and its own gradient clip.
 
@@ -25,7 +25,7 @@ Departures from the published code that change numbers (the docs page has all of
 - The SFT gradient is the true mean; the published one was an eighth of it (8 GPUs), so sft_max_grad_norm is 8, not 1.
 - The SFT loss averages over the tokens of `sft_rows_per_mean` rows, then over these blocks (published: micro-batches).
 - A question is in the buffer once, however often it failed. Its demonstration is verified (--no_verify_demonstrations).
-- A question whose demonstration is missing or too long is trained by RL alone and counted (--long_trace cut).
+- A question whose demonstration is missing or too long is trained by RL alone, and counted (or --long_trace cut).
 
   python relift.py --preset tiny                                             a laptop, 4 minutes, nothing downloaded
   python relift.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl     one GPU
@@ -96,13 +96,13 @@ class Args(RunArgs):
     verify_demonstrations: bool = True  # Use only demonstrations that the verifier accepts (published: no).
     sft_lr: NotNegative[float] = 1e-6  # Learning rate of the SFT updates, constant
     sft_max_grad_norm: Positive[float] = 8.0  # Clip the SFT gradient norm to this (published: 1, for 1/8 of it).
-    sft_entropy_coef: NotNegative[float] = 0.001  # Weight of their entropy bonus (the paper reports 1e-4 as best)
+    sft_entropy_coef: NotNegative[float] = 0.001  # SFT entropy bonus (the paper reports 1e-4 as best)
     # SFT loss: mean over blocks of this many demonstrations of their token means (published micro-batches: 4 for
     # 7B-Math, else 2). 1 weighs all demonstrations equally; 0 is one block, which weighs all tokens equally.
     sft_rows_per_mean: NotNegative[int] = 4
 
 
-LONG_TRACE = {"reject": "drop", "cut": "end"}  # drop: keep the question without its trace. end: cut, ending with eos
+LONG_TRACE = {"reject": "drop", "cut": "end"}  # drop the trace, not its question. end: cut, ending with eos
 METHODS = {
     "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
     "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, betas=(0.9, 0.95), weight_decay=0.0,
@@ -122,9 +122,9 @@ PRESETS = {
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> Tensor:
-    """A_i = R_i - mean of the rewards of i's group; with `std` (as in LUFFY's Eq. 4) over their unbiased std + 1e-6.
+    """A_i = R_i - mean of the rewards of i's group; `std` (LUFFY's Eq. 4) divides by their unbiased std + 1e-6.
 
-    rewards [B] float, groups [B] int (which question a row belongs to) -> [B], of rewards' dtype.
+    rewards [B] float32 or float64, groups [B] int (the question of each row) -> [B], of rewards' dtype.
     A group of one row has mean 0 and std 1.
 
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.tensor([7, 7, 7, 7])).tolist()
@@ -188,7 +188,7 @@ def questions_to_buffer(which: str, hardest: list[int], n: int, *, seed: str) ->
 
 
 class HardestBuffer:
-    """Questions that wait for an SFT update, newest first, each at most once.
+    """Questions (any hashable objects) that wait for an SFT update, newest first, each at most once.
 
     >>> buffer = HardestBuffer()
     >>> buffer.add([1, 2]); buffer.add([3, 1])
@@ -236,8 +236,8 @@ def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
 
 
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
-    """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing,
-    unless another term of the loss reads them. At least one row, so that there is a gradient (of zeros)."""
+    """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing.
+    At least one row, so that there is a gradient (of zeros)."""
     if args.entropy_coef:
         return rows
     return [row for row in rows if row.advantage] or rows[:1]
@@ -259,7 +259,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
         advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N], by sampler or teacher; NaN: unknown
+        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]; NaN: unknown
         token_loss = policy_token_loss(logp, old, advantage, clip=args.clip or None)
         if args.tis_cap:
             weight = truncated_importance(old, drawn_logp, args.tis_cap)
@@ -277,7 +277,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
     """Forward and backward of one SFT update on traces, at temperature 1; the gradient is left in .grad.
-    It is the same for any number of ranks and any micro_batch_tokens. Rows that share a mean are neighbours."""
+    It does not depend on ranks or micro_batch_tokens. Adjacent rows share a mean."""
     lengths = [len(row.response) for row in rows]
     totals = Totals(world)
     rows_per_mean = args.sft_rows_per_mean or len(rows)
@@ -405,7 +405,7 @@ def main(args: Args) -> None:
                     log = accumulate_sft_gradient(policy, update, args, world)
                 done = run.update("policy", log, update, lr=run.lr(u, len(updates)), max_grad_norm=args.max_grad_norm)
                 demonstrations += len(update) if done and not by_rl else 0
-        taught, fired = [], False  # an SFT update follows if the buffer is full
+        taught, fired = [], False  # an SFT update follows if it is due
         if interleave and sft_is_due(step, len(buffer), args):
             with run.clock("sft"):
                 questions = buffer.take(args.sft_data_size)

@@ -41,9 +41,10 @@ def first_line(error: Exception) -> str:
     return f"{said} is not known" if isinstance(error, KeyError) and " " not in said else said
 
 
-def lost_peer(error: Exception) -> bool:
-    """Whether a collective failed, as it does on all ranks when one of them has died."""
-    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
+def not_the_models(error: Exception) -> bool:
+    """Whether an error says nothing of the model: one of ours, of memory, or of a collective whose peer has died."""
+    known = isinstance(error, (InputError, torch.OutOfMemoryError, dist.DistError))
+    return known or any(name in str(error) for name in ("gloo", "NCCL"))
 
 
 def check_verifier(name: str) -> None:
@@ -367,7 +368,7 @@ def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[
             batches[-1].append(i)
             room -= length
         return [[batch] for batch in batches]
-    rounds = -(-sum(lengths) // (ranks * max_tokens))
+    rounds = -(-sum(min(n, max_tokens) for n in lengths) // (ranks * max_tokens))  # or more, if they do not fit so
     while (bins := _fill_bins(lengths, rounds * ranks, max_tokens)) is None:
         rounds += 1
     bins.sort(key=lambda batch: -sum(cost(lengths[i]) for i in batch))

@@ -110,7 +110,8 @@ def _check(hidden, weight, targets, temperature, backend):
     if hasattr(weight, "to_local"):
         raise TypeError("weight is a DTensor: call this inside the forward of the FSDP2 module that owns it")
     if hidden.dim() != 2 or (weight is not None and weight.shape[1:] != hidden.shape[1:]):
-        raise ValueError(f"not [N, H] and [V, H]: {tuple(hidden.shape)} and {tuple(weight.shape)}")
+        shapes = [tuple(x.shape) for x in (hidden, weight) if x is not None]
+        raise ValueError(f"not [N, H] and [V, H] (or logits, [N, V]): {shapes}")
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not above 0")
     if targets is not None and targets.shape != hidden.shape[:1]:

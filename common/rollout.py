@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common.data import InputError, first_line, lost_peer, pack
+from common.data import InputError, first_line, not_the_models, pack
 from common.logprobs import free_memory
 from common.trainer import Policy, World, distance, full_parameters, logit_form, max_positions, reshard, tolerance
 
@@ -195,10 +195,8 @@ class EmbeddedSampler(Sampler):
                     break
                 self.lm.set_attn_implementation("eager")  # SDPA silently ignores a soft cap of scores
             why = f"its log-probs are {gap:.2g} standard deviations from the policy's"
-        except (InputError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
-            if lost_peer(error):
+            if not_the_models(error):
                 raise
             why = first_line(error)
         reshard(policy)
@@ -375,9 +373,8 @@ def make_sampler(
         )
     why = "asked for"
     if rollout == "auto":
+        why = f"CUDA and vLLM {version}" if version else "vLLM is not installed" if cuda else "no CUDA"
         rollout = "vllm" if version else "embedded"
-        missing = "vLLM is not installed" if cuda else "no CUDA"
-        why = f"CUDA and vLLM {version}" if version else missing
     if world.main:
         other = version and not version.startswith(vllm.VLLM)
         pinned = f" (made for vLLM {vllm.VLLM}, this is {version})" if other else ""

@@ -565,13 +565,13 @@ class Grader:
         self.jobs = []
 
 
-def keep_settings(path: Path, settings: dict, names: Iterable[str], message: str, world: World) -> None:
-    """Write settings to a JSON file. With `names` it must be there and have the same values of them, else InputError:
-    with `message`, if they differ."""
+def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: str, world: World) -> None:
+    """Write settings to a JSON file. compared: names of those that must be the same in the file that is there; if some
+    differ, InputError with `message`. Empty if nothing was made with the file's settings yet."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
-    if names and not path.exists():
+    if compared and not path.exists():
         raise InputError(f"{path}, which says what made the files beside it, is missing: name another --out")
-    if names and (changed := changed_settings(json.loads(path.read_text()), settings, names)):
+    if compared and (changed := changed_settings(json.loads(path.read_text()), settings, compared)):
         raise InputError(f"{message} ({changed}): use the same settings to resume, or another --out")
     dist.barrier()  # all have compared before one writes
     if world.main:

@@ -45,7 +45,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from common.data import InputError, TokenBatch, first_line, lost_peer, pack, read
+from common.data import InputError, TokenBatch, first_line, not_the_models, pack, read
 from common.logprobs import free_memory, linear_kl, linear_logprobs
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -86,18 +86,15 @@ def launch(main, args) -> None:
     so that torchrun ends the others. If several ranks fail, only the first prints its error."""
     try:
         main(args)
-    except InputError as error:
+    except BaseException as error:
+        script, code, said = Path(sys.argv[0]).name, 1, f"[rank {os.environ.get('RANK', 0)}] {traceback.format_exc()}"
+        if isinstance(error, InputError):
+            code, said = 2, f"{script}: error: {error}"
+        elif isinstance(error, KeyboardInterrupt):
+            code, said = 130, f"{script}: interrupted; run the same command to go on"
         if _first_to_fail():
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        _leave(2)
-    except KeyboardInterrupt:
-        if _first_to_fail():
-            print(f"{Path(sys.argv[0]).name}: interrupted; run the same command to go on", file=sys.stderr, flush=True)
-        _leave(130)
-    except BaseException:
-        if _first_to_fail():
-            print(f"[rank {os.environ.get('RANK', 0)}] {traceback.format_exc()}", file=sys.stderr, flush=True)
-        _leave(1)
+            print(said, file=sys.stderr, flush=True)
+        _leave(code)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()  # nobody leaves while another may still talk to it
         _leave(0)  # tearing the interpreter down with gloo's threads alive aborts now and then
@@ -179,11 +176,9 @@ def gather_lists(items: list, world: World, group=None) -> list:
 
 
 def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
-    """Sum of a small float64 tensor over the ranks (in place)."""
+    """Sum of a tensor on the device over the ranks, in place."""
     if world.size > 1:
-        on_device = values.to(world.device)
-        dist.all_reduce(on_device)
-        values.copy_(on_device)
+        dist.all_reduce(values)
     return values
 
 
@@ -507,12 +502,10 @@ def prove(model, flag: str) -> None:
         else:
             why = f"packed sequences see each other (recurrent layers, positions from masks), or {OWN_ATTENTION}"
         why += f" (log-probs are off by {gap:.2g} standard deviations; rounding explains {limit})"
-    except (InputError, torch.OutOfMemoryError):
-        raise
     except NotImplementedError as error:  # raised by packed_attention or packed_mask
         why = first_line(error)
     except Exception as error:
-        if lost_peer(error):
+        if not_the_models(error):
             raise
         why = f"{OWN_ATTENTION} ({first_line(error)})"
     finally:
@@ -667,25 +660,25 @@ def reshard(policy: nn.Module) -> None:
             module.reshard()
 
 
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP may have sharded, whole on every rank (a collective)."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def full_parameters(policy: Policy):
     """Yield (name within the language model, whole tensor) of all that a model is saved with, parameters and
     persistent buffers, one at a time, on every rank (a collective).
 
     LoRA is added to the weights that it adapts: names and shapes are those of the model without it."""
     reshard(policy)
-
-    def whole(parameter):
-        value = parameter.detach()
-        return value.full_tensor() if isinstance(value, DTensor) else value
-
     parameters = dict(policy.lm.named_parameters())
     for name, parameter in parameters.items():
         if ".lora_" in name:
             continue
-        value = whole(parameter)
+        value = whole(parameter.detach())
         if name.endswith(".base_layer.weight"):
             a, b = (name.replace("base_layer", f"lora_{x}.default") for x in "AB")
-            value = value + whole(parameters[b]) @ whole(parameters[a])
+            value = value + whole(parameters[b].detach()) @ whole(parameters[a].detach())
         yield name.replace(".base_layer.", "."), value
     yield from persistent_buffers(policy.lm).items()
 
@@ -696,7 +689,7 @@ def persistent_buffers(lm: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in lm.named_buffers() if name in saved}
 
 
-def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
+def export(policy: Policy, tokenizer, path: str | Path, world: World) -> None:
     """Write the model as a Hugging Face folder (safetensors, in the dtype it was loaded from), or nothing."""
     dtype = policy.lm.saved_dtype
     # move each tensor off the device as it comes, so that no rank ever holds the whole model on the GPU
@@ -709,7 +702,7 @@ def export(policy: Policy, tokenizer, path: Path, world: World) -> None:
         config = copy.deepcopy(policy.lm.config)  # from_config changes it
         with torch.device("meta"):
             empty = policy.auto.from_config(config, dtype=dtype, attn_implementation="eager")
-        path = path.resolve()  # a link may lead to a larger disk
+        path = Path(path).resolve()  # a link may lead to a larger disk
         empty.generation_config = GenerationConfig()  # Transformers refuses to write some of what people publish
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -749,7 +742,7 @@ def learning_rate(step: int, *, lr: float, steps: int, schedule: str, warmup: fl
 def gradient_norm(policy: nn.Module, *, clip: float = math.inf) -> float:
     """Clip the gradient to the global norm `clip`; return its norm before. FloatingPointError if it is not finite."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), clip, foreach=True)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = whole(norm).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}")
     return norm
@@ -769,7 +762,7 @@ def optimizer_step(policy: nn.Module, optimizer, *, lr: float, max_grad_norm: fl
 def check_finite(log: dict[str, float], policy: Policy, world: World) -> None:
     """Raise FloatingPointError on every rank if a number of an update's log (the same on all) is not finite, or a
     log-prob was NaN or above 0."""
-    bad = sum_over_ranks(torch.tensor([float(policy.bad_logps)], dtype=torch.float64), world).item()
+    bad = sum_over_ranks(torch.tensor(float(policy.bad_logps), device=world.device), world).item()
     policy.bad_logps = 0
     if bad:
         raise FloatingPointError(f"{bad:.0f} log-probs are NaN or above 0")

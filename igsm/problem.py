@@ -19,7 +19,7 @@ class Problem:
     ops: int
     style: str
     modulus: int | None
-    template: str  # hash of the solution without its names and numbers; train and test share none
+    template: str  # hash of the drawn solution without its names and numbers; train and test share none
     seed: int
     index: int
     categories: dict  # {category: [item, ...]} from top to bottom, as `solve` takes them

@@ -78,6 +78,9 @@ def test_the_low_variance_kl_is_never_negative_at_most_ten_and_the_kl_on_average
     p, q = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]], dtype=torch.float64)
     estimates = low_variance_kl(p.log(), q.log())
     assert (estimates >= 0).all() and low_variance_kl(torch.tensor(-9.0), torch.tensor(0.0)) == 10
+    logp = torch.tensor(-200.0, requires_grad=True)
+    low_variance_kl(logp, torch.tensor(0.0)).backward()
+    assert logp.grad == 0, "e^200 is no float32"
     assert_equal((p * estimates).sum(), (p * (p / q).log()).sum())
 
 

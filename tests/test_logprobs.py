@@ -436,6 +436,8 @@ def test_one_clear_message_for_what_cannot_be():
         linear_logprobs(hidden, weight, targets, temperature=0.0)
     with pytest.raises(ValueError, match="H"):
         linear_logprobs(hidden[:, 1:], weight, targets)
+    with pytest.raises(ValueError, match=r"logits, \[N, V\]"):
+        logprobs_from_logits((hidden @ weight.T)[None], targets[None])
     with pytest.raises(ValueError, match="backend"):
         linear_logprobs(hidden, weight, targets, backend="cuda")
     with pytest.raises(ValueError, match="float32"):
