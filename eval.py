@@ -243,7 +243,8 @@ def read_template(name: str, tokenizer) -> str | list[dict] | None:
         if "{question}" not in template:
             if "messages" not in template:
                 raise InputError(f"--template {name}: neither {{question}} nor messages occurs in it")
-            tokenizer.chat_template, template = template, None
+            template = None
+            set_template(tokenizer, name)
     if not isinstance(template, str) and not tokenizer.chat_template:
         plain = ", ".join(name for name, text in TEMPLATES.items() if isinstance(text, str))
         raise InputError(f"--template {name}: the model has no chat template; pass a file with one, or {plain}")

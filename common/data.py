@@ -52,7 +52,9 @@ def check_verifier(name: str) -> None:
     try:
         grade([""], [""], verifier=name, workers=1)
     except (ValueError, ImportError, RuntimeError) as error:
-        raise InputError(f"--verifier {name}: {error}") from error
+        missing = "No module named" in str(error)
+        where = " (its file must be beside the script, or in a folder of PYTHONPATH)" if missing else ""
+        raise InputError(f"--verifier {name}: {error}{where}") from error
 
 
 def check_works(verifier: str, found: list[tuple[str, str | None]]) -> None:

@@ -22,7 +22,7 @@ from collections import Counter, namedtuple
 
 import sympy
 
-from common.verifiers import MAX_CHARS, NoAnswer, boxes, choice_label, claimed, retracted
+from common.verifiers import MAX_CHARS, NoAnswer, boxes, choice_label, claimed, last_label, retracted
 
 MAX_ANSWER = 400  # characters of an answer; longer ones are compared as text only
 MAX_DEPTH = 12  # nested brackets
@@ -81,6 +81,9 @@ PARTS = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*
 JOINS = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
 
 
+HEADING = re.compile(r"\d+[.)] +[^\W\d]")  # of Markdown, behind ####
+
+
 def find_answer(text: str) -> str | None:
     r"""Return what a text marks as its answer; None without a mark.
 
@@ -101,7 +104,7 @@ def find_answer(text: str) -> str | None:
     if opened and closed:
         return find_answer(inside) or inside
     line, _, more = text.rpartition("####")[2].strip().partition("\n")
-    if "####" in text and not PHRASE.search(more):
+    if "####" in text and not PHRASE.search(more) and not HEADING.match(line):
         return line if re.search(r"\d", line) or not more.strip() else more.strip().rpartition("\n")[2]
     phrases = reversed([*PHRASE.finditer(text)])
     if phrase := next((phrase for phrase in phrases if claimed(text, phrase.start())), None):
@@ -159,7 +162,7 @@ def _chosen(text):
         return ""
     labels = [choice_label(said, sentence=sentence) for _, said, sentence in sorted(marks)]
     labels = [label for label in labels if label is not None and not label.isdigit()]
-    return labels[-1] if labels else choice_label(text.strip().rpartition("\n")[2])
+    return labels[-1] if labels else last_label(text)
 
 
 # 2. Spell it in one way.
@@ -196,12 +199,15 @@ UNITS = {  # name: (what is measured, how many of its first unit); L for a lengt
     prefix + name: (measured, sympy.Rational(factor) * sympy.Integer(10) ** exponent)
     for measured, table in {
         "L": "1 + m meter metre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,201168/125 mi mile",
-        "T": "1 + s second,1 sec,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 year",
-        "M": "1 + g gram,1000000 ton tonne,45359237/100000 lb pound", "LLL": "1/1000 + L l liter litre", "Q": "1 pm",
-        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule,1.602176634e-16 + eV", "MLLttt": "1000 + W watt",
-        "Mltt": "1000 + Pa pascal", "A": "1 + A amp ampere", "MLLttta": "1000 + V volt", "t": "1 + Hz hertz",
-        "Lt": "5/18 kph kmph kmh,0.44704 mph", "N": "1 + mol mole", "B": "1 + B byte", "D": "1 dollar USD,1/100 cent ¢",
-        "K": "1 + K kelvin", "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent pct", "P": "1 am",
+        "T": "1 + s second,1 sec,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 year,"
+             "315576000 decade,3155760000 century centurie",
+        "M": "1 + g gram,1000000 ton tonne,453.59237 lb pound,28.349523125 oz ounce,6350.29318 stone", "Q": "1 pm",
+        "LLL": "0.001 + L l liter litre,0.003785411784 gal gallon,0.000946352946 quart,0.000473176473 pint",
+        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule,4184 + cal calorie,1.602176634e-16 + eV",
+        "MLLttt": "1000 + W watt", "Mltt": "1000 + Pa pascal", "A": "1 + A amp ampere", "MLLttta": "1000 + V volt",
+        "t": "1 + Hz hertz", "Lt": "5/18 kph kmph kmh,0.44704 mph,463/900 knot", "N": "1 + mol mole",
+        "B": "1 + B byte", "D": "1 dollar USD,0.01 cent ¢,0.05 nickel,0.1 dime", "K": "1 + K kelvin",
+        "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent pct", "P": "1 am",
     }.items()
     for line in table.split(",")
     for factor, *names in [line.split()]
@@ -213,7 +219,7 @@ NOT_UNITS = set(  # words after a number that change it, most of them without a 
     "after ago more less fewer greater least most up down between through until score pair half halve third quarter "
     "fourth fifth sixth seventh eighth ninth tenth hundredth thousandth wrong incorrect false lakh crore gross squared "
     "cubed factorial root mod modulo remainder base negative positive north south east west left right choose power "
-    "larger smaller bigger either neither is are was be but only odd even prime divide multiple".split()
+    "larger smaller bigger either neither is are was be but only odd even prime divide multiple ten basis".split()
 ) | SCALES.keys()
 SHORT_WORDS = NOT_UNITS | set("in the yes st nd rd th am pm mph kph oz lb lbs hrs mins secs sq cu gal mol rad per mm "
                               "cm km ft yd mi sec min hr pct day mg kg ml usd deg".split())  # fmt: skip
@@ -292,7 +298,11 @@ def spell(text: str) -> str:
 def _trim(text):
     """Remove what stands around an answer and is no part of it."""
     text = text.lstrip(' *`":').rstrip(' *`".,;:')
-    return _trim(text[1:-1]) if text[:1] == "{" and text[-1] == "}" and _is_wrapped(text) else text
+    if not (text[:1] == "{" and text[-1] == "}" and _is_wrapped(text)):
+        return text
+    if any(text[i] == "," and depth == 1 for i, depth in enumerate(_depths(text))) and not THOUSANDS.search(text):
+        return f"⦃{text[1:-1]}⦄"  # {1, 2} is a set
+    return _trim(text[1:-1])
 
 
 def _depths(text):

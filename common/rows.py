@@ -174,7 +174,7 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
     """Give the tokenizer the template of --chat_template and --chat_template_args, saved with the model; return it.
 
     switches: "key=value" for templates with switches. think: prompts end with "<think>\\n" if the template has no
-    tag. Raises InputError for a file that does not exist and for a switch that the template does not have."""
+    tag. Raises InputError for a file that does not exist or is not Jinja, and for a switch that the template lacks."""
     if file and not Path(file).is_file():
         raise InputError(f"--chat_template {file}: no such file")
     if file:
@@ -196,7 +196,29 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
         template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
     if switches or think:
         tokenizer.chat_template = template
+    check_template(tokenizer, file or "the tokenizer's chat template")
     return tokenizer
+
+
+def check_template(tokenizer, name: str) -> None:
+    """Raise InputError if the template is not Jinja. Warn if it puts a header before the assistant's turns, but not at
+    the end of a prompt: answers would be sampled, and traces trained on, without it."""
+
+    def render(*contents: str, **options) -> str:
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=False)]
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+    try:
+        question, answered = render("question"), render("question", "answer")
+        header = answered.removeprefix(question).partition("answer")[0] if answered.startswith(question) else ""
+        bare = header.strip() and render("question", add_generation_prompt=True) == question
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"{name}: not a Jinja template ({error})") from error
+    except (jinja2.TemplateError, TypeError):
+        return  # it wants other turns
+    if bare and os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {name}: prompts end without {header!r}, which it puts before an answer: let it write this "
+              "if add_generation_prompt", file=sys.stderr)  # fmt: skip
 
 
 def _literal(value: str) -> str:
@@ -323,7 +345,7 @@ LEFT_OUT = {  # counts of rows and traces that are left out, in words
     "trace_too_long": "traces over --max_response_tokens {max_response_tokens}",
     "response_too_long": "responses over --max_response_tokens {max_response_tokens} "
     "or --max_row_tokens {max_row_tokens}",
-    "trace_empty": "empty traces",
+    "trace_empty": "empty or without a correct trace",
     "traces_equal": "pairs of equal traces",
     "row_too_long": "over --max_row_tokens {max_row_tokens}",
     "wrong_only": "incorrect traces alone",
@@ -331,7 +353,7 @@ LEFT_OUT = {  # counts of rows and traces that are left out, in words
 
 
 def in_words(count: dict[str, int], args) -> str:
-    """Counts of rows as text: 960 of 1000 rows (30 prompts over --max_prompt_tokens 1024, 10 empty traces)."""
+    """Counts of rows as text: 960 of 1000 rows (30 prompts over --max_prompt_tokens 1024, 10 without a gold answer)."""
     names = [name for name, n in count.items() if n and name not in ("rows", "kept")]
     why = ", ".join(f"{count[name]} {LEFT_OUT.get(name, name)}".format(**vars(args)) for name in names)
     return f"{count.get('kept', 0)} of {count['rows']} rows" + (f" ({why})" if why else "")

@@ -14,6 +14,7 @@ import random
 import re
 import string
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from common.data import InputError
 from common.verifiers import boxes, last_boxed
@@ -94,6 +95,8 @@ def read_row(row: dict, where: str) -> Item:
     try:
         if any(re.fullmatch(r"images?(_\d+)?", str(name)) for name in columns):
             raise ValueError("the row has an image, which no script reads")
+        if {"answers", "graded_by"} <= columns:
+            raise ValueError("the row is of samples.jsonl of an evaluation, whose answers are not read as traces")
         item = read(row)
         system = next((row[name] for name in ("system", "system_prompt") if not _blank(row.get(name))), None)
         if system and item.prompt[:1] and item.prompt[0]["role"] != "system":
@@ -236,6 +239,8 @@ def _gold(*values) -> str:
             raise TypeError("the gold answer is neither text nor a number")
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # a column of whole numbers that once held a NaN
+        if isinstance(value, float) and abs(value) >= 1e-5:
+            value = f"{Decimal(repr(value)):f}"  # 0.00002: not every verifier reads 2e-05
         gold = _text(str(value), "the gold answer").strip()
         gold = last_boxed(gold) or re.sub(r"^(-?[\d.,/]+) \([a-z ]+\)$", r"\1", gold)  # ASDiv's "9 (apples)"
         if "####" in gold:

@@ -149,12 +149,12 @@ def _plain(text):
 def _mcq(response, gold):
     text = after_think(response)[-MAX_CHARS:]
     box = last_boxed(text)
-    said = [*re.finditer(r"(?i)answer[ *]{0,3}(?:is:?|:)(?=([^\n]{0,80}))", text)] if box is None else []
+    said = [*re.finditer(r"(?i)answer[ *]{0,3}(?:is:?|:)(?=\s*([^\n]{0,80}))", text)] if box is None else []
     if said and retracted(text, said[-1].end()):
         raise NoAnswer("a label in doubt")
     labels = [choice_label(mark[1], sentence=True) for mark in said if claimed(text, mark.start())]
     labels = [label for label in labels if label is not None]
-    label = labels[-1] if labels else choice_label(text.rstrip().rpartition("\n")[2] if box is None else box)
+    label = labels[-1] if labels else last_label(text) if box is None else choice_label(box)
     if not label:
         raise NoAnswer("no label, or two")
     return label == (choice_label(str(gold)) or str(gold).strip())
@@ -187,6 +187,17 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
     goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if needs_reason else r"\s+[a-z]", rest)
     good = alone or (opened or closed if label.islower() else plain or goes_on)
     return label.upper() if good else None
+
+
+def last_label(text: str) -> str | None:
+    r"""The label on the last line. None if the labelled line before it has the label before: these are the options.
+
+    >>> last_label("A) no\nB) yes\n\nA) no"), last_label("A) no\nB) yes")
+    ('A', None)
+    """
+    *before, last = [choice_label(line) for line in text.split("\n")[-40:] if line.strip()] or [None]
+    labels = [label for label in before if label]
+    return None if last and labels and ord(labels[-1]) + 1 == ord(last) else last
 
 
 # Doubts, for mcq and robust.

@@ -391,7 +391,7 @@ def test_settings_that_cannot_work_are_refused(data, tmp_path, monkeypatch, sett
 def test_an_unknown_grader_is_refused_before_anything_is_sampled(data, tmp_path):
     wrong = args(data, tmp_path)
     wrong.verifier = ("boxed", "no_such_module:reward")
-    with pytest.raises(InputError, match="--verifier no_such_module:reward"):
+    with pytest.raises(InputError, match="--verifier no_such_module:reward: .*beside the script"):
         evaluation.main(wrong)
     assert not list(tmp_path.iterdir())
 

@@ -507,6 +507,7 @@ def test_a_question_stands_behind_its_passage_and_before_its_options():
         ({"prompt": [TURN | {"role": "system"}], "answer": "4"}, "the question is blank"),
         ({"question": ASK, "context": {"title": ["x"]}, "answer": "4"}, "'context' is not text"),
         ({"question": ASK, "image_1": {"bytes": "x"}, "answer": "4"}, "the row has an image"),
+        ({"question": ASK, "gold": "4", "answers": [{"text": "5"}], "graded_by": {"math": "1"}}, "of an evaluation"),
         ({"question": ASK, "final_answer": "['4' '5']"}, "a list without commas, as numpy prints it"),
         ({"problem": ASK, "solution": "5", "answer": "4", "is_correct": "False"}, "'is_correct' must be 1"),
         (R1 | {"correctness_math_verify": ["False", "True"]}, "'correctness' must have true, false or null"),
@@ -560,6 +561,7 @@ def test_a_response_of_a_model_is_a_trace_as_it_is_and_a_boxed_or_whole_gold_is_
     assert (item.gold, item.traces[0].text) == ("10", said)
     assert read_row({"problem": "P", "answer": 10.0}, "row").gold == "10"
     assert read_row({"problem": "P", "answer": 0.5}, "row").gold == "0.5"
+    assert read_row({"problem": "P", "answer": -0.00002}, "row").gold == "-0.00002", "Math-Verify reads no -2e-05"
 
 
 @pytest.mark.parametrize("answer", ["", " ", None, float("nan")])

@@ -29,6 +29,30 @@ SWITCH = (
 )
 
 
+HEADERS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "warned"),
+    [(HEADERS, True), ("{{ messages[0].content }}", False),
+     (HEADERS + "{% if add_generation_prompt %}<|assistant|>{% endif %}", False)],
+)  # fmt: skip
+def test_prompts_without_the_header_of_an_answer_are_warned_of(template, warned, tmp_path, capsys):
+    (tmp_path / "t.jinja").write_text(template)
+    set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"))
+    assert ("prompts end without '<|assistant|>'" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("flag", ["--chat_template", "--template"])
+def test_a_template_that_is_not_jinja_is_named(flag, tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}")
+    with pytest.raises(InputError, match="t.jinja: not a Jinja template"):
+        if flag == "--template":
+            evaluation.read_template(str(tmp_path / "t.jinja"), load_tokenizer(MODEL))
+        else:
+            set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"))
+
+
 def saved_prompt(folder):
     """The prompt that a model folder's own template gives."""
     return render_prompt(load_tokenizer(str(folder)), TURNS)

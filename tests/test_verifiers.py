@@ -208,6 +208,9 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
         ("Answer: B. 12 dogs", "B"),
         ("Answer: A. But actually B.", None),
         ("If the answer is A, it barks.\nThe answer is B.", "B"),
+        ("The options are:\nA) no\nB) maybe\nC) this is", None),
+        ("A) no\nB) yes\nC) no\n\nB) yes", "B"),
+        ("The correct answer is:\n\nA) fast\n\nThe incorrect answer is:\n\nB) safe", "A"),
     ],
 )
 def test_mcq_reads_the_label(response, label):
