@@ -667,7 +667,9 @@ def _atom(tokens, binds=4):
     name, base = function.groups()
     if name == "sqrt":
         root = _atom(tokens) if tokens[-1] == "[" else 2
-        return _power(_atom(tokens), sympy.Integer(1) / root)
+        base = _atom(tokens)
+        sign = -1 if base.is_negative and root % 2 == 1 else 1  # an odd root of a negative number is negative
+        return sign * _power(sign * base, sympy.Integer(1) / root)
     exponent = 1
     if tokens[-1] == "^":
         tokens.pop()

@@ -220,7 +220,7 @@ OBJECTION = re.compile(r"(?i)\b(?:not|no|wrong|incorrect|mistake|error|but|howev
 UNCLAIMED = re.compile(  # before an answer
     rf"(?i)(?:\b(?:if|suppos\w+|assum\w+|whether|unless|check|verify|doubt|wrong|incorrect|false|mistake\w*|not|cannot|"
     rf"might|could|may|possible|contradiction|{DOUBT})|n't)[\s*_$]+(?:(?:that|the|an?|this|it|we|you|one|final|true|is|"
-    r"was|correct|right|answer|value|be|to|think|say|believe|assume|claim|my|our|your|h(?:is|er)|[a-z]|\w+'s)\b|"
+    r"was|correct|right|answer|value|be|to|think|say|believe|assume|claim|guess|my|our|your|h(?:is|er)|[a-z]|\w+'s)\b|"
     r"[\s*_$={(\\:])*$"
 )
 
