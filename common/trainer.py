@@ -340,14 +340,38 @@ def load_policy(
     layer except attention, whose shapes change with every batch. flag: names `path` in errors. Dropout is set to 0.
     Raises InputError if there is no such model, its weights do not fit its configuration, or its log-probs are not
     those of plain Transformers (`prove`)."""
-    options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
-    reading = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # what does not fit is named below
     flag = f"{flag or ('--model' if kind is Policy else '--value')} {path}"
+    lm, head_is_new = _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_head, edit_config)
+    if lora:
+        _add_lora(lm, lora, seed)
+    if kind is ValueModel:
+        lm.score.requires_grad_(True)
+    if head_is_new:
+        nn.init.zeros_(lm.score.weight)
+    if gradient_checkpointing == "auto":
+        gradient_checkpointing = world.device.type == "cuda" and lm.supports_gradient_checkpointing
+    if gradient_checkpointing in (True, "all"):
+        if not lm.supports_gradient_checkpointing:
+            raise InputError(f"{flag}: {type(lm).__name__} has no checkpointing: use --gradient_checkpointing none")
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
+        for layer in layers_of(lm):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+    model = _shard(kind(lm), world)
+    with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext():
+        prove(model, flag)
+    return model
+
+
+def _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_head, edit_config):
+    """Return Transformers' model, on other ranks than 0 without weights, and whether its value head is new. Raises
+    InputError, with flag, if there is none or it cannot be trained here."""
+    options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
+    reading = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # _check_weights names what does not fit
     labels = {} if kind is Policy else {"num_labels": 1}
     if (Path(path) / "adapter_config.json").is_file():
         raise InputError(f"{flag}: adapter_config.json is there: merge the adapter into the weights, or remove it")
-    verbosity = transformers_logging.get_verbosity()
-    report = {}
+    verbosity, report = transformers_logging.get_verbosity(), {}
     try:
         transformers_logging.set_verbosity_error()  # its loading report is an error of ours
         if from_config:
@@ -368,9 +392,6 @@ def load_policy(
         if world.main and not random:
             reading |= {"key_mapping": {r"^value_head\.": "score."}} if kind is ValueModel else {}
             lm, report = kind.auto.from_pretrained(path, config=config, **reading, **options)
-            report["mismatched_keys"] = {name for name, *_ in report["mismatched_keys"]}
-            tied = lm.get_expanded_tied_weights_keys(all_submodels=True)
-            report["untied_keys"] = tied.keys() - lm.all_tied_weights_keys  # Transformers left them as they are
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
                 torch.manual_seed(seed)
@@ -382,8 +403,19 @@ def load_policy(
         raise InputError(f"{flag}: cannot be loaded ({reason})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    head_is_new = kind is ValueModel and not has_value_head
+    lm.saved_dtype, head_is_new = saved_dtype, kind is ValueModel and not has_value_head
+    _check_weights(lm, report, flag, head_is_new)
+    return lm, head_is_new
+
+
+def _check_weights(lm: nn.Module, report: dict, flag: str, head_is_new: bool) -> None:
+    """Raise InputError if the folder's weights (Transformers' report on them) are not the model's, or for an output
+    layer of a kind that is not supported."""
     heads = ("score.weight", "lm_head.weight", "embed_out.weight", "output_projection.weight") if head_is_new else ()
+    if report:
+        report["mismatched_keys"] = {name for name, *_ in report["mismatched_keys"]}
+        tied = lm.get_expanded_tied_weights_keys(all_submodels=True)
+        report["untied_keys"] = tied.keys() - lm.all_tied_weights_keys  # Transformers left them as they are
     for problem in ("missing", "unexpected", "mismatched", "untied"):
         if names := sorted(name for name in report.get(f"{problem}_keys", ()) if not name.endswith((*heads, UNREAD))):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -393,26 +425,6 @@ def load_policy(
     rows = len(lm.get_input_embeddings().weight)
     if lm.get_decoder() in (lm, head) or (head is not None and len(head.weight) != rows):
         raise InputError(f"{flag}: {type(lm).__name__} is not supported: no decoder in it, or fewer rows out than in")
-    lm.saved_dtype = saved_dtype
-    if lora:
-        _add_lora(lm, lora, seed)
-    if kind is ValueModel:
-        lm.score.requires_grad_(True)
-    if head_is_new:
-        nn.init.zeros_(lm.score.weight)
-    if gradient_checkpointing == "auto":
-        gradient_checkpointing = world.device.type == "cuda" and lm.supports_gradient_checkpointing
-    if gradient_checkpointing in (True, "all"):
-        if not lm.supports_gradient_checkpointing:
-            raise InputError(f"{flag}: {type(lm).__name__} has no checkpointing: use --gradient_checkpointing none")
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
-        for layer in layers_of(lm):
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-    model = _shard(kind(lm), world)
-    with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext():
-        prove(model, flag)
-    return model
 
 
 OWN_ATTENTION = "its attention does not go through Transformers' interfaces for attention and masks"
