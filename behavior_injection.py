@@ -343,7 +343,7 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
 
     lines = {arm: [] for arm in missing}
     try:
-        for problem in tqdm(igsm.problems(n, **settings), f"data {name}", n, unit="problem", leave=False):
+        for problem in tqdm(igsm.problems(n, **settings), f"data {name.rstrip('_')}", n, unit="problem", leave=False):
             for arm in missing:
                 for way in arms[arm]:
                     row = igsm.row(igsm.retell(problem, **way), split, args.system_prompt)

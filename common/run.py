@@ -624,7 +624,7 @@ def keep_records(path: Path, parts: list[list], make, world: World, *, together:
     if not together:  # every rank gets as many parts; its last one may be empty
         todo = (todo + [[]] * (-len(todo) % world.size))[world.rank :: world.size]
     with open(path.with_name(f"{path.stem}.part-{world.rank}.jsonl"), "a", encoding="utf-8") as file:
-        for part in tqdm(todo, desc=path.name, unit="part", disable=not world.main):
+        for part in tqdm(todo, desc=path.name, unit="part", disable=not (todo and world.main)):
             records = make(part)
             if world.main or not together:
                 file.write("".join(json.dumps(record) + "\n" for record in records))
