@@ -138,8 +138,8 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
     monkeypatch.setattr(bridge, "read_set", lambda *_, **options: (examples, {"rows": 2, "kept": 2}))
     monkeypatch.setattr(bridge, "read_questions", lambda *_: questions)
 
-    def sample_rows(sampler, batch, mine, counts, args, world, *, seed, grader):
-        ids = {g: [said[args.temperature] + g, *[1] * (1 + bool(args.temperature))] for g in mine}
+    def sample_rows(sampler, batch, mine, counts, args, world, *, seed, grader, temperature):
+        ids = {g: [said[temperature] + g, *[1] * (1 + bool(temperature))] for g in mine}
         rows = [bridge.Row([1], ids[g], g, example=batch[g]) for g in mine]
         grader.add(rows)
         return rows
