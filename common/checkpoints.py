@@ -217,13 +217,14 @@ class Checkpoints:
     def _explain(self, step: int | None):
         try:
             yield
-        except Exception as error:
-            last = self.latest()
+        except (Exception, dcp.CheckpointException) as error:  # the second is a BaseException
+            last, free = self.latest(), shutil.disk_usage(self.folder).free
             reason = getattr(error, "failures", None)
             reason = next(iter(reason.values())) if reason else error  # torch wraps each rank's own error
             reason = reason[0] if isinstance(reason, tuple) else reason
             raise RuntimeError(
-                f"the checkpoint{f' of step {step}' if step else ''} in {self.folder} could not be written ({reason}). "
+                f"the checkpoint{f' of step {step}' if step else ''} in {self.folder} could not be written ({reason}; "
+                f"{free / 1e9:.1f} GB are free there). "
                 + (f"{last.name} is intact: the same command resumes from it" if last else "There is none before it")
             ) from error
 

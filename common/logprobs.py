@@ -22,16 +22,11 @@ logp and c on kl, or -c on entropy, for both are the same function of w,
     g_j = a (1{j = y} - p_j) + c p_j (w_j - u / (1 + s))
     grad_hidden = g @ weight / temperature             grad_weight = g.T @ hidden / temperature
 
-in float32 and without cancellation: 1 - p_y is -expm1(logp). Some models change their logits: `scale` (Cohere, Granite)
+in float32; 1 - p_y is -expm1(logp), without cancellation. Some models change their logits: `scale` (Cohere, Granite)
 and then a soft cap c (Gemma) make z = c tanh(scale * hidden @ weight.T / c) / temperature, whose slope
-1 - (z temperature / c)^2 multiplies g. The tile itself comes from one of two places:
-- It is computed again: 8NHV operations in all, and nothing of size [N, V] is in memory.
-- `keep`: the forward stored E = exp(z - its tile's maximum) in bf16, 2 bytes a logit: 6NHV operations. g then has
-  bf16's relative error of 2^-9, as it has where inputs are bf16; log-probs, entropies and the target's g are exact.
-
-Products are the library's. The token side is a Triton kernel on CUDA, and elsewhere a few passes over a tile in cache.
-A tile is float32: logits rounded to bf16 move a log-prob by 0.01. Vocabulary is the outer loop, so that the weight's
-gradient needs float32 for one tile only. docs/logprobs.md says why this is not one fused kernel, and what was measured.
+1 - (z temperature / c)^2 multiplies g. The backward computes each tile again, or reads what the forward stored of it
+(`keep`). Products are the library's; the token side is a Triton kernel on CUDA, and elsewhere passes over a tile in
+cache. A tile is float32: logits rounded to bf16 move a log-prob by 0.01. docs/logprobs.md has what was measured.
 
 Shapes: N tokens, H hidden, V vocabulary; n and v of a tile.
 """
@@ -62,7 +57,7 @@ def linear_logprobs(
     A weight sharded by FSDP2 is whole inside the forward of the module that owns it: call this there.
 
     scale, cap: the model's own change of its logits, cap * tanh(scale * z / cap) before T divides them; cap 0: none.
-    keep: store 2 bytes a logit for the backward, which then needs no logits again (see the top of this file). None:
+    keep: store 2 bytes a logit for the backward, which then needs no logits again (docs/logprobs.md). None:
     for bf16 inputs on CUDA, if that takes at most half of the free memory. Not with a cap.
     backend: "triton", "torch", or "auto" for Triton on CUDA and torch elsewhere. chunk_size: tokens at a time,
     tile_size: vocabulary entries at a time, chosen from the shapes when None.
