@@ -191,7 +191,7 @@ def published_micro_batches(tokens_per_row: float, rows: float = 64) -> int:
 
 
 def rows_with_gradient(rows: list[Row], args: Args) -> list[Row]:
-    """The rows that contribute to the gradient. Without an entropy bonus, rows with advantage 0 contribute nothing.
+    """The rows that contribute to the gradient. Without an entropy bonus an advantage of 0 adds nothing to RL's loss.
     At least one row, so that there is a gradient (of zeros)."""
     if args.entropy_coef:
         return rows

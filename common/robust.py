@@ -104,7 +104,7 @@ def find_answer(text: str) -> str | None:
     if opened and closed:
         return find_answer(inside) or inside
     line, _, more = text.rpartition("####")[2].strip().partition("\n")
-    if "####" in text and not PHRASE.search(more) and not HEADING.match(line):
+    if "####" in text and not PHRASE.search(more) and not (more.strip() and HEADING.match(line)):
         return line if re.search(r"\d", line) or not more.strip() else more.strip().rpartition("\n")[2]
     phrases = reversed([*PHRASE.finditer(text)])
     if phrase := next((phrase for phrase in phrases if claimed(text, phrase.start())), None):
@@ -203,7 +203,7 @@ UNITS = {  # name: (what is measured, how many of its first unit); L for a lengt
              "315576000 decade,3155760000 century centurie",
         "M": "1 + g gram,1000000 ton tonne,453.59237 lb pound,28.349523125 oz ounce,6350.29318 stone", "Q": "1 pm",
         "LLL": "0.001 + L l liter litre,0.003785411784 gal gallon,0.000946352946 quart,0.000473176473 pint",
-        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule,4184 + cal calorie,1.602176634e-16 + eV",
+        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule,1.602176634e-16 + eV",
         "MLLttt": "1000 + W watt", "Mltt": "1000 + Pa pascal", "A": "1 + A amp ampere", "MLLttta": "1000 + V volt",
         "t": "1 + Hz hertz", "Lt": "5/18 kph kmph kmh,0.44704 mph,463/900 knot", "N": "1 + mol mole",
         "B": "1 + B byte", "D": "1 dollar USD,0.01 cent ¢,0.05 nickel,0.1 dime", "K": "1 + K kelvin",

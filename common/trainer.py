@@ -87,7 +87,8 @@ def launch(main, args) -> None:
     try:
         main(args)
     except BaseException as error:
-        script, code, said = Path(sys.argv[0]).name, 1, f"[rank {os.environ.get('RANK', 0)}] {traceback.format_exc()}"
+        script = Path(sys.argv[0]).name
+        code, said = 1, f"[rank {os.environ.get('RANK', 0)}] {traceback.format_exc()}"
         if isinstance(error, InputError):
             code, said = 2, f"{script}: error: {error}"
         elif isinstance(error, KeyboardInterrupt):
@@ -392,6 +393,9 @@ def _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_hea
         if world.main and not random:
             reading |= {"key_mapping": {r"^value_head\.": "score."}} if kind is ValueModel else {}
             lm, report = kind.auto.from_pretrained(path, config=config, **reading, **options)
+            report["mismatched_keys"] = {name for name, *_ in report["mismatched_keys"]}
+            tied = lm.get_expanded_tied_weights_keys(all_submodels=True)
+            report["untied_keys"] = tied.keys() - lm.all_tied_weights_keys  # Transformers left them as they are
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
                 torch.manual_seed(seed)
@@ -412,10 +416,6 @@ def _check_weights(lm: nn.Module, report: dict, flag: str, head_is_new: bool) ->
     """Raise InputError if the folder's weights (Transformers' report on them) are not the model's, or for an output
     layer of a kind that is not supported."""
     heads = ("score.weight", "lm_head.weight", "embed_out.weight", "output_projection.weight") if head_is_new else ()
-    if report:
-        report["mismatched_keys"] = {name for name, *_ in report["mismatched_keys"]}
-        tied = lm.get_expanded_tied_weights_keys(all_submodels=True)
-        report["untied_keys"] = tied.keys() - lm.all_tied_weights_keys  # Transformers left them as they are
     for problem in ("missing", "unexpected", "mismatched", "untied"):
         if names := sorted(name for name in report.get(f"{problem}_keys", ()) if not name.endswith((*heads, UNREAD))):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -190,14 +190,13 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
 
 
 def last_label(text: str) -> str | None:
-    r"""The label on the last line. None if the labelled line before it has the label before: these are the options.
+    r"""The label on the last line. None if the line above it has the label before: these are the options.
 
-    >>> last_label("A) no\nB) yes\n\nA) no"), last_label("A) no\nB) yes")
-    ('A', None)
+    >>> last_label("A) no\nB) yes\n\nB) yes"), last_label("A) no\nB) yes")
+    ('B', None)
     """
-    *before, last = [choice_label(line) for line in text.split("\n")[-40:] if line.strip()] or [None]
-    labels = [label for label in before if label]
-    return None if last and labels and ord(labels[-1]) + 1 == ord(last) else last
+    *_, above, last = map(choice_label, ["", *text.rstrip().split("\n")[-2:]])
+    return None if last and above and ord(above) + 1 == ord(last) else last
 
 
 # Doubts, for mcq and robust.
