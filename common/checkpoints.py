@@ -46,7 +46,7 @@ def _sha256(path: Path) -> bytes:
 
 
 def changed_settings(saved: dict, current: dict, names) -> str:
-    """Describe which of the settings `names` differ; "" for none. Of a digest only its subject is named."""
+    """Describe which of the settings `names` differ; "" for none. Values of digests are not shown."""
     changed = [name for name in names if saved.get(name) != current.get(name)]
     return "; ".join(
         f"other {name.removesuffix('_digest')}" if name.endswith("_digest")
@@ -56,7 +56,7 @@ def changed_settings(saved: dict, current: dict, names) -> str:
 
 
 def digest_of(model: str, flag: str = "--model") -> str:
-    """Digest of a model: of all bytes of its weights and of its configuration; a Hub name's is its revision. flag:
+    """Digest of a model folder: weights, configuration, tokenizer, template; of a Hub name: its revision. flag:
     names it in an error."""
     folder = Path(model)
     if not folder.is_dir():
@@ -109,8 +109,7 @@ class Checkpoints:
 
     def state(self) -> dict | None:
         """Return state.json of the newest intact checkpoint, from which this run may resume; None without one. A
-        collective. Raises InputError if it, or a finished run without one, has other settings, or if no checkpoint is
-        intact."""
+        collective. Raises InputError if it, or args.json of a finished run, has other settings, or all are damaged."""
         world = World(dist.get_rank(), dist.get_world_size(), 1, torch.device("cpu"))
         damaged: list[str] = []
         while (path := self.latest()) and (damage := _damage(path, world)):
@@ -139,7 +138,7 @@ class Checkpoints:
         return state
 
     def check_data(self, state: dict | None, digest: str, flags: str) -> None:
-        """Save `digest` with every checkpoint. Raises InputError if that of `state` is another one."""
+        """Save `digest` with every checkpoint. Raises InputError if `state` has another one."""
         self.data = digest
         if state and state.get("data") not in (None, digest):
             raise InputError(f"{flags}: the data (or the tokenizer) changed since {self.latest()} was written; restore "
@@ -159,7 +158,7 @@ class Checkpoints:
 
     @staticmethod
     def _tensors(pairs: dict) -> dict:
-        """The states of all models and optimizers by `_key`; a model that comes twice once, under its first name."""
+        """The states of all models and optimizers by `_key`; a model in two pairs once, by its first name."""
         first = {model: name for name, (model, _) in reversed(pairs.items())}
         tensors = {_key("model", name): dcp_state.get_model_state_dict(model) for model, name in first.items()}
         for name, (model, optimizer) in pairs.items():

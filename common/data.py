@@ -85,8 +85,8 @@ def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
 
 
 def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
-    """For each row the weight of its tokens if the loss is a mean over blocks of `rows_per_mean` rows (0: all) of each
-    block's token mean, relative to one mean over all tokens: N / (M T_m) for N tokens, M blocks, T_m in its block.
+    """For each row, the factor on its tokens that turns one mean over all N tokens into a mean over M blocks of each
+    block's token mean: N / (M T_m), with T_m tokens in its block. A block has `rows_per_mean` rows (0: all rows).
 
     >>> token_scales([4, 1, 5], 1), token_scales([4, 1, 5], 2), token_scales([4, 1, 5], 0)
     ([0.8333333333333334, 3.3333333333333335, 0.6666666666666666], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
@@ -252,7 +252,7 @@ def packed_mask(*, mask_function, local_size=None, **_) -> Pattern:
 
 
 def read(model, batch: TokenBatch) -> torch.Tensor:
-    """Final hidden states [T, H] of a Transformers decoder whose attention is "packed"."""
+    """Final hidden states [T, H]; the model's attn_implementation must be "packed"."""
     token = _packing.set(batch.packing)
     try:
         # a mask says that nothing is padding: without one Transformers would look for sequences in the positions

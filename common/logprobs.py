@@ -101,7 +101,7 @@ def linear_kl(
 
 
 def _check(hidden, weight, targets, temperature, backend):
-    """Raises what is wrong with the arguments (logits come as hidden); returns whether Triton does the token side."""
+    """Raise for a wrong argument (logits are passed as hidden); return whether Triton does the token side."""
     if hasattr(weight, "to_local"):
         raise TypeError("weight is a DTensor: call this inside the forward of the FSDP2 module that owns it")
     if hidden.dim() != 2 or (weight is not None and weight.shape[1:] != hidden.shape[1:]):

@@ -60,7 +60,7 @@ def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: Wor
 
 def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:
     """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one. Verdicts of the
-    same version are kept, unless they are time-outs or errors, or `again`. InputError on a reward but 0 and 1."""
+    same version are kept, unless they are time-outs or errors, or `again`. InputError for rewards not 0 or 1."""
     version, todo = grader_version(verifier), []
     for record in records:
         same = record.setdefault("graded_by", {}).get(verifier) == version and not again
@@ -132,7 +132,7 @@ def write_results(path: Path, results: dict, args, names: str) -> None:
 
 
 def read_results(paths: dict[str, Path], args, names: str) -> dict[str, dict]:
-    """Return {name: results} of those files that were measured with the settings of `args`; name the others."""
+    """Return {name: results} of those files that were measured with the settings of `args`; print the rest."""
     found, settings = {}, _measured_with(args, names)
     for name, path in paths.items():
         results = json.loads(path.read_text()) if path.exists() else None

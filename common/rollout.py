@@ -49,7 +49,7 @@ class Completion:
 
     ids: list[int]  # eos included where it was drawn
     logps: list[float]
-    finish: str  # "stop": eos was drawn; "length": max_tokens were
+    finish: str  # "stop": a stop id ended it; "length": max_tokens
 
     @property
     def truncated(self) -> bool:
@@ -100,8 +100,8 @@ class Sampler:
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values at the front of buffers with room for more: Transformers' own copies all of them for
-    every token that comes."""
+    """A layer's keys and values at the front of buffers with room for more. Transformers' own layer copies all of
+    them for each new token."""
 
     ROOM = 64  # tokens
     buffers: list[torch.Tensor] | None = None
@@ -124,7 +124,7 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices):
         """Keep these rows."""
-        super().batch_select_indices(indices)  # copies them: the buffers are no longer where they are
+        super().batch_select_indices(indices)  # copies them, out of the buffers
         self.buffers = None
 
 
@@ -151,7 +151,7 @@ class EmbeddedSampler(Sampler):
 
     def __init__(self, policy: Policy, *, stop_ids: list[int], max_batch_tokens: int = 0):
         """stop_ids: ids that end a completion. max_batch_tokens: rows x (prompt + max_tokens) at once, but at least all
-        answers to a prompt; 0: 65,536 on a CPU, on CUDA what half of the free memory has room for."""
+        answers to a prompt; 0: 65,536, on CUDA more if half of the free memory holds it."""
         self.device = next(policy.parameters()).device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         config = copy.deepcopy(policy.lm.config)
@@ -222,7 +222,7 @@ class EmbeddedSampler(Sampler):
                 drawn(i, groups[i])
 
     def _budget(self) -> int:
-        """Tokens that are decoded at once."""
+        """Most rows x tokens of a batch."""
         if self.max_batch_tokens or self.device.type != "cuda":
             return self.max_batch_tokens or 65536
         config = self.lm.config

@@ -87,7 +87,7 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 
 
 def _of_split(splits: dict, split: str):
-    """What a split holds, or the only one there is. For a missing test split: validation. None: it is missing."""
+    """Return the value of `split` ("validation" for a missing "test"), or the only value. None: missing."""
     wanted = "validation" if split == "test" and "test" not in splits else split
     return next(iter(splits.values())) if len(splits) == 1 else splits.get(wanted)
 
@@ -300,7 +300,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
 def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = False) -> Iterator[tuple]:
     """Yield (row number, item, prompt text, prompt ids, the ids of each trace), tokenizing 500 rows at a time.
 
-    read(row, where) -> (item, trace or None, ...), as many traces for every row; None leaves the row out."""
+    read(row, where) -> (item, trace or None, ...), equally many in each row; None leaves it out."""
     unread = 0
     shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
 
@@ -383,7 +383,7 @@ class Example:
 
 def given_logps(probs: list | None, trace: list[int], where: str) -> list[float] | None:
     """The teacher's log-probs of a trace from the column 'target_probs': a probability for each of its tokens, with or
-    without the eos (then NaN: its loss is the one without a teacher's probability). None without the column."""
+    without the eos (then NaN: the loss uses no teacher probability there). None without the column."""
     if probs is None:
         return None
     try:
@@ -397,7 +397,7 @@ def given_logps(probs: list | None, trace: list[int], where: str) -> list[float]
 
 
 def with_bos(ids: list[int], tokenizer) -> list[int]:
-    """Ids of a text, begun with the bos that this tokenizer puts before text (Llama, DeepSeekMath; not Qwen), once."""
+    """Ids of a text, with one bos in front if this tokenizer puts it before text (Llama, DeepSeekMath; not Qwen)."""
     bos = getattr(tokenizer, "bos_token_id", None)
     adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return [bos, *ids] if adds and ids[:1] != [bos] else ids
@@ -479,8 +479,8 @@ def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tu
 
 
 def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, int]]:
-    """Return the graded traces of a file, as many as its rows have, and counts of what was left out. A trace is (prompt
-    ids, response ids, action mask or None, reward, which question, its number). Raises InputError naming the row."""
+    """Return the graded traces of a file, all of each row, and counts of traces that were left out. A trace is (prompt
+    ids, response ids, action mask or None, reward, question and trace number). Raises InputError naming the row."""
     found, questions, count = [], {}, {"rows": 0, "prompt_too_long": 0, "response_too_long": 0}
     rows = ((f"{source}, row {number}", row) for number, row in enumerate(load_rows(source)))
     items = ((where, row, read_row(row, where)) for where, row in rows)
@@ -569,7 +569,7 @@ def gold_unreadable(detail: str | None = None) -> bool:
 
 
 def report_golds(examples: Iterable[Example], verdicts: Iterable) -> None:
-    """Name each row whose gold answer the verifier cannot read on the terminal, once."""
+    """Print each row whose gold answer the verifier cannot read, once."""
     for example, verdict in zip(examples, verdicts, strict=True):
         where = f"{example.source}, row {example.index}"
         if gold_unreadable(verdict.detail) and where not in _reported:

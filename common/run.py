@@ -104,7 +104,7 @@ class RunArgs:
     rollout: Literal["auto", "embedded", "vllm"] = "auto"
     rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM, which frees it during the update
     # Largest batch of the embedded sampler, as rows x (prompt + response) tokens; at least the answers to one question.
-    # 0: 65,536 on a CPU, and on a GPU what fits into half of the free memory
+    # 0: 65,536, on a GPU more if half of the free memory holds it
     sampler_tokens: NotNegative[int] = 0
     # Stop if log-probs of sampler and trainer differ by more than this on average. 0: 0.05 on CUDA, else 0.001
     max_mismatch: NotNegative[float] = 0.0
@@ -195,7 +195,7 @@ class Run:
                   f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
-        """Load the newest checkpoint, or check that the disk holds one. more: further pairs that are trained, such as
+        """Load the newest checkpoint, or check the disk's free space. more: further pairs that are trained, such as
         value=(model, optimizer) or sft=(policy, a second optimizer)."""
         if (limit := max_positions(policy.lm.config)) and self.longest > limit:
             raise InputError(f"{self.source}: the longest row has {self.longest} tokens, and the model {limit} "
@@ -223,7 +223,7 @@ class Run:
         return bool(due and (self.step > self.start or not self.start))
 
     def evaluate(self, sampler) -> dict[str, float]:
-        """Return the accuracy on the held-out examples if this step evaluates, else {}."""
+        """Evaluate if this step does, and keep the best model; return metrics, else {}."""
         if not self.evaluates:
             return {}
         with self.clock("evaluate"):
@@ -286,7 +286,7 @@ class Run:
             tqdm.write(f"{message}. The update is skipped (--skip_bad_updates)")
 
     def log(self, values: dict, rows: list = (), also: list = ()) -> None:
-        """Log means over this step's updates, `values`, and what the step cost; write samples of `rows`. also: other
+        """Log update means (/max: maxima), `values`, and what the step cost; write samples of `rows`. also: other
         rows that were trained on. Before the first step only `values` are logged, if there are any."""
         if self.step == self.start:
             return self.metrics.log(self.step, values, SHOWN) if values else None
@@ -404,7 +404,7 @@ def check_fit(flag: str, model, policy, longest: int) -> None:
 
 
 def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
-    """Return the accuracy on examples by data source, and its unweighted mean. The ranks share the examples."""
+    """Return accuracy by data source, its unweighted mean, truncation, length. The ranks share the examples."""
     mine = range(world.rank, len(examples), world.size)
     grader = Grader(tokenizer, args.verifier)
     rows = sample_rows(sampler, examples, mine, [1] * len(examples), args, world, seed=args.seed + 1, grader=grader,
@@ -458,7 +458,7 @@ class Row:
 
 
 def trace_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
-    """Rows with the traces of the questions `mine` of a batch: counts[g] of question g, one of each if None."""
+    """Rows with the traces of the questions `mine` of a batch: counts[g] of question g; None: each once."""
     copies = counts or [int(bool(e.trace)) for e in batch]
     chosen = [(g, batch[g]) for g in mine for _ in range(copies[g])]
     return [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for g, e in chosen]
@@ -497,11 +497,11 @@ def keep_answers(
     """Sample n answers to each example, grade them, keep them in `path` (a question per line), and return them:
     [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
 
-    After a stop the next call resumes: --batch_size questions are made at once. load() returns the policy, if answers
+    After a stop the next call resumes: --batch_size questions are made at once. load() -> policy is called if answers
     are missing. settings: what the answers depend on, kept beside `path`. InputError if the kept ones differ."""
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
     kept = len(read_records(path))
-    names = [name for name in settings if kept and name != "model"]  # its digest is compared
+    names = [name for name in settings if kept and name != "model"]  # model: by its digest
     keep_settings(path.with_suffix(".json"), settings, names, f"{path} has answers of other settings", world)
     sampler = None
     grader = Grader(tokenizer, args.verifier)
@@ -663,7 +663,7 @@ def describe(rows: list[Row]) -> dict[str, float | None]:
 
 def split_updates(rows: list[Row], args) -> list[list[Row]]:
     """The rows of each update of a step: whole groups, the same number of questions each. Row.group: 0 .. batch_size-1.
-    An update whose groups have no rows is empty, and the caller's to skip."""
+    An update whose groups have no rows is empty: the caller skips it."""
     size = args.batch_size // args.updates_per_step
     return [[row for row in rows if row.group // size == u] for u in range(args.updates_per_step)]
 
@@ -671,7 +671,7 @@ def split_updates(rows: list[Row], args) -> list[list[Row]]:
 def micro_batches(rows: list, args, world: World, sequences=lambda row: [(row.prompt, row.response)]):
     """Yield this rank's packed micro-batches of an update: (token batch, its rows). Every rank gets the same number.
 
-    sequences(row): its (prompt, response) pairs, which stay in one micro-batch. The same rows are split alike."""
+    sequences(row): its (prompt, response) pairs, which stay in one micro-batch. Repeated calls split alike."""
     parts = [sequences(row) for row in rows]
     lengths = [sum(len(prompt) + len(response) - 1 for prompt, response in part) for part in parts]
     plan = plan_micro_batches(lengths, world.size, args.micro_batch_tokens)

@@ -3,8 +3,8 @@
     found = search_answers("beam", sampler, value, prompts, keys, world, width=5, ...)      [questions][answers]
 
 best_of_n    `width` whole answers; the value chooses one
-beam         from each of `width` states as many next steps; the value chooses the states that go on, and the answer
-best_of_k    `width` next steps of one state; the value chooses each of them
+beam         `width` next steps of each of `width` states; the value chooses states to go on, and the answer
+best_of_k    `width` next steps of one state; the value chooses one to go on
 
 The value is that of the text so far, for a finished answer without its eos: the states that a value model is trained on
 (oreo.py). Steps end with a token that holds a delimiter, such as a newline.

@@ -196,7 +196,7 @@ class Totals:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() / per
 
     def largest(self, name: str, values: torch.Tensor) -> None:
-        """Keep the largest of the numbers that a name was given; 0 if there are none."""
+        """Keep the largest of the numbers that a name was given; never below 0."""
         so_far = self.maxima.get(name, values.new_zeros((), dtype=torch.float64))
         self.maxima[name] = torch.cat([so_far[None], values.detach().flatten().double()]).max()
 
@@ -432,7 +432,7 @@ UNREAD = ".masked_bias"  # a number that old GPT-2 folders hold beside the weigh
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Number of positions for which the model computes a token alike in every batch; None: any number.
+    """Longest sequence that the model takes, with results that no batch changes; None: no limit.
 
     Beyond the original length longrope and dynamic RoPE take the angles of the longest sequence for all of a batch."""
     config = config.get_text_config(decoder=True)

@@ -149,7 +149,7 @@ class VLLMSampler(Sampler):
         patience: float | None = None, **settings,
     ):
         """stop_ids: ids that end a completion. max_tokens: of a prompt with its completion. gpu_memory: fraction of the
-        GPU for vLLM. patience: seconds of silence when it is hung; None: 120, on a CPU 1200. settings: LLM's."""
+        GPU for vLLM. patience: silence that means a hang, in s; None: 120, on a CPU 1200. settings: LLM's."""
         self.world, self.policy, self.max_tokens = world, policy, max_tokens
         self.stop_ids = sorted(set(stop_ids))
         self.cuda = world.device.type == "cuda"
@@ -337,7 +337,7 @@ class VLLMSampler(Sampler):
             self.sync(self.policy, version)
 
     def _draw(self, requests: list[tuple[list[int], int, int]], sampling: Sampling, take) -> None:
-        """(prompt, seed, max_tokens) each; take(k, completion) as that of request k ends."""
+        """Draw for each (prompt, seed, max_tokens); take(k, completion) when k ends."""
         if not requests:
             return
         params = {

@@ -64,7 +64,7 @@ class Args:
     max_params: int = 20
     """Most sentences of a question. With fewer there are fewer that the solution does not need."""
     max_value: int = 1000
-    """Without a modulus, every number that a solution comes across is smaller in size than this."""
+    """Without a modulus, the absolute value of every number in a solution is below this."""
     max_literal: int | None = None
     """Numbers given in the question are 1 to this; None for 9, or modulus - 1 if there is a modulus."""
     subgoals: bool = False

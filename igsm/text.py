@@ -67,7 +67,7 @@ def question_text(nodes, num_necessary, style, rng, letters, *, shuffle=True):
 
 
 def _ordered(lines, needed, rng, shuffle):
-    """The lines, of which the first `needed` are the solution's in its order, in the question's order."""
+    """Put lines in the question's order; the first `needed` are the solution's, in its order."""
     order = list(range(len(lines)))
     rng.shuffle(order)
     if not shuffle:  # the same places for the unneeded ones; the needed ones fill the rest in their order

@@ -77,7 +77,7 @@ class Args:
     trust_remote_code: bool = False  # Run the Python files that come with --model.
     repeat: Positive[int] = 5  # Episodes of each game that collect plays (published: 5)
     candidates: Positive[int] = 5  # Answers that evaluate draws at each turn if there is a --value (published: 3 to 5)
-    temperature: NotNegative[float] = 1.0  # Sampling temperature of collect and --candidates; else evaluate is greedy
+    temperature: NotNegative[float] = 1.0  # Sampling temperature of collect and --candidates; else greedy
     max_turns: Positive[int] = 40  # Actions per episode at most (published)
     max_turn_tokens: Positive[int] = 128  # Tokens per answer at most. An answer that does not end in them loses.
     max_episode_tokens: Positive[int] = 4096  # Tokens per episode at most (published). A longer one loses.
@@ -263,7 +263,7 @@ def replace_words(text: str, names: dict[str, str]) -> str:
 
 
 def other_names(things: dict[str, str], count: int, rng: random.Random) -> dict[str, str]:
-    """Return a new name of the first `count` of its type for each of a game's things. No two share a word."""
+    """Return new names for a game's things, each of the first `count` of its type. No two share a word."""
     taken: dict[str, str] = {}
     for name, type_ in things.items():
         words = {word for other in taken.values() for word in other.lower().split()}

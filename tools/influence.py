@@ -67,7 +67,7 @@ def inner(a: list[Tensor], b: list[Tensor]) -> float:
 
 def count_sketch(gradient: list[Tensor], dims: int, seed: int = 0) -> Tensor:
     """Project a gradient to [dims]: each number, with a random sign, is added to a random sum. Inner products of
-    sketches of one seed are right on average; the error of <x, y> is about |x| |y| / sqrt(dims)."""
+    sketches of one seed are unbiased; the error of <x, y> is about |x| |y| / sqrt(dims)."""
     device, sums = gradient[0].device, gradient[0].new_zeros(dims)
     generator = torch.Generator(device).manual_seed(seed)
     for values in gradient:  # a code is 2 x sum + sign
