@@ -14,6 +14,7 @@ Sequences that begin with the same prompt, as the answers of a group do, share i
 """
 
 import math
+import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def check_verifier(name: str) -> None:
     try:
         grade([""], [""], verifier=name, workers=1)
     except (ValueError, ImportError, RuntimeError) as error:
-        missing = "No module named" in str(error)
+        missing = f"No module named '{re.split('[:.]', name)[0]}'" in str(error)  # not one that it imports
         where = " (its file must be beside the script, or in a folder of PYTHONPATH)" if missing else ""
         raise InputError(f"--verifier {name}: {error}{where}") from error
 
