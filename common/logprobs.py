@@ -247,12 +247,16 @@ class _Linear(torch.autograd.Function):
         head, (rows, cols) = _Head(hidden, weight, fused), ctx.tiling
         ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, fused)
         factors = _factors(state, grad_logp, grad_other, -1 if ref is None else 1, form, head.sum_dtype)
-        kept, ctx.kept = ctx.kept, None  # g is written over E: a second backward computes the logits again
-        whole = kept.e if kept and kept.e.dtype == head.dtype else None  # memory for all of g
-        if weight is None:
-            whole = torch.empty_like(hidden)
-        else:
-            grads = _Grads(head, ctx.needs_input_grad)
+        kept, ctx.kept = ctx.kept, None  # a second backward computes the logits again
+        grads = None if weight is None else _Grads(head, ctx.needs_input_grad)
+        # The memory that g is written to:
+        #   logits were given            all of g, [N, V], is what the caller gets
+        #   E has the products' dtype    all of g is written over E; the products come after the loop
+        #   products are bf16            a new tile each time
+        #   otherwise                    over the tile's logits
+        whole = torch.empty_like(hidden) if weight is None else None
+        if kept and kept.e.dtype == head.dtype:
+            whole = kept.e
         for i, c in enumerate(cols):
             for r in rows:
                 tiles, stored = [], kept and kept.tile(i, r, c)
@@ -270,7 +274,7 @@ class _Linear(torch.autograd.Function):
                     grads.add(g, r, c)
         if weight is None:
             return whole, *[None] * 7
-        if whole is not None:  # two products
+        if whole is not None:
             grads.add(whole, slice(0, len(hidden)), slice(0, len(weight)))
         return *grads.finish(), *[None] * 6
 

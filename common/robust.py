@@ -260,6 +260,7 @@ SPELLINGS = [
         (r"\\(frac|sqrt(?=\d\d))\s*([0-9a-zA-Z])", r"\\\1{\2}"),  # \sqrt53 is not the root of 53
         (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\frac\1{\2}"),
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
+        (r"(?<=\d)\^\{? ?~?(st|nd|rd|th)(?![a-z]) ?\}?", r" ~\1"),  # 12^{th}
         (r"\s+", " "),
         (rf"^ ?~?({'|'.join(COUNTS)}) ?$", lambda m: str(COUNTS.index(m[1]))),
         (r"^(~[A-Z][a-z]+ \d\d?), ?(?=\d{4}$)", r"\1 "),
@@ -383,6 +384,8 @@ def readings(text: str) -> list:
     if len(text) > MAX_ANSWER:
         raise Unreadable("too long")
     exact, sign, rounded = text.rpartition("≈")
+    if NAME.fullmatch(exact.strip()):  # x ≈ 2.5
+        return readings(f"{exact}={rounded}")
     if sign and exact.strip():
         exact, rounded = readings(exact), readings(rounded)
         if not any(_near(a, b) for a in exact for b in rounded):

@@ -272,8 +272,8 @@ class Run:
         return True
 
     def _skip_or_stop(self, error: FloatingPointError, rows: list) -> None:
-        for model, _ in self.pairs.values():
-            model.zero_grad(set_to_none=True)
+        for _, optimizer in self.pairs.values():
+            optimizer.zero_grad(set_to_none=True)
         self.skipped += 1
         path = self.out / "bad" / f"step-{self.step:08d}-{self.skipped}.jsonl"
         message = f"step {self.step}: {error}. The {len(rows)} rows of this update are in {path}"

@@ -6,14 +6,13 @@ import random
 import sys
 
 import torch
-from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
 from behavior_injection import Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
 from common import run, verifiers  # noqa: E402
-from common.trainer import init_world, launch, load_policy, parse_args  # noqa: E402
+from common.trainer import init_world, launch, parse_args  # noqa: E402
 from common.verifiers import Verdict  # noqa: E402
-from tests.conftest import NANO  # noqa: E402
+from tests.ranks import nano, whole_gradient  # noqa: E402
 from tools import influence  # noqa: E402
 
 
@@ -41,18 +40,15 @@ def gradient(world, what: str, micro_batch_tokens: int) -> tuple[dict[str, torch
         Args(), micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01, kl_coef=0.3, sft_rows_per_mean=4,
         kl_mask=0.01 if what == "masked" else 0.0,
     )  # fmt: skip
-    policy = load_policy("nano", world, from_config=NANO, seed=3)
+    policy = nano(world)
     rows = fixed_rows()
     if what == "sft":
         metrics = accumulate_sft_gradient(policy, rows, args, world)
     else:
         old = [logp - 0.1 for logp in policy_logps(policy, rows, args, world)]
-        reference = load_policy("nano", world, from_config=NANO, seed=4).requires_grad_(False)
+        reference = nano(world, seed=4).requires_grad_(False)
         metrics = accumulate_gradient(policy, rows, old, policy_logps(reference, rows, args, world), args, world)
-    grads = {}
-    for name, p in policy.named_parameters():
-        grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-    return grads, metrics
+    return whole_gradient(policy), metrics
 
 
 def main(out: str, *settings: str) -> None:

@@ -16,6 +16,7 @@ from common.search import search_answers, state_values, step_ids  # noqa: E402
 from common.trainer import ValueModel, init_world, launch, load_policy, load_tokenizer, parse_args  # noqa: E402
 from oreo import PRESETS, STAGES, VARIANTS, Args, Row, accumulate_gradient  # noqa: E402
 from tests.conftest import NANO  # noqa: E402
+from tests.ranks import nano, whole_gradient  # noqa: E402
 
 SMALL = [
     "--preset", "tiny", "--data", "igsm:1-2", "--igsm_problems", "12", "--eval_data", "igsm:1-2", "--eval_limit", "4",
@@ -50,8 +51,7 @@ def gradients(world, kind: str, micro_batch_tokens: int):
     stage, _, variant = kind.partition("-")
     words = ["--stage", stage, *(["--variant", variant] if variant else []), "--beta", "0.3", "--kl_coef", "0.3"]
     args = parse_args(Args, [*words, "--micro_batch_tokens", str(micro_batch_tokens)], stage=STAGES, variant=VARIANTS)
-    policy, reference = (load_policy("nano", world, from_config=NANO, seed=seed) for seed in (3, 4))
-    value = load_policy("nano", world, from_config=NANO, seed=5, kind=ValueModel)
+    policy, reference, value = nano(world), nano(world, seed=4), nano(world, seed=5, kind=ValueModel)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in value.named_parameters():
         if name.endswith("score.weight"):
@@ -61,10 +61,7 @@ def gradients(world, kind: str, micro_batch_tokens: int):
             local.data.copy_(rows[: len(local)])
     units = fixed_units(kind)
     losses = accumulate_gradient(policy, value, reference.requires_grad_(False), units, args, world)
-    grads = {
-        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        for model in (policy, value) for name, p in model.named_parameters() if p.grad is not None
-    }  # fmt: skip
+    grads = whole_gradient(policy, value)
     rows = [row for unit in units for row in unit]
     measured = [[row.logp, row.log_ratio, row.kl, row.last_value, *(row.values or [])] for row in rows]
     values = state_values(value, [row.prompt for row in rows], world, args.micro_batch_tokens)

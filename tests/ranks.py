@@ -1,16 +1,36 @@
-"""Fixed rows and the gradient of one update of luffy.py on them; used by faults/equality.py and relift_ranks.py."""
+"""A small model that is sharded over the ranks, fixed rows, and the gradient of one update of luffy.py on them; used by
+faults/equality.py and the other files of this kind."""
 
 import dataclasses
+import functools
 import random
 import sys
 
 import torch
-from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
-from common.trainer import load_policy  # noqa: E402
+from common.trainer import Policy, load_policy, reshard, whole  # noqa: E402
 from luffy import METHODS, Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
 from tests.conftest import NANO  # noqa: E402
+
+
+@functools.cache
+def _nano(world, seed: int, kind: type) -> Policy:
+    return load_policy("nano", world, from_config=NANO, seed=seed, kind=kind)
+
+
+def nano(world, seed: int = 3, kind: type = Policy) -> Policy:
+    """The model of this seed, without a gradient. It is made once: no update of these tests changes its weights."""
+    model = _nano(world, seed, kind)
+    reshard(model)  # after a forward without gradients the root's parameters are others, without .grad
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def whole_gradient(*models: Policy) -> dict[str, torch.Tensor]:
+    """{number of the model and name: gradient} of the parameters that have one, whole on every rank."""
+    found = [(f"{i} {name}", p) for i, model in enumerate(models) for name, p in model.named_parameters()]
+    return {name: whole(p.grad) for name, p in found if p.grad is not None}
 
 
 def fixed_rows() -> list[Row]:
@@ -37,7 +57,7 @@ def gradient(world, method: str, micro_batch_tokens: int) -> tuple[dict[str, tor
         Args(method=method, max_response_tokens=30, micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01),
         **{k: v for k, v in METHODS.get(method, {}).items() if k in ("clip",)},
     )
-    policy = load_policy("nano", world, from_config=NANO, seed=3)
+    policy = nano(world)
     rows = fixed_rows()
     if method == "grpo":
         for row in rows:
@@ -47,7 +67,4 @@ def gradient(world, method: str, micro_batch_tokens: int) -> tuple[dict[str, tor
         metrics = accumulate_sft_gradient(policy, rows, args, world)
     else:
         metrics = accumulate_gradient(policy, rows, old, args, world)
-    grads = {}
-    for name, p in policy.named_parameters():
-        grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-    return grads, metrics
+    return whole_gradient(policy), metrics

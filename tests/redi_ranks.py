@@ -4,12 +4,9 @@ import random
 import sys
 from array import array
 
-from torch.distributed.tensor import DTensor
-
 sys.path.insert(0, ".")
-from common.trainer import load_policy  # noqa: E402
 from redi import Args, Pair, accumulate_gradient  # noqa: E402
-from tests.conftest import NANO  # noqa: E402
+from tests.ranks import nano, whole_gradient  # noqa: E402
 
 CASES = ("sft", "redi", "redi-single", "dpo", "simpo")
 TOKENS = (32, 100, 10_000)  # of a micro-batch
@@ -37,10 +34,7 @@ def gradient(world, case: str, micro_batch_tokens: int):
     """The whole gradient of an update, and what it found out about each pair."""
     stage, loss = ("sft", "redi") if case == "sft" else ("redi", case.split("-")[0])
     args = Args(stage=stage, loss=loss, beta=0.3, micro_batch_tokens=micro_batch_tokens)
-    policy = load_policy("nano", world, from_config=NANO, seed=3)
+    policy = nano(world)
     pairs = fixed_pairs(case)
     accumulate_gradient(policy, pairs, args, world)
-    grads = {}
-    for name, p in policy.named_parameters():
-        grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-    return grads, [(p.loss, *p.logp, *p.entropy) for p in pairs]
+    return whole_gradient(policy), [(p.loss, *p.logp, *p.entropy) for p in pairs]

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, ".")
 import common.metrics  # noqa: E402
 import relift  # noqa: E402
-from common.trainer import init_world, launch, load_policy, parse_args  # noqa: E402
+from common.trainer import init_world, launch, parse_args  # noqa: E402
 from relift import Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
 from tests import ranks  # noqa: E402
-from tests.conftest import NANO  # noqa: E402
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "relift.json").read_text())
 TOKENS = (32, 100, 10_000)  # of a micro-batch
@@ -64,7 +62,7 @@ def gradient(world, kind: str, micro_batch_tokens: int) -> tuple[dict[str, torch
     args = Args(
         max_response_tokens=30, micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01, sft_entropy_coef=0.01
     )
-    policy = load_policy("nano", world, from_config=NANO, seed=3)
+    policy = ranks.nano(world)
     rows = [
         Row(r.prompt, r.response, r.group, kind == "sft", [-1.0] * len(r.response), advantage=r.advantage)
         for r in ranks.fixed_rows()
@@ -74,10 +72,7 @@ def gradient(world, kind: str, micro_batch_tokens: int) -> tuple[dict[str, torch
     else:
         old = [logp - 0.1 for logp in policy_logps(policy, rows, args, world)]
         metrics = accumulate_gradient(policy, rows, old, args, world)
-    grads = {}
-    for name, p in policy.named_parameters():
-        grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-    return grads, metrics
+    return ranks.whole_gradient(policy), metrics
 
 
 def main(out: str) -> None:
