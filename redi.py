@@ -34,6 +34,7 @@ Departures from the published code that change numbers (the docs page has all of
   torchrun --nproc_per_node 8 redi.py --stage sft                      ... its first stage; the second without --stage
 """
 
+import math
 import random
 from array import array
 from dataclasses import dataclass
@@ -162,6 +163,9 @@ LOSSES = {
 }
 
 
+WITH_REFERENCE = ("dpo",)  # losses that read the log-probs of the model before the first update
+ONE_TRACE = ("redi", "symmetric")  # losses that take rows with one trace
+
 # Which losses use a flag. With any other loss the flag must keep its default.
 READ_BY = {"alpha": ("redi",), "chosen_coef": ("redi", "symmetric"), "beta": ("dpo", "simpo"), "gamma": ("simpo",),
            "label_smoothing": ("dpo",)}  # fmt: skip
@@ -191,7 +195,7 @@ class Pair:
     rejected: array
     weight: float = 1.0
     index: int = 0  # row number in the data
-    reference: tuple = (0.0, 0.0)  # dpo: sums of log-probs before the first update, correct and incorrect
+    reference: tuple = (math.nan, math.nan)  # dpo: sums of log-probs before the first update, correct and incorrect
     # as of its last update: the loss, and means over the tokens of the correct and of the incorrect trace
     loss: float = 0.0
     logp: tuple = (0.0, 0.0)
@@ -247,6 +251,7 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> dict[st
     reference = torch.tensor([p.reference for p in pairs], **float64)  # [P, 2]
     weight = torch.tensor([p.weight for p in pairs], **float64)  # [P]
     measured = torch.zeros(len(pairs), 5, **float64)  # loss, two mean log-probs, two mean entropies
+    # micro-batches of indices, for results are written into tensors [P]
     for batch, mine in micro_batches(range(len(pairs)), args, world, sequences=lambda i: pairs[i].sequences):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
         here = [pairs[i] for i in mine]
@@ -359,7 +364,7 @@ def check(args: Args) -> None:
 def check_pairs(pairs: list[Pair], args: Args) -> None:
     """Raise InputError if the rows do not hold the traces that the loss needs."""
     alone = sum(len(p.sequences) == 1 for p in pairs)
-    if args.loss not in ("redi", "symmetric") and alone:
+    if args.loss not in ONE_TRACE and alone:
         raise InputError(f"--data {args.data}: {alone} rows have one trace, and --loss {args.loss} compares two")
     if args.stage != "sft" and not any(p.rejected for p in pairs):
         raise InputError(f"--data {args.data}: no row has an incorrect trace ('rejected', or label 0); `python -m "
@@ -386,7 +391,7 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     run.begin(policy, optimizer, tokenizer)
     reference = run.state.get("reference", [])  # dpo: log-probs before the first update
-    if args.loss == "dpo" and not reference:
+    if args.loss in WITH_REFERENCE and not reference:
         reference = reference_logps(policy, pairs, args, world)
     for pair, logps in zip(pairs, reference):
         pair.reference = tuple(logps)

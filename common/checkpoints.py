@@ -50,7 +50,7 @@ def changed_settings(saved: dict, current: dict, names) -> str:
     changed = [name for name in names if saved.get(name) != current.get(name)]
     return "; ".join(
         f"other {name.removesuffix('_digest')}" if name.endswith("_digest")
-        else f"--{name} {saved.get(name)!r} there, {current.get(name)!r} here"
+        else f"{'' if name == 'script' else '--'}{name} {saved.get(name)!r} there, {current.get(name)!r} here"
         for name in changed
     )  # fmt: skip
 
@@ -148,7 +148,8 @@ class Checkpoints:
         """Raise InputError if the disk cannot hold `keep` checkpoints, the one being written and the model."""
         models = [model for model, _ in pairs.values()]
         sizes = {model: 4 * sum(p.numel() for p in model.parameters()) for model in models}
-        checkpoint = sum(sizes.values()) + sum(2 * sizes[model] for model in models)  # two moments an optimizer
+        trained = [p.numel() for model in models for p in model.parameters() if p.requires_grad]
+        checkpoint = sum(sizes.values()) + 8 * sum(trained)  # two moments an optimizer
         need = checkpoint * (self.keep + 1) + sizes[models[0]]
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
@@ -190,7 +191,9 @@ class Checkpoints:
             about = {"dtype": str(model.lm.saved_dtype).removeprefix("torch."), "_name_or_path": ""}
             configs[name] = model.lm.config.to_dict() | about
         state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
-        state |= {"configs": configs, "generation": pairs["policy"][0].lm.generation_config.to_dict(), **extra}
+        lm = pairs["policy"][0].lm
+        generation = lm.generation_config.to_dict() if lm.can_generate() else {}  # a value model has none
+        state |= {"configs": configs, "generation": generation, **extra}
         start = time.perf_counter()
         tensors = self._tensors(pairs)
         with self._explain(step):

@@ -131,7 +131,7 @@ def read_metrics(out: Path) -> list[dict]:
 
 def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Path) -> None:
     """Draw metrics over steps: a panel for each list of names, with a line for each run and name. panels None: a panel
-    for each prefix of names, and for each name whose scale differs from the others of its prefix."""
+    for each prefix of names, up to the first slash; a few names of another scale have one of their own."""
     from matplotlib.figure import Figure
 
     metrics = {label: read_metrics(out) for label, out in runs.items()}

@@ -353,10 +353,11 @@ LEFT_OUT = {  # counts of rows and traces that are left out, in words
 
 
 def in_words(count: dict[str, int], args) -> str:
-    """Counts of rows as text: 960 of 1000 rows (30 prompts over --max_prompt_tokens 1024, 10 without a gold answer)."""
-    names = [name for name, n in count.items() if n and name not in ("rows", "kept")]
-    why = ", ".join(f"{count[name]} {LEFT_OUT.get(name, name)}".format(**vars(args)) for name in names)
-    return f"{count.get('kept', 0)} of {count['rows']} rows" + (f" ({why})" if why else "")
+    """Counts of rows as text: 960 of 1000 rows (30 prompts over --max_prompt_tokens 1024, 10 without a gold answer).
+    Counts that are not of LEFT_OUT follow as they are: 960 of 1000 rows, 480 pairs."""
+    why = ", ".join(f"{count[name]} {LEFT_OUT[name]}".format(**vars(args)) for name in LEFT_OUT if count.get(name))
+    more = [f"{n} {name}" for name, n in count.items() if name not in ("rows", "kept", *LEFT_OUT)]
+    return ", ".join([f"{count.get('kept', 0)} of {count['rows']} rows" + (f" ({why})" if why else ""), *more])
 
 
 def with_kept(found: list, count: dict[str, int], source: str, args) -> dict[str, int]:
@@ -480,7 +481,8 @@ def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tu
 
 def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, int]]:
     """Return the graded traces of a file, all of each row, and counts of traces that were left out. A trace is (prompt
-    ids, response ids, action mask or None, reward, question and trace number). Raises InputError naming the row."""
+    ids, response ids, action mask or None, reward, question and trace number). Raises InputError naming the row.
+    Reads --skip_turns, --max_row_tokens and --long_response, which oreo.py has."""
     found, questions, count = [], {}, {"rows": 0, "prompt_too_long": 0, "response_too_long": 0}
     rows = ((f"{source}, row {number}", row) for number, row in enumerate(load_rows(source)))
     items = ((where, row, read_row(row, where)) for where, row in rows)
@@ -599,12 +601,13 @@ def held_out_examples(tokenizer, args, **options) -> list[Example]:
 
 
 def data_digest(*parts: Iterable[tuple]) -> str:
-    """Digest of what was tokenized: tuples of lists of ids and texts. Other data have another digest."""
+    """Digest of what was tokenized: tuples of lists of ids, texts and numbers. Other data have another digest."""
     digest = hashlib.sha256()
     for part in parts:
         for values in part:
             for value in values:
-                value = str(value).encode() if isinstance(value, (str, float)) else array("i", value or []).tobytes()
+                plain = isinstance(value, (str, int, float))
+                value = str(value).encode() if plain else array("i", value or []).tobytes()
                 digest.update(len(value).to_bytes(8, "little") + value)
         digest.update(b"part")
     return digest.hexdigest()[:16]

@@ -167,9 +167,11 @@ class Run:
         """Check that data and start models are those of the checkpoint, and that the data fills a batch; count the
         steps.
 
-        key(item): what the digest of the data is made of. sequences(item): the (prompt, response) pairs that the model
-        reads of it. source, batch_flag: what messages call the data and the batch size, if not --data, --batch_size.
-        models: the paths of the models that training starts from, by their flags, if not --model alone."""
+        items: what the loop trains on; those that are no Example need key and sequences. key(item): what the digest of
+        the data is made of, a tuple of lists of ids, texts and numbers. sequences(item): the (prompt, response) pairs
+        that the model reads of it. source, batch_flag: what messages call the data and the batch size, if not --data
+        and --batch_size. models: the paths of the models that training starts from, by their flags, if not --model
+        alone."""
         args = self.args
         sequences = sequences or (lambda e: [(e.prompt, e.trace or [])])
         key = key or (lambda e: (e.prompt, e.trace, e.gold, *([str(e.trace_logps)] if e.trace_logps else [])))
@@ -314,14 +316,15 @@ class Run:
             self.checkpoints.save(self.step, self.pairs, self.world, **state)
             self.metrics.draw(every=60)
 
-    def finish(self, sampler) -> None:
-        """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler."""
+    def finish(self, sampler=None) -> None:
+        """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler if there is one."""
         self.checkpoints.wait()
         for name, (model, _) in self.pairs.items():
             if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
         export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
-        sampler.close()
+        if sampler:
+            sampler.close()
         self.clock.close()
         self.metrics.close()
 

@@ -317,12 +317,17 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "-
         local = path[:1] in ("/", ".", "~") or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
         if local and not Path(path).exists():
             raise InputError(f"{flag} {path}: no such folder") from error
-        inside = [str(folder) for name in ("model", "best") if (folder := Path(path, name)).is_dir()]
-        hint = f"; it is a run folder: name {' or '.join(inside)}" if inside else ""
+        hint = run_folder_hint(path, "model", "best")
         raise InputError(f"{flag} {path}: no tokenizer there ({first_line(error)}){hint}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{flag} {path}: the tokenizer has no eos token; set one in tokenizer_config.json")
     return tokenizer
+
+
+def run_folder_hint(path: str, *names: str) -> str:
+    """What to say of a path that is no model but holds such folders."""
+    inside = [str(folder) for name in names if (folder := Path(path, name)).is_dir()]
+    return f"; it is a run folder: name {' or '.join(inside)}" if inside else ""
 
 
 def load_policy(
@@ -386,7 +391,7 @@ def _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_hea
         saved_dtype = config.dtype or torch.float32  # what export writes; to build a model changes the configuration's
         has_value_head = any(name in str(config.architectures) for name in VALUE_HEADS)
         if kind is ValueModel and not (has_value_head or new_head or from_config):
-            raise InputError(f"{flag}: no trained value head there: {config.architectures}; --stage oreo trains one")
+            raise InputError(f"{flag}: no trained value head there: {config.architectures}; oreo.py trains one")
         random = from_config or not has_weights(path)
         if random and world.main and not from_config:
             print(f"{flag}: no weights there: the model starts from random ones")
@@ -404,7 +409,8 @@ def _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_hea
         raise
     except Exception as error:  # Transformers raises many types here; all mean: it cannot be loaded
         reason = OWN_ATTENTION if str(error) == "'packed'" else first_line(error)
-        raise InputError(f"{flag}: cannot be loaded ({reason})") from error
+        hint = run_folder_hint(path, "value") if kind is ValueModel else ""
+        raise InputError(f"{flag}: cannot be loaded ({reason}){hint}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     lm.saved_dtype, head_is_new = saved_dtype, kind is ValueModel and not has_value_head

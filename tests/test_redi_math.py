@@ -205,6 +205,12 @@ def test_symmetric_is_alpha_one_and_sft_is_the_mean_over_right_tokens():
     torch.testing.assert_close(whole, sum(parts) / sum(len(p.chosen) for p in pairs))
 
 
+def test_a_reference_that_was_not_computed_is_no_number(policy):
+    pairs = [Pair([2, 3], [4, 1], [5, 1])]
+    assert math.isnan(accumulate_gradient(policy, pairs, Args(loss="dpo"), ONE_RANK)["loss/mean"])
+    assert math.isfinite(accumulate_gradient(policy, pairs, Args(), ONE_RANK)["loss/mean"])
+
+
 @pytest.mark.parametrize("loss", ["redi", "dpo", "simpo"])
 def test_packed_pairs_give_the_gradient_of_padded_ones(policy, loss):
     """Against right-padded rows, an attention mask and a log-softmax over whole logits."""

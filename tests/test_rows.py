@@ -789,3 +789,9 @@ def test_a_run_refuses_data_that_changed_since_its_checkpoint(tmp_path):
 def test_a_digest_tells_ids_lists_and_texts_apart():
     parts = [[([1, 2], [3], "5")], [([1], [2, 3], "5")], [([1, 2], None, "5")], [([1, 2], [3], "6")]]
     assert len({data_digest(part) for part in parts} | {data_digest(parts[0], []), data_digest([], parts[0])}) == 6
+    assert len({data_digest([([1], value)]) for value in (False, True, 0, 1, 1.5, None)}) == 6
+
+
+def test_counts_in_words_say_what_was_left_out_apart_from_other_counts():
+    count = {"rows": 4, "gold_missing": 1, "prompt_too_long": 0, "kept": 3, "pairs": 2}
+    assert in_words(count, limits()) == "3 of 4 rows (1 without a gold answer), 2 pairs"

@@ -115,7 +115,7 @@ def test_a_copied_script_does_not_resume_the_runs_of_the_first(tmp_path, world):
     saved = planned(tmp_path).checkpoints.settings
     assert saved["script"] == "run.py"
     checkpoints = planned(tmp_path).checkpoints
-    assert checkpoints.changed(saved | {"script": "mine.py"}) == "--script 'mine.py' there, 'run.py' here"
+    assert checkpoints.changed(saved | {"script": "mine.py"}) == "script 'mine.py' there, 'run.py' here"
     del saved["script"]  # of a run that was made before
     assert not checkpoints.changed(saved)
 

@@ -25,6 +25,7 @@ from common.metrics import Metrics, complete_lines, read_metrics
 from common.rollout import EmbeddedSampler, Sampling, change_logits
 from common.run import RunArgs
 from common.trainer import (
+    ValueModel,
     export,
     learning_rate,
     load_policy,
@@ -646,12 +647,15 @@ def test_a_peer_that_died_is_not_reported_as_a_model_that_is_not_supported(polic
         sampler.sync(policy, version=0)
 
 
-def test_a_path_that_is_no_model_folder_is_named_with_what_to_name_instead(tmp_path):
+def test_a_path_that_is_no_model_folder_is_named_with_what_to_name_instead(tmp_path, world):
     with pytest.raises(InputError, match=f"--model {tmp_path}/typo: no such folder"):
         load_tokenizer(f"{tmp_path}/typo")
     shutil.copytree("models/tiny", tmp_path / "run" / "model")
     with pytest.raises(InputError, match=f"it is a run folder: name {tmp_path}/run/model"):
         load_tokenizer(f"{tmp_path}/run")
+    (tmp_path / "run" / "value").mkdir()
+    with pytest.raises(InputError, match=f"cannot be loaded .*it is a run folder: name {tmp_path}/run/value"):
+        load_policy(str(tmp_path / "run"), world, kind=ValueModel)
 
 
 def test_a_model_is_saved_in_the_dtype_that_it_was_loaded_from(policy, world, tmp_path):
@@ -672,6 +676,19 @@ def test_the_disk_must_hold_moments_the_checkpoint_that_is_written_and_the_model
         if free == need:  # the second optimizer of a model has moments of its own
             with pytest.raises(InputError, match="GB are free"):
                 checkpoint(tmp_path).check_space({"policy": (policy, None), "sft": (policy, None)})
+
+
+def test_frozen_weights_have_no_moments_on_the_disk(policy, tmp_path, monkeypatch):
+    need = 4 * sum(p.numel() for p in policy.requires_grad_(False).parameters()) * (1 * (2 + 1) + 1)  # --keep 2
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=need))
+    checkpoint(tmp_path).check_space({"policy": (policy, None)})
+
+
+def test_a_value_model_can_be_what_a_run_trains(world, tmp_path):
+    value = load_policy("nano", world, from_config=NANO, kind=ValueModel)
+    pairs = {"policy": (value, make_optimizer(value, lr=1e-3))}
+    checkpoint(tmp_path).save(1, pairs, world)
+    checkpoint(tmp_path).load(pairs)
 
 
 def test_no_setting_that_is_an_algorithms_may_change_on_resume():
