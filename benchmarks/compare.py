@@ -4,7 +4,7 @@
     python benchmarks/compare.py runs/tiny runs/mine --metrics eval/mean policy/entropy --out entropy.png
 
 Any script's folders will do. The settings that differ are named first; of each metric the mean of the first and of the
-last five steps is shown, of an evaluation the first and the last.
+last five steps is shown (fewer of a run under ten steps), of an evaluation the first and the last.
 """
 
 import json
@@ -32,17 +32,17 @@ class Compare:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders."""
     metrics: tuple[str, ...] = METRICS
-    """Names in their metrics.jsonl; what no run has is left out."""
+    """Names in their metrics.jsonl. Of the default ones, what no run has is left out."""
     out: str = "runs/compare.png"
     """Where the curves go."""
 
 
 def ends(rows: list[dict], name: str) -> tuple[float, float] | None:
-    """A metric at a run's start and end: means over five steps, or of an evaluation the first and the last."""
+    """A metric at a run's start and end: means over five steps or half of them, of an evaluation the first and last."""
     values = [row[name] for row in rows if row.get(name) is not None]
     if not values:
         return None
-    few = 1 if name.startswith("eval/") else 5
+    few = 1 if name.startswith("eval/") else max(1, min(5, len(values) // 2))
     return mean(values[:few]), mean(values[-few:])
 
 
@@ -65,8 +65,9 @@ def main(compare: Compare) -> str:
     for name in found:
         both = [ends(rows, name) for rows in metrics.values()]
         lines.append(f"{name:28}" + "".join(f"{f'{x[0]:.3g} -> {x[1]:.3g}' if x else '-':>24}" for x in both))
-    if not found:
-        raise SystemExit(f"--metrics: no run has logged {', '.join(compare.metrics)}")
+    unknown = [name for name in compare.metrics if name not in found]
+    if unknown and (compare.metrics != METRICS or not found):
+        raise SystemExit(f"--metrics: no run has logged {', '.join(unknown)}")
     Path(compare.out).parent.mkdir(parents=True, exist_ok=True)
     plot_curves(folders, [[name] for name in found], Path(compare.out))
     text = "\n".join(lines)

@@ -23,11 +23,12 @@ import functools
 import json
 import math
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_type_hints
+from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -128,6 +129,8 @@ def check_ranges(args) -> None:
         for rule in getattr(kind, "__metadata__", ()):
             if isinstance(rule, tuple) and not rule[1](getattr(args, name)):
                 raise InputError(f"--{name} must be {rule[0]}, not {getattr(args, name)}")
+        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):  # a table of the script is wrong
+            raise InputError(f"--{name} must be one of {', '.join(get_args(kind))}, not {getattr(args, name)}")
 
 
 def check_flags(args) -> None:
@@ -193,8 +196,14 @@ class Run:
         keep_weights(self.out, models or {"model": args.model}, bool(self.state), self.world)
         if self.world.main:
             resumes = f"; {self.out} resumes after step {self.start}" if self.start else ""
+            if self.start == self.steps:
+                resumes = f"; {self.out} is complete: nothing is left to train. Another --out starts anew"
             print(f"{source}: {in_words(left_out, args)}; {len(held_out)} held-out; {self.steps} steps of "
                   f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
+            old = self.state.get("settings", {})
+            if old and args.schedule != "constant" and (old["steps"], old["epochs"]) != (args.steps, args.epochs):
+                print(f"WARNING: --steps or --epochs changed: the learning rate is now that of {self.steps} steps, and "
+                      "may rise", file=sys.stderr)  # fmt: skip
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check the disk's free space. more: further pairs that are trained, such as

@@ -191,7 +191,7 @@ class Totals:
         self.world, self.sums, self.maxima = world, {}, {}
 
     def add(self, values: dict[str, torch.Tensor], per: float = 1) -> None:
-        """Add scalar tensors / per."""
+        """Add scalar tensors / per. (A constant would be summed too: put it beside what `reduce` returns.)"""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() / per
 

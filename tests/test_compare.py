@@ -21,7 +21,7 @@ def test_settings_that_differ_and_both_ends_of_every_metric(tmp_path):
     lines = main(Compare((a, b), out=str(tmp_path / "c.png"))).splitlines()
     cells = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert cells["--shaping_gamma"] == ["0.1", "0.5"] and "--lr" not in cells and "--out" not in cells
-    assert cells["reward/own"] == ["0.2", "->", "0.4", "0", "->", "0"]  # means of the first and last five
+    assert cells["reward/own"] == ["0.1", "->", "0.5", "0", "->", "0"]  # means of the first and last three of seven
     assert cells["eval/mean"] == ["0", "->", "0.6", "0", "->", "0"]  # evaluations: the first and the last
     assert "policy/entropy" not in cells and (tmp_path / "c.png").stat().st_size > 5000
 
@@ -30,4 +30,4 @@ def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(SystemExit, match="nowhere: no metrics.jsonl"):
         main(Compare((str(tmp_path / "nowhere"),)))
     with pytest.raises(SystemExit, match="no run has logged eval/men"):
-        main(Compare((run(tmp_path / "a", 0.1, [0.5]),), metrics=("eval/men",)))
+        main(Compare((run(tmp_path / "a", 0.1, [0.5]),), metrics=("reward/own", "eval/men")))
