@@ -142,7 +142,14 @@ def to_device(values: torch.Tensor, device) -> torch.Tensor:
 
 def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBatch:
     """(prompt ids, response ids) pairs -> one packed batch, which holds equal prompts once. An empty list gives one
-    token that predicts nothing, so that a rank without work joins every collective. ValueError on an empty prompt."""
+    token that predicts nothing, so that a rank without work joins every collective. ValueError on an empty prompt.
+
+    >>> batch = pack([([5, 6], [7, 8, 1]), ([5, 6], [9, 1])])
+    >>> batch.input_ids.tolist(), batch.predictors.tolist(), batch.targets.tolist()
+    ([[5, 6, 7, 8, 9]], [1, 2, 3, 1, 4], [7, 8, 1, 9, 1])
+    >>> batch.packing.blocks, batch.packing.cells.tolist()  # attention's rows: 5 6 7 8, and 5 6 9
+    ([(1, 4), (1, 3)], [0, 1, 2, 3, 0, 1, 4])
+    """
     tokens: list[int] = []
     targets: list[int] = []
     positions: list[torch.Tensor] = []
