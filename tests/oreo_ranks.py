@@ -21,15 +21,10 @@ from tests.ranks import nano, whole_gradient  # noqa: E402
 SMALL = [
     "--preset", "tiny", "--data", "igsm:1-2", "--igsm_problems", "12", "--eval_data", "igsm:1-2", "--eval_limit", "4",
     "--max_response_tokens", "40", "--batch_size", "8", "--steps", "3", "--samples", "4", "--eval_every", "2",
-    "--save_every", "0", "--lr", "1e-3", "--verifier", "tests.oreo_ranks:even_length",
+    "--save_every", "0", "--lr", "1e-3", "--verifier", "tests.rewards:even_length",
 ]  # fmt: skip
 KINDS = ("oreo-token", "oreo-step", "oreo-response", "rejection", "dpo", "kto")
 MICRO_BATCHES = (32, 10_000)
-
-
-def even_length(response: str, gold: str) -> float:
-    """A verifier that a model of random weights satisfies now and then."""
-    return float(len(response) % 2 == 0)
 
 
 def fixed_units(kind: str) -> list[list[Row]]:
