@@ -420,7 +420,8 @@ def test_sequences_longer_than_the_positions_of_a_model_are_refused(world, tmp_p
 
 @pytest.mark.parametrize("script", [luffy, relift], ids=lambda script: script.__name__)
 def test_answers_beyond_the_positions_are_refused_at_the_start(script, tmp_path):
-    words = ["--preset", "tiny", "--data", "igsm:1-2", "--max_response_tokens", "5000", "--out", str(tmp_path / "run")]
+    words = ["--preset", "tiny", "--data", "igsm:1-2", "--igsm_problems", "64", "--max_response_tokens", "5000"]
+    words += ["--out", str(tmp_path / "run")]
     args = parse_args(script.Args, words, method=script.METHODS, preset=script.PRESETS)
     with pytest.raises(InputError, match="exceed the [0-9]+ positions of --model: lower --max_prompt_tokens"):
         script.main(args)

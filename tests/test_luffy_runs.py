@@ -69,6 +69,7 @@ def test_sft_without_an_evaluation_opens_no_sampler(tmp_path, monkeypatch):
 
 def test_what_was_printed_reaches_a_file_when_a_run_fails(tmp_path):
     words = ["--model", "models/tiny", "--data", "igsm:1-2", "--max_response_tokens", "4", "--long_trace", "cut"]
+    words += ["--igsm_problems", "64"]
     failed = run_script("luffy.py", "--preset", "tiny", *words, "--max_mismatch", "1e-12", "--steps", "1",
                         "--eval_every", "0", "--out", tmp_path / "run", check=False)  # fmt: skip
     assert failed.returncode and "max_mismatch" in failed.stderr

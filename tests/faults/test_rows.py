@@ -2,6 +2,7 @@
 exception, never a row that is gone without being counted."""
 
 import copy
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -41,6 +42,10 @@ ARC = {"question": "x?", "choices": {"label": ["A", "B"], "text": ["1", "2"]}, "
 MMLU = {"question": "x?", "options": ["1", "2", "3"], "answer": "B", "answer_index": 1}
 GPQA = {"Question": "x?", "Correct Answer": "1", "Incorrect Answer 1": "2", "Incorrect Answer 2": "3",
         "Incorrect Answer 3": "4"}  # fmt: skip
+
+LIMITS = ["--max_prompt_tokens", "500", "--max_response_tokens", "500"]
+REDI = parse_args(redi.Args, LIMITS, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
+OREO = parse_args(oreo.Args, LIMITS, stage=oreo.STAGES, variant=oreo.VARIANTS, preset=oreo.PRESETS)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +92,7 @@ def examples(path, tokenizer):
 
 
 def pairs(path, tokenizer):
-    args = parse_args(redi.Args, ["--data", path, "--max_prompt_tokens", "500", "--max_response_tokens", "500"],
-                      stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)  # fmt: skip
+    args = dataclasses.replace(REDI, data=path)
     rows = list(redi.read_rows(args))
     kept, count = redi.make_pairs(rows, tokenizer, args, source=path)
     return len(rows), len(kept) + sum(v for k, v in count.items() if k not in ("rows", "kept"))
@@ -97,9 +101,7 @@ def pairs(path, tokenizer):
 def graded(path, tokenizer):
     keeps_history = Path(path).with_name("template.jinja")
     keeps_history.write_text(TEMPLATE)
-    words = ["--max_prompt_tokens", "500", "--max_response_tokens", "500"]
-    args = parse_args(oreo.Args, words, stage=oreo.STAGES, variant=oreo.VARIANTS, preset=oreo.PRESETS)
-    rows, count = oreo.read_rows(path, set_template(copy.deepcopy(tokenizer), str(keeps_history)), args)
+    rows, count = oreo.read_rows(path, set_template(copy.deepcopy(tokenizer), str(keeps_history)), OREO)
     return count["rows"], len(rows) + count["prompt_too_long"] + count["response_too_long"]
 
 
