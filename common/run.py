@@ -129,8 +129,9 @@ def check_ranges(args) -> None:
         for rule in getattr(kind, "__metadata__", ()):
             if isinstance(rule, tuple) and not rule[1](getattr(args, name)):
                 raise InputError(f"--{name} must be {rule[0]}, not {getattr(args, name)}")
-        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):  # a table of the script is wrong
-            raise InputError(f"--{name} must be one of {', '.join(map(str, get_args(kind)))}, not {getattr(args, name)}")
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if choices and getattr(args, name) not in choices:  # a table of the script is wrong
+            raise InputError(f"--{name} must be one of {', '.join(map(str, choices))}, not {getattr(args, name)}")
 
 
 def check_flags(args) -> None:
