@@ -251,7 +251,7 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> dict[st
     reference = torch.tensor([p.reference for p in pairs], **float64)  # [P, 2]
     weight = torch.tensor([p.weight for p in pairs], **float64)  # [P]
     measured = torch.zeros(len(pairs), 5, **float64)  # loss, two mean log-probs, two mean entropies
-    # micro-batches of indices, for results are written into tensors [P]
+    # indices of pairs, because the results go into tensors [P]
     for batch, mine in micro_batches(range(len(pairs)), args, world, sequences=lambda i: pairs[i].sequences):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
         here = [pairs[i] for i in mine]

@@ -4,7 +4,7 @@
     python benchmarks/compare.py runs/tiny runs/mine --metrics eval/mean policy/entropy --out entropy.png
 
 Any script's folders will do. The settings that differ are named first; of each metric the mean of the first and of the
-last five steps is shown (fewer of a run under ten steps), of an evaluation the first and the last.
+last five steps is shown (of under ten values half of them), of an evaluation the first and the last.
 """
 
 import json
@@ -38,7 +38,7 @@ class Compare:
 
 
 def ends(rows: list[dict], name: str) -> tuple[float, float] | None:
-    """A metric at a run's start and end: means over five steps or half of them, of an evaluation the first and last."""
+    """A metric at a run's start and end: means over five values, or half of them; of an evaluation the ends."""
     values = [row[name] for row in rows if row.get(name) is not None]
     if not values:
         return None

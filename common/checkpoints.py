@@ -192,8 +192,9 @@ class Checkpoints:
             configs[name] = model.lm.config.to_dict() | about
         state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
         lm = pairs["policy"][0].lm
-        generation = lm.generation_config.to_dict() if lm.can_generate() else {}  # a value model has none
-        state |= {"configs": configs, "generation": generation, **extra}
+        generation = lm.generation_config.to_dict() if lm.can_generate() else {}
+        values = [name for name, (model, _) in pairs.items() if isinstance(model, ValueModel)]
+        state |= {"configs": configs, "values": values, "generation": generation, **extra}
         start = time.perf_counter()
         tensors = self._tensors(pairs)
         with self._explain(step):
@@ -297,8 +298,8 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
     if name not in state.get("configs", {}):
         raise InputError(f"{path}: it holds no {name} with its configuration")
     model = load_policy(
-        "", world, from_config=state["configs"][name], kind=ValueModel if value else Policy,
-        lora=state["settings"].get(f"{name}_lora", 0),
+        "", world, from_config=state["configs"][name], lora=state["settings"].get(f"{name}_lora", 0),
+        kind=ValueModel if name in state.get("values", ["value"]) else Policy,
     )
     if model.lm.can_generate():
         model.lm.generation_config = GenerationConfig.from_dict(state["generation"])

@@ -252,11 +252,12 @@ class _Linear(torch.autograd.Function):
         # The memory that g is written to:
         #   logits were given            all of g, [N, V], is what the caller gets
         #   E has the products' dtype    all of g is written over E; the products come after the loop
-        #   products are bf16            a new tile each time
-        #   otherwise                    over the tile's logits
-        whole = torch.empty_like(hidden) if weight is None else None
-        if kept and kept.e.dtype == head.dtype:
-            whole = kept.e
+        #   products in bf16 or fp16     a new tile each time
+        #   otherwise                    over the tile's logits, or where they would be
+        if weight is None:
+            whole = torch.empty_like(hidden)
+        else:
+            whole = kept.e if kept and kept.e.dtype == head.dtype else None
         for i, c in enumerate(cols):
             for r in rows:
                 tiles, stored = [], kept and kept.tile(i, r, c)

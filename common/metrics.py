@@ -148,7 +148,7 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
     across, down = min(3, len(panels)), math.ceil(len(panels) / 3)
     wide, high = 5.2 * across, 3.2 * down  # inches
     figure = Figure(figsize=(wide, high))
-    # fixed margins: a layout that measures every label takes longer than the first steps of a small run
+    # fixed margins: a constrained layout measures every label, which takes as long as drawing them
     figure.subplots_adjust(0.7 / wide, 0.5 / high, 1 - 0.2 / wide, 1 - 0.4 / high, wspace=0.22, hspace=0.36)
     axes = figure.subplots(down, across, squeeze=False)
     for axis, names in zip(axes.flat, panels, strict=False):

@@ -259,8 +259,9 @@ SPELLINGS = [
         (WORD, lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS) + m[0]),
         (r"\\(frac|sqrt(?=\d\d))\s*([0-9a-zA-Z])", r"\\\1{\2}"),  # \sqrt53 is not the root of 53
         (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\frac\1{\2}"),
+        (r"(?<=\d)\s*\^\s*(?:\{ *~(th) *\}|\{ +~(st|nd|rd) +\}| +~(st|nd|rd|th) +)",  # 12^{th}; 2^{nd} is 2^{n d}
+         lambda m: f" ~{m[m.lastindex]}"),
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
-        (r"(?<=\d)\^\{? ?~?(st|nd|rd|th)(?![a-z]) ?\}?", r" ~\1"),  # 12^{th}
         (r"\s+", " "),
         (rf"^ ?~?({'|'.join(COUNTS)}) ?$", lambda m: str(COUNTS.index(m[1]))),
         (r"^(~[A-Z][a-z]+ \d\d?), ?(?=\d{4}$)", r"\1 "),
@@ -384,7 +385,7 @@ def readings(text: str) -> list:
     if len(text) > MAX_ANSWER:
         raise Unreadable("too long")
     exact, sign, rounded = text.rpartition("≈")
-    if NAME.fullmatch(exact.strip()):  # x ≈ 2.5
+    if "~" not in exact and NAME.fullmatch(exact.strip()):  # x ≈ 2.5
         return readings(f"{exact}={rounded}")
     if sign and exact.strip():
         exact, rounded = readings(exact), readings(rounded)

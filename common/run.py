@@ -130,8 +130,8 @@ def check_ranges(args) -> None:
             if isinstance(rule, tuple) and not rule[1](getattr(args, name)):
                 raise InputError(f"--{name} must be {rule[0]}, not {getattr(args, name)}")
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        if choices and getattr(args, name) not in choices:  # a table of the script is wrong
-            raise InputError(f"--{name} must be one of {', '.join(map(str, choices))}, not {getattr(args, name)}")
+        if choices and getattr(args, name) not in choices:  # typed ones are checked already; a preset's are not
+            raise InputError(f"--{name} must be one of {', '.join(map(repr, choices))}, not {getattr(args, name)}")
 
 
 def check_flags(args) -> None:
@@ -144,6 +144,11 @@ def check_flags(args) -> None:
     if getattr(args, "keep_best", False) and not args.eval_every:
         raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_every")
     check_verifier(args.verifier)
+
+
+def count_steps(settings: dict, per_epoch: int) -> int:
+    """The steps that --steps, or if it is 0 --epochs, means for data of so many batches."""
+    return settings["steps"] or max(1, int(round(settings["epochs"] * per_epoch, 6)))
 
 
 SHOWN = ("reward/own", "eval/mean", "policy/entropy", "teacher/logp", "buffer/size", "sft/demonstrations", "sft/loss",
@@ -186,7 +191,8 @@ class Run:
             raise InputError(f"{source}: {len(items)} rows are fewer than {batch_flag} {args.batch_size}")
         self.longest = max(len(prompt) + len(response) for item in items for prompt, response in sequences(item))
         per_epoch = len(items) // args.batch_size
-        self.steps = args.steps or max(1, int(round(args.epochs * per_epoch, 6)))
+        self.steps = count_steps(vars(args), per_epoch)
+        before = count_steps(self.state.get("settings", vars(args)), per_epoch)  # when the checkpoint was written
         if self.start > self.steps:
             raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
                              "steps: raise --steps (or --epochs), or name another --out")  # fmt: skip
@@ -198,13 +204,12 @@ class Run:
         if self.world.main:
             resumes = f"; {self.out} resumes after step {self.start}" if self.start else ""
             if self.start == self.steps:
-                resumes = f"; {self.out} is complete: nothing is left to train. Another --out starts anew"
+                resumes = f"; all {self.steps} steps of {self.out} are done"
             print(f"{source}: {in_words(left_out, args)}; {len(held_out)} held-out; {self.steps} steps of "
                   f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
-            old = self.state.get("settings", {})
-            if old and args.schedule != "constant" and (old["steps"], old["epochs"]) != (args.steps, args.epochs):
-                print(f"WARNING: --steps or --epochs changed: the learning rate is now that of {self.steps} steps, and "
-                      "may rise", file=sys.stderr)  # fmt: skip
+            if self.start < self.steps != before and (args.schedule != "constant" or args.warmup):
+                print(f"WARNING: it was a run of {before} steps: the learning rate is now that of {self.steps} and may "
+                      "rise", file=sys.stderr)  # fmt: skip
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check the disk's free space. more: further pairs that are trained, such as

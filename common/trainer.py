@@ -191,7 +191,8 @@ class Totals:
         self.world, self.sums, self.maxima = world, {}, {}
 
     def add(self, values: dict[str, torch.Tensor], per: float = 1) -> None:
-        """Add scalar tensors / per. (A constant would be summed too: put it beside what `reduce` returns.)"""
+        """Add scalar tensors / per. (They are summed over micro-batches and ranks: add a constant to what `reduce`
+        returns.)"""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() / per
 
@@ -325,7 +326,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "-
 
 
 def run_folder_hint(path: str, *names: str) -> str:
-    """What to say of a path that is no model but holds such folders."""
+    """A hint for an error: the model folders in `path`, if it is a run folder, else nothing."""
     inside = [str(folder) for name in names if (folder := Path(path, name)).is_dir()]
     return f"; it is a run folder: name {' or '.join(inside)}" if inside else ""
 

@@ -20,7 +20,7 @@ def _nano(world, seed: int, kind: type) -> Policy:
 
 
 def nano(world, seed: int = 3, kind: type = Policy) -> Policy:
-    """The model of this seed, without a gradient. It is made once: no update of these tests changes its weights."""
+    """The model of this seed, without a gradient. It is made once: these tests take no optimizer's step."""
     model = _nano(world, seed, kind)
     reshard(model)  # after a forward without gradients the root's parameters are others, without .grad
     model.zero_grad(set_to_none=True)
@@ -28,9 +28,13 @@ def nano(world, seed: int = 3, kind: type = Policy) -> Policy:
 
 
 def whole_gradient(*models: Policy) -> dict[str, torch.Tensor]:
-    """{number of the model and name: gradient} of the parameters that have one, whole on every rank."""
-    found = [(f"{i} {name}", p) for i, model in enumerate(models) for name, p in model.named_parameters()]
-    return {name: whole(p.grad) for name, p in found if p.grad is not None}
+    """{number of the model and name: gradient} of the models that have one, whole on every rank."""
+    found = {}
+    for i, model in enumerate(models):
+        parameters = dict(model.named_parameters())
+        if any(p.grad is not None for p in parameters.values()):  # then all have one
+            found |= {f"{i} {name}": whole(p.grad).clone() for name, p in parameters.items()}
+    return found
 
 
 def fixed_rows() -> list[Row]:

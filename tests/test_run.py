@@ -57,7 +57,7 @@ def test_every_flag_has_a_help_text(script, capsys, monkeypatch):
         ("lr", float("nan"), "--lr must be 0 or more and finite"), ("epochs", float("inf"), "--epochs must be"),
         ("betas", (1.0, 0.9), "--betas must be two numbers"), ("warmup", 2, "--warmup must be between 0 and 1"),
         ("seed", -1, r"--seed must be from 0 to 10\^12, not -1"), ("seed", 20261128050000, "--seed must be from 0"),
-        ("schedule", "linaer", "--schedule must be one of constant, linear, cosine, not linaer"),
+        ("schedule", "linaer", "--schedule must be one of .constant., .linear., .cosine., not linaer"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named_with_its_flag(name, value, words):
@@ -164,14 +164,20 @@ def test_an_epoch_is_as_many_steps_as_its_batches_are(tmp_path, world, capsys):
 
 
 def test_a_run_that_is_complete_or_longer_than_it_was_says_so(tmp_path, world, capsys):
-    settings = {"steps": 3, "epochs": 1.0}
-    for steps, schedule, words in ((3, "linear", "is complete: nothing is left to train"), (5, "linear", "may rise"),
-                                   (5, "constant", "resumes after step 3")):  # fmt: skip
-        mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1, steps=steps, schedule=schedule))
-        mine.state, mine.start = {"step": 3, "settings": settings}, 3
+    linear, constant = dict(schedule="linear"), dict(schedule="constant")
+    for before, now, words in (
+        (dict(steps=3), dict(steps=3, **linear), "all 3 steps of"), (dict(steps=4), dict(steps=3, **linear), "all 3"),
+        (dict(steps=3), dict(steps=5, **linear), "a run of 3 steps: the learning rate is now that of 5"),
+        (dict(steps=3), dict(steps=5, **constant), "resumes after step 3"),
+        (dict(steps=3), dict(steps=5, warmup=0.1, **constant), "a run of 3 steps: the learning rate is now that of 5"),
+        (dict(steps=4), dict(steps=4, epochs=3.0, **linear), "resumes after step 3"),
+        (dict(steps=0, epochs=2.0), dict(steps=4, **linear), "resumes after step 3"),
+    ):  # fmt: skip
+        mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1, **now))
+        mine.state, mine.start = {"step": 3, "settings": {"epochs": 1.0} | before}, 3
         mine.plan(EXAMPLES, [], COUNT)
         said = "".join(capsys.readouterr())
-        assert words in said and ("WARNING" in said) == (words == "may rise")
+        assert words in said and ("WARNING" in said) == ("learning rate" in words)
 
 
 def test_a_run_folder_belongs_to_one_process(tmp_path, world):

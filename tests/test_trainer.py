@@ -680,15 +680,24 @@ def test_the_disk_must_hold_moments_the_checkpoint_that_is_written_and_the_model
 
 def test_frozen_weights_have_no_moments_on_the_disk(policy, tmp_path, monkeypatch):
     need = 4 * sum(p.numel() for p in policy.requires_grad_(False).parameters()) * (1 * (2 + 1) + 1)  # --keep 2
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=need))
-    checkpoint(tmp_path).check_space({"policy": (policy, None)})
+    for free in (need, need - 1):
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with contextlib.nullcontext() if free == need else pytest.raises(InputError, match="GB are free"):
+            checkpoint(tmp_path).check_space({"policy": (policy, None)})
 
 
 def test_a_value_model_can_be_what_a_run_trains(world, tmp_path):
     value = load_policy("nano", world, from_config=NANO, kind=ValueModel)
+    torch.nn.init.ones_(value.lm.score.weight)
     pairs = {"policy": (value, make_optimizer(value, lr=1e-3))}
-    checkpoint(tmp_path).save(1, pairs, world)
-    checkpoint(tmp_path).load(pairs)
+    template = {"template": None, "tokenizer": "models/tiny"}
+    checkpoint(tmp_path / "run" / "checkpoint").save(1, pairs, world, **template)
+    before = weights_digest(value)
+    torch.nn.init.zeros_(value.lm.score.weight)
+    checkpoint(tmp_path / "run" / "checkpoint").load(pairs)
+    assert weights_digest(value) == before
+    checkpoints.export_checkpoint(str(tmp_path / "run"), str(tmp_path / "model"))
+    assert weights_digest(load_policy(str(tmp_path / "model"), world, kind=ValueModel)) == before
 
 
 def test_no_setting_that_is_an_algorithms_may_change_on_resume():
