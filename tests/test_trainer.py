@@ -690,13 +690,12 @@ def test_a_value_model_can_be_what_a_run_trains(world, tmp_path):
     value = load_policy("nano", world, from_config=NANO, kind=ValueModel)
     torch.nn.init.ones_(value.lm.score.weight)
     pairs = {"policy": (value, make_optimizer(value, lr=1e-3))}
-    template = {"template": None, "tokenizer": "models/tiny"}
-    checkpoint(tmp_path / "run" / "checkpoint").save(1, pairs, world, **template)
+    checkpoint(tmp_path / "run").save(1, pairs, world)
     before = weights_digest(value)
     torch.nn.init.zeros_(value.lm.score.weight)
-    checkpoint(tmp_path / "run" / "checkpoint").load(pairs)
+    checkpoint(tmp_path / "run").load(pairs)
     assert weights_digest(value) == before
-    checkpoints.export_checkpoint(str(tmp_path / "run"), str(tmp_path / "model"))
+    checkpoints.export_checkpoint(str(tmp_path / "run"), str(tmp_path / "model"), tokenizer="models/tiny")
     assert weights_digest(load_policy(str(tmp_path / "model"), world, kind=ValueModel)) == before
 
 
