@@ -248,7 +248,6 @@ class _Linear(torch.autograd.Function):
         ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, fused)
         factors = _factors(state, grad_logp, grad_other, -1 if ref is None else 1, form, head.sum_dtype)
         kept, ctx.kept = ctx.kept, None  # a second backward computes the logits again
-        grads = None if weight is None else _Grads(head, ctx.needs_input_grad)
         # The memory that g is written to:
         #   logits were given            all of g, [N, V], is what the caller gets
         #   E has the products' dtype    all of g is written over E; the products come after the loop
@@ -258,6 +257,7 @@ class _Linear(torch.autograd.Function):
             whole = torch.empty_like(hidden)
         else:
             whole = kept.e if kept and kept.e.dtype == head.dtype else None
+            grads = _Grads(head, ctx.needs_input_grad)
         for i, c in enumerate(cols):
             for r in rows:
                 tiles, stored = [], kept and kept.tile(i, r, c)

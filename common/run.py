@@ -331,15 +331,14 @@ class Run:
             self.checkpoints.save(self.step, self.pairs, self.world, **state)
             self.metrics.draw(every=60)
 
-    def finish(self, sampler=None) -> None:
-        """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler if there is one."""
+    def finish(self, sampler) -> None:
+        """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler."""
         self.checkpoints.wait()
         for name, (model, _) in self.pairs.items():
             if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
         export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
-        if sampler:
-            sampler.close()
+        sampler.close()
         self.clock.close()
         self.metrics.close()
 

@@ -8,16 +8,11 @@ import torch
 
 from tests.conftest import ROOT
 
-
-def has_examples(path) -> bool:
-    return ">>>" in (ROOT / path).read_text()
-
-
 FOLDERS = (".", "common", "igsm", "tools", "benchmarks", "benchmarks/blocks")
-FILES = [path.relative_to(ROOT) for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if ">>>" in path.read_text()]
 
 
-@pytest.mark.parametrize("name", [str(path.with_suffix("")).replace("/", ".") for path in FILES if has_examples(path)])
+@pytest.mark.parametrize("name", [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES])
 def test_worked_examples_give_what_they_show(name):
     module = importlib.import_module(name)
     failed, tried = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
