@@ -58,7 +58,6 @@ from common.run import (
     add_drift,
     check_flags,
     describe,
-    gather_rows,
     mean,
     micro_batches,
     open_policy,
@@ -458,8 +457,7 @@ def train(args: Args) -> None:
 
         # 2. reward (base, sft: nothing is graded)
         with run.clock("reward"):
-            grader.wait()
-            rows = gather_rows(rows, world)  # every rank has all rows now
+            rows = grader.gather(rows, world)  # every rank has all rows now
             row_log = describe(rows) if rl else {}
             if rl and args.format_reward:  # after `describe`: the bonus does not make a question a solved one
                 for row in rows:
@@ -529,8 +527,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
         for t in sorted({0.0, args.eval_temperature}):
             rows[t] = sample_rows(sampler, examples, mine, counts, args, world, seed=args.seed + 1, grader=grader,
                                   temperature=t)  # fmt: skip
-        grader.wait()
-        greedy, sampled = gather_rows(rows[0.0], world), gather_rows(rows[args.eval_temperature], world)
+        greedy, sampled = (grader.gather(rows[t], world) for t in (0.0, args.eval_temperature))
         checks = [igsm.check_solution(asked[row.example.index], row.text(tokenizer), modulus=args.modulus or None)
                   for row in sampled]  # fmt: skip
         results[name] = {

@@ -50,7 +50,6 @@ from common.run import (
     RunArgs,
     add_drift,
     describe,
-    gather_rows,
     micro_batches,
     open_policy,
     open_sampler,
@@ -316,8 +315,7 @@ def main(args: Args) -> None:
 
         # 2. reward
         with run.clock("reward"):
-            grader.wait()
-            rows = gather_rows(rows, world)  # every rank has all rows now
+            rows = grader.gather(rows, world)  # every rank has all rows now
 
         # 3. advantages
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]

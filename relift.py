@@ -53,7 +53,6 @@ from common.run import (
     Share,
     add_drift,
     describe,
-    gather_rows,
     micro_batches,
     open_policy,
     open_sampler,
@@ -323,8 +322,7 @@ def with_demonstration(questions: list[int], examples, grader: Grader, args: Arg
     if args.verify_demonstrations:
         rows = trace_rows([examples[q] for q in have], range(world.rank, len(have), world.size))
         grader.add(rows)
-        grader.wait()
-        accepted = [have[row.group] for row in gather_rows(rows, world) if row.reward > 0]
+        accepted = [have[row.group] for row in grader.gather(rows, world) if row.reward > 0]
     counts = {"buffer/no_demonstration": len(questions) - len(have), "buffer/rejected": len(have) - len(accepted)}
     return accepted, counts
 
@@ -374,8 +372,7 @@ def main(args: Args) -> None:
 
         # 2. reward
         with run.clock("reward"):
-            grader.wait()
-            rows = gather_rows(rows, world)  # every rank has all rows now
+            rows = grader.gather(rows, world)  # every rank has all rows now
 
         # 3. advantages
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]

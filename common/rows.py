@@ -380,6 +380,7 @@ class Example:
     index: int  # row number in the data, for messages and for random streams
     text: str  # the rendered prompt
     trace_logps: list[float] | None = None  # the teacher's own log-probs of the trace's tokens, where they are given
+    file: str = ""  # that it is from: a source can be in several
 
 
 def given_logps(probs: list | None, trace: list[int], where: str) -> list[float] | None:
@@ -561,7 +562,7 @@ def make_examples(
             if long_trace == "end":
                 ids[-1] = tokenizer.eos_token_id
                 logps = logps and [*logps[:-1], math.nan]
-        examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps))
+        examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps, source))
     return examples, with_kept(examples, count, source, args)
 
 
@@ -573,7 +574,7 @@ def gold_unreadable(detail: str | None = None) -> bool:
 def report_golds(examples: Iterable[Example], verdicts: Iterable) -> None:
     """Print each row whose gold answer the verifier cannot read, once."""
     for example, verdict in zip(examples, verdicts, strict=True):
-        where = f"{example.source}, row {example.index}"
+        where = f"{example.file or example.source}, row {example.index}"
         if gold_unreadable(verdict.detail) and where not in _reported:
             _reported.add(where)
             print(f"warning: {where}: {verdict.detail}; every response to it counts as wrong", file=sys.stderr)

@@ -421,17 +421,20 @@ def check_fit(flag: str, model, policy, longest: int) -> None:
 
 
 def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
-    """Return accuracy by data source, its unweighted mean, truncation, length. The ranks share the examples."""
+    """Return accuracy by data source, its unweighted mean, truncation, length, and how often the verifier failed. The
+    ranks share the examples."""
     mine = range(world.rank, len(examples), world.size)
     grader = Grader(tokenizer, args.verifier)
     rows = sample_rows(sampler, examples, mine, [1] * len(examples), args, world, seed=args.seed + 1, grader=grader,
                        temperature=args.eval_temperature)  # fmt: skip
     grader.wait()
-    results = [(row.example.source, row.reward, row.truncated, len(row.response)) for row in rows]
-    sources, rewards, truncated, lengths = zip(*gather_lists(results, world), strict=True)
+    results = [(r.example.source, r.reward, r.truncated, len(r.response), (r.status, r.detail)) for r in rows]
+    sources, rewards, truncated, lengths, verdicts = zip(*gather_lists(results, world), strict=True)
+    check_works(args.verifier, verdicts)
     accuracy = {f"eval/{name}": mean(r for s, r in zip(sources, rewards) if s == name) for name in sorted(set(sources))}
     return accuracy | {
         "eval/mean": mean(accuracy.values()), "eval/truncated": mean(truncated), "eval/length": mean(lengths),
+        "verifier/eval_error": mean(status == "error" for status, _ in verdicts),
     }  # fmt: skip
 
 
@@ -502,11 +505,6 @@ def sample_rows(
     return [row for group in groups for row in group]
 
 
-def gather_rows(rows: list[Row], world: World) -> list[Row]:
-    """The rows of all ranks, on every rank, by question."""
-    return sorted(gather_lists(rows, world), key=lambda row: row.group)
-
-
 def keep_answers(
     path: Path, examples: list[Example], load, settings: dict, tokenizer, args, world: World, *, n: int,
     top_p: float = 1.0,
@@ -552,7 +550,7 @@ def keep_answers(
 
 
 class Grader:
-    """Grades rows in the background: `add`, then `wait`. A trace is graded once in a run."""
+    """Grades rows in the background: `add`, then `wait` or `gather`. A trace is graded once in a run."""
 
     def __init__(self, tokenizer, verifier: str):
         self.tokenizer, self.verifier = tokenizer, verifier
@@ -580,6 +578,14 @@ class Grader:
                 row.reward, row.status, row.detail = verdict
             report_golds([row.example for row in rows], rows)
         self.jobs = []
+
+    def gather(self, rows: list[Row], world: World) -> list[Row]:
+        """`wait`; return the rows of all ranks, on every rank, by question. InputError if the verifier failed on all
+        answers of the model's own."""
+        self.wait()
+        rows = sorted(gather_lists(rows, world), key=lambda row: row.group)
+        check_works(self.verifier, [(row.status, row.detail) for row in rows if not row.teacher])
+        return rows
 
 
 def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: str, world: World) -> None:

@@ -389,14 +389,20 @@ def test_an_evaluation_grades_what_was_said_and_weighs_sources_alike(monkeypatch
                 drawn(i, [Completion([ids[0], 1], [-1.0, -1.0], "stop")])
 
     def grade(texts, golds, *, verifier):
-        return [Verdict(float(text == gold), "ok") for text, gold in zip(texts, golds, strict=True)]
+        broken = ["7", "8", "9"] if verifier == "m:broken" else ["9"]
+        found = [Verdict(float(text == gold), "ok") for text, gold in zip(texts, golds, strict=True)]
+        return [Verdict(0.0, "error", "boom") if t in broken else v for t, v in zip(texts, found, strict=True)]
 
     monkeypatch.setattr(verifiers, "grade", grade)
     told = [(7, "7", "a"), (8, "x", "a"), (9, "9", "b")]
     examples = [Example([n], None, gold, source, i, "") for i, (n, gold, source) in enumerate(told)]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), eos_token_id=1)  # eos: no part of it
-    found = run.evaluate(Sampler(), tokenizer, examples, RunArgs(max_response_tokens=7), ONE_RANK)
-    assert (found["eval/a"], found["eval/b"], found["eval/mean"]) == (0.5, 1.0, 0.75)
+    args = RunArgs(max_response_tokens=7)
+    found = run.evaluate(Sampler(), tokenizer, examples, args, ONE_RANK)
+    assert (found["eval/a"], found["eval/b"], found["eval/mean"]) == (0.5, 0.0, 0.25)
+    assert found["verifier/eval_error"] == 1 / 3
+    with pytest.raises(InputError, match=r"--verifier m:broken failed on all 3 answers .boom."):  # 0.0 would be a lie
+        run.evaluate(Sampler(), tokenizer, examples, dataclasses.replace(args, verifier="m:broken"), ONE_RANK)
 
 
 def test_an_evaluation_at_temperature_zero_is_greedy_whatever_the_rollouts_are():
@@ -439,7 +445,16 @@ def test_kept_answers_are_of_their_golds(tmp_path, world, monkeypatch):
 
 def test_rows_of_all_ranks_are_in_the_order_of_the_questions():
     rows = [Row([1], [1], group) for group in (0, 2, 1, 3)]  # as two ranks hold them
-    assert [row.group for row in run.gather_rows(rows, ONE_RANK)] == [0, 1, 2, 3]
+    assert [row.group for row in Grader(None, "math").gather(rows, ONE_RANK)] == [0, 1, 2, 3]
+
+
+def test_a_step_whose_answers_all_make_the_verifier_fail_ends_the_run():
+    rows = [Row([1], [1], 0, status="error", detail="boom"), Row([1], [1], 1, status="error", detail="bang")]
+    for others in ([Row([1], [1], 2, status="ok")], [Row([1], [1], 2)]):  # a verdict; not graded
+        assert len(Grader(None, "math").gather(rows + others, ONE_RANK)) == 3
+    trace = Row([1], [1], 0, teacher=True, status="ok")
+    with pytest.raises(InputError, match="--verifier math failed on all 2 answers .boom."):
+        Grader(None, "math").gather([*rows, trace], ONE_RANK)
 
 
 def test_an_answer_ends_with_every_eos_of_the_generation_config(policy):

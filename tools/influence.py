@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import behavior_injection as bridge
 from behavior_injection import group_advantages, kernel_scores, model_of, per_step_influence, read_set, row_means
-from common.data import InputError
+from common.data import InputError, check_works
 from common.report import read_results, table, write_results
 from common.rows import in_words
 from common.run import Grader, Positive, Row, mean, micro_batches, open_sampler, sample_rows, write_lines
@@ -101,6 +101,7 @@ def influence(arm: str, args: Args, world) -> None:
         mine, counts = range(first + world.rank, first + n, world.size), [size] * len(examples)
         rows = sample_rows(sampler, examples, mine, counts, args, world, seed=args.seed + 2, grader=grader)
         grader.wait()
+        check_works(args.verifier, [(row.status, row.detail) for row in rows])
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
         advantages = group_advantages(rewards, torch.tensor([row.group for row in rows]))  # [B]
         return [replace(row, advantage=a) for row, a in zip(rows, advantages.tolist(), strict=True)]

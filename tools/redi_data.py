@@ -81,7 +81,7 @@ def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[b
         return []
     if not row.get("problem"):
         return "no problem"
-    if not generations:
+    if not generations or not isinstance(generations, list):
         return "no generations"
     correctness = correctness if isinstance(correctness, dict) else {}
     verdicts = [correctness.get(name) for name in READS.get(right_if, VERDICTS)]

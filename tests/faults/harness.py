@@ -51,7 +51,8 @@ RUNS = {
     ],
 }  # fmt: skip
 SHORT = ("luffy", "relift", "redi-dpo", "oreo", "behavior_injection")  # those of the ordinary tests
-MOMENTS = ("a checkpoint is there", "first file of a checkpoint", "before its checksums", "after its checksums")
+FIRST = "a checkpoint is there"  # when the first kill comes: else no start might ever load one
+MOMENTS = ("any time", "first file of a checkpoint", "before its checksums", "after its checksums")  # of later kills
 
 
 def words_of(name: str, out: Path) -> list[str]:
@@ -61,7 +62,7 @@ def words_of(name: str, out: Path) -> list[str]:
 
 def reached(moment: str, out: Path, since: float = 0.0) -> bool:
     """Whether a checkpoint is being written, and how far it is. One that nobody touched `since` was left by a kill."""
-    if moment == "a checkpoint is there":  # of the last stage: the next start trains from it
+    if moment == FIRST:  # of the last stage: the next start trains from it
         found = [*out.glob("checkpoint/step-*"), *out.glob("bridge/rl/checkpoint/step-*")]
         return any(not path.suffix for path in found)
     for folder in ("checkpoint", "base/checkpoint", "bridge/sft/checkpoint", "bridge/rl/checkpoint"):
@@ -98,12 +99,12 @@ def disturbed(name: str, out: Path, zygote: Zygote, seconds: float, kills: int, 
             assert zygote.wait(pid) == 0, log.read_text()[-3000:]
             return killed
         moment = MOMENTS[len(killed) % len(MOMENTS)] if kills < 8 else rng.choice(MOMENTS)
+        moment = moment if killed else FIRST
         if kills < 8:
             share = rng.uniform(0.1, 0.4 if killed else 0.8)
         else:  # few steps between kills, so that there are checkpoints left for the later ones
             share = rng.uniform(0.05, 0.2) if moment == "any time" else rng.uniform(0.2, 0.5)
-        sure = moment == "a checkpoint is there" and not killed  # else no start might ever load one
-        deadline = time.monotonic() + (1000 if sure else share * seconds)
+        deadline = time.monotonic() + (1000 if moment == FIRST else share * seconds)
         while True:
             seen = reached(moment, out, started)
             if seen or time.monotonic() > deadline:  # a moment of milliseconds may have been missed
@@ -179,8 +180,9 @@ def main() -> None:
             seconds = undisturbed(name, whole, zygote)
             moments = disturbed(name, killed, zygote, seconds, options.kills, random.Random(f"{options.seed} {name}"))
             compared = assert_equal(whole, killed)
-            said = ", ".join(f"{moments.count(m)} x {m}" for m in MOMENTS if m in moments)
+            said = ", ".join(f"{moments.count(m)} x {m}" for m in (FIRST, *MOMENTS) if m in moments)
             print(f"{name}: {compared} files and steps equal after {len(moments)} kills ({said})", flush=True)
+            assert len(moments) == options.kills, f"{name} ended after {len(moments)} kills"
             shutil.rmtree(folder, ignore_errors=True)
     zygote.close()
 

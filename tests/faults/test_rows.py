@@ -17,6 +17,7 @@ from common.data import InputError
 from common.rows import load_rows, make_examples, set_template
 from common.trainer import load_tokenizer, parse_args
 from tests.conftest import ROOT
+from tools import redi_data
 
 MODEL = str(ROOT / "models/tiny")
 DEEP = [[[[[[[[[[]]]]]]]]]]
@@ -42,6 +43,17 @@ ARC = {"question": "x?", "choices": {"label": ["A", "B"], "text": ["1", "2"]}, "
 MMLU = {"question": "x?", "options": ["1", "2", "3"], "answer": "B", "answer_index": 1}
 GPQA = {"Question": "x?", "Correct Answer": "1", "Incorrect Answer 1": "2", "Incorrect Answer 2": "3",
         "Incorrect Answer 3": "4"}  # fmt: skip
+CEVAL = {"question": "x?", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"}
+GIVEN = LUFFY | {"target_probs": [0.5, 0.25, 0.125, 1.0]}
+CHAT = {"messages": [*TURNS, {"role": "assistant", "content": "z=3"}], "answer": "3"}
+ALPACA = {"instruction": "x=1 x=?", "input": "y", "output": "so \\boxed{1}", "answer": "1"}
+RESPONSES = {"prompt": TURNS, "responses": ["z=3", "z=4", "z=5"], "rewards": [1.0, 0.0, 0]}
+MODELS = {"question": "x?", "ground_truth": "A: 1", "6b": {"solution": "1", "is_correct": True},
+          "175b": {"solution": "2", "is_correct": False}}  # fmt: skip
+OPENR1 = {"problem": "x=1 x=?", "answer": "1", "source": "a", "generations": ["so \\boxed{1}", "so \\boxed{2}"],
+          "correctness": {"llama_verification": [True, False], "math_verify_reparsed_answer": [True, False]}}
+OPENR1_220K = {"problem": "x=1 x=?", "answer": "1", "generations": ["so \\boxed{1}", "so \\boxed{2}"],
+               "correctness_math_verify": [True, False], "correctness_llama": None}  # fmt: skip
 
 LIMITS = ["--max_prompt_tokens", "500", "--max_response_tokens", "500"]
 REDI = parse_args(redi.Args, LIMITS, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
@@ -98,6 +110,12 @@ def pairs(path, tokenizer):
     return len(rows), len(kept) + sum(v for k, v in count.items() if k not in ("rows", "kept"))
 
 
+def problems(path, tokenizer):
+    args = redi_data.Args(data=path)
+    items, funnel = redi_data.read_problems(args, dataclasses.replace(REDI, data=path), progress=False)
+    return funnel["rows"], len(items) - sum(n for rule, n in funnel.items() if rule != "rows")
+
+
 def graded(path, tokenizer):
     keeps_history = Path(path).with_name("template.jinja")
     keeps_history.write_text(TEMPLATE)
@@ -114,7 +132,8 @@ def benchmark(path, tokenizer):
 CASES = [
     (examples, LUFFY), (examples, GSM8K), (pairs, PAIR), (pairs, LABEL), (pairs, LUFFY), (graded, GRADED),
     (graded, DRAWN), (graded, TALK), (benchmark, LUFFY), (benchmark, GSM8K), (benchmark, MATH), (benchmark, ARC),
-    (benchmark, MMLU), (benchmark, GPQA),
+    (benchmark, MMLU), (benchmark, GPQA), (benchmark, CEVAL), (examples, GIVEN), (examples, CHAT), (examples, ALPACA),
+    (pairs, RESPONSES), (pairs, MODELS), (examples, OPENR1_220K), (problems, OPENR1),
 ]  # fmt: skip
 
 
