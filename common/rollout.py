@@ -13,6 +13,7 @@ a million in float32. In bf16 batches of different shape round differently, and 
 """
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -161,6 +162,8 @@ class EmbeddedSampler(Sampler):
             lm.set_attn_implementation("grouped")
         lm.tie_weights()
         self.lm: nn.Module = lm.to(self.device).eval().requires_grad_(False)
+        names = inspect.signature(lm.get_decoder().forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # its older name in Transformers
         self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=self.device)
         self.max_batch_tokens = max_batch_tokens
         self.proven = False
@@ -296,7 +299,7 @@ class EmbeddedSampler(Sampler):
 
     def _hidden(self, ids, mask, position, cache):
         """Final hidden state of each row's last token, [b, H]; the cache grows by ids' tokens."""
-        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, self.cache_name: cache}
         return self.lm.get_decoder()(**inputs, use_cache=True).last_hidden_state[:, -1]
 
     def sleep(self) -> None:
