@@ -11,7 +11,7 @@ import pytest
 
 from common.metrics import read_metrics
 from tests.conftest import ROOT
-from tests.faults.harness import ONLINE
+from tests.faults.harness import ONLINE, assert_equal
 
 STEPS = ["--steps", "4", "--save_every", "1", "--eval_every", "0"]
 
@@ -64,6 +64,9 @@ def test_torchrun_restarts_a_run_which_goes_on_and_then_on_another_number_of_ran
     assert (code, left) == (0, []), error[-3000:]
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and os.path.exists(once)
+    code, error, _, _ = torchrun(["luffy.py"], tmp_path / "whole")
+    assert code == 0, error[-3000:]
+    assert assert_equal(tmp_path / "whole", tmp_path / "run") > 4  # to the bit, on two ranks too
 
     words = [sys.executable, "luffy.py", *ONLINE, *STEPS, "--steps", "5", "--out", str(tmp_path / "run")]
     alone = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
