@@ -145,7 +145,7 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
     across, down = min(3, len(panels)), math.ceil(len(panels) / 3)
     wide, high = 5.2 * across, 3.2 * down  # inches
     figure = Figure(figsize=(wide, high))
-    # fixed margins: a constrained layout measures every label, which takes as long as drawing them
+    # fixed margins and a fixed y of titles: else every label is measured, which takes as long as drawing them
     figure.subplots_adjust(0.7 / wide, 0.5 / high, 1 - 0.2 / wide, 1 - 0.4 / high, wspace=0.22, hspace=0.36)
     axes = figure.subplots(down, across, squeeze=False)
     for axis, names in zip(axes.flat, panels, strict=False):
@@ -155,15 +155,16 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
                 if points:
                     text = name if len(runs) == 1 else label if len(names) == 1 else f"{label}: {name}"
                     axis.plot(*zip(*points, strict=True), label=text, lw=1.3, marker="." if len(points) < 30 else "")
-        axis.set_title(" and ".join(names) if len(names) < 3 else names[0].split("/")[0], fontsize=10)
+        axis.set_title(" and ".join(names) if len(names) < 3 else names[0].split("/")[0], fontsize=10, y=1)
         axis.set_xlabel("step")
+        axis.locator_params(nbins=6)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if axis.lines and (len(names) > 1 or len(runs) > 1):
             axis.legend(fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, pil_kwargs={"compress_level": 2})
 
 
 class Clock:
