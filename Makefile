@@ -36,9 +36,9 @@ $(VENV)/.test: $(VENV)/.run requirements-test.txt requirements-agents.txt
 	  echo "TextWorld and ALFWorld cannot be installed here: the tests that need them will be skipped"
 	@touch $@
 
-# vLLM's many dependencies stay out of .venv; its torch is that of .venv, by a .pth file. It needs a Transformers of its
-# own, older than that of .venv. It pulls builds of torchvision, torchaudio and torchcodec for CUDA, which break imports. Where it cannot be installed, the
-# tests that need it say so and are skipped; on a machine with CUDA see requirements-gpu.txt.
+# vLLM's many dependencies stay out of .venv; its torch is that of .venv, by a .pth file. It brings a Transformers of its
+# own (before 5.20), and builds of torchvision, torchaudio and torchcodec for CUDA, which break imports. Where it cannot
+# be installed, the tests that need it say so and are skipped; on a machine with CUDA see requirements-gpu.txt.
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(SERVER)/.done: $(VENV)/.run
 	@rm -rf $(SERVER); $(BIN)/python -m venv $(SERVER)

@@ -380,7 +380,7 @@ class Example:
     index: int  # row number in the data, for messages and for random streams
     text: str  # the rendered prompt
     trace_logps: list[float] | None = None  # the teacher's own log-probs of the trace's tokens, where they are given
-    file: str = ""  # that it is from: a source can be in several
+    file: str = ""  # what the data flag named: files can have one source
 
 
 def given_logps(probs: list | None, trace: list[int], where: str) -> list[float] | None:

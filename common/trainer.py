@@ -315,7 +315,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "-
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # of some types an empty one is made
-            raise ValueError("none of its files is")
+            raise ValueError("no tokenizer.json, no vocabulary")
     except Exception as error:  # transformers and the hub raise many types here; all mean: no tokenizer
         local = path[:1] in ("/", ".", "~") or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
         if local and not Path(path).exists():

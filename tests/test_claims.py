@@ -116,7 +116,7 @@ def test_what_the_page_says_of_a_full_block_are_numbers_of_its_results():
         numbers = re.findall(r"(?<![\d,.])-?\d+(?:\.\d+)?(?![\d,.]*\d)", said)
         rounded = {f"{value:.{digits}f}" for v in known for value in (v, abs(v)) for digits in (0, 1, 2)}
         assert not [number for number in numbers if number not in rounded], name
-        for mean_, half in re.findall(r"(-?\d[\d.]*) ± ([\d.]*\d)", said):  # both of one claim
+        for mean_, half in re.findall(r"(-?\d[\d.]*) ± ([\d.]*\d)", said):  # both of one claim, whichever
             a, b = (len(number.partition(".")[2]) for number in (mean_, half))
             assert any(mean_ in (f"{claim['mean']:.{a}f}", f"{-claim['mean']:.{a}f}")
                        and half == f"{claim['half_width']:.{b}f}" for claim in found["claims"].values()), (name, mean_)

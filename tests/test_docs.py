@@ -107,7 +107,7 @@ def test_numbers_in_sentences_are_those_of_the_results(page, words):
     assert round(value, len(said.partition(".")[2])) == float(said)
 
 
-# a line of these tables shows several rows of the results: what is between these is of one row
+# a line of these tables shows several rows of the results: only what is between these is of one row
 SPREAD = {("luffy", "Results"): ", |[|(]", ("redi", "Results"): "[|]", ("redi", "Memory and time"): "[|]",
           ("logprobs", "Measured"): "[|]", ("logprobs", "Measured on an H100"): "[|]"}  # fmt: skip
 
@@ -149,7 +149,8 @@ def results_of(name: str) -> list[set[str]]:
 
 @pytest.mark.parametrize(("page", "heading"), RESULTS, ids=lambda x: x)
 def test_the_numbers_of_a_table_are_in_the_results_that_it_names(page, heading):
-    """Those in cells without words, at the precision shown. Those of a line are of one row of the results."""
+    """Those in cells without words, at the precision shown. Those of a line (SPREAD: of a part) are of one row of the
+    results."""
     section = (ROOT / "docs" / f"{page}.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     known, shown = [row for name in RESULTS[page, heading] for row in results_of(name)], 0
     for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
@@ -160,6 +161,18 @@ def test_the_numbers_of_a_table_are_in_the_results_that_it_names(page, heading):
                 assert any(row.issuperset(numbers) for row in known), (line, text)
                 shown += len(numbers)
     assert shown > 5
+
+
+def test_the_demos_table_is_that_of_its_results():
+    found = [json.loads((ROOT / f"benchmarks/results/demo-seed{seed}.json").read_text()) for seed in range(3)]
+    page = (ROOT / "docs" / "luffy.md").read_text()
+    for name, title in (("grpo", "GRPO"), ("luffy", "LUFFY")):
+        cells = []
+        for what in ("accuracy", "never_solved"):
+            values = ", ".join(f"{run['models'][name][what]:.1f}" for run in found)
+            cells.append(f"{values} % (± {max(run['models'][name][f'{what}_se'] for run in found):.1f})")
+        assert f"| after {title} | {cells[0]} | {cells[1]} | {found[0]['models'][name]['sampled_rows']:,} |" in page
+    assert "took {:.0f} s, {:.0f} s and {:.0f} s".format(*(run["seconds"] for run in found)) in page
 
 
 def test_the_results_page_shows_the_tables_of_the_earlier_comparison():

@@ -1,5 +1,6 @@
 """What is counted, logged and kept: metrics of a step, verdicts, pairs that are made of a model's own answers."""
 
+import dataclasses
 import json
 import random
 import resource
@@ -228,6 +229,10 @@ def test_a_gold_that_the_verifier_cannot_read_is_named_by_row_once(capsys):
     assert said.splitlines() == [
         "warning: math, row 3: gold unreadable: 1/2/; every response to it counts as wrong"
     ]
+    for file in ("a.jsonl", "b.jsonl"):  # of one source
+        report_golds([dataclasses.replace(examples[0], file=file)], [cannot])
+    said = capsys.readouterr().err
+    assert "warning: a.jsonl, row 3: gold" in said and "warning: b.jsonl, row 3: gold" in said
     row = luffy.Row([1], [1], 0, reward=0.0, status="unparsable", detail=cannot.detail, example=examples[0])
     shown = row.shown(load_tokenizer("models/tiny"))
     assert shown["detail"] == "gold unreadable: 1/2/"

@@ -450,11 +450,12 @@ def test_rows_of_all_ranks_are_in_the_order_of_the_questions():
 
 def test_a_step_whose_answers_all_make_the_verifier_fail_ends_the_run():
     rows = [Row([1], [1], 0, status="error", detail="boom"), Row([1], [1], 1, status="error", detail="bang")]
-    for others in ([Row([1], [1], 2, status="ok")], [Row([1], [1], 2)]):  # a verdict; not graded
-        assert len(Grader(None, "math").gather(rows + others, ONE_RANK)) == 3
-    trace = Row([1], [1], 0, teacher=True, status="ok")
-    with pytest.raises(InputError, match="--verifier math failed on all 2 answers .boom."):
-        Grader(None, "math").gather([*rows, trace], ONE_RANK)
+    grader, trace = Grader(None, "math"), Row([1], [1], 0, teacher=True, status="error")
+    for others in ([Row([1], [1], 2, status="ok")], [Row([1], [1], 2, teacher=True, status="ok")]):
+        assert len(grader.gather(rows + others, ONE_RANK)) == 3
+    assert grader.gather([trace], ONE_RANK) == [trace]  # ReLIFT's demonstrations of a step can be one
+    with pytest.raises(InputError, match="--verifier math failed on all 3 answers .boom."):
+        grader.gather([*rows, trace], ONE_RANK)
 
 
 def test_an_answer_ends_with_every_eos_of_the_generation_config(policy):

@@ -171,7 +171,7 @@ def test_a_folder_without_model_or_tokenizer_is_named(world, tmp_path):
         load_tokenizer(str(tmp_path))
     for kind in ("qwen2", "gpt2"):  # Transformers makes an empty one of these without a file
         AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
-        with pytest.raises(InputError, match=f"--model {tmp_path / kind}: no tokenizer there .none of its files is"):
+        with pytest.raises(InputError, match=f"--model .*/{kind}: no tokenizer there .no tokenizer.json"):
             load_tokenizer(str(tmp_path / kind))
     with pytest.raises(InputError, match=f"--model {tmp_path}.*cannot be loaded"):
         load_policy(str(tmp_path), world)

@@ -101,7 +101,7 @@ def influence(arm: str, args: Args, world) -> None:
         mine, counts = range(first + world.rank, first + n, world.size), [size] * len(examples)
         rows = sample_rows(sampler, examples, mine, counts, args, world, seed=args.seed + 2, grader=grader)
         grader.wait()
-        check_works(args.verifier, [(row.status, row.detail) for row in rows])
+        check_works(args.verifier, gather_lists([(row.status, row.detail) for row in rows], world))
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
         advantages = group_advantages(rewards, torch.tensor([row.group for row in rows]))  # [B]
         return [replace(row, advantage=a) for row, a in zip(rows, advantages.tolist(), strict=True)]

@@ -101,7 +101,7 @@ def disturbed(name: str, out: Path, zygote: Zygote, seconds: float, kills: int, 
         moment = MOMENTS[len(killed) % len(MOMENTS)] if kills < 8 else rng.choice(MOMENTS)
         moment = moment if killed else FIRST
         if kills < 8:
-            share = rng.uniform(0.1, 0.4 if killed else 0.8)
+            share = rng.uniform(0.1, 0.4)
         else:  # few steps between kills, so that there are checkpoints left for the later ones
             share = rng.uniform(0.05, 0.2) if moment == "any time" else rng.uniform(0.2, 0.5)
         deadline = time.monotonic() + (1000 if moment == FIRST else share * seconds)

@@ -1,5 +1,6 @@
-"""A run that is killed at any moment and started again is the run that nothing disturbed, to the bit. As each pair of
-runs is compared, this is also the test that the same seed gives the same bits. `make soak` kills more often."""
+"""A run that is killed, also while it writes a checkpoint, and started again is the run that nothing disturbed, to the
+bit. As each pair of runs is compared, this is also the test that the same seed gives the same bits. `make soak` kills
+more often."""
 
 import random
 
