@@ -16,6 +16,7 @@ from common.data import InputError, batch_indices
 from common.metrics import read_metrics
 from common.report import write_results
 from common.trainer import load_tokenizer, parse_args
+from common.verifiers import Verdict
 from tests import behavior_ranks as ranks
 from tests.conftest import other_weights, run_script
 from tools import influence
@@ -212,6 +213,14 @@ def test_the_own_influence_is_in_the_papers_form_only(folder, monkeypatch):
         squared = pytest.approx(found["G_norm"] ** 2, rel=0.01)
         assert (sum(q["dJ"] for q in queries) / 6 == squared) == own
     assert found["kernel_dJ"]["with own answers"] > found["kernel_dJ"]["without"]
+
+
+def test_a_verifier_that_always_fails_ends_the_test_of_models_and_the_influence(folder, monkeypatch):
+    monkeypatch.setattr(verifiers, "grade", lambda texts, *_, **__: [Verdict(0.0, "error", "boom")] * len(texts))
+    with pytest.raises(InputError, match="failed on all .* answers .boom."):
+        bridge.main(settings("--out", folder, "--arms", "bridge", stage="eval"))
+    with pytest.raises(InputError, match="failed on all .* answers .boom."):
+        measure("--out", folder, "--arms", "bridge")
 
 
 @pytest.mark.parametrize("prompt_loss", [True, False])
