@@ -50,7 +50,7 @@ from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
 from common.trainer import check_finite, init_world, load_policy, make_optimizer, optimizer_step  # noqa: E402
 
 MODELS = {  # hidden, layers, vocabulary, the MLP's width, heads, heads of keys and values
-    "small": (256, 4, 2048, 768, 4, 4),  # 4.2 million parameters
+    "small": (256, 4, 2048, 768, 4, 4),  # 4.5 million parameters
     "wide": (896, 2, 151936, 2688, 14, 2),
     "1.5B": (1536, 28, 151936, 8960, 12, 2),  # Qwen2.5's
 }
