@@ -519,7 +519,7 @@ def keep_answers(
     kept = len(read_records(path))
     names = [name for name in settings if kept and name != "model"]  # model: by its digest
     keep_settings(path.with_suffix(".json"), settings, names, f"{path} has answers of other settings", world)
-    sampler = None
+    sampler, verdicts = None, []  # of all answers so far: a single question can make a verifier fail
     grader = Grader(tokenizer, args.verifier)
     if kept < len(examples):
         policy = load()
@@ -534,7 +534,8 @@ def keep_answers(
             sampler, batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader, top_p=top_p
         )
         grader.wait()
-        check_works(args.verifier, [(row.status, row.detail) for row in rows])
+        verdicts.extend((row.status, row.detail) for row in rows)
+        check_works(args.verifier, verdicts)
         for row in rows:
             records[row.group]["answers"].append({
                 "response": tokenizer.decode(row.response), "response_ids": row.response, "truncated": row.truncated,

@@ -277,6 +277,13 @@ def test_answers_are_not_kept_if_the_verifier_fails_on_all_of_them(tmp_path, wor
     with pytest.raises(InputError, match="failed on all 1 answers .TypeError: oops.: mend it and run the same command"):
         run.keep_answers(tmp_path / "a.jsonl", EXAMPLES[:1], lambda: None, {}, None, luffy.Args(), ONE_RANK, n=1)
     assert not run.read_records(tmp_path / "a.jsonl")
+    drawn = [[Row([1], [2], 0, status="ok")], failed]  # by part: one question alone may make it fail
+    sampler = SimpleNamespace(sync=lambda *_, **__: None, close=lambda: None)
+    monkeypatch.setattr(run, "open_sampler", lambda *_: sampler)
+    monkeypatch.setattr(run, "sample_rows", lambda *_, **__: drawn.pop(0))
+    tokenizer, args = SimpleNamespace(decode=str), luffy.Args(batch_size=1)
+    run.keep_answers(tmp_path / "b.jsonl", EXAMPLES, lambda: None, {}, tokenizer, args, ONE_RANK, n=1)
+    assert len(run.read_records(tmp_path / "b.jsonl")) == 2
 
 
 def test_values_of_rows_become_values_of_tokens():
