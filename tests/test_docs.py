@@ -126,8 +126,8 @@ def rows_in(value):
     """The numbers of every object or list in it: all, if they are few, else its own, without those of others in it."""
     if isinstance(value, (dict, list)):
         items = list(value.values()) if isinstance(value, dict) else value
-        few = list(leaves(value))
-        yield few if len(few) <= 20 else [v for v in items if not isinstance(v, (dict, list)) and list(leaves([v]))]
+        numbers = list(leaves(value))
+        yield numbers if len(numbers) <= 20 else [*leaves([v for v in items if not isinstance(v, (dict, list))])]
         for item in items:
             yield from rows_in(item)
 

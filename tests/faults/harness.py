@@ -98,8 +98,9 @@ def disturbed(name: str, out: Path, zygote: Zygote, seconds: float, kills: int, 
         if len(killed) == kills:
             assert zygote.wait(pid) == 0, log.read_text()[-3000:]
             return killed
-        moment = MOMENTS[len(killed) % len(MOMENTS)] if kills < 8 else rng.choice(MOMENTS)
-        moment = moment if killed else FIRST
+        moment = FIRST
+        if killed:
+            moment = MOMENTS[len(killed) % len(MOMENTS)] if kills < 8 else rng.choice(MOMENTS)
         if kills < 8:
             share = rng.uniform(0.1, 0.4)
         else:  # few steps between kills, so that there are checkpoints left for the later ones
