@@ -5,7 +5,6 @@ tests/vectors/: `luffy.json` and `bridge_reward.json` are from the originals' co
 of the kinds that Math-Verify's documentation lists.
 """
 
-import dataclasses
 import json
 import os
 import random
@@ -84,12 +83,6 @@ def refusals(response, gold):
     eval("1")  # and only while sealed
     return len(tries) - refused
 """
-
-
-@dataclasses.dataclass
-class Settings:
-    tensorboard, wandb = False, ""
-    seed: int = 0
 
 
 @pytest.fixture(scope="module", autouse=True)
