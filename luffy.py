@@ -122,11 +122,11 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False, base
     weight = torch.ones_like(rewards) if baseline is None else baseline.to(rewards.dtype)  # [B]
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. Q-1
     n = group.bincount(weight)  # [Q], rows of each question
-    mean = torch.where(n > 1, group.bincount(weight * rewards) / n.clamp(min=1), 0.0)
+    mean = torch.where(n > 1, group.bincount(weight * rewards) / n, 0.0)
     advantages = rewards - mean[group]
     if not std:
         return advantages
-    variance = group.bincount(weight * advantages**2) / (n - 1).clamp(min=1)
+    variance = group.bincount(weight * advantages**2) / (n - 1)
     sigma = torch.where(n > 1, variance.sqrt(), 1.0)
     if baseline is not None:
         sigma = torch.where(sigma < 1e-9, 1.0, sigma)  # 0 but for rounding

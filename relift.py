@@ -131,11 +131,11 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> T
     """
     _, group = groups.unique(return_inverse=True)  # [B], 0 .. Q-1
     n = group.bincount()  # [Q], rows of each question
-    mean = torch.where(n > 1, group.bincount(rewards) / n.clamp(min=1), 0.0)
+    mean = torch.where(n > 1, group.bincount(rewards) / n, 0.0)
     advantages = rewards - mean[group]
     if not std:
         return advantages
-    variance = group.bincount(advantages**2) / (n - 1).clamp(min=1)
+    variance = group.bincount(advantages**2) / (n - 1)
     sigma = torch.where(n > 1, variance.sqrt(), 1.0)
     return advantages / (sigma[group] + 1e-6)
 

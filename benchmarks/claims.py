@@ -473,6 +473,7 @@ def page(folder: Path, document: Path) -> str:
         about = (f"{'Quick run: s' if 'quick' in picture else 'S'}eeds {', '.join(map(str, found['seeds']))}; "
                  f"{found['problems']} test problems, {found['tries']} answers each; commit {found['commit']}; "
                  f"{found['machine']}; {found['core_seconds'] / 60:.0f} minutes of one core to train.")  # fmt: skip
+        about = textwrap.fill(about, 100, break_on_hyphens=False)
         parts[name] = f"{about}\n\n{block_table(found)}\n\n![Rows, claims and curves of {name}]({picture})"
     text = document.read_text()
     for name, part in parts.items():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import luffy
+import relift
 from common.data import InputError, pack, plan_micro_batches
 from common.rows import given_logps
 from common.trainer import World
@@ -50,9 +51,13 @@ def test_group_advantages_are_the_published_ones(case):
         )
 
 
-def test_std_is_the_unbiased_one_plus_epsilon():
-    rewards, groups = f64([1, 0, 0, 0]), torch.zeros(4, dtype=torch.long)
-    assert_equal(group_advantages(rewards, groups, std=True), ((rewards - 0.25) / (0.5 + 1e-6)).tolist())
+@pytest.mark.parametrize("group_advantages", [luffy.group_advantages, relift.group_advantages])
+def test_std_is_the_unbiased_one_plus_epsilon(group_advantages):
+    """In groups of one (std 1), two and four rows."""
+    rewards, groups = f64([1, 0, 0, 0, 1, 0, 0.7]), torch.tensor([3, 3, 3, 3, 5, 5, 1])
+    expected = [*((rewards[:4] - 0.25) / (0.5 + 1e-6)).tolist(), *[x / (0.5**0.5 + 1e-6) for x in (0.5, -0.5)],
+                0.7 / (1 + 1e-6)]  # fmt: skip
+    assert_equal(group_advantages(rewards, groups, std=True), expected)
     assert group_advantages(f64([1, 1]), torch.zeros(2, dtype=torch.long), std=True).abs().max() == 0
 
 
@@ -327,18 +332,17 @@ def test_given_probabilities_reach_the_update_and_tis_weighs_own_tokens_alone():
     start = 0
     for row in rows:
         drawn = own[start : start + len(row.response)]
-        row.sampler_logps = [math.log(0.4)] * len(row.response) if row.teacher else drawn.tolist()
+        row.sampler_logps = [math.log(0.4)] * len(row.response) if row.teacher else (drawn - math.log(2)).tolist()
         start += len(row.response)
-    gradients = []
-    for tis_cap in (0.0, 1.0):
-        accumulate_gradient(policy, rows, None, dataclasses.replace(args, entropy_coef=0.0, tis_cap=tis_cap), ONE_RANK)
-        gradients.append(policy.table.grad)
-        policy.table.grad = None
     batch = pack([(row.prompt, row.response) for row in rows])
     teacher = torch.tensor([row.teacher for row in rows])[batch.sequence]
     advantage = f64([row.advantage for row in rows])[batch.sequence]
-    logp = policy(batch)
-    loss = -advantage * torch.where(teacher, logp.exp() / (0.4 + 1e-6), (logp - logp.detach()).exp())
-    (loss.sum() * args.loss_rows / len(rows) / args.max_response_tokens).backward()
-    for gradient in gradients:
+    for tis_cap, weight in ((0.0, 1.0), (1.5, 1.5), (4.0, 2.0)):  # the sampler's probabilities are half of the policy's
+        settings = dataclasses.replace(args, entropy_coef=0.0, tis_cap=tis_cap)
+        policy.table.grad = None
+        accumulate_gradient(policy, rows, None, settings, ONE_RANK)
+        gradient, policy.table.grad = policy.table.grad, None
+        logp = policy(batch)
+        loss = -advantage * torch.where(teacher, logp.exp() / (0.4 + 1e-6), weight * (logp - logp.detach()).exp())
+        (loss.sum() * args.loss_rows / len(rows) / args.max_response_tokens).backward()
         torch.testing.assert_close(gradient, policy.table.grad, rtol=1e-6, atol=1e-9)
