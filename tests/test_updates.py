@@ -338,6 +338,23 @@ def test_metrics_of_tokens_are_means_over_the_rows_that_have_a_gradient(module):
     assert log["policy/entropy"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("module", [luffy, relift])
+def test_metrics_of_demonstrations_are_means_over_their_tokens(module):
+    """Over all micro-batches; the loss is a mean of the rows' means."""
+    sequences = [([0], [1, 2]), ([0], [3, 4, 1, 2, 0])]
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).tolist()
+    logp, entropy = Bigram(table)(pack(sequences), entropy=True)
+    expected = {"loss": -(logp[:2].mean() + logp[2:].mean()) / 2, "entropy": entropy.mean(), "logp": logp.mean()}
+    names = {"loss": "loss/sft", "entropy": "policy/entropy", "logp": "teacher/logp"}
+    args = dataclasses.replace(module.Args(), micro_batch_tokens=5, sft_rows_per_mean=1)
+    if module is relift:
+        names, args.sft_entropy_coef = {name: f"sft/{name}" for name in expected}, 0.0
+    rows = [module.Row(prompt, response, 0, True) for prompt, response in sequences]
+    log = module.accumulate_sft_gradient(Bigram(table), rows, args, ONE_RANK)
+    assert [log[names[name]] for name in expected] == pytest.approx([value.item() for value in expected.values()])
+    assert log.get("sft/length", 3.5) == 3.5
+
+
 def test_metrics_of_traces_are_means_over_their_tokens_at_the_settings_gamma():
     """Whether RL or SFT learns them; the SFT term of rl_sft is in no policy loss."""
     row, policy = luffy.Row([0], [1, 2, 3], 0, True, advantage=0.5), Bigram(torch.eye(5).tolist())
