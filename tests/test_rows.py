@@ -485,6 +485,19 @@ def test_a_history_stands_before_the_instruction():
         read_row(row | {"history": "1+1?"}, "row")
 
 
+def test_an_input_stands_behind_its_instruction():
+    item = read_row({"instruction": "Add.", "input": "2, 2", "output": "4"}, "row 0")
+    assert item.question == item.prompt[0]["content"] == "Add.\n\n2, 2"
+
+
+def test_chosen_and_rejected_may_be_whole_conversations():
+    """Of several turns; a system turn that stands in one column alone is no other question."""
+    asked = [TURN, {"role": "assistant", "content": "4"}, {"role": "user", "content": "Sure?"}]
+    chosen, rejected = ([*asked, {"role": "assistant", "content": text}] for text in ("Yes.", "No."))
+    item = read_row({"chosen": chosen, "rejected": [{"role": "system", "content": "Think."}, *rejected]}, "row 0")
+    assert item.prompt == asked and [(t.reward, t.text) for t in item.traces] == [(1.0, "Yes."), (0.0, "No.")]
+
+
 def test_a_question_stands_behind_its_passage_and_before_its_options():
     given = {"context": "Tom has 3 apples.", "question": "How many?", "options": ["A. 3", "B. 4"], "answer": "A"}
     item = read_row(given, "row 0")
@@ -500,6 +513,8 @@ def test_a_question_stands_behind_its_passage_and_before_its_options():
         ({"question": ASK, "image": {"bytes": "x"}, "answer": "4"}, "the row has an image"),
         ({"prompt": ASK, "initial_reason_steps": "a", "chosen": "b", "rejected": "c"}, "go on from 'initial_reason_st"),
         ({"prompt": ASK, "answer": ["4", "5"]}, "the gold answer is a list of 2: write it as one text"),
+        ({"prompt": ASK, "answer": True}, "the gold answer is neither text nor a number"),
+        ({"prompt": ASK, "answer": {"value": 4}}, "the gold answer is neither text nor a number"),
         ({"prompt": ASK, "response": "4", "label": "1"}, "'label' must be 1 .right. or 0"),
         ({"prompt": "[{'role': 'user', 'content': 'x'}\n {'role': 'user'}]", "answer": "4"}, "'prompt' holds turns"),
         ({"prompt": [TURN], "target": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "'target' must be"),
