@@ -112,6 +112,11 @@ class Given(torch.nn.Module):
         return (logp, 2 * logp) if entropy else logp
 
 
+def test_without_a_clip_the_loss_is_that_of_the_ratio():
+    logp, old = torch.tensor([0.6, 0.1]).log(), torch.tensor([0.2, 0.2]).log()
+    torch.testing.assert_close(policy_token_loss(logp, old, torch.tensor([1.0, -1.0])), torch.tensor([-3.0, 0.5]))
+
+
 def published_update(micro_batch_tokens, **changes):
     lengths = ADVANTAGES["lengths"]
     new = torch.tensor(LOSS["new"], dtype=torch.float64, requires_grad=True)

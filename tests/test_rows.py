@@ -584,7 +584,7 @@ def test_a_blank_answer_beside_a_solution_is_the_solutions_box(answer):
     assert read_row({"problem": "P", "answer": answer, "solution": r"so \boxed{7}"}, "row").gold == "7"
 
 
-@pytest.mark.parametrize("gold", ["", "  ", float("nan"), None])
+@pytest.mark.parametrize("gold", ["", "  ", float("nan"), float("-inf"), None])
 def test_a_blank_gold_is_left_out_of_training_and_refused_by_row_in_an_evaluation(gold, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row(), row(gold=gold))))
     with pytest.raises(InputError, match=r"rows.jsonl, row 1: the gold answer is missing or blank.*remove the row"):
