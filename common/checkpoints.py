@@ -87,8 +87,9 @@ class Checkpoints:
     def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
         """background: write while training goes on; None: on CUDA."""
         self.folder, self.keep = folder, keep
-        script = Path(inspect.getfile(type(args))).name
-        self.settings = json.loads(json.dumps(dataclasses.asdict(args))) | {"script": script}
+        script = Path(inspect.getfile(type(args)))
+        self.settings = json.loads(json.dumps(dataclasses.asdict(args))) | {"script": script.name}
+        self.code = _sha256(script).hex()  # of the script as it runs, whatever is written into it meanwhile
         self.data = None  # digest of what is trained on (check_data)
         self.background = torch.cuda.is_available() if background is None else background
         self._writer = ThreadPoolExecutor(1)
@@ -135,6 +136,9 @@ class Checkpoints:
         if state and world.main and state["ranks"] != world.size:
             print(f"{path} was made by {state['ranks']} ranks, and {world.size} resume: sums are rounded in another "
                   "order, so the run is not bit for bit the same", file=sys.stderr)  # fmt: skip
+        if state and world.main and state.get("code", self.code) != self.code:
+            print(f"WARNING: {self.settings['script']} has changed since {path} was written: the run goes on with the "
+                  "new code; another --out starts anew", file=sys.stderr)  # fmt: skip
         return state
 
     def check_data(self, state: dict | None, digest: str, flags: str) -> None:
@@ -190,7 +194,7 @@ class Checkpoints:
         for name, (model, _) in pairs.items():  # without the path that the model was read from
             about = {"dtype": str(model.lm.saved_dtype).removeprefix("torch."), "_name_or_path": ""}
             configs[name] = model.lm.config.to_dict() | about
-        state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data}
+        state = {"step": step, "ranks": world.size, "settings": self.settings, "data": self.data, "code": self.code}
         lm = pairs["policy"][0].lm
         generation = lm.generation_config.to_dict() if lm.can_generate() else {}
         values = [name for name, (model, _) in pairs.items() if isinstance(model, ValueModel)]

@@ -339,6 +339,19 @@ def test_what_a_file_manager_leaves_in_a_checkpoint_does_not_damage_it(policy, w
     assert saved.state()["step"] == 1 and "WARNING" not in capsys.readouterr().err
 
 
+def test_a_script_that_changed_since_the_checkpoint_is_warned_of(policy, world, tmp_path, capsys, monkeypatch):
+    """By its text when the run began: while it runs the file may be edited."""
+    script = tmp_path / "mine.py"
+    script.write_text("loss = 1")
+    monkeypatch.setattr("common.checkpoints.inspect.getfile", lambda _: str(script))
+    saved = checkpoint(tmp_path)
+    script.write_text("loss = 2")
+    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    assert saved.state()["step"] == 1 and "WARNING" not in capsys.readouterr().err
+    assert checkpoint(tmp_path).state()["step"] == 1
+    assert "WARNING: mine.py has changed since" in capsys.readouterr().err
+
+
 def test_sha256sum_reads_the_checksums(policy, world, tmp_path):
     saved = checkpoint(tmp_path)
     saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
