@@ -14,6 +14,7 @@ import torch
 
 import behavior_injection as bridge
 import luffy
+import oreo
 import redi
 import relift
 from benchmarks.scale import MODELS, activation_bytes
@@ -469,6 +470,19 @@ def test_an_answer_ends_with_every_eos_of_the_generation_config(policy):
     policy.lm.generation_config.eos_token_id = [7, 9]
     tokenizer = trainer.load_tokenizer("models/tiny")
     assert run.stop_ids(policy, tokenizer) == [tokenizer.eos_token_id, 7, 9]
+
+
+def test_models_are_opened_as_the_flags_say_and_their_code_stays_unrun(world, monkeypatch):
+    opened = []
+    for name in ("load_policy", "load_tokenizer"):
+        monkeypatch.setattr(run, name, lambda *_, **options: opened.append(options))
+    monkeypatch.setattr(run, "set_template", lambda *_: None)
+    for args in (RunArgs(), oreo.Args(trust_remote_code=True, compile=True, gradient_checkpointing="none", seed=5)):
+        run.open_tokenizer("x", args)
+        run.open_policy("x", args, world)
+        assert [options["trust_remote_code"] for options in opened[-2:]] == [isinstance(args, oreo.Args)] * 2
+        names = ("compile", "gradient_checkpointing", "seed")
+        assert [opened[-1][name] for name in names] == [getattr(args, name) for name in names]
 
 
 def test_random_weights_are_those_of_the_seed_of_the_run(world):
