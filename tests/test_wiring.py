@@ -23,9 +23,9 @@ from tests.faults.harness import RUNS
 from tests.faults.test_numbers import TABLES
 from tests.test_luffy_math import ONE_RANK
 
-ODD = ["--steps", "3", "--save_every", "0", "--eval_every", "1", "--schedule", "linear", "--warmup", "0.4", "--betas",
-       "0.7", "0.8", "--weight_decay", "0.03", "--max_grad_norm", "0.37", "--eval_temperature", "0.3",
-       "--seed", "5"]  # fmt: skip
+ODD = ["--steps", "3", "--save_every", "0", "--eval_every", "1", "--schedule", "linear", "--warmup", "0.4",
+       "--lr_floor", "0.3", "--betas", "0.7", "0.8", "--weight_decay", "0.03", "--max_grad_norm", "0.37",
+       "--eval_temperature", "0.3", "--seed", "5"]  # fmt: skip
 MORE = {"oreo": ["--value_lr", "3e-3"], "relift": ["--sft_lr", "3e-3", "--sft_on", "all"],
         "behavior_injection": ["--updates_per_step", "2"]}  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_flags_reach_what_they_name(name, tmp_path, monkeypatch):
              for i in range(3 * per_step)]  # fmt: skip
     assert rates == pytest.approx([sum(every[i : i + per_step]) / per_step for i in range(0, len(every), per_step)])
     if name == "oreo":
-        ours = [learning_rate(i, lr=args.value_lr, steps=3, schedule="linear", warmup=0.4) for i in range(3)]
+        ours = [learning_rate(i, lr=args.value_lr, steps=3, schedule="linear", warmup=0.4, floor=0.3) for i in range(3)]
         assert [named["lr"] for _, named in steps][::2] == pytest.approx(ours)
     # AdamW's settings and the clip; relift's SFT updates have an AdamW, a rate and a clip of their own
     for given, _ in steps:
