@@ -352,7 +352,7 @@ def test_metrics_of_demonstrations_are_means_over_their_tokens(module):
     rows = [module.Row(prompt, response, 0, True) for prompt, response in sequences]
     log = module.accumulate_sft_gradient(Bigram(table), rows, args, ONE_RANK)
     assert [log[names[name]] for name in expected] == pytest.approx([value.item() for value in expected.values()])
-    assert log.get("sft/length", 3.5) == 3.5
+    assert module is luffy or log["sft/length"] == 3.5
 
 
 def test_metrics_of_traces_are_means_over_their_tokens_at_the_settings_gamma():
