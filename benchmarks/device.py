@@ -184,8 +184,8 @@ def kind_of(kernel: str) -> str:
 
 
 def random_policy(shape: scale.Shape, world):
-    """A policy of a shape with random weights."""
-    return load_policy("random", world, from_config=dict(
+    """A policy of a shape with random weights, whose layers can recompute their activations."""
+    return load_policy("random", world, gradient_checkpointing=True, from_config=dict(
         model_type="qwen2", hidden_size=shape.hidden, intermediate_size=shape.intermediate, vocab_size=shape.vocab,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, tie_word_embeddings=shape.tied,
         num_key_value_heads=shape.kv_width * shape.heads // shape.hidden, max_position_embeddings=32768,
@@ -214,7 +214,6 @@ def step():
                     continue  # compiling takes half a minute
                 row = {"model": name, "micro-batch": tokens, "tokens": packed, "responses": responses,
                        "layers computed again": again, "compiled": compiled}  # fmt: skip
-                policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
                 for layer, forward in zip(policy.lm.model.layers, eager, strict=True):
                     layer.gradient_checkpointing = again > 0
                     layer.forward = torch.compile(forward, dynamic=True) if compiled else forward

@@ -362,7 +362,9 @@ def load_policy(
     if gradient_checkpointing in (True, "all"):
         if not lm.supports_gradient_checkpointing:
             raise InputError(f"{flag}: {type(lm).__name__} has no checkpointing: use --gradient_checkpointing none")
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # its name from Transformers 5.24 on, where the older one warns
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
         for layer in layers_of(lm):
             layer.forward = torch.compile(layer.forward, dynamic=True)
