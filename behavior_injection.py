@@ -424,7 +424,7 @@ def train(args: Args) -> None:
     world, tokenizer = run.world, open_tokenizer(model, args)
     traces = "ignored" if rl else "needed"
     examples, left_out = read_set(name, tokenizer, args, traces=traces, golds=rl, progress=world.main)
-    if args.prompt_loss and not rl:  # the prompt's tokens but the first, which nothing predicts, join the response
+    if args.prompt_loss and not rl:  # the prompt's tokens join the response, except the first, which nothing predicts
         examples = [replace(e, prompt=e.prompt[:1], trace=e.prompt[1:] + e.trace) for e in examples]
     held_out = read_set("val", tokenizer, args, traces="ignored")[0] if args.eval_every else []
     flag = {"rl": "--batch_size", "sft": "--sft_batch_size"}.get(args.stage, "a batch of")

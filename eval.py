@@ -188,12 +188,12 @@ class Question:
     id: str  # digest of the benchmark's name, turns and gold: the same in every run that asks it
     benchmark: str
     text: str  # the question alone
-    turns: list[dict]  # as its row asks it: what "own" renders
+    turns: list[dict]  # the row's own turns, which --template own renders
     gold: str
     where: str  # file and row, for messages
     index: int  # the row's number, key of a search's random stream
     rendered: str = ""  # the prompt's text, if the row holds it
-    rows: int = 1  # how often the files have it
+    rows: int = 1  # number of rows with this question
     n: int = 1  # answers to draw
     prompt_text: str = ""
     prompt: list[int] = field(default_factory=list)
@@ -283,7 +283,7 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
     path = Path(args.out) / "args.json"
     old = json.loads(path.read_text()) if path.exists() else {}
     if old and "questions_digest" not in old:
-        raise InputError(f"--out {args.out} is the folder of something else than an evaluation: name another")
+        raise InputError(f"--out {args.out} holds something other than an evaluation: name another")
     digests = digests_of({"model": args.model, "value": args.value}, world)
     asked = json.dumps([[q.id, q.prompt, q.n] for q in questions])
     settings = dataclasses.asdict(args) | {
@@ -299,8 +299,8 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
 
 
 def chunks(questions: list[Question], args: Args, *, embedded: bool) -> list[list[Question]]:
-    """Split the questions into those that are sampled together. The split depends on the settings alone, not on ranks
-    or on what is done already: batches of other shapes round differently, which could change a draw."""
+    """Return the questions in groups that are sampled together. Groups depend on the settings alone, not on ranks or on
+    finished questions: batches of other shapes round differently, which could change a draw."""
     each = {"none": 1, "beam": args.width**2}.get(args.search, args.width)  # drawn at once for one answer
 
     def full(part: list[Question]) -> bool:

@@ -1,8 +1,8 @@
 """OREO: offline reasoning optimization (Wang et al., arXiv 2412.16145).
 
 DPO learns from pairs of whole answers, rejection sampling from correct answers alone. OREO learns from single answers,
-correct or not, of which only the end is graded, and finds out which tokens mattered. It trains a value model V beside
-the policy pi until both agree with the reward R at every state of every answer:
+correct or not. Only the end of an answer is graded; OREO finds out which tokens mattered. It trains a value model V
+beside the policy pi until both agree with the reward R at every state of every answer:
 
     V(s_t) = R - beta S_t,      S_t = sum_{i >= t} log [pi(a_i | s_i) / pi_ref(a_i | s_i)]           (soft Bellman)
 
@@ -113,7 +113,7 @@ class Args(RunArgs):
     kl_coef: NotNegative[float] = 0.01  # alpha, weight of the additional KL loss (published; step 0.1, response 0.3)
     rounds: Positive[int] = 1  # Collect and train this many times, except in sft.
     round_init: Literal["last", "first"] = "last"  # last: start from the previous round's models; first: --model
-    round_reference: Literal["last", "first"] = "last"  # last: what sampled the round's rows; first: --reference
+    round_reference: Literal["last", "first"] = "last"  # last: the model that sampled the rows; first: --reference
     pairs_per_question: Positive[int] = 6  # dpo: pairs to draw per question (published: 6; 7B: 10; ALFWorld: 5)
     epochs: Positive[float] = 1.0  # Passes over the rows if --steps is 0 (published: 1; sft: 3)
     batch_size: Positive[int] = 128  # Rows (dpo: pairs) per update; collect: problems to sample at once
@@ -329,8 +329,8 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
 
 
 def as_published(item: Item, row: dict, ask: str) -> Item:
-    """Return a row with GSM8K's or MATH's columns as the published code asks and answers it: its solution, word for
-    word, is the trace. Any other row is returned as it is."""
+    """Return a row with GSM8K's or MATH's columns in the published form: prompt by `ask`, and the unchanged solution as
+    trace. Return any other row unchanged."""
     asked = row.get("problem") or row.get("question")
     kind = item.source or "math"
     if row.get("prompt") is not None or not asked or item.question != asked or kind not in SYSTEM:
@@ -483,8 +483,8 @@ def check(args: Args) -> None:
         if (value := getattr(args, name)) != getattr(Args, name) and args.stage not in stages:
             raise InputError(f"--{name} {value} is for --stage {', '.join(stages)}, not {args.stage}")
     if args.rounds > 1 and args.reference and args.round_reference == "last":
-        raise InputError(f"--reference {args.reference} has no effect with --round_reference last: what collected a "
-                         "round's rows is its reference; add --round_reference first")  # fmt: skip
+        raise InputError(f"--reference {args.reference} has no effect with --round_reference last: a round's reference "
+                         "is the model that collected its rows; add --round_reference first")  # fmt: skip
     if args.stage == "kto" and args.batch_size < 2:
         raise InputError(f"--batch_size {args.batch_size}: kto compares with another row's prompt: 2 or more")
     if args.rounds > 1 and args.rows:

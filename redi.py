@@ -233,8 +233,8 @@ def pair_losses(logps: Tensor, lengths: Tensor, reference: Tensor, args: Args) -
 
 
 def denominator(pairs: list[Pair], args: Args) -> float:
-    """What the losses of an update are divided by: the tokens of its correct traces in sft, else its pairs. A single
-    trace is half a pair."""
+    """Return the denominator of an update's loss: tokens of correct traces in sft, else pairs. A single trace counts as
+    half a pair."""
     if args.stage == "sft":
         return sum(len(p.chosen) for p in pairs)
     return sum(len(p.sequences) for p in pairs) / 2
@@ -345,7 +345,7 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
 
 
 def check(args: Args) -> None:
-    """Raise InputError for settings that cannot work together, and for files that another command makes."""
+    """Raise InputError for settings that cannot work together, and for missing files that another command makes."""
     if args.stage == "sft" and args.loss != "redi":
         raise InputError(f"--loss {args.loss} is of --stage redi, and does nothing in --stage sft")
     loss = "sft" if args.stage == "sft" else args.loss

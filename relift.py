@@ -94,7 +94,7 @@ class Args(RunArgs):
     hard_threshold: Share[float] = 0.0  # Fraction of correct answers up to which a question is hardest (published: 0)
     verify_demonstrations: bool = True  # Use only demonstrations that the verifier accepts (published: no).
     sft_lr: NotNegative[float] = 1e-6  # Learning rate of the SFT updates, constant
-    sft_max_grad_norm: Positive[float] = 8.0  # Clip the SFT gradient norm to this (published: 1, for 1/8 of it).
+    sft_max_grad_norm: Positive[float] = 8.0  # Clip the SFT gradient norm to this (published: 1, on 1/8 of the norm)
     sft_entropy_coef: NotNegative[float] = 0.001  # SFT entropy bonus (the paper reports 1e-4 as best)
     # SFT loss: mean over blocks of this many demonstrations of their token means (published micro-batches: 4 for
     # 7B-Math, else 2). 1 weighs all demonstrations equally; 0 is one block, which weighs all tokens equally.
@@ -175,7 +175,7 @@ def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0
 
 
 def questions_to_buffer(which: str, hardest: list[int], n: int, *, seed: str) -> list[int]:
-    """The questions of 0 .. n - 1 that --sft_on names. "solved" gives fewer if fewer questions are not hardest.
+    """Return the questions of 0 .. n - 1 that --sft_on selects. "solved": all that are not hardest, if these are fewer.
 
     >>> questions_to_buffer("hardest", [1], 3, seed=""), sorted(questions_to_buffer("solved", [0, 2, 3], 5, seed=""))
     ([1], [1, 4])
@@ -202,7 +202,7 @@ class HardestBuffer:
         return len(self.questions)
 
     def add(self, questions: list) -> None:
-        """Put questions in front, in their order. Those that are there already move."""
+        """Put questions in front, in their order. Those that the buffer already holds move to the front."""
         self.questions = list(dict.fromkeys([*questions, *self.questions]))
 
     def take(self, n: int) -> list:
@@ -311,7 +311,7 @@ def check_demonstrations(examples: list, grader: Grader, args: Args, world) -> N
     if len(have) < len(examples) and world.main:
         print(f"warning: {len(examples) - len(have)} of {len(examples)} questions have no demonstration")
     if args.method == "relift" and not with_demonstration(have[:64], examples, grader, args, world)[0] and world.main:
-        print("WARNING: --verifier accepts none of the first 64 demonstrations, so no SFT may happen: do they fit it?")
+        print("WARNING: --verifier accepts none of the first 64 demonstrations, so SFT may never run: do they fit it?")
 
 
 def with_demonstration(questions: list[int], examples, grader: Grader, args: Args, world):

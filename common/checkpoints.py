@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no_dist, w
 
 
 def _to_disk(path: Path) -> None:
-    """Return when what was written to a file or folder is on the disk."""
+    """Wait until everything written to a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -89,7 +89,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         script = Path(inspect.getfile(type(args)))
         self.settings = json.loads(json.dumps(dataclasses.asdict(args))) | {"script": script.name}
-        self.code = _sha256(script).hex()  # of the script as it runs, whatever is written into it meanwhile
+        self.code = _sha256(script).hex()  # of the script that runs, even if its file changes later
         self.data = None  # digest of what is trained on (check_data)
         self.background = torch.cuda.is_available() if background is None else background
         self._writer = ThreadPoolExecutor(1)
@@ -251,7 +251,7 @@ class Checkpoints:
             os.replace(partial, final)
             _to_disk(self.folder)
             for old in self._complete()[: -self.keep]:
-                # renamed first: half a checkpoint must not look like one
+                # renamed first: a half-deleted checkpoint must not look complete
                 os.replace(old, old.with_suffix(".partial"))
                 shutil.rmtree(old.with_suffix(".partial"))
             seconds = time.perf_counter() - start
@@ -260,7 +260,7 @@ class Checkpoints:
 
 
 def _key(kind: str, name: str) -> str:
-    """What a checkpoint calls the "model" or "optim" of a pair."""
+    """Return the key of a pair's "model" or "optim" in a checkpoint."""
     return kind if name == "policy" else f"{kind}-{name}"
 
 

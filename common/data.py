@@ -43,7 +43,7 @@ def first_line(error: Exception) -> str:
 
 
 def not_the_models(error: Exception) -> bool:
-    """Whether an error says nothing of the model: one of ours, of memory, or of a collective whose peer has died."""
+    """Return whether an error is not about the model: an InputError, out of memory, or a collective whose peer died."""
     known = isinstance(error, (InputError, torch.OutOfMemoryError, dist.DistError))
     return known or any(name in str(error) for name in ("gloo", "NCCL"))
 
@@ -62,7 +62,7 @@ def check_works(verifier: str, found: list[tuple[str, str | None]]) -> None:
     """Raise InputError if all verdicts (status, detail) are errors: then the verifier is wrong, not the answers."""
     if found and all(status == "error" for status, _ in found):
         raise InputError(f"--verifier {verifier} failed on all {len(found)} answers ({found[0][1]}): "
-                         "mend it and run the same command again")  # fmt: skip
+                         "fix it and run the same command again")  # fmt: skip
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -99,7 +99,7 @@ def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
 
 BLOCK = {"cpu": 0.94, "cuda": 1.0}  # shortest row of a block of attention, as a fraction of its longest
 RAGGED = (torch.bfloat16, torch.float16)  # what CUDA's kernel for rows of any length computes in
-QUERIES = 512  # whose scores are in memory at once, where attention is written out
+QUERIES = 512  # queries whose scores are in memory at once in `_written_out`
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Packing:
     """How attention lays the T packed tokens out: a row per sequence, longest first, in blocks of rows of one width.
 
     A prompt's tokens are in the row of every sequence that begins with it. On CUDA a block's rows are equally long. On
-    a CPU they are nearly, and right-padded; that needs no mask, because no token sees what comes after it."""
+    a CPU they are nearly so, and right-padded. Padding needs no mask: no token sees what comes after it."""
 
     blocks: list[tuple[int, int]]  # rows and width of each block; C cells in all
     bounds: torch.Tensor  # [B + 1] int32: the cell at which each row begins, and the end
@@ -135,7 +135,7 @@ class TokenBatch:
 
 
 def to_device(values: torch.Tensor, device) -> torch.Tensor:
-    """A CPU tensor on the device. On CUDA through pinned memory: the program goes on while the GPU is still working."""
+    """A CPU tensor on the device. On CUDA use pinned memory, so that the program does not wait for the GPU."""
     pinned = values.pin_memory() if torch.device(device).type == "cuda" else values
     return pinned.to(device, non_blocking=True)
 
@@ -263,7 +263,7 @@ def read(model, batch: TokenBatch) -> torch.Tensor:
     """Final hidden states [T, H]; the model's attn_implementation must be "packed"."""
     token = _packing.set(batch.packing)
     try:
-        # a mask says that nothing is padding: without one Transformers would look for sequences in the positions
+        # this mask marks nothing as padding; without a mask Transformers would infer sequences from position_ids
         mask = torch.ones_like(batch.input_ids, dtype=torch.bool)
         out = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
     finally:
@@ -378,7 +378,7 @@ def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[
             batches[-1].append(i)
             room -= length
         return [[batch] for batch in batches]
-    rounds = -(-sum(min(n, max_tokens) for n in lengths) // (ranks * max_tokens))  # or more, if they do not fit so
+    rounds = -(-sum(min(n, max_tokens) for n in lengths) // (ranks * max_tokens))  # a lower bound, raised if needed
     while (bins := _fill_bins(lengths, rounds * ranks, max_tokens)) is None:
         rounds += 1
     bins.sort(key=lambda batch: -sum(cost(lengths[i]) for i in batch))
@@ -386,13 +386,13 @@ def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[
 
 
 def cost(tokens: int) -> float:
-    """A sequence's share of an update's time, in tokens: attention grows with the square of its length. (On an H100
-    1e-4 is between what 7B's and 1.5B's layers take: 0.7e-4 and 1.9e-4.)"""
+    """Return the relative cost of a sequence in tokens: attention grows with the square of its length. (1e-4 is between
+    the factors of 7B's and 1.5B's layers on an H100, 0.7e-4 and 1.9e-4.)"""
     return tokens + 1e-4 * tokens**2
 
 
 def _fill_bins(lengths: list[int], n: int, max_tokens: int) -> list[list[int]] | None:
-    """Each sequence, the longest first, goes to the bin of the least cost; None if it does not fit there."""
+    """Put each sequence, longest first, into the cheapest bin; return the bins, or None if one does not fit."""
     bins: list[list[int]] = [[] for _ in range(n)]
     costs, room = [0.0] * n, [max_tokens] * n
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

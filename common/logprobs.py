@@ -16,8 +16,8 @@ Forward: one pass over tiles [tokens, vocabulary]. Per token: the maximum m so f
 The argmax's own term, exp(0) = 1, stays out of s: where 1 + 1e-12 would be 1 in float32, the log-prob and the entropy
 of a token of probability 1 - 1e-12 keep their relative accuracy.
 
-Backward: every tile of logits becomes its gradient g, which two matrix products take up. With upstream gradients a on
-logp and c on kl, or -c on entropy, for both are the same function of w,
+Backward: every tile of logits becomes its gradient g, which enters two matrix products. With upstream gradients a on
+logp and c on kl (or -c on entropy: both are the same function of w),
 
     g_j = a (1{j = y} - p_j) + c p_j (w_j - u / (1 + s))
     grad_hidden = g @ weight / temperature             grad_weight = g.T @ hidden / temperature
@@ -25,7 +25,7 @@ logp and c on kl, or -c on entropy, for both are the same function of w,
 in float32; 1 - p_y is -expm1(logp), without cancellation. Some models change their logits: `scale` (Cohere, Granite)
 and then a soft cap c (Gemma) make z = c tanh(scale * hidden @ weight.T / c) / temperature, whose slope
 1 - (z temperature / c)^2 multiplies g. The backward computes each tile again, or reads what the forward stored of it
-(`keep`). Products are the library's; the token side is a Triton kernel on CUDA, and elsewhere passes over a tile in
+(`keep`). PyTorch computes the products. The token side is a Triton kernel on CUDA, elsewhere passes over a tile in
 cache. A tile is float32: logits rounded to bf16 move a log-prob by 0.01. docs/logprobs.md has what was measured.
 
 Shapes: N tokens, H hidden, V vocabulary; n and v of a tile.
@@ -61,7 +61,7 @@ def linear_logprobs(
     for bf16 inputs on CUDA, if that takes at most half of the free memory. Not with a cap.
     backend: "triton", "torch", or "auto" for Triton on CUDA and torch elsewhere. chunk_size: tokens at a time,
     tile_size: vocabulary entries at a time, chosen from the shapes when None.
-    IndexError for a target outside [0, V) on the CPU; on a GPU, which a check would stall, its log-prob is NaN.
+    IndexError for a target outside [0, V) on the CPU; a check would stall a GPU, so the log-prob is NaN there.
     """
     settings = _check(hidden, weight, targets, temperature, backend), _form(temperature, cap, scale), entropy
     keep = (_has_room(hidden, weight) if keep is None else keep) and not cap
@@ -73,7 +73,7 @@ def linear_logprobs(
 def logprobs_from_logits(
     logits, targets, *, temperature=1.0, entropy=False, cap=0.0, scale=1.0, backend="auto", chunk_size=None
 ):
-    """The same of logits that exist already: logits [N, V], targets [N] -> logp [N], or (logp [N], entropy [N])."""
+    """Do the same from existing logits: logits [N, V], targets [N] -> logp [N], or (logp [N], entropy [N])."""
     settings = _check(logits, None, targets, temperature, backend), _form(temperature, cap, scale), entropy
     fused, (n, v) = settings[0], logits.shape
     if fused:
@@ -134,7 +134,7 @@ def _form(temperature, cap, scale):
 
 def _tiling(hidden, weight, chunk_size, tile_size):
     """Chunks of tokens and tiles of vocabulary, as slices."""
-    # A CPU's 4 MB stay in cache; a GPU's 512 MB make products that are large enough for its full rate.
+    # 4 MB tiles stay in a CPU's cache; 512 MB tiles make products that are large enough for a GPU's full rate.
     chunk, size = (8192, 2**27) if hidden.is_cuda else (1024, 2**20)
     chunk = max(1, min(len(hidden), chunk_size or max(chunk, size // len(weight))))
     return _slices(len(hidden), chunk), _slices(len(weight), tile_size or max(1, size // chunk))
@@ -177,7 +177,7 @@ class _Head:
         self.dtype = dtype if hidden.is_cuda else self.sum_dtype
 
     def empty(self, r, c):
-        """Memory for a tile, [n, v]: always the same, so the tile before it is lost."""
+        """Return the buffer for a tile, [n, v]. It is reused: the tile before is overwritten."""
         n, v = r.stop - r.start, c.stop - c.start
         if self.buffer is None:  # the first tile is the largest
             self.buffer = torch.empty(n * v, dtype=self.sum_dtype, device=self.hidden.device)
@@ -193,7 +193,7 @@ class _Head:
 
 
 class _Grads:
-    """Takes up tiles of the logits' gradient: all chunks of tokens for one vocabulary tile, then for the next."""
+    """Accumulates tiles of the logits' gradient: all chunks of tokens for one vocabulary tile, then for the next."""
 
     def __init__(self, head, needs):
         self.head = head
@@ -452,7 +452,7 @@ if triton is not None:
 
     @triton.jit
     def _exp_sum_block(x, m, s, BLOCK: tl.constexpr):
-        """_exp_sum for the block of one token: also returns the new m and s, x relative to its maximum, and this."""
+        """_exp_sum for the block of one token: also returns the new m and s, x relative to its maximum top, and top."""
         top, argmax = tl.max(x, 0, return_indices=True)
         top = tl.maximum(top, -1e30)
         x -= top

@@ -20,7 +20,7 @@ from common.trainer import World
 
 
 class Metrics:
-    """metrics.jsonl (one object a step), samples.jsonl, curves.png, a progress bar; rank 0 alone writes."""
+    """metrics.jsonl (one object per step), samples.jsonl, curves.png, a progress bar; rank 0 alone writes."""
 
     def __init__(self, out: Path, args, world: World, *, start: int, steps: int):
         self.out, self.world = out, world
@@ -61,8 +61,8 @@ class Metrics:
             if self.wandb:
                 self.wandb.log(known, step=step)
             if known.get("verifier/own_unparsable") == 1:
-                self.warn(step, "reads none of the model's own answers, or not the golds: samples.jsonl says why "
-                          "(cut by --max_response_tokens? math, the default, needs </think>)")  # fmt: skip
+                self.warn(step, "reads none of the model's own answers, or cannot read the golds: samples.jsonl shows "
+                          "why (cut by --max_response_tokens? math, the default, needs </think>)")  # fmt: skip
             if known.get("reward/teacher") == 0:
                 self.warn(step, "accepts none of the traces: do the gold answers fit it, or were the traces cut? "
                           "samples.jsonl shows both; --verifier robust reads more spellings")  # fmt: skip
@@ -168,7 +168,7 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
 
 
 class Clock:
-    """Seconds by act: `with clock("sample"): ...`, then clock.flush() -> {"seconds/sample": 1.2, ...}.
+    """Seconds by act (phase of a step): `with clock("sample"): ...`; clock.flush() -> {"seconds/sample": 1.2, ...}.
 
     With `profile`, steps 2 to 1 + profile of this run are traced: the trace (for ui.perfetto.dev) goes to
     out/profile, and rank 0 prints the seconds by act and the costliest operations."""

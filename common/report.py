@@ -116,7 +116,7 @@ def disagreements(records: list[dict], verifiers: tuple[str, ...]) -> list[list[
 
 
 def _measured_with(args, names: str) -> dict:
-    """The settings `names`, separated by spaces; of a name with .jsonl the digest of that file in OUT/data."""
+    """Return {name: setting} of space-separated names; for a name in .jsonl, the digest of that file in OUT/data."""
     values = {}
     for name in names.split():
         if name.endswith(".jsonl"):
@@ -144,7 +144,7 @@ def read_results(paths: dict[str, Path], args, names: str) -> dict[str, dict]:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Return rows of cells, the head first, as a Markdown table that is aligned to be read as it is."""
+    """Return rows of cells, the header first, as a Markdown table whose columns are aligned."""
     rows = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]

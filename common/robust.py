@@ -34,6 +34,9 @@ class Unreadable(ValueError):
     """No rule reads the whole answer."""
 
 
+FAULTS = (ValueError, ArithmeticError, NotImplementedError, TypeError, AttributeError, RecursionError)  # of reading
+
+
 # 1. Find the answer of a text.
 
 BARE_BOX = re.compile(
@@ -46,22 +49,28 @@ JOINED_BOXES = re.compile(  # what stands between the boxes of a list
 PLACEHOLDER = re.compile(r"(?i)[\s.…]*+(?:\\text\s*\{)?(?:your |the )?(?:final )?(?:answer)?[\s.…}]*")  # of a box
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
-ANSWER = r"(?:answers?|antwort|r[eé]s?p(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
+ANSWER = r"(?:answers?|ans|final result|antwort|r[eé]s?p(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
 IS = r"(?:[:：]|\b(?:(?:must|should|would) be|is|are|ist|lautet|est?|[èé])\b)(?![\s*_:$]*(?:not|nicht|pas)\b)"
 CHINESE = "(?:答案|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|(?<!不)应)选[:：]?|答えは|답은"
 PHRASE = re.compile(
     rf"(?i)(?:\b{ANSWER}(?: (?:with)?in \\boxed\{{ *\}})?"
     rf"(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$]{{0,4}}(?:{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
 )
+PART_OF = re.compile(r"(?i)\b(?:of|on|than|for|to|times|twice|half) (?:the |this |our )?$")  # half the answer is 42
+# x > \boxed{2}
+ONE_SIDE = re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|[<>≠])[\s$]*$"), re.compile(r"\s*(?:\\(?:neq?|[lg]t)\b|[<>≠])")
 SENTENCE_END = re.compile(
-    r"\n|[.!?](?=\s|$)|[。，]|,\s(?!and\b|or\b|\d|\\|[A-Za-z]\s*=|[^()\n]{0,40}\))|"
-    r"\s(?:because|since|which|so|(?<!times )as|where|but)\b|\s\((?=[a-z])|;\s|<[|/]|\s*(?:です|입니다|이다)"
+    r"\n|[.!?](?=\s|$)|[。，]|[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\d|\\|[A-Za-z ]{1,20}=|[^()\n]{0,40}\))|"
+    r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|\s\((?=[a-z]{2,}[^)])|<[|/]|"
+    r"\s*(?:です|입니다|이다)"
 )
 LAYOUT = (
     "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare "
     "square qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
 ).replace(" ", "|")
-WRAPPER = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)|text|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
+WRAPPER = (
+    r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up|bin|rel|ord)|text|ce|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
+)
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 GOES_ON = re.compile(  # 5 million, 5 times the height, 5 or 6, 5 or more
     rf"(?:[\s$~,()]|\\[,; ]|\\q?quad)*(?:\\text\s?\{{\s?)?(?:(?:{'|'.join(SCALES)}|squared|cubed|times (?:\w|the))\b|"
@@ -90,7 +99,9 @@ def find_answer(text: str) -> str | None:
     >>> find_answer(r"Hence $x=\boxed{1}$ or $x=\boxed{2}$."), find_answer("The answer is 7, since 6 + 1 = 7.")
     ('1, 2', '7')
     """
-    if found := [box for box in boxes(text) if claimed(text, box[0]) and not _echoed(text, *box)]:
+    before, after = ONE_SIDE
+    found = [box for box in boxes(text) if claimed(text, box[0]) and not _echoed(text, *box)]
+    if found := [b for b in found if not before.search(text, max(0, b[0] - 9), b[0]) and not after.match(text, b[1])]:
         start, end, content = found.pop()
         joined = [content]
         while found and JOINED_BOXES.fullmatch(text, found[-1][1], start):
@@ -98,7 +109,10 @@ def find_answer(text: str) -> str | None:
             joined.insert(0, content)
         if retracted(text, end):
             return find_answer(text[end:]) or ""
-        return _with_its_formula(text, start, end, ", ".join(dict.fromkeys(joined)))
+        answer = _with_its_formula(text, start, end, ", ".join(dict.fromkeys(joined)))
+        marked = find_answer(text[end:])
+        later = _last_line(text[end:].partition("\n")[2]) if marked is None else marked
+        return (marked or "") if re.search(r"\d", later) and _differ(answer, later) else answer
     before, closed, _ = text.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
     if opened and closed:
@@ -107,10 +121,21 @@ def find_answer(text: str) -> str | None:
     if "####" in text and not PHRASE.search(more) and not (more.strip() and HEADING.match(line)):
         return line if re.search(r"\d", line) or not more.strip() else more.strip().rpartition("\n")[2]
     phrases = reversed([*PHRASE.finditer(text)])
-    if phrase := next((phrase for phrase in phrases if claimed(text, phrase.start())), None):
-        said = SENTENCE_END.split(text[phrase.end() :], maxsplit=1)[0]
-        return "" if retracted(text, phrase.end()) else re.sub(r"\$|\*\*(?!\w)", "", said)
+    for start, end in [phrase.span() for phrase in phrases]:
+        if claimed(text, start) and not PART_OF.search(text, max(0, start - 20), start):
+            said = SENTENCE_END.split(text[end:], maxsplit=1)[0]
+            said = re.sub(r"\*\*([^*]+)\*\*", r"\1", said)
+            return "" if retracted(text, end) else re.sub(r"\$|\*\*(?!\w)", "", said)
     return None
+
+
+def _differ(answer, later):
+    """Return whether both can be read and are neither equal nor nearly equal."""
+    try:
+        pairs = [*itertools.product(readings(spell(answer)), readings(spell(later)))]
+        return not any(same(a, b) or _near(a, b) for a, b in pairs)
+    except FAULTS:
+        return False
 
 
 def _echoed(text, start, end, content):
@@ -136,13 +161,14 @@ def _with_its_formula(text, start, end, content):
 
 
 NOT_AN_ANSWER = re.compile(  # on a last line: a box, a condition, a hedge, or words behind the last number
-    r"(?i)\\f?box|\?|\b(?:answer|if|for|when|have|about|approx\w*|not)\b|\d[^\d]*(?<![\\a-z])(?!and\b)[a-z]{3}"
+    r"(?i)\\f?box|\?|\b(?:answer|if|for|when|have|about|approx\w*|not|wrong|incorrect|false|erroneous|previous)\b|\d[^\d]*(?<![\\a-z])(?!and\b)[a-z]{3}"
 )
 
 
 def _last_line(text):
     """Return the last line if it has no mark and is nothing but an answer, as `Thus x = 5.`; else ""."""
-    line = re.sub(r"\*\*([^*]+)\*\*", r"\1", text.strip().rpartition("\n")[2])
+    text = re.sub(r"(?:\$\$|\\\[|```\w*)\s*([^\n]*?)\s*(?:\$\$|\\\]|```)$", r"\1", text.strip())  # on lines of its own
+    line = re.sub(r"\*\*([^*]+)\*\*", r"\1", text.rpartition("\n")[2])
     return "" if "<think>" in text or NOT_AN_ANSWER.search(line) else line
 
 
@@ -150,7 +176,7 @@ CHOICE = re.compile(
     rf"(?i)(?:\b(?:{ANSWER}|option|choice)\b[^.\n:：]{{0,40}}?{IS}|"
     rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose)\b|{CHINESE})[ *_:$\n]*"
 )
-CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best)\b")
+CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best|answer)\b")
 def _chosen(text):
     """The label that a response chooses: in its last box, after its last "answer is", or on its last line."""
     marks = [(m.end(), text[m.end() :][:300].partition("\n")[0], True) for m in [*CHOICE.finditer(text)][-50:]
@@ -186,7 +212,8 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
 ).split(), strict=True))  # fmt: skip
 LOOKALIKES = {
     **dict.fromkeys("−–—‐‑‒﹣", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "。": ".",
-    "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "⩽": "≤", "⩾": "≥", "º": "°", "˚": "°",
+    **dict.fromkeys("✅✔✓∴", ""), "µ": "μ", "Ω": r"\Omega", "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}", "⩽": "≤", "⩾": "≥", "º": "°", "˚": "°",
     **{char: rf"\{name} " for char, name in GREEK.items()},
 }  # fmt: skip
 FUNCTIONS = {
@@ -194,17 +221,21 @@ FUNCTIONS = {
     "ln": sympy.log, "log": lambda x: sympy.log(x, 10), "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan
 }  # fmt: skip
 PREFIXES = {"": 0, "nano": -9, "micro": -6, "milli": -3, "centi": -2, "kilo": 3, "mega": 6, "giga": 9,
-            "n": -9, "m": -3, "c": -2, "k": 3, "M": 6, "G": 9}  # fmt: skip
+            "p": -12, "n": -9, "m": -3, "c": -2, "d": -1, "h": 2, "k": 3, "M": 6, "G": 9, "T": 12}  # fmt: skip
 UNITS = {  # name: (what is measured, how many of its first unit); L for a length, t for one over a time
     prefix + name: (measured, sympy.Rational(factor) * sympy.Integer(10) ** exponent)
     for measured, table in {
         "L": "1 + m meter metre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,201168/125 mi mile",
-        "T": "1 + s second,1 sec,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 year,"
+        "T": "1 + s second,1 sec,60 min minute,3600 h hr hour,86400 day,604800 week,2629800 month,31557600 yr year,"
              "315576000 decade,3155760000 century centurie",
         "M": "1 + g gram,1000000 ton tonne,453.59237 lb pound,28.349523125 oz ounce,6350.29318 stone", "Q": "1 pm",
-        "LLL": "0.001 + L l liter litre,0.003785411784 gal gallon,0.000946352946 quart,0.000473176473 pint",
-        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule,1.602176634e-16 + eV",
-        "MLLttt": "1000 + W watt", "Mltt": "1000 + Pa pascal", "A": "1 + A amp ampere", "MLLttta": "1000 + V volt",
+        "LL": "4046.8564224 acre,10000 ha hectare",
+        "LLL": "0.001 + L l liter litre,0.003785411784 gal gallon,0.000946352946 qt quart,0.000473176473 pt pint,"
+               "0.0002365882365 cup,0.00001478676478125 tbsp tablespoon,0.00000492892159375 tsp teaspoon",
+        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule Nm,1.602176634e-16 + eV,3600000000 kWh,4184 + cal calorie",
+        "MLLttt": "1000 + W watt", "Mltt": "1000 + Pa pascal,101325000 atm,100000000 bar,133322.368421 torr",
+        "A": "1 + A amp ampere", "MLLttta": "1000 + V volt", "MLLtttaa": "1000 + ohm", "TA": "1 + C coulomb",
+        "TTTTAAmll": "1/1000 + F farad", "MLLttaa": "1000 + H henry henrie",
         "t": "1 + Hz hertz", "Lt": "5/18 kph kmph kmh,0.44704 mph,463/900 knot", "N": "1 + mol mole",
         "B": "1 + B byte", "D": "1 dollar USD,0.01 cent ¢,0.05 nickel,0.1 dime", "K": "1 + K kelvin",
         "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent pct", "P": "1 am",
@@ -219,10 +250,15 @@ NOT_UNITS = set(  # words after a number that change it, most of them without a 
     "after ago more less fewer greater least most up down between through until score pair half halve third quarter "
     "fourth fifth sixth seventh eighth ninth tenth hundredth thousandth wrong incorrect false lakh crore gross squared "
     "cubed factorial root mod modulo remainder base negative positive north south east west left right choose power "
-    "larger smaller bigger either neither is are was be but only odd even prime divide multiple ten basis".split()
+    "larger smaller bigger either neither is are was be but only odd even prime divide multiple ten basis quadrillion "
+    "mil millionen millones milhões mille millier milliard milliarden tausend mio mrd bn mn juta ribu".split()
 ) | SCALES.keys()
 SHORT_WORDS = NOT_UNITS | set("in the yes st nd rd th am pm mph kph oz lb lbs hrs mins secs sq cu gal mol rad per mm "
                               "cm km ft yd mi sec min hr pct day mg kg ml usd deg".split())  # fmt: skip
+# 3 MHz, but no 3 mn: units that the text does not mark as words
+SHORT_UNITS = {name for name in UNITS if 1 < len(name) < 4 and not name.islower()} | {
+    *"ms ns ps nm dm cup cal atm bar yr yrs qt".split()
+}
 COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -231,12 +267,20 @@ def _repeating(match):  # 0.1\overline{6} as a fraction
     return rf"\frac{{{int(fixed + period) - int(fixed)}}}{{{'9' * len(period) + '0' * len(match[2])}}}"
 
 
+def _is_short_unit(match):
+    return match[0] in SHORT_UNITS and match.string[: match.start()].rstrip()[-1:] in {*"0123456789}/·*"}
+
+
 WORD = re.compile(r"(?<![\\~a-zA-Z])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}")
 PLUS, MINUS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\{,\}|,\\! ?", ","),
+        (r"\{([:-])\}", r"\1"),
+        (r"\\\\ ?\[[\d.]+ ?\w\w\]", r"\\\\"),  # the height of a row
+        (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"(?<=\d) ?x ?(?=10 ?\^)", "×"),
         (r"\\\$|\$|\\[()]|[€£¥]|\\\[|\\\](?!\s*[\d.])", ""),  # marks of money and of formulas; \\[2pt] stays
         (r"\\(?:begin|end) ?\{(?:align|gather)(?:ed)?\*?\}|&(?= ?=)", ""),
         (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|dot|bar) ?\{?(\d+)\}?", _repeating),
@@ -247,6 +291,8 @@ SPELLINGS = [
         (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]|\*\*|\.{2,3}", lambda m: SIGNS.get(m[1] or m[0], m[0])),
         *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: WORD.sub(r" ~\g<0> ", m[1]))] * 3,
         (WRAPPER + "(?![a-zA-Z])", ""),
+        (r"(?<=\d) *[\u4e00-\u9fff]{1,4}(?<![万亿千百十兆折成分半]) *$", ""),  # a unit in Chinese
+        (r"^ *(\d+) *~?to *(\d+) *$", r"\1:\2"),
         (r"\\(mathbb|pmod) ?([A-Z]|\d+)", r"\\\1{\2}"),
         (r"\^\s*\{?\s*°\s*\}?", "°"),
         (r"^(\S+) ?≠ ?([^=≠]+)$", r"\1 ∈ (-∞,\2)∪(\2,∞)"),
@@ -254,17 +300,20 @@ SPELLINGS = [
         (r"^[^=()⦃\[]*[±∓][^=()⦃\[]*$",  # 0, ±3 has three items
          lambda m: ",".join(dict.fromkeys(f"{m[0].translate(PLUS)},{m[0].translate(MINUS)}".split(",")))),
         (r"(?s).*[±∓].*", lambda m: m[0].translate(PLUS) + "," + m[0].translate(MINUS)),
-        (r"(?<![\\~a-zA-Z])(?:infinity|inf|infty)(?![a-zA-Z])", "∞"),
+        (r"(?<![\\a-zA-Z])~?(?:infinity|inf|infty)(?![a-zA-Z])", "∞"),
+        (r"(?i)(?<![\\a-zA-Z])~?(?:negative|minus) *(?=[\d∞])", "-"),
         (rf"(?<![\\a-zA-Z])~?({'|'.join(FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 "),
-        (WORD, lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS) + m[0]),
-        (r"\\(frac|sqrt(?=\d\d))\s*([0-9a-zA-Z])", r"\\\1{\2}"),  # \sqrt53 is not the root of 53
-        (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\frac\1{\2}"),
+        (WORD, lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS or _is_short_unit(m)) + m[0]),
+        (r"(?<=\d) *\\mu *~?(?=[a-zA-Z]+$)", " ~micro"),
+        (r"(?<=\d) *\\Omega *$", " ~ohm"),
+        (r"\\(frac|binom|sqrt(?=\d\d))\s*([0-9a-zA-Z])", r"\\\1{\2}"),  # \sqrt53 is not the root of 53
+        (r"\\(frac|binom)\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\\1\2{\3}"),
         (r"(?<=\d)\s*\^\s*(?:\{ *~(th) *\}|\{ +~(st|nd|rd) +\}| +~(st|nd|rd|th) +)",  # 12^{th}; 2^{nd} is 2^{n d}
          lambda m: f" ~{m[m.lastindex]}"),
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
         (r"\s+", " "),
         (rf"^ ?~?({'|'.join(COUNTS)}) ?$", lambda m: str(COUNTS.index(m[1]))),
-        (r"^(~[A-Z][a-z]+ \d\d?), ?(?=\d{4}$)", r"\1 "),
+        (r"^( ?~[A-Z][a-z]+ \d\d?), ?(?=\d{4}$)", r"\1 "),
         (r"(?:°|~degrees?) ?~?([CF])(?:elsius|ahrenheit)?(?![a-z])", r"~deg\1"),
         (r"~(?:square|sq\.?|(cubic|cu\.?)) ~([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
         (r" ?\( ?(?:~(?:since|because|as)\b[^()·×+*/=]*|((?:~[a-z]+[ ^\d]*)+))\)$", r" \1"),  # 5 (since x > 0)
@@ -413,7 +462,7 @@ def _read(text):
     """Read a text by the first rule that applies, the loosest operator first."""
     text = _trim(text)
     text = text[filler.end() if (filler := FILLERS.match(text)) else 0 :].lstrip("=≈: ")
-    if not text or re.search(r"[…∀∃≡→\"?#@]|(?<![A-Za-z'])'", text):
+    if not text or re.search(r"[…∀∃≡→\"?#@]|(?<![A-Za-z'])'|\([b-h]\) ?\d", text):  # (a) 3 (b) 5 has no rule
         raise Unreadable("a sign that no rule reads" if text else "empty")
     for pattern, value in SETS:
         if re.fullmatch(pattern, text.replace("~", "").lower().strip()):
@@ -715,14 +764,17 @@ OPERATORS = {  # how tightly they bind on their left and on their right
 
 # 4. Compare.
 
+LARGE, SMALL = sympy.Rational(347, 7), sympy.Rational(1, 9)  # with them no point has an integer
+
 def _points(symbols):
-    """Return four points {symbol: number} with all signs of two symbols; one without symbols."""
+    """Return eight points {symbol: number}, large and small, with all signs of two symbols; one without symbols."""
     if len(symbols) > 8:
         raise Unreadable("too many symbols")
     ordered = sorted(symbols, key=str)
     return [
-        {s: (-1) ** (k >> i % 2) * sympy.Rational(37 + 24 * i + 10 * k, 29 + 2 * i) for i, s in enumerate(ordered)}
-        for k in range(4 if symbols else 1)
+        {s: (-1) ** (k >> i % 2) * scale * sympy.Rational(37 + 24 * i + 10 * k, 29 + 2 * i)
+         for i, s in enumerate(ordered)}
+        for k, scale in enumerate([1, 1, 1, 1, LARGE, LARGE, SMALL, SMALL] if symbols else [1])
     ]
 
 
@@ -738,7 +790,7 @@ def _equal_at(a, b, at):
 
 @functools.lru_cache(4096)
 def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Are two formulas equal? Rational numbers exactly, others to 300 digits, with symbols at four points.
+    """Are two formulas equal? Rational numbers exactly, others to 300 digits, with symbols at eight points.
 
     >>> equal(formula("2^{-60}"), formula("2^{-61}")), equal(formula("(x+1)^2"), formula("x^2+2x+1"))
     (False, True)
@@ -752,7 +804,7 @@ def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 
 def _near(exact, rounded):
-    """Is a number a rounded other one?"""
+    """Return whether `rounded` can be `exact` after rounding."""
     a, b = (value.value if isinstance(value, Named) else value for value in (exact, rounded))
     numbers = all(isinstance(x, Number) and x.value.is_number for x in (a, b))
     margin = 0 if numbers and a.value.is_Integer else 0.05
@@ -775,6 +827,8 @@ def _same(a, b):
     match a, b:
         case Number(), Number():
             return _same_quantity(a, b)
+        case Named(name, Group("()")), Group(",") if len(name) == 1 and name.islower():
+            return False  # 2 < x < 7 is not 2, 7
         case Named(), Named():
             return a.name == b.name and same(a.value, b.value)
         case Named(), _:
@@ -803,7 +857,7 @@ def _in_order(items, others):
 
 
 def _paired(items, others):
-    """Has every item a partner of its own among the others?"""
+    """Return whether items and others match one to one."""
     if not items or not others:
         return items == others
     partner = next((i for i, other in enumerate(others) if same(items[0], other)), None)
@@ -843,13 +897,13 @@ def robust(response: str, gold: str) -> bool:
         golds = readings(truth)
         faulty = f"answer unreadable: {answer[:100]}"
         return any(same(a, b) for a in golds for b in readings(spelled))
-    except (ValueError, ArithmeticError, NotImplementedError, TypeError, AttributeError, RecursionError) as error:
+    except FAULTS as error:
         raise NoAnswer(f"{faulty} ({type(error).__name__}: {error})"[:300]) from error
 
 
 def _key(text):
     """A text for comparison: without marks of words and spaces that are not between digits; words in lower case."""
-    text = re.sub(r"(?<!\d) | (?!\d)", "", text.replace("~", " "))
+    text = re.sub(r"(?<!\d) | (?!\d)|(?<=[A-Za-z)])_", "", text.replace("~", " "))  # H_2O is H2O
     if re.fullmatch(r"[A-J](?:(?:[,;&]|and)*[A-J])+", text) and (labels := re.findall("[A-J]", text)) == sorted(labels):
         return "".join(labels)
     return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text

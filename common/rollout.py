@@ -130,8 +130,8 @@ class RoomyLayer(DynamicLayer):
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """SDPA. While a token is decoded, the query heads of one key head are rows of one query; Transformers would repeat
-    the keys for each of them (7-fold in Qwen2.5), as there is a padding mask."""
+    """Compute SDPA. When decoding, the query heads that share a key head become rows of one query. With a padding mask,
+    Transformers would repeat the keys for each of them instead (7-fold in Qwen2.5)."""
     b, heads, new, d = query.shape  # key [b, key heads, T, d], mask [b, 1, new, T]
     if new > 1 or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -173,7 +173,7 @@ class EmbeddedSampler(Sampler):
     def sync(self, policy: Policy, version: int) -> None:
         """Copy the policy's current weights in (a collective: shards are gathered one tensor at a time).
 
-        The first time a few tokens are drawn: InputError if their log-probs are not the policy's own."""
+        The first sync draws a few tokens: InputError if their log-probs are not the policy's own."""
         mine = dict(self.lm.named_parameters()) | dict(self.lm.named_buffers())
         for name, value in full_parameters(policy):
             mine[name].untyped_storage().resize_(mine[name].nbytes)
@@ -314,7 +314,7 @@ class EmbeddedSampler(Sampler):
 
 
 def cache_size(config) -> int:
-    """How many numbers one token's keys and values are, in all layers."""
+    """Return how many numbers the keys and values of one token take in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim
@@ -329,8 +329,8 @@ def change_logits(logits: torch.Tensor, *, cap: float, scale: float) -> torch.Te
 def draw(logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Sampling):
     """logits [b, V] float32, uniforms [b] in [0, 1) -> tokens [b] and their log-probs [b].
 
-    By the inverse of the cumulative distribution, summed in float64: one uniform number a token, and a token
-    of probability zero is never drawn. uniforms None takes the likeliest token."""
+    Inverts the cumulative distribution, summed in float64: one uniform number per token, and a token of
+    probability zero is never drawn. uniforms None takes the likeliest token."""
     if uniforms is None:
         logp = torch.log_softmax(logits, -1)
         token = logp.argmax(-1)

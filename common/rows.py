@@ -162,7 +162,7 @@ def _csv_row(row: dict) -> dict:
     """A row of a .csv file: an empty cell holds nothing, and marks and the weight are numbers."""
     row = {name: value for name, value in row.items() if value}
     for name in [name for name in row if name.lower() in {*MARKS, "weight"}]:
-        with contextlib.suppress(ValueError):  # what is no number is named later
+        with contextlib.suppress(ValueError):  # other values raise an error later
             row[name] = float({"true": 1, "false": 0}.get(row[name].lower(), row[name]))
     return row
 
@@ -215,7 +215,7 @@ def check_template(tokenizer, name: str) -> None:
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{name}: not a Jinja template ({error})") from error
     except (jinja2.TemplateError, TypeError):
-        return  # it wants other turns
+        return  # the template does not accept these turns
     if bare and os.environ.get("RANK", "0") == "0":
         print(f"WARNING: {name}: prompts end without {header!r}, which it puts before an answer: let it write this "
               "if add_generation_prompt", file=sys.stderr)  # fmt: skip
@@ -241,9 +241,9 @@ def render_prompt(tokenizer, messages: list[dict]) -> str:
 
 
 def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
-    """A teacher's trace as the model would have to produce it after this prompt: if the prompt ends with an open
-    `<think>`, without the tag and the white space that the prompt has already. Raises InputError, with `where`, if the
-    prompt ends with a closed thought and the trace has one."""
+    """Return a teacher's trace as the model would have to produce it after this prompt. If the prompt ends with an open
+    `<think>`, it omits the tag and the white space that the prompt has. Raises InputError, with `where`, if the prompt
+    ends with a closed thought and the trace has one."""
     if not trace.startswith("<think>"):
         return trace
     if prompt_text.rstrip().endswith("</think>"):
@@ -289,7 +289,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
             end = ids.index(eos) if eos in ids else len(ids)
             behind = [i for i in ids[end:] if i != eos]
             if behind and tokenizer.decode(behind).strip():
-                raise InputError(f"{row}a trace goes on behind {tokenizer.eos_token}: put turns into 'conversations'")
+                raise InputError(f"{row}a trace continues after {tokenizer.eos_token}: put turns into 'conversations'")
             ids = [*ids[:end], eos]
         else:
             ids = []
@@ -300,7 +300,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
 def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = False) -> Iterator[tuple]:
     """Yield (row number, item, prompt text, prompt ids, the ids of each trace), tokenizing 500 rows at a time.
 
-    read(row, where) -> (item, trace or None, ...), equally many in each row; None leaves it out."""
+    read(row, where) -> (item, trace or None, ...), the same number for each row, or None to leave the row out."""
     unread = 0
     shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
 
@@ -327,7 +327,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
 
 
 def count_unknown(prompts: list[list[int]], tokenizer) -> int:
-    """How many prompts hold unknown tokens. GPT-2's tokenizer, whose unk is its eos, knows all text."""
+    """Return how many prompts hold unknown tokens: 0 if unk is eos, as for GPT-2's tokenizer, which knows all text."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     return 0 if unknown in (None, tokenizer.eos_token_id) else sum(unknown in ids for ids in prompts)
 
@@ -433,7 +433,7 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
         p p p r r r r    r r r r r r
         actions 1 1 1 1  0 0 0 1 1 1
 
-    If the template closes turns with no token, none is trained. InputError if it changes earlier turns later on."""
+    If the template puts no token after a turn, none is trained there. InputError if it changes earlier turns later."""
     text, ids, actions, (closing, _) = "", [], [], turn_end(tokenizer)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"][skip_turns:]
     if not turns:
@@ -505,7 +505,7 @@ def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, in
             response, mask = response[:longest], mask and mask[:longest]
         if not prompt or not response or (mask and not any(mask)):
             raise InputError(f"{where}: no prompt, or no action token; remove the row")
-        question = str(row.get("question")), tuple(prompt)  # files of several sources may number alike
+        question = str(row.get("question")), tuple(prompt)  # sources may use the same question numbers
         number = questions.setdefault(question, len(questions))
         found.append((prompt, response, mask, trace.reward, number, index))
     return found, with_kept(found, count, source, args)

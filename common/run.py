@@ -69,8 +69,8 @@ Cap = Annotated[T, ("1 or more, or 0 for none", lambda x: x == 0 or x >= 1)]
 
 @dataclass
 class RunArgs:
-    """Flags of every training script. A comment is its flag's help. Those that may change when a run resumes stand in
-    `Checkpoints.FREE`.
+    """Flags of every training script. The comment of a flag is its help. `Checkpoints.FREE` lists the flags that may
+    change when a run resumes.
 
     Scripts that sample add --temperature, those with RL also --updates_per_step: functions here read both."""
 
@@ -130,12 +130,12 @@ def check_ranges(args) -> None:
             if isinstance(rule, tuple) and not rule[1](getattr(args, name)):
                 raise InputError(f"--{name} must be {rule[0]}, not {getattr(args, name)}")
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        if choices and getattr(args, name) not in choices:  # typed ones are checked already; a preset's are not
+        if choices and getattr(args, name) not in choices:  # tyro has checked typed values, but not a preset's
             raise InputError(f"--{name} must be one of {', '.join(map(repr, choices))}, not {getattr(args, name)}")
 
 
 def check_flags(args) -> None:
-    """Raise InputError for a value outside the range of its type, and for flags that every script combines alike."""
+    """Raise InputError for a value outside the range of its type, and for combinations that no script accepts."""
     check_ranges(args)
     if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
         raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
@@ -147,7 +147,7 @@ def check_flags(args) -> None:
 
 
 def count_steps(settings: dict, per_epoch: int) -> int:
-    """The steps that --steps, or if it is 0 --epochs, means for data of so many batches."""
+    """Return the number of steps: --steps, or if it is 0, what --epochs gives at `per_epoch` batches per epoch."""
     return settings["steps"] or max(1, int(round(settings["epochs"] * per_epoch, 6)))
 
 
@@ -173,14 +173,12 @@ class Run:
 
     def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, sequences=None,
              source: str = "", batch_flag: str = "--batch_size", models: dict | None = None) -> None:  # fmt: skip
-        """Check that data and start models are those of the checkpoint, and that the data fills a batch; count the
-        steps.
+        """Check that data and start models match the checkpoint and that the data fills a batch; count the steps.
 
-        items: what the loop trains on; those that are no Example need key and sequences. key(item): what the digest of
-        the data is made of, a tuple of lists of ids, texts and numbers. sequences(item): the (prompt, response) pairs
-        that the model reads of it. source, batch_flag: what messages call the data and the batch size, if not --data
-        and --batch_size. models: the paths of the models that training starts from, by their flags, if not --model
-        alone."""
+        items: what the loop trains on. Items that are not Examples need key and sequences. key(item): a tuple of lists
+        of ids, texts and numbers, from which the digest of the data is made. sequences(item): the (prompt, response)
+        pairs that the model reads. source, batch_flag: what messages call the data and the batch size, if not --data
+        and --batch_size. models: {flag: path} of the models that training starts from, if not --model alone."""
         args = self.args
         sequences = sequences or (lambda e: [(e.prompt, e.trace or [])])
         key = key or (lambda e: (e.prompt, e.trace, e.gold, *([str(e.trace_logps)] if e.trace_logps else [])))
@@ -208,8 +206,8 @@ class Run:
             print(f"{source}: {in_words(left_out, args)}; {len(held_out)} held-out; {self.steps} steps of "
                   f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
             if self.start < self.steps != before and (args.schedule != "constant" or args.warmup):
-                print(f"WARNING: it was a run of {before} steps: the learning rate is now that of {self.steps} and may "
-                      "rise", file=sys.stderr)  # fmt: skip
+                print(f"WARNING: the checkpoint is of a run of {before} steps; the schedule now has {self.steps}, so "
+                      "the learning rate may rise", file=sys.stderr)  # fmt: skip
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check the disk's free space. more: further pairs that are trained, such as
@@ -337,7 +335,7 @@ class Run:
         for name, (model, _) in self.pairs.items():
             if model is not self.policy:
                 export(model, self.tokenizer, self.out / name, self.world)
-        export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: it says that the run is complete
+        export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: OUT/model marks the run as complete
         sampler.close()
         self.clock.close()
         self.metrics.close()
@@ -356,8 +354,8 @@ def keep_weights(out: Path, models: dict[str, str], compare: bool, world: World)
 
 
 def lock(out: Path, world: World, name: str = ".lock"):
-    """Make the run folder and lock it while the file that is returned is open. InputError if another process holds the
-    lock, such as a rank of a torchrun that was killed, or the folder cannot be made."""
+    """Lock the run folder, made if needed, and return the lock file; closing it unlocks. Raises InputError if the
+    folder cannot be made or another process holds the lock, such as a rank of a torchrun that was killed."""
     if not world.main:
         return None
     try:
@@ -428,7 +426,7 @@ def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) ->
     rows = sample_rows(sampler, examples, mine, [1] * len(examples), args, world, seed=args.seed + 1, grader=grader,
                        temperature=args.eval_temperature)  # fmt: skip
     grader.wait()
-    # a few numbers of each row: with their ids and log-probs all answers would be gigabytes on every rank
+    # gather a few numbers per row: with ids and log-probs, the rows would take gigabytes on every rank
     results = [(r.example.source, r.reward, r.truncated, len(r.response), (r.status, r.detail)) for r in rows]
     sources, rewards, truncated, lengths, verdicts = zip(*gather_lists(results, world), strict=True)
     check_works(args.verifier, verdicts)
@@ -513,8 +511,8 @@ def keep_answers(
     """Sample n answers to each example, grade them, keep them in `path` (a question per line), and return them:
     [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
 
-    After a stop the next call resumes: --batch_size questions are made at once. load() -> policy is called if answers
-    are missing. settings: what the answers depend on, kept beside `path`. InputError if the kept ones differ."""
+    Makes the answers to --batch_size questions at a time; an interrupted call can be resumed. load() -> policy is
+    called if answers are missing. settings: what they depend on, kept beside `path`. InputError if kept ones differ."""
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
     kept = len(read_records(path))
     names = [name for name in settings if kept and name != "model"]  # model: by its digest
@@ -582,8 +580,8 @@ class Grader:
         self.jobs = []
 
     def gather(self, rows: list[Row], world: World) -> list[Row]:
-        """`wait`; return the rows of all ranks, on every rank, by question. InputError if the verifier failed on all
-        of them, unless they are traces alone."""
+        """Wait, then return the rows of all ranks, on every rank, sorted by question. Raises InputError if the verifier
+        failed on every row, unless all rows are traces."""
         self.wait()
         rows = sorted(gather_lists(rows, world), key=lambda row: row.group)
         if not all(row.teacher for row in rows):
@@ -592,11 +590,11 @@ class Grader:
 
 
 def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: str, world: World) -> None:
-    """Write settings to a JSON file. compared: names of those that must be the same in the file that is there; if some
-    differ, InputError with `message`. Empty if nothing was made with the file's settings yet."""
+    """Write settings to a JSON file. compared: names of the settings that must equal those in the existing file;
+    empty if nothing was made with them yet. Raises InputError, beginning with `message`, if some differ."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
     if compared and not path.exists():
-        raise InputError(f"{path}, which says what made the files beside it, is missing: name another --out")
+        raise InputError(f"{path} is missing, so the settings of the files beside it are unknown: name another --out")
     if compared and (changed := changed_settings(json.loads(path.read_text()), settings, compared)):
         raise InputError(f"{message} ({changed}): use the same settings to resume, or another --out")
     dist.barrier()  # all have compared before one writes
@@ -621,7 +619,7 @@ def read_records(path: Path) -> dict:
 
 
 def write_records(path: Path, records: list[dict]) -> None:
-    """Write `path`, one record per line. What lies beside it is then no longer needed."""
+    """Write `path`, one record per line, and delete the ranks' part files, which it replaces."""
     write_lines(path, records)
     for part in part_files(path):
         part.unlink()
@@ -697,7 +695,7 @@ def split_updates(rows: list[Row], args) -> list[list[Row]]:
 def micro_batches(rows: list, args, world: World, sequences=lambda row: [(row.prompt, row.response)]):
     """Yield this rank's packed micro-batches of an update: (token batch, its rows). Every rank gets the same number.
 
-    sequences(row): its (prompt, response) pairs, which stay in one micro-batch. Repeated calls split alike."""
+    sequences(row): its (prompt, response) pairs, which stay in one micro-batch. Repeated calls give the same split."""
     parts = [sequences(row) for row in rows]
     lengths = [sum(len(prompt) + len(response) - 1 for prompt, response in part) for part in parts]
     plan = plan_micro_batches(lengths, world.size, args.micro_batch_tokens)
@@ -727,8 +725,8 @@ def policy_logps(policy, rows: list[Row], args, world: World) -> list[torch.Tens
 
 
 def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per: int, own=None) -> None:
-    """Add to the metrics, as means over `per` own tokens: how far the policy is from the one that sampled them, and the
-    trainer's log-probs from the sampler's (mismatch/). [N] each; own None: all tokens."""
+    """Add to the metrics, as means over `per` own tokens: how far the policy is from the one that sampled them, and how
+    far the trainer's log-probs are from the sampler's (mismatch/). [N] each; own None: all tokens."""
     own = torch.ones_like(logp, dtype=torch.bool) if own is None else own
     log_ratio = torch.where(own, logp - old_logp, 0.0)
     gap = torch.where(own, old_logp - sampler_logp, 0.0).double()
@@ -739,8 +737,8 @@ def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per:
 
 
 def truncated_importance(old_logp: torch.Tensor, sampler_logp: torch.Tensor, cap: float) -> torch.Tensor:
-    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025): one model's probability
-    as the trainer and as the sampler compute it. 1 where the sampler's is unknown (NaN).
+    """w = min(p_old / p_sampler, cap), elementwise, without gradient (TIS: Yao et al. 2025): the same policy's
+    probabilities, computed by trainer and sampler. w is 1 where the sampler's is unknown (NaN).
 
     >>> truncated_importance(torch.log(torch.tensor([0.2, 0.9])), torch.log(torch.tensor([0.2, 0.1])), 2.0).tolist()
     [1.0, 2.0]

@@ -1,10 +1,10 @@
-"""Search at test time, guided by a value model: a text that is not finished can be judged before there is an answer.
+"""Search at test time, guided by a value model, which can judge an unfinished text before there is an answer.
 
     found = search_answers("beam", sampler, value, prompts, keys, world, width=5, ...)      [questions][answers]
 
 best_of_n    `width` whole answers; the value chooses one
-beam         `width` next steps of each of `width` states; the value chooses states to go on, and the answer
-best_of_k    `width` next steps of one state; the value chooses one to go on
+beam         `width` next steps of each of `width` states; the value chooses the states to continue, and the answer
+best_of_k    `width` next steps of one state; the value chooses the one to continue
 
 The value is that of the text so far, for a finished answer without its eos: the states that a value model is trained on
 (oreo.py). Steps end with a token that holds a delimiter, such as a newline.

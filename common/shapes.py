@@ -48,7 +48,7 @@ class Trace:
 
     text: str
     reward: float | None = 1.0  # above 0: correct; None: nobody graded it
-    ids: list[int] | None = None  # where a model drew it: its ids, the one that ended it included
+    ids: list[int] | None = None  # its ids if a model sampled it, including the one that ended it
     actions: list | None = None  # which of them are the model's own; None: all
     probs: list | None = None  # the probability that its author gave to each of its tokens
 
@@ -191,7 +191,7 @@ def _turns(value, name: str) -> list[dict]:
 
 
 def _turn(turn: dict, name: str) -> dict:
-    """A turn, {role, content} or {from, value}, with the thought of an assistant's in its content."""
+    """Return a turn, {role, content} or {from, value}, as {role, content}; content includes an assistant's thought."""
     turn = {key: value for key, value in turn.items() if value is not None}  # files that mix both forms hold nulls
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if role is None or content is None or turn.get("tool_calls"):
@@ -332,7 +332,7 @@ def _luffy(row: dict) -> Item:
 
 def _pair(row: dict) -> Item:
     if not _blank(row.get("initial_reason_steps")):
-        raise ValueError("'chosen' and 'rejected' go on from 'initial_reason_steps': join them to whole answers")
+        raise ValueError("'chosen' and 'rejected' continue 'initial_reason_steps': join them into whole answers")
     whole = row["chosen"][:-1] if isinstance(row.get("chosen"), list) else None
     item = _asked({"prompt": row.get("conversations") or whole} | row)
     item.traces = _trace(row, "chosen", item.prompt) + _trace(row, "rejected", item.prompt, reward=0.0)
@@ -382,8 +382,8 @@ def _responses(row: dict) -> Item:
 
 
 def _generations(row: dict) -> Item:
-    """OpenR1-Math. Raw: both verifiers must accept (REDI's rule). 220k: one; the second was asked only if
-    the first did not."""
+    """Read OpenR1-Math. Raw: both verifiers must accept a trace (REDI's rule). 220k: one must; the second was run only
+    where the first did not accept."""
     rule, verdicts = any, [row[name] for name in ("correctness_math_verify", "correctness_llama") if name in row]
     if "correctness" in row:
         nulls = [None] * len(row["generations"])
@@ -469,8 +469,8 @@ def _options(row: dict) -> dict[str, str]:
 
 
 def _right_option(row: dict, options: dict) -> str:
-    """The label of the right option, "" if no column names it. Beside a response 'label' and 'correct' are its marks;
-    elsewhere they name the option, and are taken out of the row."""
+    """The label of the right option, "" if no column names it. 'label' and 'correct' grade the response if the row has
+    one; otherwise they name the option, and are removed from the row."""
     marks = () if row.keys().isdisjoint(RESPONSES) else MARKS
     names = [name for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks]
     for name in names:

@@ -92,7 +92,7 @@ def launch(main, args) -> None:
         if isinstance(error, InputError):
             code, said = 2, f"{script}: error: {error}"
         elif isinstance(error, KeyboardInterrupt):
-            code, said = 130, f"{script}: interrupted; run the same command to go on"
+            code, said = 130, f"{script}: interrupted; run the same command to resume"
         if _first_to_fail():
             print(said, file=sys.stderr, flush=True)
         _leave(code)
@@ -135,7 +135,7 @@ class World:
 def init_world(timeout_minutes: float = 30.0) -> World:
     """Join the ranks that torchrun started (nccl on CUDA, gloo on CPU), or be a world of one process.
 
-    Raises InputError where there is an NVIDIA GPU that torch, which was built for CUDA, cannot use."""
+    Raises InputError if torch was built for CUDA and cannot use this machine's NVIDIA GPU."""
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     if not cuda and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and NVIDIA_DRIVER.exists():
@@ -168,7 +168,7 @@ def init_world(timeout_minutes: float = 30.0) -> World:
 
 
 def gather_lists(items: list, world: World, group=None) -> list:
-    """Concatenate a list of plain objects over the ranks, in rank order, for every rank."""
+    """Return, on every rank, all ranks' lists of plain objects concatenated in rank order."""
     if world.size == 1:
         return items
     parts: list = [None] * world.size
@@ -191,8 +191,8 @@ class Totals:
         self.world, self.sums, self.maxima = world, {}, {}
 
     def add(self, values: dict[str, torch.Tensor], per: float = 1) -> None:
-        """Add scalar tensors / per. (They are summed over micro-batches and ranks: add a constant to what `reduce`
-        returns.)"""
+        """Add scalar tensors / per. They are summed over micro-batches and ranks, so do not pass a constant: add it
+        to what `reduce` returns."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() / per
 
@@ -309,8 +309,8 @@ def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "--model"):
     """The tokenizer of a model folder or Hub name. InputError, with `flag`, if there is none or it has no eos."""
     try:
-        # AutoTokenizer goes by the model's type: a Qwen2 folder gets Qwen2's own pre-tokenizer, even where its
-        # tokenizer.json is another one and says so by naming no class of its own
+        # AutoTokenizer goes by the model's type: a Qwen2 folder gets Qwen2's pre-tokenizer even if its tokenizer.json
+        # has a different one, which tokenizer_config.json marks by naming a generic class
         generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -393,7 +393,7 @@ def _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_hea
             edit_config(config)
         _check_config(config, flag, kind)
         _prepare_config(config)
-        saved_dtype = config.dtype or torch.float32  # what export writes; to build a model changes the configuration's
+        saved_dtype = config.dtype or torch.float32  # what export writes; building a model changes config.dtype
         has_value_head = any(name in str(config.architectures) for name in VALUE_HEADS)
         if kind is ValueModel and not (has_value_head or new_head or from_config):
             raise InputError(f"{flag}: no trained value head there: {config.architectures}; oreo.py trains one")
@@ -443,9 +443,9 @@ UNREAD = ".masked_bias"  # a number that old GPT-2 folders hold beside the weigh
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Longest sequence that the model takes, with results that no batch changes; None: no limit.
+    """Return the longest sequence whose results do not depend on the rest of its batch; None: no limit.
 
-    Beyond the original length longrope and dynamic RoPE take the angles of the longest sequence for all of a batch."""
+    Beyond the original length, longrope and dynamic RoPE use the angles of a batch's longest sequence for all of it."""
     config = config.get_text_config(decoder=True)
     limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -468,7 +468,7 @@ def _check_config(config: PreTrainedConfig, flag: str, kind: type) -> None:
 
 
 def _prepare_config(config: PreTrainedConfig) -> None:
-    """Set dropout and layer drop to 0 and name what models return, also in configurations within this one."""
+    """Set dropout and layer drop to 0, and return_dict to True, also in nested configurations."""
     config.return_dict = True
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
@@ -539,7 +539,7 @@ def prove(model, flag: str) -> None:
 
 @contextlib.contextmanager
 def _plain_attention(model: nn.Module):
-    """Let the model, also one with code of its own, compute with Transformers' eager attention."""
+    """Make the model use Transformers' eager attention, even if the model brings its own code."""
     configs = [c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)]
     for c in configs:
         c._attn_implementation = "eager"
@@ -726,7 +726,7 @@ def export(policy: Policy, tokenizer, path: str | Path, world: World) -> None:
         with torch.device("meta"):
             empty = policy.auto.from_config(config, dtype=dtype, attn_implementation="eager")
         path = Path(path).resolve()  # a link may lead to a larger disk
-        empty.generation_config = GenerationConfig()  # Transformers refuses to write some of what people publish
+        empty.generation_config = GenerationConfig()  # Transformers refuses to save some published generation configs
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         empty.save_pretrained(partial, state_dict=whole)
@@ -772,8 +772,8 @@ def gradient_norm(policy: nn.Module, *, clip: float = math.inf) -> float:
 
 
 def optimizer_step(policy: nn.Module, optimizer, *, lr: float, max_grad_norm: float) -> float:
-    """Clip the global gradient norm, set the rate, step, clear; return the norm before clipping. FloatingPointError if
-    it is not finite: the weights are then untouched."""
+    """Clip the global gradient norm, set lr, take a step, zero the gradients; return the norm before clipping.
+    FloatingPointError if it is not finite: the weights are then untouched."""
     norm = gradient_norm(policy, clip=max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -2,12 +2,12 @@ r"""Completion + gold answer -> reward. Never hangs, never executes what a model
 
     grade(responses, golds, verifier="math")  ->  [Verdict(reward=1.0, status="ok"), ...]
 
-The rules, by name (`VERIFIERS`). One's own is a function (response, gold) -> float, or "module:function".
+The rules, by name (`VERIFIERS`). Your own verifier is a function (response, gold) -> float, or "module:function".
 
     math        LUFFY's reward: text between the first and second </think>, by Math-Verify; without the tag 0
     full        the same on the whole text (LUFFY's version for models that do not think in tags)
     strict_box  LUFFY's evaluation (as oat): after </think> if there is one; the last \boxed{} alone counts
-    robust      for one's own data (common/robust.py): whole answers, exact numbers, units, sets, intervals, labels
+    robust      for your own data (common/robust.py): whole answers, exact numbers, units, sets, intervals, labels
     boxed       BRIDGE's reward: the FIRST \boxed{...}, up to its first "}", is the gold, letter by letter
     exact       last \boxed{}, else what follows the last ####, else all after </think>: the gold, stripped
     mcq         label of a choice: last \boxed{}, else the last "answer is X", else the start of the last line
@@ -90,7 +90,7 @@ JOIN = re.compile(r"\s*(?:and|or|,)\s*")
 
 
 def closing_brace(text: str, inside: int, end: int | None = None, *, signs: str = "[{}]") -> int | None:
-    """Where the brace closes that opened just before `inside`; None if it stays open up to `end`."""
+    """Return the index of the brace that closes the one just before `inside`; None if it stays open up to `end`."""
     depth = 1
     for sign in re.compile(signs, re.S).finditer(text, inside, len(text) if end is None else end):
         depth += (sign[0] == "{") - (sign[0] == "}")
@@ -100,9 +100,9 @@ def closing_brace(text: str, inside: int, end: int | None = None, *, signs: str 
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What is in the last `\boxed{}` or `\fbox{}`, to its own brace; None if there is none or it stays open.
+    r"""Return the content of the last `\boxed{}` or `\fbox{}`, up to its own brace; None if none or it stays open.
 
-    Boxes with a comma, "and" or "or" alone between them are one answer: `\boxed{1} and \boxed{2}` is "1,2".
+    Boxes with only a comma, "and" or "or" between them are one answer: `\boxed{1} and \boxed{2}` is "1,2".
     """
     found, end = collections.deque(), len(text)
     for start, inside in reversed([box.span() for box in BOX.finditer(text)]):
@@ -164,7 +164,7 @@ LABEL = re.compile(
     r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z]|\d)(?![a-z0-9_'’^])(\)?)(.*)"
 )
 SECOND_LABEL = re.compile(
-    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?"
+    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?(?:also )?"
     r"\(?([A-Z]|\d)\)?\s*(?:$|[).:,;]|and\b|or\b)"
 )
 
@@ -179,6 +179,8 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
     if not (found := LABEL.match(text.partition("<|")[0].strip())):
         return None
     opened, label, closed, rest = found.groups()
+    if re.match(rf"\s*{WRONG}", rest):
+        return None
     if (second := SECOND_LABEL.match(rest)) and second[1].isdigit() == label.isdigit():
         return ""
     alone = re.fullmatch(r"[\s.:。\"]*", rest)
@@ -202,12 +204,16 @@ def last_label(text: str) -> str | None:
 # Doubts, for mcq and robust.
 
 DOUBT = "maybe|perhaps|possibly|probably|could be|might be|may be"
-WRONG = r"(?:'s| is| was)?(?:(?: not|n't) (?:the|right|correct|true|possible|valid)| wrong| incorrect| false)\b"
+WRONG = (
+    r"(?:'s| is| was| can)?(?:(?: ?not| never|n't)(?: be)? (?:the|right|correct|true|possible|valid)| wrong| incorrect|"
+    r" false)\b"
+)
 RETRACTED = re.compile(  # after an answer
     rf"(?is)[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)|(?-i:[A-J]?[^.!,;\nA-Z]{{0,20}}\?)|[\s$*]*{WRONG}|"
+    rf"[^\n]{{0,40}}\(should be\b(?! \w+ed\b)|"
     rf".*(?:[.!?;:,—\n$]\s{{0,3}}|\b(?:but|oh|or),? )(?:(?:wait|hm+|oops|(?<!, )actually|sorry|correction|"
     rf"scratch that|on second thought|{DOUBT})\b|no[,.:]|I (?:made|meant|was wrong|am not sure)|"
-    rf"(?:but |however, )?(?:that|this|it){WRONG}|(?:but|however),? (?:it|that|this|I|the answer)\b[^.\n]{{0,40}}"
+    rf"(?:but |however, )?(?:that|this|it|which){WRONG}|(?:but|however),? (?:it|that|this|I|the answer)\b[^.\n]{{0,40}}"
     r"(?:(?:not|n't) (?:be |seem |look )?(?:right|correct|true|possible|work|make|match|sure|the answer)|"
     r"wrong|incorrect|should be(?! \w+ed\b))\b)"
 )
@@ -217,7 +223,8 @@ CHECK = re.compile(
 )
 OBJECTION = re.compile(r"(?i)\b(?:not|no|wrong|incorrect|mistake|error|but|however|instead|should|so)\b|n't\b")
 UNCLAIMED = re.compile(  # before an answer
-    rf"(?i)(?:\b(?:if|suppos\w+|assum\w+|whether|unless|check|verify|doubt|wrong|incorrect|false|mistake\w*|not|cannot|"
+    r"(?i)(?:\b(?:if|suppos\w+|assum\w+|whether|unless|check|verify|doubt|wrong|incorrect|false|mistake\w*|not|cannot|"
+    r"first (?:glance|sight),?|obvious|apparent|initial|naive|tempting|trap|old|previous|\w+(?<=student|teacher)'s|"
     rf"might|could|may|possible|contradiction|{DOUBT})|n't)[\s*_$]+(?:(?:that|the|an?|this|it|we|you|one|final|true|is|"
     r"was|correct|right|answer|value|be|to|think|say|believe|assume|claim|guess|my|our|your|h(?:is|er)|[a-z]|\w+'s)\b|"
     r"[\s*_$={(\\:])*$"
@@ -225,18 +232,18 @@ UNCLAIMED = re.compile(  # before an answer
 
 
 def claimed(text: str, start: int) -> bool:
-    """Is what starts there claimed? Not in "if the answer is" and "it is wrong that the answer is"."""
+    """Return whether what starts there is claimed: not in "if the answer is" or "it is wrong that the answer is"."""
     return not UNCLAIMED.search(text, max(0, start - 80), start)
 
 
 def retracted(text: str, end: int) -> bool:
-    """Is what ended there doubted or taken back? Not by a check that confirms it."""
+    """Return whether what ended there is then doubted or retracted. A check that confirms it does neither."""
     if (check := CHECK.match(text, end)) and not OBJECTION.search(check[0]):
         return False
     return RETRACTED.match(text, end) is not None
 
 
-# Rules by Math-Verify. They may take for ever, or all memory: they run in workers only.
+# Rules that use Math-Verify. They may hang or use up all memory, so they run only in workers.
 
 
 def math_reward(response: str, gold: str, *, think_gate: bool = True) -> float:
@@ -293,12 +300,12 @@ VERIFIERS = {
     "math": _math, "full": _compare, "strict_box": _strict_box, "robust": _robust, "boxed": _boxed, "exact": _exact,
     "mcq": _mcq,
 }  # fmt: skip
-# Imports and the parser's tables take a third of a second, which should not be on the first items' time.
+# Imports and the parser's tables take a third of a second, which should not count against the first items' timeout.
 WARM_UP = [(r"\frac{1}{2}", "0.5"), (r"(1, \sqrt{2})", "1"), ("x^2 - 1", "(x - 1)(x + 1)"), (r"x \in [0, 1)", "x")]
 IN_PROCESS = {"boxed", "exact", "mcq"}  # comparing strings can neither hang nor crash: no worker
 
 
-# The seal: from a model's text no way leads to eval, exec, a file or a process.
+# The seal: no model's text can reach eval, exec, a file or a process.
 
 _sealed = False  # True while a model's text is in Math-Verify's hands
 _in_worker = False
@@ -408,7 +415,7 @@ def _audit(event, args):
 
 
 def _importing():
-    """Is the caller a module that is being imported only now? Its code is not the answer's."""
+    """Return whether the caller is a module being imported: then the code is not from the answer."""
     frame = sys._getframe(2)
     while frame and frame.f_code is not _compare.__code__:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
@@ -421,10 +428,10 @@ def _importing():
 
 
 def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> list[Verdict]:
-    """Grade each response against its gold: one Verdict an item, in order, whatever the text.
+    """Grade each response against its gold; return one Verdict per item, in order, whatever the text.
 
     verifier: a name in VERIFIERS, "module:function", or a function (response, gold) -> float that can be imported.
-    workers: processes, on which verdicts do not depend; None: this process's cores over the machine's ranks.
+    workers: number of processes (verdicts do not depend on it); None: this process's cores / ranks of this machine.
     timeout: seconds for one item, after which its worker is killed and replaced. Time spent waiting for a core is not
     counted, up to 2 x timeout. The call returns within ceil(items / workers) * (3 * timeout + a start).
     Raises ValueError (lengths differ, no such verifier), TypeError (a response is not a string), ImportError
@@ -458,8 +465,8 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
 
 
 def grade_later(responses, golds, **how) -> concurrent.futures.Future:
-    """`grade` in the background: .result() is what it returns, or raises. An answer that hangs holds up one of the
-    workers and not every call behind it."""
+    """Run `grade` in the background; return a Future of its result. An answer that hangs blocks one worker, not every
+    later call."""
     return _threads("call", 64).submit(grade, responses, golds, **how)
 
 
@@ -606,7 +613,7 @@ def _judge(verify, response, gold):
 
 
 def _serve(spec, fd, memory):
-    """A worker's whole life. It ends with its parent's, whatever it is doing and however the parent dies."""
+    """Serve as a worker until the parent ends, whatever the worker is doing and however the parent dies."""
     global _in_worker
     _in_worker = True
     # When the parent's end of stdin closes, the kernel sends SIGIO, which terminates even a verifier inside a C call.

@@ -60,7 +60,7 @@ def vllm_version(*, cuda: bool) -> str | None:
 
 
 class WorkerFault(Exception):
-    """The worker is gone or hangs: what a new start may cure."""
+    """The worker is gone or hangs; a restart may help."""
 
 
 class Worker:
@@ -149,7 +149,7 @@ class VLLMSampler(Sampler):
         patience: float | None = None, **settings,
     ):
         """stop_ids: ids that end a completion. max_tokens: of a prompt with its completion. gpu_memory: fraction of the
-        GPU for vLLM. patience: silence that means a hang, in s; None: 120, on a CPU 1200. settings: LLM's."""
+        GPU for vLLM. patience: seconds of silence that mean a hang; None: 120, on a CPU 1200. settings: for LLM."""
         self.world, self.policy, self.max_tokens = world, policy, max_tokens
         self.stop_ids = sorted(set(stop_ids))
         self.cuda = world.device.type == "cuda"
@@ -183,8 +183,8 @@ class VLLMSampler(Sampler):
 
     @torch.no_grad()
     def sync(self, policy: Policy, version: int) -> None:
-        """Wake vLLM, give it the policy's weights, and empty its prefix cache. Then vLLM must report this version, also
-        with every token that it draws, and have the policy's log-probs of a short completion: else RuntimeError."""
+        """Wake vLLM, give it the policy's weights, and empty its prefix cache. Raises RuntimeError unless vLLM then
+        reports this version, also with every token, and gives the policy's log-probs of a short completion."""
         self.version, self.policy = None, policy
         self.syncs += 1
         self.label = f"{self.syncs} (step {version})"
@@ -196,7 +196,7 @@ class VLLMSampler(Sampler):
         self.version, self.proven = version, True
 
     def sleep(self) -> None:
-        """Give the GPU's memory to the trainer (weights are sent anyway); until the next sync nothing can be drawn."""
+        """Give the GPU's memory to the trainer (sync resends the weights); until the next sync nothing can be drawn."""
         self.version = None
         if self.cuda:
             with contextlib.suppress(WorkerFault):  # sync finds it dead, and starts another
@@ -257,7 +257,7 @@ class VLLMSampler(Sampler):
             self.worker.send()
             self.worker.receive()
         finally:
-            for _ in weights:  # after a fault this rank only takes part in the others' gathering
+            for _ in weights:  # after a fault this rank still joins the collectives that gather the weights
                 pass
             buffer = address = None
             self._free()
@@ -268,7 +268,7 @@ class VLLMSampler(Sampler):
     def _buffer(self, size: int):
         """-> bytes that the worker reads too, and what it needs to find them."""
         if self.cuda:
-            torch.cuda.empty_cache()  # what the trainer's allocator keeps for later is vLLM's now
+            torch.cuda.empty_cache()  # release to vLLM the memory that the trainer's allocator caches
             buffer = torch.empty(size, dtype=torch.uint8, device=self.world.device)
             address = list(reduce_tensor(buffer)[1])
             address[6] = 0  # the worker sees this GPU alone

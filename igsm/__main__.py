@@ -75,7 +75,7 @@ class Args:
     """Chance that a line repeats the question's sentence, or "table": a higher chance for more parents (BRIDGE's
     code)."""
     retry: float = 0.0
-    """Chance, again and again, that a line is preceded by one that cannot be computed yet, "BACK" (Meta's)."""
+    """Chance, drawn again after each, that a line follows one that cannot be computed yet, "BACK" (Meta's)."""
     question_variant: int = 0
     """1, 2, ...: the same problems with their conditions in other orders (BRIDGE's PP-Aug)."""
     solution_variant: int = 0

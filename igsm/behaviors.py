@@ -6,7 +6,7 @@
     retry        Meta's comparable behaviour (arXiv 2408.16293): begins a parameter too early, then writes "BACK"
 
 A solution is planned here as a list of steps and told in text.py. Nothing planned here is ever wrong: a
-reflection or a retry says only that something is not known yet, and it is not. Each behaviour draws from a
+reflection or a retry only says that something is not known yet, which is true. Each behaviour draws from a
 random stream of its own (problem.py), so that the same look-aheads are in a solution with and without
 analyses, and all arms of an experiment share their problems.
 """
@@ -46,7 +46,7 @@ def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, ret
     ahead = stream("reflection") if reflection else None
     back = stream("retry") if retry else None
     quote = stream("analysis") if analysis else None
-    # a coin for each node, used or not: its line is analysed or not whatever else is in the solution
+    # a coin for each node, used or not: whether its line is analysed does not depend on the rest
     coins = [quote.random() for _ in nodes] if analysis else None
     parents = [node.parents for node in nodes]
     solved, denoted, steps = set(), set(), []

@@ -274,7 +274,7 @@ def _read_line(line):
     rest = line.removeprefix("- ")
 
     def take(patterns, wanted=True):
-        """What the rest of the line begins with, as {field: text}; {} if it need not and does not."""
+        """Cut off the first matching pattern; return its {field: text}, or {} if none matches and not `wanted`."""
         nonlocal rest
         for pattern in patterns:
             if match := pattern.match(rest):

@@ -221,11 +221,11 @@ def _choose(rnd, structure, parents, target):
 
 
 def _order(rng, chosen, parents, num_instance):
-    """An order of the chosen in which parents come first and everything is needed for the last; None if none.
+    """Return an order of the chosen: parents come first, and the last needs all others. None if the walk gets stuck.
 
-    Walks from the asked parameter down to the leaves, always to a parent of what it has seen, one whose other
-    uses it has seen too. Where there is none, the parameter just taken gets a parent; sometimes it gets one
-    all the same. Adds at most one parent to an instance parameter.
+    Walks from the asked parameter down to the leaves. Each step takes a parent whose every use is in the order
+    already. If there is none, the parameter just taken gets a new parent; sometimes it gets one anyway. Adds at
+    most one parent to an instance parameter.
     """
     rnd = rng.random
     uses = [0] * len(parents)

@@ -70,7 +70,7 @@ def problems(
     Problem i depends on (seed, i) and the settings only, not on n: any part of a set can be made on its own,
     and structure and values do not depend on style, subgoals, behaviours or variants.
 
-    Raises ValueError at once where a setting makes no sense, and on the way where no problem fits them all.
+    Raises ValueError at once if a setting makes no sense, and while iterating if no problem fits all settings.
     """
     if max_literal is None:
         max_literal = 9 if modulus is None else modulus - 1

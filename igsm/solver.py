@@ -28,7 +28,7 @@ def solve(question, categories=None, *, modulus=None):
     categories: {category: [item, ...]}, in any order; our own vocabulary when None. The symbolic style needs
     none.
     modulus: None for plain integers, or m for arithmetic on 0..m-1 (Meta's problems: 23).
-    Raises ValueError for a modulus under 2, and one that names what cannot be parsed: an unknown name, a sentence of
+    Raises ValueError for a modulus under 2, and, naming it, for what cannot be parsed: an unknown name, a sentence of
     no known form, a parameter without a sentence or with two, parameters that depend on each other in a circle.
     """
     asked = Question(question, categories, modulus)

@@ -8,8 +8,8 @@
     symbolic   question  v=5*b
                solution  v=5*b=5*2=10
 
-The symbolic style has no names from which to see what an abstract parameter sums over, so these sums stand
-among its conditions. Behaviours (behaviors.py) look like this:
+The symbolic style has no names that show what an abstract parameter sums over, so its conditions include
+these sums. Behaviours (behaviors.py) look like this:
 
                natural                                                          symbolic
     analysis   We know that it equals 5 times each Oak Crate's Apple.           v(5*b)=5*b=5*2=10
@@ -162,7 +162,7 @@ def _natural_line(step, nodes, letters, phrases, equation):
 
 
 def draw_letters(count, style, rng):
-    """A variable for each parameter: one letter while they last, then two characters for all."""
+    """A variable for each parameter: one letter each, or two characters each if letters do not suffice."""
     if style == "symbolic":
         pool = ascii_lowercase
         if count > len(pool):

@@ -1,8 +1,8 @@
 r"""A small tokenizer for each style, made here in code. Nothing is downloaded; decode(encode(text)) == text.
 
-symbolic         54 types: one token a character, and "<think>", "</think>", "\boxed{"; with a modulus of 11 to
+symbolic         54 types: one token per character, and "<think>", "</think>", "\boxed{"; with a modulus of 11 to
                  100 also one for every two-digit number below it
-natural, define  512 types: one token a word with the space before it, one a digit
+natural, define  512 types: one token per word with the space before it, one per digit
 
     " Now, we can find"  ->  [" Now", ",", " we", " can", " find"]
     "v = 5 * (b - 12)"   ->  ["v", " = ", "5", " * ", "(", "b", " - ", "1", "2", ")"]
@@ -49,7 +49,7 @@ def tokenizer(style, *, modulus=None, retry=False):
 
     retry: with " BACK", the one word that Meta's retries need beyond the natural style's (a type more).
 
-    What a style never says becomes <|unk|>. A system message is rendered if there is one and never made up.
+    Text that a style never uses becomes <|unk|>. A system message is rendered if there is one, never added.
     """
     if style not in text.STYLES:
         raise ValueError(f"style must be one of {', '.join(text.STYLES)}, got {style!r}")

@@ -403,7 +403,7 @@ def test_answers_of_a_model_that_has_changed_are_not_gone_on_from(name, tmp_path
     with pytest.raises(InputError, match="holds an evaluation with other settings .other weights"):
         check_settings(args, questions, world)
     (out / "args.json").unlink()
-    with pytest.raises(InputError, match="args.json, which says what made the files beside it, is missing"):
+    with pytest.raises(InputError, match="args.json is missing, so the settings of the files beside it are unknown"):
         check_settings(args, questions, world)
 
 

@@ -153,7 +153,7 @@ def test_a_collection_that_was_cut_short_goes_on_and_is_the_same(nano, tmp_path)
     with pytest.raises(InputError, match="--samples 4 there, 5 here"):
         oreo.main(settings(nano, *words, cut, "--samples", "5"))
     (cut / "answers.json").unlink()  # whose answers these are cannot be known
-    with pytest.raises(InputError, match="answers.json, which says what made the files beside it, is missing"):
+    with pytest.raises(InputError, match="answers.json is missing, so the settings of the files beside it are unknown"):
         oreo.main(settings(nano, *words, cut))
 
 

@@ -511,7 +511,7 @@ def test_a_question_stands_behind_its_passage_and_before_its_options():
         (row() | {"prompt": [TURN, {"role": "assistant", "content": "4"}]}, "'prompt' ends with a turn of the assista"),
         (row() | {"target": [TURN]}, "'target' ends with a turn of the user"),
         ({"question": ASK, "image": {"bytes": "x"}, "answer": "4"}, "the row has an image"),
-        ({"prompt": ASK, "initial_reason_steps": "a", "chosen": "b", "rejected": "c"}, "go on from 'initial_reason_st"),
+        ({"prompt": ASK, "initial_reason_steps": "a", "chosen": "b", "rejected": "c"}, "continue 'initial_reason_st"),
         ({"prompt": ASK, "answer": ["4", "5"]}, "the gold answer is a list of 2: write it as one text"),
         ({"prompt": ASK, "answer": True}, "the gold answer is neither text nor a number"),
         ({"prompt": ASK, "answer": {"value": 4}}, "the gold answer is neither text nor a number"),
@@ -714,10 +714,10 @@ def test_what_follows_an_eos_is_cut_if_it_is_blank_and_refused_if_it_is_not():
         assert e.trace == once
     said = {"prompt": "a?", "response": f"a=5{eos}\na=6", "reward": 1}
     for read in (examples, redi_pairs):
-        with pytest.raises(InputError, match=r"toy.jsonl, row 0: a trace goes on behind .*'conversations'"):
+        with pytest.raises(InputError, match=r"toy.jsonl, row 0: a trace continues after .*'conversations'"):
             read([row(trace=said["response"])])
     item = read_row(said, "row")
-    with pytest.raises(InputError, match="^a trace goes on behind"):
+    with pytest.raises(InputError, match="^a trace continues after"):
         trace_ids(item, item.traces[0], TOKENIZER, 0)
 
 

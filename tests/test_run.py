@@ -168,9 +168,9 @@ def test_a_run_that_is_complete_or_longer_than_it_was_says_so(tmp_path, world, c
     linear, constant = dict(schedule="linear"), dict(schedule="constant")
     for before, now, words in (
         (dict(steps=3), dict(steps=3, **linear), "all 3 steps of"), (dict(steps=4), dict(steps=3, **linear), "all 3"),
-        (dict(steps=3), dict(steps=5, **linear), "a run of 3 steps: the learning rate is now that of 5"),
+        (dict(steps=3), dict(steps=5, **linear), "a run of 3 steps; the schedule now has 5"),
         (dict(steps=3), dict(steps=5, **constant), "resumes after step 3"),
-        (dict(steps=3), dict(steps=5, warmup=0.1, **constant), "a run of 3 steps: the learning rate is now that of 5"),
+        (dict(steps=3), dict(steps=5, warmup=0.1, **constant), "a run of 3 steps; the schedule now has 5"),
         (dict(steps=4), dict(steps=4, epochs=3.0, **linear), "resumes after step 3"),
         (dict(steps=0, epochs=2.0), dict(steps=4, **linear), "resumes after step 3"),
     ):  # fmt: skip
@@ -178,7 +178,7 @@ def test_a_run_that_is_complete_or_longer_than_it_was_says_so(tmp_path, world, c
         mine.state, mine.start = {"step": 3, "settings": {"epochs": 1.0} | before}, 3
         mine.plan(EXAMPLES, [], COUNT)
         said = "".join(capsys.readouterr())
-        assert words in said and ("WARNING" in said) == ("learning rate" in words)
+        assert words in said and ("WARNING" in said) == ("schedule" in words)
 
 
 def test_a_run_folder_belongs_to_one_process(tmp_path, world):
@@ -275,7 +275,7 @@ def test_answers_are_not_kept_if_the_verifier_fails_on_all_of_them(tmp_path, wor
     failed = [Row([1], [2], 0, status="error", detail="TypeError: oops")]
     monkeypatch.setattr(run, "open_sampler", lambda *_: SimpleNamespace(sync=lambda *_, **__: None))
     monkeypatch.setattr(run, "sample_rows", lambda *_, **__: failed)
-    with pytest.raises(InputError, match="failed on all 1 answers .TypeError: oops.: mend it and run the same command"):
+    with pytest.raises(InputError, match="failed on all 1 answers .TypeError: oops.: fix it and run the same command"):
         run.keep_answers(tmp_path / "a.jsonl", EXAMPLES[:1], lambda: None, {}, None, luffy.Args(), ONE_RANK, n=1)
     assert not run.read_records(tmp_path / "a.jsonl")
     drawn = [[Row([1], [2], 0, status="ok")], failed]  # by part: one question alone may make it fail

@@ -59,7 +59,7 @@ def train_a_little(policy, optimizer, updates, seed=0):
 
 
 @pytest.mark.parametrize(("error", "code", "said"), [
-    (InputError("--lr 0: no"), 2, "error: --lr 0: no"), (KeyboardInterrupt(), 130, "run the same command to go on"),
+    (InputError("--lr 0: no"), 2, "error: --lr 0: no"), (KeyboardInterrupt(), 130, "run the same command to resume"),
     (RuntimeError("broken"), 1, "RuntimeError: broken"),
 ])  # fmt: skip
 def test_an_error_of_the_user_is_one_line_and_an_interrupt_says_how_to_go_on(error, code, said, monkeypatch, capsys):

@@ -79,7 +79,7 @@ class Args:
     candidates: Positive[int] = 5  # Answers that evaluate draws at each turn if there is a --value (published: 3 to 5)
     temperature: NotNegative[float] = 1.0  # Sampling temperature of collect and --candidates; else greedy
     max_turns: Positive[int] = 40  # Actions per episode at most (published)
-    max_turn_tokens: Positive[int] = 128  # Tokens per answer at most. An answer that does not end in them loses.
+    max_turn_tokens: Positive[int] = 128  # Tokens per answer at most. A longer answer loses.
     max_episode_tokens: Positive[int] = 4096  # Tokens per episode at most (published). A longer one loses.
     parallel: Positive[int] = 32  # Episodes that each rank plays at a time
     seed: Seed = 0  # Seed of sampling
@@ -137,8 +137,8 @@ class Episode:
         self.ids, self.actions, self.text = self.ids + new, self.actions + [0] * len(new), shown
 
     def add_answer(self, ids: list[int]) -> None:
-        """Add the model's answer, with the token that ended it, and what the game makes of it. A token that the
-        template does not put behind an answer is not kept, nor are spaces before it: no history shows them."""
+        """Add the model's answer, with the token that ended it, and the game's reply. A token that the
+        template does not put after an answer is not kept, nor are spaces before it: no history shows them."""
         self.turns += 1
         ended, kept = ids[-1] in self.stops, ids
         answer = self.tokenizer.decode(ids[:-1] if ended else ids)
@@ -227,8 +227,8 @@ class AlfworldGame(Game):
 
 
 class RenamedGame(Game):
-    """A TextWorld game with other names {old: new} for its things. Rooms keep theirs. So does a thing where the game
-    uses a part of its name."""
+    """A TextWorld game with other names {old: new} for its things. Rooms keep theirs. A thing
+    keeps its own where the game uses only a part of it."""
 
     def __init__(self, game: Game, names: dict[str, str]):
         self.env = self.game = game

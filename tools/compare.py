@@ -134,8 +134,8 @@ def different_settings(runs: list[Run], verifier: str) -> list[list]:
     return [["", *(run.name for run in runs)], *(row for row in rows if any(value != row[1] for value in row[2:]))]
 
 
-# Models wrote what is on the page: it gets it as data and shows it as text. Formulas become MathML, of which only the
-# elements and attributes listed pass: the converter makes links of \href and does not escape \text.
+# Models wrote the texts on the page, so it receives them as data and shows them as plain text. Formulas become MathML.
+# Only the elements and attributes listed here pass: the converter turns \href into links and does not escape \text.
 
 FORMULA = re.compile(
     r"\$\$(?P<display>.+?)\$\$|\\\[(?P<brackets>.+?)\\\]|\\\((?P<inline>.+?)\\\)"

@@ -39,7 +39,7 @@ class Args:
     out: str = "runs/redi-data"  # Folder for positives.jsonl, pairs.jsonl and funnel.json
     igsm_problems: Positive[int] = 4000  # Problems that igsm:LO-HI makes, of LO to HI operations
     # Where the data has no incorrect (or no correct) trace of a problem, sample this many answers of --model at
-    # temperature 1 and use the first such one. 0: none; igsm:LO-HI then gets corrupted solutions, as in redi.py
+    # temperature 1 and use the first of that kind. 0: none; igsm:LO-HI then gets corrupted solutions, as in redi.py
     own_answers: NotNegative[int] = 0
     drop_sources: tuple[str, ...] = ("cn_k12",)  # Values of the column 'source' to leave out
     # Which of OpenR1-Math-Raw's two verifiers must accept a trace as correct. All other traces are incorrect.
