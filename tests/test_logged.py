@@ -4,8 +4,10 @@ import dataclasses
 import json
 import random
 import resource
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -257,6 +259,24 @@ def test_own_answers_in_which_the_verifier_finds_nothing_are_said_once(tmp_path,
     assert capsys.readouterr().err.count("--verifier reads none of the model's own answers") == 1
     metrics.log(3, luffy.describe([*rows, luffy.Row([1], [1], 0, status="ok")]), [])
     assert read_metrics(tmp_path)[-1]["verifier/own_unparsable"] == 0.5
+
+
+def test_metrics_also_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):
+    board, wandb = MagicMock(), MagicMock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    args = luffy.Args(tensorboard=True, wandb="project")
+    metrics = Metrics(tmp_path, args, ONE_RANK, start=2, steps=3)
+    metrics.log(3, {"reward/own": 0.5, "reward/teacher": None}, [])
+    metrics.close()
+    assert board.SummaryWriter.call_args == call(tmp_path, purge_step=3)  # what a crash left beyond step 2 goes
+    assert board.SummaryWriter().add_scalar.call_args_list == [call("reward/own", 0.5, 3)]
+    assert wandb.init.call_args.kwargs["project"] == "project"
+    assert wandb.init().log.call_args_list == [call({"reward/own": 0.5}, step=3)]
+    assert board.SummaryWriter().close.called and wandb.init().finish.called
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        Metrics(tmp_path, args, ONE_RANK, start=0, steps=3)
 
 
 def test_curves_are_drawn_while_a_run_goes_on_at_most_every_so_often(tmp_path):

@@ -175,6 +175,11 @@ def test_a_folder_without_model_or_tokenizer_is_named(world, tmp_path):
             load_tokenizer(str(tmp_path / kind))
     with pytest.raises(InputError, match=f"--model {tmp_path}.*cannot be loaded"):
         load_policy(str(tmp_path), world)
+    tokenizer = load_tokenizer("models/tiny")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(InputError, match="--model .*/endless: the tokenizer has no eos token"):
+        load_tokenizer(str(tmp_path / "endless"))
 
 
 def test_gradient_checkpointing_changes_nothing(world):
@@ -423,6 +428,15 @@ def test_log_probs_that_are_not_numbers_are_counted(policy, world):
     with pytest.raises(FloatingPointError, match="3 log-probs are NaN or above 0"):
         trainer.check_finite({}, policy, world)
     trainer.check_finite({}, policy, world)  # told once
+
+
+def test_a_log_prob_of_exactly_0_is_a_number(policy, world):
+    with torch.no_grad():
+        policy.lm.get_output_embeddings().weight.mul_(1e5)  # the likeliest token has probability 1
+        hidden, weight = policy(pack([([1, 2], [3])]), raw=True)
+        likeliest = (hidden @ weight.T).argmax().item()
+    assert policy(pack([([1, 2], [likeliest])])).item() == 0.0
+    trainer.check_finite({}, policy, world)
 
 
 def test_another_configuration_is_refused_and_the_difference_named(policy, world, tmp_path):
