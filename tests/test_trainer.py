@@ -430,6 +430,14 @@ def test_log_probs_that_are_not_numbers_are_counted(policy, world):
     trainer.check_finite({}, policy, world)  # told once
 
 
+def test_an_id_beyond_the_embeddings_is_refused(policy):
+    size = len(policy.lm.get_input_embeddings().weight)
+    assert policy(pack([([1, size - 1], [size - 1])])).isfinite().all()
+    for prompt, response in ([size], [1]), ([1], [size]):
+        with pytest.raises(InputError, match=f"token id {size}: the model has {size} rows of embeddings"):
+            policy(pack([(prompt, response)]))
+
+
 def test_a_log_prob_of_exactly_0_is_a_number(policy, world):
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight.mul_(1e5)  # the likeliest token has probability 1
