@@ -57,8 +57,10 @@ PHRASE = re.compile(
     rf"(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$]{{0,4}}(?:{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
 )
 PART_OF = re.compile(r"(?i)\b(?:of|on|than|for|to|times|twice|half) (?:the |this |our )?$")  # half the answer is 42
-# x > \boxed{2}
-ONE_SIDE = re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|[<>≠])[\s$]*$"), re.compile(r"\s*(?:\\(?:neq?|[lg]t)\b|[<>≠])")
+BOUND = (  # x > \boxed{2}, but not <answer>\boxed{2}</answer>
+    re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|≠|[\w})] +[<>]) *\$?$"),
+    re.compile(r" *(?:\\(?:neq?|[lg]t)\b|≠|[<>](?!\w+>) *-?[\w\\])"),
+)
 SENTENCE_END = re.compile(
     r"\n|[.!?](?=\s|$)|[。，]|[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\d|\\|[A-Za-z ]{1,20}=|[^()\n]{0,40}\))|"
     r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|\s\((?=[a-z]{2,}[^)])|<[|/]|"
@@ -99,7 +101,7 @@ def find_answer(text: str) -> str | None:
     >>> find_answer(r"Hence $x=\boxed{1}$ or $x=\boxed{2}$."), find_answer("The answer is 7, since 6 + 1 = 7.")
     ('1, 2', '7')
     """
-    before, after = ONE_SIDE
+    before, after = BOUND
     found = [box for box in boxes(text) if claimed(text, box[0]) and not _echoed(text, *box)]
     if found := [b for b in found if not before.search(text, max(0, b[0] - 9), b[0]) and not after.match(text, b[1])]:
         start, end, content = found.pop()
@@ -130,10 +132,10 @@ def find_answer(text: str) -> str | None:
 
 
 def _differ(answer, later):
-    """Return whether both can be read and are neither equal nor nearly equal."""
+    """Return whether both can be read and are neither equal nor nearly equal. A relation, as a + b = 5, is neither."""
     try:
         pairs = [*itertools.product(readings(spell(answer)), readings(spell(later)))]
-        return not any(same(a, b) or _near(a, b) for a, b in pairs)
+        return not any(isinstance(b, Relation) or same(a, b) or _near(a, b) for a, b in pairs)
     except FAULTS:
         return False
 
@@ -161,7 +163,8 @@ def _with_its_formula(text, start, end, content):
 
 
 NOT_AN_ANSWER = re.compile(  # on a last line: a box, a condition, a hedge, or words behind the last number
-    r"(?i)\\f?box|\?|\b(?:answer|if|for|when|have|about|approx\w*|not|wrong|incorrect|false|erroneous|previous)\b|\d[^\d]*(?<![\\a-z])(?!and\b)[a-z]{3}"
+    r"(?i)\\f?box|\?|\b(?:answer|if|for|when|have|about|approx\w*|not|wrong|incorrect|false|erroneous|previous)\b|"
+    r"\d[^\d]*(?<![\\a-z])(?!and\b)[a-z]{3}"
 )
 
 
@@ -212,7 +215,7 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
 ).split(), strict=True))  # fmt: skip
 LOOKALIKES = {
     **dict.fromkeys("−–—‐‑‒﹣", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "。": ".",
-    **dict.fromkeys("✅✔✓∴", ""), "µ": "μ", "Ω": r"\Omega", "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}",
+    **dict.fromkeys("✅✔✓∴", ""), "Ω": r"\Omega", "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}",
     "ℤ": r"\mathbb{Z}", "⩽": "≤", "⩾": "≥", "º": "°", "˚": "°",
     **{char: rf"\{name} " for char, name in GREEK.items()},
 }  # fmt: skip
@@ -237,7 +240,7 @@ UNITS = {  # name: (what is measured, how many of its first unit); L for a lengt
         "A": "1 + A amp ampere", "MLLttta": "1000 + V volt", "MLLtttaa": "1000 + ohm", "TA": "1 + C coulomb",
         "TTTTAAmll": "1/1000 + F farad", "MLLttaa": "1000 + H henry henrie",
         "t": "1 + Hz hertz", "Lt": "5/18 kph kmph kmh,0.44704 mph,463/900 knot", "N": "1 + mol mole",
-        "B": "1 + B byte", "D": "1 dollar USD,0.01 cent ¢,0.05 nickel,0.1 dime", "K": "1 + K kelvin",
+        "B": "1 + B byte,1000 KB", "D": "1 dollar USD,0.01 cent ¢,0.05 nickel,0.1 dime", "K": "1 + K kelvin",
         "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent pct", "P": "1 am",
     }.items()
     for line in table.split(",")
@@ -255,10 +258,10 @@ NOT_UNITS = set(  # words after a number that change it, most of them without a 
 ) | SCALES.keys()
 SHORT_WORDS = NOT_UNITS | set("in the yes st nd rd th am pm mph kph oz lb lbs hrs mins secs sq cu gal mol rad per mm "
                               "cm km ft yd mi sec min hr pct day mg kg ml usd deg".split())  # fmt: skip
-# 3 MHz, but no 3 mn: units that the text does not mark as words
-SHORT_UNITS = {name for name in UNITS if 1 < len(name) < 4 and not name.islower()} | {
-    *"ms ns ps nm dm cup cal atm bar yr yrs qt".split()
-}
+SHORT_UNITS = set(  # behind a number also where the text does not mark them as words
+    "Hz kHz MHz GHz THz Pa hPa kPa MPa GPa kJ MJ kW MW GW kN kV mV mA eV keV MeV GeV mL dL kWh kB KB MB GB TB ms ns ps "
+    "nm dm cup cal atm bar yr yrs qt".split()
+)
 COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -289,6 +292,7 @@ SPELLINGS = [
         (r"(?:\\underline\s*\{\d+\}\s*)+", lambda m: re.sub(r"\D", "", m[0])),  # blanks that are filled in
         (rf"\\(?:{LAYOUT})(?![a-zA-Z])\.?|\\!|\\(?:text)?color\s*\{{\w*\}}", ""),
         (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]|\*\*|\.{2,3}", lambda m: SIGNS.get(m[1] or m[0], m[0])),
+        (r"\\mu *\\(?:text|mathrm) *\{ *([a-zA-Z]+) *\}", r"\\text{ micro\1}"),
         *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: WORD.sub(r" ~\g<0> ", m[1]))] * 3,
         (WRAPPER + "(?![a-zA-Z])", ""),
         (r"(?<=\d) *[\u4e00-\u9fff]{1,4}(?<![万亿千百十兆折成分半]) *$", ""),  # a unit in Chinese
@@ -304,7 +308,6 @@ SPELLINGS = [
         (r"(?i)(?<![\\a-zA-Z])~?(?:negative|minus) *(?=[\d∞])", "-"),
         (rf"(?<![\\a-zA-Z])~?({'|'.join(FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 "),
         (WORD, lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS or _is_short_unit(m)) + m[0]),
-        (r"(?<=\d) *\\mu *~?(?=[a-zA-Z]+$)", " ~micro"),
         (r"(?<=\d) *\\Omega *$", " ~ohm"),
         (r"\\(frac|binom|sqrt(?=\d\d))\s*([0-9a-zA-Z])", r"\\\1{\2}"),  # \sqrt53 is not the root of 53
         (r"\\(frac|binom)\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\\1\2{\3}"),
@@ -333,6 +336,7 @@ def spell(text: str) -> str:
     text = text.encode(errors="replace").decode()
     for chars, mark in [("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "^"), ("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "_")]:
         text = re.sub(f"[{chars}]+", lambda m, mark=mark: mark + "{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
+    text = re.sub(r"(?<=\d) ?[µμ]([a-fh-zA-MO-Z]\w*)", r"\\text{ micro\1}", text)  # but 2μg may be 2·μ·g
     text = re.sub("[½⅓⅔¼¾⅕-⅞]", r" \g<0>", text).translate(str.maketrans(LOOKALIKES))
     text = re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", text))
     text = "".join(c for c in re.sub(r"\s", " ", text) if unicodedata.category(c)[0] != "C").strip(" *`")
