@@ -22,7 +22,7 @@ from collections import Counter, namedtuple
 
 import sympy
 
-from common.verifiers import MAX_CHARS, NoAnswer, boxes, choice_label, claimed, last_label, retracted
+from common.verifiers import ANSWER, CHINESE, IS, MAX_CHARS, NoAnswer, boxes, chosen_label, claimed, echoed, retracted
 
 MAX_ANSWER = 400  # characters of an answer; longer ones are compared as text only
 MAX_DEPTH = 12  # nested brackets
@@ -46,12 +46,8 @@ JOINED_BOXES = re.compile(  # what stands between the boxes of a list
     r"(?s)(?=.*(?:[,;]|and|or))"
     r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
 )
-PLACEHOLDER = re.compile(r"(?i)[\s.…]*+(?:\\text\s*\{)?(?:your |the )?(?:final )?(?:answer)?[\s.…}]*")  # of a box
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
-ANSWER = r"(?:answers?|ans|final result|antwort|r[eé]s?p(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
-IS = r"(?:[:：]|\b(?:(?:must|should|would) be|is|are|ist|lautet|est?|[èé])\b)(?![\s*_:$]*(?:not|nicht|pas)\b)"
-CHINESE = "(?:答案|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|(?<!不)应)选[:：]?|答えは|답은"
 PHRASE = re.compile(
     rf"(?i)(?:\b{ANSWER}(?: (?:with)?in \\boxed\{{ *\}})?"
     rf"(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$]{{0,4}}(?:{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
@@ -102,7 +98,7 @@ def find_answer(text: str) -> str | None:
     ('1, 2', '7')
     """
     before, after = BOUND
-    found = [box for box in boxes(text) if claimed(text, box[0]) and not _echoed(text, *box)]
+    found = [box for box in boxes(text) if claimed(text, box[0]) and not echoed(text, *box)]
     if found := [b for b in found if not before.search(text, max(0, b[0] - 9), b[0]) and not after.match(text, b[1])]:
         start, end, content = found.pop()
         joined = [content]
@@ -140,12 +136,6 @@ def _differ(answer, later):
         return False
 
 
-def _echoed(text, start, end, content):
-    r"""Whether a box repeats the request for one: `put it within \boxed{}` holds no answer."""
-    around = text[max(0, start - 200) : start].rpartition("\n")[2] + text[end : end + 200].partition("\n")[0]
-    return PLACEHOLDER.fullmatch(content) and re.search("[A-Za-z]{2}", around)
-
-
 def _with_its_formula(text, start, end, content):
     r"""The content of a box, or the formula on its line that the box is a part of: -\boxed{5} is -(5)."""
     if more := GOES_ON.match(text, end):
@@ -173,25 +163,6 @@ def _last_line(text):
     text = re.sub(r"(?:\$\$|\\\[|```\w*)\s*([^\n]*?)\s*(?:\$\$|\\\]|```)$", r"\1", text.strip())  # on lines of its own
     line = re.sub(r"\*\*([^*]+)\*\*", r"\1", text.rpartition("\n")[2])
     return "" if "<think>" in text or NOT_AN_ANSWER.search(line) else line
-
-
-CHOICE = re.compile(
-    rf"(?i)(?:\b(?:{ANSWER}|option|choice)\b[^.\n:：]{{0,40}}?{IS}|"
-    rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose)\b|{CHINESE})[ *_:$\n]*"
-)
-CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best|answer)\b")
-def _chosen(text):
-    """The label that a response chooses: in its last box, after its last "answer is", or on its last line."""
-    marks = [(m.end(), text[m.end() :][:300].partition("\n")[0], True) for m in [*CHOICE.finditer(text)][-50:]
-             if claimed(text, m.start())]
-    marks += [(m.end(), m[1], False) for m in [*CORRECT.finditer(text)][-50:]]
-    filled = [box for box in boxes(text) if not _echoed(text, *box)]
-    marks += [(end, find_answer(text) or "", False) for _, end, _ in filled[-1:]]
-    if marks and retracted(text, max(marks)[0]):
-        return ""
-    labels = [choice_label(said, sentence=sentence) for _, said, sentence in sorted(marks)]
-    labels = [label for label in labels if label is not None and not label.isdigit()]
-    return labels[-1] if labels else last_label(text)
 
 
 # 2. Spell it in one way.
@@ -887,7 +858,7 @@ def robust(response: str, gold: str) -> bool:
     gold = boxes(gold) and find_answer(gold) or gold
     around = r"[\s$(){}\[\].:*\\]*"
     label = re.fullmatch(rf"{around}(?:(?:text|math)(?:rm|bf)?)?{around}([A-Z]){around}", gold)
-    if label and (chosen := _chosen(said)) is not None:
+    if label and (chosen := chosen_label(said)) is not None:
         return chosen == label[1]
     answer = find_answer(said if said.strip() else whole)
     answer = _last_line(said) if answer is None else answer

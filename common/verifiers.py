@@ -10,7 +10,7 @@ The rules, by name (`VERIFIERS`). Your own verifier is a function (response, gol
     robust      for your own data (common/robust.py): whole answers, exact numbers, units, sets, intervals, labels
     boxed       BRIDGE's reward: the FIRST \boxed{...}, up to its first "}", is the gold, letter by letter
     exact       last \boxed{}, else what follows the last ####, else all after </think>: the gold, stripped
-    mcq         label of a choice: last \boxed{}, else the last "answer is X", else the start of the last line
+    mcq         label of a choice: in the last \boxed{} or "answer is X", else at the start of the last or first line
 
 Statuses. "ok": a verdict, right or wrong. "unparsable": no answer in the response (or in the gold). "timeout": the
 deadline came first. "error": the verifier raised or its process died. All but "ok" have reward 0 and a `detail`.
@@ -147,25 +147,20 @@ def _plain(text):
 
 
 def _mcq(response, gold):
-    text = after_think(response)[-MAX_CHARS:]
-    box = last_boxed(text)
-    said = [*re.finditer(r"(?i)answer[ *]{0,3}(?:is:?|:)(?=\s*([^\n]{0,80}))", text)] if box is None else []
-    if said and retracted(text, said[-1].end()):
-        raise NoAnswer("a label in doubt")
-    labels = [choice_label(mark[1], sentence=True) for mark in said if claimed(text, mark.start())]
-    labels = [label for label in labels if label is not None]
-    label = labels[-1] if labels else last_label(text) if box is None else choice_label(box)
+    gold = choice_label(str(gold)) or str(gold).strip()
+    label = chosen_label(after_think(response)[-MAX_CHARS:], digits=True)
     if not label:
-        raise NoAnswer("no label, or two")
-    return label == (choice_label(str(gold)) or str(gold).strip())
+        raise NoAnswer("no label, or two, or one in doubt")
+    return label == gold
 
 
 LABEL = re.compile(
-    r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:option|choice|answer)\b[\s:]*)?(\(?)([a-z]|\d)(?![a-z0-9_'’^])(\)?)(.*)"
+    r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:the |la |el |die )?"
+    r"(?:option|choice|answer|letter|letra|opci[oó]n|r[eé]s?p(?:onse|uesta|osta))\b[\s:]*)?(\(?)([a-z]|\d)(?![a-z0-9_^]|['’][a-z])([)\"]?)(.*)"
 )
 SECOND_LABEL = re.compile(
     r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?(?:also )?"
-    r"\(?([A-Z]|\d)\)?\s*(?:$|[).:,;]|and\b|or\b)"
+    r"[(\"]?([A-Z]|\d)[)\"]?\s*(?:$|[).:,;]|and\b|or\b)"
 )
 
 
@@ -176,14 +171,14 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
     ('B', '', None, 'B')
     """
     text = re.sub(r"\\(?:text|math)(?:bf|rm|it|normal)?(?![a-zA-Z])|\\boxed|[{}$*~`\[\]_]|\\[ ,;()]", " ", text)
-    if not (found := LABEL.match(text.partition("<|")[0].strip())):
+    if not (found := LABEL.match(re.split("<[|/]", text)[0].strip())):
         return None
     opened, label, closed, rest = found.groups()
-    if re.match(rf"\s*{WRONG}", rest):
-        return None
+    if re.match(rf"(?i)[\s.]*{WRONG}", rest):
+        return ""
     if (second := SECOND_LABEL.match(rest)) and second[1].isdigit() == label.isdigit():
         return ""
-    alone = re.fullmatch(r"[\s.:。\"]*", rest)
+    alone = re.fullmatch(r"[\s.:。\"'”]*", rest)
     plain = opened or closed or re.match(r"\s*(?:[.:,;](?!\d)|[-–—](?!\w))", rest)  # not "A dog", "I think", "V-1"
     needs_reason = label in "AI0123456789"  # "A dog" and "3 dogs" are no labels
     goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if needs_reason else r"\s+[a-z]", rest)
@@ -191,14 +186,62 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
     return label.upper() if good else None
 
 
-def last_label(text: str) -> str | None:
-    r"""The label on the last line. None if the line above it has the label before: these are the options.
+def line_label(text: str) -> str | None:
+    r"""The label of the last line, or else of the first. None among lines of other labels, which are the options.
 
-    >>> last_label("A) no\nB) yes\n\nB) yes"), last_label("A) no\nB) yes")
-    ('B', None)
+    >>> line_label("A) no\nB) yes\n\nB) yes"), line_label("A) no\nB) yes"), line_label("B\nFor it is larger.")
+    ('B', None, 'B')
     """
-    *_, above, last = map(choice_label, ["", *text.rstrip().split("\n")[-2:]])
-    return None if last and above and ord(above) + 1 == ord(last) else last
+    lines = [line for line in text.split("\n") if line.strip()] or [""]
+    labels = [choice_label(line) for line in lines[:1] + lines[1:][-50:]]
+    found = [label for label in labels if label is not None]
+    if labels[-1] is not None and (len(found) == 1 or found.count(labels[-1]) > 1):
+        return labels[-1]
+    return labels[0] if set(found) == {labels[0]} else None
+
+
+ANSWER = r"(?:answers?|ans|final result|antwort|r[eé]s?p(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
+IS = (
+    r"(?:[:：]|\b(?<!no )(?:(?:must|should|would|will|has to|can only) be|is|are|ist|lautet|est?|[èé])\b"
+    r"(?: (?:indeed|clearly|definitely|simply|therefore|thus)\b)?)(?![\s*_:$]*(?:not|nicht|pas)\b)"
+)
+CHINESE = "(?:答案】?|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|本题|(?<!不)应)选[:：]?|(?:答え|正解)は|정?답은"
+CHOICE = re.compile(
+    rf"(?i)(?:(?:\b|_)(?:{ANSWER}|option|choice)\b[^.\n:：]{{0,40}}?(?:{IS}| [-–—] )|<(?:final_)?answer>|"
+    rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose|select)\b|{CHINESE})[ *_:$\n]*"
+)
+CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best|answer)\b")
+BETWEEN_BOXES = re.compile(r"[\s$.]*(?:and|or|,)?[\s$]*")
+PLACEHOLDER = re.compile(r"(?i)[\s.…]*+(?:\\text\s*\{)?(?:your |the )?(?:final )?(?:answer)?[\s.…}]*")  # of a box
+
+
+def echoed(text: str, start: int, end: int, content: str) -> bool:
+    r"""Return whether a box repeats the request for one: `put it within \boxed{}` holds no answer."""
+    around = text[max(0, start - 200) : start].rpartition("\n")[2] + text[end : end + 200].partition("\n")[0]
+    return PLACEHOLDER.fullmatch(content) and re.search("[A-Za-z]{2}", around)
+
+
+def chosen_label(text: str, *, digits: bool = False) -> str | None:
+    """The label that a response chooses: in its last box, after its last "answer is", or on its last or first line. ""
+    for two labels or one in doubt; None for none. digits: a digit is a label too."""
+    spans = [m.span() for m in CHOICE.finditer(text)]
+    found = [(end, start, text[end : end + 300].partition("\n")[0], True) for start, end in spans]
+    found += [(m.end(), m.start(), m[1], False) for m in CORRECT.finditer(text)]
+    filled = [box for box in boxes(text) if not echoed(text, *box)]
+    for start, end, content in filled[-1:]:
+        if len(filled) > 1 and BETWEEN_BOXES.fullmatch(text, filled[-2][1], start):
+            content = f"{filled[-2][2]}, {content}"
+        if second := SECOND_LABEL.match(text, end):
+            end, content = second.end(), f"{content}, {second[1]}"
+        found.append((end, start, content, False))
+    marks = (mark for mark in sorted(found, reverse=True) if claimed(text, mark[1]))  # most are never looked at
+    for i, (end, _, said, sentence) in enumerate(marks):
+        if i == 0 and retracted(text, end):
+            return ""
+        label = choice_label(said, sentence=sentence)
+        if label is not None and (digits or not label.isdigit()):
+            return label
+    return line_label(text)
 
 
 # Doubts, for mcq and robust.
@@ -211,9 +254,11 @@ WRONG = (
 RETRACTED = re.compile(  # after an answer
     rf"(?is)[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)|(?-i:[A-J]?[^.!,;\nA-Z]{{0,20}}\?)|[\s$*]*{WRONG}|"
     rf"[^\n]{{0,40}}\(should be\b(?! \w+ed\b)|"
-    rf".*(?:[.!?;:,—\n$]\s{{0,3}}|\b(?:but|oh|or),? )(?:(?:wait|hm+|oops|(?<!, )actually|sorry|correction|"
-    rf"scratch that|on second thought|{DOUBT})\b|no[,.:]|I (?:made|meant|was wrong|am not sure)|"
-    rf"(?:but |however, )?(?:that|this|it|which){WRONG}|(?:but|however),? (?:it|that|this|I|the answer)\b[^.\n]{{0,40}}"
+    rf".*(?:[.!?;:,—\n$-]\s{{0,3}}|\b(?:but|oh|or),? )(?:(?:wait|hm+|oops|(?<!, )actually|sorry|correction|"
+    rf"scratch that|on second thought|(?:up)?on reflection|edit|rechecking|let me correct|{DOUBT})\b|no[,.:]|"
+    rf"no [A-J]\b|I (?:made|meant?|was wrong|am not sure|change my|would like to revise)\b|"
+    rf"(?:but |however, )?(?:that|this|it|which){WRONG}|"
+    r"(?:but|however),? (?:it|that|this|I|the answer|[A-J])\b[^.\n]{0,60}"
     r"(?:(?:not|n't) (?:be |seem |look )?(?:right|correct|true|possible|work|make|match|sure|the answer)|"
     r"wrong|incorrect|should be(?! \w+ed\b))\b)"
 )
@@ -224,7 +269,9 @@ CHECK = re.compile(
 OBJECTION = re.compile(r"(?i)\b(?:not|no|wrong|incorrect|mistake|error|but|however|instead|should|so)\b|n't\b")
 UNCLAIMED = re.compile(  # before an answer
     r"(?i)(?:\b(?:if|suppos\w+|assum\w+|whether|unless|check|verify|doubt|wrong|incorrect|false|mistake\w*|not|cannot|"
-    r"first (?:glance|sight),?|obvious|apparent|initial|naive|tempting|trap|old|previous|\w+(?<=student|teacher)'s|"
+    r"unlikely|impossible|not convinced|no way|worst|second[- ]best|runner-up|least \w+|first (?:glance|sight),?|"
+    r"(?<!\bI )(?<!\bwe )(?<!\bI would )(?<!\bI'd )(?:says?|thinks?|believes?|claims?|argues?)|obvious|apparent|"
+    r"initial|naive|tempting|trap|old|previous|\w+(?<=student|teacher)'s|"
     rf"might|could|may|possible|contradiction|{DOUBT})|n't)[\s*_$]+(?:(?:that|the|an?|this|it|we|you|one|final|true|is|"
     r"was|correct|right|answer|value|be|to|think|say|believe|assume|claim|guess|my|our|your|h(?:is|er)|[a-z]|\w+'s)\b|"
     r"[\s*_$={(\\:])*$"

@@ -5,6 +5,7 @@ tests/vectors/: `luffy.json` and `bridge_reward.json` are from the originals' co
 of the kinds that Math-Verify's documentation lists.
 """
 
+import gzip
 import json
 import os
 import random
@@ -210,6 +211,17 @@ def test_mcq_reads_the_label(response, label):
     for gold in "ABCD3":
         expected = (float(gold == label), "ok") if label else (0.0, "unparsable")
         assert grade([response], [gold], verifier="mcq")[0][:2] == expected
+
+
+def test_no_wrong_choice_is_accepted_and_94_percent_of_the_right_ones_are():
+    """Answers of many forms, a half of them written by someone who had not seen the rule."""
+    cases = [json.loads(line) for line in gzip.decompress((VECTORS / "choices.jsonl.gz").read_bytes()).splitlines()]
+    for verifier, refused in (("mcq", 15), ("exact", 0)):
+        mine = [case for case in cases if case["verifier"] == verifier]
+        verdicts = grade([c["response"] for c in mine], [c["gold"] for c in mine], verifier=verifier)
+        accepted = [case["right"] for case, verdict in zip(mine, verdicts, strict=True) if verdict.reward]
+        assert accepted.count(0) == 0
+        assert accepted.count(1) >= sum(case["right"] for case in mine) - refused
 
 
 @pytest.mark.parametrize(
