@@ -1,8 +1,8 @@
 """common/robust.py: no wrong answer is accepted, few right ones are refused, and nothing takes long.
 
 tests/vectors/robust_cases.jsonl.gz: answers from public reports on graders (`source` names each), then ours ("own").
-robust_blind.jsonl.gz: 400 answers written by someone who had not seen the rule; no rule was made for them, so that they
-say how often it errs. Add none to them and mend none of them alone.
+robust_blind.jsonl.gz: 400 answers written without knowledge of the rule; no rule was made for them, so they say how
+often it errs. Add none to them, and mend none of them alone.
 """
 
 import gzip

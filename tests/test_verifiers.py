@@ -214,7 +214,7 @@ def test_mcq_reads_the_label(response, label):
 
 
 def test_no_wrong_choice_is_accepted_and_94_percent_of_the_right_ones_are():
-    """Answers of many forms, a half of them written by someone who had not seen the rule."""
+    """Answers of many forms, two thirds of them written without knowledge of the rule."""
     cases = [json.loads(line) for line in gzip.decompress((VECTORS / "choices.jsonl.gz").read_bytes()).splitlines()]
     for verifier, refused in (("mcq", 15), ("exact", 0)):
         mine = [case for case in cases if case["verifier"] == verifier]
