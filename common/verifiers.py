@@ -156,7 +156,8 @@ def _mcq(response, gold):
 
 LABEL = re.compile(
     r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:the |la |el |die )?"
-    r"(?:option|choice|answer|letter|letra|opci[oó]n|r[eé]s?p(?:onse|uesta|osta))\b[\s:]*)?(\(?)([a-z]|\d)(?![a-z0-9_^]|['’][a-z])([)\"]?)(.*)"
+    r"(?:option|choice|answer|letter|letra|opci[oó]n|r[eé]s?p(?:onse|uesta|osta))\b[\s:]*)?"
+    r"(\(?)([a-z]|\d)(?![a-z0-9_^]|['’][a-z])([)\"]?)(.*)"
 )
 SECOND_LABEL = re.compile(
     r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?(?:also )?"
