@@ -180,7 +180,8 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
     if (second := SECOND_LABEL.match(rest)) and second[1].isdigit() == label.isdigit():
         return ""
     alone = re.fullmatch(r"[\s.:。\"'”]*", rest)
-    plain = opened or closed or re.match(r"\s*(?:[.:,;](?!\d)|[-–—](?!\w))", rest)  # not "A dog", "I think", "V-1"
+    # not "A dog", "I think", "V-1"
+    plain = opened or closed or re.match(r"\s*(?:[.:,;](?!\d)|[-–—](?!\w)|[\u3040-\u9fff\uac00-\ud7af])", rest)
     needs_reason = label in "AI0123456789"  # "A dog" and "3 dogs" are no labels
     goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if needs_reason else r"\s+[a-z]", rest)
     good = alone or (opened or closed if label.islower() else plain or goes_on)
@@ -208,7 +209,7 @@ IS = (
 )
 CHINESE = "(?:答案】?|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|本题|(?<!不)应)选[:：]?|(?:答え|正解)は|정?답은"
 CHOICE = re.compile(
-    rf"(?i)(?:(?:\b|_)(?:{ANSWER}|option|choice)\b[^.\n:：]{{0,40}}?(?:{IS}| [-–—] )|<(?:final_)?answer>|"
+    rf"(?i)(?:(?:\b|_)(?:{ANSWER}|option|choice|letter)\b[^.\n:：]{{0,40}}?(?:{IS}| [-–—] )|<(?:final_)?answer>|"
     rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose|select)\b|{CHINESE})[ *_:$\n]*"
 )
 CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best|answer)\b")

@@ -213,10 +213,10 @@ def test_mcq_reads_the_label(response, label):
         assert grade([response], [gold], verifier="mcq")[0][:2] == expected
 
 
-def test_no_wrong_choice_is_accepted_and_94_percent_of_the_right_ones_are():
+def test_no_wrong_choice_is_accepted_and_95_percent_of_the_right_ones_are():
     """Answers of many forms, two thirds of them written without knowledge of the rule."""
     cases = [json.loads(line) for line in gzip.decompress((VECTORS / "choices.jsonl.gz").read_bytes()).splitlines()]
-    for verifier, refused in (("mcq", 15), ("exact", 0)):
+    for verifier, refused in (("mcq", 11), ("exact", 0)):
         mine = [case for case in cases if case["verifier"] == verifier]
         verdicts = grade([c["response"] for c in mine], [c["gold"] for c in mine], verifier=verifier)
         accepted = [case["right"] for case, verdict in zip(mine, verdicts, strict=True) if verdict.reward]
