@@ -105,11 +105,12 @@ def find_answer(text: str) -> str | None:
         while found and JOINED_BOXES.fullmatch(text, found[-1][1], start):
             start, _, content = found.pop()
             joined.insert(0, content)
+        rest = text[end:]
+        marked = find_answer(rest)
         if retracted(text, end):
-            return find_answer(text[end:]) or ""
+            return marked or ""
         answer = _with_its_formula(text, start, end, ", ".join(dict.fromkeys(joined)))
-        marked = find_answer(text[end:])
-        later = _last_line(text[end:].partition("\n")[2]) if marked is None else marked
+        later = _last_line(rest.partition("\n")[2]) if marked is None else marked
         return (marked or "") if re.search(r"\d", later) and _differ(answer, later) else answer
     before, closed, _ = text.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")

@@ -220,7 +220,7 @@ PLACEHOLDER = re.compile(r"(?i)[\s.…]*+(?:\\text\s*\{)?(?:your |the )?(?:final
 def echoed(text: str, start: int, end: int, content: str) -> bool:
     r"""Return whether a box repeats the request for one: `put it within \boxed{}` holds no answer."""
     around = text[max(0, start - 200) : start].rpartition("\n")[2] + text[end : end + 200].partition("\n")[0]
-    return PLACEHOLDER.fullmatch(content) and re.search("[A-Za-z]{2}", around)
+    return bool(PLACEHOLDER.fullmatch(content) and re.search("[A-Za-z]{2}", around))
 
 
 def chosen_label(text: str, *, digits: bool = False) -> str | None:
