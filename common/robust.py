@@ -740,7 +740,7 @@ OPERATORS = {  # how tightly they bind on their left and on their right
 
 # 4. Compare.
 
-LARGE, SMALL = sympy.Rational(347, 7), sympy.Rational(1, 9)  # with them no point has an integer
+LARGE, SMALL = sympy.Rational(347, 7), sympy.Rational(1, 9)  # their points hold no integer, for which (-1)^n may be 1
 
 def _points(symbols):
     """Return eight points {symbol: number}, large and small, with all signs of two symbols; one without symbols."""
