@@ -7,6 +7,7 @@ A reader of an algorithm need not know how they are written, checked and removed
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import inspect
 import json
@@ -94,7 +95,10 @@ class Checkpoints:
         self.background = torch.cuda.is_available() if background is None else background
         self._writer = ThreadPoolExecutor(1)
         self._written: Future | None = None  # of the checkpoint that is being written
-        self._group = dist.new_group(backend="gloo") if self.background else None  # apart from the training's
+        self._group = None  # of the writers, apart from the training's
+        if self.background:
+            timeout = datetime.timedelta(minutes=self.settings["timeout_minutes"])
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def changed(self, saved: dict) -> str:
         """Describe which settings, of those that may not change, differ from the saved ones."""
@@ -212,6 +216,11 @@ class Checkpoints:
             self._commit(partial, state, world, start)
 
         self._written = self._writer.submit(write)
+
+    def check(self) -> None:
+        """Raise RuntimeError if the last checkpoint could not be written; one that is being written goes on."""
+        if self._written and self._written.done():
+            self.wait()
 
     def wait(self) -> None:
         """Return when the last checkpoint is complete. Raises RuntimeError if it could not be written."""

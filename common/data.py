@@ -13,6 +13,7 @@ Nothing is padded, and no mask is ever read off a pad id:
 Sequences that begin with the same prompt, as the answers of a group do, share its tokens: it is read once.
 """
 
+import heapq
 import math
 import re
 from collections.abc import Callable
@@ -380,7 +381,7 @@ def plan_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[
         return [[batch] for batch in batches]
     rounds = -(-sum(min(n, max_tokens) for n in lengths) // (ranks * max_tokens))  # a lower bound, raised if needed
     while (bins := _fill_bins(lengths, rounds * ranks, max_tokens)) is None:
-        rounds += 1
+        rounds += 1 + rounds // 200
     bins.sort(key=lambda batch: -sum(cost(lengths[i]) for i in batch))
     return [bins[r * ranks : (r + 1) * ranks] for r in range(rounds)]
 
@@ -394,12 +395,12 @@ def cost(tokens: int) -> float:
 def _fill_bins(lengths: list[int], n: int, max_tokens: int) -> list[list[int]] | None:
     """Put each sequence, longest first, into the cheapest bin; return the bins, or None if one does not fit."""
     bins: list[list[int]] = [[] for _ in range(n)]
-    costs, room = [0.0] * n, [max_tokens] * n
+    heap, room = [(0.0, b) for b in range(n)], [max_tokens] * n  # (cost, bin)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        b = costs.index(min(costs))
+        spent, b = heap[0]
         if bins[b] and lengths[i] > room[b]:
             return None
         bins[b].append(i)
-        costs[b] += cost(lengths[i])
+        heapq.heapreplace(heap, (spent + cost(lengths[i]), b))
         room[b] -= lengths[i]
     return [sorted(batch) for batch in bins]

@@ -228,6 +228,7 @@ class Run:
     def __iter__(self) -> Iterator[int]:
         self.clock = Clock(self.args.profile, self.out)
         while self.step < self.steps:
+            self.checkpoints.check()
             self.step += 1
             yield self.step
 

@@ -593,10 +593,10 @@ def has_weights(path: str) -> bool:
 
 def layers_to_keep(config, tokens: int, free: float) -> int:
     """How many layers can keep all activations of `tokens` bf16 tokens in `free` bytes. The others keep their input and
-    recompute the rest (benchmarks/scale.py: activation_bytes).
+    recompute the rest, one layer at a time (benchmarks/scale.py: activation_bytes).
 
     >>> layers_to_keep(AutoConfig.for_model("qwen2", num_hidden_layers=28), 16384, 40e9)
-    8
+    7
     """
     c = config.get_text_config(decoder=True)
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -604,19 +604,22 @@ def layers_to_keep(config, tokens: int, free: float) -> int:
     inside = getattr(c, "intermediate_size", None) or 4 * c.hidden_size  # of the MLP, or of each expert at most
     kept = 20 * c.hidden_size + 4 * kv + 8 * inside * (getattr(c, "num_experts_per_tok", None) or 1)  # per token
     recomputed = 2 * c.hidden_size
-    room = free / tokens - c.num_hidden_layers * recomputed
-    return min(max(0, int(room // (kept - recomputed))), c.num_hidden_layers)
+    layers = int((free / tokens - c.num_hidden_layers * recomputed) // (kept - recomputed))
+    return c.num_hidden_layers if layers >= c.num_hidden_layers else max(0, layers - 1)
 
 
 def keep_activations(policy: Policy, tokens: int, world: World) -> None:
-    """On CUDA let as many layers keep their activations as fit into four fifths of the free memory, less the gradients.
-    Weights and optimizer must be there already."""
+    """On CUDA let as many layers keep their activations as fit into nine tenths of the free memory, less what else an
+    update holds. Weights and optimizer must be there already, vLLM need not."""
     if world.device.type != "cuda":
         return
-    gradients = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad) / world.size
-    free = 0.8 * free_memory(world.device) - gradients
-    kept = min(gather_lists([layers_to_keep(policy.lm.config, tokens, free)], world))
     layers = layers_of(policy.lm)
+    weights, *sizes = (sum(p.numel() for p in module.parameters()) for module in (policy, *layers))
+    root, layer = weights - sum(sizes), max(sizes)  # root: embeddings and head
+    held = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad) / world.size  # gradients
+    held += 2 * (root + 2 * layer if world.size > 1 else weights)  # gathered in bf16
+    held += 2 * root + 6 * layer + 3e9  # the head's gradient; a layer's, in bf16 and float32; vLLM asleep
+    kept = min(gather_lists([layers_to_keep(policy.lm.config, tokens, 0.9 * free_memory(world.device) - held)], world))
     for layer in layers[:kept]:
         layer.gradient_checkpointing = False
     if world.main:

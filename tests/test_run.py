@@ -17,7 +17,7 @@ import luffy
 import oreo
 import redi
 import relift
-from benchmarks.scale import MODELS, activation_bytes
+from benchmarks.scale import MODELS, activation_bytes, gathered_bytes, state_bytes
 from common import run, trainer, verifiers
 from common.data import InputError, pack
 from common.rollout import Completion
@@ -353,11 +353,34 @@ def test_as_many_layers_keep_their_activations_as_memory_allows(shape):
     tokens, one = 16384, dataclasses.replace(shape, layers=1)
     kept = activation_bytes(one, tokens, checkpointing=False)
     recomputed = tokens * 2 * shape.hidden  # the input of the layer
-    for layers in (1, shape.layers - 1):
-        room = layers * kept + (shape.layers - layers) * recomputed
-        assert layers_to_keep(config, tokens, 1.01 * room) in (layers, layers + 1)
+    for layers in (1, shape.layers // 2, shape.layers - 1):
+        room = (layers + 1) * kept + (shape.layers - layers - 1) * recomputed  # one is whole while it is recomputed
+        assert layers_to_keep(config, tokens, 1.01 * room) in (layers, layers + 1, shape.layers)
         assert layers_to_keep(config, tokens, 0.98 * room) < layers
     assert layers_to_keep(config, tokens, 1e15) == shape.layers and layers_to_keep(config, tokens, -1e9) == 0
+
+
+@pytest.mark.parametrize(("ranks", "tokens"), [(8, 32768), (8, 40960), (16, 32768), (64, 32768)])
+def test_what_is_kept_of_7b_leaves_room_for_all_else_on_80_gb(monkeypatch, ranks, tokens):
+    shape, card = MODELS["7B"], 84.9e9  # what torch may use of an H100
+    with torch.device("meta"):
+        config = trainer.AutoConfig.for_model("qwen2", num_hidden_layers=28, hidden_size=3584, intermediate_size=18944,
+                                              num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
+        policy = trainer.Policy(trainer.AutoModelForCausalLM.from_config(config))
+    for layer in trainer.layers_of(policy.lm):
+        layer.gradient_checkpointing = True
+    context = 2e9  # CUDA's and NCCL's
+    states = state_bytes(shape, ranks)
+    monkeypatch.setattr(trainer, "free_memory", lambda device: card - context - 0.75 * states)  # no gradients yet
+    monkeypatch.setattr(trainer, "gather_lists", lambda items, world: items)
+    trainer.keep_activations(policy, tokens, World(0, ranks, 8, SimpleNamespace(type="cuda")))
+    kept = sum(not layer.gradient_checkpointing for layer in trainer.layers_of(policy.lm))
+    one = dataclasses.replace(shape, layers=1)
+    activations = (kept + 1) * activation_bytes(one, tokens, checkpointing=False) + 2 * (27 - kept) * tokens * 3584
+    root = 2 * shape.vocab * shape.hidden
+    asleep, reference = 2.6e9, 2 * root  # vLLM, and the embeddings and head of a second model
+    held = states + gathered_bytes(shape, ranks) + root + 6 * shape.layer + asleep + reference + context
+    assert kept > 2 and 0.8 * card < held + activations < 0.97 * card
 
 
 def test_a_folder_without_weights_gives_the_model_of_its_seed(world, capsys):
@@ -509,7 +532,7 @@ def test_a_reward_of_a_users_verifier_is_taken_as_it_is(monkeypatch):
 
 def test_the_last_step_has_a_checkpoint_too(tmp_path, world):
     mine, saved, drawn = planned(tmp_path, save_every=2, steps=3), [], []
-    mine.checkpoints = SimpleNamespace(save=lambda step, *_, **__: saved.append(step))
+    mine.checkpoints = SimpleNamespace(save=lambda step, *_, **__: saved.append(step), check=lambda: None)
     mine.pairs, mine.metrics = {"policy": (None, None)}, SimpleNamespace(draw=lambda every: drawn.append(every))
     mine.tokenizer = SimpleNamespace(chat_template="", name_or_path="")
     for _ in mine:

@@ -1,5 +1,6 @@
 """common/trainer.py: loading, schedules, checkpoints, metrics."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
@@ -42,6 +43,7 @@ class Settings:
     lr: float = 1e-3
     steps: int = 10
     preset: str = "paper"
+    timeout_minutes: float = 30.0
     method: str = "a"
     tensorboard: bool = False
     wandb: str = ""
@@ -407,8 +409,9 @@ def test_what_goes_wrong_in_the_background_is_not_lost(policy, world, tmp_path, 
 
     monkeypatch.setattr(checkpoints.json, "dump", full)
     saved.save(2, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    concurrent.futures.wait([saved._written], 30)
     with pytest.raises(RuntimeError, match="could not be written .*No space.*There is none before it"):
-        saved.wait()
+        saved.check()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
