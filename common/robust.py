@@ -163,8 +163,9 @@ NOT_AN_ANSWER = re.compile(  # on a last line: a box, a condition, a hedge, or w
 
 def _last_line(text):
     """Return the last line if it has no mark and is nothing but an answer, as `Thus x = 5.`; else ""."""
-    text = re.sub(r"(?:\$\$|\\\[|```\w*)\s*([^\n]*?)\s*(?:\$\$|\\\]|```)$", r"\1", text.strip())  # on lines of its own
-    line = re.sub(r"\*\*([^*]+)\*\*", r"\1", text.rpartition("\n")[2])
+    end = text.strip()[-8 * MAX_ANSWER :]
+    end = re.sub(r"(?:\$\$|\\\[|```\w*)\s*([^\n]*?)\s*(?:\$\$|\\\]|```)$", r"\1", end)  # on lines of its own
+    line = re.sub(r"\*\*([^*]+)\*\*", r"\1", end.rpartition("\n")[2])
     return "" if "<think>" in text or NOT_AN_ANSWER.search(line) else line
 
 
