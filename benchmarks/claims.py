@@ -391,13 +391,15 @@ def block_table(results: dict) -> str:
     lines = ["| | rate | " + " | ".join([*columns, *(name.replace("_", " ") for name in costs)]) + " |"]
     lines.append("| --- " * (2 + len(columns) + len(costs)) + "|")
     for name, row in results["rows"].items():
-        rate = results["rates"].get(name)
+        rate, seeds = results["rates"].get(name), list(row.values())
+        if all(seed == seeds[0] for seed in seeds):  # one model for all seeds
+            seeds = seeds[:1]
         cells = [name, f"{rate['chosen']:g}" if rate else ""]
         for title, key in columns.items():
-            values = [seed[key] for seed in row.values() if key in seed]
+            values = [seed[key] for seed in seeds if key in seed]
             cells.append(cell(values, 1 if "%" in title else 2) if values else "")
         for key, form in costs.items():
-            values = [seed[key] for seed in row.values() if key in seed]
+            values = [seed[key] for seed in seeds if key in seed]
             cells.append(format(median(values), form) if values else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -419,11 +421,16 @@ def claims_table(blocks: dict[str, dict]) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Correct answers of each row, the claims with their 95 % intervals, and the block's curves."""
+    """Correct answers of each row, the claims with their 95 % intervals (those that are not in points apart), and the
+    block's curves."""
     from matplotlib.figure import Figure
 
+    points = {text: claim["of"] in ("sampled", "greedy", "searched", "pairs")
+              for text, claim in results["claims"].items()}
+
     rows = {name: row for name, row in results["rows"].items() if any("sampled" in seed for seed in row.values())}
-    panels = 2 + len(results["curves"])
+    units = sorted(set(points.values()), reverse=True)
+    panels = 1 + len(units) + len(results["curves"])
     size = (4.6 * panels, max(3.4, 0.3 * max(len(rows), 1.6 * len(results["claims"])) + 1))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, panels)
@@ -436,19 +443,21 @@ def plot(results: dict, path: Path) -> None:
     axes[0].invert_yaxis()
     axes[0].set_xlabel("correct answers, %")
     axes[0].legend(fontsize=8)
-    for i, claim in enumerate(results["claims"].values()):
-        axes[1].errorbar(claim["mean"], i, xerr=claim["half_width"], fmt="o", color="C0", capsize=3)
-    wrapped = [textwrap.fill(text, 40) for text in results["claims"]]
-    axes[1].set_yticks(range(len(wrapped)), wrapped, fontsize=7)
-    axes[1].set_ylim(len(wrapped) - 0.5, -0.5)
-    axes[1].axvline(0, color="0.5", lw=1)
-    axes[1].set_xlabel("difference, 95 %")
-    for axis, (title, runs) in zip(axes[2:], results["curves"].items(), strict=True):
+    for axis, unit in zip(axes[1:], units, strict=False):
+        texts = [text for text in points if points[text] == unit]
+        for i, text in enumerate(texts):
+            claim = results["claims"][text]
+            axis.errorbar(claim["mean"], i, xerr=claim["half_width"], fmt="o", color="C0", capsize=3)
+        axis.set_yticks(range(len(texts)), [textwrap.fill(text, 40) for text in texts], fontsize=7)
+        axis.set_ylim(len(texts) - 0.5, -0.5)
+        axis.axvline(0, color="0.5", lw=1)
+        axis.set_xlabel("difference in points, 95 %" if unit else "difference, 95 %")
+    for axis, (title, runs) in zip(axes[1 + len(units) :], results["curves"].items(), strict=True):
         for color, (name, lines) in enumerate((name, lines) for name, lines in runs.items() if any(lines)):
             for line in lines:
                 label = name if line is lines[0] else None
                 axis.plot(*zip(*line, strict=True), f"C{color}", lw=1, label=label)
-        axis.set(title=title, xlabel="step")
+        axis.set(title=title, xlabel="step, of those that logged it")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 

@@ -106,15 +106,23 @@ def test_unknown_errors_are_none():
 
 
 def test_bootstrap_interval_is_that_of_all_resamples():
-    a, b = np.array([0.5, -0.25, 0.0, 1.0]), np.array([0.0, 0.5, -1.0])
+    given = np.array([0.5, -0.25, 0.0, 1.0]), np.array([0.0, 0.5, -1.0])
+    a, b = (x.mean() + (x - x.mean()) * (x.std(ddof=1) / x.std()) for x in given)  # the variance of a sample's mean
     every = [
         (np.mean(x) + np.mean(y)) / 2
         for x in itertools.product(a, repeat=4)
         for y in itertools.product(b, repeat=3)
     ]
     low, high = np.quantile(every, [0.025, 0.975])
-    assert bootstrap_interval([a, b], draws=40_000) == pytest.approx((low, high), abs=0.03)
-    assert bootstrap_interval([a, b]) == bootstrap_interval([a, b])
+    assert bootstrap_interval(given, draws=40_000) == pytest.approx((low, high), abs=0.03)
+    assert bootstrap_interval(given) == bootstrap_interval(given)
+
+
+def test_one_question_has_no_interval():
+    rows = compare_rates({"b": np.array([[0.0], [0.5]]), "c": np.array([[0.0, 1.0], [0.5, 1.0]])}, ["one", "two"])
+    assert [row["low"] is None for row in rows if row["run"] == "two"] == [True, False, True]  # b, c, average
+    gains = [cells[-1] for cells in summary_cells(rows, ["one", "two"])[1:]]
+    assert gains == ["+50.0", "+25.0 [-10.4, +60.4]", "+37.5"]
 
 
 def test_a_paired_interval_is_narrow_where_runs_differ_by_a_constant():

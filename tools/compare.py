@@ -5,7 +5,7 @@ r"""Compare evaluations that eval.py wrote: tables, confidence intervals, a plot
 The first folder is what the others are measured against, on the questions that all runs were asked. --out then has
 
     comparison.md, comparison.csv    pass@1 of each run, and its difference to the first run with a 95 % interval
-    comparison.png                   the same as bars
+    comparison.png                   pass@1 as bars, with each run's own error
     comparison.html                  questions on which the runs differ, with answers; one file, needs no network
 
 The intervals are from a paired bootstrap: questions are resampled within each benchmark, the same ones for both runs.
@@ -71,11 +71,13 @@ def load_runs(folders: tuple[str, ...], verifier: str) -> list[Run]:
 def bootstrap_interval(differences: list[np.ndarray], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of the mean over benchmarks of their mean difference, by a paired bootstrap.
 
-    differences: for each benchmark [Q], run B's fraction of correct answers minus run A's. Questions are resampled
-    within each benchmark. Their answers are not: the scatter of the fractions includes their noise already."""
+    differences: for each benchmark [Q], Q > 1, run B's fraction of correct answers minus run A's. Questions are
+    resampled within each benchmark. Their answers are not: the scatter of the fractions includes their noise already.
+    Drawing from Q questions has a variance of (Q - 1) / Q of the mean's; the deviations are scaled up for that."""
     rng = np.random.default_rng(seed)
     means = np.zeros(draws)
     for values in differences:
+        values = values.mean() + (values - values.mean()) * math.sqrt(len(values) / (len(values) - 1))
         for start in range(0, draws, 500):  # [500, Q] indices at a time
             drawn = rng.integers(len(values), size=(min(500, draws - start), len(values)))
             means[start : start + 500] += values[drawn].mean(1) / len(differences)
@@ -99,7 +101,8 @@ def compare_rates(rates: dict[str, np.ndarray], names: list[str]) -> list[dict]:
             if i:
                 differences = [rates[b][i] - rates[b][0] for b in part]
                 row["difference"] = float(mean(d.mean() for d in differences))
-                row["low"], row["high"] = bootstrap_interval(differences)
+                if min(map(len, differences)) > 1:
+                    row["low"], row["high"] = bootstrap_interval(differences)
             rows.append(row)
     return rows
 
@@ -110,8 +113,9 @@ def percent(row: dict) -> str:
 
 
 def gain(row: dict) -> str:
-    """Return the difference to the first run in percent, with its interval."""
-    return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    """Return the difference to the first run in percent, with its interval if there are several questions."""
+    interval = "" if row["low"] is None else f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    return f"{100 * row['difference']:+.1f}{interval}"
 
 
 def summary_cells(rows: list[dict], names: list[str]) -> list[list]:
