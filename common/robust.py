@@ -724,6 +724,8 @@ def _factorial(value):
 
 def _power(base, exponent):
     """Return base ** exponent unless its rational factor may have more than MAX_BITS bits."""
+    if exponent.count_ops() > 20:
+        raise Unreadable("too long an exponent")
     factor, _ = base.as_coeff_Mul()
     size = abs(exponent.subs(dict.fromkeys(exponent.free_symbols, 8)).evalf(3))
     bits = max(abs(factor.p), factor.q).bit_length() + 3 if factor.is_Rational else MAX_BITS

@@ -70,7 +70,7 @@ HUGE = [
     r"\boxed{5}. Wait, let me check" + " correct" * 8000 + " so", "if the " * 9000 + "answer is 42.",
     "He a" + " 1 a" * 16_000 + ".", r"put it in \boxed{" + "." * 60_000 + "x}",
     "answer is " + "a, " * 20_000 + ")", "is 5 a" + " b" * 30_000, "option a" + " b" * 30_000, "abc " * 16_000 + ".",
-    r"\boxed{5}" + r"Answer: \frac12" * 4000, r"\[(" * 20_000,
+    r"\boxed{5}" + r"Answer: \frac12" * 4000, r"\[(" * 20_000, r"\boxed{5}" + "-e^" * 200,
 ]  # fmt: skip
 
 
