@@ -116,7 +116,7 @@ class Args:
     buckets: str = ""  # Folder of the base model's evaluation: adds accuracy by how often the base was correct.
     # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
     rollout: Literal["auto", "embedded", "vllm"] = "auto"
-    rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM (7B on 80 GB: 0.5)
+    rollout_gpu_memory: Share[float] = 0.0  # Fraction of each GPU's memory for vLLM. 0: what is free, at most 0.7
     # Largest batch of the embedded sampler: rows x (prompt + response) tokens. 0: 65,536; on CUDA 524,288 (7B: 30 GB)
     sampler_tokens: NotNegative[int] = 0
     write_every: Positive[int] = 2048  # Answers per vLLM call; each call's answers are written when it ends

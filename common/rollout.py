@@ -357,12 +357,13 @@ def vllm_for(rollout: str, world: World) -> str | None:
 
 def make_sampler(
     rollout: str, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int,
-    max_batch_tokens: int = 0, gpu_memory: float = 0.7,
+    max_batch_tokens: int = 0, gpu_memory: float = 0.0,
 ):
     """The sampler that --rollout names, EmbeddedSampler or VLLMSampler; rank 0 prints which and why.
 
     max_tokens: of a prompt with its completion. max_batch_tokens: the embedded sampler's. gpu_memory: fraction of the
-    GPU for vLLM. InputError if vLLM is asked for, or needed for a large model on a GPU ("auto"), and not installed."""
+    GPU for vLLM; 0: what is free. InputError if vLLM is asked for, or needed for a large model on a GPU ("auto"), and
+    not installed."""
     from common import vllm
 
     cuda, version = world.device.type == "cuda", vllm_for(rollout, world)

@@ -103,7 +103,8 @@ class RunArgs:
     compile: bool = False  # Fuse each layer's small operations with torch.compile.
     # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
     rollout: Literal["auto", "embedded", "vllm"] = "auto"
-    rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM, which frees it during the update
+    # Fraction of each GPU's memory for vLLM, which frees it during the update. 0: what training leaves, at most 0.7
+    rollout_gpu_memory: Share[float] = 0.0
     # Largest batch of the embedded sampler, as rows x (prompt + response) tokens; at least the answers to one question.
     # 0: 65,536, on a GPU more if half of the free memory holds it
     sampler_tokens: NotNegative[int] = 0

@@ -608,20 +608,25 @@ def layers_to_keep(config, tokens: int, free: float) -> int:
     return c.num_hidden_layers if layers >= c.num_hidden_layers else max(0, layers - 1)
 
 
+def sizes(policy: nn.Module) -> tuple[int, int, int]:
+    """How many weights it has, how many of them are in no layer (embeddings, head), and those of its largest layer."""
+    weights, *layers = (sum(p.numel() for p in part.parameters()) for part in (policy, *layers_of(policy.lm)))
+    return weights, weights - sum(layers), max(layers, default=0)
+
+
 def keep_activations(policy: Policy, tokens: int, world: World) -> None:
     """On CUDA let as many layers keep their activations as fit into nine tenths of the free memory, less what else an
     update holds. Weights and optimizer must be there already, vLLM need not."""
     if world.device.type != "cuda":
         return
-    layers = layers_of(policy.lm)
-    weights, *sizes = (sum(p.numel() for p in module.parameters()) for module in (policy, *layers))
-    root, layer = weights - sum(sizes), max(sizes)  # root: embeddings and head
+    weights, root, layer = sizes(policy)
     held = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad) / world.size  # gradients
     held += 2 * (root + 2 * layer if world.size > 1 else weights)  # gathered in bf16
     held += 2 * root + 6 * layer + 3e9  # the head's gradient; a layer's, in bf16 and float32; vLLM asleep
     kept = min(gather_lists([layers_to_keep(policy.lm.config, tokens, 0.9 * free_memory(world.device) - held)], world))
-    for layer in layers[:kept]:
-        layer.gradient_checkpointing = False
+    layers = layers_of(policy.lm)
+    for part in layers[:kept]:
+        part.gradient_checkpointing = False
     if world.main:
         print(f"activations: {kept} of {len(layers)} layers keep theirs, the others recompute them")
 

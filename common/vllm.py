@@ -30,9 +30,9 @@ from torch.multiprocessing.reductions import reduce_tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from common.data import pack
+from common.data import InputError, pack
 from common.rollout import Completion, Sampler, Sampling, cache_size
-from common.trainer import Policy, World, full_parameters, gather_lists, reshard
+from common.trainer import Policy, World, full_parameters, gather_lists, reshard, sizes
 
 VLLM = "0.32.0"  # the version whose calls are used here
 MAX_RESTARTS = 3  # of one generate or sync
@@ -138,6 +138,19 @@ class Worker:
             self.process = None
 
 
+def free_share(policy: Policy, world: World) -> float:
+    """The fraction of a GPU that may be vLLM's: 0.7, or what the models and optimizers on it leave beside the bf16
+    weights that a sync's proof gathers (FSDP2 copies the root's) and 3 GB for contexts and buffers."""
+    free, total = torch.cuda.mem_get_info(world.device)
+    weights, root, layer = sizes(policy)
+    room = min(0.7 * total, free - (4 * (root + layer) if world.size > 1 else 2 * weights) - 3e9)
+    if room < 2 * weights:
+        raise InputError(f"vLLM needs {2 * weights / 1e9:.1f} GB for the model's weights, and training leaves it "
+                         f"{max(0.0, room) / 1e9:.1f} of this GPU's {total / 1e9:.1f} GB: use more GPUs or a smaller "
+                         "model, or try --rollout_gpu_memory")  # fmt: skip
+    return room / total
+
+
 class VLLMSampler(Sampler):
     """Samples from a vLLM engine beside this rank. Every method is a collective (a rank without prompts passes []).
 
@@ -145,11 +158,12 @@ class VLLMSampler(Sampler):
     MAX_RESTARTS times per call. If it has never worked, the error is raised at once."""
 
     def __init__(
-        self, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int, gpu_memory: float = 0.7,
+        self, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int, gpu_memory: float = 0.0,
         patience: float | None = None, **settings,
     ):
         """stop_ids: ids that end a completion. max_tokens: of a prompt with its completion. gpu_memory: fraction of the
-        GPU for vLLM. patience: seconds of silence that mean a hang; None: 120, on a CPU 1200. settings: for LLM."""
+        GPU for vLLM; 0: `free_share`. patience: seconds of silence that mean a hang; None: 120, on a CPU 1200.
+        settings: for LLM."""
         self.world, self.policy, self.max_tokens = world, policy, max_tokens
         self.stop_ids = sorted(set(stop_ids))
         self.cuda = world.device.type == "cuda"
@@ -169,7 +183,7 @@ class VLLMSampler(Sampler):
             torch.cuda.empty_cache()  # vLLM does not start where its share of the memory is not free
             special = {
                 "dtype": "bfloat16", "hf_overrides": {"head_dtype": "float32"}, "enable_sleep_mode": True,
-                "gpu_memory_utilization": gpu_memory,
+                "gpu_memory_utilization": gpu_memory or free_share(policy, world),
             }  # fmt: skip
         else:
             special = cpu_settings(config, max_tokens)

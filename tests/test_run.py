@@ -1,6 +1,7 @@
 """common/run.py: flags and their ranges, grading, updates of several models; memory that decides what is recomputed."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from common.rows import Example
 from common.run import Grader, Row, Run, RunArgs, check_flags, micro_batches, per_token, trace_rows
 from common.trainer import Totals, World, layers_to_keep, load_policy, make_optimizer, parse_args
 from common.verifiers import Verdict
+from common.vllm import free_share
 from tests.conftest import NANO, ROOT, other_weights
 from tests.test_luffy_math import ONE_RANK
 from tools import influence, redi_data
@@ -360,13 +362,23 @@ def test_as_many_layers_keep_their_activations_as_memory_allows(shape):
     assert layers_to_keep(config, tokens, 1e15) == shape.layers and layers_to_keep(config, tokens, -1e9) == 0
 
 
+@functools.lru_cache(2)
+def qwen(size: str) -> trainer.Policy:
+    """A model of Qwen2.5's shape, without memory."""
+    shape = MODELS[size]
+    config = trainer.AutoConfig.for_model(
+        "qwen2", num_hidden_layers=shape.layers, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_width * shape.heads // shape.hidden,
+        vocab_size=shape.vocab, tie_word_embeddings=shape.tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return trainer.Policy(trainer.AutoModelForCausalLM.from_config(config))
+
+
 @pytest.mark.parametrize(("ranks", "tokens"), [(8, 32768), (8, 40960), (16, 32768), (64, 32768)])
 def test_what_is_kept_of_7b_leaves_room_for_all_else_on_80_gb(monkeypatch, ranks, tokens):
     shape, card = MODELS["7B"], 84.9e9  # what torch may use of an H100
-    with torch.device("meta"):
-        config = trainer.AutoConfig.for_model("qwen2", num_hidden_layers=28, hidden_size=3584, intermediate_size=18944,
-                                              num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
-        policy = trainer.Policy(trainer.AutoModelForCausalLM.from_config(config))
+    policy = qwen("7B")
     for layer in trainer.layers_of(policy.lm):
         layer.gradient_checkpointing = True
     context = 2e9  # CUDA's and NCCL's
@@ -381,6 +393,27 @@ def test_what_is_kept_of_7b_leaves_room_for_all_else_on_80_gb(monkeypatch, ranks
     asleep, reference = 2.6e9, 2 * root  # vLLM, and the embeddings and head of a second model
     held = states + gathered_bytes(shape, ranks) + root + 6 * shape.layer + asleep + reference + context
     assert kept > 2 and 0.8 * card < held + activations < 0.97 * card
+
+
+@pytest.mark.parametrize(("size", "ranks", "card", "trained", "share"), [
+    ("7B", 8, 84.9e9, 12, 0.7), ("7B", 8, 84.9e9, 20, 0.67), ("1.5B", 1, 84.9e9, 12, 0.7),
+    ("1.5B", 1, 84.9e9, 20, 0.55), ("7B", 1, 149e9, 12, 0.26), ("1.5B", 1, 47e9, 12, 0.455),
+])  # fmt: skip
+def test_vllm_has_what_training_leaves_of_a_gpu(monkeypatch, size, ranks, card, trained, share):
+    shape, context = MODELS[size], 1e9
+    free = card - context - trained * shape.parameters / ranks  # bytes of states a weight: ReLIFT 20, the others 12
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, card))
+    found = free_share(qwen(size), World(0, ranks, 8, "cuda:0"))
+    assert found == pytest.approx(share, abs=0.006)
+    gathered = gathered_bytes(shape, ranks) + (2 * (1 if shape.tied else 2) * shape.vocab * shape.hidden) * (ranks > 1)
+    assert found * card + gathered + 2.9e9 < free
+
+
+def test_a_gpu_that_is_too_small_for_training_and_vllm_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6e9, 25.4e9))
+    message = r"needs 3.1 GB for the model's weights, and training leaves it 0.0 of this GPU's 25.4 GB: use more GPUs"
+    with pytest.raises(InputError, match=message):
+        free_share(qwen("1.5B"), World(0, 1, 1, "cuda:0"))
 
 
 def test_a_folder_without_weights_gives_the_model_of_its_seed(world, capsys):

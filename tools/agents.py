@@ -93,7 +93,7 @@ class Args:
     quest_length: Positive[int] = 2  # make: actions that win a game
     # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
     rollout: Literal["auto", "embedded", "vllm"] = "auto"
-    rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM
+    rollout_gpu_memory: Share[float] = 0.0  # Fraction of each GPU's memory for vLLM. 0: what is free, at most 0.7
     sampler_tokens: NotNegative[int] = 0  # Largest batch of the embedded sampler, as rows x tokens. 0: as fits
     micro_batch_tokens: Positive[int] = 16384  # Tokens that the value model reads at once on each rank
 

@@ -56,7 +56,7 @@ class Args:
     max_response_tokens: Positive[int] = 19000
     # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
     rollout: Literal["auto", "embedded", "vllm"] = "auto"
-    rollout_gpu_memory: Share[float] = 0.7  # Fraction of each GPU's memory for vLLM
+    rollout_gpu_memory: Share[float] = 0.0  # Fraction of each GPU's memory for vLLM. 0: what is free, at most 0.7
     sampler_tokens: NotNegative[int] = 0  # Largest batch of the embedded sampler, as in redi.py
     seed: Seed = 42  # Seed of order, sampling and corruption
     timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
