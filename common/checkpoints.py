@@ -90,7 +90,8 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         script = Path(inspect.getfile(type(args)))
         self.settings = json.loads(json.dumps(dataclasses.asdict(args))) | {"script": script.name}
-        self.code = _sha256(script).hex()  # of the script that runs, even if its file changes later
+        code = [script, *sorted(Path(__file__).parent.glob("*.py"))]  # as they run, even if a file changes later
+        self.code = hashlib.sha256(b"".join(map(_sha256, code))).hexdigest()
         self.data = None  # digest of what is trained on (check_data)
         self.background = torch.cuda.is_available() if background is None else background
         self._writer = ThreadPoolExecutor(1)
@@ -141,8 +142,8 @@ class Checkpoints:
             print(f"{path} was made by {state['ranks']} ranks, and {world.size} resume: sums are rounded in another "
                   "order, so the run is not bit for bit the same", file=sys.stderr)  # fmt: skip
         if state and world.main and state.get("code", self.code) != self.code:
-            print(f"WARNING: {self.settings['script']} has changed since {path} was written: the run goes on with the "
-                  "new code; another --out starts anew", file=sys.stderr)  # fmt: skip
+            print(f"WARNING: {self.settings['script']} or common/ has changed since {path} was written: the run goes "
+                  "on with the new code; another --out starts anew", file=sys.stderr)  # fmt: skip
         return state
 
     def check_data(self, state: dict | None, digest: str, flags: str) -> None:

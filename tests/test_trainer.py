@@ -356,7 +356,7 @@ def test_a_script_that_changed_since_the_checkpoint_is_warned_of(policy, world, 
     saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
     assert saved.state()["step"] == 1 and "WARNING" not in capsys.readouterr().err
     assert checkpoint(tmp_path).state()["step"] == 1
-    assert "WARNING: mine.py has changed since" in capsys.readouterr().err
+    assert "WARNING: mine.py or common/ has changed since" in capsys.readouterr().err
 
 
 def test_sha256sum_reads_the_checksums(policy, world, tmp_path):
