@@ -6,14 +6,15 @@ without KL and entropy; J is its mean over questions. A gradient step of size et
     dJ(q) = eta <G, grad J(q)> = eta mean_{q',o'} A(q',o') sqrt(a(q) (1 - a(q))) (mean_+ K - mean_- K)          (Eq. 5)
     K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J, the mean of grad J(q') over questions q'
 
-o is an answer to q, A(q,o) its advantage, a(q) the fraction of correct answers to q. mean_+ is over the correct ones,
-mean_- over the others; log pi is a mean over tokens. So RL needs questions that are solved sometimes, and answers to
-different questions whose gradients agree. To raise both, BRIDGE injects behaviors into the SFT solutions: looking
-ahead and coming back (reflection), repeating what the question says (analysis), one operation at a time (subgoals).
-SFT minimizes the mean of -log p over the tokens of prompts and solutions. GRPO follows, with the SFT model as
-reference. R_i is 1 for a correct answer and else 0, plus --format_reward for the right form:
+o is one of N answers to q, A(q,o) its advantage, a(q) the fraction of correct ones. mean_+ is over the correct ones,
+mean_- over the others; log pi is a mean over tokens. (sqrt(a (1 - a)) is the std over N. With that over N - 1, as in
+GRPO, dJ is (N - 1) / N of Eq. 5.) So RL needs questions that are solved sometimes, and answers to different questions
+whose gradients agree. To raise both, BRIDGE injects behaviors into the SFT solutions: looking ahead and coming back
+(reflection), repeating what the question says (analysis), one operation at a time (subgoals). SFT minimizes the mean
+over blocks of 4 rows of the mean of -log p over their tokens, those of prompts included. GRPO follows, with the SFT
+model as reference. R_i is 1 for a correct answer and else 0, plus --format_reward for the right form:
 
-    A_i  = (R_i - mean R) / (std R + 1e-6)                                         over the group of answers to q
+    A_i  = (R_i - mean R) / (std R + 1e-6)                               over the N answers to q, std over N - 1
     loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef min(k, 10) - entropy_coef H ]
 
 For token t of answer i: r = p / p_old, k = e^d - d - 1 with d = log p_ref - log p, H is the entropy, c is --clip. The
@@ -174,7 +175,7 @@ def arms_of(args: Args) -> dict[str, list[dict]]:
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """A_i = (R_i - mean) / (std + eps) over the rewards of i's group; 0 if all are equal (float64: to 1e-9).
+    """A_i = (R_i - mean) / (std + eps) over the rewards of i's group; 0 if all are equal (float64: but for rounding).
 
     rewards [B] float32 or float64, groups [B] int (the question of each row) -> [B], of rewards' dtype.
     ddof 1 divides the variance by n - 1, as the published code does. ddof 0 divides it by n, as in the paper: the std
@@ -187,7 +188,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: flo
     n = group.bincount()  # [Q], rows of each question
     centered = rewards - (group.bincount(rewards) / n)[group]
     sigma = (group.bincount(centered**2) / (n - ddof).clamp(min=1)).sqrt()
-    return centered / torch.where(sigma > 0, sigma + eps, 1.0)[group]
+    return centered / torch.where(sigma > 1e-9, sigma + eps, 1.0)[group]
 
 
 def policy_token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip: float | None = None) -> Tensor:
@@ -208,8 +209,8 @@ def policy_token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, cli
 def low_variance_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Estimate of KL(pi || ref) from each token, elementwise: e^d - d - 1, d = log ref - log pi; at most 10.
 
-    Never negative. Over tokens drawn from pi its mean is KL(pi || ref), the cap aside, but the mean of its gradient is
-    the gradient of KL(ref || pi)."""
+    Negative by rounding alone (as published; float32: down to -1e-7). Over tokens drawn from pi its mean is
+    KL(pi || ref), the cap aside, but the mean of its gradient is the gradient of KL(ref || pi)."""
     d = (ref_logp - logp).clamp(max=20)  # far above the cap: its gradient is 0, not 0 times inf
     return (d.exp() - d - 1).clamp(max=10)
 
@@ -287,7 +288,7 @@ def accumulate_gradient(
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
     """Forward and backward of one SFT update, at temperature 1; the gradient is left in .grad.
 
-    loss = - (1/K) sum_k (1/T_k) sum_{t in k} log p_t over K blocks of sft_rows_per_mean neighbors in `rows`, with T_k
+    loss = - (1/n) sum_k (1/T_k) sum_{t in k} log p_t over n blocks of sft_rows_per_mean neighbors in `rows`, with T_k
     tokens each. The gradient is the same for any number of ranks and any micro_batch_tokens."""
     lengths, totals = [len(row.response) for row in rows], Totals(world)
     rows_per_mean = args.sft_rows_per_mean or len(rows)

@@ -12,13 +12,13 @@ p_it is the policy's probability of token t of row i, p_old_it the one before th
 S = 64 / (rows x 8192) for an update's rows: a published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
 c = 0.001; 8192 is --max_response_tokens. M mean entropies were added, one per micro-batch (`published_micro_batches`).
 Where the teacher's own probability is unknown, as in the published data, LUFFY uses 1, so the ratio is p. With f, the
-gradient w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless tokens are
-learnt first. If the trace and k own answers are right, each of them has the advantage (7 - k) / 8: from 7/8 down to 0.
+gradient of -loss / S w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless
+tokens are learnt first. If the trace and k own answers are right, each has the advantage (7 - k) / 8: from 7/8 to 0.
 
 --method picks the above or one of the paper's comparisons:
   grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2
-  rl_sft   own answers by RL (their mean is the baseline), plus the mean negative log-likelihood of the trace
-  sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same
+  rl_sft   own answers by RL (their mean is the baseline), plus the trace's mean negative log-likelihood, times 1 to 8
+  sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same (tiny: each token)
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - Denominators count the rows of all GPUs, so neither GPUs nor micro-batches change the gradient. S, M: published scale.

@@ -6,8 +6,9 @@ beside the policy pi until both agree with the reward R at every state of every 
 
     V(s_t) = R - beta S_t,      S_t = sum_{i >= t} log [pi(a_i | s_i) / pi_ref(a_i | s_i)]           (soft Bellman)
 
-Only the optimum of  E[R] - beta KL(pi || pi_ref)  satisfies this. s_t is the text before token a_t. Actions are the
-tokens that the model wrote. States are the texts at which the equation is imposed. sg stops the gradient.
+Only the optimum of  E[R] - beta KL(pi || pi_ref)  satisfies this for all possible answers (with an environment's
+observations: on average). s_t is the text before token a_t. Actions are the tokens that the model wrote, states the
+texts at which the equation is imposed. pi_t is pi(a_t | s_t), ref_t pi_ref(a_t | s_t). sg stops the gradient.
 
     L_V  = mean_rows mean_states (V_t - R + beta sg(S_t))^2
     L_pi = mean_rows mean_states (sg(V_t) - R + beta (log [pi_t / ref_t] + sg(S_{t+1})))^2          (Eq. 9, "token")

@@ -4,13 +4,13 @@ Distillation fine-tunes on a teacher's correct traces and throws the incorrect o
 stages. c_i is a correct ("chosen") trace of problem i, r_i an incorrect ("rejected") one. log p(y) is the sum of the
 log-probs of trace y's tokens, |y| their number, eos included:
 
-    --stage sft     loss = - sum_i log p(c_i) / sum_i |c_i|                                                   (Eq. 1)
+    --stage sft     loss = - sum_i log p(c_i) / sum_i |c_i|                                        (Eq. 1, per token)
     --stage redi    loss = mean_i [- log p(c_i) / |c_i|  +  alpha log p(r_i) / |r_i|],  alpha = 0.8           (Eq. 5)
 
-In stage redi a long trace weighs no more than a short one. The gradient w.r.t. a token's log-prob is a constant,
--1 / |c| or alpha / |r|, whatever its probability: there is no reference model, KL, clip or sigmoid, and the loss has no
-lower bound. c and r have much text in common, so lowering p(r) lowers p(c) too. Only alpha < 1 and a small learning
-rate limit this. Watch logp/chosen: alarm/collapsed_at is the step at which it had fallen too far.
+In stage redi a long trace weighs no more than a short one. The gradient of a pair's loss w.r.t. a token's log-prob is a
+constant, -1 / |c| or alpha / |r|, whatever its probability: there is no reference model, KL, clip or sigmoid, and the
+loss has no lower bound. c and r have much text in common, so lowering p(r) lowers p(c) too. Only alpha < 1 and a small
+learning rate limit this. Watch logp/chosen: alarm/collapsed_at is the step at which it had fallen too far.
 
 --loss picks the above or one of the paper's comparisons. In the paper those start from a model of `--stage sft --epochs
 3` (give it as --model), redi from one of 5 epochs:

@@ -12,8 +12,8 @@ holds `sft_data_size` of them, one SFT update on their demonstrations follows th
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
 S = 64 / (rows x 8192) for an update's rows: a published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
 c = 0.001; 8192 is --max_response_tokens. M mean entropies were added, one per micro-batch (`published_micro_batches`).
-LUFFY puts a demonstration into every group. ReLIFT uses demonstrations only where RL has no gradient, in updates of
-their own: SFT has its own AdamW (moments and learning rate) and its own gradient clip.
+LUFFY puts a demonstration into every group. ReLIFT uses them only where all answers fail, so that all advantages are
+0, and in updates of their own: SFT has its own AdamW (moments and learning rate) and its own gradient clip.
 
 --method picks the above or one of the paper's comparisons:
   grpo     RL alone, as published: PPO clip 0.2, gradient clip 1.0 (relift: none and 0.7). `--sft_data_size -1` is
@@ -142,7 +142,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, std: bool = False) -> T
 
 def policy_token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip: float | None = None) -> Tensor:
     """RL loss of each token, elementwise over any shape: - A r, r = p / p_old;
-    with clip c: max(- A r, - A clamp(r, 1-c, 1+c)).
+    with clip e: max(- A r, - A clamp(r, 1-e, 1+e)).
 
     >>> loss = policy_token_loss(torch.tensor([0.6]).log(), torch.tensor([0.4]).log(), torch.ones(1), clip=0.2)
     >>> round(loss.item(), 6)

@@ -24,9 +24,10 @@ logp and c on kl (or -c on entropy: both are the same function of w),
 
 in float32; 1 - p_y is -expm1(logp), without cancellation. Some models change their logits: `scale` (Cohere, Granite)
 and then a soft cap c (Gemma) make z = c tanh(scale * hidden @ weight.T / c) / temperature, whose slope
-1 - (z temperature / c)^2 multiplies g. The backward computes each tile again, or reads what the forward stored of it
-(`keep`). PyTorch computes the products. The token side is a Triton kernel on CUDA, elsewhere passes over a tile in
-cache. A tile is float32: logits rounded to bf16 move a log-prob by 0.01. docs/logprobs.md has what was measured.
+scale * (1 - (z temperature / c)^2) multiplies g. The backward computes each tile again, or reads what the forward
+stored of it (`keep`). PyTorch computes the products. The token side is a Triton kernel on CUDA, elsewhere passes over a
+tile in cache. A tile is float32: logits around 10, rounded to bf16, move a log-prob by some 0.01. docs/logprobs.md has
+what was measured.
 
 Shapes: N tokens, H hidden, V vocabulary; n and v of a tile.
 """

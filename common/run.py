@@ -90,7 +90,7 @@ class RunArgs:
     lr: NotNegative[float] = 1e-6  # Peak learning rate of AdamW
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # Learning rate after the warm-up
     warmup: Share[float] = 0.0  # Fraction of the updates in which the learning rate rises linearly
-    lr_floor: Share[float] = 0.0  # Last learning rate of linear and cosine, as a fraction of the peak
+    lr_floor: Share[float] = 0.0  # Fraction of the peak that linear and cosine would reach one update after the last
     betas: Betas = (0.9, 0.999)  # AdamW betas
     weight_decay: NotNegative[float] = 0.01  # AdamW weight decay
     max_grad_norm: Positive[float] = 1.0  # Clip the global gradient norm to this.

@@ -759,7 +759,7 @@ def make_optimizer(policy: nn.Module, *, lr: float, betas=(0.9, 0.999), weight_d
 
 def learning_rate(step: int, *, lr: float, steps: int, schedule: str, warmup: float = 0.0, floor=0.0) -> float:
     """The rate of update `step` (0, 1, ...) of `steps`: linear warm-up over a fraction `warmup` of the updates, then
-    "constant", or "linear" / "cosine" down to `floor` times the peak."""
+    "constant", or "linear" / "cosine" down to `floor` times the peak, one update after the last."""
     ramp = math.ceil(warmup * steps)
     if step < ramp:
         return lr * (step + 1) / ramp

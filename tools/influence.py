@@ -3,7 +3,8 @@
     python -m tools.influence --preset tiny --arms vanilla bridge            after --stage sft with the same flags
     torchrun --nproc_per_node 2 -m tools.influence --out OUT --arms bridge   on two GPUs; OUT is the run of --stage sft
 
-dJ(q) = <G, grad J(q)>: how much an RL step raises the objective J of one question, the query q (Eq. 5). The tool writes
+dJ(q) = <G, grad J(q)>: how much an RL step, per unit of its size, raises the objective J of one question, the query q
+(Eq. 5 without eta). The tool writes
 OUT/ARM/influence/ (influence.json, influence.png, queries.jsonl) for every arm. Then OUT/influence.png and a printed
 table compare all arms that were measured so far. OUT/data/influence.jsonl may hold your own queries; else it is made.
 The docs page of behavior_injection.py has the details. In short:
@@ -176,7 +177,8 @@ def kernel_table(sketches: list[dict]) -> dict:
             pairs = mask & (a[:, None] & b[None])
             if pairs.any():
                 found[f"{where} query, {name}"] = {
-                    "K": kernel[pairs].mean().item(), "cosine": cosines[pairs].mean().item(), "pairs": int(pairs.sum()),
+                    "K": kernel[pairs].mean().item(), "cosine": cosines[pairs].mean().item(),
+                    "pairs": int(pairs.sum()) // (2 if a is b else 1),
                 }  # fmt: skip
     d_j = {}
     for name, left_out in (("with own answers", None), ("without", groups)):
