@@ -219,7 +219,7 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
         # the same name in two files is two benchmarks; "average" is a key of results.json
         benchmark = f"{name} ({source})" if len(owners[name]) > 1 else name
         for named in (name, benchmark):  # benchmark: if two such files share a question
-            key = hashlib.sha256(json.dumps([named, item.prompt, item.gold]).encode()).hexdigest()[:16]
+            key = hashlib.sha256(json.dumps([named, item.text or item.prompt, item.gold]).encode()).hexdigest()[:16]
             if key not in questions or questions[key].benchmark == benchmark:
                 break
         if key in questions:
@@ -239,7 +239,7 @@ def read_template(name: str, tokenizer) -> str | list[dict] | None:
     if name not in ("own", *TEMPLATES):
         if not Path(name).is_file():
             raise InputError(f"--template {name}: no such file, and not one of own, {', '.join(TEMPLATES)}")
-        template = Path(name).read_text()
+        template = Path(name).read_text(encoding="utf-8-sig")
         if "{question}" not in template:
             if "messages" not in template:
                 raise InputError(f"--template {name}: neither {{question}} nor messages occurs in it")
@@ -539,6 +539,8 @@ def main(args: Args) -> None:
         check_lengths(questions, args)
         check_settings(args, questions, world)
         records = sample(questions, tokenizer, args, world)
+        for q in questions:  # the file may have had another path when a run that resumes began
+            records[q.id] |= {"benchmark": q.benchmark, "rows": q.rows, "row": q.where}
 
     # 2. reward
     grade_records(records, args.verifier, world, again=args.regrade)

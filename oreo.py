@@ -73,7 +73,7 @@ from common.run import (
     write_lines,
 )
 from common.search import step_ids, step_starts
-from common.shapes import IN_A_BOX, Item, Trace
+from common.shapes import IN_A_BOX, Item
 from common.trainer import Totals, ValueModel, gather_lists, init_world, launch, make_optimizer, parse_args
 
 
@@ -331,16 +331,18 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
 
 def as_published(item: Item, row: dict, ask: str) -> Item:
     """Return a row with GSM8K's or MATH's columns in the published form: prompt by `ask`, and the unchanged solution as
-    trace. Return any other row unchanged."""
-    asked = row.get("problem") or row.get("question")
-    kind = item.source or "math"
-    if row.get("prompt") is not None or not asked or item.question != asked or kind not in SYSTEM:
+    trace. Return any other row unchanged, also one whose traces are not its solution (a model's generations)."""
+    row = {str(name).lower(): value for name, value in row.items()}
+    asked, kind = row.get("problem") or row.get("question"), item.source or "math"
+    solution = row["answer"] if "####" in str(row.get("answer")) else row.get("solution")  # as in common/shapes
+    own = all(solution and solution.partition("####")[0].strip() in trace.text for trace in item.traces)
+    if row.get("prompt") is not None or not asked or item.question != asked or kind not in SYSTEM or not own:
         return item
     prompt = [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": asked}]
     if ask == "user":
         prompt = [{"role": "user", "content": f"{asked}\n{IN_A_BOX}"}]
-    solution = row["answer"] if "####" in str(row.get("answer")) else row.get("solution")  # as in common/shapes
-    return dataclasses.replace(item, prompt=prompt, traces=[Trace(solution)] if item.traces else [], source=kind)
+    traces = [dataclasses.replace(trace, text=solution) for trace in item.traces]
+    return dataclasses.replace(item, prompt=prompt, traces=traces, source=kind)
 
 
 def read_problems(tokenizer, args: Args, *, traces: str = "needed", **options):

@@ -30,7 +30,10 @@ from common.shapes import MARKS, Item, Trace, check_gold, read_row
 
 IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)  # of igsm:LO-HI
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv")  # the last three also with .gz
-SPLIT = re.compile(r"(?<![a-z])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?![a-z])")
+SPLIT = re.compile(  # in names of files: math_train, MathTrain, trainset
+    r"(?:(?<![a-zA-Z])|(?<=[a-z])(?=[A-Z]))((?i:train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev))"
+    r"(?i:_?sets?)?(?![a-z])"
+)
 
 
 def load_rows(source: str, *, split: str = "train", limit: int | None = None, problems: int = 1000) -> list[dict]:
@@ -106,7 +109,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p)):
         name = str(path.relative_to(folder))
         if not any(part.startswith((".", "__")) for part in Path(name).parts):
-            word = (SPLIT.findall(name.lower()) or [""])[-1]
+            word = (SPLIT.findall(name) or [""])[-1].lower()
             kind = {"tr": "train", "te": "test", "ev": "test", "va": "validation", "de": "validation"}.get(word[:2], "")
             by_split.setdefault(kind, []).append(path)
     if not by_split:
@@ -244,7 +247,7 @@ def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
     """Return a teacher's trace as the model would have to produce it after this prompt. If the prompt ends with an open
     `<think>`, it omits the tag and the white space that the prompt has. Raises InputError, with `where`, if the prompt
     ends with a closed thought and the trace has one."""
-    if not trace.startswith("<think>"):
+    if not trace.lstrip().startswith("<think>"):
         return trace
     if prompt_text.rstrip().endswith("</think>"):
         raise InputError(f"{where}the trace has a thought, and the chat template ends with a closed one: pass "
@@ -253,7 +256,7 @@ def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
     opened = re.search(r"<think>(\s*)$", prompt_text)
     if not opened:
         return trace
-    trace, space = trace.removeprefix("<think>"), opened[1]
+    trace, space = trace.lstrip().removeprefix("<think>"), opened[1]
     return trace.removeprefix(space) if trace.startswith(space) else trace.lstrip()
 
 
@@ -276,6 +279,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
     rows: "NAME: " of each row, for errors. Raises InputError for ids of another text, and for text after an eos."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
     encoded: list[list[int] | None] = []
+    _, ends = turn_end(tokenizer)
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
         if trace is None:
             ids = None
@@ -285,12 +289,13 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
                 raise InputError(f"{row}the ids of a trace are not those of its text, but another tokenizer's: remove "
                                  "the column '..._ids' or change --model")  # fmt: skip
         elif text.strip():
-            eos = tokenizer.eos_token_id
-            end = ids.index(eos) if eos in ids else len(ids)
-            behind = [i for i in ids[end:] if i != eos]
+            end = min((ids.index(i) for i in ends if i in ids), default=len(ids))
+            behind = [i for i in ids[end:] if i not in ends]
             if behind and tokenizer.decode(behind).strip():
-                raise InputError(f"{row}a trace continues after {tokenizer.eos_token}: put turns into 'conversations'")
-            ids = [*ids[:end], eos]
+                mark = tokenizer.decode([ids[end]])
+                raise InputError(f"{row}a trace continues after {mark}: put turns into 'conversations'")
+            end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+            ids = [*ids[:end], tokenizer.eos_token_id]
         else:
             ids = []
         encoded.append(ids)
@@ -301,7 +306,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
     """Yield (row number, item, prompt text, prompt ids, the ids of each trace), tokenizing 500 rows at a time.
 
     read(row, where) -> (item, trace or None, ...), the same number for each row, or None to leave the row out."""
-    unread = 0
+    unread = control = endless = 0
     shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
 
     def share(ids: list[int] | None) -> list[int] | None:
@@ -320,10 +325,21 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
         if not all(prompts):
             raise InputError(f"{names[prompts.index([])]}the prompt is empty: the chat template renders nothing of it; "
                              "pass another --chat_template")  # fmt: skip
-        unread += count_unknown(prompts, tokenizer)
-        encoded = [map(share, encode_traces(tokenizer, column, texts, names)) for column in columns]
+        encoded = [[*map(share, encode_traces(tokenizer, column, texts, names))] for column in columns]
+        unread += count_unknown([[*p, *itertools.chain(*filter(None, found))] for p, *found in zip(prompts, *encoded)],
+                                tokenizer)  # fmt: skip
+        said = ["".join(turn["content"] for turn in item.prompt) for item in items]
+        control += sum(any(token in text for token in tokenizer.all_special_tokens) for text in said)
+        endless += sum(
+            bool(trace) and text.rstrip().endswith("<think>") and "</think>" not in trace.text
+            for text, *traces in zip(texts, *columns, strict=True) for trace in traces
+        )  # fmt: skip
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
     warn_unknown(source, unread, len(rows))
+    for n, what in ((control, "hold special tokens as text, which are read as such"),
+                    (endless, "have a trace without </think>, though the prompt opens a thought")):
+        if n and os.environ.get("RANK", "0") == "0":
+            print(f"WARNING: {source}: {n} of {len(rows)} rows {what}", file=sys.stderr)
 
 
 def count_unknown(prompts: list[list[int]], tokenizer) -> int:
@@ -335,7 +351,7 @@ def count_unknown(prompts: list[list[int]], tokenizer) -> int:
 def warn_unknown(source: str, unknown: int, prompts: int) -> None:
     """Print a warning if some of the prompts hold text that the tokenizer does not know."""
     if unknown and os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {source}: {unknown} of {prompts} prompts hold text that the tokenizer of --model does not "
+        print(f"WARNING: {source}: {unknown} of {prompts} rows hold text that the tokenizer of --model does not "
               "know (models/tiny reads igsm:LO-HI alone)", file=sys.stderr)  # fmt: skip
 
 
@@ -383,15 +399,21 @@ class Example:
     file: str = ""  # what the data flag named: files can have one source
 
 
-def given_logps(probs: list | None, trace: list[int], where: str) -> list[float] | None:
+def given_logps(given: Trace, trace: list[int], prompt: str, tokenizer, where: str) -> list[float] | None:
     """The teacher's log-probs of a trace from the column 'target_probs': a probability for each of its tokens, with or
-    without the eos (then NaN: the loss uses no teacher probability there). None without the column."""
-    if probs is None:
+    without the eos (then NaN: the loss uses no teacher probability there). None without the column. They may be those
+    of the trace as it is in the row, with a <think> that the prompt has too."""
+    if given.probs is None:
         return None
     try:
-        logps = [math.log(p) for p in probs]
+        logps = [math.log(p) for p in given.probs]
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: 'target_probs' must be a list of numbers above 0 ({error})") from error
+    if trace_text(prompt, given.text) != given.text:
+        whole = len(tokenizer(given.text, add_special_tokens=False)["input_ids"])
+        if len(logps) == whole == len(trace):
+            raise InputError(f"{where}: 'target_probs' has {whole} entries, with <think> or with eos: give both")
+        logps = logps[whole - len(trace) + 1 :] if len(logps) >= whole else logps
     if len(trace) - len(logps) not in (0, 1) or max(logps, default=0.0) > 0:
         raise InputError(f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos "
                          "included), or one above 1; remove the column, or make it with this tokenizer")  # fmt: skip
@@ -447,6 +469,8 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
         said = after[len(before) :]
         if closing is not None:
             said, mark, _ = said.partition(tokenizer.decode([closing]))
+            if mark and mark in messages[turn]["content"]:
+                raise InputError(f"turn {turn} holds {mark}, which ends turns: it would be cut there")
             said += mark
         for so_far, piece, action in ((text, before[len(text) :], False), (before, said, True)):
             [piece_ids] = response_ids(tokenizer, [so_far], [piece])
@@ -552,7 +576,7 @@ def make_examples(
             count["trace_empty"] += 1
             if empty_trace == "drop":
                 continue
-        logps = given_logps(item.traces[0].probs, ids, where) if ids else None
+        logps = given_logps(item.traces[0], ids, text, tokenizer, where) if ids else None
         if len(ids) > args.max_response_tokens:
             count["trace_too_long"] += 1
             if long_trace == "reject":

@@ -196,6 +196,9 @@ class Run:
             raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
                              "steps: raise --steps (or --epochs), or name another --out")  # fmt: skip
         self.held_out = held_out if args.eval_every else []
+        asked = {tuple(prompt) for item in items for prompt, _ in sequences(item)} if held_out else ()
+        if self.world.main and (n := sum(tuple(e.prompt) in asked for e in held_out)):
+            print(f"WARNING: {n} of the {len(held_out)} held-out questions are trained on too", file=sys.stderr)
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
         self.lock = lock(self.out, self.world)
@@ -465,8 +468,9 @@ class Row:
         return self.sampler_logps or [math.nan] * len(self.response)
 
     def text(self, tokenizer) -> str:
-        """The response as text without the eos, as a verifier reads it. A trace that was cut has no eos."""
-        cut = self.response[-1] != tokenizer.eos_token_id if self.teacher else self.truncated
+        """The response as text, as a verifier reads it: without the token that ended it (a cut trace has none)."""
+        ends = (tokenizer.eos_token_id, *tokenizer.all_special_ids) if self.teacher else ()
+        cut = self.response[-1] not in ends if self.teacher else self.truncated
         return tokenizer.decode(self.response if cut else self.response[:-1])
 
     def shown(self, tokenizer) -> dict:

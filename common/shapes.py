@@ -33,7 +33,7 @@ RIGHT_OPTION = (  # columns that may name the correct option of a multiple choic
     "final_answer", "reference_answer", "correct", "label",
 )
 VERDICTS = ("llama_verification", "math_verify_reparsed_answer")  # in OpenR1-Math-Raw's 'correctness'
-MARKS = ("label", "reward", "is_correct", "correct", "kto_tag")  # of one trace
+MARKS = ("label", "is_correct", "correct", "kto_tag", "reward")  # of one trace: a verdict before a score
 LETTERS = string.ascii_uppercase
 TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content)["']\s*:""")  # as text, in .csv files
 NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations", "history", "correctness",
@@ -69,7 +69,8 @@ class Item:
 
     def first(self, correct: bool) -> Trace | None:
         """The first correct (or the first incorrect) trace; an ungraded one counts as correct."""
-        return next((t for t in self.traces if (t.reward is None or t.reward > 0) == correct), None)
+        traces = [t for t in self.traces if t.ids or t.text.strip()] or self.traces
+        return next((t for t in traces if (t.reward is None or t.reward > 0) == correct), None)
 
 
 def read_row(row: dict, where: str) -> Item:
@@ -345,7 +346,7 @@ def _single(row: dict) -> Item:
     item.traces = _trace(row, name, item.prompt, reward=_reward(row))
     if not item.traces:
         raise KeyError(name)
-    if "reward" in row and "label" not in row and isinstance(row.get("prompt"), str):
+    if next((name for name in MARKS if name in row), "") == "reward" and isinstance(row.get("prompt"), str):
         item.text = row["prompt"]  # OREO's published rows hold the rendered prompt and the trace as the model wrote it
         item.traces[0].text = _text(row[name], f"'{name}'")
     return item
@@ -444,8 +445,12 @@ def _options(row: dict) -> dict[str, str]:
     """{label: option}, {} if there are none: of a list, {label: option}, [{label, text}], {label: [...], text: [...]},
     or columns A, B, ..."""
     given = next((row[name] for name in ("options", "choices") if not _blank(row.get(name))), {})
-    if not given and not any(_blank(row.get(letter)) for letter in "AB"):
-        given = {letter: row[letter] for letter in LETTERS if letter in row}
+    if not given:
+        gold = next((row[name] for name in RIGHT_OPTION if not _blank(row.get(name))), "")
+        small = str(gold).strip().lower() in [*string.ascii_lowercase]  # columns a, b, ... and an answer such as "a"
+        for letters in (LETTERS, LETTERS.lower()) if small else (LETTERS,):
+            if not given and not any(_blank(row.get(letter)) for letter in letters[:2]):
+                given = {letter.upper(): row[letter] for letter in letters if letter in row}
     if isinstance(given, dict) and {"label", "text"} <= given.keys():
         if len(given["label"]) != len(given["text"]):
             raise ValueError(f"{len(given['text'])} options have {len(given['label'])} labels: give each one")
@@ -472,14 +477,14 @@ def _right_option(row: dict, options: dict) -> str:
     """The label of the right option, "" if no column names it. 'label' and 'correct' grade the response if the row has
     one; otherwise they name the option, and are removed from the row."""
     marks = () if row.keys().isdisjoint(RESPONSES) else MARKS
-    names = [name for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks]
-    for name in names:
-        if label := _label_of(row[name], options):
-            if name in MARKS:
-                del row[name]
+    given = {name: row[name] for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks}
+    for name in given.keys() & {*MARKS}:
+        del row[name]
+    for answer in given.values():
+        if label := _label_of(answer, options):
             return label
-    if names:
-        raise ValueError(f"the answer {row[names[0]]!r} is none of the labels {', '.join(options)}")
+    if given:
+        raise ValueError(f"the answer {next(iter(given.values()))!r} is none of the labels {', '.join(options)}")
     return ""
 
 

@@ -365,7 +365,8 @@ def test_bad_settings_get_one_message(changes, message, agent, tmp_path, monkeyp
     monkeypatch.setattr(agents, "load_policy", lambda path, world, **options: agent)
     monkeypatch.setattr("common.run.digest_of", lambda path, flag: path)
     with pytest.raises(InputError, match=message):
-        agents.main(Args(**{"model": "m", "out": str(tmp_path / "out")} | changes))
+        (tmp_path / "game.z8").touch()
+        agents.main(Args(**{"model": "m", "games": str(tmp_path), "out": str(tmp_path / "out")} | changes))
 
 
 # ----------------------------------------------------------------------------------------- the real games

@@ -480,6 +480,7 @@ def test_a_folder_without_a_trained_head_searches_nothing_and_says_so(nano, rows
     with pytest.raises(InputError, match="--value .*no trained value head there: .*Qwen2ForCausalLM"):
         ask = dict(data=(data,), out=str(tmp_path / "eval"), max_tokens=40, verifier=("boxed",))
         evaluation.main(evaluation.Args(model=nano, value=nano, search="beam", **ask))
+    (tmp_path / "game.z8").touch()
     with pytest.raises(InputError, match="no trained value head"):
         agents.main(agents.Args(model=nano, value=nano, games=str(tmp_path)))
     words = ["--rows", rows, "--steps", "1", "--value", nano, "--out", tmp_path / "run"]

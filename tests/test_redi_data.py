@@ -184,12 +184,12 @@ def test_the_funnel_counts_every_row_once(tmp_path, capsys):
         return {"prompt": prompt, "responses": [wrong, right, "other"], "rewards": [0, 1, 0], **more}
 
     rows = [row(), row(rewards=[1, 1, 1]), row(rewards=[0, 0, 0]), row(wrong="a=5"), row(wrong="+" * 70),
-            row(prompt="a=5\n" * 60), row(wrong=" ")]  # fmt: skip
+            row(prompt="a=5\n" * 60), row(responses=[" ", "a=5"], rewards=[0, 1])]  # fmt: skip
     make(tmp_path / "data", "--own_answers", 0, "--data", write(tmp_path / "rows.jsonl", rows))
     printed = re.findall(r"^ *([-+]?\d+)  (.+)$", capsys.readouterr().out, re.M)
     assert {name: int(n) for n, name in printed} == {
-        "rows": 7, "no right trace": -1, "positives.jsonl": 6, "no wrong trace": -1, "prompt too long": -1,
-        "trace too long": -1, "trace empty": -1, "traces equal": -1, "pairs.jsonl": 1,
+        "rows": 7, "no right trace": -1, "positives.jsonl": 6, "no wrong trace": -2, "prompt too long": -1,
+        "trace too long": -1, "trace empty": 0, "traces equal": -1, "pairs.jsonl": 1,
     }  # fmt: skip
 
 

@@ -395,7 +395,7 @@ OTHERS = {  # rows as other projects write them: (row, gold, [(reward, trace)], 
     "a marked conversation": (
         {"messages": [TURN, {"role": "assistant", "content": "5"}], "label": False}, "", [(0.0, "5")], ["user"]),
     "a reward beside a mark": (
-        {"prompt": [TURN], "response": "5", "reward": 0, "correct": 1}, "", [(0.0, "5")], ["user"]),
+        {"prompt": [TURN], "response": "5", "reward": 0.4, "correct": 0}, "", [(0.0, "5")], ["user"]),
     "an empty response with its reward": ({"prompt": [TURN], "response": "", "reward": 0}, "", [(0.0, "")], ["user"]),
     "a thought without a space": (
         {"messages": [TURN, {"role": "assistant", "content": "4", "reasoning_content": "二加二等于四。"}]}, "",
@@ -548,7 +548,7 @@ def test_text_that_the_tokenizer_does_not_know_is_counted_on_the_terminal(capsys
     examples([row()])
     assert "WARNING" not in capsys.readouterr().err
     examples([row(), row(question="Tom?")])
-    assert "toy.jsonl: 1 of 2 prompts hold text that the tokenizer of --model does not" in capsys.readouterr().err
+    assert "toy.jsonl: 1 of 2 rows hold text that the tokenizer of --model does not" in capsys.readouterr().err
 
 
 def test_columns_that_are_null_do_not_count():

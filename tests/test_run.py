@@ -224,7 +224,7 @@ def test_a_trace_is_graded_once_and_own_answers_every_time(monkeypatch):
         return future
 
     class Tokenizer:
-        eos_token_id = 1
+        eos_token_id, all_special_ids = 1, [1, 2]
 
         def decode(self, ids):
             return " ".join(map(str, ids))

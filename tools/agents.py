@@ -21,6 +21,7 @@ end, loses. The ids of an episode are those that the sampler read and drew: only
 
 Each needs an --out of its own. docs/oreo.md has the whole sequence, with the training between these steps."""
 
+import hashlib
 import json
 import os
 import random
@@ -445,6 +446,8 @@ def main(args: Args) -> dict | None:
         out = Path(args.out)
         models = {"model": "" if args.model == "scratch" else args.model, "value": args.value}
         settings = vars(args) | {"weights_digest": " ".join(digests_of(models, world).values())}
+        games = json.dumps([name for name, *_ in find_games(args.games)])  # an episode is kept by its game's place
+        settings["games_digest"] = hashlib.sha256(games.encode()).hexdigest()[:16]
         episodes = list(out.glob("*.jsonl"))
         names = settings.keys() - Checkpoints.FREE - {"model", "value", "parallel"} if episodes else ()
         keep_settings(out / "args.json", settings, names, f"--out {out} has episodes of other settings", world)
