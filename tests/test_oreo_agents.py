@@ -217,6 +217,10 @@ def test_a_folder_holds_the_episodes_of_one_stage_its_settings_and_weights(games
     ):
         with pytest.raises(InputError, match=f"out has episodes of other settings .{message}"):
             agents.main(Args(**first | changes))
+    monkeypatch.setattr(agents, "find_games", lambda source: [(f"door-{i}", "", Door) for i in (9, 10, 11)])
+    with pytest.raises(InputError, match="out has episodes of other settings .other games"):
+        agents.main(Args(**first))
+    monkeypatch.setattr(agents, "find_games", lambda source: [(f"door-{i}", "", Door) for i in range(3)])
     assert (tmp_path / "out" / "rows.jsonl").read_text() == before
     assert agents.main(Args(**first | {"out": str(tmp_path / "b"), "stage": "evaluate"}))["episodes"] == 3
     assert agents.main(Args(**first | {"out": str(tmp_path / "b"), "stage": "evaluate"}))["success"] == 0

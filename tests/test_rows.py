@@ -18,6 +18,7 @@ from common.rows import (
     Trace,
     _hub_rows,
     check_gold,
+    conversation_ids,
     data_digest,
     encode_traces,
     held_out_examples,
@@ -750,6 +751,88 @@ def test_the_published_trace_is_the_column_that_holds_the_solution(answer):
     row = {"data_source": "math", "question": "1+1", "answer": "1+1=2\n#### 2"}
     [trace] = oreo.as_published(read_row(row, "x"), row, "system").traces
     assert trace.text == "1+1=2\n#### 2"
+
+
+@pytest.mark.parametrize("row", [
+    {"question": "q?", "solution": "so \\boxed{9}", "response": "\\boxed{8}", "label": 0, "answer": "9"},
+    {"problem": "q?", "solution": "so \\boxed{9}", "generations": ["\\boxed{8}", "\\boxed{9}"], "answer": "9",
+     "correctness_math_verify": [False, True]},
+    {"problem": "q?", "solution": "so \\boxed{9}", "reannotated_assistant_content": "<think>\n9\n</think>\n9"},
+    {"question": "q?", "response": "4"},
+])  # fmt: skip
+def test_a_trace_that_is_not_the_solution_stays_the_trace(row):
+    assert oreo.as_published(read_row(row, "x"), row, "system") == read_row(row, "x")
+
+
+def test_an_incorrect_solution_stays_incorrect_as_published():
+    row = {"Problem": "q?", "Solution": "so \\boxed{9}", "answer": "0", "label": 0}
+    [trace] = oreo.as_published(read_row(row, "x"), row, "system").traces
+    assert (trace.text, trace.reward) == ("so \\boxed{9}", 0)
+
+
+def test_an_index_of_the_right_option_is_no_verdict_on_the_solution():
+    given = {"question": "Even?", "options": ["yes", "no"], "label": 0, "answer": "A", "solution": "2 is even."}
+    item = read_row(given, "x")
+    assert item.gold == "A" and [t.reward for t in item.traces] == [1.0]
+
+
+def test_options_in_columns_of_small_letters_are_read_where_the_answer_is_one():
+    given = {"question": "Capital?", "a": "Paris", "b": "Rome"}
+    item = read_row(given | {"answer": "a"}, "x")
+    assert item.gold == "A" and item.question.endswith("A) Paris\nB) Rome")
+    assert read_row({"question": "a + b?", "a": 3, "b": 4, "answer": 7}, "x").question == "a + b?"
+
+
+def test_a_prompt_with_a_verdict_is_no_rendered_text():
+    given = {"prompt": "2+2?", "response": "4", "reward": 0.5}
+    assert read_row(given, "x").text == "2+2?" and read_row(given | {"is_correct": True}, "x").text is None
+
+
+def test_a_blank_trace_is_no_trace_where_there_is_another():
+    assert read_row({"prompt": "2+2?", "responses": ["", "4"], "rewards": [1, 1]}, "x").first(correct=True).text == "4"
+
+
+def test_given_probabilities_may_be_those_of_the_whole_trace_or_of_what_is_trained():
+    ids = TOKENIZER("<think>\na=5\n</think>\n\\boxed{5}", add_special_tokens=False)["input_ids"]
+    given = row(target_probs=[0.5 - 0.01 * i for i in range(len(ids))])
+    [example], _ = examples([given])
+    cut = len(ids) + 1 - len(example.trace)
+    expected = [math.log(0.5 - 0.01 * i) for i in range(cut, len(ids))]
+    assert cut == 2 and example.trace_logps[:-1] == expected and math.isnan(example.trace_logps[-1])
+    [example], _ = examples([row(target_probs=[0.25] * (len(ids) - 2))])
+    assert example.trace_logps[:-1] == [math.log(0.25)] * (len(ids) - 2)
+    opened = {"prompt_text": "a=5\na?\n<think>", "target": "<think>a=5\n</think>\n\\boxed{5}"}
+    n = len(TOKENIZER(opened["target"], add_special_tokens=False)["input_ids"])
+    with pytest.raises(InputError, match="with <think> or with eos: give both"):
+        examples([row(**opened, target_probs=[0.5] * n)])
+
+
+def test_control_tokens_in_texts_are_counted_or_refused(capsys):
+    chat = igsm.tokenizer("symbolic")
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    chat.chat_template = ("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    with pytest.raises(InputError, match=r"a trace continues after <\|im_end\|>: put turns into 'conversations'"):
+        encode_traces(chat, [Trace("a=5<|im_end|>a=6")], ["q"], ["row 0: "])
+    turns = [{"role": "user", "content": "a=5"}, {"role": "assistant", "content": "a=5<|im_end|>a=6"}]
+    with pytest.raises(InputError, match=r"turn 1 holds <\|im_end\|>, which ends turns"):
+        conversation_ids(turns, chat, 0)
+    make_examples([row(), row(question="a=5<|im_end|>a?")], chat, limits(), source="f")
+    assert "WARNING: f: 1 of 2 rows hold special tokens as text" in capsys.readouterr().err
+
+
+def test_a_thought_that_never_closes_is_counted(capsys):
+    opened = dict(prompt_text="a=5\na?\n<think>\n")
+    examples([row(**opened), row(**opened, trace="<think>\na=5")])
+    assert "toy.jsonl: 1 of 2 rows have a trace without </think>, though the prompt opens a" in capsys.readouterr().err
+    assert trace_text("q <think>\n", "\n<think>\na=5") == "a=5"
+
+
+def test_files_of_splits_have_many_names(tmp_path):
+    for name in ("MathTrain", "MathTest", "trainset", "test_set"):
+        folder = tmp_path / name
+        other = name.replace("rain", "est") if "rain" in name else name.replace("est", "rain")
+        files(folder, f"{name}.jsonl", f"{other}.jsonl")
+        assert names_of(load_rows(str(folder), split="train" if "rain" in name else "test")) == [f"{name}.jsonl"]
 
 
 def test_copies_that_an_editor_keeps_are_not_read(tmp_path):
