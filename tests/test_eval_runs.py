@@ -73,6 +73,16 @@ def test_a_run_leaves_numbers_samples_and_tables(finished, data):
     assert not list(finished.glob("*part*"))
 
 
+def test_a_resumed_run_names_benchmarks_as_it_reads_them_now(data, finished, tmp_path):
+    """As if the first half had been asked when the file had another path, which is part of a name in two files."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    records = read_records(out / "samples.jsonl")
+    write_records(out / "samples.jsonl", [r | {"benchmark": "short (old.jsonl)", "row": "old.jsonl, row 0"}
+                                          for r in [*records.values()][:4]])  # fmt: skip
+    evaluation.main(args(data, out))
+    assert (out / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
+
+
 @pytest.fixture(scope="module")
 def value(tmp_path_factory):
     """A value model with a random head, as oreo.py writes one."""

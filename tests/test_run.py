@@ -343,6 +343,16 @@ def test_totals_are_summed_in_float64(world):
     assert totals.reduce() == {"sum": 2.0**24 + 2}
 
 
+def test_held_out_questions_that_are_trained_on_are_counted(tmp_path, capsys):
+    Run(RunArgs(out=str(tmp_path / "a"), batch_size=1)).plan(EXAMPLES, [EXAMPLES[1]] * 2, COUNT)
+    assert "WARNING: 2 of the 2 held-out questions are trained on too" in capsys.readouterr().err
+
+
+def test_a_trace_is_graded_without_the_token_that_ended_it():
+    tokenizer = SimpleNamespace(eos_token_id=1, all_special_ids=[1, 2], decode=lambda ids: " ".join(map(str, ids)))
+    assert [Row([3], [5, end], 0, teacher=True).text(tokenizer) for end in (1, 2, 6)] == ["5", "5", "5 6"]
+
+
 # ------------------------------------------------------------------------------------------------------ memory
 
 
