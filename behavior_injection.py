@@ -59,6 +59,7 @@ from common.run import (
     add_drift,
     check_flags,
     describe,
+    lock,
     mean,
     micro_batches,
     open_policy,
@@ -308,6 +309,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 def make_data(args: Args, world) -> None:
     """Write the sets of all stages into OUT/data. All files sft_ARM have the same problems. The solution templates of
     val, test_id and test_ood are in no training set."""
+    _held = lock(Path(args.out, "data"), world, wait=True)  # the record of a set is of all arms: one writes at a time
     if world.main:
         seed, ways = 1000 * args.seed, arms_of(args)
         write_set("sft_", args.sft_problems, args.ops, "train", seed + 100, args, {arm: ways[arm] for arm in args.arms})

@@ -165,6 +165,9 @@ class Run:
         """out: the run folder, if it is not --out."""
         check_flags(args)
         self.args, self.out, self.world = args, Path(out or args.out), init_world(args.timeout_minutes)
+        if len({*gather_lists([repr(args)], self.world)}) > 1:
+            raise InputError("the ranks have different flags: are they of two jobs that meet at one address, with one "
+                             "--rdzv_id (docs/scale.md)?")  # fmt: skip
         self.clock = Clock()
         self.checkpoints = Checkpoints(self.out / "checkpoint", args, keep=args.keep)
         self.state = self.checkpoints.state() or {}  # what `save` was given when the newest checkpoint was written
@@ -201,7 +204,9 @@ class Run:
             print(f"WARNING: {n} of the {len(held_out)} held-out questions are trained on too", file=sys.stderr)
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
-        self.lock = lock(self.out, self.world)
+        self.lock, newest = lock(self.out, self.world), self.checkpoints.latest()
+        if self.start != (int(newest.name.removeprefix("step-")) if newest else 0):
+            raise InputError(f"--out {self.out}: another process has written there meanwhile; run the command again")
         keep_weights(self.out, models or {"model": args.model}, bool(self.state), self.world)
         if self.world.main:
             resumes = f"; {self.out} resumes after step {self.start}" if self.start else ""
@@ -330,7 +335,9 @@ class Run:
         every = self.args.save_every
         if every and (self.step % every == 0 or self.step == self.steps):
             # for an export of the checkpoint
-            state |= {"template": self.tokenizer.chat_template, "tokenizer": self.tokenizer.name_or_path}
+            name = self.tokenizer.name_or_path
+            name = str(Path(name).resolve()) if Path(name).is_dir() else name
+            state |= {"template": self.tokenizer.chat_template, "tokenizer": name}
             self.checkpoints.save(self.step, self.pairs, self.world, **state)
             self.metrics.draw(every=60)
 
@@ -358,19 +365,20 @@ def keep_weights(out: Path, models: dict[str, str], compare: bool, world: World)
     keep_settings(path, digests, models if compare and path.exists() else (), wrong, world)
 
 
-def lock(out: Path, world: World, name: str = ".lock"):
+def lock(out: Path, world: World, name: str = ".lock", *, wait: bool = False):
     """Lock the run folder, made if needed, and return the lock file; closing it unlocks. Raises InputError if the
-    folder cannot be made or another process holds the lock, such as a rank of a torchrun that was killed."""
+    folder cannot be made or another process holds the lock, such as a rank of a torchrun that was killed (with `wait`
+    it waits for that process)."""
     if not world.main:
         return None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / name, "w")  # noqa: SIM115
+        file = open(out / name, "a")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"--out {out}: {error}") from error
     with contextlib.suppress(OSError):  # some file systems of clusters have no locks
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise InputError(f"--out {out}: another process writes there: end it, or name another folder") from error
     return file
@@ -599,6 +607,7 @@ def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: 
     """Write settings to a JSON file. compared: names of the settings that must equal those in the existing file;
     empty if nothing was made with them yet. Raises InputError, beginning with `message`, if some differ."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
+    _locks[path] = lock(path.parent, world)  # until this process ends: what it makes must stay that of its settings
     if compared and not path.exists():
         raise InputError(f"{path} is missing, so the settings of the files beside it are unknown: name another --out")
     if compared and (changed := changed_settings(json.loads(path.read_text()), settings, compared)):
@@ -606,6 +615,9 @@ def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: 
     dist.barrier()  # all have compared before one writes
     if world.main:
         write_whole(path, json.dumps(settings, indent=2) + "\n")
+
+
+_locks: dict = {}
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

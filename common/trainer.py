@@ -140,9 +140,16 @@ def init_world(timeout_minutes: float = 30.0) -> World:
     cuda = torch.cuda.is_available()
     if not cuda and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and NVIDIA_DRIVER.exists():
         driver = NVIDIA_DRIVER.read_text().splitlines()[0]
-        raise InputError(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU; its driver ({driver}) may "
-                         f"be too old for CUDA {torch.version.cuda} (CUDA 13 needs 580 or later). Install a newer "
-                         "driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU")  # fmt: skip
+        raise InputError(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU. Either this job or "
+                         "container was given none (Slurm: --gres=gpu:N; apptainer exec --nv), or the driver "
+                         f"({driver}) is too old for CUDA {torch.version.cuda} (CUDA 13 needs 580 or later). To train "
+                         "on the CPU set CUDA_VISIBLE_DEVICES=")  # fmt: skip
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        raise InputError("srun starts this script several times, each a run of its own: start one torchrun per host "
+                         "instead (srun --ntasks-per-node=1 torchrun ...; docs/scale.md)")  # fmt: skip
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise InputError(f"rank {local_rank} of this host sees {torch.cuda.device_count()} GPUs: start torchrun with "
+                         "--nproc_per_node of that many")  # fmt: skip
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

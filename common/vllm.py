@@ -186,7 +186,7 @@ class VLLMSampler(Sampler):
                 "gpu_memory_utilization": gpu_memory or free_share(policy, world),
             }  # fmt: skip
         else:
-            special = cpu_settings(config, max_tokens)
+            special = cpu_settings(config, max_tokens, world)
         settings = {
             "load_format": "dummy", "max_model_len": max_tokens, "skip_tokenizer_init": True,
             "generation_config": "vllm",  # nothing but what a request asks for
@@ -390,10 +390,10 @@ def environment(world: World) -> dict[str, str]:
     }
 
 
-def cpu_settings(config, max_tokens: int) -> dict:
+def cpu_settings(config, max_tokens: int, world: World) -> dict:
     """vLLM's settings on a CPU, whose KV cache must be given in bytes."""
     row = cache_size(config) * 4 * (math.ceil(max_tokens / 128) * 128)  # bytes
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
     return {
         "dtype": "float32", "enforce_eager": True, "max_num_seqs": SEQUENCES,
         "kv_cache_memory_bytes": max(min(SEQUENCES * row, memory // 4), 64 << 20),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -178,6 +179,7 @@ def test_a_run_that_is_complete_or_longer_than_it_was_says_so(tmp_path, world, c
     ):  # fmt: skip
         mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1, **now))
         mine.state, mine.start = {"step": 3, "settings": {"epochs": 1.0} | before}, 3
+        mine.checkpoints.latest = lambda: Path("step-00000003")
         mine.plan(EXAMPLES, [], COUNT)
         said = "".join(capsys.readouterr())
         assert words in said and ("WARNING" in said) == ("schedule" in words)
@@ -341,6 +343,58 @@ def test_totals_are_summed_in_float64(world):
     for value in (2.0**24, 1.0, 1.0):
         totals.add({"sum": torch.tensor(value)})
     assert totals.reduce() == {"sum": 2.0**24 + 2}
+
+
+def test_a_checkpoint_that_another_process_wrote_meanwhile_is_not_mixed_with_what_was_read(tmp_path):
+    mine = Run(RunArgs(out=str(tmp_path), batch_size=1))
+    (tmp_path / "checkpoint" / "step-00000008").mkdir(parents=True)
+    with pytest.raises(InputError, match="another process has written there meanwhile; run the command again"):
+        mine.plan(EXAMPLES, [], COUNT)
+
+
+def test_ranks_of_two_jobs_that_meet_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "gather_lists", lambda items, world: [*items, "RunArgs(lr=1.0)"])
+    with pytest.raises(InputError, match="the ranks have different flags: are they of two jobs"):
+        Run(RunArgs(out=str(tmp_path)))
+
+
+def test_settings_are_written_by_the_process_that_holds_the_folder(tmp_path, world):
+    run.keep_settings(tmp_path / "args.json", {"model": "a"}, (), "x", world)
+    code = f"""
+import sys
+from pathlib import Path
+from common.run import InputError, init_world, keep_settings
+try:
+    keep_settings(Path({str(tmp_path / "args.json")!r}), {{"model": "b"}}, (), "x", init_world())
+except InputError as error:
+    sys.exit(str(error))"""
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode == 1 and "another process writes there" in other.stderr
+    assert json.loads((tmp_path / "args.json").read_text()) == {"model": "a"}
+
+
+@pytest.mark.parametrize(("gpus", "environment", "message"), [
+    (0, {"SLURM_STEP_NUM_TASKS": "8"}, "srun starts this script several times"),
+    (4, {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8"}, "rank 5 of this host sees 4 GPUs"),
+])  # fmt: skip
+def test_starts_that_give_ranks_no_gpu_or_no_others_are_named(gpus, environment, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        trainer.init_world()
+
+
+def test_a_gpu_that_torch_cannot_use_is_named_with_its_driver(tmp_path, monkeypatch):
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA 535.1\nGCC\n")
+    monkeypatch.setattr(trainer, "NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    message = r"container was given none .*or the driver .NVRM version: NVIDIA 535.1. is too old for CUDA 13.0"
+    with pytest.raises(InputError, match=message):
+        trainer.init_world()
 
 
 def test_held_out_questions_that_are_trained_on_are_counted(tmp_path, capsys):
