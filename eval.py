@@ -41,7 +41,6 @@ from common.report import grade_records, load_run, plot_bars, results_tables, re
 from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler, vllm_for
 from common.rows import (
     check_gold,
-    count_unknown,
     load_rows,
     read_row,
     render_prompt,
@@ -108,7 +107,6 @@ class Args:
     step_delimiters: tuple[str, ...] = ("\n",)  # A --search step ends with a token that contains one (a newline).
     limit: NotNegative[int] = 0  # First questions of each benchmark to ask; 0: all (igsm:LO-HI: 1000)
     dry_run: bool = False  # Print the first prompts of each benchmark with their ids, and exit.
-
     # Graders: strict_box (as LUFFY's evaluation), math (the training reward), full (math on the whole text), mcq,
     # exact, boxed, robust, or "module:function", which must return 0 or 1. The first one's verdicts make the numbers.
     verifier: Annotated[tuple[str, ...], ("one name or more", len)] = ("strict_box", "math", "full")
@@ -271,7 +269,7 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
             raise InputError(f"{question.where}: {error}{remedy}") from error
     # a chat template writes the bos token itself; plain text gets the tokens that the tokenizer puts around text
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=plain)["input_ids"]
-    warn_unknown("--data", count_unknown(encoded, tokenizer), len(encoded))
+    warn_unknown("--data", encoded, tokenizer)
     for question, ids in zip(questions, encoded, strict=True):
         question.prompt = with_bos(ids, tokenizer) if question.prompt_text == question.rendered else ids
         if not ids:

@@ -17,6 +17,7 @@ import re
 import sys
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,7 +307,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
     """Yield (row number, item, prompt text, prompt ids, the ids of each trace), tokenizing 500 rows at a time.
 
     read(row, where) -> (item, trace or None, ...), the same number for each row, or None to leave the row out."""
-    unread = control = endless = 0
+    counts: Counter[str] = Counter()  # of what a warning says
     shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
 
     def share(ids: list[int] | None) -> list[int] | None:
@@ -326,33 +327,38 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
             raise InputError(f"{names[prompts.index([])]}the prompt is empty: the chat template renders nothing of it; "
                              "pass another --chat_template")  # fmt: skip
         encoded = [[*map(share, encode_traces(tokenizer, column, texts, names))] for column in columns]
-        unread += count_unknown([[*p, *itertools.chain(*filter(None, found))] for p, *found in zip(prompts, *encoded)],
-                                tokenizer)  # fmt: skip
-        said = ["".join(turn["content"] for turn in item.prompt) for item in items]
-        control += sum(any(token in text for token in tokenizer.all_special_tokens) for text in said)
-        endless += sum(
-            bool(trace) and text.rstrip().endswith("<think>") and "</think>" not in trace.text
-            for text, *traces in zip(texts, *columns, strict=True) for trace in traces
-        )  # fmt: skip
+        counts[f"prompts {UNKNOWN}"] += count_unknown(prompts, tokenizer)
+        asked = ["".join(turn["content"] for turn in item.prompt) for item in items]
+        counts[CONTROL] += sum(any(token in text for token in tokenizer.all_special_tokens) for text in asked)
+        for traces, ids in zip(columns, encoded, strict=True):
+            counts[f"traces {UNKNOWN}"] += count_unknown(filter(None, ids), tokenizer)
+            open_thought = zip(traces, (text.rstrip().endswith("<think>") for text in texts), strict=True)
+            counts[ENDLESS] += sum(opened and "</think>" not in trace.text for trace, opened in open_thought if trace)
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
-    warn_unknown(source, unread, len(rows))
-    for n, what in ((control, "hold special tokens as text, which are read as such"),
-                    (endless, "have a trace without </think>, though the prompt opens a thought")):
-        if n and os.environ.get("RANK", "0") == "0":
-            print(f"WARNING: {source}: {n} of {len(rows)} rows {what}", file=sys.stderr)
+    warn(source, counts, len(rows))
 
 
-def count_unknown(prompts: list[list[int]], tokenizer) -> int:
-    """Return how many prompts hold unknown tokens: 0 if unk is eos, as for GPT-2's tokenizer, which knows all text."""
+UNKNOWN = "hold text that the tokenizer of --model does not know (models/tiny reads igsm:LO-HI alone)"
+CONTROL = "prompts hold special tokens as text, which are read as such"
+ENDLESS = "traces have no </think>, though the prompt opens a thought"
+
+
+def count_unknown(sequences: Iterable[list[int]], tokenizer) -> int:
+    """Return how many of them hold unknown tokens: 0 if unk is eos, as for GPT-2's tokenizer, which knows all text."""
     unknown = getattr(tokenizer, "unk_token_id", None)
-    return 0 if unknown in (None, tokenizer.eos_token_id) else sum(unknown in ids for ids in prompts)
+    return 0 if unknown in (None, tokenizer.eos_token_id) else sum(unknown in ids for ids in sequences)
 
 
-def warn_unknown(source: str, unknown: int, prompts: int) -> None:
+def warn_unknown(source: str, prompts: list[list[int]], tokenizer) -> None:
     """Print a warning if some of the prompts hold text that the tokenizer does not know."""
-    if unknown and os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {source}: {unknown} of {prompts} rows hold text that the tokenizer of --model does not "
-              "know (models/tiny reads igsm:LO-HI alone)", file=sys.stderr)  # fmt: skip
+    warn(source, {f"prompts {UNKNOWN}": count_unknown(prompts, tokenizer)}, len(prompts))
+
+
+def warn(source: str, counts: dict[str, int], rows: int) -> None:
+    """Print a warning for each count that is not 0: so many of the rows' ..."""
+    for what, n in counts.items():
+        if n and os.environ.get("RANK", "0") == "0":
+            print(f"WARNING: {source}: {n} of {rows} {what}", file=sys.stderr)
 
 
 LEFT_OUT = {  # counts of rows and traces that are left out, in words

@@ -549,7 +549,7 @@ def test_text_that_the_tokenizer_does_not_know_is_counted_on_the_terminal(capsys
     examples([row()])
     assert "WARNING" not in capsys.readouterr().err
     examples([row(), row(question="Tom?")])
-    assert "toy.jsonl: 1 of 2 rows hold text that the tokenizer of --model does not" in capsys.readouterr().err
+    assert "toy.jsonl: 1 of 2 prompts hold text that the tokenizer of --model does not" in capsys.readouterr().err
 
 
 def test_columns_that_are_null_do_not_count():
@@ -817,13 +817,13 @@ def test_control_tokens_in_texts_are_counted_or_refused(capsys):
     with pytest.raises(InputError, match=r"turn 1 holds <\|im_end\|>, which ends turns"):
         conversation_ids(turns, chat, 0)
     make_examples([row(), row(question="a=5<|im_end|>a?")], chat, limits(), source="f")
-    assert "WARNING: f: 1 of 2 rows hold special tokens as text" in capsys.readouterr().err
+    assert "WARNING: f: 1 of 2 prompts hold special tokens as text" in capsys.readouterr().err
 
 
 def test_a_thought_that_never_closes_is_counted(capsys):
     opened = dict(prompt_text="a=5\na?\n<think>\n")
     examples([row(**opened), row(**opened, trace="<think>\na=5")])
-    assert "toy.jsonl: 1 of 2 rows have a trace without </think>, though the prompt opens a" in capsys.readouterr().err
+    assert "toy.jsonl: 1 of 2 traces have no </think>, though the prompt opens a" in capsys.readouterr().err
     assert trace_text("q <think>\n", "\n<think>\na=5") == "a=5"
 
 
