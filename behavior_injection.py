@@ -307,8 +307,8 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 
 
 def make_data(args: Args, world) -> None:
-    """Write the sets of all stages into OUT/data. All files sft_ARM have the same problems. The solution templates of
-    val, test_id and test_ood are in no training set."""
+    """Write the sets of all stages into OUT/data. All files sft_ARM have the same problems. No problem of val, test_id
+    or test_ood has a solution template of training ones."""
     _held = lock(Path(args.out, "data"), world, wait=True)  # the record of a set is of all arms: one writes at a time
     if world.main:
         seed, ways = 1000 * args.seed, arms_of(args)

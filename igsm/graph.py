@@ -332,7 +332,8 @@ def _draw_formulas(rnd, structure, order, parents, max_value, modulus, max_liter
 
 
 def _draw_formula(rnd, parents, max_literal):
-    """A formula over these parents. Literals begin at 1: no multiplier wipes out what came before it."""
+    """A formula over these parents. Literals begin at 1: no multiplier wipes out what came before it (nor does one
+    modulo a prime)."""
     others = [p for p in parents if p != LITERAL]
     const, const_op, sign = None, "", "+"
     if len(others) < len(parents):

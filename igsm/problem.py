@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from igsm.behaviors import plan_steps, reordered
 from igsm.graph import Node, draw_problem, template_of
@@ -25,8 +26,8 @@ class Problem:
     categories: dict  # {category: [item, ...]} from top to bottom, as `solve` takes them
     nodes: list[Node]
     num_necessary: int
-    letters: list[str] = field(default_factory=list, repr=False)  # a variable for each node
-    phrases: list[int] = field(default_factory=list, repr=False)  # which phrases the line of each node uses
+    letters: list[str] = field(default_factory=list, repr=False)  # a variable for each node, in solution variant 0
+    phrases: list[int] = field(default_factory=list, repr=False)  # which phrases its line uses there
     told: tuple | None = field(default=None, repr=False, compare=False)  # settings of `retell` for this solution
     memo: dict = field(default_factory=dict, repr=False, compare=False)  # {subgoals: Memo}, shared by retellings
 
@@ -58,8 +59,9 @@ def problems(
     split: "train", "test" or None for both together. By hash of the solution's template, the same for all
     styles.
     style: "natural", "define" or "symbolic": the same problem in other words.
-    modulus: None for plain integers; m for arithmetic on 0..m-1.
-    max_params: most instance parameters, which is to say sentences; less room leaves fewer redundant ones.
+    modulus: None for plain integers; m, better a prime, for arithmetic on 0..m-1.
+    max_params: most instance parameters, which is to say sentences (symbolic: those of abstract ones come on top);
+    less room leaves fewer redundant ones.
     max_value: without a modulus, every number in a solution is smaller than this in size.
     max_literal: literals and multipliers are 1..max_literal; None for 9, or modulus - 1 if there is a
     modulus.
@@ -105,7 +107,8 @@ def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, 
     analysis: chance that a line repeats the question's sentence, or "table": 0.1, 0.4, 0.8, 1 for 1, 2, 3, more
     parents (BRIDGE's code; its text says 0.1).
     retry: chance that a line is preceded by a parameter that cannot be computed yet, drawn again after each (Meta's).
-    question_variant: 0, or the number of a random order of this question's conditions (BRIDGE's PP-Aug has 1, 2, 3).
+    question_variant: 0, or the number of a random order of the conditions in `problem.question`, which should be that
+    of variant 0 (BRIDGE's PP-Aug has 1, 2, 3).
     solution_variant: 0, or the number of another order of the steps, told with other letters and words
     (RC-Aug has 1, 2, 3); letters stay in the symbolic style, where they are the question's. The order's template
     is on the problem's side of the split (where no other order is: the same order).
@@ -161,7 +164,7 @@ def _another_order(nodes, num_necessary, rng):
     side = template_of(formulas, order)[1]
     for _ in range(100):
         other = reordered(nodes, num_necessary, rng)
-        if template_of(formulas, other)[1] == side:
+        if list(other) != list(order) and template_of(formulas, other)[1] == side:
             return other
     return order
 
@@ -192,6 +195,9 @@ def row(problem, split, system_prompt=False):
 
 
 def _check(n, ops, split, style, modulus, max_params, max_value, max_literal, start):
+    numbers = (n, start, *ops, modulus or 2, max_params, max_value, max_literal)
+    if not all(isinstance(number, Integral) for number in numbers):
+        raise ValueError(f"n, start, ops, modulus and the max_... must be whole numbers, got {numbers}")
     if n < 0 or start < 0:
         raise ValueError(f"n and start must not be negative, got {n} and {start}")
     if len(ops) != 2 or not 1 <= ops[0] <= ops[1]:

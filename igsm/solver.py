@@ -191,7 +191,7 @@ class Question:
 
 def parse_expression(text):
     """The tree of "3 * (a - b) + -2": ints, variables, + - * and brackets, with or without spaces."""
-    tokens = re.findall(rf"\d+|{VARIABLE}|\S", text)
+    tokens = re.findall(rf"[0-9]+|{VARIABLE}|\S", text)
     tokens.append("")  # the end
     position = depth = 0
     if len(tokens) > LONGEST_EXPRESSION:
@@ -214,7 +214,7 @@ def parse_expression(text):
         nonlocal position, depth
         token = tokens[position]
         position += 1
-        if token.isdecimal():
+        if token.isascii() and token.isdecimal():
             return int(token)
         if token[:1].isalpha():
             return token

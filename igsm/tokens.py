@@ -53,6 +53,8 @@ def tokenizer(style, *, modulus=None, retry=False):
     """
     if style not in text.STYLES:
         raise ValueError(f"style must be one of {', '.join(text.STYLES)}, got {style!r}")
+    if modulus is not None and modulus < 2:
+        raise ValueError(f"modulus must be 2 or more, or None for plain integers, got {modulus}")
     if style == "symbolic":
         whole = modulus is not None and modulus <= 100
         pattern = PIECES["symbolic, modulus" if whole else "symbolic"]
