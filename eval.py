@@ -58,6 +58,7 @@ from common.run import (
     digests_of,
     keep_records,
     keep_settings,
+    lock,
     read_records,
     stop_ids,
     write_records,
@@ -83,7 +84,6 @@ class Args:
     # Benchmark files, folders, Hub names (their test split) or igsm:LO-HI, with rows of any shape in README's table
     data: tuple[str, ...] = ()
     out: str = "runs/eval"  # Folder for samples.jsonl, results.json, results.md and results.png
-
     # Answers per question; a question that its file repeats more often gets one per row, and --search and temperature 0
     # give one. Under torchrun write -n.
     n: Annotated[Positive[int], tyro.conf.arg(aliases=["-n"])] = 8
@@ -190,7 +190,7 @@ class Question:
     gold: str
     where: str  # file and row, for messages
     index: int  # the row's number, key of a search's random stream
-    rendered: str = ""  # the prompt's text, if the row holds it
+    rendered: str | None = None  # the prompt's text, if the row holds it
     rows: int = 1  # number of rows with this question
     n: int = 1  # answers to draw
     prompt_text: str = ""
@@ -224,8 +224,7 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
             questions[key].rows += 1
         elif not limit or seen[benchmark] < limit:
             seen[benchmark] += 1
-            text = item.text or ""
-            questions[key] = Question(key, benchmark, item.question, item.prompt, item.gold, where, index, text)
+            questions[key] = Question(key, benchmark, item.question, item.prompt, item.gold, where, index, item.text)
     return list(questions.values())
 
 
@@ -526,6 +525,7 @@ def main(args: Args) -> None:
 
     # 1. sample
     if args.regrade:
+        _held = lock(Path(args.out), world)
         args, records = load_answers(args)
     else:
         args.sampler_tokens = args.sampler_tokens or SAMPLER_TOKENS[world.device.type]

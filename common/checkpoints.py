@@ -28,17 +28,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from common.data import InputError, first_line
+from common.data import InputError, first_line, to_disk
 from common.trainer import Policy, ValueModel, World, export, gather_lists, init_world, load_policy, load_tokenizer
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no_dist, where one process is alone
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until everything written to a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _sha256(path: Path) -> bytes:
@@ -256,10 +249,10 @@ class Checkpoints:
             (partial / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
             size = sum(p.stat().st_size for p in partial.iterdir())
             for path in [*partial.iterdir(), partial]:
-                _to_disk(path)
+                to_disk(path)
             final = partial.with_suffix("")
             os.replace(partial, final)
-            _to_disk(self.folder)
+            to_disk(self.folder)
             for old in self._complete()[: -self.keep]:
                 # renamed first: a half-deleted checkpoint must not look complete
                 os.replace(old, old.with_suffix(".partial"))

@@ -15,11 +15,13 @@ Sequences that begin with the same prompt, as the answers of a group do, share i
 
 import heapq
 import math
+import os
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -41,6 +43,13 @@ def first_line(error: Exception) -> str:
     lines = (str(error).strip() or type(error).__name__).splitlines()
     said = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
     return f"{said} is not known" if isinstance(error, KeyError) and " " not in said else said
+
+
+def to_disk(path: Path) -> None:
+    """Wait until everything written to a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def not_the_models(error: Exception) -> bool:

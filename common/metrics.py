@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.data import InputError
+from common.data import InputError, to_disk
 from common.trainer import World
 
 
@@ -85,6 +85,11 @@ class Metrics:
         self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
         self.files[name].flush()
 
+    def to_disk(self) -> None:
+        """Wait until all that was logged is on the disk."""
+        for file in self.files.values() if self.world.main else ():
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         """Draw curves.png and end the progress bar."""
         if self.world.main:
@@ -113,6 +118,7 @@ def write_whole(path: Path, text: str) -> None:
         raise InputError(f"{path.parent}: {error}") from error
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    to_disk(partial)
     os.replace(partial, path)
 
 

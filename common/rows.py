@@ -197,6 +197,7 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
         before = re.sub(rf"\{{% set {key} = .*? %\}}", "", before) + f"{{% set {key} = {_literal(value)} %}}"
     template = f"{before}{SWITCHES}{template}" if before else template
     if think and "<think>" not in template:
+        template = template.removesuffix("\n")  # which Jinja drops at the end alone
         template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
     if switches or think:
         tokenizer.chat_template = template
@@ -205,8 +206,9 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
 
 
 def check_template(tokenizer, name: str) -> None:
-    """Raise InputError if the template is not Jinja. Warn if it puts a header before the assistant's turns, but not at
-    the end of a prompt: answers would be sampled, and traces trained on, without it."""
+    """Raise InputError if the template is not Jinja. Warn if it puts something before the assistant's turns, but not at
+    the end of a prompt (answers would be sampled, or traces trained, without it), and if prompts change with the date.
+    """
 
     def render(*contents: str, **options) -> str:
         turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=False)]
@@ -215,14 +217,24 @@ def check_template(tokenizer, name: str) -> None:
     try:
         question, answered = render("question"), render("question", "answer")
         header = answered.removeprefix(question).partition("answer")[0] if answered.startswith(question) else ""
-        bare = header.strip() and render("question", add_generation_prompt=True) == question
+        prompt = render("question", add_generation_prompt=True)
+        bare = header.strip() and prompt == question
+        lead = answered.removeprefix(prompt).partition("answer")[0] if answered.startswith(prompt) and not bare else ""
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{name}: not a Jinja template ({error})") from error
     except (jinja2.TemplateError, TypeError):
         return  # the template does not accept these turns
-    if bare and os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {name}: prompts end without {header!r}, which it puts before an answer: let it write this "
-              "if add_generation_prompt", file=sys.stderr)  # fmt: skip
+    doubts = {
+        f"prompts end without {header!r}, which it puts before an answer: let it write this if "
+        "add_generation_prompt": bare,
+        f"it writes {lead!r} between a prompt and its answer, which traces are trained without: let it write this if "
+        "add_generation_prompt, or put it into the traces": lead and "<think>" not in lead,
+        "it prints today's date, so a run cannot resume tomorrow: set one (--chat_template_args date_string=..., where "
+        "it has this switch) or pass a --chat_template without": "strftime_now" in tokenizer.chat_template,
+    }
+    for doubt, holds in doubts.items():
+        if holds and os.environ.get("RANK", "0") == "0":
+            print(f"WARNING: {name}: {doubt}", file=sys.stderr)
 
 
 def _literal(value: str) -> str:
@@ -234,12 +246,14 @@ def _literal(value: str) -> str:
     return "none" if parsed is None or value == "None" else json.dumps(parsed)
 
 
-def render_prompt(tokenizer, messages: list[dict]) -> str:
-    """The prompt text that generation starts from."""
+def render_prompt(tokenizer, messages: list[dict], *, add_generation_prompt: bool = True) -> str:
+    """The prompt text that generation starts from, or the conversation as it is."""
     if not tokenizer.chat_template:
         raise InputError("the tokenizer of --model has no chat template: pass --chat_template FILE (a Jinja template)")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except (jinja2.TemplateError, TypeError) as error:  # a broken template, or one that refuses these roles
         raise InputError(f"the chat template cannot render {[m['role'] for m in messages]} turns ({error})") from error
 
@@ -249,7 +263,7 @@ def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
     `<think>`, it omits the tag and the white space that the prompt has. Raises InputError, with `where`, if the prompt
     ends with a closed thought and the trace has one."""
     if not trace.lstrip().startswith("<think>"):
-        return trace
+        return trace.lstrip("\n") if re.search(r"</think>\n+$", prompt_text) else trace
     if prompt_text.rstrip().endswith("</think>"):
         raise InputError(f"{where}the trace has a thought, and the chat template ends with a closed one: pass "
                          "--chat_template_args with the template's switch (such as enable_thinking=true or "
@@ -295,12 +309,19 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
             if behind and tokenizer.decode(behind).strip():
                 mark = tokenizer.decode([ids[end]])
                 raise InputError(f"{row}a trace continues after {mark}: put turns into 'conversations'")
-            end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
             ids = [*ids[:end], tokenizer.eos_token_id]
         else:
             ids = []
         encoded.append(ids)
     return encoded
+
+
+def prompt_text(tokenizer, item: Item, row: str) -> str:
+    """The prompt of an item as text. Raises InputError, beginning with `row`, if the template cannot render it."""
+    try:
+        return item.text or render_prompt(tokenizer, item.prompt)
+    except InputError as error:
+        raise InputError(f"{row}{error}; pass another --chat_template, or change the row's turns") from error
 
 
 def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = False) -> Iterator[tuple]:
@@ -320,7 +341,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
             continue
         numbers, items, *columns = zip(*part, strict=True)
         names = [f"{source}, row {index}: " for index in numbers]
-        texts = [item.text or render_prompt(tokenizer, item.prompt) for item in items]
+        texts = [prompt_text(tokenizer, item, name) for item, name in zip(items, names, strict=True)]
         prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompts = [with_bos(p, tokenizer) if item.text else p for p, item in zip(prompts, items, strict=True)]
         if not all(prompts):
@@ -330,17 +351,18 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
         counts[f"prompts {UNKNOWN}"] += count_unknown(prompts, tokenizer)
         asked = ["".join(turn["content"] for turn in item.prompt) for item in items]
         counts[CONTROL] += sum(any(token in text for token in tokenizer.all_special_tokens) for text in asked)
-        for traces, ids in zip(columns, encoded, strict=True):
-            counts[f"traces {UNKNOWN}"] += count_unknown(filter(None, ids), tokenizer)
-            open_thought = zip(traces, (text.rstrip().endswith("<think>") for text in texts), strict=True)
-            counts[ENDLESS] += sum(opened and "</think>" not in trace.text for trace, opened in open_thought if trace)
+        for ids in zip(*encoded, strict=True):
+            counts[f"traces {UNKNOWN}"] += count_unknown(filter(None, ids), tokenizer) > 0
+        for text, *traces in zip(texts, *columns, strict=True):
+            endless = any(trace and "</think>" not in trace.text for trace in traces)
+            counts[ENDLESS] += endless and text.rstrip().endswith("<think>")
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
     warn(source, counts, len(rows))
 
 
 UNKNOWN = "hold text that the tokenizer of --model does not know (models/tiny reads igsm:LO-HI alone)"
 CONTROL = "prompts hold special tokens as text, which are read as such"
-ENDLESS = "traces have no </think>, though the prompt opens a thought"
+ENDLESS = "rows have a trace without </think>, though the prompt opens a thought"
 
 
 def count_unknown(sequences: Iterable[list[int]], tokenizer) -> int:
@@ -440,12 +462,16 @@ def turn_end(tokenizer) -> tuple[int | None, list[int]]:
     turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
     talk = [{"role": role, "content": content} for role, content in turns]
     try:
-        shown, more = (tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
+        asked, shown, more = (tokenizer.apply_chat_template(talk[:n], tokenize=False) for n in (1, 2, 3))
     except (jinja2.TemplateError, TypeError, ValueError):  # no template, or one that refuses these turns
         return tokenizer.eos_token_id, [tokenizer.eos_token_id]
-    closing, user_mark = shown.rpartition("answer")[2], more[len(shown) :].partition("question")[0]
-    if tokenizer.eos_token in closing:
+    eos, (_, answered, rest) = tokenizer.eos_token, more.rpartition("answer")
+    closing, between = shown.rpartition("answer")[2], rest.partition("question")[0]
+    if asked.endswith(eos) and not between.startswith(closing):
+        closing = closing.removesuffix(eos)  # Phi's templates put eos behind whatever comes last
+    if not answered or eos in closing:  # not answered: the template shows one turn alone
         return tokenizer.eos_token_id, [tokenizer.eos_token_id]
+    user_mark = between.removeprefix(closing)
     tokens = tokenizer.convert_tokens_to_ids([closing.strip(), user_mark.strip()])
     tokens = [None if token == tokenizer.unk_token_id else token for token in tokens]
     return tokens[0], [tokenizer.eos_token_id, *(token for token in tokens if token is not None)]
@@ -468,7 +494,8 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
         raise InputError(f"no action: {len(messages)} turns, none of them an assistant's after --skip_turns")
     for turn in turns:
         before = render_prompt(tokenizer, messages[:turn])
-        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        trace_text(before, messages[turn]["content"])  # raises if the template has closed the thought
+        after = render_prompt(tokenizer, messages[: turn + 1], add_generation_prompt=False)
         if not (before.startswith(text) and after.startswith(before)):
             raise InputError(f"the chat template changes turn {turn} or earlier ones later on (some drop <think> from "
                              "them); pass a --chat_template that keeps the history as it is")  # fmt: skip

@@ -338,6 +338,7 @@ class Run:
             name = self.tokenizer.name_or_path
             name = str(Path(name).resolve()) if Path(name).is_dir() else name
             state |= {"template": self.tokenizer.chat_template, "tokenizer": name}
+            self.metrics.to_disk()  # first: they must have the steps of every checkpoint
             self.checkpoints.save(self.step, self.pairs, self.world, **state)
             self.metrics.draw(every=60)
 

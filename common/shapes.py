@@ -68,9 +68,10 @@ class Item:
     conversation: list[dict] | None = None  # the prompt and the trace, if several of its turns are to be trained
 
     def first(self, correct: bool) -> Trace | None:
-        """The first correct (or the first incorrect) trace; an ungraded one counts as correct."""
-        traces = [t for t in self.traces if t.ids or t.text.strip()] or self.traces
-        return next((t for t in traces if (t.reward is None or t.reward > 0) == correct), None)
+        """The first correct (or the first incorrect) trace, a blank one only if all are; an ungraded one counts as
+        correct."""
+        traces = [t for t in self.traces if (t.reward is None or t.reward > 0) == correct]
+        return next((t for t in traces if t.ids or t.text.strip()), traces[0] if traces else None)
 
 
 def read_row(row: dict, where: str) -> Item:
@@ -216,12 +217,12 @@ def _with_thought(beside: dict, text: str) -> str:
     """A response with its thought between <think> and </think>: the thought may stand in a column or key beside it,
     between other marks, or without the opening one."""
     if "</think>" in text:
-        return text if "<think>" in text else THINK + text
+        return text if "<think>" in text else THINK + text.lstrip("\n")
     thoughts = [value.strip() for value in map(beside.get, THOUGHTS) if isinstance(value, str)]
     thought = next((t for t in thoughts if not (t.isascii() and t.isalpha())), None)  # a single word is a switch: "on"
     if found := MARKED.fullmatch(text):
         thought, text = found[1].strip(), re.sub(r"<\|(?:begin|end)_of_solution\|>", "", found[2]).strip()
-    return f"{THINK}{thought}\n</think>\n\n{text}" if thought else text
+    return f"{THINK}{thought}\n</think>\n\n{text.lstrip()}" if thought else text
 
 
 def _gold(*values) -> str:

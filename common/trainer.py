@@ -45,7 +45,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from common.data import InputError, TokenBatch, first_line, not_the_models, pack, read
+from common.data import InputError, TokenBatch, first_line, not_the_models, pack, read, to_disk
 from common.logprobs import free_memory, linear_kl, linear_logprobs
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -745,9 +745,17 @@ def export(policy: Policy, tokenizer, path: str | Path, world: World) -> None:
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         empty.save_pretrained(partial, state_dict=whole)
-        if policy.lm.can_generate():  # as it was
-            (partial / "generation_config.json").write_text(policy.lm.generation_config.to_json_string())
+        if policy.lm.can_generate():  # as it was, and with the eos that traces end with
+            generation = copy.deepcopy(policy.lm.generation_config)
+            ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+            if tokenizer.eos_token_id not in ends:
+                generation.eos_token_id = [i for i in (*ends, tokenizer.eos_token_id) if i is not None]
+            (partial / "generation_config.json").write_text(generation.to_json_string())
         tokenizer.save_pretrained(partial)
+        for file in partial.glob("*.safetensors"):  # made for its owner alone, whatever the umask
+            file.chmod((partial / "config.json").stat().st_mode)
+        for file in [*partial.iterdir(), partial]:
+            to_disk(file)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
     dist.barrier()

@@ -525,6 +525,7 @@ def _grade_one(spec, response, gold, timeout):
     try:
         worker = idle.pop()
         while worker.process.poll() is not None:  # it died
+            worker.kill()
             worker = idle.pop()
     except IndexError:
         worker = _Worker(spec)
@@ -535,9 +536,10 @@ def _grade_one(spec, response, gold, timeout):
 
 
 def close() -> None:
-    """Stop all workers; the next `grade` starts new ones. At exit it happens by itself."""
+    """Stop all workers; the next `grade` starts new ones. At exit it happens by itself, after pending calls."""
     _pools.clear()
     for worker in list(_workers):
+        worker.closed = True
         worker.kill()
 
 
@@ -554,6 +556,9 @@ atexit.register(close)
 
 
 def _forget():  # a forked child (a DataLoader's) must neither use nor keep open what leads to our workers
+    for worker in _workers:  # also those that a thread, which the child does not have, was waiting for
+        worker.process.stdin.close()
+        os.close(worker.sock.detach())
     _pools.clear()
     _workers.clear()
     _threads.cache_clear()
@@ -587,6 +592,7 @@ class _Worker:
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module._serve(*args)"""
+    closed = False  # by `close`
 
     def __init__(self, spec):
         self.sock, theirs = socket.socketpair()
@@ -621,6 +627,8 @@ class _Worker:
             self.kill()
             return Verdict(0.0, "timeout", "killed at its deadline")
         except (OSError, ValueError):
+            if self.closed:
+                raise RuntimeError("the workers were closed while this call went on") from None
             return Verdict(0.0, "error", f"worker died, exit code {self.kill()}")
 
     def receive(self, timeout):
@@ -670,6 +678,8 @@ def _serve(spec, fd, memory):
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    if wait([0], 0):  # it has closed already
+        os._exit(1)
     with contextlib.suppress(ValueError, OSError):  # a lower limit stands already; macOS has none
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -77,7 +77,8 @@ class Worker:
         self.folder = folder = tempfile.mkdtemp(prefix="vllm-")  # the worker's own: removed when the worker ends
         self.config.save_pretrained(f"{folder}/model")
         ours, theirs = socket.socketpair()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(self.patience), 0))
+        for limit in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # also in the middle of a message
+            ours.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", math.ceil(self.patience), 0))
         self.pipe, self.log = Connection(ours.detach()), tempfile.TemporaryFile()  # noqa: SIM115
         script = str(Path(__file__).with_name("vllm_worker.py"))
         settings = json.dumps(self.settings | {"model": f"{folder}/model"})
@@ -377,7 +378,8 @@ def environment(world: World) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it ignores seeds
     }  # fmt: skip
-    ours.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-vllm")  # outlives the worker
+    # outlives the worker
+    ours.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-vllm-{os.getuid()}")
     if world.device.type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         index = world.device.index

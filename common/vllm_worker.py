@@ -23,6 +23,9 @@ def guard(trainer: int, folder: str) -> None:
     while os.getppid() == trainer and not gone:
         time.sleep(0.1)
         gone, status = os.waitpid(worker, os.WNOHANG)
+    if not gone:  # before its folder goes, in which it may be writing
+        os.kill(worker, signal.SIGKILL)
+        _, status = os.waitpid(worker, 0)
     code = os.waitstatus_to_exitcode(status)
     print(f"The vLLM process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}.", flush=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -73,6 +73,16 @@ def test_a_run_leaves_numbers_samples_and_tables(finished, data):
     assert not list(finished.glob("*part*"))
 
 
+def test_answers_are_not_graded_again_while_another_process_writes_them(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held'); input()"
+    with subprocess.Popen([sys.executable, "-uc", code, out / ".lock"], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process writes there"):
+            evaluation.main(evaluation.Args(out=str(out), regrade=True))
+        other.communicate("\n")
+
+
 def test_a_resumed_run_names_benchmarks_as_it_reads_them_now(data, finished, tmp_path):
     """As if the first half had been asked when the file had another path, which is part of a name in two files."""
     out = shutil.copytree(finished, tmp_path / "out")

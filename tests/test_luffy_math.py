@@ -11,7 +11,7 @@ import torch
 import luffy
 import relift
 from common.data import InputError, pack, plan_micro_batches
-from common.rows import given_logps
+from common.rows import Trace, given_logps
 from common.trainer import World
 from luffy import Args, Row, accumulate_gradient, group_advantages, luffy_token_loss, policy_logps
 
@@ -317,12 +317,15 @@ def test_a_given_teachers_probability_replaces_the_shape():
 
 
 def test_the_teachers_probabilities_come_from_the_column_target_probs():
-    logps = given_logps([0.5, 0.25], [7, 8, 1], "x")
+    def found(probs):
+        return given_logps(Trace("a", probs=probs), [7, 8, 1], "q", None, "x")
+
+    logps = found([0.5, 0.25])
     assert logps[:2] == [math.log(0.5), math.log(0.25)] and math.isnan(logps[2])  # the eos has none
-    assert given_logps(None, [7, 8, 1], "x") is None
+    assert found(None) is None
     for probs in ([0.5], [0.5, 0.5, 0.5, 0.5], [0.5, 0.0, 1.0], [0.5, 2.0], "no", [None, 0.1]):
         with pytest.raises(InputError, match="x: 'target_probs' "):
-            given_logps(probs, [7, 8, 1], "x")
+            found(probs)
 
 
 def test_given_probabilities_reach_the_update_and_tis_weighs_own_tokens_alone():

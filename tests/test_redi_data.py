@@ -188,8 +188,8 @@ def test_the_funnel_counts_every_row_once(tmp_path, capsys):
     make(tmp_path / "data", "--own_answers", 0, "--data", write(tmp_path / "rows.jsonl", rows))
     printed = re.findall(r"^ *([-+]?\d+)  (.+)$", capsys.readouterr().out, re.M)
     assert {name: int(n) for n, name in printed} == {
-        "rows": 7, "no right trace": -1, "positives.jsonl": 6, "no wrong trace": -2, "prompt too long": -1,
-        "trace too long": -1, "trace empty": 0, "traces equal": -1, "pairs.jsonl": 1,
+        "rows": 7, "no right trace": -1, "positives.jsonl": 6, "no wrong trace": -1, "prompt too long": -1,
+        "trace too long": -1, "trace empty": -1, "traces equal": -1, "pairs.jsonl": 1,
     }  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def test_an_sft_update_is_the_published_one_whatever_the_micro_batches(name, mic
 class Numbers:
     """A tokenizer whose text is its ids; what read_examples needs of one."""
 
-    chat_template = "any"
+    chat_template, all_special_tokens = "any", ()
 
     def __init__(self, eos):
         self.eos_token_id = eos
@@ -136,8 +136,12 @@ class Numbers:
     def convert_ids_to_tokens(self, token):
         return str(token)
 
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
     def apply_chat_template(self, messages, **_):
-        return messages[0]["content"]
+        [message] = messages
+        return message["content"]
 
 
 def demonstrations(case, tmp_path, **settings):

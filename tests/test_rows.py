@@ -788,6 +788,12 @@ def test_a_prompt_with_a_verdict_is_no_rendered_text():
     assert read_row(given, "x").text == "2+2?" and read_row(given | {"is_correct": True}, "x").text is None
 
 
+def test_a_thought_that_a_parser_took_out_stands_before_its_answer_with_one_blank_line():
+    item = read_row({"prompt": "2+2?", "response": "\n\n4", "reasoning_content": "\ntwo more\n"}, "x")
+    assert item.traces[0].text == "<think>\ntwo more\n</think>\n\n4"
+    assert read_row({"prompt": "2+2?", "response": "\nfour</think>4"}, "x").traces[0].text == "<think>\nfour</think>4"
+
+
 def test_a_blank_trace_is_no_trace_where_there_is_another():
     assert read_row({"prompt": "2+2?", "responses": ["", "4"], "rewards": [1, 1]}, "x").first(correct=True).text == "4"
 
@@ -823,7 +829,7 @@ def test_control_tokens_in_texts_are_counted_or_refused(capsys):
 def test_a_thought_that_never_closes_is_counted(capsys):
     opened = dict(prompt_text="a=5\na?\n<think>\n")
     examples([row(**opened), row(**opened, trace="<think>\na=5")])
-    assert "toy.jsonl: 1 of 2 traces have no </think>, though the prompt opens a" in capsys.readouterr().err
+    assert "toy.jsonl: 1 of 2 rows have a trace without </think>, though the prompt opens a" in capsys.readouterr().err
     assert trace_text("q <think>\n", "\n<think>\na=5") == "a=5"
 
 

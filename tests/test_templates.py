@@ -15,7 +15,17 @@ import oreo
 import redi
 import relift
 from common.data import InputError
-from common.rows import make_examples, render_prompt, response_ids, set_template, trace_text
+from common.rows import (
+    Trace,
+    conversation_ids,
+    encode_traces,
+    make_examples,
+    render_prompt,
+    response_ids,
+    set_template,
+    trace_text,
+    turn_end,
+)
 from common.trainer import load_tokenizer, parse_args
 from tests.conftest import ROOT
 
@@ -41,6 +51,53 @@ def test_prompts_without_the_header_of_an_answer_are_warned_of(template, warned,
     (tmp_path / "t.jinja").write_text(template)
     set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"))
     assert ("prompts end without '<|assistant|>'" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [(HEADERS.replace("|>{{", "|>{{ '<|final|>' if m.role == 'assistant' }}{{")
+      + "{% if add_generation_prompt %}<|assistant|>{% endif %}", "it writes '<|final|>' between a prompt and"),
+     ("{% if strftime_now %}{{ strftime_now('%d %b') }}{% endif %}{{ messages[0].content }}", "prints today's date")],
+)  # fmt: skip
+def test_what_a_template_adds_to_answers_or_changes_every_day_is_warned_of(template, said, tmp_path, capsys):
+    (tmp_path / "t.jinja").write_text(template)
+    set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"))
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "closing"),
+    [("User: {{ messages[-1].content }}.\nAssistant: <think>\n", "<|eos|>"),  # LUFFY's for Llama: one turn alone
+     ("{{ messages[0].content }}", "<|eos|>"),
+     ("{% for m in messages %}{{ m.content }}<|user|>{% endfor %}"
+      "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}", "<|user|>"),  # Phi's
+     ("{% for m in messages %}{{ m.content }}<|user|>{% endfor %}", "<|user|>")],
+)  # fmt: skip
+def test_what_ends_an_answer_is_what_the_template_puts_behind_one(template, closing):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = template
+    ids = tokenizer.convert_tokens_to_ids([closing])
+    assert turn_end(tokenizer) == (ids[0], [*dict.fromkeys([tokenizer.eos_token_id, *ids])])
+    [trace] = encode_traces(tokenizer, [Trace(f"a=5{closing}")], ["q"], ["row"])
+    assert trace == [*tokenizer("a=5", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_turn_that_a_template_refuses_names_the_row():
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = "{{ raise_exception('no') if messages[0].role == 'system' }}{{ messages[0].content }}"
+    rows = [{"prompt": [{"role": "system", "content": "x"}, *TURNS], "answer": "5", "target": "a=5"}]
+    limits = SimpleNamespace(max_prompt_tokens=9, max_response_tokens=9)
+    with pytest.raises(InputError, match=r"f.jsonl, row 0: the chat template cannot render \['system', 'user'\] turns"):
+        make_examples(rows, tokenizer, limits, source="f.jsonl")
+
+
+def test_a_thought_in_a_conversation_whose_template_closes_it_is_refused():
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = HEADERS + "{% if add_generation_prompt %}<|assistant|><think>\n\n</think>\n\n{% endif %}"
+    talk = [*TURNS, {"role": "assistant", "content": "<think>\na=5\n</think>\n5"}]
+    with pytest.raises(InputError, match="the trace has a thought, and the chat template ends with a closed one"):
+        conversation_ids(talk, tokenizer, 0)
+    assert trace_text("<think>\n\n</think>\n\n", "\n\n5") == "5"
 
 
 @pytest.mark.parametrize("flag", ["--chat_template", "--template"])

@@ -557,7 +557,7 @@ def test_an_exported_checkpoint_is_asked_and_stops_as_the_runs_model_and_replace
 
     base, out = tmp_path / "base", tmp_path / "exported"
     shutil.copytree("models/tiny", base)
-    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "pad_token_id": 0}))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
     config = json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16"}
     (base / "config.json").write_text(json.dumps(config))
     template = base / "own.jinja"
@@ -568,7 +568,9 @@ def test_an_exported_checkpoint_is_asked_and_stops_as_the_runs_model_and_replace
     checkpoints.export_checkpoint(str(tmp_path / "run"), str(out))
     for folder in (tmp_path / "run" / "model", out):
         assert load_tokenizer(str(folder)).chat_template.startswith("{% for m in messages %}{{ m.content }}")
-        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, 2]
+        ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        assert ends == [2, load_tokenizer(str(folder)).eos_token_id], "traces end with the second"
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "all files can be read by the same users"
         assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -4,6 +4,7 @@
 
 What runs in the fork is the script as `python luffy.py ...` (or `-m igsm`) runs it, in a session of its own."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -70,6 +71,7 @@ def serve() -> None:
     answer.write("ready\n")
     answer.flush()
     ended: dict[int, int] = {}
+    started: list[int] = []
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
@@ -83,8 +85,12 @@ def serve() -> None:
             reply = os.fork()
             if reply == 0:
                 run(request)
+            started.append(reply)
         answer.write(json.dumps(reply) + "\n")
         answer.flush()
+    for pid in set(started) - ended.keys():  # Ctrl-C
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def run(request: dict) -> None:
