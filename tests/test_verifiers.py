@@ -535,6 +535,26 @@ def test_grading_later_gives_the_same_verdicts_and_leaves_the_caller_free(users)
         failing.result()
 
 
+def test_a_call_whose_workers_are_closed_has_no_verdicts(users):
+    grade(["x"], [""], verifier=users.hang)
+    job = grade_later(["deaf"], ["1"], verifier=users.hang, timeout=60.0)
+    time.sleep(0.5)
+    verifiers.close()
+    with pytest.raises(RuntimeError, match="the workers were closed while this call went on"):
+        job.result(10)
+
+
+def test_idle_workers_that_died_leave_no_files_open(users):
+    grade(["x"], [""], verifier=users.length, workers=1)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        [worker] = verifiers._pools[f"{users.__name__}:length"]
+        worker.process.kill()
+        worker.process.wait()
+        assert grade(["xx"], [""], verifier=users.length, workers=1) == [Verdict(1.0, "ok")]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_an_interrupted_call_leaves_no_answer_to_the_next(users, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
