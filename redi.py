@@ -212,7 +212,8 @@ class Pair:
     def shown(self, tokenizer) -> dict:
         """The pair for samples.jsonl."""
         texts = {name: tokenizer.decode(list(getattr(self, name))) for name in ("prompt", "chosen", "rejected")}
-        return {"row": self.index, "loss": self.loss, "chosen_logp": self.logp[0], "rejected_logp": self.logp[1],
+        logps = [logp if trace else None for logp, trace in zip(self.logp, (self.chosen, self.rejected), strict=True)]
+        return {"row": self.index, "loss": self.loss, "chosen_logp": logps[0], "rejected_logp": logps[1],
                 "weight": self.weight} | texts  # fmt: skip
 
 

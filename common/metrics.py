@@ -60,10 +60,12 @@ class Metrics:
                     self.board.add_scalar(name, value, step)
             if self.wandb:
                 self.wandb.log(known, step=step)
-            if known.get("verifier/own_unparsable") == 1:
+            if late := 1 in (known.get("verifier/timeout"), known.get("verifier/eval_timeout")):
+                self.warn(step, "reached its deadline on every answer, which gives them reward 0")
+            if 1 in (known.get("verifier/own_unparsable"), known.get("verifier/eval_unparsable")):
                 self.warn(step, "reads none of the model's own answers, or cannot read the golds: samples.jsonl shows "
                           "why (cut by --max_response_tokens? math, the default, needs </think>)")  # fmt: skip
-            if known.get("reward/teacher") == 0:
+            if not late and known.get("reward/teacher", 1) <= 0:
                 self.warn(step, "accepts none of the traces: do the gold answers fit it, or were the traces cut? "
                           "samples.jsonl shows both; --verifier robust reads more spellings")  # fmt: skip
             self.bar.set_postfix({k: f"{known[k]:.3g}" for k in show if k in known}, refresh=False)
@@ -82,7 +84,7 @@ class Metrics:
                 self._write("samples", {"step": step, **row})
 
     def _write(self, name: str, row: dict) -> None:
-        self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.files[name].write(json_line(row))
         self.files[name].flush()
 
     def to_disk(self) -> None:
@@ -122,6 +124,12 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def json_line(row: dict) -> str:
+    """A row as a line of JSON, which has no NaN or infinity: null."""
+    row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def complete_lines(path: Path) -> list[str]:
     """Complete lines of a file that a crash may have cut short, also within a character."""
     return [line.decode() for line in path.read_bytes().split(b"\n")[:-1] if line] if path.exists() else []
@@ -141,7 +149,8 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
     found = {name for rows in metrics.values() for row in rows for name in row}
     if panels is None:
         names = sorted(found - {"step", "optim/lr"})
-        alone = {"eval/length", "length/truncated", "mismatch/max", "optim/value_grad_norm", "policy/kl_ref"} & found
+        alone = {"eval/length", "length/truncated", "mismatch/max", "optim/value_grad_norm", "policy/kl_ref",
+                 "sft/demonstrations", "sft/length"} & found  # fmt: skip
         prefixes = {name.split("/")[0] for name in names} - {"seconds", "speed", "memory", "verifier", "update"}
         panels = [[n for n in names if n.split("/")[0] == prefix and n not in alone] for prefix in prefixes]
         panels = sorted([*panels, *([name] for name in alone)])
@@ -235,5 +244,5 @@ def peak_memory_gb(world: World) -> float:
         return torch.cuda.max_memory_allocated(world.device) / 1e9
     import resource
 
-    unit = 1e9 if sys.platform == "darwin" else 1e6  # macOS counts bytes, Linux kilobytes
+    unit = 1e9 if sys.platform == "darwin" else 1e9 / 1024  # macOS counts bytes, Linux 1,024 of them
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -69,14 +69,16 @@ def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, pr
             found = answer.setdefault("verdicts", {}).get(verifier, [0, "timeout"])
             if not same or found[1] in ("timeout", "error"):
                 todo.append((record["gold"], answer))
-    parts = [todo[start : start + 256] for start in range(0, len(todo), 256)]
-    for part in tqdm(parts, desc=f"grade {verifier}", unit_scale=256, disable=not (progress and todo)):
+    bar = tqdm(total=len(todo), desc=f"grade {verifier}", disable=not (progress and todo))
+    for part in (todo[start : start + 256] for start in range(0, len(todo), 256)):
         verdicts = grade([a["text"] for _, a in part], [gold for gold, _ in part], verifier=verifier)
         for (_, answer), verdict in zip(part, verdicts, strict=True):
             if verdict.reward not in (0, 1):
                 raise InputError(f"--verifier {verifier}: a reward of {verdict.reward}; here it must be 0 or 1")
             detail = [verdict.detail] if verdict.detail else []
             answer["verdicts"][verifier] = [verdict.reward, verdict.status, *detail]
+        bar.update(len(part))
+    bar.close()
 
 
 def grader_version(verifier: str) -> str:

@@ -192,7 +192,10 @@ class EmbeddedSampler(Sampler):
                 self._generate_batch([0, 1], prompts, answers, [0, 1], 0, Sampling([half] * 2), tqdm(disable=True))
                 rows = [(prompt, c.ids) for prompt, group in zip(prompts, answers, strict=True) for c in group]
                 found = torch.tensor([x for group in answers for c in group for x in c.logps])
-                gap = distance(found, policy(pack(rows, self.device)).cpu())
+                own = policy(pack(rows, self.device)).cpu()
+                if not own.isfinite().all():
+                    raise InputError("the model's log-probs are not finite: have its weights diverged?")
+                gap = distance(found, own)
                 self.proven = gap < tolerance(policy)
                 if self.proven:
                     break

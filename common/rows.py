@@ -334,7 +334,9 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
     def share(ids: list[int] | None) -> list[int] | None:
         return ids and list(map(shared.setdefault, ids, ids))
 
-    for start in tqdm(range(0, len(rows), 500), desc="tokenize", unit_scale=500, leave=False, disable=not progress):
+    bar = tqdm(total=len(rows), desc="tokenize", leave=False, disable=not progress)
+    for start in range(0, len(rows), 500):
+        bar.update(min(500, len(rows) - start))
         part = [(i, read(row, f"{source}, row {i}")) for i, row in enumerate(rows[start : start + 500], start)]
         part = [(index, *found) for index, found in part if found]
         if not part:
@@ -357,6 +359,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
             endless = any(trace and "</think>" not in trace.text for trace in traces)
             counts[ENDLESS] += endless and text.rstrip().endswith("<think>")
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
+    bar.close()
     warn(source, counts, len(rows))
 
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from common.checkpoints import Checkpoints, changed_settings, digest_of
 from common.data import InputError, check_verifier, check_works, pack, plan_micro_batches, to_device
-from common.metrics import Clock, Metrics, complete_lines, peak_memory_gb, read_metrics, write_whole
+from common.metrics import Clock, Metrics, complete_lines, json_line, peak_memory_gb, read_metrics, write_whole
 from common.rollout import Sampler, Sampling, make_sampler
 from common.rows import Example, data_digest, in_words, report_golds, set_template
 from common.trainer import (
@@ -212,7 +212,7 @@ class Run:
             resumes = f"; {self.out} resumes after step {self.start}" if self.start else ""
             if self.start == self.steps:
                 resumes = f"; all {self.steps} steps of {self.out} are done"
-            print(f"{source}: {in_words(left_out, args)}; {len(held_out)} held-out; {self.steps} steps of "
+            print(f"{source}: {in_words(left_out, args)}; {len(self.held_out)} held-out; {self.steps} steps of "
                   f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
             if self.start < self.steps != before and (args.schedule != "constant" or args.warmup):
                 print(f"WARNING: the checkpoint is of a run of {before} steps; the schedule now has {self.steps}, so "
@@ -284,7 +284,7 @@ class Run:
             check_finite(log, self.policy, self.world)
             limit = self.args.max_mismatch or (0.05 if self.world.device.type == "cuda" else 0.001)
             if (gap := log.get("mismatch/mean_abs", 0.0)) > limit:
-                raise RuntimeError(f"step {self.step}: the sampler's log-probs differ from the trainer's by {gap:.4f} "
+                raise RuntimeError(f"step {self.step}: the sampler's log-probs differ from the trainer's by {gap:.2g} "
                                    f"per token (--max_mismatch {limit}): stale weights, or another model")  # fmt: skip
             for other, _ in self.pairs.values():
                 if other is not model:
@@ -306,7 +306,8 @@ class Run:
             write_lines(path, [row.shown(self.tokenizer) for row in rows])
         dist.barrier()  # the file is complete before a rank ends
         if not self.args.skip_bad_updates:
-            raise FloatingPointError(f"{message}. The same command resumes from the last checkpoint") from error
+            after = "resumes from the last checkpoint" if self.checkpoints.latest() else "starts anew"
+            raise FloatingPointError(f"{message}. The same command {after}") from error
         if self.world.main:
             tqdm.write(f"{message}. The update is skipped (--skip_bad_updates)")
 
@@ -338,8 +339,9 @@ class Run:
             name = self.tokenizer.name_or_path
             name = str(Path(name).resolve()) if Path(name).is_dir() else name
             state |= {"template": self.tokenizer.chat_template, "tokenizer": name}
-            self.metrics.to_disk()  # first: they must have the steps of every checkpoint
-            self.checkpoints.save(self.step, self.pairs, self.world, **state)
+            with self.clock("save"):  # counted with the next step
+                self.metrics.to_disk()  # first: they must have the steps of every checkpoint
+                self.checkpoints.save(self.step, self.pairs, self.world, **state)
             self.metrics.draw(every=60)
 
     def finish(self, sampler) -> None:
@@ -444,11 +446,11 @@ def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) ->
     results = [(r.example.source, r.reward, r.truncated, len(r.response), (r.status, r.detail)) for r in rows]
     sources, rewards, truncated, lengths, verdicts = zip(*gather_lists(results, world), strict=True)
     check_works(args.verifier, verdicts)
-    accuracy = {f"eval/{name}": mean(r for s, r in zip(sources, rewards) if s == name) for name in sorted(set(sources))}
+    names = {s: f"source {s}" if s in ("mean", "truncated", "length") else s for s in sorted(set(sources))}
+    accuracy = {f"eval/{names[name]}": mean(r for s, r in zip(sources, rewards) if s == name) for name in names}
     return accuracy | {
         "eval/mean": mean(accuracy.values()), "eval/truncated": mean(truncated), "eval/length": mean(lengths),
-        "verifier/eval_error": mean(status == "error" for status, _ in verdicts),
-    }  # fmt: skip
+    } | {f"verifier/eval_{s}": mean(status == s for status, _ in verdicts) for s in ("timeout", "error", "unparsable")}
 
 
 @dataclass
@@ -623,7 +625,7 @@ _locks: dict = {}
 
 def write_lines(path: Path, rows: list[dict]) -> None:
     """Write one JSON object per line; the file is complete or absent."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(path, "".join(map(json_line, rows)))
 
 
 def part_files(path: Path) -> list[Path]:
@@ -746,12 +748,14 @@ def policy_logps(policy, rows: list[Row], args, world: World) -> list[torch.Tens
 def add_drift(totals: Totals, logp, old_logp, sampler_logp, *, clip: float, per: int, own=None) -> None:
     """Add to the metrics, as means over `per` own tokens: how far the policy is from the one that sampled them, and how
     far the trainer's log-probs are from the sampler's (mismatch/). [N] each; own None: all tokens."""
+    if not per:
+        return
     own = torch.ones_like(logp, dtype=torch.bool) if own is None else own
     log_ratio = torch.where(own, logp - old_logp, 0.0)
     gap = torch.where(own, old_logp - sampler_logp, 0.0).double()
     clipped = (log_ratio.exp() - 1).abs() > (clip or math.inf)
     totals.add({"policy/clipped": clipped.sum(), "policy/kl_old": -log_ratio.sum(),
-                "mismatch/mean_abs": gap.abs().sum(), "mismatch/kl": -gap.sum()}, per=max(1, per))  # fmt: skip
+                "mismatch/mean_abs": gap.abs().sum(), "mismatch/kl": -gap.sum()}, per=per)  # fmt: skip
     totals.largest("mismatch/max", gap.abs())
 
 

@@ -525,6 +525,8 @@ def prove(model, flag: str) -> None:
         gap, limit = distance(packed(), plain()), tolerance(model)
         if gap < limit:
             return
+        if math.isnan(gap):
+            raise InputError(f"{flag}: the model's log-probs are not finite: have its weights diverged?")
         if not distance(plain(train=True), plain()) < limit:
             why = "it computes with noise in training"
         elif distance(packed(raw=True), plain(raw=True)) < limit:

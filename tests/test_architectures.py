@@ -183,6 +183,8 @@ def gradients(model, logp) -> dict[str, torch.Tensor]:
 
 
 class NoTokenizer:
+    eos_token_id = 1
+
     def save_pretrained(self, folder):
         pass
 
