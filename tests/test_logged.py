@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import resource
 import sys
@@ -259,6 +260,25 @@ def test_own_answers_in_which_the_verifier_finds_nothing_are_said_once(tmp_path,
     assert capsys.readouterr().err.count("--verifier reads none of the model's own answers") == 1
     metrics.log(3, luffy.describe([*rows, luffy.Row([1], [1], 0, status="ok")]), [])
     assert read_metrics(tmp_path)[-1]["verifier/own_unparsable"] == 0.5
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ({"verifier/timeout": 1.0, "reward/teacher": 0.0}, "reached its deadline on every answer"),
+    ({"verifier/eval_timeout": 1.0}, "reached its deadline on every answer"),
+    ({"verifier/eval_unparsable": 1.0}, "reads none of the model's own answers"),
+    ({"reward/teacher": -1.0}, "accepts none of the traces"),
+    ({"verifier/timeout": 0.5, "reward/teacher": 0.5}, ""),
+])  # fmt: skip
+def test_a_verifier_that_never_answers_is_warned_of_by_its_cause(values, said, tmp_path, capsys):
+    Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3).log(1, values, [])
+    warned = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert len(warned) == (said != "") and all(said in line for line in warned)
+
+
+def test_numbers_that_are_not_finite_are_null_in_files(tmp_path):
+    metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
+    metrics.samples(1, [{"loss": math.nan, "reward": math.inf, "text": "a"}])
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1, "loss": null, "reward": null, "text": "a"}\n'
 
 
 def test_metrics_also_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):

@@ -522,13 +522,13 @@ def test_an_evaluation_grades_what_was_said_and_weighs_sources_alike(monkeypatch
         return [Verdict(0.0, "error", "boom") if t in broken else v for t, v in zip(texts, found, strict=True)]
 
     monkeypatch.setattr(verifiers, "grade", grade)
-    told = [(7, "7", "a"), (8, "x", "a"), (9, "9", "b")]
+    told = [(7, "7", "a"), (8, "x", "a"), (9, "9", "length")]
     examples = [Example([n], None, gold, source, i, "") for i, (n, gold, source) in enumerate(told)]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), eos_token_id=1)  # eos: no part of it
     args = RunArgs(max_response_tokens=7)
     found = run.evaluate(Sampler(), tokenizer, examples, args, ONE_RANK)
-    assert (found["eval/a"], found["eval/b"], found["eval/mean"]) == (0.5, 0.0, 0.25)
-    assert found["verifier/eval_error"] == 1 / 3
+    assert (found["eval/a"], found["eval/source length"], found["eval/mean"]) == (0.5, 0.0, 0.25)
+    assert found["eval/length"] == 2 and found["verifier/eval_error"] == 1 / 3 and found["verifier/eval_timeout"] == 0
     with pytest.raises(InputError, match=r"--verifier m:broken failed on all 3 answers .boom."):  # 0.0 would be a lie
         run.evaluate(Sampler(), tokenizer, examples, dataclasses.replace(args, verifier="m:broken"), ONE_RANK)
 
