@@ -294,7 +294,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
     rows: "NAME: " of each row, for errors. Raises InputError for ids of another text, and for text after an eos."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
     encoded: list[list[int] | None] = []
-    _, ends = turn_end(tokenizer)
+    ends = [i for i in turn_end(tokenizer)[1] if i in (tokenizer.eos_token_id, *tokenizer.all_special_ids)]
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
         if trace is None:
             ids = None

@@ -199,9 +199,10 @@ class Run:
             raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
                              "steps: raise --steps (or --epochs), or name another --out")  # fmt: skip
         self.held_out = held_out if args.eval_every else []
-        asked = {tuple(prompt) for item in items for prompt, _ in sequences(item)} if held_out else ()
-        if self.world.main and (n := sum(tuple(e.prompt) in asked for e in held_out)):
-            print(f"WARNING: {n} of the {len(held_out)} held-out questions are trained on too", file=sys.stderr)
+        if held_out and self.world.main:
+            asked = {tuple(prompt) for item in items for prompt, _ in sequences(item)}
+            if n := sum(tuple(e.prompt) in asked for e in held_out):
+                print(f"WARNING: {n} of the {len(held_out)} held-out questions are trained on too", file=sys.stderr)
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
         self.lock, newest = lock(self.out, self.world), self.checkpoints.latest()

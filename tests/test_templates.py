@@ -82,6 +82,13 @@ def test_what_ends_an_answer_is_what_the_template_puts_behind_one(template, clos
     assert trace == [*tokenizer("a=5", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
+def test_a_word_before_the_next_question_does_not_end_a_trace():
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}b{% endfor %}"  # as "Question" might stand there
+    [trace] = encode_traces(tokenizer, [Trace("a=5b=6")], ["q"], ["row"])
+    assert tokenizer.decode(trace) == "a=5b=6<|eos|>"
+
+
 def test_a_turn_that_a_template_refuses_names_the_row():
     tokenizer = load_tokenizer(MODEL)
     tokenizer.chat_template = "{{ raise_exception('no') if messages[0].role == 'system' }}{{ messages[0].content }}"
