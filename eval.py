@@ -525,8 +525,8 @@ def main(args: Args) -> None:
 
     # 1. sample
     if args.regrade:
-        _held = lock(Path(args.out), world)
         args, records = load_answers(args)
+        _held = lock(Path(args.out), world)
     else:
         args.sampler_tokens = args.sampler_tokens or SAMPLER_TOKENS[world.device.type]
         tokenizer = set_template(load_tokenizer(args.model), switches=args.chat_template_args)

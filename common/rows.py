@@ -6,6 +6,7 @@ answer, and traces. An *example* is an item as ids. A row that does not fit is c
 
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import sys
+import time
 import zlib
 from array import array
 from collections import Counter
@@ -31,9 +33,9 @@ from common.shapes import MARKS, Item, Trace, check_gold, read_row
 
 IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)  # of igsm:LO-HI
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv")  # the last three also with .gz
-SPLIT = re.compile(  # in names of files: math_train, MathTrain, trainset
-    r"(?:(?<![a-zA-Z])|(?<=[a-z])(?=[A-Z]))((?i:train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev))"
-    r"(?i:_?sets?)?(?![a-z])"
+CAPITAL = re.compile("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # where a word begins: Math|Train, MATH|Test
+SPLIT = re.compile(  # in names of files: math_train, trainset
+    r"(?<![a-z])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?:_?sets?)?(?![a-z])"
 )
 
 
@@ -110,7 +112,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p)):
         name = str(path.relative_to(folder))
         if not any(part.startswith((".", "__")) for part in Path(name).parts):
-            word = (SPLIT.findall(name) or [""])[-1].lower()
+            word = (SPLIT.findall(CAPITAL.sub("_", name).lower()) or [""])[-1]
             kind = {"tr": "train", "te": "test", "ev": "test", "va": "validation", "de": "validation"}.get(word[:2], "")
             by_split.setdefault(kind, []).append(path)
     if not by_split:
@@ -219,7 +221,9 @@ def check_template(tokenizer, name: str) -> None:
         header = answered.removeprefix(question).partition("answer")[0] if answered.startswith(question) else ""
         prompt = render("question", add_generation_prompt=True)
         bare = header.strip() and prompt == question
-        lead = answered.removeprefix(prompt).partition("answer")[0] if answered.startswith(prompt) and not bare else ""
+        lead, shown, _ = answered.removeprefix(prompt).partition("answer")
+        lead = lead if shown and answered.startswith(prompt) and lead.strip() and not bare else ""
+        dated = "strftime_now" in tokenizer.get_chat_template() and time.strftime("%Y") in question
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{name}: not a Jinja template ({error})") from error
     except (jinja2.TemplateError, TypeError):
@@ -230,7 +234,7 @@ def check_template(tokenizer, name: str) -> None:
         f"it writes {lead!r} between a prompt and its answer, which traces are trained without: let it write this if "
         "add_generation_prompt, or put it into the traces": lead and "<think>" not in lead,
         "it prints today's date, so a run cannot resume tomorrow: set one (--chat_template_args date_string=..., where "
-        "it has this switch) or pass a --chat_template without": "strftime_now" in tokenizer.chat_template,
+        "it has this switch) or pass a --chat_template without": dated,
     }
     for doubt, holds in doubts.items():
         if holds and os.environ.get("RANK", "0") == "0":
@@ -255,7 +259,9 @@ def render_prompt(tokenizer, messages: list[dict], *, add_generation_prompt: boo
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except (jinja2.TemplateError, TypeError) as error:  # a broken template, or one that refuses these roles
-        raise InputError(f"the chat template cannot render {[m['role'] for m in messages]} turns ({error})") from error
+        roles = [m["role"] for m in messages]
+        raise InputError(f"the chat template cannot render {roles} turns ({error}): pass another --chat_template, or "
+                         "change the turns") from error  # fmt: skip
 
 
 def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
@@ -263,7 +269,7 @@ def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
     `<think>`, it omits the tag and the white space that the prompt has. Raises InputError, with `where`, if the prompt
     ends with a closed thought and the trace has one."""
     if not trace.lstrip().startswith("<think>"):
-        return trace.lstrip("\n") if re.search(r"</think>\n+$", prompt_text) else trace
+        return trace
     if prompt_text.rstrip().endswith("</think>"):
         raise InputError(f"{where}the trace has a thought, and the chat template ends with a closed one: pass "
                          "--chat_template_args with the template's switch (such as enable_thinking=true or "
@@ -293,8 +299,11 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
 
     rows: "NAME: " of each row, for errors. Raises InputError for ids of another text, and for text after an eos."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
+    # the blank lines behind a thought that the template has closed are in the prompt
+    texts = [text.lstrip("\n") if t and t.ids is None and re.search(r"</think>\n+$", prompt) else text
+             for prompt, t, text in zip(prompts, traces, texts, strict=True)]  # fmt: skip
     encoded: list[list[int] | None] = []
-    ends = [i for i in turn_end(tokenizer)[1] if i in (tokenizer.eos_token_id, *tokenizer.all_special_ids)]
+    ends = [i for i in turn_end(tokenizer)[1] if i in (tokenizer.eos_token_id, *special_tokens(tokenizer))]
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
         if trace is None:
             ids = None
@@ -316,12 +325,19 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
     return encoded
 
 
+def special_tokens(tokenizer) -> dict[int, str]:
+    """{id: text} of the tokens that stand for no text: eos, <|im_end|> and the like."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    added = {i: str(token) for i, token in added.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
 def prompt_text(tokenizer, item: Item, row: str) -> str:
     """The prompt of an item as text. Raises InputError, beginning with `row`, if the template cannot render it."""
     try:
         return item.text or render_prompt(tokenizer, item.prompt)
     except InputError as error:
-        raise InputError(f"{row}{error}; pass another --chat_template, or change the row's turns") from error
+        raise InputError(f"{row}{error}") from error
 
 
 def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = False) -> Iterator[tuple]:
@@ -329,6 +345,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
 
     read(row, where) -> (item, trace or None, ...), the same number for each row, or None to leave the row out."""
     counts: Counter[str] = Counter()  # of what a warning says
+    specials = {*special_tokens(tokenizer).values()}
     shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
 
     def share(ids: list[int] | None) -> list[int] | None:
@@ -351,8 +368,8 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
                              "pass another --chat_template")  # fmt: skip
         encoded = [[*map(share, encode_traces(tokenizer, column, texts, names))] for column in columns]
         counts[f"prompts {UNKNOWN}"] += count_unknown(prompts, tokenizer)
-        asked = ["".join(turn["content"] for turn in item.prompt) for item in items]
-        counts[CONTROL] += sum(any(token in text for token in tokenizer.all_special_tokens) for text in asked)
+        asked = ["".join(turn["content"] for turn in item.prompt) for item in items if not item.text]
+        counts[CONTROL] += sum(any(token in text for token in specials) for text in asked)
         for ids in zip(*encoded, strict=True):
             counts[f"traces {UNKNOWN}"] += count_unknown(filter(None, ids), tokenizer) > 0
         for text, *traces in zip(texts, *columns, strict=True):
@@ -462,6 +479,11 @@ def turn_end(tokenizer) -> tuple[int | None, list[int]]:
     """Return the token that the template puts behind an answer (None if it puts none), and all ids that end an answer.
     That token is eos, or another one that closes a turn, such as <|im_end|>. Without one, as in MiniCPM's template, the
     mark of the next user turn follows. If it is one token, it ends an answer too, as the published stop string does."""
+    return _turn_end(tokenizer, str(tokenizer.chat_template))
+
+
+@functools.lru_cache(4)  # it is asked for every row
+def _turn_end(tokenizer, template):
     turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
     talk = [{"role": role, "content": content} for role, content in turns]
     try:
@@ -505,7 +527,7 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
         said = after[len(before) :]
         if closing is not None:
             said, mark, _ = said.partition(tokenizer.decode([closing]))
-            if mark and mark in messages[turn]["content"]:
+            if mark and mark in messages[turn]["content"].rstrip().removesuffix(mark):
                 raise InputError(f"turn {turn} holds {mark}, which ends turns: it would be cut there")
             said += mark
         for so_far, piece, action in ((text, before[len(text) :], False), (before, said, True)):

@@ -38,7 +38,7 @@ from common.checkpoints import Checkpoints, changed_settings, digest_of
 from common.data import InputError, check_verifier, check_works, pack, plan_micro_batches, to_device
 from common.metrics import Clock, Metrics, complete_lines, json_line, peak_memory_gb, read_metrics, write_whole
 from common.rollout import Sampler, Sampling, make_sampler
-from common.rows import Example, data_digest, in_words, report_golds, set_template
+from common.rows import Example, data_digest, in_words, report_golds, set_template, special_tokens
 from common.trainer import (
     Totals,
     World,
@@ -199,7 +199,7 @@ class Run:
             raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
                              "steps: raise --steps (or --epochs), or name another --out")  # fmt: skip
         self.held_out = held_out if args.eval_every else []
-        if held_out and self.world.main:
+        if self.held_out and self.world.main:
             asked = {tuple(prompt) for item in items for prompt, _ in sequences(item)}
             if n := sum(tuple(e.prompt) in asked for e in held_out):
                 print(f"WARNING: {n} of the {len(held_out)} held-out questions are trained on too", file=sys.stderr)
@@ -370,9 +370,9 @@ def keep_weights(out: Path, models: dict[str, str], compare: bool, world: World)
 
 
 def lock(out: Path, world: World, name: str = ".lock", *, wait: bool = False):
-    """Lock the run folder, made if needed, and return the lock file; closing it unlocks. Raises InputError if the
-    folder cannot be made or another process holds the lock, such as a rank of a torchrun that was killed (with `wait`
-    it waits for that process)."""
+    """Lock the run folder, made if needed, and return the lock file; closing it, or another file of this process that
+    is this one, unlocks. Raises InputError if the folder cannot be made or another process holds the lock, such as a
+    rank of a torchrun that was killed (with `wait` it waits for that process)."""
     if not world.main:
         return None
     try:
@@ -481,7 +481,7 @@ class Row:
 
     def text(self, tokenizer) -> str:
         """The response as text, as a verifier reads it: without the token that ended it (a cut trace has none)."""
-        ends = (tokenizer.eos_token_id, *tokenizer.all_special_ids) if self.teacher else ()
+        ends = (tokenizer.eos_token_id, *special_tokens(tokenizer)) if self.teacher else ()
         cut = self.response[-1] not in ends if self.teacher else self.truncated
         return tokenizer.decode(self.response if cut else self.response[:-1])
 
@@ -611,17 +611,18 @@ def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: 
     """Write settings to a JSON file. compared: names of the settings that must equal those in the existing file;
     empty if nothing was made with them yet. Raises InputError, beginning with `message`, if some differ."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
-    _locks[path] = lock(path.parent, world)  # until this process ends: what it makes must stay that of its settings
+    _locks[path] = lock(path.parent, world)  # what this process makes must stay that of its settings
     if compared and not path.exists():
         raise InputError(f"{path} is missing, so the settings of the files beside it are unknown: name another --out")
-    if compared and (changed := changed_settings(json.loads(path.read_text()), settings, compared)):
+    saved = json.loads(path.read_text()) if compared else {}
+    if changed := changed_settings(saved, settings, [name for name in compared if name in saved]):
         raise InputError(f"{message} ({changed}): use the same settings to resume, or another --out")
     dist.barrier()  # all have compared before one writes
     if world.main:
         write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
-_locks: dict = {}
+_locks: dict = {}  # of settings, until this process ends
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

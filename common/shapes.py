@@ -476,13 +476,15 @@ def _options(row: dict) -> dict[str, str]:
 
 def _right_option(row: dict, options: dict) -> str:
     """The label of the right option, "" if no column names it. 'label' and 'correct' grade the response if the row has
-    one; otherwise they name the option, and are removed from the row."""
+    one. Otherwise one that names the option, or a 'label' that names the same as another column, is removed from the
+    row."""
     marks = () if row.keys().isdisjoint(RESPONSES) else MARKS
     given = {name: row[name] for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks}
-    for name in given.keys() & {*MARKS}:
-        del row[name]
-    for answer in given.values():
+    for name, answer in given.items():
         if label := _label_of(answer, options):
+            same = type(given.get("label")) is int and _label_of(given["label"], options) == label
+            for mark in {name, *(["label"] if same else [])} & {*MARKS}:
+                del row[mark]
             return label
     if given:
         raise ValueError(f"the answer {next(iter(given.values()))!r} is none of the labels {', '.join(options)}")

@@ -144,7 +144,8 @@ def init_world(timeout_minutes: float = 30.0) -> World:
                          "container was given none (Slurm: --gres=gpu:N; apptainer exec --nv), or the driver "
                          f"({driver}) is too old for CUDA {torch.version.cuda} (CUDA 13 needs 580 or later). To train "
                          "on the CPU set CUDA_VISIBLE_DEVICES=")  # fmt: skip
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and not os.isatty(0)  # a terminal: srun --pty bash
+    if "RANK" not in os.environ and several:
         raise InputError("srun starts this script several times, each a run of its own: start one torchrun per host "
                          "instead (srun --ntasks-per-node=1 torchrun ...; docs/scale.md)")  # fmt: skip
     if cuda and local_rank >= torch.cuda.device_count():

@@ -500,10 +500,10 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
     futures = [threads.submit(_grade_one, spec, *item, timeout) for item in zip(responses, golds, strict=True)]
     try:
         verdicts = [future.result() for future in futures]
-    except BaseException:  # Ctrl-C too: nothing of this call goes on
+    except BaseException as error:  # Ctrl-C too: nothing of this call goes on
         for future in futures:
             future.cancel()
-        close()
+        close(error)
         raise
     failed = [verdict for verdict in verdicts if verdict.status == "error"]
     if failed and any(responses) and spec not in _announced:
@@ -535,11 +535,13 @@ def _grade_one(spec, response, gold, timeout):
     return verdict
 
 
-def close() -> None:
-    """Stop all workers; the next `grade` starts new ones. At exit it happens by itself, after pending calls."""
+def close(cause: BaseException | None = None) -> None:
+    """Stop all workers; the next `grade` starts new ones. At exit it happens by itself, after pending calls.
+
+    cause: what other calls, which go on, are told."""
     _pools.clear()
     for worker in list(_workers):
-        worker.closed = True
+        worker.closed = f"closed: {cause!r}" if cause else "closed"
         worker.kill()
 
 
@@ -592,7 +594,7 @@ class _Worker:
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module._serve(*args)"""
-    closed = False  # by `close`
+    closed = ""  # why `close` closed it
 
     def __init__(self, spec):
         self.sock, theirs = socket.socketpair()
@@ -628,7 +630,7 @@ class _Worker:
             return Verdict(0.0, "timeout", "killed at its deadline")
         except (OSError, ValueError):
             if self.closed:
-                raise RuntimeError("the workers were closed while this call went on") from None
+                raise RuntimeError(f"while this call went on its workers were {self.closed}") from None
             return Verdict(0.0, "error", f"worker died, exit code {self.kill()}")
 
     def receive(self, timeout):

@@ -125,7 +125,7 @@ def test_an_sft_update_is_the_published_one_whatever_the_micro_batches(name, mic
 class Numbers:
     """A tokenizer whose text is its ids; what read_examples needs of one."""
 
-    chat_template, all_special_tokens, all_special_ids = "any", (), ()
+    chat_template, all_special_tokens, all_special_ids, added_tokens_decoder = "any", (), (), {}
 
     def __init__(self, eos):
         self.eos_token_id = eos

@@ -774,6 +774,8 @@ def test_an_index_of_the_right_option_is_no_verdict_on_the_solution():
     given = {"question": "Even?", "options": ["yes", "no"], "label": 0, "answer": "A", "solution": "2 is even."}
     item = read_row(given, "x")
     assert item.gold == "A" and [t.reward for t in item.traces] == [1.0]
+    for verdict in ({"label": 0}, {"label": False}, {"correct": 0}, {"correct": False}):
+        assert read_row(given | {"answer": "B", "label": None} | verdict, "x").traces[0].reward == 0
 
 
 def test_options_in_columns_of_small_letters_are_read_where_the_answer_is_one():
@@ -834,11 +836,12 @@ def test_a_thought_that_never_closes_is_counted(capsys):
 
 
 def test_files_of_splits_have_many_names(tmp_path):
-    for name in ("MathTrain", "MathTest", "trainset", "test_set"):
+    for name in ("MathTrain", "MATHTest", "GSM8KTest", "trainset", "test_set"):
         folder = tmp_path / name
         other = name.replace("rain", "est") if "rain" in name else name.replace("est", "rain")
         files(folder, f"{name}.jsonl", f"{other}.jsonl")
         assert names_of(load_rows(str(folder), split="train" if "rain" in name else "test")) == [f"{name}.jsonl"]
+    assert len(load_rows(files(tmp_path / "none", "VALUES.jsonl", "TRAINER.jsonl"), split="test")) == 2
 
 
 def test_copies_that_an_editor_keeps_are_not_read(tmp_path):

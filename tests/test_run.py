@@ -226,7 +226,7 @@ def test_a_trace_is_graded_once_and_own_answers_every_time(monkeypatch):
         return future
 
     class Tokenizer:
-        eos_token_id, all_special_ids = 1, [1, 2]
+        eos_token_id, all_special_ids, all_special_tokens, added_tokens_decoder = 1, [1, 2], "ab", {}
 
         def decode(self, ids):
             return " ".join(map(str, ids))
@@ -403,7 +403,8 @@ def test_held_out_questions_that_are_trained_on_are_counted(tmp_path, capsys):
 
 
 def test_a_trace_is_graded_without_the_token_that_ended_it():
-    tokenizer = SimpleNamespace(eos_token_id=1, all_special_ids=[1, 2], decode=lambda ids: " ".join(map(str, ids)))
+    tokenizer = SimpleNamespace(eos_token_id=1, all_special_ids=[1], all_special_tokens=["a"], decode=lambda ids: (
+        " ".join(map(str, ids))), added_tokens_decoder={2: SimpleNamespace(special=True)})  # fmt: skip
     assert [Row([3], [5, end], 0, teacher=True).text(tokenizer) for end in (1, 2, 6)] == ["5", "5", "5 6"]
 
 

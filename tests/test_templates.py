@@ -57,12 +57,25 @@ def test_prompts_without_the_header_of_an_answer_are_warned_of(template, warned,
     ("template", "said"),
     [(HEADERS.replace("|>{{", "|>{{ '<|final|>' if m.role == 'assistant' }}{{")
       + "{% if add_generation_prompt %}<|assistant|>{% endif %}", "it writes '<|final|>' between a prompt and"),
-     ("{% if strftime_now %}{{ strftime_now('%d %b') }}{% endif %}{{ messages[0].content }}", "prints today's date")],
+     ("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}", "prints today's date")],
 )  # fmt: skip
 def test_what_a_template_adds_to_answers_or_changes_every_day_is_warned_of(template, said, tmp_path, capsys):
     (tmp_path / "t.jinja").write_text(template)
     set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"))
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", [
+    "{{ day if day else strftime_now('%Y') }}{{ messages[0].content }}",
+    "{% for m in messages %}{{ m.role }}:{{ ' ' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"
+    "{{ 'assistant:' if add_generation_prompt }}",
+    "{{ messages[0].content }}{{ eos_token if not add_generation_prompt }}",
+])  # fmt: skip
+def test_a_set_date_a_space_and_a_template_of_questions_are_not_warned_of(template, tmp_path, capsys):
+    (tmp_path / "t.jinja").write_text(template)
+    switches = ["day=1"] if "strftime" in template else []
+    set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"), switches)
+    assert "WARNING" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -104,7 +117,10 @@ def test_a_thought_in_a_conversation_whose_template_closes_it_is_refused():
     talk = [*TURNS, {"role": "assistant", "content": "<think>\na=5\n</think>\n5"}]
     with pytest.raises(InputError, match="the trace has a thought, and the chat template ends with a closed one"):
         conversation_ids(talk, tokenizer, 0)
-    assert trace_text("<think>\n\n</think>\n\n", "\n\n5") == "5"
+    [trace] = encode_traces(tokenizer, [Trace("\n\na=5")], ["q<think>\n\n</think>\n\n"], ["row"])
+    assert tokenizer.decode(trace) == "a=5<|eos|>"
+    drawn = tokenizer("\na=5", add_special_tokens=False)["input_ids"]
+    assert encode_traces(tokenizer, [Trace("\na=5", ids=drawn)], ["q</think>\n\n"], ["row"]) == [drawn]
 
 
 @pytest.mark.parametrize("flag", ["--chat_template", "--template"])

@@ -540,7 +540,7 @@ def test_a_call_whose_workers_are_closed_has_no_verdicts(users):
     job = grade_later(["deaf"], ["1"], verifier=users.hang, timeout=60.0)
     time.sleep(0.5)
     verifiers.close()
-    with pytest.raises(RuntimeError, match="the workers were closed while this call went on"):
+    with pytest.raises(RuntimeError, match="while this call went on its workers were closed"):
         job.result(10)
 
 

@@ -446,7 +446,8 @@ def main(args: Args) -> dict | None:
         out = Path(args.out)
         models = {"model": "" if args.model == "scratch" else args.model, "value": args.value}
         settings = vars(args) | {"weights_digest": " ".join(digests_of(models, world).values())}
-        games = json.dumps([name for name, *_ in find_games(args.games)])  # an episode is kept by its game's place
+        # an episode is kept by its game's place; the last two parts of a path are ALFWorld's task and trial
+        games = json.dumps([Path(name).parts[-2:] for name, *_ in find_games(args.games)])
         settings["games_digest"] = hashlib.sha256(games.encode()).hexdigest()[:16]
         episodes = list(out.glob("*.jsonl"))
         names = settings.keys() - Checkpoints.FREE - {"model", "value", "parallel"} if episodes else ()

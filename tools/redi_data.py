@@ -23,7 +23,7 @@ from typing import Literal
 from tqdm import tqdm
 
 import redi
-from common.checkpoints import digest_of
+from common.checkpoints import Checkpoints, digest_of
 from common.data import InputError
 from common.rows import Example, data_digest, encode, gold_unreadable, iter_rows
 from common.run import NotNegative, Positive, Seed, Share, check_flags, keep_answers, open_tokenizer, write_lines
@@ -175,8 +175,8 @@ def add_own_answers(problems: list[Item], tokenizer, args: Args, world) -> None:
         for index, problem, text, prompt in encode(problems, tokenizer, lacking, source=source)
         if len(prompt) <= args.max_prompt_tokens
     ]
-    settings = json.dumps(dataclasses.asdict(args) | {"out": ""}), digest_of(args.model)
-    digest = data_digest([settings], ((example.prompt,) for example in asked))
+    fixed = {name: value for name, value in dataclasses.asdict(args).items() if name not in Checkpoints.FREE}
+    digest = data_digest([(json.dumps(fixed), digest_of(args.model))], ((example.prompt,) for example in asked))
     kept = Path(args.out) / f"own_answers-{digest}.jsonl"  # other settings, data or weights have another file
     answers = keep_answers(
         kept, asked, lambda: load_policy(args.model, world), {}, tokenizer, args, world, n=args.own_answers
