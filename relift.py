@@ -343,7 +343,8 @@ def main(args: Args) -> None:
     if needed:
         check_demonstrations(examples, grader, args, world)
     examples = examples if by_rl else [e for e in examples if e.trace]
-    run.plan(examples, held_out_examples(tokenizer, args), left_out | {"kept": len(examples)})
+    left_out["kept"] = len(examples)
+    run.plan(examples, held_out_examples(tokenizer, args), left_out)
 
     policy = open_policy(args.model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)

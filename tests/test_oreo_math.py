@@ -270,6 +270,7 @@ class CharTokenizer:
     """One id a character, <B> <E> <U> <A> being one each."""
 
     all_special_ids = all_special_tokens = ()
+
     def __init__(self, eos="<E>"):
         self.eos_token, self.special = eos, ["<B>", "<E>", "<U>", "<A>"]
         self.eos_token_id = 1
