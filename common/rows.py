@@ -255,9 +255,7 @@ def render_prompt(tokenizer, messages: list[dict], *, add_generation_prompt: boo
     if not tokenizer.chat_template:
         raise InputError("the tokenizer of --model has no chat template: pass --chat_template FILE (a Jinja template)")
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (jinja2.TemplateError, TypeError) as error:  # a broken template, or one that refuses these roles
         roles = [m["role"] for m in messages]
         raise InputError(f"the chat template cannot render {roles} turns ({error}): pass another --chat_template, or "
@@ -303,7 +301,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
     texts = [text.lstrip("\n") if t and t.ids is None and re.search(r"</think>\n+$", prompt) else text
              for prompt, t, text in zip(prompts, traces, texts, strict=True)]  # fmt: skip
     encoded: list[list[int] | None] = []
-    ends = [i for i in turn_end(tokenizer)[1] if i in (tokenizer.eos_token_id, *special_tokens(tokenizer))]
+    ends = _special_ends(tokenizer, str(tokenizer.chat_template))
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
         if trace is None:
             ids = None
@@ -323,6 +321,12 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
             ids = []
         encoded.append(ids)
     return encoded
+
+
+@functools.lru_cache(4)  # it is asked for every row
+def _special_ends(tokenizer, template):
+    """The ids of `turn_end` that stand for no text: a word before the next question does not end a trace."""
+    return [i for i in turn_end(tokenizer)[1] if i in (tokenizer.eos_token_id, *special_tokens(tokenizer))]
 
 
 def special_tokens(tokenizer) -> dict[int, str]:

@@ -163,9 +163,14 @@ def _text(value, name: str) -> str:
     return value
 
 
+def _mark(row: dict) -> str | None:
+    """The column that grades the row's one trace."""
+    return next((name for name in MARKS if name in row), None)
+
+
 def _reward(row: dict) -> float | None:
     """The reward of the row's one trace: a mark, 1 or 0, or any number in 'reward'; None: nobody graded it."""
-    name = next((name for name in MARKS if name in row), None)
+    name = _mark(row)
     if name not in (None, "reward") and row[name] not in (0, 1):
         raise TypeError(f"'{name}' must be 1 (right) or 0 (wrong), not {row[name]!r} (or 'reward' a number)")
     return name and _number(row[name], name)
@@ -347,7 +352,7 @@ def _single(row: dict) -> Item:
     item.traces = _trace(row, name, item.prompt, reward=_reward(row))
     if not item.traces:
         raise KeyError(name)
-    if next((name for name in MARKS if name in row), "") == "reward" and isinstance(row.get("prompt"), str):
+    if _mark(row) == "reward" and isinstance(row.get("prompt"), str):
         item.text = row["prompt"]  # OREO's published rows hold the rendered prompt and the trace as the model wrote it
         item.traces[0].text = _text(row[name], f"'{name}'")
     return item

@@ -4,10 +4,9 @@
     torchrun --nproc_per_node 2 -m tools.influence --out OUT --arms bridge   on two GPUs; OUT is the run of --stage sft
 
 dJ(q) = <G, grad J(q)>: how much an RL step, per unit of its size, raises the objective J of one question, the query q
-(Eq. 5 without eta). The tool writes
-OUT/ARM/influence/ (influence.json, influence.png, queries.jsonl) for every arm. Then OUT/influence.png and a printed
-table compare all arms that were measured so far. OUT/data/influence.jsonl may hold your own queries; else it is made.
-The docs page of behavior_injection.py has the details. In short:
+(Eq. 5 without eta). The tool writes OUT/ARM/influence/ (influence.json, influence.png, queries.jsonl) for every arm.
+Then OUT/influence.png and a printed table compare all arms that were measured so far. OUT/data/influence.jsonl may hold
+your own queries; else it is made. The docs page of behavior_injection.py has the details. In short:
 
 - G is the gradient of J, by backpropagation from sampled answers to other questions than the queries
   (--influence_self: from the answers to the queries, as in the paper).
