@@ -19,6 +19,7 @@ of both, corrected for the number of claims on the page (Holm). "hint" passes on
 
 import importlib
 import json
+import math
 import os
 import platform
 import re
@@ -40,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mpmath  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
@@ -421,8 +423,8 @@ def claims_table(blocks: dict[str, dict]) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Correct answers of each row, the claims with their 95 % intervals (those that are not in points apart), and the
-    block's curves."""
+    """Correct answers of each row (a point is a seed), the claims with their 95 % intervals (those that are not in
+    points apart), and the block's curves (thin: a seed; thick: the mean)."""
     from matplotlib.figure import Figure
 
     points = {text: claim["of"] in ("sampled", "greedy", "searched", "pairs")
@@ -431,9 +433,13 @@ def plot(results: dict, path: Path) -> None:
     rows = {name: row for name, row in results["rows"].items() if any("sampled" in seed for seed in row.values())}
     units = sorted(set(points.values()), reverse=True)
     panels = 1 + len(units) + len(results["curves"])
-    size = (4.6 * panels, max(3.4, 0.3 * max(len(rows), 1.6 * len(results["claims"])) + 1))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, panels)
+    # two panels to a line: a page is not wide
+    heights = [max(3.2, 0.36 * max(len(rows), len(points)) + 1), *[3.2] * (math.ceil(panels / 2) - 1)]
+    figure = Figure(figsize=(10.5, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), 2, height_ratios=heights)
+    axes, unused = np.split(grid.flatten(), [panels])
+    for axis in unused:
+        axis.remove()
     for i, row in enumerate(rows.values()):
         for how, offset, color in (("sampled", -0.2, "C0"), ("greedy", 0.2, "C1")):
             values = [seed[how] for seed in row.values()]
@@ -442,7 +448,7 @@ def plot(results: dict, path: Path) -> None:
     axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("correct answers, %")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     for axis, unit in zip(axes[1:], units, strict=False):
         texts = [text for text in points if points[text] == unit]
         for i, text in enumerate(texts):
@@ -453,11 +459,14 @@ def plot(results: dict, path: Path) -> None:
         axis.axvline(0, color="0.5", lw=1)
         axis.set_xlabel("difference in points, 95 %" if unit else "difference, 95 %")
     for axis, (title, runs) in zip(axes[1 + len(units) :], results["curves"].items(), strict=True):
-        for color, (name, lines) in enumerate((name, lines) for name, lines in runs.items() if any(lines)):
+        for i, (name, lines) in enumerate((name, lines) for name, lines in runs.items() if any(lines)):
+            how = dict(color=f"C{i}", ls="-" if i < 10 else "--")  # there are ten colours
             for line in lines:
-                label = name if line is lines[0] else None
-                axis.plot(*zip(*line, strict=True), f"C{color}", lw=1, label=label)
-        axis.set(title=title, xlabel="step, of those that logged it")
+                axis.plot(*zip(*line, strict=True), **how, lw=0.7, alpha=0.3)
+            steps, values = np.mean([*zip(*lines, strict=False)], axis=1).T  # to the end of the shortest
+            axis.plot(steps, values, **how, lw=2, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step, of those that logged it")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 

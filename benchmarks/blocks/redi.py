@@ -45,7 +45,8 @@ def besides(name: str, seed: int, answered: dict, folder) -> dict:
     return {"demonstrations": args["batch_size"] * sum(row["step"] > 0 for row in read_metrics(folder(name)))}
 
 
-CURVES = {"log-prob of correct traces, nats a token": "logp/chosen", "of incorrect ones": "logp/rejected"}
+CURVES = {f"log-prob of {kind} traces, nats a token": f"logp/{name}"
+          for kind, name in (("correct", "chosen"), ("incorrect", "rejected"))}  # fmt: skip
 CLAIMS = [
     *(Claim(f"{start} start: redi over {other} (points)", {f"{start}_redi": 1, f"{start}_{other}": -1})
       for start in STARTS for other in ("alpha0", "symmetric", "sft")),
