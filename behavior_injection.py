@@ -21,7 +21,7 @@ For token t of answer i: r = p / p_old, k = e^d - d - 1 with d = log p_ref - log
 loss of an answer whose mean of min(k, 10) reaches --kl_mask is 0. tools/influence.py measures dJ and K.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- All arms use the same problems, with numbers from 1. Published: from 0, so "0" is right in 27 % of them.
+- All arms use the same problems, with numbers from 1. Published: from 0, so "0" is right in 17 to 27 % of them.
 - The RL gradient is the true mean over rows; the published one was an eighth of it, so max_grad_norm is 8, not 1.
 - A response ends with its first eos. In the published code a pad after the answer was trained on as an eos.
 

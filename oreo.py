@@ -27,7 +27,6 @@ Departures from the published code that change numbers (the docs page has all of
 - An answer's ids are those that were sampled, eos included. The published rows were text, tokenized again.
 - A row over 2,048 tokens is left out and counted; the published code cut it and lost its eos (--long_response cut).
 - A step ends with a token that holds a delimiter, in training and in search. The published code split text.
-- The cosine ends with the last step. The published one lasted epochs^2 passes, so with epochs > 1 it hardly fell.
 
   python oreo.py --preset tiny --stage sft                        a laptop, a minute, nothing downloaded
   python oreo.py --preset tiny --model runs/tiny-oreo-sft/model   collects, trains, evaluates
@@ -98,7 +97,7 @@ class Args(RunArgs):
     verifier: str = "full"  # Grader: full (Math-Verify), robust (for your own data), boxed, ... or your module:function
     max_prompt_tokens: Positive[int] = 2048  # Rows with longer prompts are left out and counted.
     max_response_tokens: Positive[int] = 2048  # Longest answer to sample (published) and longest response to train on
-    max_row_tokens: Positive[int] = 2048  # Prompt and response together, to train on (published; ALFWorld: 4096)
+    max_row_tokens: Positive[int] = 2048  # Prompt and response together, to train on (published; SFT 8192)
     long_response: Literal["reject", "cut"] = "reject"  # Response or row too long: reject, or cut the response
     skip_turns: NotNegative[int] = 0  # First assistant turns of a conversation that are not trained on (ALFWorld: 1)
     step_delimiters: tuple[str, ...] = ("\n",)  # A step ends with a token that contains one (a newline).
@@ -126,7 +125,7 @@ class Args(RunArgs):
     betas: Betas = (0.9, 0.95)  # AdamW betas
     weight_decay: NotNegative[float] = 0.0  # AdamW weight decay
     policy_lora: NotNegative[int] = 0  # Train the policy by LoRA of this rank, on all linear layers (needs peft). 0: no
-    value_lora: NotNegative[int] = 0  # Train the value by LoRA of this rank, its head in full (published 7B: 64). 0: no
+    value_lora: NotNegative[int] = 0  # Train the value by LoRA of this rank, its head too (published 7B: 64). 0: no
     micro_batch_tokens: Positive[int] = 16384  # Tokens per micro-batch and rank. The gradient does not depend on it.
     gradient_checkpointing: Literal["auto", "all", "none"] = "all"  # Layers that recompute their activations
     eval_every: NotNegative[int] = 50  # Evaluate every this many steps, before the first and after the last. 0: never
@@ -135,7 +134,8 @@ class Args(RunArgs):
 
 
 STAGES = {
-    "sft": dict(model="Qwen/Qwen2.5-Math-1.5B", out="runs/oreo-sft", lr=2e-5, epochs=3.0),
+    "sft": dict(model="Qwen/Qwen2.5-Math-1.5B", out="runs/oreo-sft", lr=2e-5, epochs=3.0, max_response_tokens=8192,
+                max_row_tokens=8192),
     "dpo": dict(lr=5e-7, beta=0.1),
     "kto": dict(lr=5e-8, beta=0.1),
     "iterate": dict(rounds=3),

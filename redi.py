@@ -23,7 +23,7 @@ stage redi an update of 2B single rows has the gradient of the B pairs that they
 loss and is in no denominator.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- One eos per trace is trained. The published SFT trained none, its second stage three end tokens.
+- One eos per trace is trained. The published SFT trained the template's end instead, its second stage both.
 - A trace that is too long is left out and counted; the published code cut it.
 - Log-probs are float32 and their sums float64; the published ones had the logits' dtype (bf16, if these were).
 - SFT's mean is over the tokens of all GPUs; the published one took each GPU's mean over its 16 rows and averaged those.

@@ -352,19 +352,17 @@ def load_policy(
     A folder without weights, or from_config (settings of a configuration), gives random weights from `seed`.
     gradient_checkpointing: "all" layers (True), "none" (False), or "auto": on CUDA what `keep_activations` leaves.
     kind: Policy, or ValueModel; new_head: a folder without a value head gets one of zeros, to be trained. lora: rank
-    (and alpha) of adapters on the body's linear layers; its own weights are then frozen, a value's head is not.
+    (and alpha) of adapters on all linear layers, a value's head included; the model's own weights are then frozen.
     edit_config: changes the configuration before the model is built; it is saved with the model. compile: compile each
     layer except attention, whose shapes change with every batch. flag: names `path` in errors. Dropout is set to 0.
     Raises InputError if there is no such model, its weights do not fit its configuration, or its log-probs are not
     those of plain Transformers (`prove`)."""
     flag = f"{flag or ('--model' if kind is Policy else '--value')} {path}"
     lm, head_is_new = _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_head, edit_config)
-    if lora:
-        _add_lora(lm, lora, seed)
-    if kind is ValueModel:
-        lm.score.requires_grad_(True)
     if head_is_new:
         nn.init.zeros_(lm.score.weight)
+    if lora:
+        _add_lora(lm, lora, seed)
     if gradient_checkpointing == "auto":
         gradient_checkpointing = world.device.type == "cuda" and lm.supports_gradient_checkpointing
     if gradient_checkpointing in (True, "all"):
@@ -642,9 +640,8 @@ def keep_activations(policy: Policy, tokens: int, world: World) -> None:
 
 
 def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
-    """Add adapters W + (alpha / rank) B A, alpha = rank, to the body's linear layers. Only they are trained there.
-
-    Raises InputError if the body has other weight matrices, such as fused experts: they would be left out."""
+    """Add adapters W + (alpha / rank) B A, alpha = rank, to all linear layers, a value's head included. Only they are
+    trained. Raises InputError if the body has other weight matrices, such as fused experts: they would be left out."""
     try:
         import peft
     except ImportError as error:
@@ -656,7 +653,7 @@ def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
                          f"and {len(others) - 1} more), which it would leave out: train all weights")  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"), body)
+        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"), lm)
 
 
 def layers_of(lm: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,8 @@ import torch
 import oreo
 from common.data import InputError
 from common.rollout import Completion
-from common.rows import conversation_ids, turn_end
+from common.rows import conversation_ids, trace_ids, turn_end
+from common.shapes import read_row
 from common.trainer import ValueModel, load_policy
 from tests.conftest import NANO
 from tools import agents
@@ -488,6 +489,17 @@ def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_an
     assert TOKENIZER.decode(row["response_ids"]) == "".join(said)
     prompt, response, actions = conversation_ids(row["conversations"], tokenizer, skip_turns=1)
     assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
+
+
+def test_a_turn_in_a_row_of_its_own_trains_eos_though_the_template_shows_none():
+    """The published SFT of ALFWorld (docs/published.md)."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = MINICPM
+    turns = [{"from": "human", "value": "A door."}]
+    item = read_row({"prompt": turns, "response": "Action: open door", "reward": 1}, "a row")
+    prompt, response, actions = trace_ids(item, item.traces[0], tokenizer, skip_turns=1)
+    assert TOKENIZER.decode(prompt + response) == "<|user|>A door.<|assistant|>Action: open door<|eos|>"
+    assert actions is None  # all of the response
 
 
 def test_what_closes_a_turn_in_a_template_without_eos_is_in_the_ids_and_no_action():

@@ -305,7 +305,7 @@ def test_rejection_is_reduced_as_sft_is(world, policy):
     assert losses["rejection", 0] == losses["sft", 0] != losses["sft", 1]
 
 
-def test_lora_trains_adapters_and_the_values_head_and_saves_whole_models(nano, rows, tmp_path, world):
+def test_lora_changes_linear_layers_and_the_values_head_and_saves_whole_models(nano, rows, tmp_path, world):
     pytest.importorskip("peft")
     words = ["--rows", rows, "--policy_lora", "2", "--value_lora", "4", "--save_every", "2", "--out", tmp_path / "run"]
     oreo.main(settings(nano, *words))

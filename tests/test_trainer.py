@@ -787,6 +787,14 @@ def test_dropout_is_zero_in_nested_configurations_too():
     assert config.text_config.attention_dropout == 0.0
 
 
+def test_lora_trains_adapters_alone_and_a_values_head_has_one(world):
+    pytest.importorskip("peft")  # published: on the value head too, whose own zeros stay as they are
+    for kind, layers in ((trainer.Policy, 28), (trainer.ValueModel, 29)):
+        model = load_policy("models/tiny", world, kind=kind, new_head=True, lora=2)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert len(trained) == 2 * layers and all(".lora_" in name for name in trained)
+
+
 def test_adapters_begin_from_the_seed(world):
     pytest.importorskip("peft")
     a, b, c = (load_policy("models/tiny", world, lora=2, seed=seed).state_dict() for seed in (1, 1, 2))

@@ -80,8 +80,8 @@ class Args:
     candidates: Positive[int] = 5  # Answers that evaluate draws at each turn if there is a --value (published: 3 to 5)
     temperature: NotNegative[float] = 1.0  # Sampling temperature of collect and --candidates; else greedy
     max_turns: Positive[int] = 40  # Actions per episode at most (published)
-    max_turn_tokens: Positive[int] = 128  # Tokens per answer at most. A longer answer loses.
-    max_episode_tokens: Positive[int] = 4096  # Tokens per episode at most (published). A longer one loses.
+    max_turn_tokens: Positive[int] = 128  # Tokens per answer at most (published: 2048). A longer answer loses.
+    max_episode_tokens: Positive[int] = 4096  # Tokens per episode at most (MiniCPM's context). A longer one loses.
     parallel: Positive[int] = 32  # Episodes that each rank plays at a time
     seed: Seed = 0  # Seed of sampling
     # TextWorld: rename things to this many names per type, which a small model can learn. 0: keep the games' names
