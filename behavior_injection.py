@@ -6,13 +6,13 @@ without KL and entropy; J is its mean over questions. A gradient step of size et
     dJ(q) = eta <G, grad J(q)> = eta mean_{q',o'} A(q',o') sqrt(a(q) (1 - a(q))) (mean_+ K - mean_- K)          (Eq. 5)
     K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J, the mean of grad J(q') over questions q'
 
-o is one of N answers to q, A(q,o) its advantage, a(q) the fraction of correct ones. mean_+ is over the correct ones,
-mean_- over the others; log pi is a mean over tokens. (sqrt(a (1 - a)) is the std over N. With that over N - 1, as in
-GRPO, dJ is (N - 1) / N of Eq. 5.) So RL needs questions that are solved sometimes, and answers to different questions
-whose gradients agree. To raise both, BRIDGE injects behaviors into the SFT solutions: looking ahead and coming back
-(reflection), repeating what the question says (analysis), one operation at a time (subgoals). SFT minimizes the mean
-over blocks of 4 rows of the mean of -log p over their tokens, those of prompts included. GRPO follows, with the SFT
-model as reference. R_i is 1 for a correct answer and else 0, plus --format_reward for the right form:
+o is one of N answers to q, A(q,o) its advantage, a(q) the fraction of correct answers. mean_+ is over correct answers
+o, mean_- over incorrect ones. log pi is a mean over tokens. sqrt(a (1 - a)) is the std of the rewards with divisor N.
+(GRPO's has N - 1: then dJ is (N - 1) / N of Eq. 5.) So RL needs questions that are solved sometimes, and answers to
+different questions whose gradients agree. To get both, BRIDGE injects behaviors into the SFT solutions: looking ahead
+and coming back (reflection), repeating what the question says (analysis), one operation at a time (subgoals). An arm is
+one way to write the solutions. SFT's loss is a token mean of -log p, prompts included, over each block of 4 rows. GRPO
+follows, with the SFT model as reference. R_i is 1 for a correct answer and else 0, plus --format_reward for its form:
 
     A_i  = (R_i - mean R) / (std R + 1e-6)                               over the N answers to q, std over N - 1
     loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef min(k, 10) - entropy_coef H ]
@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import igsm
-from common.data import InputError, batch_indices, tokens_of_means
+from common.data import InputError, batch_indices, tokens_of_blocks
 from common.metrics import plot_curves
 from common.report import read_results, table, write_results
 from common.rows import in_words, load_rows, read_examples, read_row, set_template
@@ -89,7 +89,7 @@ class Args(RunArgs):
     # pp_aug: each problem four times, its question's sentences in other orders. rc_aug: its solution's steps in other
     # orders. retry: Meta's retries
     arms: tuple[str, ...] = ("vanilla", "pp_aug", "rc_aug", "bridge")
-    model: str = "Qwen/Qwen2.5-1.5B"  # Model folder or Hub name that the base stage, or else SFT, starts from
+    model: str = "Qwen/Qwen2.5-1.5B"  # Model folder or Hub name that the first trained stage starts from
     sft_model: str = ""  # Model that rl, eval and the influence of one arm start from. Empty: the SFT stage's
     out: str = "runs/behavior_injection"  # Folder of all stages: data, base, ARM/sft, ARM/rl. Rerun to resume each.
     data: str = ""  # Unused: put your own rows into OUT/data (sft_ARM.jsonl, rl.jsonl) and run --stage sft or rl.
@@ -161,7 +161,7 @@ TESTED_WITH = """verifier eval_temperature eval_limit max_prompt_tokens max_resp
 
 
 def arms_of(args: Args) -> dict[str, list[dict]]:
-    """Settings of igsm.retell by arm, a dictionary for each row that the arm makes of a problem."""
+    """{arm: keyword arguments of igsm.retell}: a list with one dictionary for each row that it makes from a problem."""
     reflection, analysis = dict(reflection=args.reflection), dict(analysis=args.analysis)
     return {
         "vanilla": [{}],
@@ -210,8 +210,8 @@ def policy_token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, cli
 def low_variance_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Estimate of KL(pi || ref) from each token, elementwise: e^d - d - 1, d = log ref - log pi; at most 10.
 
-    Negative by rounding alone (as published; float32: down to -1e-7). Over tokens drawn from pi its mean is
-    KL(pi || ref), the cap aside, but the mean of its gradient is the gradient of KL(ref || pi)."""
+    Never below 0, except for rounding (float32: down to -1e-7). Over tokens drawn from pi, without the cap, its mean
+    is KL(pi || ref), but the mean of its gradient is the gradient of KL(ref || pi)."""
     d = (ref_logp - logp).clamp(max=20)  # far above the cap: its gradient is 0, not 0 times inf
     return (d.exp() - d - 1).clamp(max=10)
 
@@ -239,8 +239,8 @@ def per_step_influence(scores: Tensor, advantages: Tensor, groups: Tensor) -> tu
 
     scores [B]: s_i = <G, grad log pi_i>, of log-probs that are means over an answer's tokens, by `kernel_scores`,
     by an inner product or by a difference along G. advantages [B], groups [B] -> (dJ / eta [Q], the Q groups in order).
-    With advantages of ddof 0 it equals sqrt(a (1 - a)) (mean of s over correct answers - mean over incorrect ones);
-    with ddof 1 it is sqrt((N - 1) / N) of that.
+    With advantages of ddof 0 it equals sqrt(a (1 - a)) (mean of s over correct answers - mean over incorrect ones).
+    With ddof 1 it is sqrt((N - 1) / N) times that; if those in G have ddof 1 too, (N - 1) / N times.
 
     >>> scores, advantages = torch.tensor([3.0, 1.0, 7.0]), torch.tensor([1.0, -1.0, 0.0])
     >>> per_step_influence(scores, advantages, torch.tensor([4, 4, 9]))[0].tolist()
@@ -266,22 +266,22 @@ def accumulate_gradient(
     old_logps: log-probs before the step's updates, from `policy_logps`; None in the first update, where p_old = p.
     ref_logps: those of the reference; None without one."""
     n_tokens, totals = sum(len(row.response) for row in rows), Totals(world)
-    for i, (batch, mine) in enumerate(micro_batches(rows, args, world)):
+    for i, (batch, my_rows) in enumerate(micro_batches(rows, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N]
-        advantage = per_token(batch, [row.advantage for row in mine])  # [N]
+        advantage = per_token(batch, [row.advantage for row in my_rows])  # [N]
         token_loss = policy_token_loss(logp, old, advantage, clip=args.clip or None)  # [N]
         kl = torch.zeros_like(logp) if ref_logps is None else low_variance_kl(logp, ref_logps[i])  # [N]
-        row_loss = row_means(token_loss + args.kl_coef * kl - args.entropy_coef * entropy, batch, mine)  # [rows]
-        row_kl = row_means(kl.detach(), batch, mine)  # [rows]
+        row_loss = row_means(token_loss + args.kl_coef * kl - args.entropy_coef * entropy, batch, my_rows)  # [rows]
+        row_kl = row_means(kl.detach(), batch, my_rows)  # [rows]
         kept = row_kl < (args.kl_mask or math.inf)  # [rows]; the others still count in the mean
         loss = torch.where(kept, row_loss, 0.0).sum() / len(rows)
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
-        pg = torch.where(kept, row_means(token_loss, batch, mine), 0.0).sum()
+        pg = torch.where(kept, row_means(token_loss, batch, my_rows), 0.0).sum()
         totals.add({"loss/pg": pg, "policy/kl_ref": row_kl.sum(), "policy/masked": (~kept).sum()}, per=len(rows))
         totals.add({"policy/entropy": entropy.sum()}, per=n_tokens)
-        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]
+        drawn_logp = per_token(batch, [row.drawn_logps for row in my_rows])  # [N]
         add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_tokens)
     return totals.reduce()
 
@@ -294,11 +294,11 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     lengths, totals = [len(row.response) for row in rows], Totals(world)
     rows_per_mean = args.sft_rows_per_mean or len(rows)
     n_blocks = math.ceil(len(rows) / rows_per_mean)
-    weights = [1 / (tokens * n_blocks) for tokens in tokens_of_means(lengths, rows_per_mean)]  # of a token of each row
+    weights = [1 / (tokens * n_blocks) for tokens in tokens_of_blocks(lengths, rows_per_mean)]  # of a token of each row
     numbers = range(len(rows))
-    for batch, mine in micro_batches(numbers, args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
+    for batch, my_numbers in micro_batches(numbers, args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        loss = -(logp * per_token(batch, [weights[i] for i in mine])).sum()
+        loss = -(logp * per_token(batch, [weights[i] for i in my_numbers])).sum()
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"sft/loss": loss})
@@ -307,9 +307,9 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 
 
 def make_data(args: Args, world) -> None:
-    """Write the sets of all stages into OUT/data. All files sft_ARM have the same problems. No problem of val, test_id
-    or test_ood has a solution template of training ones."""
-    _held = lock(Path(args.out, "data"), world, wait=True)  # the record of a set is of all arms: one writes at a time
+    """Write the data sets of all stages into OUT/data. All files sft_ARM have the same problems. No problem of val,
+    test_id or test_ood shares its solution template with a training problem."""
+    _held = lock(Path(args.out, "data"), world, wait=True)  # all arms share a set's settings file: one process writes
     if world.main:
         seed, ways = 1000 * args.seed, arms_of(args)
         write_set("sft_", args.sft_problems, args.ops, "train", seed + 100, args, {arm: ways[arm] for arm in args.arms})
@@ -448,15 +448,15 @@ def train(args: Args) -> None:
 
     for step in run:
         batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step - 1, args.seed)]
-        mine = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
+        my_questions = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
 
         # 1. sample: own answers (base, sft: the arm's solutions)
         with run.clock("sample"):
             if rl:
                 counts = [args.group_size] * len(batch)
-                rows = sample_rows(sampler, batch, mine, counts, args, world, seed=run.seed, grader=grader)
+                rows = sample_rows(sampler, batch, my_questions, counts, args, world, seed=run.seed, grader=grader)
             else:
-                rows = trace_rows(batch, mine)
+                rows = trace_rows(batch, my_questions)
 
         # 2. reward (base, sft: nothing is graded)
         with run.clock("reward"):
@@ -525,11 +525,11 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
         if world.main:
             print(f"{args.out}/data/{name}.jsonl: {in_words(left_out, args)}; {len(examples)} are asked")
         asked = read_questions(f"{args.out}/data/{name}.jsonl", args)
-        mine, counts = range(world.rank, len(examples), world.size), [1] * len(examples)
+        my_questions, counts = range(world.rank, len(examples), world.size), [1] * len(examples)
         rows = {}  # by temperature
         for t in sorted({0.0, args.eval_temperature}):
-            rows[t] = sample_rows(sampler, examples, mine, counts, args, world, seed=args.seed + 1, grader=grader,
-                                  temperature=t)  # fmt: skip
+            rows[t] = sample_rows(sampler, examples, my_questions, counts, args, world, seed=args.seed + 1,
+                                  grader=grader, temperature=t)  # fmt: skip
         greedy, sampled = (grader.gather(rows[t], world) for t in (0.0, args.eval_temperature))
         checks = [igsm.check_solution(asked[row.example.index], row.text(tokenizer), modulus=args.modulus or None)
                   for row in sampled]  # fmt: skip
@@ -590,7 +590,7 @@ def main(args: Args) -> None:
         if args.stage in ("all", stage):
             train(settings_of(args, stage, arm))
     if args.stage in ("all", "eval"):
-        for arm in [*args.arms, *["base"] * bool(args.base_problems or not args.arms)]:
+        for arm in [*args.arms, "base"] if args.base_problems or not args.arms else args.arms:
             evaluate_arm(arm, args, world)
         if world.main:
             report(args)

@@ -9,19 +9,20 @@ trace. All are graded alike and share one mean:
     f(p) = p / (p + 0.1)                                                                               (Eq. 5-8)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) for an update's rows: a published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
-c = 0.001; 8192 is --max_response_tokens. M mean entropies were added, one per micro-batch (`published_micro_batches`).
-Where the teacher's own probability is unknown, as in the published data, LUFFY uses 1, so the ratio is p. With f, the
-gradient of -loss / S w.r.t. log p is A 0.1 p / (p + 0.1)^2, largest at p = 0.1: the trace's unlikely but not hopeless
-tokens are learnt first. If the trace and k own answers are right, each has the advantage (7 - k) / 8: from 7/8 to 0.
+S = 64 / (8192 N) for the N rows of an update: the published code divided the sum over a GPU's 64 rows by 8192
+(--max_response_tokens) and averaged over GPUs. c = 0.001. M is the number of micro-batches per GPU in the published
+run, which added up their mean entropies instead of averaging them (`published_micro_batches`).
+A teacher's token has the ratio p / p_teacher. The published data lacks p_teacher, and LUFFY sets it to 1. With f, the
+gradient of -loss / S w.r.t. log p is A 0.1 p / (p + 0.1)^2. It is largest at p = 0.1: tokens of about this probability
+are learnt first. If the trace and k of the 7 own answers are correct, each has the advantage (7 - k) / 8.
 
---method picks the above or one of the paper's comparisons:
+--method picks the above or one of the paper's baselines:
   grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2
-  rl_sft   own answers by RL (their mean is the baseline), plus the trace's mean negative log-likelihood, times 1 to 8
+  rl_sft   RL on own answers (baseline: their mean), plus SFT on the trace (weight 1 to 8: docs/luffy.md, detail 6)
   sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same (tiny: each token)
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- Denominators count the rows of all GPUs, so neither GPUs nor micro-batches change the gradient. S, M: published scale.
+- Denominators count the rows of all GPUs, so GPUs and micro-batches do not change the gradient. S and M keep its scale.
 - An update takes whole groups. The published code sorted a step's rows by length first, which could split a group.
 - A row whose trace is too long is left out and counted; the published code cut it and lost the eos (--long_trace cut).
 - A question without a trace is an error; the published code sampled another answer (--empty_trace on_policy).
@@ -81,9 +82,9 @@ class Args(RunArgs):
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # Weight c of the entropy bonus, before the factor M (LUFFY's text: 0.01)
-    loss_rows: Positive[float] = 64.0  # Scale of the loss: rows per GPU and update of the published run (8 GPUs: 64)
+    loss_rows: Positive[float] = 64.0  # The 64 in S: rows per GPU and update (published, 8 GPUs: 128 x 8 / 2 / 8)
     group_size: Positive[int] = 8  # Rows per question, the teacher's included
-    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # Question without trace: stop, drop it, own answers
+    empty_trace: Literal["error", "drop", "on_policy"] = "error"  # Question without trace: stop, drop it, only sample
     steps: NotNegative[int] = 500  # Steps to train (the paper's 500); 0 follows --epochs.
     teacher_rows: NotNegative[int] = 1  # How many of the group_size rows are the teacher's trace
     shaping_gamma: NotNegative[float] = 0.1  # gamma of f(p) = p / (p + gamma) on the teacher's tokens; 0: f(p) = p
@@ -211,12 +212,12 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_counted = sum(len(row.response) for row in counted)
     n_teacher = sum(len(row.response) for row in counted if row.teacher)
     expected_with_trace = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))
-    for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
+    for i, (batch, my_rows) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
-        teacher = per_token(batch, [row.teacher for row in mine]).bool()  # [N]
+        teacher = per_token(batch, [row.teacher for row in my_rows]).bool()  # [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
-        advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]; NaN: unknown
+        advantage = per_token(batch, [row.advantage for row in my_rows])  # [N]
+        drawn_logp = per_token(batch, [row.drawn_logps for row in my_rows])  # [N]; NaN: unknown
         token_loss = luffy_token_loss(
             logp, old, advantage, teacher, gamma=args.shaping_gamma, clip=args.clip or None, shape=args.shape,
             own_shape=args.own_shape, teacher_logp=drawn_logp,
@@ -229,7 +230,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         loss = pg_loss = token_loss.sum() * row_scale
         if args.method == "rl_sft":
             sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
-            loss = loss + args.sft_coef * expected_with_trace * sft_loss  # micro-batches with a trace were summed
+            loss = loss + args.sft_coef * expected_with_trace * sft_loss  # published: each micro-batch added its own
             totals.add({"loss/sft": sft_loss})
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
@@ -249,10 +250,10 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     lengths = [len(row.response) for row in rows]
     totals = Totals(world)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
-    scale_of = dict(zip(map(id, rows), token_scales(lengths, args.sft_rows_per_mean), strict=True))
-    for batch, mine in micro_batches(rows, args, world):
+    scale_of = {id(row): x for row, x in zip(rows, token_scales(lengths, args.sft_rows_per_mean), strict=True)}
+    for batch, my_rows in micro_batches(rows, args, world):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        scale = per_token(batch, [scale_of[id(row)] for row in mine])  # [N], relative to one mean over all tokens
+        scale = per_token(batch, [scale_of[id(row)] for row in my_rows])  # [N], relative to one mean over all tokens
         loss = sft_loss = -(logp * scale).sum() / sum(lengths)
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / sum(lengths)
@@ -302,16 +303,16 @@ def main(args: Args) -> None:
 
     for step in run:
         batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step - 1, args.seed)]
-        mine = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
+        my_questions = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
 
         # 1. sample: the traces, and own answers to fill each group
         with run.clock("sample"):
             traces = [args.teacher_rows if e.trace else 0 for e in batch]
-            rows = trace_rows(batch, mine, traces)
+            rows = trace_rows(batch, my_questions, traces)
             if by_rl:
                 grader.add(rows)
                 own = [args.group_size - n for n in traces]
-                rows += sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
+                rows += sample_rows(sampler, batch, my_questions, own, args, world, seed=run.seed, grader=grader)
 
         # 2. reward
         with run.clock("reward"):

@@ -1,8 +1,8 @@
 """OREO: offline reasoning optimization (Wang et al., arXiv 2412.16145).
 
 DPO learns from pairs of whole answers, rejection sampling from correct answers alone. OREO learns from single answers,
-correct or not. Only the end of an answer is graded; OREO finds out which tokens mattered. It trains a value model V
-beside the policy pi until both agree with the reward R at every state of every answer:
+correct or not. Only the end of an answer is graded; the value model V does the credit assignment to tokens. OREO trains
+V and the policy pi so that both satisfy one equation at every state of every answer. R is the reward:
 
     V(s_t) = R - beta S_t,      S_t = sum_{i >= t} log [pi(a_i | s_i) / pi_ref(a_i | s_i)]           (soft Bellman)
 
@@ -14,14 +14,15 @@ texts at which the equation is imposed. pi_t is pi(a_t | s_t), ref_t pi_ref(a_t 
     L_pi = mean_rows mean_states (sg(V_t) - R + beta (log [pi_t / ref_t] + sg(S_{t+1})))^2          (Eq. 9, "token")
          + alpha mean_rows mean_actions KL(pi(. | s_t) || pi_ref(. | s_t))                          over the vocabulary
 
---variant step: states are the starts of steps, and the gradient reaches every token up to the next state. response:
-the gradient reaches the whole answer, from its first state (Eq. 10); V is still trained at every state. dqo: token
-states, and the gradient reaches all tokens that follow (the paper's comparison). At test time V guides a search without
-a verifier: eval.py --search.
+--variant chooses the states, and which tokens get the gradient of a state's policy residual:
+  token      every token is a state; the gradient goes to this token alone
+  step       the starts of steps are states; the gradient goes to the tokens of the step
+  response   the policy loss has the first state alone (Eq. 10), V has all; the gradient goes to the whole answer
+  dqo        every token is a state; the gradient goes to all tokens from it on (the paper's baseline)
 
---stage sft: train the starting model on solutions, 3 epochs. collect: sample answers to the problems and grade them.
-oreo: the above, on --rows, or on rows that it collects first. rejection, dpo, kto: the paper's comparisons, on the same
-rows. iterate: three rounds of oreo, each on answers of the previous round's model.
+--stage sft trains the starting model on solutions, 3 epochs. collect samples and grades answers to the problems. oreo
+trains by the losses above on --rows, or on rows that it collects first. rejection, dpo, kto: the paper's baselines on
+the same rows. iterate: three rounds of oreo. At test time V guides a search without a verifier: eval.py --search.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - An answer's ids are those that were sampled, eos included. The published rows were text, tokenized again.
@@ -102,8 +103,8 @@ class Args(RunArgs):
     skip_turns: NotNegative[int] = 0  # First assistant turns of a conversation that are not trained on (ALFWorld: 1)
     step_delimiters: tuple[str, ...] = ("\n",)  # A step ends with a token that contains one (a newline).
     samples: Positive[int] = 10  # Answers to collect per problem (published: 10; 7B: 16)
-    # Keep at most this many correct and this many incorrect answers per problem, of --rows too, and at most as many
-    # correct as incorrect ones (one if none is incorrect; published 7B run: 4). 0 keeps all.
+    # Keep at most this many correct and this many incorrect answers per problem, also of --rows. Keep no more correct
+    # than incorrect ones, but one correct answer if none is incorrect (published 7B run: 4). 0 keeps all.
     balance: NotNegative[int] = 0
     temperature: Positive[float] = 1.0  # Sampling temperature of collect
     top_p: Positive[Share[float]] = 1.0  # Nucleus of collect (published: not stated for collection)
@@ -162,6 +163,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 ON_ROWS = ("oreo", "rejection", "dpo", "kto")
+# The stages that use a flag. In the others it must keep its default.
 STAGES_OF = dict(rows=ON_ROWS, rounds=ON_ROWS, reference=("oreo", "dpo", "kto"), value=("oreo",), variant=("oreo",),
                  reward_scale=("collect", *ON_ROWS), reward_shift=("collect", *ON_ROWS))  # fmt: skip
 SYSTEM = {"math": IN_A_BOX,  # the published system turns
@@ -185,11 +187,11 @@ def oreo_row_losses(
     model chose it, values [B, T] is V of the text up to token t, and state_mask [B, T] is 1 if the equation is imposed
     there. rewards [B]. Padding, on either side, has 0 in both masks.
 
-    The policy loss is the mean over a row's states of (sg(V_t) - R + beta x_t)^2. x_t is S_t; its gradient is:
+    The policy loss is the mean over a row's states of (sg(V_t) - R + beta x_t)^2. x_t equals S_t, with the gradient of:
     token     S_t = d_t + sg(S_{t+1}),             d_t = log [pi_t / ref_t] of an action, 0 of any other token
     step      S_t = d_t + .. + d_{u-1} + sg(S_u),  u the row's next state
     response  S_t, at the row's first state alone
-    dqo       S_t, the gradient reaching every action from t on (Liu et al. 2024, the paper's comparison)
+    dqo       S_t, the gradient reaching every action from t on (Liu et al. 2024, the paper's baseline)
 
     Raises ValueError for other shapes, an unknown variant, or a row without a state.
 
@@ -221,7 +223,7 @@ def oreo_row_losses(
         after = F.pad(suffix, (0, 1)).gather(1, next_state(state))  # [B, T], S_u; 0 after the last state
         x = suffix - after + after.detach()
     elif variant == "response":
-        state = torch.zeros_like(state).scatter(1, state.int().argmax(1, keepdim=True), True)
+        state = torch.zeros_like(state).scatter(1, state.int().argmax(1, keepdim=True), True)  # each row's first state
     elif variant != "dqo":
         raise ValueError(f"variant {variant!r}: token, step, response or dqo")
     return mean_square(values.detach() - reward + beta * x, state), value_loss
@@ -254,8 +256,8 @@ def kto_loss(log_ratio: Tensor, right: Tensor, baseline: float, *, beta: float) 
 
 
 def balanced(rewards: list[float], most: int) -> list[int]:
-    """Return which answers of a question to keep: the first `most` correct and `most` incorrect ones, and no more
-    correct than incorrect ones (but one if none is incorrect). most 0 keeps all.
+    """Return which answers of a question to keep: at most the first `most` correct and the first `most` incorrect ones.
+    Keep no more correct than incorrect ones, but one correct answer if none is incorrect. most 0 keeps all.
 
     >>> balanced([1, 1, 0, 1, 0, 0], 2), balanced([1, 1, 1], 4), balanced([0, 1, 1], 4)
     ([0, 1, 2, 4], [0], [0, 1])
@@ -322,7 +324,7 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
         if mask is None:
             actions, steps = [True] * len(response), step_starts(response, ends)
         else:  # in a conversation a step is a turn
-            actions, steps = mask, [now and not then for then, now in itertools.pairwise([False, *mask])]
+            actions, steps = mask, [here and not before for before, here in itertools.pairwise([False, *mask])]
         rows.append(Row(prompt, response, actions, steps, reward * args.reward_scale + args.reward_shift, *rest))
     kept = [mine[i] for mine in by_question(rows) for i in balanced([row.reward for row in mine], args.balance)]
     rows = sorted(kept, key=lambda row: row.index)
@@ -404,17 +406,16 @@ def row_sums(values: Tensor, batch, rows: int) -> Tensor:
 
 
 def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: Args, world) -> dict[str, float]:
-    """Forward and backward of one update, summed over ranks and micro-batches. Gradients stay in .grad;
-    measurements are written into the rows of all ranks. Returns the losses.
+    """Forward and backward of one update, summed over ranks and micro-batches; gradients are left in .grad.
+    Measurements are written into the rows of all ranks. Returns the losses.
 
     `units` are those of all ranks. Every denominator is counted over them before the first backward, so the gradient is
-    the same for any number of ranks and any micro_batch_tokens. Both losses of oreo read the
-    values and log-probs from before the update, so the order of the two optimizer steps does not matter."""
-    every = {row.index: row for unit in units for row in unit}
-    actions = [sum(row.actions) for row in every.values()]
+    the same for any number of ranks and any micro_batch_tokens. Both losses of oreo read the values and log-probs from
+    before the update, so the order of the two optimizer steps does not matter."""
+    row_of = {row.index: row for unit in units for row in unit}
+    actions = [sum(row.actions) for row in row_of.values()]  # of each row
     n_units, n_actions = len(units), sum(actions)  # the denominators: rows (dpo: pairs); sft's and rejection's tokens
-    scales = token_scales(actions, args.sft_rows_per_mean)
-    scale_of = dict(zip(every, scales, strict=True))
+    scale_of = dict(zip(row_of, token_scales(actions, args.sft_rows_per_mean), strict=True))
     baseline = kto_baseline(policy, reference, units, args, world) if args.stage == "kto" else 0.0
     totals, measured = Totals(world), []
     for batch, rows, action in row_batches(units, args, world):
@@ -454,7 +455,7 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
         measured += zip(rows, torch.stack(sums, 1), by_row, strict=True)
     found = [(row.index, measurements(row, sums, values)) for row, sums, values in measured]
     for index, fields in gather_lists(found, world):
-        vars(every[index]).update(fields)
+        vars(row_of[index]).update(fields)
     return totals.reduce()
 
 
@@ -517,7 +518,7 @@ def models_of(args: Args) -> dict[str, str]:
 
 def train(args: Args, **found: str) -> None:
     """Train by --stage sft, oreo, rejection, dpo or kto; write model/ (and oreo's value/) to the run folder. found:
-    flags to replace. On resume the contents of rows and models are compared, so that OUT can be renamed."""
+    paths that `collect` and `iterate` made; a resume compares their files' contents, so that OUT can be renamed."""
     run = Run(args)
     args = dataclasses.replace(args, **found)
     world, tokenizer = run.world, open_tokenizer(args.model, args)
@@ -536,8 +537,7 @@ def train(args: Args, **found: str) -> None:
     optimizer = make_optimizer(policy, lr=args.lr, **adam)
     more, value, reference = {}, None, None
     if args.stage == "oreo":
-        head = dict(kind=ValueModel, new_head=True, lora=args.value_lora)
-        value = open_policy(args.value or args.model, args, world, **head)
+        value = open_policy(args.value or args.model, args, world, kind=ValueModel, new_head=True, lora=args.value_lora)
         more = {"value": (value, make_optimizer(value, lr=args.value_lr, **adam))}
     if args.stage in ("oreo", "dpo", "kto"):
         flag = "--reference" if args.reference else "--model"
@@ -633,7 +633,7 @@ def iterate(args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    args = dataclasses.replace(args, stage="oreo") if args.stage == "iterate" else args
+    args = dataclasses.replace(args, stage="oreo") if args.stage == "iterate" else args  # iterate only set --rounds 3
     check(args)
     if args.stage == "collect":
         collect(args)

@@ -12,15 +12,15 @@ constant, -1 / |c| or alpha / |r|, whatever its probability: there is no referen
 loss has no lower bound. c and r have much text in common, so lowering p(r) lowers p(c) too. Only alpha < 1 and a small
 learning rate limit this. Watch logp/chosen: alarm/collapsed_at is the step at which it had fallen too far.
 
---loss picks the above or one of the paper's comparisons. In the paper those start from a model of `--stage sft --epochs
-3` (give it as --model), redi from one of 5 epochs:
+--loss picks the above or one of the paper's baselines. In the paper redi starts from an SFT model of 5 epochs, the
+baselines from one of 3 epochs (train it with `--stage sft --epochs 3` and give it as --model):
   symmetric  alpha = 1 (Eq. 4): SimPO's limit as beta -> 0, up to a factor. Stable up to --lr 2e-7 (redi: 1e-6)
   dpo        - log sigmoid(beta [log p(c) - log ref(c) - log p(r) + log ref(r)]); ref: the policy before any update
   simpo      - log sigmoid(beta [log p(c) / |c| - log p(r) / |r|] - gamma)
 
 Beyond the paper, a row may hold a single trace, {prompt, response, label 1 | 0, weight}. It counts as half a pair: in
-stage redi an update of 2B single rows has the gradient of the B pairs that they make up. A weight multiplies the row's
-loss and is in no denominator.
+stage redi, B pairs and the same traces as 2B single rows give the same gradient. A weight multiplies the row's loss and
+does not change the denominator.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - One eos per trace is trained. The published SFT trained the template's end instead, its second stage both.
@@ -153,7 +153,7 @@ def simpo_loss(
     return -F.logsigmoid(beta * (chosen_logp / chosen_len - rejected_logp / rejected_len) - gamma)
 
 
-# One loss per pair, [B]. traces: log-prob and length of chosen, then rejected. sums: log-probs, then the reference's.
+# One loss per pair, [B]. traces: log p(c), |c|, log p(r), |r|. sums: log p(c), log p(r), log ref(c), log ref(r)
 LOSSES = {
     "sft": lambda traces, sums, args: -sums[0],
     "redi": lambda traces, sums, args: redi_loss(*traces, alpha=args.alpha, chosen_coef=args.chosen_coef),
@@ -220,7 +220,7 @@ class Pair:
 def sum_by_trace(values: Tensor, batch, pairs: list[Pair]) -> Tensor:
     """[N], one value for each response token -> [B, 2], sums over correct and incorrect traces in float64. The batch
     holds the traces in the order of `Pair.sequences`."""
-    slots = [k for k, trace in enumerate(t for p in pairs for t in (p.chosen, p.rejected)) if trace]
+    slots = [2 * i + k for i, pair in enumerate(pairs) for k, t in enumerate((pair.chosen, pair.rejected)) if t]  # [B]
     slot = torch.tensor(slots, dtype=torch.long, device=values.device)[batch.sequence]  # [N]
     sums = values.new_zeros(2 * len(pairs), dtype=torch.float64)
     return sums.index_add(0, slot, values.double()).view(-1, 2)
@@ -327,10 +327,10 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
             return None
         return item, correct, None if args.stage == "sft" else incorrect
 
-    for index, item, _, prompt, *ids in encode(rows, tokenizer, read, source=source, progress=progress):
-        given = [trace for trace in ids if trace is not None]
+    for index, item, _, prompt, correct, wrong in encode(rows, tokenizer, read, source=source, progress=progress):
+        given = [trace for trace in (correct, wrong) if trace is not None]  # None: the row has no such trace
         empty = not given or not all(given)
-        if empty or ids[0] == ids[1]:
+        if empty or correct == wrong:
             reason = "trace_empty" if empty else "traces_equal"
             if args.bad_rows == "error":
                 raise InputError(f"{source}, row {index}: {BAD[reason]}; remove the row or pass --bad_rows drop "
@@ -341,7 +341,7 @@ def make_pairs(rows: list[dict], tokenizer, args: Args, *, source: str, progress
         elif max(map(len, given)) > args.max_response_tokens:
             count["trace_too_long"] += 1
         else:
-            pairs.append(Pair(*(array("i", x or []) for x in (prompt, *ids)), item.weight, index))
+            pairs.append(Pair(*(array("i", x or []) for x in (prompt, correct, wrong)), item.weight, index))
     return pairs, with_kept(pairs, count, source, args)
 
 
@@ -421,7 +421,7 @@ def main(args: Args) -> None:
         if updated and log["logp/chosen"] is not None:
             followed.append([step, log["logp/chosen"]])
         fell = collapsed_at([logp for _, logp in followed], args.collapse_margin)
-        alarm = followed[fell - 1][0] if fell else None
+        alarm = followed[fell - 1][0] if fell else None  # the n-th entry -> its step: skipped updates have no entry
         if alarm == step and world.main:
             recent = mean(logp for _, logp in followed[-5:])
             remedy = "--lr or --alpha" if (args.stage, args.loss) == ("redi", "redi") else "--lr"

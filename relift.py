@@ -10,18 +10,19 @@ holds `sft_data_size` of them, one SFT update on their demonstrations follows th
     loss = mean over blocks of 4 demonstrations of mean_it (- log p_it - 0.001 H_it)     (SFT, newest hardest questions)
 
 p_it is the policy's probability of token t of row i, p_old_it the one before the step's updates, H_it the entropy.
-S = 64 / (rows x 8192) for an update's rows: a published GPU divided its 64 rows' sum by 8192; GPUs were averaged.
-c = 0.001; 8192 is --max_response_tokens. M mean entropies were added, one per micro-batch (`published_micro_batches`).
+S = 64 / (8192 N) for the N rows of an update: the published code divided the sum over a GPU's 64 rows by 8192
+(--max_response_tokens) and averaged over GPUs. c = 0.001. M is the number of micro-batches per GPU in the published
+run, which added up their mean entropies instead of averaging them (`published_micro_batches`).
 LUFFY puts a demonstration into every group. ReLIFT uses them only where all answers fail, so that all advantages are
 0, and in updates of their own: SFT has its own AdamW (moments and learning rate) and its own gradient clip.
 
---method picks the above or one of the paper's comparisons:
+--method picks the above or one of the paper's baselines:
   grpo     RL alone, as published: PPO clip 0.2, gradient clip 1.0 (relift: none and 0.7). `--sft_data_size -1` is
            relift without its SFT updates and nothing else changed
   sft      the demonstrations alone, 3 epochs (the settings are not published: LUFFY's are taken)
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
-- Denominators count the rows of all GPUs, so neither GPUs nor micro-batches change the gradient. S, M: published scale.
+- Denominators count the rows of all GPUs, so GPUs and micro-batches do not change the gradient. S and M keep its scale.
 - The SFT gradient is the true mean; the published one was an eighth of it (8 GPUs), so sft_max_grad_norm is 8, not 1.
 - The SFT loss averages over the tokens of `sft_rows_per_mean` rows, then over these blocks (published: micro-batches).
 - A question is in the buffer once, however often it failed. Its demonstration is verified (--no_verify_demonstrations).
@@ -40,7 +41,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from common.data import InputError, batch_indices, tokens_of_means
+from common.data import InputError, batch_indices, tokens_of_blocks
 from common.rows import held_out_examples, read_examples
 from common.run import (
     Cap,
@@ -82,10 +83,10 @@ class Args(RunArgs):
     tis_cap: Cap[float] = 0.0  # Truncated importance sampling: own tokens weigh min(p_old / p_sampler, cap); 0: off
     std: bool = False  # Divide advantages by the group's std (the paper's text; the published code does not).
     entropy_coef: NotNegative[float] = 0.001  # Weight c of the entropy bonus, before the factor M (LUFFY's text: 0.01)
-    loss_rows: Positive[float] = 64.0  # Scale of the loss: rows per GPU and update of the published run (8 GPUs: 64)
+    loss_rows: Positive[float] = 64.0  # The 64 in S: rows per GPU and update (published, 8 GPUs: 128 x 8 / 2 / 8)
     group_size: Positive[int] = 8  # Answers per question
     max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
-    # Questions of an SFT update, and how many the buffer must hold for one; -1: RL alone
+    # Questions per SFT update. An update runs when the buffer holds this many. -1: RL alone
     sft_data_size: Annotated[int, ("positive, or -1 for RL alone", lambda n: n > 0 or n == -1)] = 128
     # Questions of the step that enter the buffer. hardest: all answers failed. solved: an equal number of the others
     # (the paper's "random" ablation). random: an equal number of any questions. all: every question
@@ -101,7 +102,7 @@ class Args(RunArgs):
     sft_rows_per_mean: NotNegative[int] = 4
 
 
-LONG_TRACE = {"reject": "drop", "cut": "end"}  # drop the trace, not its question. end: cut, ending with eos
+LONG_TRACE = {"reject": "drop", "cut": "end"}  # for read_examples. drop: leave out the trace only. end: cut, append eos
 METHODS = {
     "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
     "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, betas=(0.9, 0.95), weight_decay=0.0,
@@ -155,11 +156,11 @@ def policy_token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, cli
     return loss
 
 
-def sft_token_loss(logp: Tensor, entropy: Tensor, mean_tokens: Tensor, *, means: int, entropy_coef: float) -> Tensor:
+def sft_token_loss(logp: Tensor, entropy: Tensor, mean_tokens: Tensor, *, n_blocks: int, entropy_coef: float) -> Tensor:
     """SFT loss of each token, to be summed: (1/K) sum_k (1/T_k) sum_{t in k} (- log p_t - c H_t).
 
-    K = `means` blocks. logp, entropy [N]; mean_tokens [N]: T_k of the block that a token is in (`tokens_of_means`)."""
-    return (-logp - entropy_coef * entropy) / mean_tokens / means
+    K = `n_blocks`. logp, entropy [N]; mean_tokens [N]: T_k of the block that a token is in (`tokens_of_blocks`)."""
+    return (-logp - entropy_coef * entropy) / mean_tokens / n_blocks
 
 
 def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0.0) -> list[int]:
@@ -175,7 +176,7 @@ def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0
 
 
 def questions_to_buffer(which: str, hardest: list[int], n: int, *, seed: str) -> list[int]:
-    """Return the questions of 0 .. n - 1 that --sft_on selects. "solved": all that are not hardest, if these are fewer.
+    """Return which of the questions 0 .. n - 1 --sft_on selects. solved, random: as many as hardest, or all that exist.
 
     >>> questions_to_buffer("hardest", [1], 3, seed=""), sorted(questions_to_buffer("solved", [0, 2, 3], 5, seed=""))
     ([1], [1, 4])
@@ -254,11 +255,11 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     counted = rows_with_gradient(rows, args)
     totals = Totals(world)
     n_counted = sum(len(row.response) for row in counted)
-    for i, (batch, mine) in enumerate(micro_batches(counted, args, world)):
+    for i, (batch, my_rows) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
-        advantage = per_token(batch, [row.advantage for row in mine])  # [N]
-        drawn_logp = per_token(batch, [row.drawn_logps for row in mine])  # [N]; NaN: unknown
+        advantage = per_token(batch, [row.advantage for row in my_rows])  # [N]
+        drawn_logp = per_token(batch, [row.drawn_logps for row in my_rows])  # [N]; NaN: unknown
         token_loss = policy_token_loss(logp, old, advantage, clip=args.clip or None)
         if args.tis_cap:
             weight = truncated_importance(old, drawn_logp, args.tis_cap)
@@ -280,12 +281,12 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     lengths = [len(row.response) for row in rows]
     totals = Totals(world)
     rows_per_mean = args.sft_rows_per_mean or len(rows)
-    means = math.ceil(len(rows) / rows_per_mean)
-    tokens_of = dict(zip(map(id, rows), tokens_of_means(lengths, rows_per_mean), strict=True))
-    for batch, mine in micro_batches(rows, args, world):
+    n_blocks = math.ceil(len(rows) / rows_per_mean)
+    tokens_of = dict(zip(map(id, rows), tokens_of_blocks(lengths, rows_per_mean), strict=True))
+    for batch, my_rows in micro_batches(rows, args, world):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        mean_tokens = per_token(batch, [tokens_of[id(row)] for row in mine])  # [N]
-        loss = sft_token_loss(logp, entropy, mean_tokens, means=means, entropy_coef=args.sft_entropy_coef).sum()
+        mean_tokens = per_token(batch, [tokens_of[id(row)] for row in my_rows])  # [N]
+        loss = sft_token_loss(logp, entropy, mean_tokens, n_blocks=n_blocks, entropy_coef=args.sft_entropy_coef).sum()
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"sft/loss": loss})
@@ -362,14 +363,14 @@ def main(args: Args) -> None:
     for step in run:
         indices = batch_indices(len(examples), args.batch_size, step - 1, args.seed)
         batch = [examples[i] for i in indices]
-        mine = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
+        my_questions = range(world.rank, len(batch), world.size)  # questions that this rank samples and grades
 
         # 1. sample: own answers alone (sft: demonstrations alone)
         with run.clock("sample"):
-            rows = [] if by_rl else trace_rows(batch, mine)
+            rows = [] if by_rl else trace_rows(batch, my_questions)
             if by_rl:
                 own = [args.group_size] * len(batch)
-                rows += sample_rows(sampler, batch, mine, own, args, world, seed=run.seed, grader=grader)
+                rows += sample_rows(sampler, batch, my_questions, own, args, world, seed=run.seed, grader=grader)
 
         # 2. reward
         with run.clock("reward"):

@@ -85,10 +85,10 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     return order[position * batch_size : (position + 1) * batch_size].tolist()
 
 
-def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
+def tokens_of_blocks(lengths: list[int], rows_per_mean: int) -> list[int]:
     """For each row the tokens of its block. Blocks are `rows_per_mean` adjacent rows; the last may have fewer.
 
-    >>> tokens_of_means([5, 3, 4, 4, 2], 2)
+    >>> tokens_of_blocks([5, 3, 4, 4, 2], 2)
     [8, 8, 8, 8, 2]
     """
     first = [i - i % rows_per_mean for i in range(len(lengths))]
@@ -96,15 +96,16 @@ def tokens_of_means(lengths: list[int], rows_per_mean: int) -> list[int]:
 
 
 def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
-    """For each row, the factor on its tokens that turns one mean over all N tokens into a mean over M blocks of each
-    block's token mean: N / (M T_m), with T_m tokens in its block. A block has `rows_per_mean` rows (0: all rows).
+    """Return for each row the factor N / (M T) on the loss of its tokens: N tokens in all, M blocks, T tokens in the
+    row's block. With it, the mean over all tokens becomes the mean over blocks of their token means. A block has
+    `rows_per_mean` rows (0: all rows).
 
     >>> token_scales([4, 1, 5], 1), token_scales([4, 1, 5], 2), token_scales([4, 1, 5], 0)
     ([0.8333333333333334, 3.3333333333333335, 0.6666666666666666], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
     """
     rows_per_mean = rows_per_mean or max(1, len(lengths))
-    means, total = math.ceil(len(lengths) / rows_per_mean), sum(lengths)
-    return [total / (means * tokens) for tokens in tokens_of_means(lengths, rows_per_mean)]
+    n_blocks, total = math.ceil(len(lengths) / rows_per_mean), sum(lengths)
+    return [total / (n_blocks * tokens) for tokens in tokens_of_blocks(lengths, rows_per_mean)]
 
 
 BLOCK = {"cpu": 0.94, "cuda": 1.0}  # shortest row of a block of attention, as a fraction of its longest
@@ -116,15 +117,16 @@ QUERIES = 512  # queries whose scores are in memory at once in `_written_out`
 class Packing:
     """How attention lays the T packed tokens out: a row per sequence, longest first, in blocks of rows of one width.
 
-    A prompt's tokens are in the row of every sequence that begins with it. On CUDA a block's rows are equally long. On
-    a CPU they are nearly so, and right-padded. Padding needs no mask: no token sees what comes after it."""
+    A cell is one position of a row. A prompt's tokens are copied into the row of every sequence that begins with it. On
+    CUDA a block's rows are equally long. On a CPU they are nearly so, and right-padded. Padding needs no mask: no token
+    sees what comes after it."""
 
     blocks: list[tuple[int, int]]  # rows and width of each block; C cells in all
-    bounds: torch.Tensor  # [B + 1] int32: the cell at which each row begins, and the end
-    cells: torch.Tensor  # [C] the token in each cell (padding: any token)
-    home: torch.Tensor  # [T] the cell whose result is the token's
-    copies: torch.Tensor  # [D] further cells of tokens that stand in several rows
-    dense: bool  # the cells are the tokens, in order
+    bounds: torch.Tensor  # [B + 1] int32: the first cell of each row, and the number of cells
+    cells: torch.Tensor  # [C] index into T of the token in each cell (padding: any)
+    home: torch.Tensor  # [T] the first cell of each token: its attention output is the token's
+    copies: torch.Tensor  # [D] the other cells of tokens that are in several rows
+    dense: bool  # cells is 0 .. T-1: attention needs no reordering
 
     @property
     def width(self) -> int:

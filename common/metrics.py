@@ -103,7 +103,6 @@ class Metrics:
             for file in self.files.values():
                 file.close()
             self.draw()
-            print(f"{self.out}: model, metrics.jsonl, samples.jsonl, curves.png")
 
     def draw(self, every: float = 0.0) -> None:
         """Draw curves.png, if the last one is older than `every` seconds."""

@@ -1,10 +1,10 @@
 """What surrounds a training loop and is the same in every script: flags, the run folder, rows of a step, metrics.
 
     def main(args):                                     a RunArgs; the script ends with launch(main, args)
-        run = Run(args)                                 processes, and the newest checkpoint of OUT
+        run = Run(args)                                 starts the ranks, finds the newest checkpoint of OUT
         run.plan(examples, held_out, left_out)          checks the data (lists of Example), counts the steps
-        run.begin(policy, optimizer, tokenizer)         after plan: loads that checkpoint, or checks the disk
-        for step in run:                                from the step after it to the last
+        run.begin(policy, optimizer, tokenizer)         after plan: loads the checkpoint, or checks the free disk space
+        for step in run:                                from the step after the checkpoint to the last step
             rows = ...                                  a list of Row: answers, or traces, with rewards and advantages
             with run.clock("update"):
                 log = accumulate_gradient(...)          the script's forward and backward; {name of a metric: number}
@@ -139,7 +139,7 @@ def check_flags(args) -> None:
     """Raise InputError for a value outside the range of its type, and for combinations that no script accepts."""
     check_ranges(args)
     if args.batch_size % (updates := getattr(args, "updates_per_step", 1)):
-        raise InputError(f"--batch_size {args.batch_size} does not divide into --updates_per_step {updates}")
+        raise InputError(f"--batch_size {args.batch_size} is not a multiple of --updates_per_step {updates}")
     if getattr(args, "group_size", 2) < 2 and getattr(args, "method", "") != "sft":
         raise InputError("--group_size 1: an answer without others to its question has no advantage; 2 or more do")
     if getattr(args, "keep_best", False) and not args.eval_every:
@@ -215,7 +215,7 @@ class Run:
                 resumes = f"; all {self.steps} steps of {self.out} are done"
             print(f"{source}: {in_words(left_out, args)}; {len(self.held_out)} held-out; {self.steps} steps of "
                   f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
-            if self.start < self.steps != before and (args.schedule != "constant" or args.warmup):
+            if self.start < self.steps and before != self.steps and (args.schedule != "constant" or args.warmup):
                 print(f"WARNING: the checkpoint is of a run of {before} steps; the schedule now has {self.steps}, so "
                       "the learning rate may rise", file=sys.stderr)  # fmt: skip
 
@@ -348,13 +348,15 @@ class Run:
     def finish(self, sampler) -> None:
         """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler."""
         self.checkpoints.wait()
-        for name, (model, _) in self.pairs.items():
-            if model is not self.policy:
-                export(model, self.tokenizer, self.out / name, self.world)
-        export(self.policy, self.tokenizer, self.out / "model", self.world)  # last: OUT/model marks the run as complete
+        models = {name: model for name, (model, _) in self.pairs.items() if model is not self.policy}
+        models["model"] = self.policy  # last: OUT/model marks the run as complete
+        for name, model in models.items():
+            export(model, self.tokenizer, self.out / name, self.world)
         sampler.close()
         self.clock.close()
         self.metrics.close()
+        if self.world.main:
+            print(f"{self.out}: {', '.join(models)}, metrics.jsonl, samples.jsonl, curves.png")
 
 
 def digests_of(models: dict[str, str], world: World) -> dict[str, str]:
@@ -370,9 +372,9 @@ def keep_weights(out: Path, models: dict[str, str], compare: bool, world: World)
 
 
 def lock(out: Path, world: World, name: str = ".lock", *, wait: bool = False):
-    """Lock the run folder, made if needed, and return the lock file; closing it, or another file of this process that
-    is this one, unlocks. Raises InputError if the folder cannot be made or another process holds the lock, such as a
-    rank of a torchrun that was killed (with `wait` it waits for that process)."""
+    """Make the run folder if needed, lock it and return the lock file. The lock ends when this process closes the file,
+    under any handle. Raises InputError if the folder cannot be made or another process holds the lock, such as a rank
+    of a torchrun that was killed. With `wait` it waits for that process instead."""
     if not world.main:
         return None
     try:
@@ -476,7 +478,7 @@ class Row:
 
     @property
     def drawn_logps(self) -> list[float]:
-        """sampler_logps, NaN if there are none."""
+        """Log-probs under the policy that wrote the response, the sampler's or the teacher's; NaN if unknown."""
         return self.sampler_logps or [math.nan] * len(self.response)
 
     def text(self, tokenizer) -> str:
@@ -495,7 +497,7 @@ class Row:
 
 
 def trace_rows(batch: list[Example], mine, counts: list[int] | None = None) -> list[Row]:
-    """Rows with the traces of the questions `mine` of a batch: counts[g] of question g; None: each once."""
+    """Return the traces of the questions `mine` of a batch as rows: counts[g] copies of question g's (None: one)."""
     copies = counts or [int(bool(e.trace)) for e in batch]
     chosen = [(g, batch[g]) for g in mine for _ in range(copies[g])]
     return [Row(e.prompt, e.trace, g, True, e.trace_logps, example=e) for g, e in chosen]
@@ -709,8 +711,8 @@ def describe(rows: list[Row]) -> dict[str, float | None]:
 
 
 def split_updates(rows: list[Row], args) -> list[list[Row]]:
-    """The rows of each update of a step: whole groups, the same number of questions each. Row.group: 0 .. batch_size-1.
-    An update whose groups have no rows is empty: the caller skips it."""
+    """Split the rows of a step into its updates: whole groups, the same number of questions in each update.
+    Row.group is 0 .. batch_size - 1. Every update must have rows: the callers divide by their number."""
     size = args.batch_size // args.updates_per_step
     return [[row for row in rows if row.group // size == u] for u in range(args.updates_per_step)]
 

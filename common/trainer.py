@@ -56,8 +56,8 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
     """Parse argv into the dataclass `args_type` with tyro, where some flags choose the defaults of others.
 
     `parse_args(Args, argv, method=METHODS, preset=PRESETS)`: METHODS[--method] and then PRESETS[--preset] replace the
-    dataclass's defaults, also in --help; what is typed wins. What holds for one value of an earlier flag only is nested
-    under it: {"tiny": {"stage": {"sft": {"lr": 1e-3}}}}. --print_settings prints the settings as JSON and exits."""
+    dataclass's defaults, also in --help; what is typed wins. A default can depend on an earlier flag as well: {"tiny":
+    {"stage": {"sft": {"lr": 1e-3}}}} is for --stage sft --preset tiny. --print_settings prints them and exits."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if shown := "--print_settings" in argv:
         argv.remove("--print_settings")
@@ -671,7 +671,7 @@ def _shard(policy: Policy, world: World) -> Policy:
         reshard_after_forward=world.size > 1,  # one rank has nothing to gather a second time
         mp_policy=bf16 if world.device.type == "cuda" else MixedPrecisionPolicy(),
     )
-    whole = policy.state_dict() if world.main else {}
+    weights = policy.state_dict() if world.main else {}
     buffers = dict(policy.named_buffers()) if world.main else {}
     for layer in layers_of(policy.lm):
         fully_shard(layer, **how)
@@ -681,7 +681,7 @@ def _shard(policy: Policy, world: World) -> Policy:
     register_fsdp_forward_method(policy, "plain")
     policy.to_empty(device=world.device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-    dcp_state.set_model_state_dict(policy, whole, options=options)
+    dcp_state.set_model_state_dict(policy, weights, options=options)
     for name, buffer in policy.named_buffers():  # such as RoPE's frequencies, which no state dict holds
         if world.main:
             buffer.copy_(buffers[name])
@@ -728,11 +728,11 @@ def persistent_buffers(lm: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def export(policy: Policy, tokenizer, path: str | Path, world: World) -> None:
-    """Write the model as a Hugging Face folder (safetensors, in the dtype it was loaded from), or nothing."""
+    """Write the model as a Hugging Face folder (safetensors, in the dtype it was loaded from), whole or not at all."""
     dtype = policy.lm.saved_dtype
     # move each tensor off the device as it comes, so that no rank ever holds the whole model on the GPU
     buffers = persistent_buffers(policy.lm)  # keep the dtype that they compute in
-    whole = {
+    weights = {
         name: value.to("cpu", value.dtype if name in buffers else dtype) if world.main else None
         for name, value in full_parameters(policy)
     }
@@ -744,7 +744,7 @@ def export(policy: Policy, tokenizer, path: str | Path, world: World) -> None:
         empty.generation_config = GenerationConfig()  # Transformers refuses to save some published generation configs
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        empty.save_pretrained(partial, state_dict=whole)
+        empty.save_pretrained(partial, state_dict=weights)
         if policy.lm.can_generate():  # as it was, and with the eos that traces end with
             generation = copy.deepcopy(policy.lm.generation_config)
             ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]

@@ -81,7 +81,7 @@ class Args:
     solution_variant: int = 0
     """1, 2, ...: the same problems, solved in other orders and words (RC-Aug)."""
     shuffle: bool = True
-    """Conditions in random order. --no-shuffle: in the order of the solution, unneeded ones in between."""
+    """Conditions in random order. --no_shuffle: in the order of the solution, unneeded ones in between."""
     system_prompt: bool = False
     """Begin each prompt with BRIDGE's system message, which explains the <think> and <answer> tags."""
 

@@ -299,7 +299,7 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--reflection", "2"], "--reflection must be between 0 and 1, not 2"),
         (["--stage", "base", "--base_problems", "0"], "--stage base needs --base_problems"),
         (["--data", "igsm:1-2"], "put your own rows into OUT/data .* and run --stage sft, rl or eval"),
-        (["--batch_size", "5", "--updates_per_step", "2"], "--batch_size 5 does not divide into --updates_per_step 2"),
+        (["--batch_size", "5", "--updates_per_step", "2"], "--batch_size 5 is not a multiple of --updates_per_step 2"),
         (["--steps", "-1"], "--steps must be 0 or more"),
         (["--rl_problems", "3"], "--rl_problems 3 are fewer than --batch_size"),
         (["--sft_problems", "3"], "--sft_problems 3 are fewer than --sft_batch_size"),

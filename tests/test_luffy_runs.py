@@ -179,7 +179,7 @@ def write(path, rows):
         (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"),
         (["--data", "no-such-user/no-such-data"], "neither a local file or folder nor a Hub dataset"),
         (["--data", "igsm:lots"], "igsm:LO-HI"),
-        (["--batch_size", "5"], "--batch_size 5 does not divide into --updates_per_step 2"),
+        (["--batch_size", "5"], "--batch_size 5 is not a multiple of --updates_per_step 2"),
         (["--batch_size", "400"], "40 rows are fewer than --batch_size 400"),
         (["--teacher_rows", "4"], "--teacher_rows 4 must be from 0 to 3, under --group_size"),
         (["--model", "no/such/model"], "--model no/such/model"),

@@ -233,7 +233,7 @@ def test_two_ranks_log_what_one_rank_logs_and_one_rank_goes_on_from_their_checkp
     [
         (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"),
         (["--data", "igsm:lots"], "igsm:LO-HI"),
-        (["--batch_size", "5"], "--batch_size 5 does not divide into --updates_per_step 2"),
+        (["--batch_size", "5"], "--batch_size 5 is not a multiple of --updates_per_step 2"),
         (["--batch_size", "400"], "40 rows are fewer than --batch_size 400"),
         (["--model", "no/such/model"], "--model no/such/model"),
         (["--sft_data_size", "0"], "--sft_data_size must be positive, or -1 for RL alone, not 0"),
