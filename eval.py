@@ -266,11 +266,11 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
             dropped = not template and any(t["role"] == "system" for t in turns)
             remedy = "; --no_system drops the system turns" if dropped else ""
             raise InputError(f"{question.where}: {error}{remedy}") from error
-    # a chat template writes the bos token itself; plain text gets the tokens that the tokenizer puts around text
-    encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=plain)["input_ids"]
+    # a chat template writes the bos token itself; plain text gets it from `with_bos`
+    encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=False)["input_ids"]
     warn_unknown("--data", encoded, tokenizer)
     for question, ids in zip(questions, encoded, strict=True):
-        question.prompt = with_bos(ids, tokenizer) if question.prompt_text == question.rendered else ids
+        question.prompt = with_bos(ids, tokenizer) if plain or question.prompt_text == question.rendered else ids
         if not ids:
             raise InputError(f"{question.where}: its prompt has no tokens under --template {args.template}")
 

@@ -81,17 +81,21 @@ class Sampler:
         progress: str | None = None, drawn: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:  # fmt: skip
         """Draw n (or n[i]) completions of each prompt, in order. keys: an int per prompt that names its random stream.
-        drawn(i, completions) is called once for each prompt, as soon as all of its completions are there.
+        drawn(i, completions) is called once for each prompt with n > 0, as soon as its completions (embedded: those of
+        its batch) are there.
 
-        Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt and on one that is
-        too long for vLLM."""
+        Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt, on one that is too
+        long for vLLM, and for lists of other lengths than prompts or limits under 1."""
         if self.version is None:
             raise RuntimeError("the sampler has no current weights: call sync() before generate()")
         if not all(prompts):
             raise ValueError("an empty prompt cannot be continued")
         counts = [n] * len(prompts) if isinstance(n, int) else n
         limit = sampling.max_tokens
-        sampling = replace(sampling, max_tokens=[limit] * len(prompts) if isinstance(limit, int) else limit)
+        limits = [limit] * len(prompts) if isinstance(limit, int) else limit
+        if not len(prompts) == len(counts) == len(keys) == len(limits) or min(limits, default=1) < 1:
+            raise ValueError("n, keys and max_tokens need an entry for each prompt, max_tokens at least 1")
+        sampling = replace(sampling, max_tokens=limits)
         groups = [[None] * count for count in counts]  # filled in by _generate
         drawn = drawn or (lambda i, completions: None)
         how = dict(unit="answer", leave=False, delay=5, miniters=0, disable=progress is None)
@@ -283,7 +287,7 @@ class EmbeddedSampler(Sampler):
                 cache.batch_select_indices(keep)
                 live, token, position, mask, done = live[keep], token[keep], position[keep], mask[keep], done[keep]
                 bar.update(finished)
-            position = position + 1
+            position = position + ~done  # a finished row stays: it might leave the model's positions
             hidden = self._hidden(token[:, None], mask[:, : width + t + 1], position[:, None], cache)
         bar.update(len(live))
         drawn, logps, length = drawn.tolist(), logps.tolist(), length.tolist()
@@ -334,6 +338,12 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Sampling
 
     Inverts the cumulative distribution, summed in float64: one uniform number per token, and a token of
     probability zero is never drawn. uniforms None takes the likeliest token."""
+    rows = max(1, 2**25 // logits.shape[-1])  # at a time: float64 numbers for all rows would take gigabytes
+    if len(logits) > rows:
+        parts = [draw(logits[i : i + rows], uniforms if uniforms is None else uniforms[i : i + rows], sampling)
+                 for i in range(0, len(logits), rows)]  # fmt: skip
+        tokens, logps = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(logps)
     if uniforms is None:
         logp = torch.log_softmax(logits, -1)
         token = logp.argmax(-1)

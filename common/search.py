@@ -6,8 +6,8 @@ best_of_n    `width` whole answers; the value chooses one
 beam         `width` next steps of each of `width` states; the value chooses the states to continue, and the answer
 best_of_k    `width` next steps of one state; the value chooses the one to continue
 
-The value is that of the text so far, for a finished answer without its eos: the states that a value model is trained on
-(oreo.py). Steps end with a token that holds a delimiter, such as a newline.
+The value is that of the text so far, for a finished answer without its eos: the states that a token-level value model
+is trained on (oreo.py). Steps end with a token that holds a delimiter, such as a newline.
 """
 
 from dataclasses import dataclass
@@ -71,15 +71,13 @@ def beam_search(questions: int, sample, score, *, width: int, max_steps: int, co
 def step_ids(tokenizer, delimiters: tuple[str, ...]) -> frozenset[int]:
     """Ids of the tokens that end a step: those whose text holds a delimiter.
 
-    Raises InputError if there are none, and for a delimiter that is empty or a backslash and an n."""
+    Raises InputError for a delimiter that no token holds, that is empty, or a backslash and an n."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    ends = frozenset(i for i, text in enumerate(texts) if any(d in text for d in delimiters))
-    if not ends or {"", "\\n"} & set(delimiters):
-        raise InputError(
-            f"--step_delimiters {', '.join(map(repr, delimiters))}: each must be text, and a token must hold one; "
-            "for a newline write $'\\n' in the shell, not '\\n'"
-        )
-    return ends
+    for delimiter in delimiters:
+        if delimiter in ("", "\\n") or not any(delimiter in text for text in texts):
+            raise InputError(f"--step_delimiters {delimiter!r}: each must be text that one token holds; for a newline "
+                             "write $'\\n' in the shell, not '\\n'")  # fmt: skip
+    return frozenset(i for i, text in enumerate(texts) if any(d in text for d in delimiters))
 
 
 def step_starts(response: list[int], ends: frozenset[int]) -> list[bool]:

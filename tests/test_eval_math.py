@@ -243,9 +243,10 @@ def test_every_run_is_measured_against_the_first():
 
 
 def test_a_setting_in_which_any_run_differs_is_shown():
-    runs = [Run(name, {"n": n, "model": name, "seed": 0}, {}) for name, n in (("a", 8), ("b", 4), ("c", 8))]
+    runs = [Run(name, {"n": n, "model": "m", "weights_digest": name, "seed": 0}, {})
+            for name, n in (("a", 8), ("b", 4), ("c", 8))]  # fmt: skip
     rows = {row[0]: row[1:] for row in different_settings(runs, "math")}
-    assert rows == {"": ["a", "b", "c"], "n": [8, 4, 8], "model": ["a", "b", "c"]}
+    assert rows == {"": ["a", "b", "c"], "n": [8, 4, 8], "weights_digest": ["a", "b", "c"]}
 
 
 # Benchmark rows.
@@ -350,12 +351,13 @@ def test_system_turns_can_be_dropped_and_a_users_file_is_a_template(tokenizer, t
 
 
 def test_plain_text_gets_the_tokenizers_own_bos_and_a_chat_template_writes_its_own(tokenizer, tmp_path):
-    bos = tokenizer.convert_ids_to_tokens(4)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 4)])
+    tokenizer.bos_token, end = bos, _ = tokenizer.convert_ids_to_tokens([4, 5])
+    around = TemplateProcessing(single=f"{bos} $A {end}", special_tokens=[(bos, 4), (end, 5)])
+    tokenizer.backend_tokenizer.post_processor = around  # as some do, it puts an eos behind every text
     for template, starts in (("no", True), ("own", False)):
         questions = read_questions([write_rows(tmp_path / "rows.jsonl", [luffy_row("l=9", "1")])])
         make_prompts(questions, tokenizer, Args(template=template))
-        assert (questions[0].prompt[0] == 4) == starts
+        assert (questions[0].prompt[0] == 4) == starts and questions[0].prompt[-1] != 5
 
 
 def test_a_prompt_that_a_row_holds_rendered_is_asked_as_it_was_trained(tokenizer, tmp_path):

@@ -86,8 +86,8 @@ def scripted(monkeypatch, answer):
             pass
 
         def generate(self, prompts, *, n, keys, seed, sampling, progress):
-            return [[Completion(ids(answer(TOKENIZER.decode(p), k, i)), [], "stop") for i in range(n)]
-                    for p, k in zip(prompts, keys, strict=True)]  # fmt: skip
+            return [[Completion(ids(answer(TOKENIZER.decode(p), k, i))[:limit], [], "stop") for i in range(n)]
+                    for p, k, limit in zip(prompts, keys, sampling.max_tokens, strict=True)]  # fmt: skip
 
         def close(self):
             pass
@@ -139,16 +139,16 @@ def test_every_end_of_an_episode_is_told_apart(games, agent, world, monkeypatch,
     args = Args(stage="collect", max_turn_tokens=16, max_episode_tokens=60, out=str(tmp_path / "b"))
     rows = play(args, TOKENIZER, agent, None, world, 1)
     assert rows[0]["end"] == "too_long" and rows[0]["turns"] > 1
-    args = Args(stage="collect", max_turn_tokens=16, max_episode_tokens=20, out=str(tmp_path / "c"))
+    args = Args(stage="collect", max_turn_tokens=16, max_episode_tokens=5, out=str(tmp_path / "c"))
     rows = play(args, TOKENIZER, agent, None, world, 1)
     assert {(row["end"], row["turns"]) for row in rows} == {("too_long", 0)}
 
 
 def test_an_episode_may_fill_its_tokens(games, agent, world, monkeypatch, tmp_path):
     scripted(monkeypatch, lambda text, number, _: "Action: jump<|eos|>")
-    start = len(Episode("door", 0, Door(""), TOKENIZER).ids)
-    for size, end in ((start + 16, "lost"), (start + 15, "too_long")):
-        args = Args(stage="collect", max_turn_tokens=16, max_episode_tokens=size, out=str(tmp_path / end))
+    start, answer = len(Episode("door", 0, Door(""), TOKENIZER).ids), len(ids("Action: jump<|eos|>"))
+    for size, end in ((start + answer, "lost"), (start + answer - 1, "too_long"), (start, "too_long")):
+        args = Args(stage="collect", max_turn_tokens=16, max_episode_tokens=size, out=str(tmp_path / str(size)))
         assert {row["end"] for row in play(args, TOKENIZER, agent, None, world, 1)} == {end}
 
 

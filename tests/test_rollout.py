@@ -14,7 +14,7 @@ from common import vllm
 from common.data import InputError, pack
 from common.rollout import Completion, EmbeddedSampler, Sampling, change_logits, draw, make_sampler
 from common.run import check_flags
-from common.trainer import World
+from common.trainer import World, load_policy
 from tests import ranks
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
@@ -194,6 +194,45 @@ def test_after_a_sync_the_sampler_has_the_new_weights(world, tied):
 def test_an_empty_prompt_is_refused(sampler):
     with pytest.raises(ValueError, match="empty prompt"):
         sampler.generate([[5], []], n=1, keys=[0, 1], seed=0, sampling=Sampling(4))
+
+
+@pytest.mark.parametrize("how", [dict(n=[1]), dict(keys=[1]), dict(sampling=Sampling([4])), dict(sampling=Sampling(0))])
+def test_a_call_needs_a_count_a_key_and_a_limit_for_each_prompt(sampler, how):
+    with pytest.raises(ValueError, match="an entry for each prompt"):
+        sampler.generate([[5], [6]], **dict(n=1, keys=[0, 1], seed=0, sampling=Sampling(4)) | how)
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic", "learned"])
+def test_a_row_that_is_done_stays_within_the_models_positions(world, rope):
+    """longrope and dynamic RoPE take the angles of a batch's largest position for all of it; GPT-2 has no other."""
+    ropes = dict(
+        longrope=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4,
+                      original_max_position_embeddings=64),
+        dynamic=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0),
+    )  # fmt: skip
+    model = dict(
+        model_type="llama", vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, rope_parameters=ropes.get(rope),
+        max_position_embeddings=256 if rope == "longrope" else 64,
+    )  # fmt: skip
+    if rope == "learned":
+        model = dict(model_type="gpt2", vocab_size=12, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    policy = load_policy("", world, from_config=model, seed=1)
+    sampler = EmbeddedSampler(policy, stop_ids=[])
+    sampler.sync(policy, version=0)
+    prompts, limits = [[3] * 60, *[[2, 5, 7, 8, 4] * 6] * 7], [4] + [34] * 7
+    answers = sampler.generate(prompts, n=1, keys=[*range(8)], seed=0, sampling=Sampling(limits))
+    for prompt, [answer] in zip(prompts, answers, strict=True):
+        logp = policy(pack([(prompt, answer.ids)])).detach()
+        torch.testing.assert_close(torch.tensor(answer.logps), logp, rtol=0, atol=1e-5)
+
+
+def test_tokens_are_drawn_alike_in_pieces():
+    rows, size = 5, 2**24  # two rows at a time
+    logits, u = torch.zeros(rows, 1).expand(rows, size), torch.linspace(0.1, 0.9, rows)
+    token, logp = draw(logits, u, Sampling(1))
+    assert token.tolist() == [draw(logits[i : i + 1], u[i : i + 1], Sampling(1))[0].item() for i in range(rows)]
+    assert logp.shape == (rows,) and draw(logits, None, Sampling(1, temperature=0))[0].tolist() == [0] * rows
 
 
 def test_draws_follow_the_distribution():

@@ -340,21 +340,23 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
                            max_batch_tokens=args.sampler_tokens, max_tokens=args.max_episode_tokens,
                            gpu_memory=args.rollout_gpu_memory)  # fmt: skip
     sampler.sync(policy, version=0)
-    sampling = Sampling(args.max_turn_tokens, args.temperature if value or args.stage == "collect" else 0.0)
+    temperature = args.temperature if value or args.stage == "collect" else 0.0
 
     def play_part(part: list[int]) -> list[dict]:
         mine = part[world.rank :: world.size]
         episodes = [Episode(games[i][0], i, open_game(*games[i], args), tokenizer) for i in mine]
         for turn in range(args.max_turns + 1):
             for e in episodes:
-                full = len(e.ids) + args.max_turn_tokens > args.max_episode_tokens
-                e.end = e.end or ("max_turns" if turn == args.max_turns else "too_long" if full else "")
+                full = len(e.ids) >= args.max_episode_tokens and e.end in ("", "no_action")  # no_action: cut
+                e.end = "too_long" if full else e.end or ("max_turns" if turn == args.max_turns else "")
             live = [e for e in episodes if not e.end]
             if not any(gather_lists([len(live)], world)):
                 break
+            room = [min(args.max_turn_tokens, args.max_episode_tokens - len(e.ids)) for e in live]
             groups = sampler.generate(
                 [e.ids for e in live], n=args.candidates if value else 1, keys=[e.number for e in live],
-                seed=args.seed * 1_000_003 + turn, sampling=sampling, progress=f"turn {turn}" if world.main else None,
+                seed=args.seed * 1_000_003 + turn, sampling=Sampling(room, temperature),
+                progress=f"turn {turn}" if world.main else None,
             )  # fmt: skip
             chosen = choose(groups, live, value, args, world) if value else [g[0].ids for g in groups]
             for e, ids in zip(live, chosen, strict=True):

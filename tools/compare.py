@@ -133,7 +133,7 @@ def different_settings(runs: list[Run], verifier: str) -> list[list]:
         ["answers", *(sum(len(r["answers"]) for r in run.records.values()) for run in runs)],
         ["graded by", *(versions_of(run.records.values(), verifier) for run in runs)],
     ]
-    flags = [k for k in runs[0].settings if k not in FREE and not k.endswith("_digest")]
+    flags = [k for k in runs[0].settings if k not in FREE]  # digests too: one path may have held two models
     rows += [[k, *(run.settings.get(k) for run in runs)] for k in flags]
     return [["", *(run.name for run in runs)], *(row for row in rows if any(value != row[1] for value in row[2:]))]
 
