@@ -18,6 +18,7 @@ SERVER := .venv-vllm
 # OpenMP's threads wait for each other by spinning, for a moment only here: on a machine that does other work a spinning
 # thread takes the core from the one it waits for, and a step takes many times as long (docs/performance.md)
 export GOMP_SPINCOUNT ?= 10000
+export PYTHONUTF8 ?= 1
 
 .PHONY: demo test vllm soak lint clean
 

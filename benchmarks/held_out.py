@@ -75,5 +75,5 @@ def save(results: dict, table: str, path: str) -> Path:
     found = Path(path)
     found.parent.mkdir(parents=True, exist_ok=True)
     found.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    found.with_suffix(".md").write_text(table + "\n")
+    found.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
     return found

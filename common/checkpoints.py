@@ -323,6 +323,6 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
 if __name__ == "__main__":
     try:
         tyro.cli(export_checkpoint, prog="python -m common.checkpoints", use_underscores=True)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"checkpoints: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -118,6 +118,7 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         raise InputError(f"{path.parent}: {error}") from error
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # it may be a link
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     to_disk(partial)
     os.replace(partial, path)

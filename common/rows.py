@@ -159,7 +159,7 @@ def _read_file(path: Path) -> Iterator[dict]:
                 where = f"{path}, line {number}"
                 if line.strip():
                     yield json.loads(line)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError, MemoryError, csv.Error) as error:
         wanted = "" if ending == ".csv" else "; a file holds one row a line, or a list [...] of rows"
         raise InputError(f"{where}: not valid {ending[1:].upper().rstrip('L')} in UTF-8 ({error}{wanted})") from error
 
@@ -226,8 +226,8 @@ def check_template(tokenizer, name: str) -> None:
         dated = "strftime_now" in tokenizer.get_chat_template() and time.strftime("%Y") in question
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{name}: not a Jinja template ({error})") from error
-    except (jinja2.TemplateError, TypeError):
-        return  # the template does not accept these turns
+    except Exception:  # what the template raises, for example because it does not accept these turns
+        return
     doubts = {
         f"prompts end without {header!r}, which it puts before an answer: let it write this if "
         "add_generation_prompt": bare,
@@ -256,7 +256,7 @@ def render_prompt(tokenizer, messages: list[dict], *, add_generation_prompt: boo
         raise InputError("the tokenizer of --model has no chat template: pass --chat_template FILE (a Jinja template)")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, TypeError) as error:  # a broken template, or one that refuses these roles
+    except Exception as error:  # a broken template can raise anything, and some refuse these roles
         roles = [m["role"] for m in messages]
         raise InputError(f"the chat template cannot render {roles} turns ({error}): pass another --chat_template, or "
                          "change the turns") from error  # fmt: skip

@@ -205,10 +205,12 @@ class Run:
                 print(f"WARNING: {n} of the {len(held_out)} held-out questions are trained on too", file=sys.stderr)
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
+        models = models or {"model": args.model}
+        check_replaced(self.out, models, new=not self.state)
         self.lock, newest = lock(self.out, self.world), self.checkpoints.latest()
         if self.start != (int(newest.name.removeprefix("step-")) if newest else 0):
             raise InputError(f"--out {self.out}: another process has written there meanwhile; run the command again")
-        keep_weights(self.out, models or {"model": args.model}, bool(self.state), self.world)
+        keep_weights(self.out, models, bool(self.state), self.world)
         if self.world.main:
             resumes = f"; {self.out} resumes after step {self.start}" if self.start else ""
             if self.start == self.steps:
@@ -357,6 +359,17 @@ class Run:
         self.metrics.close()
         if self.world.main:
             print(f"{self.out}: {', '.join(models)}, metrics.jsonl, samples.jsonl, curves.png")
+
+
+def check_replaced(out: Path, models: dict[str, str], *, new: bool) -> None:
+    """Raise InputError if training in OUT would replace a model that no run there has made, or one of {flag: path} that
+    it starts from. new: OUT has no checkpoint."""
+    for folder in (out / name for name in ("model", "best", *models) if (out / name).exists()):
+        if new and not (out / "weights.json").exists():
+            raise InputError(f"--out {out}: {folder} is there already, and no run has made it: name another --out")
+        for flag, path in models.items():
+            if path and Path(path).resolve() == folder.resolve():
+                raise InputError(f"--{flag} {path}: the trained model would replace it: name another --out than {out}")
 
 
 def digests_of(models: dict[str, str], world: World) -> dict[str, str]:

@@ -84,6 +84,8 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
 def launch(main, args) -> None:
     """Run main(args) as a program: an InputError is one line and exit code 2; any other error ends this rank at once,
     so that torchrun ends the others. If several ranks fail, only the first prints its error."""
+    with contextlib.suppress(AttributeError):  # not every stdout has it
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
     try:
         main(args)
     except BaseException as error:
@@ -152,6 +154,8 @@ def init_world(timeout_minutes: float = 30.0) -> World:
         raise InputError(f"rank {local_rank} of this host sees {torch.cuda.device_count()} GPUs: start torchrun with "
                          "--nproc_per_node of that many")  # fmt: skip
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if "RANK" not in os.environ:  # alone: gloo need not listen to the network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every shape, and each batch has another
@@ -645,7 +649,7 @@ def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
     try:
         import peft
     except ImportError as error:
-        raise InputError("LoRA needs its package: pip install peft") from error
+        raise InputError(f"LoRA needs its package: pip install -U peft ({first_line(error)})") from error
     body = lm.requires_grad_(False).get_decoder()
     known = {f"{name}.weight" for name, module in body.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     if others := [name for name, p in body.named_parameters() if p.ndim > 1 and name not in known]:

@@ -351,7 +351,7 @@ VERIFIERS = {
 }  # fmt: skip
 # Imports and the parser's tables take a third of a second, which should not count against the first items' timeout.
 WARM_UP = [(r"\frac{1}{2}", "0.5"), (r"(1, \sqrt{2})", "1"), ("x^2 - 1", "(x - 1)(x + 1)"), (r"x \in [0, 1)", "x")]
-IN_PROCESS = {"boxed", "exact", "mcq"}  # comparing strings can neither hang nor crash: no worker
+IN_PROCESS = {"boxed", "exact"}  # comparing strings can neither hang nor crash: no worker
 
 
 # The seal: no model's text can reach eval, exec, a file or a process.

@@ -461,7 +461,7 @@ def test_command_tells_with_behaviours_and_draws(tmp_path, capsys):
     ],
 )
 def test_bad_flags_of_behaviours_give_a_message_and_no_file(words, message, tmp_path, capsys):
-    assert main(words.format(tmp_path).split()) == 2
+    assert main([word.format(tmp_path) for word in words.split()]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

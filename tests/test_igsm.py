@@ -679,7 +679,7 @@ def test_command_writes_the_columns_of_luffy(tmp_path):
 )
 def test_bad_flags_give_a_message_exit_code_2_and_no_file(words, tmp_path, capsys):
     try:
-        code = main(words.format(tmp_path).split())
+        code = main([word.format(tmp_path) for word in words.split()])
     except SystemExit as error:
         code = error.code
     assert code == 2

@@ -325,7 +325,7 @@ def test_lora_changes_linear_layers_and_the_values_head_and_saves_whole_models(n
 
 def test_lora_without_its_package_says_how_to_get_it(nano, rows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match="LoRA needs its package: pip install peft"):
+    with pytest.raises(InputError, match="LoRA needs its package: pip install -U peft"):
         oreo.main(settings(nano, "--rows", rows, "--value_lora", "4", "--out", tmp_path / "run"))
 
 

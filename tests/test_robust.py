@@ -83,7 +83,7 @@ def test_what_cannot_be_an_answer_is_refused_before_it_is_computed():
     verdicts = grade(["</think>" + text for text in texts for _ in "12"], golds, verifier="robust", workers=1)
     assert {verdict.reward for verdict in verdicts} == {0.0}
     assert {verdict.status for verdict in verdicts} <= {"ok", "unparsable"}
-    assert time.monotonic() - start < 15 and not CANARY.exists()
+    assert time.monotonic() - start < 60 and not CANARY.exists()
 
 
 def test_robust_needs_no_tag_and_takes_the_last_box():

@@ -144,6 +144,17 @@ def test_a_run_does_not_go_on_from_another_start_model_of_the_same_path(tmp_path
     resumed()
 
 
+def test_a_run_replaces_no_model_but_its_own(tmp_path, world):
+    model = tmp_path / "run" / "model"
+    shutil.copytree(ROOT / "models/tiny", model)
+    with pytest.raises(InputError, match="model is there already, and no run has made it: name another --out"):
+        planned(tmp_path)
+    (tmp_path / "run" / "weights.json").write_text("{}")
+    planned(tmp_path)  # of this run, which starts anew
+    with pytest.raises(InputError, match="--model .*: the trained model would replace it: name another --out"):
+        planned(tmp_path, model=str(model))
+
+
 def test_an_answer_alone_is_refused_where_it_is_compared_with_others():
     for module in (luffy, relift):
         method = "grpo" if module is luffy else "relift"

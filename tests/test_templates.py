@@ -17,6 +17,7 @@ import relift
 from common.data import InputError
 from common.rows import (
     Trace,
+    check_template,
     conversation_ids,
     encode_traces,
     make_examples,
@@ -109,6 +110,15 @@ def test_a_turn_that_a_template_refuses_names_the_row():
     limits = SimpleNamespace(max_prompt_tokens=9, max_response_tokens=9)
     with pytest.raises(InputError, match=r"f.jsonl, row 0: the chat template cannot render \['system', 'user'\] turns"):
         make_examples(rows, tokenizer, limits, source="f.jsonl")
+
+
+@pytest.mark.parametrize("broken", ["{{ 1 / 0 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"])
+def test_what_a_broken_template_raises_is_a_message(broken):
+    tokenizer = load_tokenizer("models/tiny")
+    tokenizer.chat_template = broken
+    check_template(tokenizer, "t.jinja")  # says nothing of templates that render nothing
+    with pytest.raises(InputError, match="the chat template cannot render"):
+        render_prompt(tokenizer, [{"role": "user", "content": "1+1"}])
 
 
 def test_a_thought_in_a_conversation_whose_template_closes_it_is_refused():
