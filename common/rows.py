@@ -250,16 +250,17 @@ def _literal(value: str) -> str:
     return "none" if parsed is None or value == "None" else json.dumps(parsed)
 
 
-def render_prompt(tokenizer, messages: list[dict], *, add_generation_prompt: bool = True) -> str:
-    """The prompt text that generation starts from, or the conversation as it is."""
+def render_prompt(tokenizer, messages: list[dict], where: str = "", *, add_generation_prompt: bool = True) -> str:
+    """The prompt text that generation starts from, or the conversation as it is. Raises InputError, with `where`."""
     if not tokenizer.chat_template:
-        raise InputError("the tokenizer of --model has no chat template: pass --chat_template FILE (a Jinja template)")
+        raise InputError(f"{where}the tokenizer of --model has no chat template: pass --chat_template FILE (a Jinja "
+                         "template)")  # fmt: skip
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a broken template can raise anything, and some refuse these roles
         roles = [m["role"] for m in messages]
-        raise InputError(f"the chat template cannot render {roles} turns ({error}): pass another --chat_template, or "
-                         "change the turns") from error  # fmt: skip
+        raise InputError(f"{where}the chat template cannot render {roles} turns ({error}): pass another "
+                         "--chat_template, or change the turns") from error  # fmt: skip
 
 
 def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
@@ -336,14 +337,6 @@ def special_tokens(tokenizer) -> dict[int, str]:
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
-def prompt_text(tokenizer, item: Item, row: str) -> str:
-    """The prompt of an item as text. Raises InputError, beginning with `row`, if the template cannot render it."""
-    try:
-        return item.text or render_prompt(tokenizer, item.prompt)
-    except InputError as error:
-        raise InputError(f"{row}{error}") from error
-
-
 def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = False) -> Iterator[tuple]:
     """Yield (row number, item, prompt text, prompt ids, the ids of each trace), tokenizing 500 rows at a time.
 
@@ -364,7 +357,7 @@ def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = F
             continue
         numbers, items, *columns = zip(*part, strict=True)
         names = [f"{source}, row {index}: " for index in numbers]
-        texts = [prompt_text(tokenizer, item, name) for item, name in zip(items, names, strict=True)]
+        texts = [item.text or render_prompt(tokenizer, item.prompt, name) for item, name in zip(items, names)]
         prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompts = [with_bos(p, tokenizer) if item.text else p for p, item in zip(prompts, items, strict=True)]
         if not all(prompts):
