@@ -327,7 +327,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
 @functools.lru_cache(4)  # it is asked for every row
 def _special_ends(tokenizer, template):
     """The ids of `turn_end` that stand for no text: a word before the next question does not end a trace."""
-    return [i for i in turn_end(tokenizer)[1] if i in (tokenizer.eos_token_id, *special_tokens(tokenizer))]
+    return [i for i in turn_end(tokenizer)[1] if i in special_tokens(tokenizer)]
 
 
 def special_tokens(tokenizer) -> dict[int, str]:

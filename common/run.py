@@ -496,8 +496,7 @@ class Row:
 
     def text(self, tokenizer) -> str:
         """The response as text, as a verifier reads it: without the token that ended it (a cut trace has none)."""
-        ends = (tokenizer.eos_token_id, *special_tokens(tokenizer)) if self.teacher else ()
-        cut = self.response[-1] not in ends if self.teacher else self.truncated
+        cut = self.response[-1] not in special_tokens(tokenizer) if self.teacher else self.truncated
         return tokenizer.decode(self.response if cut else self.response[:-1])
 
     def shown(self, tokenizer) -> dict:
