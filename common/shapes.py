@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from common.data import InputError
-from common.verifiers import boxes, last_boxed
+from common.verifiers import boxes, last_boxed, without_commas
 
 THINK = "<think>\n"
 IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -251,7 +251,7 @@ def _gold(*values) -> str:
         gold = _text(str(value), "the gold answer").strip()
         gold = last_boxed(gold) or re.sub(r"^(-?[\d.,/]+) \([a-z ]+\)$", r"\1", gold)  # ASDiv's "9 (apples)"
         if "####" in gold:
-            gold = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", gold.rpartition("####")[2]).strip()
+            gold = without_commas(gold.rpartition("####")[2])
         if gold and gold.lower() not in NO_GOLD:
             return gold
     return ""

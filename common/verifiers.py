@@ -128,7 +128,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 def after_think(response):
     """What follows </think>, up to a second one; the whole text if there is no tag."""
-    return response.split("</think>", 2)[min(1, response.count("</think>"))]
+    return response.split("</think>", 2)[:2][-1]
 
 
 def _exact(response, gold):
@@ -138,11 +138,11 @@ def _exact(response, gold):
         answer = text.rpartition("####")[2]
     if not answer.strip():
         raise NoAnswer("no answer")
-    return _plain(answer) == _plain(str(gold))
+    return without_commas(answer) == without_commas(str(gold))
 
 
-def _plain(text):
-    """Without the space around it, and without the commas of thousands."""
+def without_commas(text: str) -> str:
+    """A text without the space around it and the commas of thousands."""
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
 
 
