@@ -302,7 +302,8 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
     texts = [text.lstrip("\n") if t and t.ids is None and re.search(r"</think>\n+$", prompt) else text
              for prompt, t, text in zip(prompts, traces, texts, strict=True)]  # fmt: skip
     encoded: list[list[int] | None] = []
-    ends = _special_ends(tokenizer, str(tokenizer.chat_template))
+    # a word that the template puts before the next question does not end a trace
+    ends = [i for i in turn_end(tokenizer)[1] if i in special_tokens(tokenizer)]
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
         if trace is None:
             ids = None
@@ -325,11 +326,6 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
 
 
 @functools.lru_cache(4)  # it is asked for every row
-def _special_ends(tokenizer, template):
-    """The ids of `turn_end` that stand for no text: a word before the next question does not end a trace."""
-    return [i for i in turn_end(tokenizer)[1] if i in special_tokens(tokenizer)]
-
-
 def special_tokens(tokenizer) -> dict[int, str]:
     """{id: text} of the tokens that stand for no text: eos, <|im_end|> and the like."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
