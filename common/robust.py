@@ -53,10 +53,8 @@ PHRASE = re.compile(
     rf"(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$]{{0,4}}(?:{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
 )
 PART_OF = re.compile(r"(?i)\b(?:of|on|than|for|to|times|twice|half) (?:the |this |our )?$")  # half the answer is 42
-BOUND = (  # x > \boxed{2}, but not <answer>\boxed{2}</answer>
-    re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|≠|[\w})] +[<>]) *\$?$"),
-    re.compile(r" *(?:\\(?:neq?|[lg]t)\b|≠|[<>](?!\w+>) *-?[\w\\])"),
-)
+BOUND_BEFORE = re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|≠|[\w})] +[<>]) *\$?$")  # x > \boxed{2}
+BOUND_AFTER = re.compile(r" *(?:\\(?:neq?|[lg]t)\b|≠|[<>](?!\w+>) *-?[\w\\])")  # but not <answer>\boxed{2}</answer>
 SENTENCE_END = re.compile(
     r"\n|[.!?](?=\s|$)|[。，]|[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\d|\\|[A-Za-z ]{1,20}=|[^()\n]{0,40}\))|"
     r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|\s\((?=[a-z]{2,}[^)])|<[|/]|"
@@ -86,8 +84,6 @@ PART = (
 LEFT, RIGHT = re.compile(rf"(?:{PART}|[,(){{}}\[\]])*$"), re.compile(rf"(?:{PART}|[,(){{}}\[\]])*")
 PARTS = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*"
 JOINS = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
-
-
 HEADING = re.compile(r"\d+[.)] +[^\W\d]")  # of Markdown, behind ####
 
 
@@ -97,9 +93,10 @@ def find_answer(text: str) -> str | None:
     >>> find_answer(r"Hence $x=\boxed{1}$ or $x=\boxed{2}$."), find_answer("The answer is 7, since 6 + 1 = 7.")
     ('1, 2', '7')
     """
-    before, after = BOUND
     found = [box for box in boxes(text) if claimed(text, box[0]) and not echoed(text, *box)]
-    if found := [b for b in found if not before.search(text, max(0, b[0] - 9), b[0]) and not after.match(text, b[1])]:
+    found = [box for box in found if not BOUND_BEFORE.search(text, max(0, box[0] - 9), box[0])]
+    found = [box for box in found if not BOUND_AFTER.match(text, box[1])]
+    if found:
         start, end, content = found.pop()
         joined = [content]
         while found and JOINED_BOXES.fullmatch(text, found[-1][1], start):
