@@ -187,7 +187,7 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
 ).split(), strict=True))  # fmt: skip
 LOOKALIKES = {
     **dict.fromkeys("−–—‐‑‒﹣", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "。": ".",
-    **dict.fromkeys("✅✔✓∴", ""), "Ω": r"\Omega", "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}",
+    **dict.fromkeys("✅✔✓∴", ""), "\u2126": r"\Omega", "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}",
     "ℤ": r"\mathbb{Z}", "⩽": "≤", "⩾": "≥", "º": "°", "˚": "°",
     **{char: rf"\{name} " for char, name in GREEK.items()},
 }  # fmt: skip
@@ -302,8 +302,8 @@ SPELLINGS = [
 def spell(text: str) -> str:
     r"""Write an answer in one way. A word starts with ~, a sign is one character, a fraction has braces.
 
-    >>> spell(r"$x \leq 1\,000\text{ cm}$."), spell("½√2")
-    ('x ≤ 1000 ~cm', '\\frac{1}{2}\\sqrt 2')
+    >>> spell(r"$x \leq 1\,000\text{ cm}$."), spell("½√2"), spell("5 \u2126")
+    ('x ≤ 1000 ~cm', '\\frac{1}{2}\\sqrt 2', '5 ~ohm')
     """
     text = text.encode(errors="replace").decode()
     for chars, mark in [("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "^"), ("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "_")]:
