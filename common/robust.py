@@ -186,7 +186,7 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
     "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 ).split(), strict=True))  # fmt: skip
 LOOKALIKES = {
-    **dict.fromkeys("−–—‐‑‒﹣", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "。": ".",
+    **dict.fromkeys("−–—‐‑‒", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "。": ".",
     **dict.fromkeys("✅✔✓∴", ""), "\u2126": r"\Omega", "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}",
     "ℤ": r"\mathbb{Z}", "⩽": "≤", "⩾": "≥", "º": "°", "˚": "°",
     **{char: rf"\{name} " for char, name in GREEK.items()},
@@ -228,7 +228,7 @@ NOT_UNITS = set(  # words after a number that change it, most of them without a 
     "larger smaller bigger either neither is are was be but only odd even prime divide multiple ten basis quadrillion "
     "mil millionen millones milhões mille millier milliard milliarden tausend mio mrd bn mn juta ribu".split()
 ) | SCALES.keys()
-SHORT_WORDS = NOT_UNITS | set("in the yes st nd rd th am pm mph kph oz lb lbs hrs mins secs sq cu gal mol rad per mm "
+SHORT_WORDS = NOT_UNITS | set("in the yes st nd rd th am pm mph kph oz lb lbs hrs sq cu gal mol rad per mm "
                               "cm km ft yd mi sec min hr pct day mg kg ml usd deg".split())  # fmt: skip
 SHORT_UNITS = set(  # behind a number also where the text does not mark them as words
     "Hz kHz MHz GHz THz Pa hPa kPa MPa GPa kJ MJ kW MW GW kN kV mV mA eV keV MeV GeV mL dL kWh kB KB MB GB TB ms ns ps "

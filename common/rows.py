@@ -244,10 +244,10 @@ def check_template(tokenizer, name: str) -> None:
 def _literal(value: str) -> str:
     """A JSON value, or a text, as Jinja writes it."""
     try:
-        parsed = json.loads(value.lower() if value in ("True", "False") else value)
+        parsed = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
     except json.JSONDecodeError:
         parsed = value
-    return "none" if parsed is None or value == "None" else json.dumps(parsed)
+    return "none" if parsed is None else json.dumps(parsed)
 
 
 def render_prompt(tokenizer, messages: list[dict], where: str = "", *, add_generation_prompt: bool = True) -> str:

@@ -89,10 +89,10 @@ OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 JOIN = re.compile(r"\s*(?:and|or|,)\s*")
 
 
-def closing_brace(text: str, inside: int, end: int | None = None, *, signs: str = "[{}]") -> int | None:
+def closing_brace(text: str, inside: int, end: int = sys.maxsize, *, signs: str = "[{}]") -> int | None:
     """Return the index of the brace that closes the one just before `inside`; None if it stays open up to `end`."""
     depth = 1
-    for sign in re.compile(signs, re.S).finditer(text, inside, len(text) if end is None else end):
+    for sign in re.compile(signs, re.S).finditer(text, inside, end):
         depth += (sign[0] == "{") - (sign[0] == "}")
         if depth == 0:
             return sign.start()
