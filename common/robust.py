@@ -109,9 +109,8 @@ def find_answer(text: str) -> str | None:
         answer = _with_its_formula(text, start, end, ", ".join(dict.fromkeys(joined)))
         later = _last_line(rest.partition("\n")[2]) if marked is None else marked
         return (marked or "") if re.search(r"\d", later) and _differ(answer, later) else answer
-    before, closed, _ = text.rpartition("</answer>")
-    _, opened, inside = before.rpartition("<answer>")
-    if opened and closed:
+    _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
+    if opened:
         return find_answer(inside) or inside
     line, _, more = text.rpartition("####")[2].strip().partition("\n")
     if "####" in text and not PHRASE.search(more) and not (more.strip() and HEADING.match(line)):
@@ -367,7 +366,7 @@ SETS = [
     (r"\\mathbb\{r\}[\^_]\{?(?:\+|> ?0)\}?", Group("()", [Number(sympy.Integer(0)), Number(sympy.oo)])),
 ]
 FILLERS = re.compile(
-    "(?:~?(?:the [^=,;:0-9]{1,60}? ~?(?:is|are|equals)|the|final|answers?|is|are|it|exactly|about|around|"
+    "^(?:~?(?:the [^=,;:0-9]{1,60}? ~?(?:is|are|equals)|the|final|answers?|is|are|it|exactly|about|around|"
     "approximately|approx|roughly|equals?|so|thus|hence|therefore|total|we|get|have|obtain|if|when|for)"
     "(?![A-Za-z])[ :,]*)+(?=.)", re.I
 )  # fmt: skip
@@ -437,7 +436,7 @@ def readings(text: str) -> list:
 def _read(text):
     """Read a text by the first rule that applies, the loosest operator first."""
     text = _trim(text)
-    text = text[filler.end() if (filler := FILLERS.match(text)) else 0 :].lstrip("=≈: ")
+    text = FILLERS.sub("", text).lstrip("=≈: ")
     if not text or re.search(r"[…∀∃≡→\"?#@]|(?<![A-Za-z'])'|\([b-h]\) ?\d", text):  # (a) 3 (b) 5 has no rule
         raise Unreadable("a sign that no rule reads" if text else "empty")
     for pattern, value in SETS:

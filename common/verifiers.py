@@ -259,7 +259,7 @@ RETRACTED = re.compile(  # after an answer
     rf".*(?:[.!?;:,—\n$-]\s{{0,3}}|\b(?:but|oh|or),? )(?:(?:wait|hm+|oops|(?<!, )actually|sorry|correction|"
     rf"scratch that|on second thought|(?:up)?on reflection|edit|rechecking|let me correct|{DOUBT})\b|no[,.:]|"
     rf"no [A-J]\b|I (?:made|meant?|was wrong|am not sure|change my|would like to revise)\b|"
-    rf"(?:but |however, )?(?:that|this|it|which){WRONG}|"
+    rf"(?:that|this|it|which){WRONG}|"
     r"(?:but|however),? (?:it|that|this|I|the answer|[A-J])\b[^.\n]{0,60}"
     r"(?:(?:not|n't) (?:be |seem |look )?(?:right|correct|true|possible|work|make|match|sure|the answer)|"
     r"wrong|incorrect|should be(?! \w+ed\b))\b)"
