@@ -125,7 +125,8 @@ def find_answer(text: str) -> str | None:
 
 
 def _differ(answer, later):
-    """Return whether both can be read and are neither equal nor nearly equal. A relation, as a + b = 5, is neither."""
+    """Return whether both can be read, and no reading of one is equal or nearly equal to one of the other. False if
+    `later` may be a relation, as a + b = 5: it says nothing against the answer."""
     if len(later) > 4 * MAX_ANSWER:
         return False
     try:
@@ -744,7 +745,8 @@ OPERATORS = {  # how tightly they bind on their left and on their right
 LARGE, SMALL = sympy.Rational(347, 7), sympy.Rational(1, 9)  # their points hold no integer, for which (-1)^n may be 1
 
 def _points(symbols):
-    """Return eight points {symbol: number}, large and small, with all signs of two symbols; one without symbols."""
+    """Return the points {symbol: number} where formulas are compared: eight, large and small, with every combination of
+    the signs of two symbols; one empty point if there are no symbols."""
     if len(symbols) > 8:
         raise Unreadable("too many symbols")
     ordered = sorted(symbols, key=str)

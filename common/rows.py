@@ -93,7 +93,8 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 
 
 def _of_split(splits: dict, split: str):
-    """Return the value of `split` ("validation" for a missing "test"), or the only value. None: missing."""
+    """Return splits[split]; the only value if there is one split alone; "validation" in place of a missing "test"; else
+    None."""
     wanted = "validation" if split == "test" and "test" not in splits else split
     return next(iter(splits.values())) if len(splits) == 1 else splits.get(wanted)
 
@@ -442,8 +443,8 @@ class Example:
 
 def given_logps(given: Trace, trace: list[int], prompt: str, tokenizer, where: str) -> list[float] | None:
     """The teacher's log-probs of a trace from the column 'target_probs': a probability for each of its tokens, with or
-    without the eos (then NaN: the loss uses no teacher probability there). None without the column. They may be those
-    of the trace as it is in the row, with a <think> that the prompt has too."""
+    without the eos (then NaN: the loss uses no teacher probability there). None without the column. If the prompt ends
+    with the <think> that the trace begins with, probabilities of this tag are removed, as the tag is."""
     if given.probs is None:
         return None
     try:
@@ -470,8 +471,8 @@ def with_bos(ids: list[int], tokenizer) -> list[int]:
 
 def turn_end(tokenizer) -> tuple[int | None, list[int]]:
     """Return the token that the template puts behind an answer (None if it puts none), and all ids that end an answer.
-    That token is eos, or another one that closes a turn, such as <|im_end|>. Without one, as in MiniCPM's template, the
-    mark of the next user turn follows. If it is one token, it ends an answer too, as the published stop string does."""
+    That token is eos, or another one that closes a turn, such as <|im_end|>. MiniCPM's template puts none: there the
+    mark that opens the user's next turn ends an answer, if it is one token, as the published stop string does."""
     return _turn_end(tokenizer, str(tokenizer.chat_template))
 
 

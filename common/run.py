@@ -625,7 +625,7 @@ def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: 
     """Write settings to a JSON file. compared: names of the settings that must equal those in the existing file;
     empty if nothing was made with them yet. Raises InputError, beginning with `message`, if some differ."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
-    _locks[path] = lock(path.parent, world)  # what this process makes must stay that of its settings
+    _locks[path] = lock(path.parent, world)  # until this process ends, nobody else makes anything of other settings
     if compared and not path.exists():
         raise InputError(f"{path} is missing, so the settings of the files beside it are unknown: name another --out")
     saved = json.loads(path.read_text()) if compared else {}
@@ -636,7 +636,7 @@ def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: 
         write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
-_locks: dict = {}  # of settings, until this process ends
+_locks: dict = {}  # lock files by settings file: an open file is a held lock
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -679,7 +679,7 @@ def keep_records(path: Path, parts: list[list], make, world: World, *, together:
         dist.barrier()  # all have read before one appends
         return found
 
-    _held = lock(path.parent, world, f".{path.stem}.lock")  # two processes would delete each other's records
+    _held = lock(path.parent, world, f".{path.stem}.lock")  # a second process would delete this one's part files
     done = merge()
     todo = [part for part in parts if not all(i in done for i in part)]
     if not together:  # every rank gets as many parts; its last one may be empty

@@ -68,8 +68,8 @@ class Item:
     conversation: list[dict] | None = None  # the prompt and the trace, if several of its turns are to be trained
 
     def first(self, correct: bool) -> Trace | None:
-        """The first correct (or the first incorrect) trace, a blank one only if all are; an ungraded one counts as
-        correct."""
+        """The first correct (or incorrect) trace that is not blank; a blank one if all are. A trace that nobody graded
+        counts as correct."""
         traces = [t for t in self.traces if (t.reward is None or t.reward > 0) == correct]
         return next((t for t in traces if t.ids or t.text.strip()), traces[0] if traces else None)
 

@@ -557,8 +557,8 @@ _announced: set[str] = set()  # verifiers whose failure was printed
 atexit.register(close)
 
 
-def _forget():  # a forked child (a DataLoader's) must neither use nor keep open what leads to our workers
-    for worker in _workers:  # also those that a thread, which the child does not have, was waiting for
+def _forget():  # a forked child, such as a DataLoader's, must not use our workers, nor keep their pipes open
+    for worker in _workers:  # also the busy ones: the threads that wait for them are not in the child
         worker.process.stdin.close()
         os.close(worker.sock.detach())
     _pools.clear()
