@@ -266,10 +266,10 @@ def render_prompt(tokenizer, messages: list[dict], where: str = "", *, add_gener
 
 def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
     """Return a teacher's trace as the model would have to produce it after this prompt. If the prompt ends with an open
-    `<think>`, it omits the tag and the white space that the prompt has. Raises InputError, with `where`, if the prompt
-    ends with a closed thought and the trace has one."""
+    `<think>`, it omits the tag and the white space that the prompt has; after a closed thought, blank lines. Raises
+    InputError, with `where`, if the prompt ends with a closed thought and the trace has one."""
     if not trace.lstrip().startswith("<think>"):
-        return trace
+        return trace.lstrip("\n") if re.search(r"</think>\n+$", prompt_text) else trace
     if prompt_text.rstrip().endswith("</think>"):
         raise InputError(f"{where}the trace has a thought, and the chat template ends with a closed one: pass "
                          "--chat_template_args with the template's switch (such as enable_thinking=true or "
@@ -299,18 +299,15 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
 
     rows: "NAME: " of each row, for errors. Raises InputError for ids of another text, and for text after an eos."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
-    # the blank lines behind a thought that the template has closed are in the prompt
-    texts = [text.lstrip("\n") if t and t.ids is None and re.search(r"</think>\n+$", prompt) else text
-             for prompt, t, text in zip(prompts, traces, texts, strict=True)]  # fmt: skip
     encoded: list[list[int] | None] = []
     # a word that the template puts before the next question does not end a trace
     ends = [i for i in turn_end(tokenizer)[1] if i in special_tokens(tokenizer)]
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
         if trace is None:
             ids = None
-        elif trace.ids is not None and text == trace.text:
+        elif trace.ids is not None and text.lstrip("\n") == trace.text.lstrip("\n"):
             ids = trace.ids
-            if text not in (tokenizer.decode(ids), tokenizer.decode(ids[:-1])):  # the last id may have ended it
+            if trace.text not in (tokenizer.decode(ids), tokenizer.decode(ids[:-1])):  # the last id may have ended it
                 raise InputError(f"{row}the ids of a trace are not those of its text, but another tokenizer's: remove "
                                  "the column '..._ids' or change --model")  # fmt: skip
         elif text.strip():
