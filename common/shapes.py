@@ -487,9 +487,10 @@ def _right_option(row: dict, options: dict) -> str:
     given = {name: row[name] for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks}
     for name, answer in given.items():
         if label := _label_of(answer, options):
-            same = type(given.get("label")) is int and _label_of(given["label"], options) == label
-            for mark in {name, *(["label"] if same else [])} & {*MARKS}:
-                del row[mark]
+            if name in MARKS:
+                del row[name]
+            if type(given.get("label")) is int and _label_of(given["label"], options) == label:
+                row.pop("label", None)
             return label
     if given:
         raise ValueError(f"the answer {next(iter(given.values()))!r} is none of the labels {', '.join(options)}")
