@@ -85,7 +85,7 @@ def grader_version(verifier: str) -> str:
     """Return what a grader's verdicts depend on: a digest of its code, and the version of Math-Verify."""
     module = verifier.partition(":")[0] if ":" in verifier else "common.verifiers"
     file = Path(importlib.util.find_spec(module).origin)
-    files = [file] if ":" in verifier else [file, *file.parent.glob("robust.py")]
+    files = [file] if ":" in verifier else [file, file.with_name("robust.py")]
     code = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
     return f"code {code}, math-verify {importlib.metadata.version('math-verify')}"
 
