@@ -111,9 +111,9 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     Copies that editors keep (.ipynb_checkpoints) are left out."""
     by_split: dict[str, list[Path]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p)):
-        name = str(path.relative_to(folder))
-        if not any(part.startswith((".", "__")) for part in Path(name).parts):
-            word = (SPLIT.findall(CAPITAL.sub("_", name).lower()) or [""])[-1]
+        name = path.relative_to(folder)
+        if not any(part.startswith((".", "__")) for part in name.parts):
+            word = (SPLIT.findall(CAPITAL.sub("_", str(name)).lower()) or [""])[-1]
             kind = {"tr": "train", "te": "test", "ev": "test", "va": "validation", "de": "validation"}.get(word[:2], "")
             by_split.setdefault(kind, []).append(path)
     if not by_split:
