@@ -384,7 +384,7 @@ NAME = re.compile(
     r"|\\(?:angle|overline|triangle|vec)\W*\w+\W*)"
 )
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
-DECIMAL_COMMA = re.compile(r"^([^,;()⦃\[]*(?<![\d.])(?:0|[1-9]\d*)),(\d+(?<!,\d{3})|(?<=0,)\d+)(?![\d.,])(?=[^,;]*$)")
+DECIMAL_COMMA = re.compile(r"^([^,;()⦃\[]*(?<![\d.])(?:0|[1-9]\d*)),(\d+(?<!,\d{3})|(?<=(?<!\d)0,)\d+)(?![\d.,])(?=[^,;]*$)")
 CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] "
 LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
 UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
@@ -810,7 +810,7 @@ def _same(a, b):
     match a, b:
         case Number(), Number():
             return _same_quantity(a, b)
-        case Named(name, Group("()")), Group(",") if len(name) == 1 and name.islower():
+        case Named(name, Group("()" | "[]")), Group(",") if len(name) == 1 and name.islower():
             return False  # 2 < x < 7 is not 2, 7
         case Named(), Named():
             return a.name == b.name and same(a.value, b.value)

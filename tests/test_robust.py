@@ -30,7 +30,7 @@ def test_no_wrong_answer_is_accepted_and_97_percent_of_the_right_ones_are(own):
     accepted = [verdict.reward == 1 for verdict in verdicts]
     assert [case for case, yes in zip(cases, accepted, strict=True) if yes and not case["right"]] == []
     missed = [case for case, yes in zip(cases, accepted, strict=True) if case["right"] and not yes]
-    assert len(missed) <= 0.03 * sum(case["right"] for case in cases), missed
+    assert len(missed) <= (5 if own else 3), missed  # of 1380 and of 230 right ones
     assert {verdict.status for verdict in verdicts} <= {"ok", "unparsable"}
 
 
@@ -139,3 +139,42 @@ def test_an_answer_that_is_taken_back_or_only_supposed_does_not_count(mark):
     harmless = ["", f".\n\nLet me verify: {check}", f". Wait, let me double-check: {check}"]
     harmless += [". But this is not required here.", ". However, it should be noted that x > 0."]
     assert [v.reward for v in grade([mark + words for words in harmless], ["5"] * 5, verifier="robust")] == [1] * 5
+
+
+def test_a_comma_before_three_digits_is_decimal_only_after_a_lone_zero():
+    golds = ["10,000", "20,500", r"10{,}000", r"\$100,000", "0,125"]
+    right, wrong = ["10000", "20500", "10000", "100,000", "0.125"], ["10", "20.5", "10", "100", "125"]
+    answers = [rf"\boxed{{{answer}}}" for answer in right + wrong]
+    assert [v.reward for v in grade(answers, golds * 2, verifier="robust")] == [1] * 5 + [0] * 5
+    assert grade([r"\boxed{10,000}"], ["10"], verifier="robust")[0].reward == 0
+
+
+def test_the_ends_of_an_interval_are_not_all_of_it():
+    golds = [r"1 \le x \le 2", r"x \in [1, 2]", r"1 < x < 2"]
+    ends = [r"\boxed{x = 1 \text{ or } x = 2}", r"\boxed{x = 1, x = 2}", r"$x = \boxed{1}$ or $x = \boxed{2}$"]
+    assert [v.reward for v in grade(ends * 3, sorted(golds * 3), verifier="robust")] == [0] * 9
+    assert [v.reward for v in grade([r"\boxed{[1, 2]}"] * 3, golds, verifier="robust")] == [1, 1, 0]
+
+
+def test_numbers_that_differ_in_their_sixtieth_digit_are_not_equal():
+    golds = [r"\sqrt{10^{60}+1}", r"\pi + 10^{-60}", r"\sqrt{10^{60}}"]
+    answers = [r"\boxed{10^{30}}", r"\boxed{\pi}", r"\boxed{10^{30}}"]
+    assert [v.reward for v in grade(answers, golds, verifier="robust")] == [0, 0, 1]
+
+
+def test_an_odd_root_of_a_negative_number_is_negative():
+    golds = ["-2", "2", r"\sqrt[3]{-x}", r"\sqrt{-8}"]
+    answers = [r"\sqrt[3]{-8}", r"\sqrt[3]{-8}", r"\sqrt[3]{-x}", r"-\sqrt{8}"]
+    assert [v.reward for v in grade([rf"\boxed{{{a}}}" for a in answers], golds, verifier="robust")] == [1, 0, 1, 0]
+
+
+def test_what_cannot_be_read_as_a_whole_is_not_taken_for_a_part_of_it():
+    golds = ["(1, 2), (3, 4)", r"\frac{1}{0}"]
+    answers = [r"\boxed{x = 1, x = 2, y = 3, y = 4}", r"\boxed{\frac{5}{0}}"]
+    assert [v.status for v in grade(answers, golds, verifier="robust")] == ["unparsable"] * 2
+
+
+def test_one_answer_said_twice_is_one_and_two_equal_items_are_two():
+    answers = [r"\boxed{0.5 \text{ or } \frac12}", r"\boxed{5, 5}", r"\boxed{5, 5}", r"\boxed{5 \text{ and } 5}"]
+    golds = ["0.5", "5", "5, 5", "5"]
+    assert [v.reward for v in grade(answers, golds, verifier="robust")] == [1, 0, 1, 0]
