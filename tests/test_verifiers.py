@@ -113,6 +113,10 @@ def test_boxed_reward_agrees_with_bridges_code(case):
     assert boxed_reward(case["completion"], case["gt"]) == case["score0"]
 
 
+def test_boxed_compares_letter_by_letter():
+    assert [boxed_reward(rf"\boxed{{{text}}}", "5") for text in ("5", " 5", "5 ", "5.", "05")] == [1, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     "response, reward, status",
     [
@@ -172,7 +176,7 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
     accepted = [verdict.reward == 1 for verdict in grade(responses, golds, verifier="full", timeout=20)]
     assert [pair for pair, yes in zip(pairs, accepted, strict=True) if yes and not pair["accept"]] == []
     missed = [pair for pair, yes in zip(pairs, accepted, strict=True) if pair["accept"] and not yes]
-    assert len(missed) <= 0.03 * sum(pair["accept"] for pair in pairs), missed
+    assert len(missed) <= 1, missed  # of 139
 
 
 @pytest.mark.parametrize(
@@ -234,6 +238,9 @@ def test_no_wrong_choice_is_accepted_and_95_percent_of_the_right_ones_are():
         (r"\boxed{5.0}", "5", 0),
         ("#### 2,125", "2125", 1),
         ("#### 1,2", "12", 0),
+        ("#### 1,2000", "12000", 0),
+        ("#### 5, no:\n#### 6", "6", 1),
+        ("#### 5, no:\n#### 6", "5, no:\n#### 6", 0),
     ],
 )
 def test_exact_compares_the_stripped_answer(response, gold, reward):
