@@ -488,6 +488,12 @@ def test_metrics_after_a_crash_have_no_step_missing_or_doubled(world, tmp_path):
     assert json.loads((tmp_path / "args.json").read_text())["steps"] == 10
 
 
+def test_a_run_that_starts_anew_keeps_no_metrics_of_the_one_before(world, tmp_path):
+    for loss in (1.0, 2.0):
+        Metrics(tmp_path, Settings(), world, start=0, steps=1).log(0, {"loss": loss}, show=[])
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(0, 2.0)]
+
+
 # ------------------------------------------------------------------------- models out of runs, and their settings
 
 
