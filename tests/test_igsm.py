@@ -528,6 +528,13 @@ def test_answer_correct_is_what_a_reward_for_the_first_box_says(box, right):
     )
 
 
+def test_a_box_that_stays_open_holds_no_answer():
+    for style in STYLES:
+        [p] = generate(1, style=style)
+        assert not check_solution(p.question, p.solution.rpartition("}")[0]).answer_correct
+        assert not check_solution(p.question, f"\\boxed{{{p.answer}").answer_correct
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 12), st.text(max_size=12), st.sampled_from(STYLES))
 def test_checker_never_raises_for_a_solution(seed, cut, insert, style):
