@@ -11,8 +11,8 @@ import pytest
 
 from igsm import check_solution, generate, problems, retell, row, solve, tokenizer
 from igsm.__main__ import main
-from igsm.behaviors import plan_steps
-from igsm.graph import Node
+from igsm.behaviors import plan_steps, reordered
+from igsm.graph import Node, template_of
 from igsm.solver import Question, parents
 from tests.conftest import run_script
 from tests.test_igsm import SAMPLES, categories_of, vectors
@@ -268,6 +268,18 @@ def test_variants_reorder_the_question_or_the_solution_and_nothing_else():
     assert len(orders) > 35 and len(questions) > 55
 
 
+def test_a_solution_variant_is_another_order_wherever_there_is_one_on_its_side_of_the_split():
+    several = 0
+    for p in problems(40, ops=(3, 5), style="symbolic", modulus=23, seed=8):
+        formulas = [(node.const, node.const_op, node.sign, node.terms) for node in p.necessary]
+        orders = {tuple(reordered(p.nodes, p.num_necessary, random.Random(i))) for i in range(30)}
+        sides = [template_of(formulas, order)[1] for order in orders | {tuple(range(p.num_necessary))}]
+        if sides.count(template_of(formulas, range(p.num_necessary))[1]) > 1:
+            several += 1
+            assert all(retell(p, solution_variant=i).solution != p.solution for i in range(1, 5))
+    assert several > 5
+
+
 def test_retold_is_what_the_generator_makes_at_once():
     for style in ("natural", "symbolic"):
         for how in WAYS.values():
@@ -315,9 +327,11 @@ BOTH, ONE = "each Oak Crate's Apple, each Ketch's Oak Crate are", "each Ketch's 
         ([*LEAVES, f"{AGAIN} {SOLVE}"], "c was not given to"),
         ([*LEAVES, f"{BEGIN} {SOLVE}", f"{AGAIN} {WAIT.format(ONE)}"], "called unknown but was computed"),
         ([LEAVES[0], BACK.format("Sloop's Oak Crate"), LEAVES[1], f"{BEGIN} {SOLVE}"], None),
+        ([LEAVES[0], BACK.format("Sloop's Oak Crate") + " So c = 7.", LEAVES[1], f"{BEGIN} {SOLVE}"], "unreadable"),
         ([*LEAVES, BACK.format("Sloop's Oak Crate"), f"{BEGIN} {SOLVE}"], "bad retry"),
         ([LEAVES[0], BACK.format("Oak Crate's Apple"), LEAVES[1], f"{BEGIN} {SOLVE}"], "bad retry"),
         ([*LEAVES, BACK.format("Sloop's Pine Crate"), f"{BEGIN} {SOLVE}"], "unreadable"),
+        ([*LEAVES, f"{BEGIN} {SOLVE}".replace(" c ", " a ")], "step 3: letter: a is"),
         ([*LEAVES, f"{BEGIN} We know that it equals 2 {SUM} {SOLVE}"], None),
         ([*LEAVES, f"{BEGIN} We know that it equals 3 {SUM} {SOLVE}"], "bad analysis"),
         ([*LEAVES, f"{BEGIN} Then c = 2 * (a + b) = 2 * (2 + 1) = 2 * 3 = 6."], None),
@@ -353,6 +367,16 @@ def test_checker_tells_them_apart_in_symbols_too(steps, error):
     check = check_solution("c=2*(a+b)\na=2\nb=1\nc?", f"<think>\n{steps}\n</think>\n\\boxed{{6}}")
     assert check.correct == (error is None), check.errors
     assert error is None or any(error in one for one in check.errors), check.errors
+
+
+def test_what_no_sentence_says_cannot_be_said_once_more():
+    question = "The number of each Sloop's Oak Crate equals 6.\nHow many Crate does each Sloop have?"
+    leaf = "The number of each Sloop's Oak Crate is 6. Let it be a. So a = 6."
+    begin = "Next, let c represent the number of each Sloop's Crate."
+    assert check_solution(question, natural([leaf, f"{begin} Then c = a = 6."])).correct
+    said = f"{begin} We know that it equals each Sloop's Oak Crate. Then c = a = 6."
+    check = check_solution(question, natural([leaf, said]))
+    assert [error.split(": ")[1] for error in check.errors] == ["bad analysis"]
 
 
 def test_checker_reads_the_retries_of_meta():
