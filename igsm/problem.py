@@ -1,12 +1,12 @@
 """Problems as a caller sees them, and where their randomness comes from."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 from igsm.behaviors import plan_steps, reordered
 from igsm.graph import Node, draw_problem, template_of
-from igsm.text import STYLES, Memo, draw_letters, draw_phrases, question_text, solution_text
+from igsm.text import STYLES, draw_letters, draw_phrases, question_text, solution_text
 from igsm.tokens import SYSTEM_PROMPT
 
 
@@ -28,8 +28,6 @@ class Problem:
     num_necessary: int
     letters: list[str] = field(default_factory=list, repr=False)  # a variable for each node, in solution variant 0
     phrases: list[int] = field(default_factory=list, repr=False)  # which phrases its line uses there
-    told: tuple | None = field(default=None, repr=False, compare=False)  # settings of `retell` for this solution
-    memo: dict = field(default_factory=dict, repr=False, compare=False)  # {subgoals: Memo}, shared by retellings
 
     @property
     def necessary(self):
@@ -100,7 +98,7 @@ def problems(
 
 
 def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, question_variant=0, solution_variant=0):
-    """The same problem in the same style with other behaviours (behaviors.py), many times faster than drawn anew.
+    """The same problem in the same style with other behaviours (behaviors.py), several times faster than drawn anew.
 
     subgoals: the solution writes every intermediate result.
     reflection: chance of a look-ahead before a line (BRIDGE: 0.1).
@@ -135,9 +133,6 @@ def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, 
         *conditions, asked = question.split("\n")
         stream("question", question_variant).shuffle(conditions)
         question = "\n".join([*conditions, asked])
-    told = (subgoals, reflection, analysis, retry, solution_variant)
-    if told == problem.told:
-        return _copy(problem, question, problem.solution, told)
     if solution_variant:
         rng = stream("solution")
         order = _another_order(nodes, num_necessary, rng)
@@ -147,14 +142,10 @@ def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, 
     steps = plan_steps(
         nodes, num_necessary, order, reflection=reflection, analysis=analysis, retry=retry, stream=stream
     )
-    memo = problem.memo.setdefault(subgoals, Memo({}, {}))
-    if solution_variant:  # other letters and words: only the numbers are the same
-        memo = memo._replace(lines={})
     solution = solution_text(
-        steps, nodes, problem.answer, problem.style, letters, phrases,
-        modulus=problem.modulus, subgoals=subgoals, memo=memo,
-    )  # fmt: skip
-    return _copy(problem, question, solution, told)
+        steps, nodes, problem.answer, problem.style, letters, phrases, modulus=problem.modulus, subgoals=subgoals
+    )
+    return replace(problem, question=question, solution=solution)
 
 
 def _another_order(nodes, num_necessary, rng):
@@ -167,15 +158,6 @@ def _another_order(nodes, num_necessary, rng):
         if list(other) != list(order) and template_of(formulas, other)[1] == side:
             return other
     return order
-
-
-def _copy(problem, question, solution, told):
-    """Return a copy with this question and solution: dataclasses.replace, but twice as fast."""
-    copy = object.__new__(Problem)
-    for name in Problem.__slots__:
-        setattr(copy, name, getattr(problem, name))
-    copy.question, copy.solution, copy.told = question, solution, told
-    return copy
 
 
 def row(problem, split, system_prompt=False):

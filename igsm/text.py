@@ -22,7 +22,6 @@ other steps still says the same things the same way.
 """
 
 from string import ascii_letters, ascii_lowercase, digits
-from typing import NamedTuple
 
 STYLES = ("natural", "define", "symbolic")
 
@@ -81,13 +80,11 @@ def draw_phrases(count, rng):
     return [int(rng.random() * 12) for _ in range(count)]
 
 
-def solution_text(steps, nodes, answer, style, letters, phrases, *, modulus=None, subgoals=False, memo=None):
+def solution_text(steps, nodes, answer, style, letters, phrases, *, modulus=None, subgoals=False):
     """One line for each step (behaviors.Step), in an order in which everything is computed before it is used.
 
     With `subgoals` every intermediate result is written: `2 + (34 + 15) = 2 + 49 = 51`.
-    memo: `Memo`, kept by a caller who tells the same problem in several ways; lines told before are looked up.
     """
-    lines, ends = memo or Memo({}, {})
     values = [str(node.value) for node in nodes]
     tell = _symbolic_line if style == "symbolic" else _define_line if style == "define" else _natural_line
     space, equals = ("", "=") if style == "symbolic" else (" ", " = ")
@@ -96,31 +93,17 @@ def solution_text(steps, nodes, answer, style, letters, phrases, *, modulus=None
         if step.missing or step.retry:
             return tell(step, nodes, letters, phrases, "")
         node = nodes[step.node]
-        end = ends.get(step.node)
-        if end is None:
-            end = ends[step.node] = equals.join(worked(node, nodes, values, subgoals, modulus, space))
+        end = equals.join(worked(node, nodes, values, subgoals, modulus, space))
         equation = f"{formula_text(node, letters, space)}{equals}{end}" if node.terms else end
         return tell(step, nodes, letters, phrases, equation)
 
-    told = []
-    for step in steps:
-        line = lines.get(step)
-        if line is None:
-            line = lines[step] = line_of(step)
-        told.append(line)
+    told = "".join(map(line_of, steps))
     if style == "symbolic":
-        return f"<think>\n{''.join(told)}</think>\n\\boxed{{{answer}}}"
+        return f"<think>\n{told}</think>\n\\boxed{{{answer}}}"
     return (
-        f"{HEAD}{''.join(told)}Thus, the answer is {answer}.\n</think>\n"
+        f"{HEAD}{told}Thus, the answer is {answer}.\n</think>\n"
         f"<answer>\nThe final answer is \\boxed{{{answer}}}.\n</answer>"
     )
-
-
-class Memo(NamedTuple):
-    """Lines that were written for a problem, to be reused. Valid for one choice of `subgoals`."""
-
-    lines: dict  # {Step: its line}; valid for one choice of letters and phrases
-    ends: dict  # {node: its equation from the first number on}
 
 
 def _symbolic_line(step, nodes, letters, phrases, equation):
