@@ -71,7 +71,7 @@ class Args:
     """Solutions write every intermediate result: 2 + (34 + 15) = 2 + 49 = 51."""
     reflection: float = 0.0
     """Chance of a look-ahead before a line: "we don't know ... yet", and back to it later (BRIDGE: 0.1)."""
-    analysis: str = "0"
+    analysis: float | Literal["table"] = 0.0
     """Chance that a line repeats the question's sentence, or "table": a higher chance for more parents (BRIDGE's
     code)."""
     retry: float = 0.0
@@ -111,13 +111,6 @@ def write_parquet(path, rows):
             writer.write_table(pa.Table.from_pylist(batch, schema))
 
 
-def _chance(text):
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f'--analysis must be a chance from 0 to 1 or "table", got {text}') from None
-
-
 def main(argv=None):
     """Writes the file; returns the exit code: 2 with one line on stderr where the settings cannot be met."""
     args = tyro.cli(Args, args=argv, prog="python -m igsm", use_underscores=True)
@@ -138,7 +131,6 @@ def main(argv=None):
                 raise ValueError(f"--{flag} {path} is a folder")
         other = ("out", "draw", "n", "system_prompt")
         settings = {name: value for name, value in vars(args).items() if name not in other}
-        settings["analysis"] = args.analysis if args.analysis == "table" else _chance(args.analysis)
         if args.draw:
             from igsm.draw import draw
 

@@ -479,7 +479,6 @@ def test_command_tells_with_behaviours_and_draws(tmp_path, capsys):
         ("", "--out FILE or --draw FILE is needed"),
         ("--draw {}/a.pdf", "--draw must end in .svg or .png"),
         ("--draw {}/none/a.svg", "there is no folder"),
-        ("--analysis often --out {}/a.jsonl", '--analysis must be a chance from 0 to 1 or "table", got often'),
         ("--analysis 2 --out {}/a.jsonl", "analysis must be a chance from 0 to 1"),
         ("--retry 1 --out {}/a.jsonl", "retry must be a chance"),
     ],
