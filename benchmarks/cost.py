@@ -39,13 +39,7 @@ class Update:
 
     def __init__(self, shape: Shape, world, micro_batch_tokens: int = 4096):
         self.shape, self.world = shape, world
-        config = dict(
-            model_type="qwen2", hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
-            vocab_size=shape.vocab, max_position_embeddings=4096, tie_word_embeddings=False,
-            eos_token_id=1, pad_token_id=0,
-        )  # fmt: skip
-        self.policy = load_policy("", world, from_config=config)
+        self.policy = load_policy("", world, from_config=shape.config())
         self.optimizer = make_optimizer(self.policy, lr=1e-6)
         words = ["--method", "grpo", "--max_response_tokens", "256", "--micro_batch_tokens", str(micro_batch_tokens)]
         self.args = luffy.parse_args(luffy.Args, words, method=luffy.METHODS, preset=luffy.PRESETS)

@@ -185,12 +185,7 @@ def kind_of(kernel: str) -> str:
 
 def random_policy(shape: scale.Shape, world):
     """A policy of a shape with random weights, whose layers can recompute their activations."""
-    return load_policy("random", world, gradient_checkpointing=True, from_config=dict(
-        model_type="qwen2", hidden_size=shape.hidden, intermediate_size=shape.intermediate, vocab_size=shape.vocab,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, tie_word_embeddings=shape.tied,
-        num_key_value_heads=shape.kv_width * shape.heads // shape.hidden, max_position_embeddings=32768,
-        eos_token_id=1, pad_token_id=0,
-    ))  # fmt: skip
+    return load_policy("random", world, gradient_checkpointing=True, from_config=shape.config())
 
 
 def step():

@@ -31,30 +31,19 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.scale import Shape  # noqa: E402
 from common.data import pack  # noqa: E402
 from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
 from common.trainer import init_world, load_policy  # noqa: E402
 from common.vllm import VLLMSampler, vllm_version  # noqa: E402
 
-# hidden, layers, vocabulary; the rest follows
 SETTING = itemgetter("model", "rows", "tokens", "lengths")  # of a row of the results
 SIZES = {
-    "0.7M": (128, 4, 128), "10M": (256, 8, 8192), "50M": (512, 12, 16384), "135M": (576, 30, 49152),
-    "500M": (896, 24, 151936), "1.5B": (1536, 28, 151936),
+    "0.7M": Shape(4, 128, 256, 4, 128, 128), "10M": Shape(8, 256, 768, 8, 256, 8192),
+    "50M": Shape(12, 512, 1536, 8, 512, 16384, tied=True), "135M": Shape(30, 576, 1728, 9, 576, 49152, tied=True),
+    "500M": Shape(24, 896, 2688, 14, 896, 151936, tied=True),
+    "1.5B": Shape(28, 1536, 4608, 24, 1536, 151936, tied=True),
 }  # fmt: skip
-
-
-def load(name: str, world):
-    """The policy of a folder, or one with random weights of a size in SIZES."""
-    if name not in SIZES:
-        return load_policy(name, world)
-    hidden, layers, vocabulary = SIZES[name]
-    heads = hidden // 64 if hidden > 256 else hidden // 32
-    return load_policy(name, world, from_config=dict(
-        model_type="qwen2", hidden_size=hidden, intermediate_size=hidden * (2 if hidden < 256 else 3),
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, vocab_size=vocabulary,
-        max_position_embeddings=8192, tie_word_embeddings=hidden > 256, eos_token_id=1, pad_token_id=0,
-    ))  # fmt: skip
 
 
 def measure(sampler, prompts, group: int, tokens: int, seed: int) -> tuple[int, float]:
@@ -80,7 +69,8 @@ def mismatch(policy, sampler, prompts, tokens: int) -> dict[str, float]:
 
 def compare(name: str, args, world) -> list[dict]:
     """All measurements of one model."""
-    policy, rng, out = load(name, world), random.Random(0), []
+    config = SIZES[name].config() if name in SIZES else None
+    policy, rng, out = load_policy(name, world, from_config=config), random.Random(0), []
     vocabulary = policy.lm.get_input_embeddings().weight.shape[0]
     start = time.perf_counter()
     served = VLLMSampler(policy, world, stop_ids=[], max_tokens=args.prompt + max(args.tokens), gpu_memory=args.memory)

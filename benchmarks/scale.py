@@ -35,6 +35,15 @@ class Shape:
         heads = (1 if self.tied else 2) * self.vocab * self.hidden
         return self.layers * (self.layer + small) + self.hidden + heads
 
+    def config(self) -> dict:
+        """Settings of a Qwen2 of this shape: `load_policy`'s from_config."""
+        return dict(
+            model_type="qwen2", hidden_size=self.hidden, intermediate_size=self.intermediate, vocab_size=self.vocab,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, tie_word_embeddings=self.tied,
+            num_key_value_heads=self.kv_width * self.heads // self.hidden, max_position_embeddings=32768,
+            eos_token_id=1, pad_token_id=0,
+        )  # fmt: skip
+
 
 MODELS = {
     "1.5B": Shape(28, 1536, 8960, 12, 256, 151936, tied=True),

@@ -42,17 +42,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 import luffy  # noqa: E402
 import redi  # noqa: E402
+from benchmarks.scale import Shape  # noqa: E402
 from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
 from common.trainer import check_finite, init_world, load_policy, make_optimizer, optimizer_step  # noqa: E402
 
-MODELS = {  # hidden, layers, vocabulary, the MLP's width, heads, heads of keys and values
-    "small": (256, 4, 2048, 768, 4, 4),  # 4.5 million parameters
-    "wide": (896, 2, 151936, 2688, 14, 2),
-    "1.5B": (1536, 28, 151936, 8960, 12, 2),  # Qwen2.5's
+MODELS = {
+    "small": Shape(4, 256, 768, 4, 256, 2048),  # 4.5 million parameters
+    "wide": Shape(2, 896, 2688, 14, 128, 151936),
+    "1.5B": Shape(28, 1536, 8960, 12, 256, 151936),  # Qwen2.5's, with an output matrix of its own
 }
 SIDES = ["ours", "trl", "bare"]
 SETTING = itemgetter("step", "lengths", "model", "new")  # of a row of the results
@@ -64,14 +65,9 @@ def make_model(name: str, p_eos: float, folder: Path) -> None:
     """A Qwen2 with random weights that ends its answers with probability p_eos at every token, and a tokenizer.
 
     All embeddings share a direction, which the last hidden state then has; the head's row of eos lies along it."""
-    hidden, layers, vocabulary, intermediate, heads, kv_heads = MODELS[name]
-    config = Qwen2Config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=4096,
-        tie_word_embeddings=False, eos_token_id=1, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
+    hidden, vocabulary = MODELS[name].hidden, MODELS[name].vocab
     torch.manual_seed(0)
-    lm = Qwen2ForCausalLM(config).eval()
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name].config(), bos_token_id=None)).eval()
     direction = F.normalize(torch.randn(hidden), dim=0)
     with torch.no_grad():
         lm.model.embed_tokens.weight += direction * lm.model.embed_tokens.weight.norm(dim=1).mean() * 3
@@ -243,7 +239,7 @@ def train_with_trl(step: str, folder: Path, lengths: str, rounds: int, between) 
             synchronize()
             between(state.global_step - 1, time.perf_counter() - self.start)
 
-    vocabulary, batches = MODELS[folder.name][2], range(rounds)
+    vocabulary, batches = MODELS[folder.name].vocab, range(rounds)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
 
     def text(ids):
@@ -297,7 +293,7 @@ def alternate(step: str, lengths: str, model: str, rounds: int) -> dict:
         tokens: dict[str, list[int]] = {"ours": [], "bare": []}
 
         def between(i: int, trl_seconds: float) -> None:
-            data = make_rows(step, lengths, MODELS[model][2], i)
+            data = make_rows(step, lengths, MODELS[model].vocab, i)
             for name, stepper in mine.items():
                 synchronize()
                 start = time.perf_counter()
@@ -342,7 +338,7 @@ def peak(step: str, lengths: str, model: str, which: str) -> dict[str, float]:
             stepper = {"ours": Ours, "bare": Bare}[which](step, folder)
             for i in range(2):
                 start = time.perf_counter()
-                stepper.step(make_rows(step, lengths, MODELS[model][2], i), seed=i + 1)
+                stepper.step(make_rows(step, lengths, MODELS[model].vocab, i), seed=i + 1)
                 synchronize()
                 seconds.append(time.perf_counter() - start)
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9  # in float32

@@ -16,13 +16,7 @@ SHAPES = [Shape(3, 64, 128, 2, 32, 97), Shape(2, 128, 256, 4, 128, 61), Shape(4,
 
 
 def policy_of(shape, world, checkpointing):
-    width = shape.hidden // shape.heads
-    config = dict(
-        model_type="qwen2", hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_width // width,
-        vocab_size=shape.vocab, tie_word_embeddings=shape.tied, max_position_embeddings=4096, eos_token_id=1,
-    )  # fmt: skip
-    return load_policy("small", world, from_config=config, gradient_checkpointing=checkpointing)
+    return load_policy("small", world, from_config=shape.config(), gradient_checkpointing=checkpointing)
 
 
 def test_the_published_sizes():
