@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
-from benchmarks.held_out import cell, mean_and_spread, save  # noqa: E402
 from common.metrics import read_metrics  # noqa: E402
 
 LONG = ["--max_prompt_tokens", "1000", "--max_response_tokens", "2000", "--eval_every", "0"]
@@ -109,19 +109,29 @@ def measure(folder: Path, games: Path, seed: int, bench: Bench, values: bool = F
     return found
 
 
+def by_policy(results: dict) -> dict[str, list[dict]]:
+    """What was measured of each policy, a dictionary for each seed."""
+    return {"sft": [results["sft"]]} | {name: list(runs.values()) for name, runs in results["runs"].items()}
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation (of the sample; 0 for one value)."""
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0
+
+
 def table(results: dict) -> str:
     """Markdown: success in percent by policy and by how it plays, mean ± standard deviation over the seeds."""
     ways = ["greedy", "sampled", *(f"best of {k} by V" for k in results["candidates"])]
     lines = ["| | " + " | ".join(ways) + " |", "| " + " | ".join(["---"] * (1 + len(ways))) + " |"]
-    for name, runs in {"sft": [results["sft"]], **results["runs"]}.items():
-        runs = list(runs.values()) if isinstance(runs, dict) else runs
+    for name, runs in by_policy(results).items():
         cells = []
-        for way, k in zip(ways, [None, None, *map(str, results["candidates"])], strict=True):
-            values = [r[way] if k is None else r.get("value", {}).get(k) for r in runs]
+        for way in ("greedy", "sampled", *map(str, results["candidates"])):
+            values = [(r | r.get("value", {})).get(way) for r in runs]
             if None in values:
                 cells.append("")
-                continue
-            cells.append(cell(values))
+            else:
+                middle, spread = mean_and_spread(values)
+                cells.append(f"{middle:.1f} ± {spread:.1f}" if len(values) > 1 else f"{middle:.1f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -132,7 +142,7 @@ def plot(results: dict, bench: Bench, path: Path) -> None:
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
-    bars = {"sft": [results["sft"]]} | {name: list(runs.values()) for name, runs in results["runs"].items()}
+    bars = by_policy(results)
     for i, way in enumerate(("greedy", "sampled")):
         points = [mean_and_spread([r[way] for r in runs]) for runs in bars.values()]
         axes[0].bar(
@@ -192,7 +202,10 @@ def main(bench: Bench) -> dict:
             run("oreo.py", "--preset", "tiny", *words, done=folder / "model")
             results["runs"][arm][str(seed)] = measure(folder, test, seed, bench, values=arm == "oreo")
     results["seconds"] = time.time() - started
-    path = save(results, table(results), bench.results)
+    path = Path(bench.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    path.with_suffix(".md").write_text(table(results) + "\n")
     plot(results, bench, path.with_suffix(".png"))
     print(f"\n{table(results)}\n\n{path}.json, {path}.md, {path}.png ({results['seconds']:.0f} s)")
     return results

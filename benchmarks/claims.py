@@ -35,6 +35,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean as mean
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 from benchmarks.blocks import Claim  # noqa: E402
-from benchmarks.held_out import drawn, error, mean  # noqa: E402
+from benchmarks.held_out import drawn, error  # noqa: E402
 from common.metrics import read_metrics  # noqa: E402
 from common.trainer import load_tokenizer  # noqa: E402
 from eval import difficulty  # noqa: E402

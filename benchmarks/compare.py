@@ -11,13 +11,13 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tyro  # noqa: E402
 
-from benchmarks.held_out import mean  # noqa: E402
 from common.metrics import plot_curves, read_metrics  # noqa: E402
 
 METRICS = (

@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import tyro  # noqa: E402
 
 import luffy  # noqa: E402
-from benchmarks.held_out import error, mean, solve_rates  # noqa: E402
+from benchmarks.held_out import drawn, error  # noqa: E402
 from common.metrics import plot_curves, read_metrics  # noqa: E402
 
 
@@ -47,7 +48,8 @@ def main(demo: Demo) -> dict:
     [source] = luffy.PRESETS["tiny"]["eval_data"]
 
     def measure(model: str, name: str) -> list[float]:
-        return solve_rates(model, source, demo.problems, tries=demo.tries, name=name)
+        groups = drawn(model, source, demo.problems, tries=demo.tries, name=name)
+        return [mean(reward for *_, reward in group) for group in groups]
 
     rates = {"base": measure(base, "base")}
     results: dict = {"seed": demo.seed, "problems": demo.problems, "tries": demo.tries, "models": {}}

@@ -1,8 +1,7 @@
-"""What the benchmarks that compare methods share: answers to held-out problems, and means over seeds."""
+"""What the benchmarks that compare methods share: answers to held-out problems, and the error of a mean."""
 
-import json
 import math
-from pathlib import Path
+from statistics import stdev
 
 import luffy
 from common.rollout import EmbeddedSampler, Sampling
@@ -35,45 +34,6 @@ def drawn(
     return [[(e.prompt, c.ids, next(rewards)) for c in group] for e, group in zip(examples, groups, strict=True)]
 
 
-def answers(model: str, source: str, problems: int, **how) -> list[list[tuple[float, int]]]:
-    """(reward, tokens) of each answer, [problems][tries]; `how` as in `drawn`."""
-    return [[(reward, len(ids)) for _, ids, reward in group] for group in drawn(model, source, problems, **how)]
-
-
-def solve_rates(model: str, source: str, problems: int, **how) -> list[float]:
-    """Share of right answers to each held-out problem, [problems]; `how` as in `answers`."""
-    return [mean([reward for reward, _ in group]) for group in answers(model, source, problems, **how)]
-
-
-def mean(values) -> float:
-    """Of at least one value."""
-    values = list(values)
-    return math.fsum(values) / len(values)  # from Python 3.12 on `sum` rounds otherwise
-
-
-def error(values) -> float:
+def error(values: list[float]) -> float:
     """Standard error of the mean; NaN for one value."""
-    values = list(values)
-    if len(values) < 2:
-        return math.nan
-    return math.sqrt(math.fsum((v - mean(values)) ** 2 for v in values) / (len(values) - 1) / len(values))
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation (of the sample; 0 for one value)."""
-    return mean(values), error(values) * math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def cell(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds, where there are some."""
-    middle, spread = mean_and_spread(values)
-    return f"{middle:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else "")
-
-
-def save(results: dict, table: str, path: str) -> Path:
-    """Write PATH.json and PATH.md -> PATH, for the plot beside them."""
-    found = Path(path)
-    found.parent.mkdir(parents=True, exist_ok=True)
-    found.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    found.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
-    return found
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

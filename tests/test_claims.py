@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import threading
+from statistics import fmean as mean
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ import relift
 from benchmarks import claims
 from benchmarks.blocks import Claim, Run, made
 from benchmarks.claims import BLOCKS, Block, Flags, check, contrast, holm, p_value, verdict
-from benchmarks.held_out import error, mean
+from benchmarks.held_out import error
 from common.trainer import parse_args
 
 # ------------------------------------------------------------------------------------------------ statistics

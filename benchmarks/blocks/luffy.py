@@ -15,9 +15,9 @@ sft, rl_sft, relift and sft_grpo, or if its answers have no more intermediate re
 
 import json
 import re
+from statistics import fmean as mean
 
 from benchmarks.blocks import Claim, Run, made
-from benchmarks.held_out import mean
 
 PROBLEMS = "-m igsm --ops 5 8 --style symbolic --modulus 23 --max_params 4 --max_literal 9 --no_shuffle --no_subgoals"
 TRAIN = "--preset tiny --data {train}/rows.jsonl --seed {seed} --out {out} --lr {lr} --eval_every 0 --log_samples 16"

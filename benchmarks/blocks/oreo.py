@@ -25,12 +25,12 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 
 import torch
 import tyro
 
 from benchmarks.blocks import Claim, Run, made, walks
-from benchmarks.held_out import mean
 from common.data import pack
 from common.metrics import read_metrics
 from common.search import state_values

@@ -26,9 +26,9 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from statistics import fmean as mean
 
 from benchmarks.blocks import Claim, Run, made
-from benchmarks.held_out import mean
 from common.metrics import read_metrics
 
 RUN = "--preset tiny --seed {seed} --out {out} --eval_every 0 --log_samples 0"
