@@ -67,8 +67,8 @@ def linear_logprobs(
     settings = _check(hidden, weight, targets, temperature, backend), _form(temperature, cap, scale), entropy
     keep = (_has_room(hidden, weight) if keep is None else keep) and not cap
     tiling = _tiling(hidden, weight, chunk_size, tile_size)
-    logp, ent = _Linear.apply(hidden, weight, targets, None, None, settings, tiling, keep)
-    return (logp, ent) if entropy else logp
+    logp, negated = _Linear.apply(hidden, weight, targets, None, None, settings, tiling, keep)
+    return (logp, -negated) if entropy else logp
 
 
 def logprobs_from_logits(
@@ -80,8 +80,8 @@ def logprobs_from_logits(
     if fused:
         logits = logits.contiguous()
     tiling = _slices(n, max(1, n if fused else chunk_size or 2**22 // v)), [slice(0, v)]
-    logp, ent = _Linear.apply(logits, None, targets, None, None, settings, tiling, False)
-    return (logp, ent) if entropy else logp
+    logp, negated = _Linear.apply(logits, None, targets, None, None, settings, tiling, False)
+    return (logp, -negated) if entropy else logp
 
 
 def linear_kl(
@@ -193,6 +193,12 @@ class _Head:
         return z
 
 
+def _heads(hidden, weight, ref_hidden, ref_weight, fused):
+    """The policy's head and, if there is one, the reference's."""
+    head = _Head(hidden, weight, fused)
+    return [head] if ref_hidden is None else [head, _Head(ref_hidden, ref_weight, fused)]
+
+
 class _Grads:
     """Accumulates tiles of the logits' gradient: all chunks of tokens for one vocabulary tile, then for the next."""
 
@@ -223,31 +229,30 @@ class _Grads:
 
 
 class _Linear(torch.autograd.Function):
-    """(logp, entropy or None) of targets; or, with a reference and targets nowhere, (NaN, kl)."""
+    """(logp, minus the entropy or None) of targets; or, with a reference and targets nowhere, (NaN, kl)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, ref_hidden, ref_weight, settings, tiling, keep):
-        head, (rows, cols) = _Head(hidden, weight, settings[0]), tiling
-        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, settings[0])
+        heads, (rows, cols) = _heads(hidden, weight, ref_hidden, ref_weight, settings[0]), tiling
         kept = _Kept(hidden, weight, cols) if keep and any(ctx.needs_input_grad) else None
         state = _new_state(hidden)
         for i, c in enumerate(cols):
             for r in rows:
-                tiles = [head.tile(r, c)] if ref is None else [head.tile(r, c), ref.tile(r, c)]
+                tiles = [head.tile(r, c) for head in heads]
                 _absorb(tiles, targets[r] - c.start, state[:, r], *settings, kept and kept.tile(i, r, c))
         ctx.save_for_backward(hidden, weight, targets, ref_hidden, ref_weight, state)
         ctx.settings, ctx.tiling, ctx.kept = settings, tiling, kept
         ctx.set_materialize_grads(False)
-        return _outputs(state, -1 if ref is None else 1, settings[-1], head.sum_dtype)
+        return _outputs(state, settings[-1], heads[0].sum_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_other):
         hidden, weight, targets, ref_hidden, ref_weight, state = ctx.saved_tensors
         fused, form, _ = ctx.settings
-        head, (rows, cols) = _Head(hidden, weight, fused), ctx.tiling
-        ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, fused)
-        factors = _factors(state, grad_logp, grad_other, -1 if ref is None else 1, form, head.sum_dtype)
+        heads, (rows, cols) = _heads(hidden, weight, ref_hidden, ref_weight, fused), ctx.tiling
+        head = heads[0]
+        factors = _factors(state, grad_logp, grad_other, form, head.sum_dtype)
         kept, ctx.kept = ctx.kept, None  # a second backward computes the logits again
         # The memory that g is written to:
         #   logits were given            all of g, [N, V], is what the caller gets
@@ -261,16 +266,14 @@ class _Linear(torch.autograd.Function):
             grads = _Grads(head, ctx.needs_input_grad)
         for i, c in enumerate(cols):
             for r in rows:
-                tiles, stored = [], kept and kept.tile(i, r, c)
-                if not kept:
-                    tiles = [head.tile(r, c)] if ref is None else [head.tile(r, c), ref.tile(r, c)]
+                tiles = [] if kept else [head.tile(r, c) for head in heads]
                 if whole is not None:
                     g = whole[r, c]
                 elif head.dtype != head.sum_dtype:
                     g = torch.empty(r.stop - r.start, c.stop - c.start, dtype=head.dtype, device=hidden.device)
                 else:
                     g = tiles[0] if tiles else head.empty(r, c)
-                weighted = grad_other is not None
+                weighted, stored = grad_other is not None, kept and kept.tile(i, r, c)
                 _gradient(tiles, g, targets[r] - c.start, factors[:, r], fused, form, weighted, stored)
                 if whole is None:
                     grads.add(g, r, c)
@@ -297,8 +300,7 @@ class _Kept:
 # The token side: what is known of every token, and how a tile of logits adds to it or becomes its gradient.
 # tiles: [z [n, v]] of the policy and, for the KL, of the reference. targets: [n], indices in the tile, or elsewhere
 # when outside of [0, v). weighted: whether u, or the gradient through it, is wanted. kept: (E, top) of the tile, or
-# None. sign: of the KL's form, u / (1 + s) - log1p(s) + log1p(s'), in the second output: -1 makes it the entropy, where
-# s' is 0.
+# None.
 
 
 def _new_state(hidden):
@@ -309,13 +311,14 @@ def _new_state(hidden):
     return state
 
 
-def _outputs(state, sign, weighted, dtype):
+def _outputs(state, weighted, dtype):
+    """Log-probs and, if weighted, the KL; without a reference, where s' is 0, that is minus the entropy."""
     m, s, u, z_y, _, s_ref = state
-    logp, other = (z_y - m) - s.log1p(), sign * (u / (1 + s) - s.log1p() + s_ref.log1p())
+    logp, other = (z_y - m) - s.log1p(), u / (1 + s) - s.log1p() + s_ref.log1p()
     return logp.to(dtype), other.to(dtype) if weighted else None
 
 
-def _factors(state, grad_logp, grad_other, sign, form, dtype):
+def _factors(state, grad_logp, grad_other, form, dtype):
     """m, f0, f1, g_y, m' [5, N] such that g_j = exp(z_j - m) (f0 + f1 w_j), but g_y for the target; without a cap's
     slope."""
     m, s, u, z_y, m_ref, _ = state
@@ -325,7 +328,7 @@ def _factors(state, grad_logp, grad_other, sign, form, dtype):
     if grad_logp is not None:
         f0, g_y = -grad_logp / total, -grad_logp * logp.expm1()
     if grad_other is not None:
-        f1 = sign * grad_other / total
+        f1 = grad_other / total
         f0, g_y = f0 - f1 * mean, g_y + f1 * x_y.exp() * (x_y - mean)
     divisor = form[0] / (form[1] or 1.0)
     return torch.stack((m, f0 / divisor, f1 / divisor, g_y / divisor, m_ref)).to(dtype)
