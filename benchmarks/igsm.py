@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,9 +51,7 @@ def count_problems(n: int, ops: tuple[int, int]) -> dict[str, float]:
 
 def count_behaviors(n: int, ops: tuple[int, int]) -> dict[str, float]:
     """Means over solutions with BRIDGE's behaviours: a solution, or a line."""
-    names = ("with_reflection", "reflections", "analyses", "flat_analyses", "redundant", "long_chains", "lines",
-             "vanilla_lines", "characters", "vanilla_characters", "accepted")  # fmt: skip
-    found = dict.fromkeys(names, 0.0)
+    found = Counter()
     for p in problems(n, ops=ops):
         told = retell(p, **BRIDGE)
         check, vanilla = (check_solution(x.question, x.solution, x.categories) for x in (told, p))
