@@ -479,8 +479,6 @@ def _name(rnd, structure, formulas, values):
         else:
             owner, layer, _, _ = structure.abstract[v - num_instance]
             owner, thing = flat[owner], categories[layer]
-        terms = tuple([
-            (place[term[0]],) if len(term) == 1 else (place[term[0]], place[term[1]]) for term in terms
-        ])  # fmt: skip
+        terms = tuple([tuple([place[p] for p in term]) for term in terms])
         nodes.append(Node(owner, thing, v >= num_instance, const, const_op, sign, terms, values[v]))
     return nodes, dict(zip(reversed(categories), reversed(items)))
