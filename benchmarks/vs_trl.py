@@ -61,11 +61,13 @@ LR = 1e-6  # small enough for the weights, and with them the lengths of answers,
 PROMPT, GROUP, QUESTIONS, NEW, TOTAL, ROWS = 16, 8, 8, 64, (32, 256), 32
 
 
-def make_model(name: str, p_eos: float, folder: Path) -> None:
-    """A Qwen2 with random weights that ends its answers with probability p_eos at every token, and a tokenizer.
+def make_model(name: str, step: str, lengths: str, folder: Path) -> None:
+    """A Qwen2 with random weights, and a tokenizer. For ragged answers (GRPO) eos has a probability of 1 in 28 at every
+    token, else of nearly 0.
 
     All embeddings share a direction, which the last hidden state then has; the head's row of eos lies along it."""
     hidden, vocabulary = MODELS[name].hidden, MODELS[name].vocab
+    p_eos = 1 / 28 if step == "grpo" and lengths == "ragged" else 1e-9
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name].config(), bos_token_id=None)).eval()
     direction = F.normalize(torch.randn(hidden), dim=0)
@@ -139,37 +141,36 @@ class Ours:
 
     def step(self, data, seed: int) -> int:
         """-> response tokens trained."""
-        if self.step_name == "grpo":
-            groups = self.sampler.generate(
-                data, n=GROUP, keys=list(range(len(data))), seed=seed, sampling=Sampling(NEW)
-            )
-            self.sampler.sleep()
-            rows = [luffy.Row(data[g], c.ids, g, False, c.logps, c.truncated, reward(c.ids))
-                    for g, group in enumerate(groups) for c in group]  # fmt: skip
-            rewards, question = torch.tensor([r.reward for r in rows]), torch.tensor([r.group for r in rows])
-            for row, a in zip(rows, luffy.group_advantages(rewards, question, std=True), strict=True):
-                row.advantage = a.item()
-        elif self.step_name == "sft":
-            rows = [luffy.Row(prompt, trace, g, True) for g, (prompt, trace) in enumerate(data)]
-        else:
-            return self.dpo(data)
-        if self.step_name == "grpo":
-            log = luffy.accumulate_gradient(self.policy, rows, None, self.args, self.world)
-        else:
-            log = luffy.accumulate_sft_gradient(self.policy, rows, self.args, self.world)
+        log, tokens = {"grpo": self.grpo, "sft": self.sft, "dpo": self.dpo}[self.step_name](data, seed)
         check_finite(log, self.policy, self.world)
         optimizer_step(self.policy, self.optimizer, lr=LR, max_grad_norm=1.0)
         if self.step_name == "grpo":
             self.sampler.sync(self.policy, seed)
-        return sum(len(row.response) for row in rows)
+        return tokens
 
-    def dpo(self, data) -> int:
+    def grpo(self, data, seed: int):
+        """-> metrics of the gradient, response tokens; so do the others."""
+        groups = self.sampler.generate(data, n=GROUP, keys=list(range(len(data))), seed=seed, sampling=Sampling(NEW))
+        self.sampler.sleep()
+        rows = [luffy.Row(data[g], c.ids, g, False, c.logps, c.truncated, reward(c.ids))
+                for g, group in enumerate(groups) for c in group]  # fmt: skip
+        rewards, question = torch.tensor([r.reward for r in rows]), torch.tensor([r.group for r in rows])
+        for row, a in zip(rows, luffy.group_advantages(rewards, question, std=True), strict=True):
+            row.advantage = a.item()
+        log = luffy.accumulate_gradient(self.policy, rows, None, self.args, self.world)
+        return log, sum(len(row.response) for row in rows)
+
+    def sft(self, data, seed: int):
+        rows = [luffy.Row(prompt, trace, g, True) for g, (prompt, trace) in enumerate(data)]
+        log = luffy.accumulate_sft_gradient(self.policy, rows, self.args, self.world)
+        return log, sum(len(row.response) for row in rows)
+
+    def dpo(self, data, seed: int):
         pairs = [redi.Pair(*(array("i", ids) for ids in pair), index=i) for i, pair in enumerate(data)]
         for pair, sums in zip(pairs, redi.reference_logps(self.policy, pairs, self.args, self.world), strict=True):
             pair.reference = tuple(sums)
-        check_finite(redi.accumulate_gradient(self.policy, pairs, self.args, self.world), self.policy, self.world)
-        optimizer_step(self.policy, self.optimizer, lr=LR, max_grad_norm=1.0)
-        return sum(len(p.chosen) + len(p.rejected) for p in pairs)
+        log = redi.accumulate_gradient(self.policy, pairs, self.args, self.world)
+        return log, sum(len(p.chosen) + len(p.rejected) for p in pairs)
 
 
 class Bare:
@@ -287,7 +288,7 @@ def alternate(step: str, lengths: str, model: str, rounds: int) -> dict:
     """Seconds of each round, in turns."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / model
-        make_model(model, 1 / 28 if step == "grpo" and lengths == "ragged" else 1e-9, folder)
+        make_model(model, step, lengths, folder)
         mine = {"ours": Ours(step, folder), "bare": Bare(step, folder)}
         seconds: dict[str, list[float]] = {"ours": [], "trl": [], "bare": []}
         tokens: dict[str, list[int]] = {"ours": [], "bare": []}
@@ -389,7 +390,7 @@ def main() -> None:
     NEW = args.new
     step, lengths = args.steps[0], args.lengths[0]
     if args.make:
-        return make_model(args.make.name, 1 / 28 if step == "grpo" and lengths == "ragged" else 1e-9, args.make)
+        return make_model(args.make.name, step, lengths, args.make)
     if args.one:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         found = alternate(step, lengths, args.model, args.rounds) if args.one == "turns" else peak(
