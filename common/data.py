@@ -52,8 +52,8 @@ def to_disk(path: Path) -> None:
     os.close(descriptor)
 
 
-def not_the_models(error: Exception) -> bool:
-    """Return whether an error is not about the model: an InputError, out of memory, or a collective whose peer died."""
+def unrelated_to_model(error: Exception) -> bool:
+    """Whether an error says nothing about the model: an InputError, out of memory, or a collective whose peer died."""
     known = isinstance(error, (InputError, torch.OutOfMemoryError, dist.DistError))
     return known or any(name in str(error) for name in ("gloo", "NCCL"))
 
@@ -109,7 +109,7 @@ def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
 
 
 BLOCK = {"cpu": 0.94, "cuda": 1.0}  # shortest row of a block of attention, as a fraction of its longest
-RAGGED = (torch.bfloat16, torch.float16)  # what CUDA's kernel for rows of any length computes in
+RAGGED_DTYPES = (torch.bfloat16, torch.float16)  # what CUDA's kernel for rows of any length computes in
 QUERIES = 512  # queries whose scores are in memory at once in `_written_out`
 
 
@@ -283,7 +283,7 @@ def read(model, batch: TokenBatch) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
-SEEN = {"position_ids", "use_cache", "is_causal"}  # arguments of attention that the pattern covers already
+COVERED = {"position_ids", "use_cache", "is_causal"}  # arguments of attention that the pattern covers already
 
 
 @torch.compiler.disable
@@ -297,7 +297,7 @@ def packed_attention(
     sliding_window: number of keys that a query sees, its own included. softcap: scores become
     softcap * tanh(scores / softcap). s_aux: [heads], a logit for one more column of the softmax (attention sinks).
     Raises NotImplementedError if a layer hands over anything else."""
-    unknown = [name for name, x in more.items() if name not in SEEN and x is not None and x is not False]
+    unknown = [name for name, x in more.items() if name not in COVERED and x is not None and x is not False]
     unknown += ["dropout"] if dropout else []
     if not isinstance(attention_mask, Pattern):
         unknown.append("a mask of its own")
@@ -310,7 +310,7 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     q, k, v = (x if packing.dense else _ToGrid.apply(x, packing) for x in (q, k, v))
     supported = (pattern.causal or sliding_window) and q.shape[-1] == v.shape[-1]  # by _ragged_attention's kernel
-    if query.is_cuda and query.dtype in RAGGED and supported and s_aux is None and softcap is None:
+    if query.is_cuda and query.dtype in RAGGED_DTYPES and supported and s_aux is None and softcap is None:
         out = _ragged_attention(q, k, v, pattern, scaling)
     else:
         out = _block_attention(q, k, v, pattern, scaling, softcap=softcap, sinks=s_aux)

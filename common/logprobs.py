@@ -345,8 +345,8 @@ def _locate(targets, v):
 
 
 def _exp_sum(x, m, s):
-    """Adds logits x [n, v] to the maximum m and the sum s so far. x becomes relative to its own maximum; returns its
-    exponentials, their sum, and where the maximum so far and the tile's own stand relative to the new one.
+    """Update the maximum m and the sum s of each token with logits x [n, v]; x becomes x - its own maximum. Returns
+    exp(x), its sum, the old maximum - the new one, and the tile's maximum - the new one.
     """
     top, argmax = x.max(1, keepdim=True)
     e = x.sub_(top.clamp_(min=LOWEST)).exp()

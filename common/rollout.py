@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common.data import InputError, first_line, not_the_models, pack
+from common.data import InputError, first_line, pack, unrelated_to_model
 from common.logprobs import free_memory
 from common.trainer import Policy, World, distance, full_parameters, logit_form, max_positions, reshard, tolerance
 
@@ -206,7 +206,7 @@ class EmbeddedSampler(Sampler):
                 self.lm.set_attn_implementation("eager")  # SDPA silently ignores a soft cap of scores
             why = f"its log-probs are {gap:.2g} standard deviations from the policy's"
         except Exception as error:
-            if not_the_models(error):
+            if unrelated_to_model(error):
                 raise
             why = first_line(error)
         reshard(policy)

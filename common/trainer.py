@@ -45,7 +45,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from common.data import InputError, TokenBatch, first_line, not_the_models, pack, read, to_disk
+from common.data import InputError, TokenBatch, first_line, pack, read, to_disk, unrelated_to_model
 from common.logprobs import free_memory, linear_kl, linear_logprobs
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -540,7 +540,7 @@ def prove(model, flag: str) -> None:
     except NotImplementedError as error:  # raised by packed_attention or packed_mask
         why = first_line(error)
     except Exception as error:
-        if not_the_models(error):
+        if unrelated_to_model(error):
             raise
         why = f"{OWN_ATTENTION} ({first_line(error)})"
     finally:
