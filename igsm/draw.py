@@ -11,10 +11,8 @@ def draw(problem, path):
     An arrow of the left graph reads "has", of the right one "is needed for". A box of the right graph gives the
     parameter, its letter and formula, its value and its operations; leaves are at the top.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     nodes, asked = problem.nodes, problem.num_necessary - 1
@@ -23,11 +21,11 @@ def draw(problem, path):
     layers = list(problem.categories.items())
     left = max(len(items) for _, items in layers)
     svg = str(path).endswith(".svg")
-    with matplotlib.rc_context({"svg.hashsalt": "igsm"}):
-        figure, (structure, dependencies) = plt.subplots(
-            1, 2, figsize=(1.35 * left + 2.5 * widest, 1.4 * max(len(layers), len(levels)) + 1),
-            width_ratios=[1.35 * left, 2.5 * widest], layout="constrained", dpi=72 if svg else 110,
-        )  # fmt: skip
+    widths = [1.35 * left, 2.5 * widest]
+    with rc_context({"svg.hashsalt": "igsm"}):
+        size = (sum(widths), 1.4 * max(len(layers), len(levels)) + 1)
+        figure = Figure(figsize=size, layout="constrained", dpi=72 if svg else 110)
+        structure, dependencies = figure.subplots(1, 2, width_ratios=widths)
 
         def box(axis, x, y, text, color, style="-"):
             return axis.text(x, y, text, ha="center", va="center", fontsize=8, zorder=2, linespacing=1.35,
@@ -82,7 +80,6 @@ def draw(problem, path):
             axis.axis("off")
         figure.draw_without_rendering()  # the boxes get their sizes, at which arrows end
         figure.savefig(path, dpi="figure", metadata={"Date": None} if svg else None)
-        plt.close(figure)
 
 
 def _levels(nodes):
