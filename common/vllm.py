@@ -159,12 +159,10 @@ class VLLMSampler(Sampler):
     MAX_RESTARTS times per call. If it has never worked, the error is raised at once."""
 
     def __init__(
-        self, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int, gpu_memory: float = 0.0,
-        patience: float | None = None, **settings,
+        self, policy: Policy, world: World, *, stop_ids: list[int], max_tokens: int, gpu_memory: float = 0.0, **settings
     ):
         """stop_ids: ids that end a completion. max_tokens: of a prompt with its completion. gpu_memory: fraction of the
-        GPU for vLLM; 0: `free_share`. patience: seconds of silence that mean a hang; None: 120, on a CPU 1200.
-        settings: for LLM."""
+        GPU for vLLM; 0: `free_share`. settings: more arguments of vllm.LLM."""
         self.world, self.policy, self.max_tokens = world, policy, max_tokens
         self.stop_ids = sorted(set(stop_ids))
         self.cuda = world.device.type == "cuda"
@@ -193,7 +191,7 @@ class VLLMSampler(Sampler):
             "generation_config": "vllm",  # nothing but what a request asks for
             "logprobs_mode": "processed_logprobs",  # those of softmax(logits / temperature)
         } | special | settings  # fmt: skip
-        self.worker = Worker(config, settings, environment(world), patience or (120.0 if self.cuda else 1200.0))
+        self.worker = Worker(config, settings, environment(world), 120.0 if self.cuda else 1200.0)
         self.worker.start()
 
     @torch.no_grad()
@@ -258,16 +256,16 @@ class VLLMSampler(Sampler):
 
     def _send(self) -> None:
         """Wake the weights' memory, fill it through a shared buffer, free the buffer, wake the KV cache."""
-        sizes = [p.numel() * self.dtype.itemsize for p in self.empty.parameters()]
-        size = max(*sizes, min(sum(sizes), BUCKET))
+        needed = [p.numel() * self.dtype.itemsize for p in self.empty.parameters()]
+        size = max(*needed, min(sum(needed), BUCKET))
         weights = self._weights()
         try:
             buffer, address = self._buffer(size)
             self.worker.send("load", address)
-            for names, shapes, sizes in fill(buffer, weights):
+            for names, shapes, lengths in fill(buffer, weights):
                 if self.cuda:
                     torch.cuda.synchronize()
-                self.worker.send(names, shapes, sizes, str(self.dtype).removeprefix("torch."))
+                self.worker.send(names, shapes, lengths, str(self.dtype).removeprefix("torch."))
                 self.worker.receive()  # it has a copy
             self.worker.send()
             self.worker.receive()

@@ -1,6 +1,6 @@
 """The process around `vllm.LLM` that common/vllm.py starts. It runs in vLLM's environment and imports nothing of ours.
 
-    python common/vllm_worker.py TRAINER_PID PIPE MEMORY FOLDER SETTINGS      file descriptors; arguments of LLM as JSON
+    python common/vllm_worker.py TRAINER_PID PIPE FOLDER SETTINGS      PIPE: a file descriptor; SETTINGS: JSON
 
 One request at a time comes through the pipe: (name of a function below, its arguments). An exception ends the
 process; its traceback is in the log, which the trainer has."""
