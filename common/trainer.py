@@ -620,8 +620,8 @@ def layers_to_keep(config, tokens: int, free: float) -> int:
     return c.num_hidden_layers if layers >= c.num_hidden_layers else max(0, layers - 1)
 
 
-def sizes(policy: nn.Module) -> tuple[int, int, int]:
-    """How many weights it has, how many of them are in no layer (embeddings, head), and those of its largest layer."""
+def count_weights(policy: nn.Module) -> tuple[int, int, int]:
+    """How many weights the policy has: in all, outside of its layers (embeddings, head), in its largest layer."""
     weights, *layers = (sum(p.numel() for p in part.parameters()) for part in (policy, *layers_of(policy.lm)))
     return weights, weights - sum(layers), max(layers, default=0)
 
@@ -631,7 +631,7 @@ def keep_activations(policy: Policy, tokens: int, world: World) -> None:
     update holds. Weights and optimizer must be there already, vLLM need not."""
     if world.device.type != "cuda":
         return
-    weights, root, layer = sizes(policy)
+    weights, root, layer = count_weights(policy)
     held = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad) / world.size  # gradients
     held += 2 * (root + 2 * layer if world.size > 1 else weights)  # gathered in bf16
     held += 2 * root + 6 * layer + 3e9  # the head's gradient; a layer's, in bf16 and float32; vLLM asleep

@@ -32,7 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from common.data import InputError, pack
 from common.rollout import Completion, Sampler, Sampling, cache_size
-from common.trainer import Policy, World, full_parameters, gather_lists, reshard, sizes
+from common.trainer import Policy, World, count_weights, full_parameters, gather_lists, reshard
 
 VLLM = "0.32.0"  # the version whose calls are used here
 MAX_RESTARTS = 3  # of one generate or sync
@@ -143,7 +143,7 @@ def free_share(policy: Policy, world: World) -> float:
     """The fraction of a GPU that may be vLLM's: 0.7, or what the models and optimizers on it leave beside the bf16
     weights that a sync's proof gathers (FSDP2 copies the root's) and 3 GB for contexts and buffers."""
     free, total = torch.cuda.mem_get_info(world.device)
-    weights, root, layer = sizes(policy)
+    weights, root, layer = count_weights(policy)
     room = min(0.7 * total, free - (4 * (root + layer) if world.size > 1 else 2 * weights) - 3e9)
     if room < 2 * weights:
         raise InputError(f"vLLM needs {2 * weights / 1e9:.1f} GB for the model's weights, and training leaves it "
