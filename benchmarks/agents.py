@@ -205,7 +205,7 @@ def main(bench: Bench) -> dict:
     path = Path(bench.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(table(results) + "\n")
+    path.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
     plot(results, bench, path.with_suffix(".png"))
     print(f"\n{table(results)}\n\n{path}.json, {path}.md, {path}.png ({results['seconds']:.0f} s)")
     return results

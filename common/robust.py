@@ -384,7 +384,9 @@ NAME = re.compile(
     r"|\\(?:angle|overline|triangle|vec)\W*\w+\W*)"
 )
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
-DECIMAL_COMMA = re.compile(r"^([^,;()⦃\[]*(?<![\d.])(?:0|[1-9]\d*)),(\d+(?<!,\d{3})|(?<=(?<!\d)0,)\d+)(?![\d.,])(?=[^,;]*$)")
+DECIMAL_COMMA = re.compile(  # before three digits only after a lone 0: 0,125
+    r"^([^,;()⦃\[]*(?<![\d.])(?:0|[1-9]\d*)),(\d+(?<!,\d{3})|(?<=(?<!\d)0,)\d+)(?![\d.,])(?=[^,;]*$)"
+)
 CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] "
 LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
 UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
