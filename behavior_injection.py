@@ -351,7 +351,7 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
                     row = igsm.row(igsm.retell(problem, **way), split, args.system_prompt)
                     lines[arm].append(json.dumps(row) + "\n")
     except ValueError as error:
-        raise InputError(f"problems of {name.rstrip('_')}: {error}") from error
+        raise InputError(f"problems of {name.rstrip('_')}: {error} (--ops, --val_ops, ... set them)") from error
     if not same_problems:
         for file in [record_file, *files.values()]:
             file.unlink(missing_ok=True)
@@ -415,7 +415,8 @@ def open_tokenizer(model: str, args: Args):
     """Return the tokenizer of a model. Its template ends prompts with "<think>", where the solutions go on."""
     if model.startswith(f"{args.out}/") and not Path(model).exists():
         raise InputError(f"{model} is missing: run the stage before this one first (--stage base or sft)")
-    return set_template(load_tokenizer(model), args.chat_template, args.chat_template_args, think=True)
+    tokenizer = load_tokenizer(model, flag="--sft_model" if model == args.sft_model else "--model")
+    return set_template(tokenizer, args.chat_template, args.chat_template_args, think=True)
 
 
 def train(args: Args) -> None:
@@ -425,8 +426,8 @@ def train(args: Args) -> None:
     model = {"base": args.model, "sft": model_of(args, "base", arm), "rl": model_of(args, "sft", arm)}[args.stage]
     run = Run(args, out=folder_of(args, args.stage, arm))
     world, tokenizer = run.world, open_tokenizer(model, args)
-    traces = "ignored" if rl else "needed"
-    examples, left_out = read_set(name, tokenizer, args, traces=traces, golds=rl, progress=world.main)
+    how = dict(golds=rl, progress=world.main)
+    examples, left_out = read_set(name, tokenizer, args, traces="ignored" if rl else "needed", **how)
     if args.prompt_loss and not rl:  # the prompt's tokens join the response, except the first, which nothing predicts
         examples = [replace(e, prompt=e.prompt[:1], trace=e.prompt[1:] + e.trace) for e in examples]
     held_out = read_set("val", tokenizer, args, traces="ignored")[0] if args.eval_every else []
@@ -526,10 +527,8 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
             print(f"{args.out}/data/{name}.jsonl: {in_words(left_out, args)}; {len(examples)} are asked")
         asked = read_questions(f"{args.out}/data/{name}.jsonl", args)
         my_questions, counts = range(world.rank, len(examples), world.size), [1] * len(examples)
-        rows = {}  # by temperature
-        for t in sorted({0.0, args.eval_temperature}):
-            rows[t] = sample_rows(sampler, examples, my_questions, counts, args, world, seed=args.seed + 1,
-                                  grader=grader, temperature=t)  # fmt: skip
+        rows = {t: sample_rows(sampler, examples, my_questions, counts, args, world, seed=args.seed + 1, grader=grader,
+                               temperature=t) for t in sorted({0.0, args.eval_temperature})}  # fmt: skip
         greedy, sampled = (grader.gather(rows[t], world) for t in (0.0, args.eval_temperature))
         checks = [igsm.check_solution(asked[row.example.index], row.text(tokenizer), modulus=args.modulus or None)
                   for row in sampled]  # fmt: skip

@@ -51,7 +51,7 @@ from torch import Tensor
 from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError, batch_indices, token_scales
 from common.metrics import plot_curves
-from common.rows import held_out_examples, in_words, read_examples, read_traces
+from common.rows import held_out_examples, in_words, read_examples, read_traces, with_kept
 from common.run import (
     Betas,
     NotNegative,
@@ -361,8 +361,8 @@ def read_problems(tokenizer, args: Args, *, traces: str = "needed", **options):
             examples = [dataclasses.replace(e, trace=e.trace[: max(1, args.max_row_tokens - len(e.prompt))])
                         for e in examples]  # fmt: skip
         kept = [e for e in examples if len(e.prompt) + len(e.trace) <= args.max_row_tokens]
-        counts |= {"row_too_long": len(examples) - len(kept), "kept": len(kept)}
-        examples = kept
+        counts |= {"row_too_long": len(examples) - len(kept)}
+        examples, counts = kept, with_kept(kept, counts, " ".join(args.data), args)
     return examples, counts
 
 
@@ -614,7 +614,7 @@ def iterate(args: Args) -> None:
     first = last = dict(model=args.model, value=args.value)  # last: of the round before
     for number in range(1, args.rounds + 1):
         out = Path(args.out) / f"round-{number}"
-        mine = dataclasses.replace(args, out=str(out), rounds=1, seed=args.seed + 1000 * number)
+        mine = dataclasses.replace(args, out=str(out), rounds=1, seed=(args.seed + 1000 * number) % 10**12)
         reference = last["model"] if args.round_reference == "last" else args.reference or args.model
         models = (last if args.round_init == "last" else first) | dict(reference=reference)
         if not (out / "model").exists():

@@ -31,7 +31,8 @@ def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, 
         raise InputError(f"{folder}: a training run, not an evaluation: run eval.py on its model first "
                          "(benchmarks/compare.py compares what runs logged)")  # fmt: skip
     records = read_records(path / "samples.jsonl")
-    if verifier and any(verifier not in a.get("verdicts", {}) for r in records.values() for a in r["answers"]):
+    answers = [answer for record in records.values() for answer in record["answers"]]
+    if verifier is not None and any(verifier not in answer.get("verdicts", {}) for answer in answers):
         raise InputError(f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier "
                          f"{verifier} (nothing is sampled twice), or name another with --verifier")  # fmt: skip
     return settings, records

@@ -53,6 +53,8 @@ def iter_rows(source: str, *, split: str = "train", limit: int | None = None, pr
     split: of a Hub dataset, of igsm problems, and of a folder that holds files of several splits.
     problems: how many problems igsm:LO-HI has if there is no `limit`."""
     path = Path(source)
+    if not source:
+        raise InputError("--data or --eval_data names nothing: an empty text")
     if source.startswith("igsm:"):
         rows = _igsm_rows(source, split, limit or problems)
     elif path.is_dir():

@@ -64,6 +64,7 @@ NotNegative = Annotated[T, ("0 or more and finite", lambda x: 0 <= x < math.inf)
 Betas = Annotated[tuple[float, float], ("two numbers from 0 up to 1, 1 excluded", lambda b: 0 <= min(b) <= max(b) < 1)]
 Share = Annotated[T, ("between 0 and 1", lambda x: 0 <= x <= 1)]
 Seed = Annotated[int, ("from 0 to 10^12", lambda seed: 0 <= seed <= 10**12)]
+Minutes = Annotated[float, ("above 0 and at most 10^7", lambda minutes: 0 < minutes <= 1e7)]
 Cap = Annotated[T, ("1 or more, or 0 for none", lambda x: x == 0 or x >= 1)]
 
 
@@ -117,7 +118,7 @@ class RunArgs:
     keep: Positive[int] = 2  # Checkpoints to keep. If the newest is damaged, the run resumes from the one before it.
     keep_best: bool = False  # Also keep the trained model of the highest eval/mean, in OUT/best.
     skip_bad_updates: bool = False  # Skip an update with a non-finite loss or gradient instead of stopping.
-    timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
+    timeout_minutes: Minutes = 30.0  # Abort if a rank does not respond for this many minutes.
     profile: NotNegative[int] = 0  # Profile this many steps from the second on: a summary, and traces in OUT/profile.
     log_samples: NotNegative[int] = 4  # Rows per step to write to samples.jsonl
     tensorboard: bool = False  # Also log to TensorBoard (in the run folder).
@@ -125,7 +126,7 @@ class RunArgs:
 
 
 def check_ranges(args) -> None:
-    """Raise InputError for a flag whose value is outside the range of its type."""
+    """Raise InputError for a flag whose value is outside the range of its type, and for values that no flag takes."""
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         for rule in getattr(kind, "__metadata__", ()):
             if isinstance(rule, tuple) and not rule[1](getattr(args, name)):
@@ -133,6 +134,15 @@ def check_ranges(args) -> None:
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         if choices and getattr(args, name) not in choices:  # tyro has checked typed values, but not a preset's
             raise InputError(f"--{name} must be one of {', '.join(map(repr, choices))}, not {getattr(args, name)}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} must be finite, not {value}")
+        if name in ("temperature", "eval_temperature") and 0 < value < 0.01:  # vLLM would take 0.01
+            raise InputError(f"--{name} must be 0.01 or more, not {value} (0, where it is allowed, is greedy)")
+    if getattr(args, "data", None) == ():
+        raise InputError("--data is empty")
+    if getattr(args, "out", None) == "" and type(args).out:  # RunArgs itself names no folder
+        raise InputError("--out is empty")
 
 
 def check_flags(args) -> None:
@@ -212,7 +222,8 @@ class Run:
             raise InputError(f"--out {self.out}: another process has written there meanwhile; run the command again")
         keep_weights(self.out, models, bool(self.state), self.world)
         if self.world.main:
-            resumes = f"; {self.out} resumes after step {self.start}" if self.start else ""
+            anew = f"; {self.out} has no checkpoint: its model is trained anew" if (self.out / "model").exists() else ""
+            resumes = f"; {self.out} resumes after step {self.start}" if self.start else anew
             if self.start == self.steps:
                 resumes = f"; all {self.steps} steps of {self.out} are done"
             print(f"{source}: {in_words(left_out, args)}; {len(self.held_out)} held-out; {self.steps} steps of "
@@ -359,6 +370,8 @@ class Run:
         self.metrics.close()
         if self.world.main:
             print(f"{self.out}: {', '.join(models)}, metrics.jsonl, samples.jsonl, curves.png")
+            if self.skipped:
+                print(f"WARNING: {self.skipped} updates were skipped (OUT/bad; --skip_bad_updates)", file=sys.stderr)
 
 
 def check_replaced(out: Path, models: dict[str, str], *, new: bool) -> None:

@@ -114,7 +114,7 @@ def write_parquet(path, rows):
 def main(argv=None):
     """Writes the file; returns the exit code: 2 with one line on stderr where the settings cannot be met."""
     args = tyro.cli(Args, args=argv, prog="python -m igsm", use_underscores=True)
-    half = Path(f".{os.getpid()}") if args.out is None else args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    half = Path(args.out or ".").parent / f".{getattr(args.out, 'name', '')}.{os.getpid()}"
     try:
         if args.n < 1:
             raise ValueError(f"--n must be 1 or more, got {args.n}")
@@ -145,7 +145,7 @@ def main(argv=None):
         write = {".jsonl": write_jsonl, ".parquet": write_parquet}[args.out.suffix]
         write(half, tqdm(rows, total=args.n, unit=" problems", desc=args.out.name))
         os.replace(half, args.out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OverflowError, OSError) as error:
         print(f"python -m igsm: error: {error}", file=sys.stderr)
         return 2
     finally:

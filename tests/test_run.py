@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -143,6 +144,22 @@ def test_a_run_does_not_go_on_from_another_start_model_of_the_same_path(tmp_path
     assert json.loads((tmp_path / "run" / "weights.json").read_text()) == written
     (tmp_path / "run" / "weights.json").unlink()  # a run of a version that did not write it
     resumed()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (luffy.Args(out=""), "--out is empty"),
+        (RunArgs(out="a", timeout_minutes=1e13), "--timeout_minutes must be above 0 and at most 10.7"),
+        (oreo.Args(data=()), "--data is empty"),
+        (oreo.Args(reward_shift=math.nan), "--reward_shift must be finite, not nan"),
+        (luffy.Args(temperature=1e-40), "--temperature must be 0.01 or more, not 1e-40"),
+        (luffy.Args(eval_temperature=1e-3), "--eval_temperature must be 0.01 or more, not 0.001 .0, where"),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_flag_takes_is_named(args, message):
+    with pytest.raises(InputError, match=message):
+        check_flags(args)
 
 
 def test_a_run_replaces_no_model_but_its_own(tmp_path, world):

@@ -253,7 +253,6 @@ def main(args: Args) -> None:
     if len(different) > 1:
         text += f"\nWhat differs between the runs:\n\n{table(different)}"
 
-    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "comparison.md", text)
     with open(out / "comparison.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -216,6 +216,8 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
 
 def main(args: Args) -> None:
     bridge.check(replace(args, stage="eval"))
+    if not args.arms:
+        raise InputError("--arms is empty: name one arm or more")
     world = init_world(args.timeout_minutes)
     for arm in args.arms:
         bridge.open_tokenizer(model_of(args, "sft", arm), args)  # an InputError if it is not there

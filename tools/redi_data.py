@@ -26,7 +26,17 @@ import redi
 from common.checkpoints import Checkpoints, digest_of
 from common.data import InputError
 from common.rows import Example, data_digest, encode, gold_unreadable, iter_rows
-from common.run import NotNegative, Positive, Seed, Share, check_flags, keep_answers, open_tokenizer, write_lines
+from common.run import (
+    Minutes,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    check_flags,
+    keep_answers,
+    open_tokenizer,
+    write_lines,
+)
 from common.shapes import IN_A_BOX, VERDICTS, Item, Trace, read_row
 from common.trainer import init_world, launch, load_policy, parse_args
 
@@ -59,7 +69,7 @@ class Args:
     rollout_gpu_memory: Share[float] = 0.0  # Fraction of each GPU's memory for vLLM. 0: what is free, at most 0.7
     sampler_tokens: NotNegative[int] = 0  # Largest batch of the embedded sampler, as in redi.py
     seed: Seed = 42  # Seed of order, sampling and corruption
-    timeout_minutes: Positive[float] = 30.0  # Abort if a rank does not respond for this many minutes.
+    timeout_minutes: Minutes = 30.0  # Abort if a rank does not respond for this many minutes.
     temperature, batch_size = 1.0, 256  # no flags: own answers are sampled, graded and saved 256 questions at a time
 
 
@@ -222,7 +232,8 @@ def main(args: Args) -> None:
     funnel |= {"no right trace": len(positives) - len(problems), "positives.jsonl": len(positives)}
     funnel |= {"no wrong trace": len(rows) - len(positives)}
     if not rows:
-        raise InputError(f"{args.data}: no pair is left ({funnel}); --own_answers samples wrong ones of --model")
+        hint = "" if args.own_answers else "; --own_answers samples wrong ones of --model"
+        raise InputError(f"{args.data}: no pair is left ({funnel}){hint}")
 
     pairs, count = redi.make_pairs(rows, tokenizer, training, source=args.data, progress=world.main)
     funnel |= {name.replace("_", " "): -n for name, n in count.items() if name not in ("rows", "kept")}
