@@ -391,7 +391,8 @@ def block_table(results: dict) -> str:
     columns = {"sampled, %": "sampled", "greedy, %": "greedy"} | {f"{b} ({n}), %": b for b, n in sizes.items()}
     columns |= results["columns"]
     costs = {"updates": ",.0f", "sampled_tokens": ",.0f", "demonstrations": ",.0f", "operations": ".1e"}
-    lines = ["| | rate | " + " | ".join([*columns, *(name.replace("_", " ") for name in costs)]) + " |"]
+    titles = [name.replace("_", " ").replace("operations", "FLOPs") for name in costs]  # a problem has operations too
+    lines = ["| | lr | " + " | ".join([*columns, *titles]) + " |"]
     lines.append("| --- " * (2 + len(columns) + len(costs)) + "|")
     for name, row in results["rows"].items():
         rate, seeds = results["rates"].get(name), list(row.values())

@@ -4,7 +4,7 @@
     python benchmarks/igsm.py --problems 500      # a quick look
 
 Every question is solved from its text alone and every solution read back by the checker, in the three styles. The
-second table is of natural solutions with BRIDGE's behaviours (subgoals, reflection 0.1, analysis by the number of
+second table is of natural solutions with BRIDGE's behaviors (subgoals, reflection 0.1, analysis by the number of
 parents) and of the same problems without. The original's figures beside them are of its published data.
 """
 
@@ -50,7 +50,7 @@ def count_problems(n: int, ops: tuple[int, int]) -> dict[str, float]:
 
 
 def count_behaviors(n: int, ops: tuple[int, int]) -> dict[str, float]:
-    """Means over solutions with BRIDGE's behaviours: a solution, or a line."""
+    """Means over solutions with BRIDGE's behaviors: a solution, or a line."""
     found = Counter()
     for p in problems(n, ops=ops):
         told = retell(p, **BRIDGE)
@@ -71,7 +71,7 @@ def count_behaviors(n: int, ops: tuple[int, int]) -> dict[str, float]:
 
 
 def tables(results: dict) -> str:
-    """Markdown: problems, behaviours."""
+    """Markdown: problems, behaviors."""
     lines = ["| operations | solved from text | accepted: natural, define, symbolic | zero answers | mod 23 | "
              "templates in both splits | largest number | problems a second |", "| --- " * 8 + "|"]  # fmt: skip
     for ops, f in results["problems"].items():

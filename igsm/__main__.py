@@ -34,7 +34,7 @@ class Args:
 
         python -m igsm --n 100000 --style symbolic --modulus 23 --max_params 8 --out train.jsonl
 
-    BRIDGE's three behaviours in the solutions; one problem drawn as a graph:
+    BRIDGE's three behaviors in the solutions; one problem drawn as a graph:
 
         python -m igsm --n 2000 --ops 15 20 --subgoals --reflection 0.1 --analysis table --out bridge.jsonl
 

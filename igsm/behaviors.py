@@ -1,12 +1,12 @@
-"""Behaviours: the same problem solved in other steps. What BRIDGE (arXiv 2505.18917) injects before RL.
+"""Behaviors: the same problem solved in other steps. What BRIDGE (arXiv 2505.18917) injects before RL.
 
     reflection   looks ahead at a parameter, lists its unknown parents, and comes back to it later
     analysis     repeats the question's sentence before using it
     subgoals     writes every intermediate result of an equation (text.py, `worked`)
-    retry        Meta's comparable behaviour (arXiv 2408.16293): begins a parameter too early, then writes "BACK"
+    retry        Meta's comparable behavior (arXiv 2408.16293): begins a parameter too early, then writes "BACK"
 
 A solution is planned here as a list of steps and told in text.py. Nothing planned here is ever wrong: a
-reflection or a retry only says that something is not known yet, which is true. Each behaviour draws from a
+reflection or a retry only says that something is not known yet, which is true. Each behavior draws from a
 random stream of its own (problem.py), so that the same look-aheads are in a solution with and without
 analyses, and all arms of an experiment share their problems.
 """
@@ -29,10 +29,10 @@ class Step(NamedTuple):
 
 
 def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, retry=0.0, stream):
-    """The steps of a solution that computes the necessary nodes in `order`, with its behaviours.
+    """The steps of a solution that computes the necessary nodes in `order`, with its behaviors.
 
     nodes: graph.Node; order: a topological order of the necessary ones, asked last. stream(name) gives the
-    random.Random of a behaviour.
+    random.Random of a behavior.
 
     reflection: before each line but the first and the last, the chance to look at another parameter first:
     with 0.3 a redundant one, else a later one of the order. If all its parents are known it is simply

@@ -12,7 +12,7 @@ A step of any style gives a parameter, the letter for it, and one of
 A chain is right if all parents were computed before, its first member is the question's formula (the order of
 a sum or a product is free), its second member is the first with the letters' values put in, and all members
 are worth the same as the true value. A reflection is right if the parents it names are exactly those not
-computed, a retry if there are such parents. How each behaviour looks in each style: text.py.
+computed, a retry if there are such parents. How each behavior looks in each style: text.py.
 """
 
 import re

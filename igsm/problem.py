@@ -68,7 +68,7 @@ def problems(
     reflection, analysis, retry, question_variant, solution_variant: as for `retell`.
 
     Problem i depends on (seed, i) and the settings only, not on n: any part of a set can be made on its own,
-    and structure and values do not depend on style, subgoals, behaviours or variants.
+    and structure and values do not depend on style, subgoals, behaviors or variants.
 
     Raises ValueError at once if a setting makes no sense, and while iterating if no problem fits all settings.
     """
@@ -98,7 +98,7 @@ def problems(
 
 
 def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, question_variant=0, solution_variant=0):
-    """The same problem in the same style with other behaviours (behaviors.py), several times faster than drawn anew.
+    """The same problem in the same style with other behaviors (behaviors.py), several times faster than drawn anew.
 
     subgoals: the solution writes every intermediate result.
     reflection: chance of a look-ahead before a line (BRIDGE: 0.1).
@@ -111,8 +111,8 @@ def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, 
     (RC-Aug has 1, 2, 3); letters stay in the symbolic style, where they are the question's. The order's template
     is on the problem's side of the split (where no other order is: the same order).
 
-    Each behaviour draws from a stream of its own, made of the problem's seed, its index and the variant.
-    Raises ValueError for what is no chance, and for behaviours in the style "define", which has no words for
+    Each behavior draws from a stream of its own, made of the problem's seed, its index and the variant.
+    Raises ValueError for what is no chance, and for behaviors in the style "define", which has no words for
     them.
 
     >>> [p] = generate(1, style="symbolic", modulus=23, max_params=4, max_literal=9, seed=3)

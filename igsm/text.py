@@ -9,7 +9,7 @@
                solution  v=5*b=5*2=10
 
 The symbolic style has no names that show what an abstract parameter sums over, so its conditions include
-these sums. Behaviours (behaviors.py) look like this:
+these sums. Behaviors (behaviors.py) look like this:
 
                natural                                                          symbolic
     analysis   We know that it equals 5 times each Oak Crate's Apple.           v(5*b)=5*b=5*2=10

@@ -56,7 +56,7 @@ def fixed_rows() -> list[Row]:
 
 
 def gradient(world, method: str, micro_batch_tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The whole gradient and the metrics of an update whose behaviour policy is a little different."""
+    """The whole gradient and the metrics of an update whose behavior policy is a little different."""
     args = dataclasses.replace(
         Args(method=method, max_response_tokens=30, micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01),
         **{k: v for k, v in METHODS.get(method, {}).items() if k in ("clip",)},

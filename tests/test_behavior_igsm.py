@@ -1,4 +1,4 @@
-"""igsm's behaviours: the same problem in other steps, what the checker knows of them, and the picture of a problem."""
+"""igsm's behaviors: the same problem in other steps, what the checker knows of them, and the picture of a problem."""
 
 import json
 import random
@@ -23,7 +23,7 @@ WAYS = {
     "analysis": dict(analysis="table"), "flat analysis": dict(analysis=0.1), "retry": dict(retry=0.1),
     "all, often": dict(subgoals=True, reflection=0.5, analysis=0.5, retry=0.3),
     "pp_aug": dict(question_variant=2), "rc_aug": dict(solution_variant=3),
-    "rc_aug with behaviours": dict(solution_variant=1, **BRIDGE),
+    "rc_aug with behaviors": dict(solution_variant=1, **BRIDGE),
 }  # fmt: skip
 SETTINGS = [
     (style, ops, modulus) for style in ("natural", "symbolic") for ops, modulus in (((4, 8), 23), ((15, 20), None))
@@ -35,7 +35,7 @@ def counts(check):
 
 
 @pytest.mark.parametrize(("style", "ops", "modulus"), SETTINGS)
-def test_every_behaviour_is_accepted_and_counted_and_stays_when_others_join_it(style, ops, modulus):
+def test_every_behavior_is_accepted_and_counted_and_stays_when_others_join_it(style, ops, modulus):
     total = Counter()
     for p in problems(25, ops=ops, style=style, modulus=modulus, seed=11):
         found = {}
@@ -59,7 +59,7 @@ def test_every_behaviour_is_accepted_and_counted_and_stays_when_others_join_it(s
 
 
 def plain(solution, p, style):
-    """The solution without its behaviours: lines that compute nothing needed are dropped, sentences of analyses
+    """The solution without its behaviors: lines that compute nothing needed are dropped, sentences of analyses
     and intermediate results too, a denoted parameter is begun as where it was denoted, and steps are put in order."""
     needed = {node.name if style == "natural" else p.letters[i]: i for i, node in enumerate(p.necessary)}
     head, lines, tail, begun = [], {}, [], {}
@@ -90,7 +90,7 @@ def plain(solution, p, style):
 
 
 @pytest.mark.parametrize(("style", "ops", "modulus"), SETTINGS)
-def test_a_solution_without_its_behaviours_is_the_vanilla_one(style, ops, modulus):
+def test_a_solution_without_its_behaviors_is_the_vanilla_one(style, ops, modulus):
     changed = 0
     for p in problems(60, ops=ops, style=style, modulus=modulus, seed=4):
         for how in (BRIDGE, dict(reflection=0.6), dict(subgoals=True, reflection=0.3, analysis=0.5, retry=0.3)):
@@ -101,7 +101,7 @@ def test_a_solution_without_its_behaviours_is_the_vanilla_one(style, ops, modulu
     assert changed > 100
 
 
-def test_the_words_of_each_behaviour():
+def test_the_words_of_each_behavior():
     [p] = generate(1, ops=(7, 8), max_params=6, start=355)
     lines = retell(p, **dict(BRIDGE, reflection=0.3)).solution.split("\n")
     assert lines[3] == (
@@ -151,7 +151,7 @@ def test_analyses_follow_the_table_or_the_flat_chance():
     assert abs(flat / seen - 0.1) < 4 * sqrt(0.09 / seen)
 
 
-def test_a_behaviour_draws_from_a_stream_of_its_own():
+def test_a_behavior_draws_from_a_stream_of_its_own():
     for p in problems(30, ops=(10, 20), seed=3):
         alone = planned(p, reflection=0.4)
         together = [step for step in planned(p, reflection=0.4, analysis=0.5, retry=0.4) if not step.retry]
@@ -216,7 +216,7 @@ def original_graph(record):
         ("solution_analysis_only", dict(analysis="table")),
     ],
 )
-def test_on_the_published_problems_behaviours_are_as_frequent_as_in_the_published_solutions(key, how):
+def test_on_the_published_problems_behaviors_are_as_frequent_as_in_the_published_solutions(key, how):
     graphs = [original_graph(record) for record in SAMPLES]
     published = Counter()
     for record in SAMPLES:
@@ -338,7 +338,7 @@ BOTH, ONE = "each Oak Crate's Apple, each Ketch's Oak Crate are", "each Ketch's 
         ([*LEAVES, f"{BEGIN} Then c = 2 * (a + b) = 2 * (2 + 1) = 2 * 4 = 6."], "arithmetic"),
     ],
 )  # fmt: skip
-def test_checker_tells_right_behaviours_from_wrong_ones(steps, error):
+def test_checker_tells_right_behaviors_from_wrong_ones(steps, error):
     check = check_solution(QUESTION, natural(steps))
     assert check.correct == (error is None), check.errors
     assert error is None or any(error in one for one in check.errors), check.errors
@@ -395,7 +395,7 @@ def test_checker_reads_the_retries_of_meta():
 
 
 @pytest.mark.parametrize("changed", [lambda text: text.replace("?", "??", 1), lambda text: text.replace("(", "((", 1)])
-def test_nonsense_in_a_symbolic_behaviour_is_unreadable(changed):
+def test_nonsense_in_a_symbolic_behavior_is_unreadable(changed):
     [p] = [p for p in problems(30, ops=(6, 8), style="symbolic", modulus=23, reflection=0.9, analysis=1.0, seed=2)
            if "?" in p.solution][:1]  # fmt: skip
     assert check_solution(p.question, p.solution, modulus=23).correct
@@ -406,7 +406,7 @@ def test_nonsense_in_a_symbolic_behaviour_is_unreadable(changed):
 # tokenizers, settings, speed
 
 
-def test_behaviours_need_no_new_token_but_back():
+def test_behaviors_need_no_new_token_but_back():
     for style, modulus in (("natural", None), ("symbolic", 23)):
         plain_one, with_back = tokenizer(style, modulus=modulus), tokenizer(style, modulus=modulus, retry=True)
         assert set(plain_one.get_vocab().items()) <= set(with_back.get_vocab().items())
@@ -455,7 +455,7 @@ def test_all_arms_of_a_problem_take_a_few_milliseconds():
 # the command
 
 
-def test_command_tells_with_behaviours_and_draws(tmp_path, capsys):
+def test_command_tells_with_behaviors_and_draws(tmp_path, capsys):
     out = tmp_path / "bridge.jsonl"
     words = "--n 5 --ops 6 9 --subgoals --reflection 0.2 --analysis table --retry 0.1 --solution_variant 1 --start 3"
     assert main([*words.split(), "--out", str(out)]) == 0
@@ -483,7 +483,7 @@ def test_command_tells_with_behaviours_and_draws(tmp_path, capsys):
         ("--retry 1 --out {}/a.jsonl", "retry must be a chance"),
     ],
 )
-def test_bad_flags_of_behaviours_give_a_message_and_no_file(words, message, tmp_path, capsys):
+def test_bad_flags_of_behaviors_give_a_message_and_no_file(words, message, tmp_path, capsys):
     assert main([word.format(tmp_path) for word in words.split()]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -128,21 +128,21 @@ def test_all_arms_tell_the_same_problems(pipeline, tmp_path, world):
     assert not set.union(*templates[:4]) & set.union(*templates[4:])
 
 
-def test_each_arm_has_its_behaviours_alone(tmp_path, world):
+def test_each_arm_has_its_behaviors_alone(tmp_path, world):
     arms = {"vanilla": set(), "bridge": {"subgoals", "reflections", "analyses"}, "subgoal": {"subgoals"},
             "reflection": {"reflections"}, "analysis": {"analyses"}, "retry": {"retries"},
             "pp_aug": set(), "rc_aug": set()}  # fmt: skip
     args = settings("--out", tmp_path, "--ops", 5, 8, "--reflection", 0.5, "--retry", 0.5, "--arms", *arms)
     assert arms.keys() == bridge.arms_of(args).keys()
     bridge.make_data(args, world)
-    for arm, behaviours in arms.items():
+    for arm, behaviors in arms.items():
         found = set()
         for row in read(tmp_path / "data" / f"sft_{arm}.jsonl"):
             question, solution = row["prompt"][-1]["content"], row["target"][0]["content"]
             check = igsm.check_solution(question, solution, modulus=args.modulus)
             assert check.correct
             found |= {name for name in ("subgoals", "reflections", "analyses", "retries") if getattr(check, name)}
-        assert found == behaviours, arm
+        assert found == behaviors, arm
 
 
 def test_data_again_with_other_arms_adds_them_and_with_other_settings_forgets_the_rest(tmp_path, world):

@@ -203,7 +203,7 @@ def test_canonical_forms_are_equal_for_reordered_sums_and_products_only():
 # checker, on the published solutions
 
 
-def test_checker_accepts_every_right_solution_of_bridge_and_counts_its_behaviours():
+def test_checker_accepts_every_right_solution_of_bridge_and_counts_its_behaviors():
     for record in SAMPLES:
         solutions = {key: record[key] for key in record if key.startswith("solution_")}
         solutions |= {f"rc_aug {i}": solution for i, solution in enumerate(record["rc_aug"])}

@@ -268,7 +268,7 @@ def test_rows_without_an_advantage_are_left_out_where_nothing_else_needs_them(mo
     assert fewer.abs().max() > 0
 
 
-def test_nobody_reads_the_teachers_trace_for_its_behaviour_log_probs():
+def test_nobody_reads_the_teachers_trace_for_its_behavior_log_probs():
     case, rows, args = integration("luffy_one_minibatch_one_micro_sgd_noclip", "luffy", 1000)
     read = []
 

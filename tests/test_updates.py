@@ -91,7 +91,7 @@ def test_demonstrations_are_learnt_at_temperature_one_whatever_the_sampling(modu
     assert a == b
 
 
-def test_behaviour_log_probs_are_at_the_sampling_temperature(policy):
+def test_behavior_log_probs_are_at_the_sampling_temperature(policy):
     rows = [relift.Row(r.prompt, r.response, r.group) for r in ranks.fixed_rows()]
     args = relift.Args(temperature=0.5, micro_batch_tokens=10_000)
     [logp] = relift.policy_logps(policy, rows, args, ONE_RANK)

@@ -1,16 +1,16 @@
-"""BRIDGE: behaviours prepare for RL where there is something to look for.
+"""BRIDGE: behaviors prepare for RL where there is something to look for.
 
 A question's conditions stand in the order of the solution, or in random order. In solution order the next line of the
 solution is about the next condition. In random order the model must find which condition can be computed now. The
-behaviours are about that: reflection names a later quantity and comes back, analysis repeats a condition.
+behaviors are about that: reflection names a later quantity and comes back, analysis repeats a condition.
 
 Prediction, before the first run. In solution order reflection and analysis are noise: RL removes it, and the gain is
 certainty, so it hardly shows in greedy answers. In random order analysis and reflection write down what the next line
-needs, and RL can choose the helpful ones: with all behaviours RL gains more than without, greedy too. So the difference
+needs, and RL can choose the helpful ones: with all behaviors RL gains more than without, greedy too. So the difference
 between both gains is larger in random order. Subgoals alone gain like vanilla in both. dJ before RL ranks the arms as
 their gains do.
 
-Refuted if the interaction of order and behaviours is not positive, or if dJ and gain do not rank alike.
+Refuted if the interaction of order and behaviors is not positive, or if dJ and gain do not rank alike.
 
 Arms are matched in accuracy after SFT, by trials of SFT alone (seed 0) on other problems: in random order all five
 answer 13 to 18 % after 120 updates at one rate; in solution order, where 30 updates are enough, SFT_RATES holds the
@@ -81,7 +81,7 @@ CLAIMS = [
     *(Claim(f"random order adds more to RL's gain with {arm} than to vanilla's (points)",
             gain("shuffled", arm) | gain("shuffled", "vanilla", -1)
             | gain("ordered", arm, -1) | gain("ordered", "vanilla")) for arm in ARMS[1:]),
-    *(Claim(f"{order}: RL gains more with all behaviours than vanilla, {how} (points)",
+    *(Claim(f"{order}: RL gains more with all behaviors than vanilla, {how} (points)",
             gain(order, "bridge") | gain(order, "vanilla", -1), of=how)
       for order in ORDERS for how in ("sampled", "greedy")),
     Claim("dJ before RL ranks the arms as their gains do (Spearman)", {"all": 1}, of="rank correlation"),
