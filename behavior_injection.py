@@ -11,8 +11,9 @@ o, mean_- over incorrect ones. log pi is a mean over tokens. sqrt(a (1 - a)) is 
 (GRPO's has N - 1: then dJ is (N - 1) / N of Eq. 5.) So RL needs questions that are solved sometimes, and answers to
 different questions whose gradients agree. To get both, BRIDGE injects behaviors into the SFT solutions: looking ahead
 and coming back (reflection), repeating what the question says (analysis), one operation at a time (subgoals). An arm is
-one way to write the solutions. SFT's loss is a token mean of -log p, prompts included, over each block of 4 rows. GRPO
-follows, with the SFT model as reference. R_i is 1 for a correct answer and else 0, plus --format_reward for its form:
+one way to write the solutions. SFT's loss is the token mean of -log p, prompts included, of a block of 4 rows, averaged
+over blocks. GRPO follows, with the SFT model as reference. R_i is 1 for a correct answer and else 0, plus
+--format_reward for its form:
 
     A_i  = (R_i - mean R) / (std R + 1e-6)                               over the N answers to q, std over N - 1
     loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef min(k, 10) - entropy_coef H ]

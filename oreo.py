@@ -135,8 +135,7 @@ class Args(RunArgs):
 
 
 STAGES = {
-    "sft": dict(model="Qwen/Qwen2.5-Math-1.5B", out="runs/oreo-sft", lr=2e-5, epochs=3.0, max_response_tokens=8192,
-                max_row_tokens=8192),
+    "sft": dict(model="Qwen/Qwen2.5-Math-1.5B", out="runs/oreo-sft", lr=2e-5, epochs=3.0, max_row_tokens=8192),
     "dpo": dict(lr=5e-7, beta=0.1),
     "kto": dict(lr=5e-8, beta=0.1),
     "iterate": dict(rounds=3),
@@ -187,7 +186,7 @@ def oreo_row_losses(
     model chose it, values [B, T] is V of the text up to token t, and state_mask [B, T] is 1 if the equation is imposed
     there. rewards [B]. Padding, on either side, has 0 in both masks.
 
-    The policy loss is the mean over a row's states of (sg(V_t) - R + beta x_t)^2. x_t equals S_t, with the gradient of:
+    The policy loss is the mean over a row's states of (sg(V_t) - R + beta x_t)^2. x_t is S_t; its gradient is that of:
     token     S_t = d_t + sg(S_{t+1}),             d_t = log [pi_t / ref_t] of an action, 0 of any other token
     step      S_t = d_t + .. + d_{u-1} + sg(S_u),  u the row's next state
     response  S_t, at the row's first state alone

@@ -461,7 +461,8 @@ def plot(results: dict, path: Path) -> None:
         axis.axvline(0, color="0.5", lw=1)
         axis.set_xlabel("difference in points, 95 %" if unit else "difference, 95 %")
     for axis, (title, runs) in zip(axes[1 + len(units) :], results["curves"].items(), strict=True):
-        for i, (name, lines) in enumerate((name, lines) for name, lines in runs.items() if any(lines)):
+        logged = {name: [line for line in lines if line] for name, lines in runs.items() if any(lines)}
+        for i, (name, lines) in enumerate(logged.items()):
             how = dict(color=f"C{i}", ls="-" if i < 10 else "--")  # there are ten colours
             for line in lines:
                 axis.plot(*zip(*line, strict=True), **how, lw=0.7, alpha=0.3)

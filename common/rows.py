@@ -54,7 +54,7 @@ def iter_rows(source: str, *, split: str = "train", limit: int | None = None, pr
     problems: how many problems igsm:LO-HI has if there is no `limit`."""
     path = Path(source)
     if not source:
-        raise InputError("--data or --eval_data names nothing: an empty text")
+        raise InputError("--data or --eval_data is empty")
     if source.startswith("igsm:"):
         rows = _igsm_rows(source, split, limit or problems)
     elif path.is_dir():
@@ -450,10 +450,11 @@ def given_logps(given: Trace, trace: list[int], prompt: str, tokenizer, where: s
         logps = [math.log(p) for p in given.probs]
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: 'target_probs' must be a list of numbers above 0 ({error})") from error
-    if trace_text(prompt, given.text) != given.text:
+    if trace != given.ids and trace_text(prompt, given.text) != given.text:
         whole = len(tokenizer(given.text, add_special_tokens=False)["input_ids"])
         if len(logps) == whole == len(trace):
-            raise InputError(f"{where}: 'target_probs' has {whole} entries, with <think> or with eos: give both")
+            raise InputError(f"{where}: 'target_probs' has {whole} entries, with eos or with what the prompt "
+                             "has too (<think>): give both")
         logps = logps[whole - len(trace) + 1 :] if len(logps) >= whole else logps
     if len(trace) - len(logps) not in (0, 1) or max(logps, default=0.0) > 0:
         raise InputError(f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos "

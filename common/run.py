@@ -139,7 +139,7 @@ def check_ranges(args) -> None:
             raise InputError(f"--{name} must be finite, not {value}")
         if name in ("temperature", "eval_temperature") and 0 < value < 0.01:  # vLLM would take 0.01
             raise InputError(f"--{name} must be 0.01 or more, not {value} (0, where it is allowed, is greedy)")
-    if getattr(args, "data", None) == ():
+    if getattr(args, "data", None) == () and type(args).data:  # eval.py --regrade needs none
         raise InputError("--data is empty")
     if getattr(args, "out", None) == "" and type(args).out:  # RunArgs itself names no folder
         raise InputError("--out is empty")
@@ -216,7 +216,7 @@ class Run:
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
         models = models or {"model": args.model}
-        check_replaced(self.out, models, new=not self.state)
+        check_replaced(self.out, ["model", *["best"] * args.keep_best, *models], models, new=not self.state)
         self.lock, newest = lock(self.out, self.world), self.checkpoints.latest()
         if self.start != (int(newest.name.removeprefix("step-")) if newest else 0):
             raise InputError(f"--out {self.out}: another process has written there meanwhile; run the command again")
@@ -371,13 +371,13 @@ class Run:
         if self.world.main:
             print(f"{self.out}: {', '.join(models)}, metrics.jsonl, samples.jsonl, curves.png")
             if self.skipped:
-                print(f"WARNING: {self.skipped} updates were skipped (OUT/bad; --skip_bad_updates)", file=sys.stderr)
+                print(f"WARNING: {self.skipped} updates were skipped since the last start (OUT/bad)", file=sys.stderr)
 
 
-def check_replaced(out: Path, models: dict[str, str], *, new: bool) -> None:
-    """Raise InputError if training in OUT would replace a model that no run there has made, or one of {flag: path} that
-    it starts from. new: OUT has no checkpoint."""
-    for folder in (out / name for name in ("model", "best", *models) if (out / name).exists()):
+def check_replaced(out: Path, names: list[str], models: dict[str, str], *, new: bool) -> None:
+    """Raise InputError if the models that training writes to OUT/NAME would replace something that no run there has
+    made, or one of the models {flag: path} that it starts from. new: OUT has no checkpoint."""
+    for folder in (out / name for name in names if (out / name).is_dir() and any((out / name).iterdir())):
         if new and not (out / "weights.json").exists():
             raise InputError(f"--out {out}: {folder} is there already, and no run has made it: name another --out")
         for flag, path in models.items():

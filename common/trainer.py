@@ -312,8 +312,7 @@ def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:
     Raises InputError on a sequence that is too long for the model, or an id that it does not know."""
     rows = len(lm.get_input_embeddings().weight)
     if (limit := max_positions(lm.config)) and batch.packing.width > limit:
-        raise InputError(f"a sequence of {batch.packing.width} tokens exceeds the {limit} positions of the model "
-                         "(--max_positions sets them)")
+        raise InputError(f"a sequence of {batch.packing.width} tokens exceeds the {limit} positions of the model")
     if batch.largest >= rows:
         raise InputError(f"token id {batch.largest}: the model has {rows} rows of embeddings; use its own tokenizer")
     return read(lm.get_decoder(), batch).index_select(0, batch.predictors)

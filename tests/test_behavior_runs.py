@@ -307,7 +307,7 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--ops", "40", "40"], "problems of sft: no problem of 40 to 40 operations"),
         (["--stage", "sft"], "sft_vanilla.jsonl is missing: run --stage data first"),
         (["--stage", "rl", "--sft_model", "no/such"], "--sft_model no/such is one arm's: name it by --arms"),
-        (["--stage", "rl", "--sft_model", "no/such", "--arms", "bridge"], "--model no/such: no tokenizer there"),
+        (["--stage", "rl", "--sft_model", "no/such", "--arms", "bridge"], "--sft_model no/such: no tokenizer there"),
         (["--stage", "rl", "--arms", "bridge"], "sft/model is missing: run the stage before this one first"),
         (["--stage", "eval"], "no model there; run --stage sft and --stage rl first"),
         (["--stage", "sft", "--sft_model", "some/model", "--arms", "bridge"], "some/model is .* --stage rl or eval"),

@@ -243,10 +243,11 @@ def test_every_run_is_measured_against_the_first():
 
 
 def test_a_setting_in_which_any_run_differs_is_shown():
-    runs = [Run(name, {"n": n, "model": "m", "weights_digest": name, "seed": 0}, {})
-            for name, n in (("a", 8), ("b", 4), ("c", 8))]  # fmt: skip
-    rows = {row[0]: row[1:] for row in different_settings(runs, "math")}
-    assert rows == {"": ["a", "b", "c"], "n": [8, 4, 8], "weights_digest": ["a", "b", "c"]}
+    for model, shown in (("m", "weights_digest"), ("", "model")):  # one path with other weights, or other paths
+        runs = [Run(name, {"n": n, "model": model or name, "weights_digest": name, "seed": 0}, {})
+                for name, n in (("a", 8), ("b", 4), ("c", 8))]  # fmt: skip
+        rows = {row[0]: row[1:] for row in different_settings(runs, "math")}
+        assert rows == {"": ["a", "b", "c"], "n": [8, 4, 8], shown: ["a", "b", "c"]}
 
 
 # Benchmark rows.

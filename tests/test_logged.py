@@ -136,7 +136,7 @@ def test_the_tests_of_an_arm_are_graded_at_both_temperatures_and_by_steps(monkey
     tokenizer, said = Says(first.solution, "no", wrong_step, second.solution), {0.0: 0, 0.6: 2}
     examples = [Example([1], None, str(p.answer), "t", i, "") for i, p in enumerate((first, second), 1)]
     questions = ["of a row that is left out", *(problem.question for problem in (first, second))]
-    monkeypatch.setattr(bridge, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(bridge, "load_tokenizer", lambda *_, **__: tokenizer)
     monkeypatch.setattr(bridge, "load_policy", lambda *_: None)
     monkeypatch.setattr(bridge, "open_sampler", lambda *_: Asked())
     monkeypatch.setattr(bridge, "read_set", lambda *_, **options: (examples, {"rows": 2, "kept": 2}))

@@ -83,7 +83,6 @@ def test_a_small_std_of_the_baseline_rows_is_taken_as_it_is():
     assert_equal(found, [x / (0.002 * 0.5**0.5 + 1e-6) for x in (0.999, 0.001, -0.001)], 1e-6)
 
 
-
 def test_a_group_of_one_has_mean_zero():
     assert_equal(group_advantages(f64([1, 0]), torch.tensor([3, 9])), [1, 0])
     assert_equal(group_advantages(f64([1]), torch.tensor([5]), std=True), [1 / (1 + 1e-6)])

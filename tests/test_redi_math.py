@@ -342,7 +342,6 @@ def test_sft_takes_a_row_without_any_trace_for_a_mistake_and_not_for_a_wrong_ans
         make_pairs([wrong | {"label": 0}, nothing], tokenizer, args_of(stage="sft"), source="rows.jsonl")
 
 
-
 def test_bad_rows_drop_leaves_them_out_and_counts_them(tokenizer):
     rows = [pair_row(), pair_row(rejected="a=5"), pair_row(chosen="")]
     pairs, count = make_pairs(rows, tokenizer, args_of(bad_rows="drop"), source="rows")

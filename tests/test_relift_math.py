@@ -258,7 +258,6 @@ def test_a_reward_of_any_size_over_zero_is_of_a_right_rollout():
     assert hardest_groups([0.2, 0, 0, 0, -1, -0.5], [7, 7, 3, 3, 5, 5]) == [3, 5]
 
 
-
 def test_uniform_interleaving_takes_what_the_buffer_holds():
     args = Args(sft_every=3, sft_data_size=128)
     assert [sft_is_due(step, held, args) for step, held in ((3, 1), (3, 0), (2, 500), (6, 500))] == [

@@ -811,7 +811,7 @@ def test_given_probabilities_may_be_those_of_the_whole_trace_or_of_what_is_train
     assert example.trace_logps[:-1] == [math.log(0.25)] * (len(ids) - 2)
     opened = {"prompt_text": "a=5\na?\n<think>", "target": "<think>a=5\n</think>\n\\boxed{5}"}
     n = len(TOKENIZER(opened["target"], add_special_tokens=False)["input_ids"])
-    with pytest.raises(InputError, match="with <think> or with eos: give both"):
+    with pytest.raises(InputError, match="with eos or with what the prompt has too .*: give both"):
         examples([row(**opened, target_probs=[0.5] * n)])
 
 

@@ -347,7 +347,7 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
         episodes = [Episode(games[i][0], i, open_game(*games[i], args), tokenizer) for i in mine]
         for turn in range(args.max_turns + 1):
             for e in episodes:
-                full = len(e.ids) >= args.max_episode_tokens and e.end in ("", "no_action")  # no_action: cut
+                full = len(e.ids) >= args.max_episode_tokens and e.end in ("", "no_action")  # a cut one has no action
                 e.end = "too_long" if full else e.end or ("max_turns" if turn == args.max_turns else "")
             live = [e for e in episodes if not e.end]
             if not any(gather_lists([len(live)], world)):

@@ -133,8 +133,13 @@ def different_settings(runs: list[Run], verifier: str) -> list[list]:
         ["answers", *(sum(len(r["answers"]) for r in run.records.values()) for run in runs)],
         ["graded by", *(versions_of(run.records.values(), verifier) for run in runs)],
     ]
-    flags = [k for k in runs[0].settings if k not in FREE]  # digests too: one path may have held two models
-    rows += [[k, *(run.settings.get(k) for run in runs)] for k in flags]
+
+    def differs(name: str) -> bool:
+        return len({str(run.settings.get(name)) for run in runs}) > 1
+
+    said = {"weights_digest": ("model", "value"), "questions_digest": ("data",)}  # by these flags, if they differ
+    names = [k for k in runs[0].settings if k not in FREE and not any(map(differs, said.get(k, ())))]
+    rows += [[k, *(run.settings.get(k) for run in runs)] for k in names]
     return [["", *(run.name for run in runs)], *(row for row in rows if any(value != row[1] for value in row[2:]))]
 
 
