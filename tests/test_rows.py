@@ -21,6 +21,7 @@ from common.rows import (
     conversation_ids,
     data_digest,
     encode_traces,
+    given_logps,
     held_out_examples,
     in_words,
     load_rows,
@@ -813,6 +814,11 @@ def test_given_probabilities_may_be_those_of_the_whole_trace_or_of_what_is_train
     n = len(TOKENIZER(opened["target"], add_special_tokens=False)["input_ids"])
     with pytest.raises(InputError, match="with eos or with what the prompt has too .*: give both"):
         examples([row(**opened, target_probs=[0.5] * n)])
+
+
+def test_probabilities_of_ids_that_a_model_drew_are_theirs_whatever_the_prompt_ends_with():
+    drawn = Trace("\na=5", ids=[5, 6, 7, 8], probs=[0.5] * 4)
+    assert given_logps(drawn, drawn.ids, "a?<think>\n\n</think>\n\n", TOKENIZER, "row 0") == [math.log(0.5)] * 4
 
 
 def test_control_tokens_in_texts_are_counted_or_refused(capsys):
