@@ -84,8 +84,8 @@ class Args:
     # Benchmark files, folders, Hub names (their test split) or igsm:LO-HI, with rows of any shape in README's table
     data: tuple[str, ...] = ()
     out: str = "runs/eval"  # Folder for samples.jsonl, results.json, results.md and results.png
-    # Answers per question; a question that its file repeats more often gets one per row, and --search and temperature 0
-    # give one. Under torchrun write -n.
+    # Answers per question. A question that the file repeats more often gets one per row. With --search or
+    # temperature 0 there is one answer. Under torchrun write -n.
     n: Annotated[Positive[int], tyro.conf.arg(aliases=["-n"])] = 8
     temperature: NotNegative[float] = 0.6  # Sampling temperature (LUFFY, ReLIFT, REDI: 0.6); 0 is greedy.
     top_p: Positive[Share[float]] = 1.0  # Draw from the likeliest tokens with this much probability (REDI: 0.95).
@@ -104,7 +104,7 @@ class Args:
     value: str = ""  # Value model of --search (oreo.py trains one)
     width: Positive[int] = 5  # Width of --search (OREO: 3, 5, 7)
     max_steps: Positive[int] = 20  # Most steps of beam and best_of_k (OREO: 20). No answer by then is an empty answer.
-    step_delimiters: tuple[str, ...] = ("\n",)  # A --search step ends with a token that contains one (a newline).
+    step_delimiters: tuple[str, ...] = ("\n",)  # A --search step ends with a token that holds one of these (a newline).
     limit: NotNegative[int] = 0  # First questions of each benchmark to ask; 0: all (igsm:LO-HI: 1000)
     dry_run: bool = False  # Print the first prompts of each benchmark with their ids, and exit.
     # Graders: strict_box (as LUFFY's evaluation), math (the training reward), full (math on the whole text), mcq,
@@ -140,10 +140,10 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority_at_k(right: int, wrong: list[int], blank: int, k: int) -> float:
-    """Probability that the most frequent of k answers, drawn without replacement, is the correct one; ties share.
+    """Probability that the correct answer wins a vote of k answers, drawn without replacement. A tie of m counts 1/m.
 
     right: number of correct answers; wrong: count of each wrong answer; blank: answers that do not vote. If the
-    correct one has j votes, no wrong one may have more; `ties` wrong ones also have j:
+    correct answer has j votes, no wrong one may have more, and `ties` wrong ones have j too:
 
         sum_j C(right, j) * [x^(k-j)] (1 + x)^blank * prod_w sum_{i <= j} C(w, i) x^i / (1 + ties) / C(n, k)
 
@@ -214,9 +214,9 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
     questions: dict[str, Question] = {}
     seen = Counter()
     for name, source, where, index, item in read:
-        # the same name in two files is two benchmarks; "average" is a key of results.json
+        # a name of two files gets the file added; so does "average", a key of results.json (owners has None for it)
         benchmark = f"{name} ({source})" if len(owners[name]) > 1 else name
-        for named in (name, benchmark):  # benchmark: if two such files share a question
+        for named in (name, benchmark):  # the second makes another id if another file has the same question
             key = hashlib.sha256(json.dumps([named, item.text or item.prompt, item.gold]).encode()).hexdigest()[:16]
             if key not in questions or questions[key].benchmark == benchmark:
                 break

@@ -360,7 +360,7 @@ def read_problems(tokenizer, args: Args, *, traces: str = "needed", **options):
             examples = [dataclasses.replace(e, trace=e.trace[: max(1, args.max_row_tokens - len(e.prompt))])
                         for e in examples]  # fmt: skip
         kept = [e for e in examples if len(e.prompt) + len(e.trace) <= args.max_row_tokens]
-        counts |= {"row_too_long": len(examples) - len(kept)}
+        counts |= {"row_too_long": len(examples) - len(kept), "kept": len(kept)}
         examples, counts = kept, with_kept(kept, counts, " ".join(args.data), args)
     return examples, counts
 

@@ -288,8 +288,8 @@ def _damage(path: Path, world: World) -> str | None:
 def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False, tokenizer: str = "") -> None:
     """Write a checkpoint of a run as a model folder.
 
-    run: the run folder. out: a new folder. step: of the checkpoint; 0: the newest. value: the value model, not the
-    policy. tokenizer: folder of another tokenizer and chat template; empty: those of the run."""
+    run: the run folder. out: a new folder. step: export the checkpoint of this step; 0: the newest. value: export the
+    value model, not the policy. tokenizer: folder of another tokenizer and chat template; empty: those of the run."""
     if Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise InputError(f"{out}: it exists already; name a new folder")
     world = init_world()

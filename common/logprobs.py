@@ -258,7 +258,7 @@ class _Linear(torch.autograd.Function):
         #   logits were given            all of g, [N, V], is what the caller gets
         #   E has the products' dtype    all of g is written over E; the products come after the loop
         #   products in bf16 or fp16     a new tile each time
-        #   otherwise                    over the tile's logits, or where they would be
+        #   otherwise                    over the tile's logits; if E is kept, the unused buffer for them
         if weight is None:
             whole = torch.empty_like(hidden)
         else:
@@ -298,9 +298,9 @@ class _Kept:
 
 
 # The token side: what is known of every token, and how a tile of logits adds to it or becomes its gradient.
-# tiles: [z [n, v]] of the policy and, for the KL, of the reference. targets: [n], indices in the tile, or elsewhere
-# when outside of [0, v). weighted: whether u, or the gradient through it, is wanted. kept: (E, top) of the tile, or
-# None.
+# tiles: [z [n, v]] of the policy and, for the KL, of the reference. targets: [n], indices relative to the tile; one
+# outside of [0, v) belongs to another tile. weighted: whether u, or the gradient through it, is wanted. kept: (E, top)
+# of the tile, or None.
 
 
 def _new_state(hidden):
@@ -319,8 +319,8 @@ def _outputs(state, weighted, dtype):
 
 
 def _factors(state, grad_logp, grad_other, form, dtype):
-    """m, f0, f1, g_y, m' [5, N] such that g_j = exp(z_j - m) (f0 + f1 w_j), but g_y for the target; without a cap's
-    slope."""
+    """m, f0, f1, g_y, m' [5, N] such that g_j = exp(z_j - m) (f0 + f1 w_j) for j != y, and the target's gradient is
+    g_y. The slope of a soft cap is not included."""
     m, s, u, z_y, m_ref, _ = state
     x_y, total = z_y - m, 1 + s
     logp, mean = x_y - s.log1p(), u / total
@@ -345,8 +345,8 @@ def _locate(targets, v):
 
 
 def _exp_sum(x, m, s):
-    """Update the maximum m and the sum s of each token with logits x [n, v]; x becomes x - its own maximum. Returns
-    exp(x), its sum, the old maximum - the new one, and the tile's maximum - the new one.
+    """Update m and s of each token with logits x [n, v]; x becomes x minus the tile's maximum, top. Returns exp(x), its
+    sum, (old m minus new m) and (top minus new m).
     """
     top, argmax = x.max(1, keepdim=True)
     e = x.sub_(top.clamp_(min=LOWEST)).exp()

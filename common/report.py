@@ -60,8 +60,8 @@ def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: Wor
 
 
 def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:
-    """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one. Verdicts of the
-    same version are kept, unless they are time-outs or errors, or `again`. InputError for rewards not 0 or 1."""
+    """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one. Without `again`,
+    verdicts of the same version are kept, except time-outs and errors. InputError if a reward is not 0 or 1."""
     version, todo = grader_version(verifier), []
     for record in records:
         same = record.setdefault("graded_by", {}).get(verifier) == version and not again
@@ -105,7 +105,8 @@ def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]
 
 
 def disagreements(records: list[dict], verifiers: tuple[str, ...]) -> list[list[str]]:
-    """Return rows of a table: for each benchmark and set of graders that accept an answer, how many and an example."""
+    """Return rows of a table: the answers that only some graders accept, counted by benchmark and by who accepts them,
+    each with an example."""
     found: dict[tuple, list[str]] = {}
     for record in records:
         for answer in record["answers"]:

@@ -24,7 +24,7 @@ import sympy
 
 from common.verifiers import ANSWER, CHINESE, IS, MAX_CHARS, NoAnswer, boxes, chosen_label, claimed, echoed, retracted
 
-MAX_ANSWER = 400  # characters of an answer; longer ones are compared as text only
+MAX_ANSWER = 400  # characters of an answer; longer ones are compared as text only, over 4 times as long ones not at all
 MAX_DEPTH = 12  # nested brackets
 MAX_BITS = 200_000  # of a number
 MAX_ITEMS = 40  # of a list
@@ -125,8 +125,8 @@ def find_answer(text: str) -> str | None:
 
 
 def _differ(answer, later):
-    """Return whether both can be read, and no reading of one is equal or nearly equal to one of the other. False if
-    `later` may be a relation, as a + b = 5: it says nothing against the answer."""
+    """Return whether both can be read and no reading of `answer` equals or nearly equals a reading of `later`. False if
+    `later` may be a relation, such as a + b = 5: a relation does not contradict an answer."""
     if len(later) > 4 * MAX_ANSWER:
         return False
     try:
@@ -197,7 +197,7 @@ FUNCTIONS = {
 }  # fmt: skip
 PREFIXES = {"": 0, "nano": -9, "micro": -6, "milli": -3, "centi": -2, "kilo": 3, "mega": 6, "giga": 9,
             "p": -12, "n": -9, "m": -3, "c": -2, "d": -1, "h": 2, "k": 3, "M": 6, "G": 9, "T": 12}  # fmt: skip
-UNITS = {  # name: (what is measured, how many of its first unit); L for a length, t for one over a time
+UNITS = {  # name: (dimension, size in m, s, g, ...); a lower-case letter of a dimension is its inverse: Lt is L / T
     prefix + name: (measured, sympy.Rational(factor) * sympy.Integer(10) ** exponent)
     for measured, table in {
         "L": "1 + m meter metre,127/5000 in inch inches,381/1250 ft foot feet,1143/1250 yd yard,201168/125 mi mile",
@@ -598,7 +598,7 @@ def _quantity(text):
 
 
 def _unit(text):
-    """Units as powers of what they measure, and their size: ~km/ ~hr is {L 1, T -1}, 5/18; else the words, 0."""
+    """Return (dimensions with their powers, size): ({L 1, T -1}, 5/18) for ~km/ ~hr. Unknown units: (their text, 0)."""
     powers, size = Counter(), sympy.Integer(1)
     for over, word, exponent in UNIT_WORD.findall(text.replace("~per ", "/ ")):
         folded = word.lower() if len(word) > 3 else word  # mg is not Mg
@@ -850,7 +850,7 @@ def _paired(items, others):
 
 
 def _same_quantity(a, b):
-    """A unit may be missing on one side, or be none of the table. 25 % is 25 or 0.25."""
+    """Are two quantities equal? Units count only if both sides have one and UNITS knows both. 25 % is 25 or 0.25."""
     (measured, x), (other, y) = (value.unit or ("", 0) for value in (a, b))
     if x and y:
         return measured == other and equal(a.value * x, b.value * y)
@@ -887,7 +887,7 @@ def robust(response: str, gold: str) -> bool:
 
 
 def _key(text):
-    """A text for comparison: without marks of words and spaces that are not between digits; words in lower case."""
+    """A text for comparison: ~ and spaces are removed, except spaces between digits; a word is in lower case."""
     text = re.sub(r"(?<!\d) | (?!\d)|(?<=[A-Za-z)])_", "", text.replace("~", " "))  # H_2O is H2O
     if re.fullmatch(r"[A-J](?:(?:[,;&]|and)*[A-J])+", text) and (labels := re.findall("[A-J]", text)) == sorted(labels):
         return "".join(labels)

@@ -1,5 +1,5 @@
-"""Prompts (ids) in, completions (ids, log-probs, why they ended) out: the policy sampled in this process or by vLLM
-(common/vllm.py).
+"""Sample from the policy, in this process or by vLLM (common/vllm.py): prompts (ids) in; completions (ids, log-probs,
+why they ended) out.
 
     sampler = make_sampler("auto", policy, world, ...)
     sampler.sync(policy, version=step)                  weights in; nothing can be drawn before it
@@ -84,8 +84,8 @@ class Sampler:
         drawn(i, completions) is called once for each prompt with n > 0, as soon as its completions (embedded: those of
         its batch) are there.
 
-        Raises RuntimeError before the first sync and after sleep(), ValueError on an empty prompt, on one that is too
-        long for vLLM, and for lists of other lengths than prompts or limits under 1."""
+        Raises RuntimeError before the first sync and after sleep(). Raises ValueError if a prompt is empty or too long
+        for vLLM, if a list is not as long as prompts, or if a max_tokens is under 1."""
         if self.version is None:
             raise RuntimeError("the sampler has no current weights: call sync() before generate()")
         if not all(prompts):
@@ -287,7 +287,7 @@ class EmbeddedSampler(Sampler):
                 cache.batch_select_indices(keep)
                 live, token, position, mask, done = live[keep], token[keep], position[keep], mask[keep], done[keep]
                 bar.update(finished)
-            position = position + ~done  # a finished row stays: it might leave the model's positions
+            position = position + ~done  # that of a finished row stays: one more might exceed the model's maximum
             hidden = self._hidden(token[:, None], mask[:, : width + t + 1], position[:, None], cache)
         bar.update(len(live))
         drawn, logps, length = drawn.tolist(), logps.tolist(), length.tolist()

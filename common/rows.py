@@ -211,9 +211,8 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
 
 
 def check_template(tokenizer, name: str) -> None:
-    """Raise InputError if the template is not Jinja. Warn if it puts something before the assistant's turns, but not at
-    the end of a prompt (answers would be sampled, or traces trained, without it), and if prompts change with the date.
-    """
+    """Raise InputError if the template is not Jinja. Warn if it writes a header before an assistant turn but not as the
+    generation prompt: answers would be sampled, or traces trained, without it. Warn if it prints the date."""
 
     def render(*contents: str, **options) -> str:
         turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=False)]
@@ -268,8 +267,8 @@ def render_prompt(tokenizer, messages: list[dict], where: str = "", *, add_gener
 
 def trace_text(prompt_text: str, trace: str, where: str = "") -> str:
     """Return a teacher's trace as the model would have to produce it after this prompt. If the prompt ends with an open
-    `<think>`, it omits the tag and the white space that the prompt has; after a closed thought, blank lines. Raises
-    InputError, with `where`, if the prompt ends with a closed thought and the trace has one."""
+    `<think>`, this tag and the prompt's white space are removed from the trace; after a closed thought, its first blank
+    lines are. Raises InputError, with `where`, if the prompt ends with a closed thought and the trace has one."""
     if not trace.lstrip().startswith("<think>"):
         return trace.lstrip("\n") if re.search(r"</think>\n+$", prompt_text) else trace
     if prompt_text.rstrip().endswith("</think>"):
@@ -506,7 +505,7 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
         p p p r r r r    r r r r r r
         actions 1 1 1 1  0 0 0 1 1 1
 
-    If the template puts no token after a turn, none is trained there. InputError if it changes earlier turns later."""
+    If the template closes turns with no token, none is trained. InputError if new turns change earlier ones."""
     text, ids, actions, (closing, _) = "", [], [], turn_end(tokenizer)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"][skip_turns:]
     if not turns:
@@ -540,7 +539,7 @@ def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tu
     Ids of a prompt and a response are taken as they are; else `encode_traces` makes those of the response. Raises
     InputError if there is no reward, if ids are of another tokenizer, or if the mask has another length."""
     if trace is None or trace.reward is None:
-        raise InputError(f"no {'reward' if trace else 'response'}: --rows are graded (README's table)")
+        raise InputError(f"no {'reward' if trace else 'response'}: --rows needs graded responses (README's table)")
     if item.conversation:
         return conversation_ids(item.conversation, tokenizer, skip_turns)
     if not item.prompt_ids:

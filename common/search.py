@@ -6,8 +6,8 @@ best_of_n    `width` whole answers; the value chooses one
 beam         `width` next steps of each of `width` states; the value chooses the states to continue, and the answer
 best_of_k    `width` next steps of one state; the value chooses the one to continue
 
-The value is that of the text so far, for a finished answer without its eos: the states that a token-level value model
-is trained on (oreo.py). Steps end with a token that holds a delimiter, such as a newline.
+The value model reads the text so far. The eos of a finished answer is removed, because a token-level value model is
+not trained on the state after it (oreo.py). Steps end with a token that holds a delimiter, such as a newline.
 """
 
 from dataclasses import dataclass

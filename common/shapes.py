@@ -33,7 +33,7 @@ RIGHT_OPTION = (  # columns that may name the correct option of a multiple choic
     "final_answer", "reference_answer", "correct", "label",
 )
 VERDICTS = ("llama_verification", "math_verify_reparsed_answer")  # in OpenR1-Math-Raw's 'correctness'
-MARKS = ("label", "is_correct", "correct", "kto_tag", "reward")  # of one trace: a verdict before a score
+MARKS = ("label", "is_correct", "correct", "kto_tag", "reward")  # columns that grade a trace; the first counts
 LETTERS = string.ascii_uppercase
 TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content)["']\s*:""")  # as text, in .csv files
 NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations", "history", "correctness",
@@ -79,7 +79,7 @@ def read_row(row: dict, where: str) -> Item:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     given = ", ".join(map(str, row))
-    # so that "answer" counts, and not "Answer", if both are filled
+    # of names that differ in case the last wins below: a filled one over a blank one, then "answer" over "Answer"
     names = sorted(row, key=lambda name: (not _blank(row[name]), str(name).islower()))
     row = {name if len(name) == 1 else name.lower(): row[name] for name in names}  # A, B, ... are options
     try:
@@ -169,10 +169,10 @@ def _mark(row: dict) -> str | None:
 
 
 def _reward(row: dict) -> float | None:
-    """The reward of the row's one trace: a mark, 1 or 0, or any number in 'reward'; None: nobody graded it."""
+    """The reward of the row's one trace: 1 or 0 from a label column, any number from 'reward'; None without either."""
     name = _mark(row)
     if name not in (None, "reward") and row[name] not in (0, 1):
-        raise TypeError(f"'{name}' must be 1 (right) or 0 (wrong), not {row[name]!r} (or 'reward' a number)")
+        raise TypeError(f"'{name}' must be 1 (right) or 0 (wrong), not {row[name]!r}; put scores into 'reward'")
     return name and _number(row[name], name)
 
 
@@ -480,9 +480,9 @@ def _options(row: dict) -> dict[str, str]:
 
 
 def _right_option(row: dict, options: dict) -> str:
-    """The label of the right option, "" if no column names it. 'label' and 'correct' grade the response if the row has
-    one. Otherwise one that names the option, or a 'label' that names the same as another column, is removed from the
-    row."""
+    """The label of the right option, "" if no column names it. In a row with a response, 'label' and 'correct' grade
+    the response. In other rows such a column is removed if it names the option (a 'label' also if another column names
+    the same option)."""
     marks = () if row.keys().isdisjoint(RESPONSES) else MARKS
     given = {name: row[name] for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks}
     for name, answer in given.items():

@@ -10,7 +10,7 @@ The rules, by name (`VERIFIERS`). Your own verifier is a function (response, gol
     robust      for your own data (common/robust.py): whole answers, exact numbers, units, sets, intervals, labels
     boxed       BRIDGE's reward: the FIRST \boxed{...}, up to its first "}", is the gold, letter by letter
     exact       last \boxed{}, else what follows the last ####, else all after </think>: the gold, stripped
-    mcq         label of a choice: in the last \boxed{} or "answer is X", else at the start of the last or first line
+    mcq         label of a choice: the last of all boxes and "answer is X", else at the start of the last or first line
 
 Statuses. "ok": a verdict, right or wrong. "unparsable": no answer in the response (or in the gold). "timeout": the
 deadline came first. "error": the verifier raised or its process died. All but "ok" have reward 0 and a `detail`.
@@ -189,7 +189,7 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
 
 
 def line_label(text: str) -> str | None:
-    r"""The label of the last line, or else of the first. None among lines of other labels, which are the options.
+    r"""The label of the last line, or else of the first. None if other lines have other labels: they list the options.
 
     >>> line_label("A) no\nB) yes\n\nB) yes"), line_label("A) no\nB) yes"), line_label("B\nFor it is larger.")
     ('B', None, 'B')
@@ -480,7 +480,7 @@ def grade(responses, golds, *, verifier="math", workers=None, timeout=5.0) -> li
     """Grade each response against its gold; return one Verdict per item, in order, whatever the text.
 
     verifier: a name in VERIFIERS, "module:function", or a function (response, gold) -> float that can be imported.
-    workers: number of processes (verdicts do not depend on it); None: this process's cores / ranks of this machine.
+    workers: number of processes (verdicts do not depend on it); None: cores of this process divided by local ranks.
     timeout: seconds for one item, after which its worker is killed and replaced. Time spent waiting for a core is not
     counted, up to 2 x timeout. The call returns within ceil(items / workers) * (3 * timeout + a start).
     Raises ValueError (lengths differ, no such verifier), TypeError (a response is not a string), ImportError
@@ -538,7 +538,7 @@ def _grade_one(spec, response, gold, timeout):
 def close(cause: BaseException | None = None) -> None:
     """Stop all workers; the next `grade` starts new ones. At exit it happens by itself, after pending calls.
 
-    cause: what other calls, which go on, are told."""
+    cause: the reason that the errors of other running calls name."""
     _pools.clear()
     for worker in list(_workers):
         worker.closed = f"closed: {cause!r}" if cause else "closed"

@@ -140,8 +140,8 @@ class Worker:
 
 
 def free_share(policy: Policy, world: World) -> float:
-    """The fraction of a GPU that may be vLLM's: 0.7, or what the models and optimizers on it leave beside the bf16
-    weights that a sync's proof gathers (FSDP2 copies the root's) and 3 GB for contexts and buffers."""
+    """The fraction of a GPU that vLLM may take: at most 0.7. Models and optimizers keep theirs; 3 GB stay free for
+    contexts and buffers, and room for the bf16 weights that a sync's proof gathers (FSDP2 copies the root module's)."""
     free, total = torch.cuda.mem_get_info(world.device)
     weights, root, layer = count_weights(policy)
     room = min(0.7 * total, free - (4 * (root + layer) if world.size > 1 else 2 * weights) - 3e9)
@@ -196,8 +196,8 @@ class VLLMSampler(Sampler):
 
     @torch.no_grad()
     def sync(self, policy: Policy, version: int) -> None:
-        """Wake vLLM, give it the policy's weights, and empty its prefix cache. Raises RuntimeError unless vLLM then
-        reports this version, also with every token, and gives the policy's log-probs of a short completion."""
+        """Wake vLLM, give it the policy's weights, and empty its prefix cache. Then it draws a short completion.
+        RuntimeError if vLLM reports the version of other weights, or other log-probs than the policy's."""
         self.version, self.policy = None, policy
         self.syncs += 1
         self.label = f"{self.syncs} (step {version})"
@@ -284,7 +284,7 @@ class VLLMSampler(Sampler):
             torch.cuda.empty_cache()  # release to vLLM the memory that the trainer's allocator caches
             buffer = torch.empty(size, dtype=torch.uint8, device=self.world.device)
             address = list(reduce_tensor(buffer)[1])
-            address[6] = 0  # the worker sees this GPU alone
+            address[6] = 0  # the device index: the worker sees only this GPU
             return buffer, address
         if self.memory is None:
             self.memory = os.memfd_create("weights")
@@ -310,7 +310,7 @@ class VLLMSampler(Sampler):
         try:
             most = min(64, self.max_tokens - length)
             self._draw([(prompt, 0, most)], Sampling(most, temperature=0.5), drawn.__setitem__)
-        except WorkerFault as error:  # the forward is a collective
+        except WorkerFault as error:  # raised below: first this rank must join the forward, a collective
             fault = error
         ids = drawn[0].ids if drawn else [0]
         logp = self.policy(pack([(prompt, ids)], self.world.device), temperature=0.5).cpu()
@@ -376,7 +376,7 @@ def environment(world: World) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it ignores seeds
     }  # fmt: skip
-    # outlives the worker
+    # outside of the worker's TMPDIR, which is removed with the worker: the next one finds the compiled code
     ours.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-vllm-{os.getuid()}")
     if world.device.type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -23,7 +23,7 @@ def guard(trainer: int, folder: str) -> None:
     while os.getppid() == trainer and not gone:
         time.sleep(0.1)
         gone, status = os.waitpid(worker, os.WNOHANG)
-    if not gone:  # before its folder goes, in which it may be writing
+    if not gone:  # end the worker first: it may still write into the folder
         os.kill(worker, signal.SIGKILL)
         _, status = os.waitpid(worker, 0)
     code = os.waitstatus_to_exitcode(status)

@@ -62,7 +62,7 @@ class Args:
     modulus: int | None = None
     """Arithmetic mod this number (Meta's is 23), else plain integers, which can be negative."""
     max_params: int = 20
-    """Most sentences of a question. With fewer there are fewer that the solution does not need."""
+    """Largest number of sentences in a question. A smaller one leaves fewer that the solution does not need."""
     max_value: int = 1000
     """Without a modulus, the absolute value of every number in a solution is below this."""
     max_literal: int | None = None
@@ -75,7 +75,8 @@ class Args:
     """Chance that a line repeats the question's sentence, or "table": a higher chance for more parents (BRIDGE's
     code)."""
     retry: float = 0.0
-    """Chance, drawn again after each, that a line follows one that cannot be computed yet, "BACK" (Meta's)."""
+    """Chance of a retry before a line: a parameter that cannot be computed yet, then "BACK" (Meta's). It is drawn again
+    after each retry."""
     question_variant: int = 0
     """1, 2, ...: the same problems with their conditions in other orders (BRIDGE's PP-Aug)."""
     solution_variant: int = 0

@@ -31,11 +31,11 @@ class Step(NamedTuple):
 def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, retry=0.0, stream):
     """The steps of a solution that computes the necessary nodes in `order`, with its behaviors.
 
-    nodes: graph.Node; order: a topological order of the necessary ones, asked last. stream(name) gives the
-    random.Random of a behavior.
+    nodes: graph.Node; order: a topological order of the necessary nodes, the asked one last. stream(name)
+    returns the random.Random of a behavior.
 
-    reflection: before each line but the first and the last, the chance to look at another parameter first:
-    with 0.3 a redundant one, else a later one of the order. If all its parents are known it is simply
+    reflection: the chance, before each line but the first and the last, to look at another parameter first.
+    With 0.3 it is redundant, else a later one of the order. If all its parents are known it is simply
     computed, early or needlessly; if not, the line is a reflection, and the next line follows the order again.
     The last line computes what is asked (BRIDGE's code could go on with something redundant).
     analysis: a chance for each line of an instance parameter with parents, or "table" for ANALYSIS_TABLE.
@@ -85,7 +85,7 @@ def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, ret
 
 def _analysis_chance(node, num_parents, analysis):
     if node.abstract or not node.terms:
-        return 0.0  # no sentence to say once more, or nothing in it but a number
+        return 0.0  # an abstract parameter has no sentence to repeat; a leaf's sentence is only a number
     if analysis != "table":
         return analysis
     num_parents += node.const is not None

@@ -183,7 +183,7 @@ def _draw_dependencies(rng, structure, target):
 
 
 def _choose(rnd, structure, parents, target):
-    """The parameters of the solution, in no order; for their links to come, some operations are left over."""
+    """The parameters of the solution, unordered. They cost at most `target`; links added later cost the rest."""
     num_instance = len(structure.edges)
     op1 = max(1 + int(rnd() * target), 1 + int(rnd() * target))
     op2 = op1 + int(rnd() * (target - op1 + 1))

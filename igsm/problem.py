@@ -58,8 +58,8 @@ def problems(
     styles.
     style: "natural", "define" or "symbolic": the same problem in other words.
     modulus: None for plain integers; m, better a prime, for arithmetic on 0..m-1.
-    max_params: most instance parameters, which is to say sentences (symbolic: those of abstract ones come on top);
-    less room leaves fewer redundant ones.
+    max_params: largest number of instance parameters, each of which is a sentence (the symbolic style has one more
+    line for each abstract parameter); a smaller one leaves fewer redundant sentences.
     max_value: without a modulus, every number in a solution is smaller than this in size.
     max_literal: literals and multipliers are 1..max_literal; None for 9, or modulus - 1 if there is a
     modulus.
@@ -104,12 +104,13 @@ def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, 
     reflection: chance of a look-ahead before a line (BRIDGE: 0.1).
     analysis: chance that a line repeats the question's sentence, or "table": 0.1, 0.4, 0.8, 1 for 1, 2, 3, more
     parents (BRIDGE's code; its text says 0.1).
-    retry: chance that a line is preceded by a parameter that cannot be computed yet, drawn again after each (Meta's).
+    retry: chance of a retry before a line: a parameter that cannot be computed yet is begun and left (Meta's). It is
+    drawn again after each retry.
     question_variant: 0, or the number of a random order of the conditions in `problem.question`, which should be that
     of variant 0 (BRIDGE's PP-Aug has 1, 2, 3).
     solution_variant: 0, or the number of another order of the steps, told with other letters and words
-    (RC-Aug has 1, 2, 3); letters stay in the symbolic style, where they are the question's. The order's template
-    is on the problem's side of the split (where no other order is: the same order).
+    (RC-Aug has 1, 2, 3); in the symbolic style the letters stay, because the question has them. The order's template
+    is on the problem's side of the split. If there is no other such order, the order stays.
 
     Each behavior draws from a stream of its own, made of the problem's seed, its index and the variant.
     Raises ValueError for what is no chance, and for behaviors in the style "define", which has no words for

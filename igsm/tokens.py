@@ -47,7 +47,7 @@ def tokenizer(style, *, modulus=None, retry=False):
 
     modulus (symbolic style, at most 100): numbers below it are one token each, which tiny models learn faster.
 
-    retry: with " BACK", the one word that Meta's retries need beyond the natural style's (a type more).
+    retry: add " BACK", the only word that Meta's retries need and the natural style does not have.
 
     Text that a style never uses becomes <|unk|>. A system message is rendered if there is one, never added.
     """

@@ -425,9 +425,9 @@ IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
         ([GOOD, GOOD | {"prompt": "b=1\na?", "reward": 0}], ["--stage", "dpo"], "no question has a right and a wrong"),
         ([GOOD, GOOD | {"response": ""}], [], "row 1: no prompt, or no action token"),
         ([GOOD, GOOD | {"prompt": ""}], [], "row 1: no shape of row has these columns .*; blank: prompt"),
-        ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: no reward: --rows are graded"),
+        ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: no reward: --rows needs graded responses"),
         ([GOOD, GOOD | {"reward": "good"}], [], "row 1: 'reward' must be a number, not 'good'"),
-        ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: no reward: --rows are graded"),
+        ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: no reward: --rows needs graded responses"),
         ([[1, 2]], [], "row 0: expected"),
         ([GOOD | {"prompt_ids": [5], "response_ids": [9999]}], [], "row 0: ids of another tokenizer"),
         ([GOOD | {"prompt_ids": [5], "response_ids": [6, 7]}], [], "row 0: ids of another tokenizer"),
@@ -570,7 +570,8 @@ def test_a_long_solution_is_left_out_or_cut_to_the_rows_limit(nano, tmp_path):
     [[whole], *_], _ = oreo.training_units(load_tokenizer(nano), settings(nano, *words), False)
     limit = len(whole.prompt) + len(whole.response) - 3
     words += ["--max_row_tokens", str(limit)]
-    assert not oreo.training_units(load_tokenizer(nano), settings(nano, *words), False)[0]
+    with pytest.raises(InputError, match="no row is left: 0 of 4 rows .4 over --max_row_tokens"):
+        oreo.training_units(load_tokenizer(nano), settings(nano, *words), False)
     [[cut], *_], _ = oreo.training_units(load_tokenizer(nano), settings(nano, *words, "--long_response", "cut"), False)
     assert len(cut.prompt) + len(cut.response) == limit and cut.response == whole.response[:-3]
 

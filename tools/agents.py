@@ -70,7 +70,7 @@ NAMES = {  # for --names, by TextWorld's types
 class Args:
     stage: Literal["make", "expert", "collect", "evaluate"] = "evaluate"  # What to do
     games: str = "runs/games/train"  # Folder of TextWorld games (.z8), or alfworld:train (eval_in_distribution, ...)
-    model: str = ""  # Model folder or Hub name. expert: or scratch, a small new model with a token per word
+    model: str = ""  # Model folder or Hub name. expert also takes "scratch": a small new model, a token per word
     value: str = ""  # Value model of oreo.py that chooses among --candidates
     out: str = "runs/agent"  # Folder of episodes.jsonl, rows.jsonl, results.json. The same command again resumes.
     chat_template: str = ""  # File with a Jinja chat template. Empty: the tokenizer's own
@@ -78,13 +78,13 @@ class Args:
     trust_remote_code: bool = False  # Run the Python files that come with --model.
     repeat: Positive[int] = 5  # Episodes of each game that collect plays (published: 5)
     candidates: Positive[int] = 5  # Answers that evaluate draws at each turn if there is a --value (published: 3 to 5)
-    temperature: NotNegative[float] = 1.0  # Sampling temperature of collect and --candidates; else greedy
+    temperature: NotNegative[float] = 1.0  # For collect and for --candidates; evaluate without --value is greedy
     max_turns: Positive[int] = 40  # Actions per episode at most (published)
     max_turn_tokens: Positive[int] = 128  # Tokens per answer at most (published: 2048). A longer answer loses.
     max_episode_tokens: Positive[int] = 4096  # Tokens per episode at most (MiniCPM's context). A longer one loses.
     parallel: Positive[int] = 32  # Episodes that each rank plays at a time
     seed: Seed = 0  # Seed of sampling
-    # TextWorld: rename things to this many names per type, which a small model can learn. 0: keep the games' names
+    # TextWorld: rename things, with this many names for each type, so that a small model can learn them all. 0: do not
     names: Annotated[int, ("0 to 8", lambda n: 0 <= n <= len(NAMES["c"]))] = 0
     renamed: NotNegative[int] = 0  # expert: play each game this many times more, with other --names
     count: Positive[int] = 100  # make: games to generate
@@ -138,8 +138,8 @@ class Episode:
         self.ids, self.actions, self.text = self.ids + new, self.actions + [0] * len(new), shown
 
     def add_answer(self, ids: list[int]) -> None:
-        """Add the model's answer, with the token that ended it, and the game's reply. A token that the
-        template does not put after an answer is not kept, nor are spaces before it: no history shows them."""
+        """Add the model's answer, with the token that ended it, and the game's reply. That token, and the spaces before
+        it, are kept only if the template writes the token after an answer: otherwise no later prompt has them."""
         self.turns += 1
         ended, kept = ids[-1] in self.stops, ids
         answer = self.tokenizer.decode(ids[:-1] if ended else ids)
@@ -228,8 +228,8 @@ class AlfworldGame(Game):
 
 
 class RenamedGame(Game):
-    """A TextWorld game with other names {old: new} for its things. Rooms keep theirs. A thing
-    keeps its own where the game uses only a part of it."""
+    """A TextWorld game with other names {old: new} for its things. Rooms keep their names. Where the game's text has
+    only a part of a thing's name, that text stays."""
 
     def __init__(self, game: Game, names: dict[str, str]):
         self.env = self.game = game
@@ -264,13 +264,13 @@ def replace_words(text: str, names: dict[str, str]) -> str:
 
 
 def other_names(things: dict[str, str], count: int, rng: random.Random) -> dict[str, str]:
-    """Return new names for a game's things, each of the first `count` of its type. No two share a word."""
+    """Return new names for a game's things, drawn from the first `count` NAMES of their type. No two share a word."""
     taken: dict[str, str] = {}
     for name, type_ in things.items():
         words = {word for other in taken.values() for word in other.lower().split()}
         free = [one for one in NAMES.get(type_, ())[:count] if not words & set(one.lower().split())]
         if type_ in NAMES and not free:
-            raise InputError(f"--names: a game has more things than names of their kind, such as {name}: raise it")
+            raise InputError(f"--names: a game has more things than names of their kind, such as {name}: raise --names")
         taken[name] = rng.choice(free or [name])
     return taken
 

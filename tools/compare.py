@@ -38,7 +38,7 @@ from eval import FREE, mean_and_errors
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # Folders of evaluations, the one to compare with first
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # Folders of evaluations. The others are compared with the first.
     out: str = "runs/eval/compared"  # Folder for comparison.md, .csv, .png and .html
     verifier: str = "strict_box"  # The grader whose verdicts are compared
     page_questions: Positive[int] = 200  # Most questions on the page of samples: those on which the runs differ most
@@ -73,7 +73,7 @@ def bootstrap_interval(differences: list[np.ndarray], *, draws: int = 10_000, se
 
     differences: for each benchmark [Q], Q > 1, run B's fraction of correct answers minus run A's. Questions are
     resampled within each benchmark. Their answers are not: the scatter of the fractions includes their noise already.
-    Drawing from Q questions has a variance of (Q - 1) / Q of the mean's; the deviations are scaled up for that."""
+    A bootstrap of Q questions gives the mean's variance times (Q - 1) / Q; the deviations are scaled up for that."""
     rng = np.random.default_rng(seed)
     means = np.zeros(draws)
     for values in differences:
@@ -86,8 +86,8 @@ def bootstrap_interval(differences: list[np.ndarray], *, draws: int = 10_000, se
 
 
 def compare_rates(rates: dict[str, np.ndarray], names: list[str]) -> list[dict]:
-    """Return the rows of comparison.csv: for each benchmark, and their unweighted average, and each run. rates: for
-    each benchmark [runs, questions], the fraction of correct answers; names: the runs'."""
+    """Return the rows of comparison.csv: one for each run on each benchmark, and on the benchmarks' unweighted average.
+    rates: for each benchmark the fraction of correct answers, [runs, questions]. names: those of the runs."""
     rows = []
     for benchmark, part in [*((b, [b]) for b in rates), ("average", list(rates))]:
         for i, name in enumerate(names):

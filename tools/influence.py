@@ -159,8 +159,8 @@ def summarize(found: list[dict], size: int) -> dict:
 
 
 def kernel_table(sketches: list[dict]) -> dict:
-    """Mean K and mean cosine of pairs of answers: correct (+) or incorrect (-), to the same or to different queries;
-    and the dJ of these queries with G from them alone, with and without each query's own answers."""
+    """Mean K and mean cosine of pairs of answers: correct (+) or incorrect (-), to the same or to different queries.
+    Also the dJ of these queries. Here G comes only from their answers, including or excluding each query's own."""
     groups = torch.tensor([sketch["query"] for sketch in sketches])  # [B]
     correct = torch.tensor([sketch["correct"] for sketch in sketches])  # [B]
     advantages = torch.tensor([sketch["advantage"] for sketch in sketches], dtype=torch.float64)  # [B]
