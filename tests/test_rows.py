@@ -870,6 +870,42 @@ def test_of_a_folder_with_several_splits_the_one_that_is_meant_is_read(tmp_path)
         load_rows(files(tmp_path / "d", "test.jsonl", "validation.jsonl"))
 
 
+def test_the_last_word_of_a_path_says_its_split(tmp_path):
+    folder = files(tmp_path, "train_and_test/train.jsonl", "train_and_test/test.jsonl", "training/test_1.jsonl")
+    assert names_of(load_rows(folder)) == ["train_and_test/train.jsonl"]
+    assert names_of(load_rows(folder, split="test")) == ["train_and_test/test.jsonl", "training/test_1.jsonl"]
+
+
+def test_the_gold_of_the_reward_model_goes_before_other_columns():
+    assert read_row(row(answer="6", ground_truth="7"), "x").gold == "5"
+
+
+def test_a_system_column_stands_before_the_prompt_and_the_conversation():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    item = read_row({"conversations": turns, "system": "S", "reward": 1}, "x")
+    system = {"role": "system", "content": "S"}
+    assert item.prompt == [system, turns[0]] and item.conversation == [system, *turns]
+
+
+def test_the_last_answer_of_a_conversation_is_the_trace_and_what_came_before_asks():
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "qarb", strict=True)]
+    item = read_row({"messages": turns}, "x")
+    assert item.prompt == turns[:3] and [trace.text for trace in item.traces] == ["b"]
+
+
+def test_a_thought_of_one_word_is_a_switch_and_blank_options_behind_the_others_are_none():
+    item = read_row({"prompt": "q", "response": "a", "thinking": "on", "label": 1}, "x")
+    assert [trace.text for trace in item.traces] == ["a"]
+    item = read_row({"question": "Q?", "options": ["x", "y", ""], "answer": "y"}, "x")
+    assert item.gold == "B" and item.question.endswith("A) x\nB) y")
+
+
+def test_a_response_that_nobody_graded_counts_as_correct():
+    item = read_row({"prompt": "q", "response": "a"}, "x")
+    assert item.traces[0].reward is None
+    assert item.first(correct=True) is item.traces[0] and item.first(correct=False) is None
+
+
 def test_igsm_is_a_data_name_of_its_own():
     assert len(load_rows("igsm:5-6", limit=3)) == len(load_rows("igsm:5-6", problems=3)) == 3
     train, test = (
