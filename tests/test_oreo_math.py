@@ -353,6 +353,19 @@ def test_a_template_that_rewrites_the_history_is_refused():
         conversation_ids(messages, Forgets(), 0)
 
 
+def test_a_template_that_drops_the_thoughts_of_earlier_turns_is_refused():
+    class Drops(CharTokenizer):
+        def apply_chat_template(self, messages, **options):
+            *earlier, last = messages
+            shown = [m | {"content": m["content"].rpartition("</think>")[2]} for m in earlier]
+            return super().apply_chat_template([*shown, last], **options)
+
+    said = (("user", "q"), ("assistant", "x</think>y"), ("user", "o"), ("assistant", "z"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    with pytest.raises(InputError, match="turn 3 or earlier ones later on .some drop <think>"):
+        conversation_ids(messages, Drops(), 0)
+
+
 def test_a_token_that_holds_a_delimiter_ends_a_step():
     class Tokens:
         texts = ["a", "\n", ".\n\n", "b", "\n  "]
