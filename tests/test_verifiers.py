@@ -484,6 +484,11 @@ def test_workers_are_reused_and_closed(users):
     assert grade(["x"], ["x"], verifier=users.pid, workers=1)[0].reward != first
 
 
+def test_an_interrupt_on_the_terminal_reaches_no_worker(users):
+    [verdict] = grade(["x"], ["x"], verifier=users.pid, workers=1)
+    assert os.getsid(int(verdict.reward)) == verdict.reward  # a session of its own
+
+
 def test_verdicts_do_not_depend_on_the_number_of_workers_or_the_order():
     golds = json.loads((VECTORS / "val_golds.json").read_text())[::12]
     items = [
@@ -570,7 +575,33 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(users, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(verifiers, "wait", interrupt)
         grade(["xx"] * 2, [""] * 2, verifier=users.length, workers=2)
+    assert not verifiers._workers
     assert [v.reward for v in grade(["xxxx"] * 2, [""] * 2, verifier=users.length, workers=2)] == [2, 2]
+
+
+def test_nothing_of_an_interrupted_call_goes_on(users, monkeypatch):
+    graded = []
+
+    def grade_one(spec, response, gold, timeout):
+        graded.append(response)
+        if response == "interrupt":
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        return Verdict(1.0, "ok")
+
+    monkeypatch.setattr(verifiers, "_grade_one", grade_one)
+    with pytest.raises(KeyboardInterrupt):
+        grade(["interrupt"] + ["x"] * 50, [""] * 51, verifier=users.length, workers=1)
+    time.sleep(0.5)
+    assert len(graded) < 5  # one that had begun ended
+
+
+def test_time_without_a_core_is_not_counted_up_to_twice_the_deadline(users, monkeypatch):
+    grade(["x"], [""], verifier=users.hang, workers=1)  # a worker is ready
+    start = time.monotonic()
+    monkeypatch.setattr(verifiers._Worker, "starved", lambda self: time.monotonic() - start)  # it never gets a core
+    [verdict] = grade(["python"], [""], verifier=users.hang, workers=1, timeout=0.4)
+    assert verdict.status == "timeout" and 1.1 < time.monotonic() - start < 10
 
 
 def test_bad_calls_say_what_is_wrong(users):
