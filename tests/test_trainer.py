@@ -749,6 +749,20 @@ def test_a_value_model_can_be_what_a_run_trains(world, tmp_path):
     assert weights_digest(load_policy(str(tmp_path / "model"), world, kind=ValueModel)) == before
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(policy, world, tmp_path, monkeypatch):
+    done, replace, saved = [], checkpoints.os.replace, checkpoint(tmp_path)
+    monkeypatch.setattr(checkpoints, "to_disk", lambda path: done.append(path.name))
+    monkeypatch.setattr(checkpoints.os, "replace", lambda old, new: done.append(new.name) or replace(old, new))
+    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    named = done.index("step-00000001")
+    assert {path.name for path in saved.latest().iterdir()} < set(done[:named]) and saved.folder.name in done[named:]
+
+
+def test_a_setting_that_one_side_lacks_is_another_one():
+    assert checkpoints.changed_settings({"a": 1}, {}, ["a"]) == "--a 1 there, None here"
+    assert checkpoints.changed_settings({}, {"a": 1}, ["a"]) == "--a None there, 1 here"
+
+
 def test_no_setting_that_is_an_algorithms_may_change_on_resume():
     common = {field.name for field in dataclasses.fields(RunArgs)}
     for name in ("behavior_injection", "luffy", "oreo", "redi", "relift"):
