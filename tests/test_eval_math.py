@@ -105,6 +105,11 @@ def test_unknown_errors_are_none():
     assert mean_and_errors([[1.0], [0.0]])[2] is None and mean_and_errors([[1.0, 0.0]])[1] is None
 
 
+def test_the_sampling_error_is_unknown_if_one_question_has_one_answer():
+    mean, error, sampling_error = mean_and_errors([[1.0], [0.0, 1.0]])
+    assert (mean, error, sampling_error) == (0.75, 0.25, None)
+
+
 def test_bootstrap_interval_is_that_of_all_resamples():
     given = np.array([0.5, -0.25, 0.0, 1.0]), np.array([0.0, 0.5, -1.0])
     a, b = (x.mean() + (x - x.mean()) * (x.std(ddof=1) / x.std()) for x in given)  # the variance of a sample's mean
@@ -180,6 +185,10 @@ def answer(right, text="x", status="ok", *, tokens=10, truncated=False, **others
 
 def record(name, answers, benchmark="b", rows=1):
     return dict(id=name, benchmark=benchmark, rows=rows, question="?", gold="1", prompt="?", answers=answers)
+
+
+def test_a_box_in_the_thought_does_not_vote():
+    assert vote(r"maybe \boxed{7}?</think> The answer is 8.") == "8"
 
 
 def test_a_long_text_votes_for_its_end():
