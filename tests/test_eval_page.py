@@ -1,5 +1,6 @@
 """tools/compare.py: the page of samples, in a real headless browser where there is one."""
 
+import csv
 import json
 import os
 import shutil
@@ -216,6 +217,16 @@ def test_the_page_has_the_questions_on_which_runs_differ_most_and_the_first_answ
     answers = [dict(text=str(i), tokens=i, truncated=False, verdicts={"full": [i % 2, "ok"]}) for i in range(4)]
     shown = compare.page_answers({"answers": answers}, "full")["shown"]
     assert [(a["right"], a["tokens"]) for a in shown] == [(True, 1), (False, 0)]
+
+
+def test_the_table_has_the_rates_of_each_run_on_each_benchmark(tmp_path):
+    runs = [write_run(tmp_path / name, rights, n=4) for name, rights in (("a", [0, 1, 3, 2]), ("b", [4, 1, 0, 4]))]
+    compare.main(compare.Args(tuple(runs), out=str(tmp_path / "out"), verifier="full"))
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
+    assert {(row["benchmark"], row["run"]): float(row["pass@1"]) for row in rows} == {
+        ("other", "a"): 0.25, ("other", "b"): 1.0, ("math", "a"): 0.5, ("math", "b"): 0.125,
+        ("average", "a"): 0.375, ("average", "b"): 0.5625,
+    }  # fmt: skip
 
 
 def test_dollars_of_money_are_no_formula():
