@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,6 +291,25 @@ def test_verdicts_of_another_version_of_a_grader_are_given_anew(finished, data, 
     monkeypatch.setattr(report, "grader_version", lambda verifier: "new" if verifier == "boxed" else verifier)
     evaluation.main(args(data, tmp_path / "out"))
     assert set(graded) == {("boxed", 36), ("exact", 36)}
+
+
+def test_verdicts_are_given_again_if_asked_and_always_by_a_users_verifier(monkeypatch, world):
+    """What a user's file imports is in no digest."""
+    graded, records = [], {"q": {"id": "q", "gold": "1", "answers": [{"text": "x"}]}}
+    monkeypatch.setattr(report, "grade", lambda texts, *_, **__: graded.extend(texts) or [Verdict(1.0, "ok")])
+    asked = (("boxed", False), ("boxed", False), ("boxed", True), *[("tests.rewards:even_length", False)] * 2)
+    counts = []
+    for verifier, again in asked:
+        report.grade_records(records, [verifier], world, again=again)
+        counts.append(len(graded))
+    assert counts == [1, 1, 2, 3, 4]
+
+
+def test_the_version_of_a_grader_is_that_of_both_its_files(monkeypatch):
+    before, read = report.grader_version("robust"), Path.read_bytes
+    for name in ("verifiers.py", "robust.py"):
+        monkeypatch.setattr(Path, "read_bytes", lambda path, name=name: b"" if path.name == name else read(path))
+        assert report.grader_version("robust") != before
 
 
 def test_a_gold_that_no_grader_can_read_is_named_by_row_once(finished, tmp_path, monkeypatch):
