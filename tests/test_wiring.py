@@ -254,6 +254,19 @@ def test_a_search_leaves_room_for_what_was_said(monkeypatch):
     assert [len(answer.response) for [answer] in found] == [4]
 
 
+@pytest.mark.parametrize(("eos", "valued"), [(6, [3, 5]), (1, [3, 5, 6])])
+def test_the_value_of_an_answer_is_that_of_its_text_without_eos(eos, valued, monkeypatch):
+    texts = []
+    monkeypatch.setattr(search, "state_values", lambda value, states, *_: texts.extend(states) or [0.0] * len(states))
+    sampler = Asked()
+    sampler.stop_ids = [eos]
+    search.search_answers(
+        "beam", sampler, None, [[3]], [7], ONE_RANK, width=1, max_steps=1, max_tokens=9, step_ends=frozenset([6]),
+        micro_batch_tokens=100,
+    )  # fmt: skip
+    assert texts == [valued]
+
+
 def test_searches_of_neighbouring_seeds_share_no_stream(monkeypatch):
     monkeypatch.setattr(search, "state_values", lambda value, states, *_: [0.0] * len(states))
     sampler = Asked()
