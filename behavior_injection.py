@@ -366,7 +366,7 @@ def read_set(name: str, tokenizer, args: Args, **options):
     """Return the examples of OUT/data/NAME.jsonl, and counts of what was left out (options: `make_examples`)."""
     path = Path(args.out, "data", f"{name}.jsonl")
     if not path.exists():
-        raise InputError(f"{path} is missing: run --stage data first (with --arms that name it)")
+        raise InputError(f"{path} is missing: run --stage data first (with --arms naming it; val: or --eval_every 0)")
     examples, left_out = read_examples(str(path), tokenizer, args, split="train", **options)
     return [replace(example, source=name) for example in examples], left_out
 
@@ -431,16 +431,16 @@ def train(args: Args) -> None:
     examples, left_out = read_set(name, tokenizer, args, traces="ignored" if rl else "needed", **how)
     if args.prompt_loss and not rl:  # the prompt's tokens join the response, except the first, which nothing predicts
         examples = [replace(e, prompt=e.prompt[:1], trace=e.prompt[1:] + e.trace) for e in examples]
-    held_out = read_set("val", tokenizer, args, traces="ignored")[0] if args.eval_every else []
+    evaluates = rl and (args.eval_every or Path(args.out, "data", "val.jsonl").exists())  # the digest is of val too
+    held_out = read_set("val", tokenizer, args, traces="ignored")[0] if evaluates else []
     flag = {"rl": "--batch_size", "sft": "--sft_batch_size"}.get(args.stage, "a batch of")
     run.plan(examples, held_out[: args.eval_limit or None], left_out, source=f"{args.out}/data/{name}.jsonl",
              batch_flag=flag, models={"model": model})  # fmt: skip
 
     policy = open_policy(model, args, world)
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
-    reference = None
-    if rl and (args.kl_coef or args.kl_mask):
-        reference = open_policy(model, args, world, gradient_checkpointing="none").requires_grad_(False)
+    has_kl = rl and (args.kl_coef or args.kl_mask)
+    reference = open_policy(model, args, world, gradient_checkpointing="none").requires_grad_(False) if has_kl else None
     run.begin(policy, optimizer, tokenizer)
     sampler = open_sampler(policy, tokenizer, args, world, needed=rl or run.held_out)
     sampler.sync(policy, version=run.start)

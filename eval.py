@@ -208,7 +208,7 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
             where = f"{source}, row {index}"
             item = read_row(row, where)
             check_gold(item, row, where)
-            name = item.source or Path(source).stem
+            name = item.source or Path(source.removesuffix(".gz")).stem
             read.append((name, source, where, index, item))
             owners.setdefault(name, {None} if name == "average" else set()).add(source)
     questions: dict[str, Question] = {}

@@ -143,8 +143,8 @@ class Checkpoints:
         """Save `digest` with every checkpoint. Raises InputError if `state` has another one."""
         self.data = digest
         if state and state.get("data") not in (None, digest):
-            raise InputError(f"{flags}: the data (or the tokenizer) changed since {self.latest()} was written; restore "
-                             "them, or use another --out to start anew")  # fmt: skip
+            raise InputError(f"{flags}: the data (or --eval_data, the tokenizer or its template) changed since "
+                             f"{self.latest()} was written; restore them, or use another --out to start anew")
 
     def check_space(self, pairs: dict) -> None:
         """Raise InputError if the disk cannot hold `keep` checkpoints, the one being written and the model."""
@@ -232,6 +232,8 @@ class Checkpoints:
             reason = getattr(error, "failures", None)
             reason = next(iter(reason.values())) if reason else error  # torch wraps each rank's own error
             reason = reason[0] if isinstance(reason, tuple) else reason
+            if KeyboardInterrupt in (type(reason), type(error.__cause__), type(error.__context__)):
+                raise KeyboardInterrupt from error
             raise RuntimeError(
                 f"the checkpoint{f' of step {step}' if step else ''} in {self.folder} could not be written ({reason}; "
                 f"{free / 1e9:.1f} GB are free there). "

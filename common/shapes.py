@@ -292,7 +292,9 @@ def _asked(row: dict) -> Item:
         turns = [{"role": r, "content": said} for pair in history for r, said in zip(("user", "assistant"), pair)]
         asks = text if name == "instruction" and not options else f"{text}\n\n{IN_A_BOX}"
         return Item(_turns([*turns, {"role": "user", "content": asks}], name), text, gold)
-    prompt = _turns(row.get("prompt"), "prompt")
+    if row.get("prompt") is None:
+        raise KeyError("prompt")
+    prompt = _turns(row["prompt"], "prompt")
     if prompt[-1]["role"] == "assistant":
         raise ValueError("'prompt' ends with a turn of the assistant, so that nothing is asked")
     questions = [turn["content"] for turn in prompt if turn["role"] == "user"]

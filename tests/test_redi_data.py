@@ -69,7 +69,7 @@ def test_graded_traces_of_three_forms_give_the_first_right_and_the_first_wrong_o
         ({"prompt": "p", "responses": ["x"], "rewards": [1, 0]}, "lists of one length"),
         ({"prompt": "p", "responses": ["x", "y"], "rewards": [1, 0.5]}, "'rewards' must be 1 .right. or 0 .wrong."),
         ({"prompt": "p", "responses": ["x", None], "rewards": [1, 0]}, "a trace is not text"),
-        ({"responses": ["x"], "rewards": [1]}, "'prompt' must be a text"),
+        ({"responses": ["x"], "rewards": [1]}, "column 'prompt' is missing"),
         (["x"], "expected an object"),
     ],
 )

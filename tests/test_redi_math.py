@@ -324,7 +324,7 @@ def test_traces_come_as_text_turns_conversations_labels_or_in_luffys_columns(tok
         ([{"prompt": "p", "response": "a", "label": "1"}], "'label' must be .* not '1'"),
         ([{"prompt": "p", "label": 1}], "column 'response' is missing .found: prompt, label"),
         ([{"prompt": "p", "chosen": None, "rejected": None}], "row 0: a trace is missing or empty"),
-        ([{"chosen": "a", "rejected": "b"}], "'prompt' must be a text"),
+        ([{"chosen": "a", "rejected": "b"}], "column 'prompt' is missing"),
         ([pair_row(weight=-1)], "'weight' must be a number from 0 on, not -1"),
         ([pair_row(chosen=3)], "row 0: 'chosen' .*is not text"),
         ([["not", "a", "row"]], "expected an object"),

@@ -816,6 +816,11 @@ def test_given_probabilities_may_be_those_of_the_whole_trace_or_of_what_is_train
         examples([row(**opened, target_probs=[0.5] * n)])
 
 
+def test_a_pair_without_a_prompt_misses_the_column():
+    with pytest.raises(InputError, match="f, row 0: column 'prompt' is missing .found: chosen, rejected"):
+        read_row({"chosen": "Human: 1+1?", "rejected": "Human: 1+1?"}, "f, row 0")
+
+
 def test_probabilities_of_ids_that_a_model_drew_are_theirs_whatever_the_prompt_ends_with():
     drawn = Trace("\na=5", ids=[5, 6, 7, 8], probs=[0.5] * 4)
     assert given_logps(drawn, drawn.ids, "a?<think>\n\n</think>\n\n", TOKENIZER, "row 0") == [math.log(0.5)] * 4

@@ -807,6 +807,13 @@ def test_dropout_is_zero_in_nested_configurations_too():
     assert config.text_config.attention_dropout == 0.0
 
 
+def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path):
+    wrapped = RuntimeError("PytorchStreamWriter failed")
+    wrapped.__context__ = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, RunArgs())._explain(3):
+        raise wrapped
+
+
 def test_lora_trains_adapters_alone_and_a_values_head_has_one(world):
     pytest.importorskip("peft")  # published: on the value head too, whose own zeros stay as they are
     for kind, layers in ((trainer.Policy, 28), (trainer.ValueModel, 29)):

@@ -232,7 +232,7 @@ def main(args: Args) -> None:
     funnel |= {"no right trace": len(positives) - len(problems), "positives.jsonl": len(positives)}
     funnel |= {"no wrong trace": len(rows) - len(positives)}
     if not rows:
-        hint = "" if args.own_answers else "; --own_answers samples wrong ones of --model"
+        hint = "" if args.own_answers or not positives else "; --own_answers samples wrong ones of --model"
         raise InputError(f"{args.data}: no pair is left ({funnel}){hint}")
 
     pairs, count = redi.make_pairs(rows, tokenizer, training, source=args.data, progress=world.main)
