@@ -427,8 +427,8 @@ def train(args: Args) -> None:
     model = {"base": args.model, "sft": model_of(args, "base", arm), "rl": model_of(args, "sft", arm)}[args.stage]
     run = Run(args, out=folder_of(args, args.stage, arm))
     world, tokenizer = run.world, open_tokenizer(model, args)
-    how = dict(golds=rl, progress=world.main)
-    examples, left_out = read_set(name, tokenizer, args, traces="ignored" if rl else "needed", **how)
+    traces = "ignored" if rl else "needed"
+    examples, left_out = read_set(name, tokenizer, args, traces=traces, golds=rl, progress=world.main)
     if args.prompt_loss and not rl:  # the prompt's tokens join the response, except the first, which nothing predicts
         examples = [replace(e, prompt=e.prompt[:1], trace=e.prompt[1:] + e.trace) for e in examples]
     evaluates = rl and (args.eval_every or Path(args.out, "data", "val.jsonl").exists())  # the digest is of val too

@@ -220,7 +220,7 @@ class Pair:
 def sum_by_trace(values: Tensor, batch, pairs: list[Pair]) -> Tensor:
     """[N], one value for each response token -> [B, 2], sums over correct and incorrect traces in float64. The batch
     holds the traces in the order of `Pair.sequences`."""
-    slots = [2 * i + k for i, pair in enumerate(pairs) for k, t in enumerate((pair.chosen, pair.rejected)) if t]  # [B]
+    slots = [2 * i + k for i, pair in enumerate(pairs) for k, t in enumerate((pair.chosen, pair.rejected)) if t]
     slot = torch.tensor(slots, dtype=torch.long, device=values.device)[batch.sequence]  # [N]
     sums = values.new_zeros(2 * len(pairs), dtype=torch.float64)
     return sums.index_add(0, slot, values.double()).view(-1, 2)

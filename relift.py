@@ -282,7 +282,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     totals = Totals(world)
     rows_per_mean = args.sft_rows_per_mean or len(rows)
     n_blocks = math.ceil(len(rows) / rows_per_mean)
-    tokens_of = dict(zip(map(id, rows), tokens_of_blocks(lengths, rows_per_mean), strict=True))
+    tokens_of = {id(row): n for row, n in zip(rows, tokens_of_blocks(lengths, rows_per_mean), strict=True)}
     for batch, my_rows in micro_batches(rows, args, world):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
         mean_tokens = per_token(batch, [tokens_of[id(row)] for row in my_rows])  # [N]

@@ -215,8 +215,8 @@ class Run:
                 print(f"WARNING: {n} of the {len(held_out)} held-out questions are trained on too", file=sys.stderr)
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
-        models = models or {"model": args.model}
-        check_replaced(self.out, ["model", *["best"] * args.keep_best, *models], models, new=not self.state)
+        models, written = models or {"model": args.model}, ["model", "best"] if args.keep_best else ["model"]
+        check_replaced(self.out, [*written, *models], models, new=not self.state)
         self.lock, newest = lock(self.out, self.world), self.checkpoints.latest()
         if self.start != (int(newest.name.removeprefix("step-")) if newest else 0):
             raise InputError(f"--out {self.out}: another process has written there meanwhile; run the command again")

@@ -115,7 +115,8 @@ def write_parquet(path, rows):
 def main(argv=None):
     """Writes the file; returns the exit code: 2 with one line on stderr where the settings cannot be met."""
     args = tyro.cli(Args, args=argv, prog="python -m igsm", use_underscores=True)
-    half = Path(args.out or ".").parent / f".{getattr(args.out, 'name', '')}.{os.getpid()}"
+    out = args.out or Path()
+    half = out.parent / f".{out.name}.{os.getpid()}"
     try:
         if args.n < 1:
             raise ValueError(f"--n must be 1 or more, got {args.n}")
