@@ -155,6 +155,7 @@ def plot(results: dict, bench: Bench, path: Path) -> None:
     axes[1].errorbar(results["candidates"], *zip(*map(mean_and_spread, by_k), strict=True), marker=".", capsize=3)
     axes[1].set_title("oreo: won when V chooses among K, %", fontsize=10)
     axes[1].set_xlabel("K")
+    axes[1].set_xticks(results["candidates"])
     for seed in bench.seeds:
         rows = [r for r in read_metrics(Path(bench.out) / f"oreo-{seed}") if r["step"]]
         for name, style in (("value/right", "-"), ("value/wrong", ":")):
