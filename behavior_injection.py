@@ -8,12 +8,12 @@ without KL and entropy; J is its mean over questions. A gradient step of size et
 
 o is one of N answers to q, A(q,o) its advantage, a(q) the fraction of correct answers. mean_+ is over correct answers
 o, mean_- over incorrect ones. log pi is a mean over tokens. sqrt(a (1 - a)) is the std of the rewards with divisor N.
-(GRPO's has N - 1: then dJ is (N - 1) / N of Eq. 5.) So RL needs questions that are solved sometimes, and answers to
-different questions whose gradients agree. To get both, BRIDGE injects behaviors into the SFT solutions: looking ahead
-and coming back (reflection), repeating what the question says (analysis), one operation at a time (subgoals). An arm is
-one way to write the solutions. SFT's loss is the token mean of -log p, prompts included, of a block of 4 rows, averaged
-over blocks. GRPO follows, with the SFT model as reference. R_i is 1 for a correct answer and else 0, plus
---format_reward for its form:
+(GRPO's has N - 1: then dJ is (N - 1) / N of Eq. 5.) So RL needs questions that are solved sometimes, and correct
+answers to different questions whose gradients agree, more than with those of incorrect ones. To get both, BRIDGE
+injects behaviors into the SFT solutions: looking ahead and coming back (reflection), repeating what the question says
+(analysis), one operation at a time (subgoals). An arm is one way to write the solutions. SFT's loss is the token mean
+of -log p, prompts included, of a block of 4 rows, averaged over blocks. GRPO follows, with the SFT model as reference.
+R_i is 1 for a correct answer and else 0, plus --format_reward for its form:
 
     A_i  = (R_i - mean R) / (std R + 1e-6)                               over the N answers to q, std over N - 1
     loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef min(k, 10) - entropy_coef H ]
