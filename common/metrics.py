@@ -126,8 +126,13 @@ def write_whole(path: Path, text: str) -> None:
 
 def json_line(row: dict) -> str:
     """A row as a line of JSON, which has no NaN or infinity: null."""
-    row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+
+    def finite(x):
+        if isinstance(x, list):
+            return [finite(y) for y in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps({key: finite(x) for key, x in row.items()}, ensure_ascii=False) + "\n"
 
 
 def complete_lines(path: Path) -> list[str]:

@@ -455,9 +455,9 @@ def given_logps(given: Trace, trace: list[int], prompt: str, tokenizer, where: s
             raise InputError(f"{where}: 'target_probs' has {whole} entries, with eos or with what the prompt "
                              "has too (<think>): give both")
         logps = logps[whole - len(trace) + 1 :] if len(logps) >= whole else logps
-    if len(trace) - len(logps) not in (0, 1) or max(logps, default=0.0) > 0:
+    if len(trace) - len(logps) not in (0, 1) or not all(logp <= 0 for logp in logps):  # a NaN is not
         raise InputError(f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos "
-                         "included), or one above 1; remove the column, or make it with this tokenizer")  # fmt: skip
+                         "included), or one outside (0, 1]; remove the column, or make it with this tokenizer")  # fmt: skip
     return logps + [math.nan] * (len(trace) - len(logps))
 
 

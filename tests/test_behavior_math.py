@@ -368,11 +368,13 @@ def test_cosines_are_means_over_queries_that_are_solved_sometimes():
 
 
 def test_kernels_are_means_over_pairs_of_two_answers():
-    told = ((0, True, [1.0, 0.0]), (0, True, [0.0, 1.0]), (0, False, [-1.0, 0.0]), (1, True, [2.0, 0.0]))
+    told = [(0, True, [1.0, 0.0]), (0, True, [0.0, 1.0]), (1, True, [2.0, 0.0])]
+    told += [(0, False, [-1.0, 0.0]), (0, False, [-2.0, 0.0])]
     sketches = [dict(query=q, correct=c, advantage=1.0, gradient=torch.tensor(g)) for q, c, g in told]
     kernel = kernel_table(sketches)["kernel"]
-    assert {pair: values["K"] for pair, values in kernel.items()} == {
-        "same query, ++": 0.0, "same query, +-": -0.5, "different query, ++": 1.0, "different query, +-": -2.0
+    assert {pair: (values["K"], values["pairs"]) for pair, values in kernel.items()} == {
+        "same query, ++": (0.0, 1), "same query, +-": (-0.75, 4), "same query, --": (2.0, 1),
+        "different query, ++": (1.0, 2), "different query, +-": (-3.0, 2),
     }  # fmt: skip
 
 

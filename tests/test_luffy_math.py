@@ -330,7 +330,7 @@ def test_the_teachers_probabilities_come_from_the_column_target_probs():
     logps = found([0.5, 0.25])
     assert logps[:2] == [math.log(0.5), math.log(0.25)] and math.isnan(logps[2])  # the eos has none
     assert found(None) is None
-    for probs in ([0.5], [0.5, 0.5, 0.5, 0.5], [0.5, 0.0, 1.0], [0.5, 2.0], "no", [None, 0.1]):
+    for probs in ([0.5], [0.5, 0.5, 0.5, 0.5], [0.5, 0.0, 1.0], [0.5, 2.0], [math.nan, 2.0], "no", [None, 0.1]):
         with pytest.raises(InputError, match="x: 'target_probs' "):
             found(probs)
 

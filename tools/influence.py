@@ -177,7 +177,7 @@ def kernel_table(sketches: list[dict]) -> dict:
             if pairs.any():
                 found[f"{where} query, {name}"] = {
                     "K": kernel[pairs].mean().item(), "cosine": cosines[pairs].mean().item(),
-                    "pairs": int(pairs.sum()) // (2 if a is b else 1),
+                    "pairs": int(pairs.sum()) // (1 if name == "+-" else 2),  # the mask has each pair of equals twice
                 }  # fmt: skip
     d_j = {}
     for name, left_out in (("with own answers", None), ("without", groups)):
