@@ -33,6 +33,7 @@ from common.shapes import MARKS, Item, Trace, check_gold, read_row
 
 IGSM = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False, subgoals=True)  # of igsm:LO-HI
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv")  # the last three also with .gz
+ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 CAPITAL = re.compile("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # where a word begins: Math|Train, MATH|Test
 SPLIT = re.compile(  # in names of files: math_train, trainset
     r"(?<![a-z])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?:_?sets?)?(?![a-z])"
@@ -110,9 +111,9 @@ def _ending(path: Path) -> str:
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Return the data files of a folder; if their names say different splits, those of `split` (`_of_split`).
 
-    Copies that editors keep (.ipynb_checkpoints) are left out."""
+    Copies that editors keep (.ipynb_checkpoints) and what `datasets` writes about its files are left out."""
     by_split: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p)):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p) and p.name not in ABOUT_DATA):
         name = path.relative_to(folder)
         if not any(part.startswith((".", "__")) for part in name.parts):
             word = (SPLIT.findall(CAPITAL.sub("_", str(name)).lower()) or [""])[-1]
@@ -457,7 +458,7 @@ def given_logps(given: Trace, trace: list[int], prompt: str, tokenizer, where: s
         logps = logps[whole - len(trace) + 1 :] if len(logps) >= whole else logps
     if len(trace) - len(logps) not in (0, 1) or not all(logp <= 0 for logp in logps):  # a NaN is not
         raise InputError(f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos "
-                         "included), or one outside (0, 1]; remove the column, or make it with this tokenizer")  # fmt: skip
+                         "included), or one outside (0, 1]: remove the column, or make it with this tokenizer")
     return logps + [math.nan] * (len(trace) - len(logps))
 
 

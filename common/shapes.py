@@ -35,7 +35,7 @@ RIGHT_OPTION = (  # columns that may name the correct option of a multiple choic
 VERDICTS = ("llama_verification", "math_verify_reparsed_answer")  # in OpenR1-Math-Raw's 'correctness'
 MARKS = ("label", "is_correct", "correct", "kto_tag", "reward")  # columns that grade a trace; the first counts
 LETTERS = string.ascii_uppercase
-TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content)["']\s*:""")  # as text, in .csv files
+TURNS = re.compile(r"""\s*(\[)?\s*\{\s*["'](role|from|content|value)["']\s*:""")  # as text, in .csv files
 NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations", "history", "correctness",
           "correctness_math_verify", "correctness_llama"}  # fmt: skip
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
@@ -95,8 +95,12 @@ def read_row(row: dict, where: str) -> Item:
         raise InputError(f"{where}: no shape of row has these columns ({given}{'; blank: ' if blank else ''}"
                          f"{', '.join(blank)}); the table of shapes is in README")  # fmt: skip
     try:
-        if any(re.fullmatch(r"images?(_\d+)?", str(name)) for name in columns):
-            raise ValueError("the row has an image, which no script reads")
+        if any(re.fullmatch(r"(image|video|audio)s?(_\d+)?", str(name)) for name in columns):
+            raise ValueError("the row has an image, a video or sound, which no script reads")
+        for name in columns & {"tools", "chat_template_kwargs", "enable_thinking"}:
+            if row[name] not in ("[]", "{}", "null"):
+                raise ValueError(f"'{name}' is for the chat template, which takes nothing from single rows: remove the "
+                                 "column (--chat_template_args is for all rows)")  # fmt: skip
         if {"answers", "graded_by"} <= columns:
             raise ValueError("the row is of samples.jsonl of an evaluation, whose answers are not read as traces")
         item = read(row)
@@ -147,11 +151,15 @@ def _unfolded(name: str, value):
     alone becomes this text."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and name not in NESTED:
         return value[0]
-    if not isinstance(value, str) or not (TURNS.match(value) or (name in NESTED and value[:1] in ("[", "{"))):
+    turns = TURNS.match(value) if isinstance(value, str) else None
+    if not turns and not (isinstance(value, str) and name in NESTED and value[:1] in ("[", "{")):
         return value
-    if (found := _parsed(value)) is None and TURNS.match(value):
+    if (found := _parsed(value)) is None and turns and turns[1]:
         raise TypeError(f"'{name}' holds turns as text that is neither JSON nor Python (numpy's has no commas)")
-    return value if found is None else found
+    first = found[0] if turns and turns[1] else found
+    if found is None or (turns and not ({"role", "from"} & first.keys() and {"content", "value"} & first.keys())):
+        return value  # an answer may be JSON, too
+    return found
 
 
 def _text(value, name: str) -> str:
@@ -172,7 +180,8 @@ def _reward(row: dict) -> float | None:
     """The reward of the row's one trace: 1 or 0 from a label column, any number from 'reward'; None without either."""
     name = _mark(row)
     if name not in (None, "reward") and row[name] not in (0, 1):
-        raise TypeError(f"'{name}' must be 1 (right) or 0 (wrong), not {row[name]!r}; put scores into 'reward'")
+        raise TypeError(f"'{name}' must be 1 (right) or 0 (wrong), not {row[name]!r}; put scores into 'reward', gold "
+                        "answers into 'answer'")  # fmt: skip
     return name and _number(row[name], name)
 
 
@@ -201,7 +210,7 @@ def _turn(turn: dict, name: str) -> dict:
     """Return a turn, {role, content} or {from, value}, as {role, content}; content includes an assistant's thought."""
     turn = {key: value for key, value in turn.items() if value is not None}  # files that mix both forms hold nulls
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role is None or content is None or turn.get("tool_calls"):
+    if role is None or content is None or turn.get("tool_calls") or turn.get("function_call"):
         raise TypeError(f"'{name}' must be a text or [{{role, content}}, ...]")
     role = _text(role, f"'{name}': a turn's role").lower()
     role = ROLES.get(role, role)
@@ -278,6 +287,10 @@ def _asked(row: dict) -> Item:
     if not isinstance(reward_model, dict):
         raise TypeError("'reward_model' must be {ground_truth}")
     gold = _gold(reward_model.get("ground_truth"), *map(row.get, GOLDS))
+    history = row.get("history") or []  # LLaMA-Factory's
+    if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
+        raise TypeError("'history' must be [[question, answer], ...]")
+    before = [{"role": r, "content": said} for pair in history for r, said in zip(("user", "assistant"), pair)]
     name = next((name for name in QUESTIONS if not _blank(row.get(name))), None)
     if name and _blank(row.get("prompt")):
         parts = [*PASSAGES, name, *(["input"] if name == "instruction" else [])]
@@ -286,15 +299,12 @@ def _asked(row: dict) -> Item:
         if options := _options(row):  # as LUFFY's files write them, one a line
             text = "\n".join([f"{text}\n", *(f"{label}) {option}" for label, option in options.items())])
             gold = _right_option(row, options)
-        history = (row.get("history") or []) if name == "instruction" else []  # LLaMA-Factory's
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-            raise TypeError("'history' must be [[question, answer], ...]")
-        turns = [{"role": r, "content": said} for pair in history for r, said in zip(("user", "assistant"), pair)]
         asks = text if name == "instruction" and not options else f"{text}\n\n{IN_A_BOX}"
-        return Item(_turns([*turns, {"role": "user", "content": asks}], name), text, gold)
+        return Item(_turns([*before, {"role": "user", "content": asks}], name), text, gold)
     if row.get("prompt") is None:
         raise KeyError("prompt")
-    prompt = _turns(row["prompt"], "prompt")
+    prompt = _turns([*before, *_turns(row["prompt"], "prompt")], "prompt")
+    gold = gold or (boxed_gold(row["solution"]) if isinstance(row.get("solution"), str) else "")  # TRL's GRPO rows
     if prompt[-1]["role"] == "assistant":
         raise ValueError("'prompt' ends with a turn of the assistant, so that nothing is asked")
     questions = [turn["content"] for turn in prompt if turn["role"] == "user"]
@@ -344,6 +354,8 @@ def _pair(row: dict) -> Item:
         raise ValueError("'chosen' and 'rejected' continue 'initial_reason_steps': join them into whole answers")
     whole = row["chosen"][:-1] if isinstance(row.get("chosen"), list) else None
     item = _asked({"prompt": row.get("conversations") or whole} | row)
+    if whole and (first := _turns(whole, "chosen")[0])["role"] == "system" != item.prompt[0]["role"]:
+        item.prompt.insert(0, first)  # a 'prompt' beside whole conversations is their question alone
     item.traces = _trace(row, "chosen", item.prompt) + _trace(row, "rejected", item.prompt, reward=0.0)
     return item
 
@@ -523,8 +535,8 @@ SHAPES = (  # the first shape whose columns a row has; blank columns do not coun
     ({"prompt", "target"}, _luffy),
     ({"responses", "rewards"}, _responses),
     ({"prompt", "RESPONSE", "MARK"}, _single),
-    ({"prompt", "reward_model"}, _luffy),
     ({"prompt", "RESPONSE"}, _single),
+    ({"prompt", "reward_model"}, _luffy),
     ({"prompt", "messages"}, _conversation),  # UltraChat: the prompt is the first of the turns
     ({"prompt", "label"}, _single),
     ({"prompt"}, _luffy),

@@ -483,6 +483,9 @@ def test_traces_of_a_multiple_choice_stand_beside_its_options(options, more, tra
 def test_a_history_stands_before_the_instruction():
     row = {"instruction": ASK, "output": "4", "history": [["1+1?", "2"], ["1+2?", "3"]]}
     assert [turn["content"] for turn in read_row(row, "row").prompt] == ["1+1?", "2", "1+2?", "3", ASK]
+    for named in ({"query": ASK, "response": "4"}, {"prompt": ASK, "response": "4"}):
+        assert [turn["role"] for turn in read_row(named | {"history": row["history"]}, "row").prompt[1:3]] == [
+            "assistant", "user"]  # fmt: skip
     with pytest.raises(InputError, match="'history' must be"):
         read_row(row | {"history": "1+1?"}, "row")
 
@@ -498,6 +501,9 @@ def test_chosen_and_rejected_may_be_whole_conversations():
     chosen, rejected = ([*asked, {"role": "assistant", "content": text}] for text in ("Yes.", "No."))
     item = read_row({"chosen": chosen, "rejected": [{"role": "system", "content": "Think."}, *rejected]}, "row 0")
     assert item.prompt == asked and [(t.reward, t.text) for t in item.traces] == [(1.0, "Yes."), (0.0, "No.")]
+    system, *pair = {"role": "system", "content": "In French."}, TURN, {"role": "assistant", "content": "Quatre."}
+    item = read_row({"prompt": ASK, "chosen": [system, *pair], "rejected": [system, *pair]}, "row 0")
+    assert item.prompt == [system, TURN]  # a prompt beside whole conversations is their question alone
 
 
 def test_a_question_stands_behind_its_passage_and_before_its_options():
@@ -513,11 +519,16 @@ def test_a_question_stands_behind_its_passage_and_before_its_options():
         (row() | {"prompt": [TURN, {"role": "assistant", "content": "4"}]}, "'prompt' ends with a turn of the assista"),
         (row() | {"target": [TURN]}, "'target' ends with a turn of the user"),
         ({"question": ASK, "image": {"bytes": "x"}, "answer": "4"}, "the row has an image"),
+        ({"question": ASK, "audios": ["a.wav"], "answer": "4"}, "the row has an image, a video or sound"),
+        ({"prompt": [TURN], "answer": "4", "tools": '[{"name": "add"}]'}, "'tools' is for the chat template"),
+        ({"prompt": [TURN], "response": "4", "chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kw"),
+        ({"prompt": [TURN, {"role": "assistant", "content": "", "function_call": {}}], "answer": "4"}, "'prompt' "),
         ({"prompt": ASK, "initial_reason_steps": "a", "chosen": "b", "rejected": "c"}, "continue 'initial_reason_st"),
         ({"prompt": ASK, "answer": ["4", "5"]}, "the gold answer is a list of 2: write it as one text"),
         ({"prompt": ASK, "answer": True}, "the gold answer is neither text nor a number"),
         ({"prompt": ASK, "answer": {"value": 4}}, "the gold answer is neither text nor a number"),
         ({"prompt": ASK, "response": "4", "label": "1"}, "'label' must be 1 .right. or 0"),
+        ({"prompt": ASK, "label": "72"}, "put scores into 'reward', gold answers into 'answer'"),
         ({"prompt": "[{'role': 'user', 'content': 'x'}\n {'role': 'user'}]", "answer": "4"}, "'prompt' holds turns"),
         ({"prompt": [TURN], "target": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "'target' must be"),
         ({"prompt": [TURN | {"content": ""}], "answer": "4"}, "the question is blank"),
@@ -671,6 +682,20 @@ def test_a_csv_file_holds_numbers_and_empty_cells(tmp_path):
         path.write_text(f"prompt,response,{name}\nQ?,A,1\nQ?,B,true\nQ?,C,False\n")
         marked = [read_row(r, "x").traces[0].reward for r in load_rows(str(path))]
         assert marked == [1.0, 1.0, 0.0]
+
+
+def test_turns_that_pandas_wrote_as_text_are_read_and_json_that_is_an_answer_stays_text():
+    turn, answer = {"value": "4", "from": "gpt"}, {"from": "Paris", "to": "Rome"}
+    for written in (str, json.dumps):
+        pair = read_row({"prompt": written([{"value": ASK, "from": "human"}]), "chosen": written(turn),
+                         "rejected": written(answer)}, "row 0")  # fmt: skip
+        assert pair.prompt == [TURN] and [t.text for t in pair.traces] == ["4", written(answer)]
+
+
+def test_a_box_in_the_solution_beside_a_prompt_is_the_gold_and_a_response_beside_a_reward_model_the_trace():
+    assert read_row({"prompt": [TURN], "solution": "2+2 is \\boxed{4}"}, "row 0").gold == "4"  # TRL's GRPO rows
+    item = read_row({"prompt": [TURN], "response": "It is 4.", "reward_model": {"ground_truth": "4"}}, "row 0")
+    assert item.gold == "4" and [t.text for t in item.traces] == ["It is 4."]
 
 
 def test_lists_that_pandas_wrote_as_text_are_read(tmp_path):
@@ -868,6 +893,7 @@ def test_of_a_folder_with_several_splits_the_one_that_is_meant_is_read(tmp_path)
     assert names_of(load_rows(folder, split="test")) == ["validation/a.jsonl"]
     assert names_of(load_rows(folder)) == ["train/a.jsonl"]
     only = files(tmp_path / "c", "train-a.jsonl", "train-b.jsonl")
+    files(tmp_path / "c", "dataset_infos.json")  # what `datasets` writes about its files
     assert len(load_rows(only, split="test")) == 2  # nothing to choose from
     with pytest.raises(InputError, match="unclear which files are the split 'train' .*no split: x.jsonl.*name the"):
         load_rows(files(tmp_path / "a", "x.jsonl"))
