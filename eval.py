@@ -75,7 +75,7 @@ from common.trainer import (
     parse_args,
     read_config,
 )
-from common.verifiers import after_think, last_boxed
+from common.verifiers import after_think, chosen_label, last_boxed
 
 
 @dataclass
@@ -375,18 +375,17 @@ def best_answer(found, stops: list[int], tokenizer) -> dict:
     return make_answer(drawn, tokenizer) | {"found": len(found), "value": round(best.value, 6)}
 
 
-def vote(text: str) -> str | None:
+def vote(text: str, *, labels: bool = False) -> str | None:
     r"""Return what an answer votes for in maj@k: its last box, else what follows the last ####, else what follows the
-    last "answer is", else its last number, else None. Cheap spellings are made equal: 1,000.0 is 1000, \frac12 is 0.5.
-    """
-    text = after_think(text)[-20_000:]
-    found = last_boxed(text)
-    if found is None:
-        said = re.findall(r"####[ \t]*([^\n]{1,200})", text) or re.findall(
-            r"(?i:answer is)[ \t:*]{0,4}([^\n]{1,200}?)(?:\.\s|\.?$|\n)", text, re.M
-        )
-        said = said or re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", text)
-        found = said[-1] if said else ""
+    last "answer is", else its last number, else its last line. Cheap spellings are made equal: 1,000.0 is 1000, \frac12
+    is 0.5. labels: of a multiple choice, the label that it chooses comes first. None: nothing."""
+    text = after_think(text)[-20_000:].strip()
+    if labels and (label := chosen_label(text, digits=True)):
+        return label
+    if (found := last_boxed(text)) is None:
+        marks = (r"####[ \t]*([^\n]{1,200})", r"(?im)answer is[ \t:*]{0,4}([^\n]{1,200}?)(?:\.\s|\.?$|\n)",
+                 r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", r"[^\n]+")  # fmt: skip
+        found = next((said[-1] for said in (re.findall(mark, text) for mark in marks) if said), "")
     found = re.sub(r"\\(?:left|right|[,;:! ])|\\?[$%]|\\text\s*\{\s*\}|\s", "", found).rstrip(".")
     found = re.sub(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", found)
     number = re.sub(r"(?<=\d),(?=\d{3}\b)", "", found)
@@ -399,11 +398,12 @@ def count_votes(record: dict, verifier: str) -> tuple[int, list[int], int]:
     """Return (number of correct answers, how often each wrong one was given, answers that give none). All answers that
     the verifier accepts are one answer; wrong answers are told apart by `vote`."""
     wrong, right, blank = Counter(), 0, 0
+    labels = verifier == "mcq" or re.fullmatch("[A-Z]", record["gold"])
     for answer in record["answers"]:
         reward, status, *_ = answer["verdicts"][verifier]
         if reward > 0:
             right += 1
-        elif status == "unparsable" or (voted := vote(answer["text"])) is None:
+        elif status == "unparsable" or (voted := vote(answer["text"], labels=labels)) is None:
             blank += 1
         else:
             wrong[voted] += 1

@@ -43,7 +43,7 @@ class Metrics:
             # after a crash: what was logged beyond the checkpoint will be done and logged again
             kept = [line for line in complete_lines(path) if start and json.loads(line)["step"] <= start]
             write_whole(path, "".join(line + "\n" for line in kept))
-            self.files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close())
+            self.files[name] = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (until close())
         if args.tensorboard:
             self.board = SummaryWriter(out, purge_step=start + 1 if start else None)
         if args.wandb:

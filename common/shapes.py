@@ -27,6 +27,7 @@ PASSAGES = ("context", "passage", "article", "body", "puzzle", "theory", "story"
 RESPONSES = ("response", "completion", "output", "generation", "generated_solution")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")  # beside a response
 GOLDS = ("answer_number", "final_answer", "expected_answer", "answer", "ground_truth", "reference_answer")
+AFTER_HASHES = re.compile(r"(?<!#)####(?!#)([^\n#]*)$")  # GSM8K's answer, on the last line of its solution
 NO_GOLD = {"nan", "none", "null", "n/a", "notfound", "proof"}
 RIGHT_OPTION = (  # columns that may name the correct option of a multiple choice
     "answerkey", "answer_letter", "answer_idx", "correct_option", "answer", "ground_truth", "expected_answer",
@@ -127,7 +128,8 @@ def check_gold(item: Item, row: dict, where: str) -> None:
     if not item.gold:
         raise InputError(
             f"{where}: the gold answer is missing or blank ('reward_model' {{ground_truth}}, {', '.join(GOLDS)}, or a "
-            f"box in 'solution'); fill it in or remove the row (columns found: {', '.join(map(str, row))})"
+            f"box in 'solution'; {', '.join(sorted(NO_GOLD))} count as blank). Fill it in or remove the row (columns "
+            f"found: {', '.join(map(str, row))})"
         )
 
 
@@ -259,8 +261,8 @@ def _gold(*values) -> str:
             value = f"{Decimal(repr(value)):f}"  # 0.00002: not every verifier reads 2e-05
         gold = _text(str(value), "the gold answer").strip()
         gold = last_boxed(gold) or re.sub(r"^(-?[\d.,/]+) \([a-z ]+\)$", r"\1", gold)  # ASDiv's "9 (apples)"
-        if "####" in gold:
-            gold = without_commas(gold.rpartition("####")[2])
+        if marked := AFTER_HASHES.search(gold):
+            gold = without_commas(marked[1])
         if gold and gold.lower() not in NO_GOLD:
             return gold
     return ""
@@ -434,8 +436,8 @@ def _problem(row: dict) -> Item:
     item = _asked(row)
     solution, answer = row.get("solution"), row.get("answer")
     reasoning = row.get("reannotated_assistant_content") or solution  # R1-Distill-SFT: R1's beside the human's
-    if isinstance(answer, str) and "####" in answer:
-        reasoning, item.source = answer.rpartition("####")[0], "gsm8k"
+    if isinstance(answer, str) and (marked := AFTER_HASHES.search(answer.rstrip())):
+        reasoning, item.source = answer[: marked.start()], "gsm8k"
     if _blank(reasoning):
         return item
     item.gold = item.gold or boxed_gold(_text(solution or reasoning, "'solution'"))

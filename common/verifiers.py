@@ -652,7 +652,8 @@ class _Worker:
 
     def kill(self):
         _workers.discard(self)
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with the programs that its verifier started
         for end in (self.lines, self.sock, self.process.stdin):
             end.close()
         return self.process.wait()
@@ -675,10 +676,10 @@ def _serve(spec, fd, memory):
     """Serve as a worker until the parent ends, whatever the worker is doing and however the parent dies."""
     global _in_worker
     _in_worker = True
-    # When the parent's end of stdin closes, the kernel sends SIGIO, which terminates even a verifier inside a C call.
-    # (PR_SET_PDEATHSIG follows the thread that started us, not its process.)
+    # When the parent's end of stdin closes, the kernel sends SIGIO to our group: it ends even a verifier in a C call and
+    # the programs that it started. (PR_SET_PDEATHSIG follows the thread that started us, not its process.)
     signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
     if wait([0], 0):  # it has closed already
         os._exit(1)

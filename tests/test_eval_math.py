@@ -157,14 +157,14 @@ def test_buckets_are_relifts_for_eight_base_answers():
         (r"\boxed{1,000}", r"so \boxed{1000.0}"), (r"\boxed{\frac{1}{2}}", r"\boxed{0.5}"),
         (r"\boxed{\dfrac12}", "The answer is 1/2."), ("#### 72", "it is 72"), (r"\boxed{x + 1}", r"\boxed{x+1}"),
         ("hm </think> 7", r"3 </think> \boxed{7}"), (r"\boxed{50\%}", r"\boxed{50}"), ("The answer is B.", "#### B"),
-        (r"\boxed{-.5}", r"\boxed{-0.50}"),
+        (r"\boxed{-.5}", r"\boxed{-0.50}"), ("I think so:\npositive.", "positive"),
     ],
 )  # fmt: skip
 def test_equal_answers_vote_alike(one, other):
     assert vote(one) == vote(other) is not None
 
 
-@pytest.mark.parametrize("text", ["", "I cannot say.", "</think>", r"\boxed{}"])
+@pytest.mark.parametrize("text", ["", "\n", "</think>", r"\boxed{}"])
 def test_an_answer_that_says_nothing_does_not_vote(text):
     assert vote(text) is None
 
@@ -176,6 +176,14 @@ def test_voting_ends_at_once_whatever_the_text(text):
     start = time.process_time()
     vote(text)
     assert time.process_time() - start < 1
+
+
+def test_in_a_multiple_choice_wrong_answers_vote_for_their_label():
+    texts = ("C", "B", "(B) dogs, 3 of them")
+    answers = [dict(text=text, verdicts={"mcq": [float("C" in text), "ok"]}) for text in texts]
+    assert count_votes(dict(gold="C", answers=answers), "mcq") == (1, [2], 0)
+    assert vote("I choose B.", labels=True) == vote("The answer is (B) as 2 > 1.", labels=True) == "B"
+    assert vote(r"\boxed{17}", labels=True) == "17"
 
 
 def answer(right, text="x", status="ok", *, tokens=10, truncated=False, **others):
@@ -197,7 +205,7 @@ def test_a_long_text_votes_for_its_end():
 
 def test_right_answers_vote_as_one_and_unparsable_ones_not_at_all():
     answers = [answer(1, r"\boxed{0.5}"), answer(1, "half"), answer(0, "3"), answer(0, r"\boxed{3}"), answer(0, "4")]
-    answers += [answer(0, "17", "unparsable"), answer(0, "no", "timeout")]
+    answers += [answer(0, "17", "unparsable"), answer(0, "", "timeout")]
     assert count_votes(record("q", answers), "math") == (2, [1, 2], 1 + 1)
 
 

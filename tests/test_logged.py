@@ -275,10 +275,12 @@ def test_a_verifier_that_never_answers_is_warned_of_by_its_cause(values, said, t
     assert len(warned) == (said != "") and all(said in line for line in warned)
 
 
-def test_numbers_that_are_not_finite_are_null_in_files(tmp_path):
+def test_numbers_that_are_not_finite_are_null_in_files_and_half_characters_do_not_stop_a_run(tmp_path):
     metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
-    metrics.samples(1, [{"loss": math.nan, "values": [1.0, math.inf], "text": "a"}])
-    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1, "loss": null, "values": [1.0, null], "text": "a"}\n'
+    half = "\ud83d"  # of a character
+    metrics.samples(1, [{"loss": math.nan, "values": [1.0, math.inf], "text": half}])
+    written = (tmp_path / "samples.jsonl").read_text()
+    assert written == '{"step": 1, "loss": null, "values": [1.0, null], "text": "\\ud83d"}\n'
 
 
 def test_metrics_also_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):

@@ -127,6 +127,13 @@ def test_an_answer_that_is_not_gsm8ks_is_refused(answer, message):
         examples([{"question": "Q?", "answer": answer}], limits(400))
 
 
+@pytest.mark.parametrize("gold", ["#### tests ####\nassert f([1,200]) == 3", "## One\n#### Details\nText.", "##### 5"])
+def test_a_gold_text_keeps_its_headings(gold):
+    assert read_row({"prompt": "Q?", "answer": gold}, "row 0").gold == gold
+    item = read_row({"question": "Q?", "answer": gold}, "row 0")
+    assert (item.gold, item.traces, item.source) == (gold, [], "")
+
+
 def test_where_no_trace_is_needed_an_answer_alone_will_do():
     rows = [{"question": "Q?", "answer": answer} for answer in ("(1, 2)", "#### 1,200")]
     found, _ = examples(rows, limits(400), traces="ignored")

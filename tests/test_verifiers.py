@@ -40,6 +40,11 @@ def hang(response, gold):
     if response == "python":
         while True: pass
     if response == "c": 9 ** 9 ** 9
+    if response == "program":
+        import subprocess
+        program = subprocess.Popen(["sleep", "600"])
+        open(gold, "a").write(f"{program.pid}\\n")
+        program.wait()
     if response == "deaf":
         for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
         time.sleep(600)
@@ -637,8 +642,13 @@ def script(users, body):
     )
 
 
-@pytest.mark.parametrize("response", ["idle", "forked", "c", "deaf"])
-def test_workers_die_with_a_killed_parent(users, response):
+def test_the_programs_of_a_verifier_end_with_its_worker(users, tmp_path):
+    [verdict] = grade(["program"], [tmp_path / "pid"], verifier=users.hang, workers=1, timeout=1)
+    assert verdict.status == "timeout" and not running((tmp_path / "pid").read_text().strip())
+
+
+@pytest.mark.parametrize("response", ["idle", "forked", "c", "deaf", "program"])
+def test_workers_die_with_a_killed_parent(users, response, tmp_path):
     parent = script(
         users,
         f"""
@@ -651,12 +661,15 @@ def test_workers_die_with_a_killed_parent(users, response):
             os._exit(0)
         if {response!r} in ("idle", "forked"):
             time.sleep(600)
-        verifiers.grade([{response!r}] * 2, ["", ""], verifier="user_verifiers:hang", workers=2, timeout=600)
+        golds = [{str(tmp_path / "pids")!r}] * 2
+        verifiers.grade([{response!r}] * 2, golds, verifier="user_verifiers:hang", workers=2, timeout=600)
         """,
     )
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2
     time.sleep(0.5)  # they have their items in hand
+    if response == "program":
+        pids += map(int, (tmp_path / "pids").read_text().split())
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
