@@ -9,14 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
-from transformers.masking_utils import sliding_window_causal_mask_function
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from common import data
 from common.data import (
     batch_indices,
     cost,
+    first_line,
     pack,
     plan_micro_batches,
+    unrelated_to_model,
 )
 from common.trainer import load_policy
 from tests.conftest import NANO
@@ -27,6 +29,22 @@ def test_batches_are_epochs_of_permutations():
     assert len(set(order)) == 12
     assert order != [i for step in range(4, 8) for i in batch_indices(13, 3, step, seed=1)]
     assert batch_indices(13, 3, 2, seed=1) == batch_indices(13, 3, 2, seed=1)
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (ValueError("these differ:\n  a\n  b"), "these differ: a"), (ValueError("cut short:"), "cut short:"),
+    (ValueError("first\nsecond"), "first"), (KeyError("swiglu"), "'swiglu' is not known"), (ValueError(), "ValueError"),
+])  # fmt: skip
+def test_an_error_is_said_in_one_line(error, said):
+    assert first_line(error) == said
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+    RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1"), torch.OutOfMemoryError("CUDA out of memory"),
+])  # fmt: skip
+def test_a_lost_rank_and_a_full_memory_are_not_blamed_on_the_model(error):
+    assert unrelated_to_model(error) and not unrelated_to_model(RuntimeError("size mismatch"))
 
 
 # --------------------------------------------------------------------------------------------------- packing
@@ -216,3 +234,12 @@ def test_a_window_that_is_not_the_masks_and_dropout_are_refused(given, message):
     assert out.shape == (1, 6, 2, 8)
     with pytest.raises(NotImplementedError, match=message):
         data.packed_attention(None, x, x, x, data.Pattern(packing, visible, 4), **given)
+
+
+def test_attention_that_is_written_out_is_torchs_where_the_cap_is_high():
+    torch.manual_seed(0)
+    pattern = data.Pattern(pack([([3], [4] * 6)]).packing, causal_mask_function, None)
+    query, (key, value) = torch.randn(1, 4, 6, 8), torch.randn(2, 1, 2, 6, 8)
+    expected, _ = data.packed_attention(None, query, key, value, pattern)
+    written_out, _ = data.packed_attention(None, query, key, value, pattern, softcap=1e4)
+    torch.testing.assert_close(written_out, expected, rtol=1e-3, atol=1e-4)
