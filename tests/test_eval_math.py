@@ -229,6 +229,10 @@ def test_results_have_the_contracts_keys_and_the_right_numbers():
     assert lines["pass@1"] == ["25.0", "100.0", "62.5"] and lines["pass@1_se"] == ["25.0", "", ""]
     assert lines["mean_tokens"] == ["15", "10", ""]
     assert lines["answers"] == ["4", "2", ""] and lines["graders full"] == ["75.0", "100.0", ""]
+    assert text.endswith(table(disagreements(records, ("math", "full")))) and "agree on every answer" not in text
+    assert "agree on every answer" in results_tables(results, records[2:], Args(model="m", verifier=("math", "full")))
+    searched = results_tables(results, records, Args(model="m", verifier=("math",), search="beam", value="v", width=3))
+    assert "beam of width 3 by v, temperature 0.6" in searched and "of width" not in text
 
 
 def test_pass_at_k_goes_up_to_the_fewest_answers_of_a_question():
