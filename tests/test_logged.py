@@ -1,6 +1,7 @@
 """What is counted, logged and kept: metrics of a step, verdicts, pairs that are made of a model's own answers."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -20,7 +21,7 @@ import oreo
 import redi
 from common import report
 from common.data import InputError
-from common.metrics import Clock, Metrics, peak_memory_gb, read_metrics, write_whole
+from common.metrics import Clock, Metrics, peak_memory_gb, plot_curves, read_metrics, write_whole
 from common.rows import Example, report_golds
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
@@ -120,6 +121,48 @@ def test_a_metric_of_zero_is_logged_and_curves_are_over_steps(tmp_path, monkeypa
     assert drawn == [((3, 6), (0.0, 0.0))]
 
 
+def test_the_curves_of_several_runs_are_told_apart_by_name(tmp_path, monkeypatch):
+    drawn, runs = [], {name: tmp_path / name for name in "ab"}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
+    for folder in runs.values():
+        write_whole(folder / "metrics.jsonl", '{"step": 3, "eval/mean": 0.5, "eval/x": 0.25}\n')
+    plot_curves(runs, [["reward/own"], ["eval/mean"], ["eval/mean", "eval/x"]], tmp_path / "two.png")
+    plot_curves({"a": runs["a"]}, None, tmp_path / "one.png")
+    legends = [[[text.get_text() for text in axis.get_legend().get_texts()] for axis in f.axes] for f in drawn]
+    both = [f"{run}: {name}" for run in "ab" for name in ("eval/mean", "eval/x")]
+    assert legends == [[["a", "b"], both], [["eval/mean", "eval/x"]]]
+
+
+def test_a_run_that_logged_nothing_ends_without_curves(tmp_path):
+    Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=9).close()
+    assert read_metrics(tmp_path) == [] and not (tmp_path / "curves.png").exists()
+
+
+def test_ranks_but_the_first_write_nothing(tmp_path):
+    metrics = Metrics(tmp_path, luffy.Args(), SimpleNamespace(main=False), start=0, steps=9)
+    metrics.log(1, {"reward/own": 0.5}, [])
+    metrics.samples(1, [{"text": "a"}])
+    metrics.to_disk()
+    metrics.draw()
+    metrics.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, []), (1, [0, 1])])
+def test_a_run_that_begins_anew_keeps_no_row_and_one_that_resumes_keeps_those_before(start, kept, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(3)))
+    Metrics(tmp_path, luffy.Args(), ONE_RANK, start=start, steps=9)
+    assert [row["step"] for row in read_metrics(tmp_path)] == kept
+
+
+def test_the_progress_bar_shows_the_step_and_what_was_logged(tmp_path):
+    metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=9)
+    metrics.bar = MagicMock(n=2)
+    metrics.log(6, {"reward/own": 0.25}, ["reward/own", "eval/mean"])
+    assert metrics.bar.set_postfix.call_args[0] == ({"reward/own": "0.25"},)
+    assert metrics.bar.update.call_args == call(4)
+
+
 def test_half_a_character_does_not_keep_a_file_from_being_written(tmp_path):
     write_whole(tmp_path / "a.md", "x\ud800y")
     assert (tmp_path / "a.md").read_text() == "x\\ud800y"
@@ -200,6 +243,13 @@ def test_an_evaluation_with_one_answer_that_was_not_graded_is_refused(tmp_path):
         report.load_run(str(tmp_path), "boxed")
 
 
+def test_what_a_killed_evaluation_left_is_not_taken_for_an_evaluation(tmp_path):
+    (tmp_path / "args.json").write_text('{"questions_digest": ""}')
+    (tmp_path / "samples.part-0.jsonl").write_text('{"id": "q", "answers": []}\n')
+    with pytest.raises(InputError, match="no evaluation there"):
+        report.load_run(str(tmp_path))
+
+
 def test_golds_that_a_second_grader_cannot_read_are_listed_too():
     verdicts = {"boxed": [0, "ok"], "math": [0, "unparsable", "gold unreadable: 1/2/"]}
     records = [{"id": "q", "row": "r.jsonl, row 3", "answers": [{"text": "", "verdicts": verdicts}]}]
@@ -214,6 +264,19 @@ def test_bars_show_95_percent_intervals(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)
     report.plot_bars({"run": {"math": (0.5, 0.01), "amc": (0.25, None)}}, tmp_path / "a.png")
     assert bars == [([50.0, 25.0], [pytest.approx(1.96), 0])]
+
+
+def test_a_bar_stands_over_the_name_of_its_benchmark_also_in_a_run_of_fewer(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
+    runs = {"a": {"math": (0.5, None), "amc": (0.25, None)}, "b": {"amc": (0.75, None)}}
+    report.plot_bars(runs, tmp_path / "a.png")
+    [axis] = drawn[0].axes
+    names = dict(zip(axis.get_xticks(), (label.get_text() for label in axis.get_xticklabels()), strict=True))
+    bars = sorted((bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in axis.patches)
+    assert [(names[round((a + b) / 2)], high) for a, b, high in bars] == [("math", 50), ("amc", 25), ("amc", 75)]
+    assert all(end <= start for (_, end, _), (start, *_) in itertools.pairwise(bars))
+    assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 75
 
 
 @pytest.mark.parametrize("reward", [0.5, -1.0])
@@ -277,10 +340,10 @@ def test_a_verifier_that_never_answers_is_warned_of_by_its_cause(values, said, t
 
 def test_numbers_that_are_not_finite_are_null_in_files_and_half_characters_do_not_stop_a_run(tmp_path):
     metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
-    half = "\ud83d"  # of a character
-    metrics.samples(1, [{"loss": math.nan, "values": [1.0, math.inf], "text": half}])
+    text = "ä\ud83d"  # and half a character
+    metrics.samples(1, [{"loss": math.nan, "values": [1.0, math.inf], "text": text}])
     written = (tmp_path / "samples.jsonl").read_text()
-    assert written == '{"step": 1, "loss": null, "values": [1.0, null], "text": "\\ud83d"}\n'
+    assert written == '{"step": 1, "loss": null, "values": [1.0, null], "text": "ä\\ud83d"}\n'
 
 
 def test_metrics_also_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):
@@ -293,7 +356,8 @@ def test_metrics_also_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):
     metrics.close()
     assert board.SummaryWriter.call_args == call(tmp_path, purge_step=3)  # what a crash left beyond step 2 goes
     assert board.SummaryWriter().add_scalar.call_args_list == [call("reward/own", 0.5, 3)]
-    assert wandb.init.call_args.kwargs["project"] == "project"
+    config = dataclasses.asdict(args)
+    assert wandb.init.call_args == call(project="project", name=tmp_path.name, config=config, dir=tmp_path)
     assert wandb.init().log.call_args_list == [call({"reward/own": 0.5}, step=3)]
     assert board.SummaryWriter().close.called and wandb.init().finish.called
     monkeypatch.setitem(sys.modules, "wandb", None)
