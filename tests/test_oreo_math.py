@@ -379,7 +379,7 @@ def test_a_token_that_holds_a_delimiter_ends_a_step():
     ends = step_ids(Tokens(), ("\n",))
     assert ends == {1, 2, 4}
     assert step_starts([0, 2, 3, 1, 1, 0], ends) == [True, False, True, False, True, True]
-    assert step_ids(Tokens(), ("b",)) == {3}
+    assert step_ids(Tokens(), ("b",)) == {3} and step_ids(Tokens(), ("b", "\n")) == {1, 2, 3, 4}
     for wrong in ("\\n", "d", ""):
         Tokens.texts[0] = wrong if wrong != "d" else "c"  # also a tokenizer that has such a token
         with pytest.raises(InputError, match="--step_delimiters .*for a newline write [$]'\\\\n' in the shell"):
