@@ -475,7 +475,7 @@ def test_kernels_are_of_gradients_without_advantages(folder, monkeypatch):
 
 
 def test_queries_that_are_always_solved_are_counted_as_such(folder, monkeypatch):
-    monkeypatch.setattr(verifiers, "grade", lambda texts, golds, **_: [verifiers.Verdict(1.0, "ok")] * len(texts))
+    monkeypatch.setattr(verifiers, "grade", lambda texts, golds, **_: [verifiers.Verdict(0.5, "ok")] * len(texts))
     measure("--out", folder, "--arms", "bridge")
     found = json.loads((folder / "bridge" / "influence" / "influence.json").read_text())
     assert (found["accuracy"], found["always"], found["dJ"]) == (1.0, 1.0, 0.0)

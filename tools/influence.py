@@ -120,7 +120,7 @@ def influence(arm: str, args: Args, world) -> None:
         gradient = objective_gradient(policy, answers, size, args, alone)
         length = math.sqrt(inner(gradient, gradient))
         d_j = inner(gradient, direction)
-        correct = sum(row.reward >= 1 for row in answers)
+        correct = sum(row.reward > 0 for row in answers)
         found.append({
             "query": answers[0].group, "right": correct, "accuracy": correct / size, "dJ": d_j,
             "gradient_norm": length, "cosine": d_j / (length * norm) if length and norm else 0.0,
@@ -128,7 +128,7 @@ def influence(arm: str, args: Args, world) -> None:
         for row in answers if answers[0].group in kernel_queries else []:
             gradient = objective_gradient(policy, [replace(row, advantage=1.0)], 1, args, alone)
             sketches.append({
-                "query": row.group, "correct": row.reward >= 1, "advantage": row.advantage,
+                "query": row.group, "correct": row.reward > 0, "advantage": row.advantage,
                 "gradient": count_sketch(gradient, args.kernel_dims).cpu(),
             })  # fmt: skip
     found = sorted(gather_lists(found, world), key=lambda query: query["query"])
