@@ -15,7 +15,7 @@ import igsm
 from common import verifiers
 from common.data import InputError, batch_indices
 from common.metrics import read_metrics
-from common.report import write_results
+from common.report import read_results, write_results
 from common.trainer import load_tokenizer, parse_args
 from common.verifiers import Verdict
 from tests import behavior_ranks as ranks
@@ -128,6 +128,14 @@ def test_all_arms_tell_the_same_problems(pipeline, tmp_path, world):
     assert not set.union(*templates[:4]) & set.union(*templates[4:])
 
 
+def test_arms_are_told_with_the_chances_of_the_flags():
+    ways = bridge.arms_of(settings(reflection=0.2, analysis=0.3, retry=0.4))
+    assert ways["bridge"] == [dict(subgoals=True, reflection=0.2, analysis=0.3)]
+    alone = [ways[arm] for arm in ("reflection", "analysis", "retry")]
+    assert alone == [[dict(reflection=0.2)], [dict(analysis=0.3)], [dict(retry=0.4)]]
+    assert ways["rc_aug"] == [dict(solution_variant=i) for i in range(4)]
+
+
 def test_each_arm_has_its_behaviors_alone(tmp_path, world):
     arms = {"vanilla": set(), "bridge": {"subgoals", "reflections", "analyses"}, "subgoal": {"subgoals"},
             "reflection": {"reflections"}, "analysis": {"analyses"}, "retry": {"retries"},
@@ -160,6 +168,30 @@ def test_data_again_with_other_arms_adds_them_and_with_other_settings_forgets_th
         data("--arms", "vanilla", "--ops", 9, 5)
     assert data("--arms", "vanilla") == again  # nothing was lost by that
     assert data("--arms", "vanilla", "--seed", 1).keys() == both.keys() - {"sft_bridge.jsonl"}
+
+
+def test_sets_have_the_problems_of_their_settings_and_are_made_anew_with_others(tmp_path, world):
+    """In sentences, with plain integers and the system prompt too, as in the paper's run. A seed changes the training
+    problems alone."""
+
+    def data(**changes):
+        bridge.make_data(settings("--out", tmp_path, **dict(arms=("bridge",)) | changes), world)
+        return {path.stem: read(path) for path in (tmp_path / "data").glob("*.jsonl")}
+
+    def rows(seed, *system, **more):
+        return [igsm.row(p, "train", *system) for p in igsm.problems(20, ops=(1, 3), split="train", seed=seed, **more)]
+
+    words = dict(style="natural", modulus=0, max_params=7, shuffle=True, system_prompt=True)
+    assert data(**words)["rl"] == rows(200, True, style="natural", max_params=7)
+    without = data(**words | dict(system_prompt=False))
+    assert without["rl"] == rows(200, style="natural", max_params=7)
+    more = data(**words | dict(system_prompt=False), reflection=1.0)
+    assert {name for name in more if more[name] != without[name]} == {"sft_bridge"}
+    symbols = dict(style="symbolic", max_params=4, shuffle=False)
+    assert data(modulus=5)["rl"] == rows(200, **symbols, modulus=5)
+    first, other = data(), data(seed=1)
+    assert first["rl"] == rows(200, **symbols, modulus=23, max_literal=9)
+    assert {name for name in first if first[name] == other[name]} == {"val", "test_id", "test_ood"}
 
 
 @pytest.mark.parametrize("name", ["rl", "sft_vanilla", "test_ood"])
@@ -454,6 +486,35 @@ def test_sft_has_a_clip_and_betas_of_its_own():
     own = [bridge.settings_of(args, stage, "bridge") for stage in ("sft", "base", "rl")]
     assert [a.max_grad_norm for a in own] == [1.0, 1.0, 8.0]
     assert [a.betas for a in own] == [(0.9, 0.95), (0.9, 0.99), (0.5, 0.6)]
+
+
+def test_sft_and_the_base_have_batches_and_updates_of_their_own():
+    args = settings(updates_per_step=2, sft_epochs=3, prompt_loss=True, sft_rows_per_mean=4)
+    sft, base, rl = (bridge.settings_of(args, stage, "bridge") for stage in ("sft", "base", "rl"))
+    assert [(a.batch_size, a.updates_per_step) for a in (sft, base, rl)] == [(4, 1), (64, 1), (4, 2)]
+    assert (sft.epochs, sft.prompt_loss, sft.sft_rows_per_mean) == (3, True, 4)
+    assert (base.prompt_loss, base.sft_rows_per_mean) == (False, 0)  # a mean over the tokens of answers
+
+
+@pytest.mark.parametrize(
+    ("names", "changes"),
+    [
+        (bridge.TESTED_WITH, dict(verifier="exact", eval_temperature=0.5, max_response_tokens=9, seed=1, modulus=7,
+                                  max_prompt_tokens=9, chat_template_args=("a=1",))),
+        (influence.MEASURED_WITH, dict(verifier="exact", temperature=0.5, influence_group=2, influence_self=True,
+                                       influence_queries=9, kernel_queries=9, kernel_dims=9, seed=1)),
+    ],
+)  # fmt: skip
+def test_results_of_other_settings_leave_the_tables(tmp_path, names, changes):
+    args, path = influence.Args(out=str(tmp_path)), tmp_path / "results.json"
+    asked = [tmp_path / "data" / name for name in names.split() if name.endswith(".jsonl")]
+    asked[0].parent.mkdir()
+    for file in asked:
+        file.write_text("asked\n")
+    write_results(path, {"found": 1}, args, names)
+    assert read_results({"arm": path}, args, names) == {"arm": {"found": 1}}
+    for name, value in changes.items():
+        assert not read_results({"arm": path}, dataclasses.replace(args, **{name: value}), names), name
 
 
 def test_no_two_sets_are_the_same_problems(tmp_path, world):
