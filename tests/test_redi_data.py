@@ -112,6 +112,7 @@ def test_a_verifier_that_is_not_asked_may_have_no_verdicts():
     assert [t.text for t in read_problem(row, "row 0", Args(right_if="math_verify")).traces] == ["4", "5"]
     for right_if in ("both", "either", "llama"):
         assert "not a verdict of each verifier" in read_problem(row, "row 0", Args(right_if=right_if))
+    assert "not a verdict of each verifier" in read_problem(row | {"correctness": None}, "row 0", Args())
 
 
 def test_other_sources_can_be_left_out():
@@ -219,41 +220,48 @@ def test_problems_that_share_words_with_a_benchmark_are_left_out_and_counted(tmp
     assert f"-2  shares 13 words with {named}" in capsys.readouterr().out
     kept = [json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "data" / "pairs.jsonl").open()]
     assert sorted(kept) == sorted([" ".join(words[:12]), "a=5\na?"])
+    with pytest.raises(InputError, match="--ngram must be positive"):  # 0 words in a row would leave nothing out
+        make(tmp_path / "data", "--data", data, "--decontaminate", named, "--ngram", 0)
     with pytest.raises(InputError, match="bench.jsonl, row 0: no shape of row"):
         broken = write(tmp_path / "bench.jsonl", [{"answer": 1}])
         make(tmp_path / "data", "--data", data, "--decontaminate", broken)
 
 
-def test_own_answers_take_the_first_wrong_one_and_spoil_no_trace_that_is_there(tmp_path, monkeypatch):
+def test_own_answers_take_the_first_of_the_kind_that_lacks_and_spoil_no_trace(tmp_path, monkeypatch, world):
     tokenizer = load_tokenizer("models/tiny")
-    texts = tokenizer(["a=1", "a=2", "a=3"], add_special_tokens=False)["input_ids"]
+    texts = tokenizer(["a=1", "a=2", "\\boxed{3}"], add_special_tokens=False)["input_ids"]
     answers = [[*ids, tokenizer.eos_token_id] for ids in texts]
 
     class Three(Asked):
-        def generate(self, prompts, *, drawn, **_):
+        def generate(self, prompts, *, sampling, drawn, **_):
+            assert sampling.temperature == 1
             for i in range(len(prompts)):
                 drawn(i, [Completion(ids, [0.0] * len(ids), "stop") for ids in answers])
 
     monkeypatch.setattr("common.run.open_sampler", lambda *_: Three())
     turns = [{"role": "user", "content": "a=1\na?"}]
-    problems = [Item(turns, "", "9", [Trace("x")]), Item(turns, "", "9", [Trace("y", 0.0)])]
+    problems = [Item(turns, "", "9", [Trace("x")]), Item(turns, "", "9", [Trace("y", 0.0)]),
+                Item(turns, "", "3", [Trace("z", 0.0)])]  # fmt: skip
     args = Args(model="models/tiny", out=str(tmp_path), verifier="boxed", own_answers=3)
     redi_data.add_own_answers(problems, tokenizer, args, ONE_RANK)
     assert problems[0].first(correct=False) == Trace("a=1", 0.0, answers[0])
     assert problems[0].first(correct=True) == Trace("x")
     assert problems[1].first(correct=False) == Trace("y", 0.0) and not problems[1].first(correct=True)
+    assert problems[2].first(correct=True) == Trace("\\boxed{3}", 1.0, answers[2])
+    assert problems[2].first(correct=False) == Trace("z", 0.0)
 
 
 @pytest.mark.parametrize(
     ("reward", "status", "truncated", "kind"),
     [(1.0, "ok", False, "right"), (0.0, "ok", False, "wrong"), (-1.0, "ok", False, "wrong"),
      (0.0, "unparsable", False, "wrong"), (0.0, "timeout", False, "not graded"), (0.0, "error", False, "not graded"),
-     (1.0, "ok", True, "cut short")],
+     (1.0, "ok", True, "cut short"), (0.0, "unparsable: gold unreadable", False, "not graded")],
 )  # fmt: skip
 def test_an_own_answer_is_right_if_its_reward_is_positive_and_wrong_only_if_it_was_graded(
     reward, status, truncated, kind
 ):
-    answer = {"reward": reward, "status": status, "truncated": truncated, "detail": None}
+    status, _, detail = status.partition(": ")
+    answer = {"reward": reward, "status": status, "truncated": truncated, "detail": detail or None}
     assert redi_data.kind_of(answer) == kind
 
 
