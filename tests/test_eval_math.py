@@ -271,6 +271,12 @@ def test_a_setting_in_which_any_run_differs_is_shown():
         assert rows == {"": ["a", "b", "c"], "n": [8, 4, 8], shown: ["a", "b", "c"]}
 
 
+def test_other_versions_of_a_grader_and_other_numbers_of_answers_are_shown():
+    runs = [Run(name, {}, {"q": {"answers": [{}] * n, "graded_by": {"math": version}}})
+            for name, n, version in (("a", 2, "1"), ("b", 3, "2"))]  # fmt: skip
+    assert different_settings(runs, "math") == [["", "a", "b"], ["answers", 2, 3], ["graded by", "1", "2"]]
+
+
 # Benchmark rows.
 
 
