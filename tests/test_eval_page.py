@@ -234,6 +234,13 @@ def test_dollars_of_money_are_no_formula():
     assert to_html(r"$x$ and \(y\) and \[z\] and $$w$$ and \boxed{\frac{1}{v}}").count("<math") == 5
 
 
+def test_formulas_of_ordinary_solutions_are_shown_as_such():
+    powers = [r"x^2", r"x_1^2", r"x_1", r"\sqrt{x}", r"\sqrt[3]{x}", r"\overline{x}", r"\underbrace{x}_y"]
+    tall = [r"\sum_{i=1}^n i", r"\lim_{x\to0}x", r"\frac{1}{x}", r"\binom{n}{k}", r"\begin{matrix}1&x\\3&4\end{matrix}"]
+    more = [r"5\,\text{cm}", r"\displaystyle x", r"\boxed{x}", r"\phantom{x}", r"\left(x\right)", r"x \pmod{3}"]
+    assert not [formula for formula in powers + tall + more if to_mathml(formula) is None]
+
+
 def test_a_long_text_shows_its_end():
     html = to_html("a" * 10_000 + "END")
     assert html.endswith("END") and "6,003 characters before" in html and len(html) < 5000
