@@ -644,7 +644,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_command_writes_the_columns_of_luffy(tmp_path):
+def test_command_writes_the_columns_of_luffy(tmp_path, monkeypatch):
     out = tmp_path / "problems.jsonl"
     words = ["--n", "20", "--ops", "4", "8", "--seed", "0", "--split", "train", "--out"]
     assert main([*words, str(out)]) == 0
@@ -659,6 +659,7 @@ def test_command_writes_the_columns_of_luffy(tmp_path):
         assert row["extra_info"].items() >= {"split": "train", "index": i, "ops": p.ops}.items()
     from pyarrow import parquet
 
+    monkeypatch.setattr("igsm.__main__.ROWS_AT_ONCE", 8)
     assert main([*words, str(tmp_path / "problems.parquet")]) == 0
     assert parquet.read_table(tmp_path / "problems.parquet").to_pylist() == rows
     assert (
