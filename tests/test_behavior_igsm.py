@@ -469,6 +469,9 @@ def test_command_tells_with_behaviors_and_draws(tmp_path, capsys):
         assert p.question in capsys.readouterr().out
     text = (tmp_path / "natural.svg").read_text()
     assert all(node.name.removeprefix("each ") in text for node in p.nodes)
+    [p] = generate(1, ops=(4, 6))
+    told = [f"= {node.value}   [{node.ops} op{'s' * (node.ops > 1)}]" for node in p.necessary]
+    assert sorted(re.findall(r"= -?\d+   \[.*?\]", text)) == sorted(told) and f": {p.ops} operations" in text
     assert (tmp_path / "symbolic.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"bridge.jsonl", "natural.svg", "symbolic.png"}
 
