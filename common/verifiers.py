@@ -676,8 +676,8 @@ def _serve(spec, fd, memory):
     """Serve as a worker until the parent ends, whatever the worker is doing and however the parent dies."""
     global _in_worker
     _in_worker = True
-    # When the parent's end of stdin closes, the kernel sends SIGIO to our group: it ends even a verifier in a C call and
-    # the programs that it started. (PR_SET_PDEATHSIG follows the thread that started us, not its process.)
+    # When the parent's end of stdin closes, the kernel sends SIGIO to our group: it ends even a verifier in a C call
+    # and the programs that it started. (PR_SET_PDEATHSIG follows the thread that started us, not its process.)
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
