@@ -44,6 +44,8 @@ class Event:
 class Stream:
     """Of operations that are over when their call returns."""
 
+    stream_id = device_index = device_type = 0  # FSDP2 of torch 2.15 reads them
+
     def __init__(self, *args, **kwargs):
         pass
 
