@@ -490,7 +490,8 @@ def _options(row: dict) -> dict[str, str]:
         options.popitem()
     if given and (len(options) < 2 or any(_blank(_text(option, "an option")) for option in options.values())):
         raise ValueError("a multiple choice needs two options or more, none of them blank")
-    if all(re.match(rf"\(?{re.escape(label)}[).:]", option) for label, option in options.items()):
+    mark = r"(?:\)|(?<!\d)[.:]|[.:](?!\d))"  # not the point of 1.5 or the colon of 1:30 behind a label 1
+    if all(re.match(rf"\(?{re.escape(label)}{mark}", option) for label, option in options.items()):
         options = {label: re.sub(r"^\(?\w+[).:]", "", option) for label, option in options.items()}  # "A) 3"
     return {label: option.strip() for label, option in options.items()}
 
@@ -521,6 +522,8 @@ def _label_of(answer, options: dict) -> str:
     if text in options:
         return text
     number, bare = text.removesuffix(".0"), text.strip("().").upper()
+    if number in options:
+        return number
     if number.isdecimal() and int(number) < len(labels) and (type(answer) is int or text not in texts):
         return labels[int(number)]
     if texts.count(text) == 1:

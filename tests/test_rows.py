@@ -428,6 +428,9 @@ OTHERS = {  # rows as other projects write them: (row, gold, [(reward, trace)], 
         {"question": ASK, "A": 3, "B": 4, "C": None, "answer": "B"}, "B", [], ["user"]),
     "labels that are numbers": (
         {"question": ASK, "choices": {"label": ["1", "2"], "text": ["3", "4"]}, "answerKey": 2}, "2", [], ["user"]),
+    "a label that was a float in a .csv file": (
+        {"question": ASK, "choices": "{'label': ['1', '2'], 'text': ['4', '3']}", "answerKey": "1.0"}, "1", [],
+        ["user"]),
     "an option's index as text": ({"question": ASK, "options": ["3", "4"], "answer": "1"}, "B", [], ["user"]),
     "a text that could be an index": ({"question": ASK, "options": ["1", "4"], "answer": "1"}, "A", [], ["user"]),
     "an option that could be the mark of a solution": (
@@ -517,6 +520,12 @@ def test_a_question_stands_behind_its_passage_and_before_its_options():
     given = {"context": "Tom has 3 apples.", "question": "How many?", "options": ["A. 3", "B. 4"], "answer": "A"}
     item = read_row(given, "row 0")
     assert item.question == "Tom has 3 apples.\n\nHow many?\n\nA) 3\nB) 4"
+
+
+@pytest.mark.parametrize("options", [{"A": "3.5", "B": "4"}, {"1": "1.5 m", "2": "2.5 m"}, {"1": "1:30", "2": "2:30"}])
+def test_a_number_with_which_an_option_begins_is_not_its_label(options):
+    item = read_row({"question": "How long?", "options": options, "answer": [*options][0]}, "row 0")
+    assert item.question == "How long?\n\n" + "\n".join(f"{label}) {text}" for label, text in options.items())
 
 
 @pytest.mark.parametrize(
