@@ -166,6 +166,11 @@ def test_rows_that_are_too_long_are_counted_and_left_out():
                      "kept": 1}
 
 
+def test_rows_keep_their_numbers_however_many_there_are():
+    found, _ = examples([row()] * 501)  # 500 are tokenized at a time; a trace is graded once by its row's number
+    assert [e.index for e in found] == list(range(501))
+
+
 def test_a_long_trace_can_be_cut_as_published_and_then_has_no_eos():
     [e], _ = examples([row(trace="a=1\n" * 20)], long_trace="cut")
     assert len(e.trace) == 32 and TOKENIZER.eos_token_id not in e.trace
@@ -180,12 +185,15 @@ def test_a_cut_trace_keeps_the_probabilities_of_what_is_left():
         assert e.trace_logps[:-1] == [math.log(0.5)] * 31 and (e.trace_logps[-1] == e.trace_logps[-1]) == last_is_known
 
 
-def test_held_out_prompts_that_are_too_long_are_counted_on_the_terminal(tmp_path, capsys):
+def test_held_out_rows_are_of_every_file_and_too_long_prompts_are_counted_on_the_terminal(tmp_path, capsys):
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [row(), row(question="a=1\n" * 40 + "a?")]))
     args = SimpleNamespace(**vars(limits()), eval_data=(str(path),), eval_limit=0, igsm_problems=1)
     assert len(held_out_examples(TOKENIZER, args)) == 1
     assert "1 of 2 rows (1 prompts over --max_prompt_tokens" in capsys.readouterr().err
+    (tmp_path / "more.jsonl").write_text((json.dumps(row(gold="6")) + "\n") * 3)
+    args.eval_data, args.eval_limit = (str(path), str(tmp_path / "more.jsonl")), 2  # of each file
+    assert [e.gold for e in held_out_examples(TOKENIZER, args)] == ["5", "6", "6"]
 
 
 def test_a_trace_that_fits_with_its_eos_is_kept_whole():
@@ -384,6 +392,12 @@ OTHERS = {  # rows as other projects write them: (row, gold, [(reward, trace)], 
         [(0.0, "5"), (1.0, ANSWER)], ["user"]),
     "a solution that is marked wrong": (
         {"problem": ASK, "solution": "5", "answer": "4", "label": 0}, "4", [(0.0, "5")], ["user"]),
+    "a solution with a reward": (
+        {"problem": ASK, "solution": "two and two", "answer": "4", "reward": 0.5}, "4",
+        [(0.5, "<think>\ntwo and two\n</think>\n\n\\boxed{4}")], ["user"]),
+    "a thought beside a pair is neither's": (
+        {"prompt": ASK, "chosen": "4", "rejected": "5", "reasoning": "Two and two."}, "", [(1.0, "4"), (0.0, "5")],
+        ["user"]),
     "a solution that is the answer alone": ({"problem": ASK, "solution": "4", "answer": "4"}, "4", [], ["user"]),
     "target beside responses": (row(responses=["a"], trace="a=5"), "5", [(1.0, "a=5")], ["user"]),
     "blank columns of other shapes": (
@@ -428,6 +442,8 @@ OTHERS = {  # rows as other projects write them: (row, gold, [(reward, trace)], 
         {"question": ASK, "A": 3, "B": 4, "C": None, "answer": "B"}, "B", [], ["user"]),
     "labels that are numbers": (
         {"question": ASK, "choices": {"label": ["1", "2"], "text": ["3", "4"]}, "answerKey": 2}, "2", [], ["user"]),
+    "a label that is a float, as where a column held a NaN": (
+        {"question": ASK, "choices": {"label": ["1", "2"], "text": ["4", "3"]}, "answerKey": 1.0}, "1", [], ["user"]),
     "a label that was a float in a .csv file": (
         {"question": ASK, "choices": "{'label': ['1', '2'], 'text': ['4', '3']}", "answerKey": "1.0"}, "1", [],
         ["user"]),
@@ -535,6 +551,8 @@ def test_a_number_with_which_an_option_begins_is_not_its_label(options):
         (row() | {"prompt": [TURN, {"role": "assistant", "content": "4"}]}, "'prompt' ends with a turn of the assista"),
         (row() | {"target": [TURN]}, "'target' ends with a turn of the user"),
         ({"question": ASK, "image": {"bytes": "x"}, "answer": "4"}, "the row has an image"),
+        ({"prompt": [TURN | {"content": [{"type": "image"}, {"type": "text", "text": ASK}]}]}, "a turn's content is "),
+        (row(weight=-1), "'weight' must be a number from 0 on, not -1"),
         ({"question": ASK, "audios": ["a.wav"], "answer": "4"}, "the row has an image, a video or sound"),
         ({"prompt": [TURN], "answer": "4", "tools": '[{"name": "add"}]'}, "'tools' is for the chat template"),
         ({"prompt": [TURN], "response": "4", "chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kw"),
@@ -959,6 +977,7 @@ def test_igsm_is_a_data_name_of_its_own():
         {r["extra_info"]["template"] for r in load_rows("igsm:5-6", split=s, limit=50)} for s in ("train", "test")
     )
     assert not train & test
+    assert {r["extra_info"]["ops"] for r in load_rows("igsm:5-6", limit=50)} == {5, 6}
     with pytest.raises(InputError, match="igsm:5: expected igsm:LO-HI"):
         load_rows("igsm:5")
 
