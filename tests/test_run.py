@@ -186,11 +186,11 @@ def test_an_answer_alone_is_refused_where_it_is_compared_with_others():
 
 def test_the_digest_of_the_data_is_of_held_out_rows_too(tmp_path, world):
     digests = []
-    for held_out in ([], [], EXAMPLES[:1], EXAMPLES[1:]):
+    for held_out in ([], [], EXAMPLES[:1], EXAMPLES[1:], [dataclasses.replace(EXAMPLES[1], gold="8")]):
         mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1))
         mine.plan(EXAMPLES, held_out, COUNT)
         digests.append(mine.checkpoints.data)
-    assert digests[0] == digests[1] and len(set(digests)) == 3
+    assert digests[0] == digests[1] and len(set(digests)) == 4
 
 
 def test_an_epoch_is_as_many_steps_as_its_batches_are(tmp_path, world, capsys):
@@ -272,6 +272,10 @@ def test_a_trace_is_graded_once_and_own_answers_every_time(monkeypatch):
         grader.wait()
         assert [(row.reward, row.status) for row in rows] == [(1.0, "ok")] * 3 + [(0.0, "ok")]
     assert sorted(graded) == ["5 6", "7", "8 9", "8 9"]  # without the eos; what was cut has none
+    [later] = trace_rows([dataclasses.replace(EXAMPLES[1], index=2, gold="8")], [0])  # question 0 of another step
+    grader.add([later])
+    grader.wait()
+    assert later.reward == 0.0
 
 
 def test_records_of_a_killed_run_are_kept_and_those_missing_are_made(tmp_path, world):
@@ -533,13 +537,14 @@ def test_neighbouring_seeds_share_no_stream(tmp_path, world):
 
 def test_drift_is_from_before_the_step_and_from_who_drew():
     totals = trainer.Totals(ONE_RANK)
-    logp, old, drawn = torch.tensor([[0.36, 0.9], [0.5, 0.5], [0.25, 0.8]]).log()  # ratios 0.72 and 1.8
+    logp, old, drawn = torch.tensor([[0.36, 0.9], [0.5, 0.5], [0.4, 0.8]]).log()  # ratios 0.72 and 1.8
     run.add_drift(totals, logp, old, drawn, clip=0.3, per=2)
     log = totals.reduce()
     assert log["policy/clipped"] == 0.5
     assert log["policy/kl_old"] == pytest.approx((old - logp).mean().item())
     assert log["mismatch/kl"] == pytest.approx((drawn - old).mean().item())
     assert log["mismatch/mean_abs"] == pytest.approx((drawn - old).abs().mean().item())
+    assert log["mismatch/max"] == pytest.approx((drawn - old).abs().max().item())
 
 
 def test_an_evaluation_grades_what_was_said_and_weighs_sources_alike(monkeypatch):
@@ -582,11 +587,12 @@ def test_an_evaluation_at_temperature_zero_is_greedy_whatever_the_rollouts_are()
 
 def test_a_question_draws_from_the_same_stream_wherever_it_stands_in_a_batch():
     asked = []
-    sampler = SimpleNamespace(generate=lambda prompts, *, keys, **_: asked.append((prompts, keys)))
+    sampler = SimpleNamespace(generate=lambda prompts, *, n, keys, **_: asked.append((prompts, n, keys)))
     examples = [dataclasses.replace(e, index=40 + e.index) for e in EXAMPLES]
     for batch, mine in ((examples, range(1, 2)), (examples[::-1], range(2))):
-        run.sample_rows(sampler, batch, mine, [1, 1], luffy.Args(), ONE_RANK, seed=0, grader=None)
-    assert asked == [([[3]], [41]), ([[3], [3, 4]], [41, 40])]
+        run.sample_rows(sampler, batch, mine, [1, 2], luffy.Args(), ONE_RANK, seed=0, grader=None)
+    assert asked == [([[3]], [2], [41]), ([[3], [3, 4]], [1, 2], [41, 40])]
+    assert [row.group for row in trace_rows(EXAMPLES, range(1, 2), [1, 2])] == [1, 1]  # those of another rank
 
 
 def test_kept_answers_are_of_their_golds(tmp_path, world, monkeypatch):
