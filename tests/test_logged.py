@@ -50,8 +50,12 @@ def test_what_is_logged_of_rows():
     own = [luffy.Row([1], [1], group, reward=reward, status="ok") for group, reward in told]
     teacher = luffy.Row([1], [1], 1, True, reward=1.0, status="ok")  # does not make its question a solved one
     own[0].truncated = True
-    log = luffy.describe([*own, teacher])
+    ungraded = luffy.Row([1], [1] * 5, 3, True, advantage=9.0)
+    teacher.response, teacher.advantage = [1] * 3, 0.5
+    log = luffy.describe([*own, teacher, ungraded])
     assert log["length/truncated"] == 1 / 6  # of own answers
+    assert (log["length/own"], log["length/teacher"]) == (1, 4)
+    assert (log["reward/teacher"], log["teacher/advantage"]) == (1.0, 0.5)  # of graded traces
     assert (log["group/solve_all"], log["group/solve_none"], log["reward/own"]) == (0.25, 0.5, 2 / 6)
 
 
