@@ -18,7 +18,7 @@ import oreo
 from common.checkpoints import export_checkpoint
 from common.data import InputError, pack
 from common.metrics import read_metrics
-from common.rows import IGSM, conversation_ids, read_row, trace_ids
+from common.rows import IGSM, conversation_ids, make_examples, read_row, trace_ids
 from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args
 from oreo import Row
 from tests import oreo_ranks
@@ -549,6 +549,8 @@ def test_rows_of_text_and_conversations_begin_with_the_tokenizers_bos(nano, tmp_
     assert prompt == [bos, *plain[0]] and response == plain[1]
     assert ids_of(GOOD | {"prompt": "<|bos|>a=1\na?"})[0] == prompt  # not twice
     assert conversation_ids(turns, tokenizer, 0) == ([bos, *talk[0]], *talk[1:])
+    rows, how = [GOOD, {"prompt": turns[:1]}], dict(source="x", traces="ignored", golds=False)
+    assert [e.prompt for e in make_examples(rows, tokenizer, oreo.Args(), **how)[0]] == [prompt, talk[0]]  # by template
 
 
 def test_prompt_and_response_have_one_limit_together(nano, rows, tmp_path):
