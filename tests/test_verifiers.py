@@ -573,7 +573,10 @@ def test_idle_workers_that_died_leave_no_files_open(users):
 
 
 def test_an_interrupted_call_leaves_no_answer_to_the_next(users, monkeypatch):
+    both = threading.Barrier(2)  # an item that begins after the close would start a worker of its own
+
     def interrupt(*_, **__):
+        both.wait(60)
         raise KeyboardInterrupt
 
     grade(["x"] * 2, [""] * 2, verifier=users.length, workers=2)
