@@ -384,7 +384,7 @@ def vote(text: str, *, labels: bool = False) -> str | None:
         return label
     if (found := last_boxed(text)) is None:
         marks = (r"####[ \t]*([^\n]{1,200})", r"(?im)answer is[ \t:*]{0,4}([^\n]{1,200}?)(?:\.\s|\.?$|\n)",
-                 r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", r"[^\n]+")  # fmt: skip
+                 r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", r"\w[^\n]*")  # fmt: skip
         found = next((said[-1] for said in (re.findall(mark, text) for mark in marks) if said), "")
     found = re.sub(r"\\(?:left|right|[,;:! ])|\\?[$%]|\\text\s*\{\s*\}|\s", "", found).rstrip(".")
     found = re.sub(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", found)

@@ -73,7 +73,7 @@ from common.run import (
     write_lines,
 )
 from common.search import step_ids, step_starts
-from common.shapes import IN_A_BOX, Item
+from common.shapes import AFTER_HASHES, IN_A_BOX, Item
 from common.trainer import Totals, ValueModel, gather_lists, init_world, launch, make_optimizer, parse_args
 
 
@@ -335,7 +335,7 @@ def as_published(item: Item, row: dict, ask: str) -> Item:
     trace. Return any other row unchanged, also one whose traces are not its solution (a model's generations)."""
     row = {str(name).lower(): value for name, value in row.items()}
     asked, kind = row.get("problem") or row.get("question"), item.source or "math"
-    solution = row["answer"] if "####" in str(row.get("answer")) else row.get("solution")  # as in common/shapes
+    solution = row["answer"] if AFTER_HASHES.search(str(row.get("answer")).rstrip()) else row.get("solution")
     own = all(solution and solution.partition("####")[0].strip() in trace.text for trace in item.traces)
     if row.get("prompt") is not None or not asked or item.question != asked or kind not in SYSTEM or not own:
         return item

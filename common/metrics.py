@@ -128,11 +128,13 @@ def json_line(row: dict) -> str:
     """A row as a line of JSON, which has no NaN or infinity: null."""
 
     def finite(x):
+        if isinstance(x, dict):
+            return {key: finite(value) for key, value in x.items()}
         if isinstance(x, list):
-            return [finite(y) for y in x]
+            return [finite(value) for value in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    return json.dumps({key: finite(x) for key, x in row.items()}, ensure_ascii=False) + "\n"
+    return json.dumps(finite(row), ensure_ascii=False) + "\n"
 
 
 def complete_lines(path: Path) -> list[str]:

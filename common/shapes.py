@@ -27,7 +27,9 @@ PASSAGES = ("context", "passage", "article", "body", "puzzle", "theory", "story"
 RESPONSES = ("response", "completion", "output", "generation", "generated_solution")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")  # beside a response
 GOLDS = ("answer_number", "final_answer", "expected_answer", "answer", "ground_truth", "reference_answer")
-AFTER_HASHES = re.compile(r"(?<!#)####(?!#)([^\n#]*)$")  # GSM8K's answer, on the last line of its solution
+AFTER_HASHES = re.compile(  # GSM8K's answer, on the last line of its solution; the mark may have a line of its own
+    r"(?:(?<![^\n])####[ \t\r]*\n|(?<!#)####(?!#))((?:(?!####)[^\n])*)$"
+)
 NO_GOLD = {"nan", "none", "null", "n/a", "notfound", "proof"}
 RIGHT_OPTION = (  # columns that may name the correct option of a multiple choice
     "answerkey", "answer_letter", "answer_idx", "correct_option", "answer", "ground_truth", "expected_answer",
@@ -36,7 +38,7 @@ RIGHT_OPTION = (  # columns that may name the correct option of a multiple choic
 VERDICTS = ("llama_verification", "math_verify_reparsed_answer")  # in OpenR1-Math-Raw's 'correctness'
 MARKS = ("label", "is_correct", "correct", "kto_tag", "reward")  # columns that grade a trace; the first counts
 LETTERS = string.ascii_uppercase
-TURNS = re.compile(r"""\s*(\[)?\s*\{\s*["'](role|from|content|value)["']\s*:""")  # as text, in .csv files
+TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|from|content|value)["']\s*:""")  # as text, in .csv files
 NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations", "history", "correctness",
           "correctness_math_verify", "correctness_llama"}  # fmt: skip
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
@@ -153,15 +155,14 @@ def _unfolded(name: str, value):
     alone becomes this text."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and name not in NESTED:
         return value[0]
-    turns = TURNS.match(value) if isinstance(value, str) else None
+    turns = TURNS.match(value) if isinstance(value, str) and name not in NESTED else None
     if not turns and not (isinstance(value, str) and name in NESTED and value[:1] in ("[", "{")):
         return value
-    if (found := _parsed(value)) is None and turns and turns[1]:
+    if (found := _parsed(value)) is None and turns and turns[1] and re.search(r"""["'](role|from)["']\s*:""", value):
         raise TypeError(f"'{name}' holds turns as text that is neither JSON nor Python (numpy's has no commas)")
-    first = found[0] if turns and turns[1] else found
-    if found is None or (turns and not ({"role", "from"} & first.keys() and {"content", "value"} & first.keys())):
-        return value  # an answer may be JSON, too
-    return found
+    first = found[0] if isinstance(found, list) and found else found
+    is_turn = isinstance(first, dict) and {"role", "from"} & first.keys() and {"content", "value"} & first.keys()
+    return value if found is None or (turns and not is_turn) else found  # an answer may be JSON, too
 
 
 def _text(value, name: str) -> str:
@@ -289,10 +290,11 @@ def _asked(row: dict) -> Item:
     if not isinstance(reward_model, dict):
         raise TypeError("'reward_model' must be {ground_truth}")
     gold = _gold(reward_model.get("ground_truth"), *map(row.get, GOLDS))
-    history = row.get("history") or []  # LLaMA-Factory's
+    history = [] if _blank(row.get("history")) else row["history"]  # LLaMA-Factory's
     if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
         raise TypeError("'history' must be [[question, answer], ...]")
-    before = [{"role": r, "content": said} for pair in history for r, said in zip(("user", "assistant"), pair)]
+    turns = [{"role": r, "content": said} for pair in history for r, said in zip(("user", "assistant"), pair)]
+    before = _turns(turns, "history") if turns else []
     name = next((name for name in QUESTIONS if not _blank(row.get(name))), None)
     if name and _blank(row.get("prompt")):
         parts = [*PASSAGES, name, *(["input"] if name == "instruction" else [])]
@@ -302,11 +304,13 @@ def _asked(row: dict) -> Item:
             text = "\n".join([f"{text}\n", *(f"{label}) {option}" for label, option in options.items())])
             gold = _right_option(row, options)
         asks = text if name == "instruction" and not options else f"{text}\n\n{IN_A_BOX}"
-        return Item(_turns([*before, {"role": "user", "content": asks}], name), text, gold)
+        return Item([*before, {"role": "user", "content": asks}], text, gold)
     if row.get("prompt") is None:
         raise KeyError("prompt")
-    prompt = _turns([*before, *_turns(row["prompt"], "prompt")], "prompt")
-    gold = gold or (boxed_gold(row["solution"]) if isinstance(row.get("solution"), str) else "")  # TRL's GRPO rows
+    prompt = _turns(row["prompt"], "prompt")
+    at = int(prompt[0]["role"] == "system")
+    prompt[at:at] = before
+    gold = gold or _gold(boxed_gold(row["solution"]) if isinstance(row.get("solution"), str) else "")  # TRL's GRPO rows
     if prompt[-1]["role"] == "assistant":
         raise ValueError("'prompt' ends with a turn of the assistant, so that nothing is asked")
     questions = [turn["content"] for turn in prompt if turn["role"] == "user"]
@@ -393,7 +397,7 @@ def _conversation(row: dict) -> Item:
         return _asked(row | {"prompt": turns})
     if not last:
         raise ValueError(f"'{name}' has no assistant turn that answers another")
-    item = _asked(row | {"prompt": turns[:last]})
+    item = _asked(row | {"prompt": turns[:last], "history": None})
     item.traces, item.conversation = [Trace(turns[last]["content"], _reward(row))], turns
     return item
 
@@ -440,7 +444,7 @@ def _problem(row: dict) -> Item:
         reasoning, item.source = answer[: marked.start()], "gsm8k"
     if _blank(reasoning):
         return item
-    item.gold = item.gold or boxed_gold(_text(solution or reasoning, "'solution'"))
+    item.gold = item.gold or _gold(boxed_gold(_text(solution or reasoning, "'solution'")))
     said = _with_thought(row, _text(reasoning, "'solution'").strip())
     reward = _reward(row)
     if reward is not None and reward <= 0:

@@ -652,8 +652,8 @@ class _Worker:
 
     def kill(self):
         _workers.discard(self)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # with the programs that its verifier started
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: of one that is dead
+            os.killpg(self.process.pid, signal.SIGKILL)  # with the programs that its verifier started in this session
         for end in (self.lines, self.sock, self.process.stdin):
             end.close()
         return self.process.wait()

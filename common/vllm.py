@@ -131,7 +131,7 @@ class Worker:
     def stop(self) -> None:
         """End it, with everything that it started."""
         if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: of one that is dead
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.pipe.close()

@@ -157,7 +157,7 @@ def test_buckets_are_relifts_for_eight_base_answers():
         (r"\boxed{1,000}", r"so \boxed{1000.0}"), (r"\boxed{\frac{1}{2}}", r"\boxed{0.5}"),
         (r"\boxed{\dfrac12}", "The answer is 1/2."), ("#### 72", "it is 72"), (r"\boxed{x + 1}", r"\boxed{x+1}"),
         ("hm </think> 7", r"3 </think> \boxed{7}"), (r"\boxed{50\%}", r"\boxed{50}"), ("The answer is B.", "#### B"),
-        (r"\boxed{-.5}", r"\boxed{-0.50}"), ("I think so:\npositive.", "positive"),
+        (r"\boxed{-.5}", r"\boxed{-0.50}"), ("I think so:\npositive.", "```\npositive\n```"),
     ],
 )  # fmt: skip
 def test_equal_answers_vote_alike(one, other):

@@ -345,9 +345,9 @@ def test_a_verifier_that_never_answers_is_warned_of_by_its_cause(values, said, t
 def test_numbers_that_are_not_finite_are_null_in_files_and_half_characters_do_not_stop_a_run(tmp_path):
     metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
     text = "ä\ud83d"  # and half a character
-    metrics.samples(1, [{"loss": math.nan, "values": [1.0, math.inf], "text": text}])
+    metrics.samples(1, [{"loss": math.nan, "values": [1.0, {"V": math.inf}], "text": text}])
     written = (tmp_path / "samples.jsonl").read_text()
-    assert written == '{"step": 1, "loss": null, "values": [1.0, null], "text": "ä\\ud83d"}\n'
+    assert written == '{"step": 1, "loss": null, "values": [1.0, {"V": null}], "text": "ä\\ud83d"}\n'
 
 
 def test_metrics_also_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):

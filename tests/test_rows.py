@@ -127,6 +127,13 @@ def test_an_answer_that_is_not_gsm8ks_is_refused(answer, message):
         examples([{"question": "Q?", "answer": answer}], limits(400))
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"), [("so\n#### 18 # apples", "18 # apples"), ("so\n####\n18", "18"), ("#### 1 #### C#", "C#")]
+)
+def test_what_follows_the_last_hashes_is_the_gold(answer, gold):
+    assert read_row({"prompt": "Q?", "answer": answer}, "row 0").gold == gold
+
+
 @pytest.mark.parametrize("gold", ["#### tests ####\nassert f([1,200]) == 3", "## One\n#### Details\nText.", "##### 5"])
 def test_a_gold_text_keeps_its_headings(gold):
     assert read_row({"prompt": "Q?", "answer": gold}, "row 0").gold == gold
@@ -512,6 +519,10 @@ def test_a_history_stands_before_the_instruction():
     for named in ({"query": ASK, "response": "4"}, {"prompt": ASK, "response": "4"}):
         assert [turn["role"] for turn in read_row(named | {"history": row["history"]}, "row").prompt[1:3]] == [
             "assistant", "user"]  # fmt: skip
+    system = {"role": "system", "content": "Add."}
+    turns = read_row({"prompt": [system, TURN], "answer": "4", "history": [["1+1?", "2"]]}, "row").prompt
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
+    assert read_row({"prompt": ASK, "answer": "4", "history": " "}, "row").prompt == [TURN]
     with pytest.raises(InputError, match="'history' must be"):
         read_row(row | {"history": "1+1?"}, "row")
 
@@ -556,7 +567,8 @@ def test_a_number_with_which_an_option_begins_is_not_its_label(options):
         ({"question": ASK, "audios": ["a.wav"], "answer": "4"}, "the row has an image, a video or sound"),
         ({"prompt": [TURN], "answer": "4", "tools": '[{"name": "add"}]'}, "'tools' is for the chat template"),
         ({"prompt": [TURN], "response": "4", "chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kw"),
-        ({"prompt": [TURN, {"role": "assistant", "content": "", "function_call": {}}], "answer": "4"}, "'prompt' "),
+        ({"prompt": [TURN, {"role": "assistant", "content": "", "function_call": {"name": "f"}}, TURN], "answer": "4"},
+         "'prompt' must be"),
         ({"prompt": ASK, "initial_reason_steps": "a", "chosen": "b", "rejected": "c"}, "continue 'initial_reason_st"),
         ({"prompt": ASK, "answer": ["4", "5"]}, "the gold answer is a list of 2: write it as one text"),
         ({"prompt": ASK, "answer": True}, "the gold answer is neither text nor a number"),
@@ -724,6 +736,10 @@ def test_turns_that_pandas_wrote_as_text_are_read_and_json_that_is_an_answer_sta
         pair = read_row({"prompt": written([{"value": ASK, "from": "human"}]), "chosen": written(turn),
                          "rejected": written(answer)}, "row 0")  # fmt: skip
         assert pair.prompt == [TURN] and [t.text for t in pair.traces] == ["4", written(answer)]
+    for text in ("{'value': 4}, {'value': 5}", '[{"value": 1}, {"value": 2}] are the values. \\boxed{4}'):
+        assert read_row({"prompt": ASK, "target": text}, "row 0").traces[0].text == text
+    options = "[{'value': 'Rome', 'key': 'A'}, {'value': 'Paris', 'key': 'B'}]"
+    assert read_row({"question": ASK, "options": options, "answer": "B"}, "row 0").gold == "B"
 
 
 def test_a_box_in_the_solution_beside_a_prompt_is_the_gold_and_a_response_beside_a_reward_model_the_trace():

@@ -647,7 +647,8 @@ def script(users, body):
 
 def test_the_programs_of_a_verifier_end_with_its_worker(users, tmp_path):
     [verdict] = grade(["program"], [tmp_path / "pid"], verifier=users.hang, workers=1, timeout=1)
-    assert verdict.status == "timeout" and not running((tmp_path / "pid").read_text().strip())
+    assert verdict.status == "timeout"
+    wait_for_the_end([(tmp_path / "pid").read_text().strip()])
 
 
 @pytest.mark.parametrize("response", ["idle", "forked", "c", "deaf", "program"])
@@ -673,9 +674,14 @@ def test_workers_die_with_a_killed_parent(users, response, tmp_path):
     time.sleep(0.5)  # they have their items in hand
     if response == "program":
         pids += map(int, (tmp_path / "pids").read_text().split())
+        assert len(pids) == 4
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
+    wait_for_the_end(pids)
+
+
+def wait_for_the_end(pids):
     deadline = time.monotonic() + 10
     while alive := [pid for pid in pids if running(pid)]:
         assert time.monotonic() < deadline, alive
