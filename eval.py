@@ -379,7 +379,7 @@ def vote(text: str, *, labels: bool = False) -> str | None:
     r"""Return what an answer votes for in maj@k: its last box, else what follows the last ####, else what follows the
     last "answer is", else its last number, else its last line. Cheap spellings are made equal: 1,000.0 is 1000, \frac12
     is 0.5. labels: of a multiple choice, the label that it chooses comes first. None: nothing."""
-    text = after_think(text)[-20_000:].strip()
+    text = after_think(text)[-20_000:]
     if labels and (label := chosen_label(text, digits=True)):
         return label
     if (found := last_boxed(text)) is None:
