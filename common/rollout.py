@@ -355,8 +355,7 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Sampling
             before = p_sorted.cumsum(-1) - p_sorted  # mass of the likelier ones: the first is always kept
             p = p.masked_fill((before >= sampling.top_p).gather(-1, order.argsort(-1)), 0.0)
         cdf = p.cumsum(-1)
-        # a float32 uniform is a multiple of 2^-24. The middle of its cell counts: 0 would draw the first token, if rare
-        target = (uniforms.double() + 2.0**-25)[:, None] * cdf[:, -1:]
+        target = uniforms.double()[:, None] * cdf[:, -1:]
         token = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return token, logp.gather(-1, token[:, None])[:, 0]
 
