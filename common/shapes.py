@@ -304,7 +304,7 @@ def _asked(row: dict) -> Item:
             text = "\n".join([f"{text}\n", *(f"{label}) {option}" for label, option in options.items())])
             gold = _right_option(row, options)
         asks = text if name == "instruction" and not options else f"{text}\n\n{IN_A_BOX}"
-        return Item([*before, {"role": "user", "content": asks}], text, gold)
+        return Item(before + _turns(asks, name), text, gold)
     if row.get("prompt") is None:
         raise KeyError("prompt")
     prompt = _turns(row["prompt"], "prompt")
