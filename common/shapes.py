@@ -155,14 +155,19 @@ def _unfolded(name: str, value):
     alone becomes this text."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and name not in NESTED:
         return value[0]
-    turns = TURNS.match(value) if isinstance(value, str) and name not in NESTED else None
-    if not turns and not (isinstance(value, str) and name in NESTED and value[:1] in ("[", "{")):
+    if not isinstance(value, str):
         return value
-    if (found := _parsed(value)) is None and turns and turns[1] and re.search(r"""["'](role|from)["']\s*:""", value):
+    if name in NESTED:
+        found = _parsed(value) if value[:1] in ("[", "{") else None
+        return value if found is None else found
+    if not (turns := TURNS.match(value)):
+        return value
+    found = _parsed(value)
+    if found is None and turns[1] and re.search(r"""["'](role|from)["']\s*:""", value):
         raise TypeError(f"'{name}' holds turns as text that is neither JSON nor Python (numpy's has no commas)")
     first = found[0] if isinstance(found, list) and found else found
     is_turn = isinstance(first, dict) and {"role", "from"} & first.keys() and {"content", "value"} & first.keys()
-    return value if found is None or (turns and not is_turn) else found  # an answer may be JSON, too
+    return found if is_turn else value  # an answer may be JSON, too
 
 
 def _text(value, name: str) -> str:
