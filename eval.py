@@ -398,7 +398,7 @@ def count_votes(record: dict, verifier: str) -> tuple[int, list[int], int]:
     """Return (number of correct answers, how often each wrong one was given, answers that give none). All answers that
     the verifier accepts are one answer; wrong answers are told apart by `vote`."""
     wrong, right, blank = Counter(), 0, 0
-    labels = verifier == "mcq" or re.fullmatch("[A-Z]", record["gold"])
+    labels = verifier == "mcq" or bool(re.fullmatch("[A-Z]", record["gold"]))
     for answer in record["answers"]:
         reward, status, *_ = answer["verdicts"][verifier]
         if reward > 0:
@@ -551,7 +551,7 @@ def main(args: Args) -> None:
         text = results_tables(results, ordered, args)
         write_whole(out / "results.md", text)
         bars = {b: (r["pass@1"], r["pass@1_se"]) for b, r in results.items() if b != "average"}
-        plot_bars({Path(args.model).name: bars | {"average": (results["average"], None)}}, out / "results.png")
+        plot_bars({Path(args.model).name: bars}, out / "results.png")
         write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
         print(f"{text}\n{out}/results.json, results.md, results.png, samples.jsonl")
 

@@ -15,6 +15,7 @@ million weights can learn to read about them. What is complete is not done again
 """
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -144,11 +145,9 @@ def plot(results: dict, bench: Bench, path: Path) -> None:
     axes = figure.subplots(1, 3)
     bars = by_policy(results)
     for i, way in enumerate(("greedy", "sampled")):
-        points = [mean_and_spread([r[way] for r in runs]) for runs in bars.values()]
-        axes[0].bar(
-            [n + 0.4 * i for n in range(len(bars))], [p[0] for p in points], 0.38, yerr=[p[1] for p in points],
-            capsize=3, label=way,
-        )  # fmt: skip
+        means, spreads = zip(*(mean_and_spread([r[way] for r in runs]) for runs in bars.values()), strict=True)
+        at, spreads = [n + 0.4 * i for n in range(len(bars))], [s or math.nan for s in spreads]  # one value has none
+        axes[0].bar(at, means, 0.38, yerr=spreads, capsize=3, label=way)
     axes[0].set_xticks([n + 0.2 for n in range(len(bars))], bars)
     axes[0].set_title("test games won, %", fontsize=10)
     by_k = [[r["value"][str(k)] for r in results["runs"]["oreo"].values()] for k in results["candidates"]]

@@ -48,7 +48,7 @@ import tyro  # noqa: E402
 
 from benchmarks.blocks import Claim  # noqa: E402
 from benchmarks.held_out import drawn, error  # noqa: E402
-from common.metrics import read_metrics  # noqa: E402
+from common.metrics import line_style, read_metrics  # noqa: E402
 from common.trainer import load_tokenizer  # noqa: E402
 from eval import difficulty  # noqa: E402
 
@@ -459,18 +459,17 @@ def plot(results: dict, path: Path) -> None:
         axis.set_yticks(range(len(texts)), [textwrap.fill(text, 40) for text in texts], fontsize=7)
         axis.set_ylim(len(texts) - 0.5, -0.5)
         axis.axvline(0, color="0.5", lw=1)
-        axis.set_xlabel("difference in points, 95 %" if unit else "difference, 95 %")
+        axis.set_xlabel("difference in points, 95 %" if unit else "in the unit of the claim, 95 %")
     for axis, (title, runs) in zip(axes[1 + len(units) :], results["curves"].items(), strict=True):
         logged = {name: [line for line in lines if line] for name, lines in runs.items() if any(lines)}
         for i, (name, lines) in enumerate(logged.items()):
-            how = dict(color=f"C{i}", ls="-" if i < 10 else "--")  # there are ten colours
             for line in lines:
-                axis.plot(*zip(*line, strict=True), **how, lw=0.7, alpha=0.3)
+                axis.plot(*zip(*line, strict=True), color=f"C{i % 10}", lw=0.7, alpha=0.3)
             steps, values = np.mean([*zip(*lines, strict=False)], axis=1).T  # to the end of the shortest
-            axis.plot(steps, values, **how, lw=2, label=name)
+            axis.plot(steps, values, **line_style(i), lw=2, label=name)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step, of those that logged it")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.16), frameon=False)
     figure.savefig(path, dpi=100)
 
 

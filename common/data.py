@@ -17,7 +17,7 @@ import heapq
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
@@ -68,7 +68,7 @@ def check_verifier(name: str) -> None:
         raise InputError(f"--verifier {name}: {error}{where}") from error
 
 
-def check_works(verifier: str, found: list[tuple[str, str | None]]) -> None:
+def check_works(verifier: str, found: Sequence[tuple[str, str | None]]) -> None:
     """Raise InputError if all verdicts (status, detail) are errors: then the verifier is wrong, not the answers."""
     if found and all(status == "error" for status, _ in found):
         raise InputError(f"--verifier {verifier} failed on all {len(found)} answers ({found[0][1]}): "
@@ -152,7 +152,7 @@ def to_device(values: torch.Tensor, device) -> torch.Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def pack(sequences: list[tuple[list[int], list[int]]], device="cpu") -> TokenBatch:
+def pack(sequences: list[tuple[list[int], list[int]]], device: torch.device | str = "cpu") -> TokenBatch:
     """(prompt ids, response ids) pairs -> one packed batch, which holds equal prompts once. An empty list gives one
     token that predicts nothing, so that a rank without work joins every collective. ValueError on an empty prompt.
 

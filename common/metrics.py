@@ -147,6 +147,11 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in complete_lines(Path(out) / "metrics.jsonl")]
 
 
+def line_style(k: int) -> dict:
+    """Colour and dashes of a plot's k-th line: 30 that differ, also for the colour-blind."""
+    return dict(color=f"C{k % 10}", ls=("-", "--", ":")[k % 3])
+
+
 def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Path) -> None:
     """Draw metrics over steps: a panel for each list of names, with a line for each run and name. panels None: a panel
     for each prefix of names, up to the first slash; a few names of another scale have one of their own."""
@@ -170,23 +175,29 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
     # fixed margins and a fixed y of titles: else every label is measured, which takes as long as drawing them
     figure.subplots_adjust(0.7 / wide, 0.5 / high, 1 - 0.2 / wide, 1 - 0.4 / high, wspace=0.22, hspace=0.36)
     axes = figure.subplots(down, across, squeeze=False)
+    shared = len(runs) > 1 and all(len(names) == 1 for names in panels)  # one legend, below all panels
+    lines = {}
     for axis, names in zip(axes.flat, panels, strict=False):
-        for label, rows in metrics.items():
-            for name in names:
+        for i, (label, rows) in enumerate(metrics.items()):
+            for k, name in enumerate(names, i * len(names)):  # a run has one style in all panels of one metric
                 points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
                 if points:
                     text = name if len(runs) == 1 else label if len(names) == 1 else f"{label}: {name}"
-                    axis.plot(*zip(*points, strict=True), label=text, lw=1.3, marker="." if len(points) < 30 else "")
+                    marker = "." if len(points) < 30 else ""
+                    axis.plot(*zip(*points, strict=True), label=text, lw=1.3, marker=marker, **line_style(k))
         axis.set_title(" and ".join(names) if len(names) < 3 else names[0].split("/")[0], fontsize=10, y=1)
         axis.set_xlabel("step")
         axis.locator_params(nbins=6)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        if axis.lines and (len(names) > 1 or len(runs) > 1):
+        lines |= {line.get_label(): line for line in axis.lines}
+        if axis.lines and not shared and (len(names) > 1 or len(runs) > 1):
             axis.legend(fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    figure.savefig(path, dpi=110, pil_kwargs={"compress_level": 2})
+    if shared:
+        figure.legend(lines.values(), lines, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0), ncols=across)
+    figure.savefig(path, dpi=110, bbox_inches="tight" if shared else None, pil_kwargs={"compress_level": 2})
 
 
 class Clock:

@@ -6,8 +6,10 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -187,11 +189,22 @@ def results_tables(results: dict, records: list[dict], args) -> str:
     return text
 
 
+def _average(values: dict[str, tuple[float, float | None]]) -> tuple[float, float | None]:
+    """The unweighted mean of several means, and its standard error."""
+    means, errors = zip(*values.values(), strict=True)
+    return fmean(means), None if None in errors else math.hypot(*errors) / len(errors)
+
+
 def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path) -> None:
-    """Draw grouped bars of pass@1 in percent with 95 % intervals: {run: {benchmark: (mean, standard error)}}."""
+    """Draw grouped bars of pass@1 in percent with 95 % intervals, and of the average of several benchmarks.
+
+    bars: {run: {benchmark: (mean, standard error or None)}}."""
     from matplotlib.figure import Figure
 
     benchmarks, width = list(dict.fromkeys(b for run in bars.values() for b in run)), 0.8 / len(bars)
+    if len(benchmarks) > 1 and all(len(values) == len(benchmarks) for values in bars.values()):
+        benchmarks.append("average")
+        bars = {run: values | {"average": _average(values)} for run, values in bars.items()}
     size = (max(4.5, 0.5 + 0.45 * len(benchmarks) * (len(bars) + 1)), 3.6)
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
@@ -205,5 +218,6 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
     axis.set_xticks(range(len(benchmarks)), benchmarks, **turned)
     axis.set_ylabel("pass@1, % (and its 95 % interval)", fontsize=8)
     axis.set_ylim(0, max(1, 1.05 * axis.get_ylim()[1]))
-    figure.legend(loc="outside upper left", ncols=len(bars), fontsize=8, frameon=False)
+    columns = max(1, int(size[0] / (0.6 + 0.075 * max(map(len, bars)))))  # as many names as fit
+    figure.legend(loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)

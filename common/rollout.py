@@ -395,7 +395,8 @@ def make_sampler(
     if world.main:
         other = version and not version.startswith(vllm.VLLM)
         pinned = f" (made for vLLM {vllm.VLLM}, this is {version})" if other else ""
-        print(f"rollout: {rollout} ({why}){pinned}", flush=True)
+        tqdm.write(f"rollout: {rollout} ({why}){pinned}")
+        sys.stdout.flush()
     limit = max_positions(policy.lm.config)
     if limit and max_tokens > limit:
         raise InputError(

@@ -333,7 +333,7 @@ def special_tokens(tokenizer) -> dict[int, str]:
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
-def encode(rows: list[dict], tokenizer, read, *, source: str, progress: bool = False) -> Iterator[tuple]:
+def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) -> Iterator[tuple]:
     """Yield (row number, item, prompt text, prompt ids, the ids of each trace), tokenizing 500 rows at a time.
 
     read(row, where) -> (item, trace or None, ...), the same number for each row, or None to leave the row out."""

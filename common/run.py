@@ -24,7 +24,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,7 +261,7 @@ class Run:
         due = self.held_out and (self.step % self.args.eval_every == 0 or self.step == self.steps)
         return bool(due and (self.step > self.start or not self.start))
 
-    def evaluate(self, sampler) -> dict[str, float]:
+    def evaluate(self, sampler) -> dict[str, float | None]:
         """Evaluate if this step does, and keep the best model; return metrics, else {}."""
         if not self.evaluates:
             return {}
@@ -325,7 +325,7 @@ class Run:
         if self.world.main:
             tqdm.write(f"{message}. The update is skipped (--skip_bad_updates)")
 
-    def log(self, values: dict, rows: list = (), also: list = ()) -> None:
+    def log(self, values: dict, rows: Sequence = (), also: Sequence = ()) -> None:
         """Log update means (/max: maxima), `values`, and what the step cost; write samples of `rows`. also: other
         rows that were trained on. Before the first step only `values` are logged, if there are any."""
         if self.step == self.start:
@@ -463,7 +463,7 @@ def check_fit(flag: str, model, policy, longest: int) -> None:
                          "that limit tokens (--max_...tokens), or name another model")  # fmt: skip
 
 
-def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float]:
+def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float | None]:
     """Return accuracy by data source, its unweighted mean, truncation, length, and how often the verifier failed. The
     ranks share the examples."""
     mine = range(world.rank, len(examples), world.size)
@@ -742,7 +742,7 @@ def split_updates(rows: list[Row], args) -> list[list[Row]]:
     return [[row for row in rows if row.group // size == u] for u in range(args.updates_per_step)]
 
 
-def micro_batches(rows: list, args, world: World, sequences=lambda row: [(row.prompt, row.response)]):
+def micro_batches(rows: Sequence, args, world: World, sequences=lambda row: [(row.prompt, row.response)]):
     """Yield this rank's packed micro-batches of an update: (token batch, its rows). Every rank gets the same number.
 
     sequences(row): its (prompt, response) pairs, which stay in one micro-batch. Repeated calls give the same split."""

@@ -62,10 +62,13 @@ def draw(problem, path):
                 dependencies, x, -depth_of[v], f"{title}\n{line}", LEGEND["redundant" if v > asked else kind],
                 "--" if v > asked else "-",
             ))  # fmt: skip
+        for v, node in enumerate(nodes):
+            x, y = boxes[v].get_position()
             for p in dict.fromkeys(node.parents):
-                span = depth_of[v] - depth_of[p]
-                around = span > 1 and boxes[p].get_position()[0] == x  # the boxes in between
-                arrow(dependencies, boxes[p], boxes[v], "#bbbbbb" if v > asked else "#444444", around * 1.6 / span)
+                left_x, span = boxes[p].get_position()[0], depth_of[v] - depth_of[p]
+                between = [b.get_position() for b in boxes if y < b.get_position()[1] < y + span]
+                behind = any(abs(x + (left_x - x) * (by - y) / span - bx) < 0.5 for bx, by in between)
+                arrow(dependencies, boxes[p], boxes[v], "#bbbbbb" if v > asked else "#444444", behind * 1.6 / span)
         modulus = f", modulo {problem.modulus}" if problem.modulus else ""
         structure.set_title("who has what", fontsize=10)
         dependencies.set_title(f"what is needed for what: {problem.ops} operations{modulus}", fontsize=10)

@@ -21,7 +21,7 @@ import oreo
 import redi
 from common import report
 from common.data import InputError
-from common.metrics import Clock, Metrics, peak_memory_gb, plot_curves, read_metrics, write_whole
+from common.metrics import Clock, Metrics, line_style, peak_memory_gb, plot_curves, read_metrics, write_whole
 from common.rows import Example, report_golds
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
@@ -135,6 +135,22 @@ def test_the_curves_of_several_runs_are_told_apart_by_name(tmp_path, monkeypatch
     legends = [[[text.get_text() for text in axis.get_legend().get_texts()] for axis in f.axes] for f in drawn]
     both = [f"{run}: {name}" for run in "ab" for name in ("eval/mean", "eval/x")]
     assert legends == [[["a", "b"], both], [["eval/mean", "eval/x"]]]
+
+
+def test_a_run_has_one_style_in_all_panels_and_one_entry_in_the_legend_below(tmp_path, monkeypatch):
+    drawn, runs = [], {name: tmp_path / name for name in "ab"}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
+    write_whole(runs["a"] / "metrics.jsonl", '{"step": 3, "eval/mean": 0.5}\n')
+    write_whole(runs["b"] / "metrics.jsonl", '{"step": 3, "eval/mean": 0.5, "value/right": 0.25}\n')
+    plot_curves(runs, [["eval/mean"], ["value/right"]], tmp_path / "two.png")
+    (mean, right), [legend] = drawn[0].axes, drawn[0].legends
+    assert [(line.get_color(), line.get_linestyle()) for line in mean.lines] == [("C0", "-"), ("C1", "--")]
+    assert [(line.get_color(), line.get_linestyle()) for line in right.lines] == [("C1", "--")]
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"] and not mean.get_legend()
+
+
+def test_thirty_lines_of_a_plot_look_different():
+    assert len({tuple(line_style(k).values()) for k in range(30)}) == 30
 
 
 def test_a_run_that_logged_nothing_ends_without_curves(tmp_path):
@@ -267,7 +283,20 @@ def test_bars_show_95_percent_intervals(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.axes.Axes.bar_label", lambda *_, **__: None)
     monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)
     report.plot_bars({"run": {"math": (0.5, 0.01), "amc": (0.25, None)}}, tmp_path / "a.png")
-    assert bars == [([50.0, 25.0], [pytest.approx(1.96), 0])]
+    report.plot_bars({"run": {"math": (0.5, 0.03), "amc": (0.25, 0.04)}}, tmp_path / "b.png")
+    report.plot_bars({"run": {"math": (0.5, 0.01)}}, tmp_path / "c.png")
+    assert bars == [  # the last of several is the average's: sqrt(0.03^2 + 0.04^2) / 2
+        ([50, 25, 37.5], [pytest.approx(1.96), 0, 0]), ([50, 25, 37.5], pytest.approx([5.88, 7.84, 4.9])),
+        ([50], [pytest.approx(1.96)]),
+    ]  # fmt: skip
+
+
+def test_names_of_runs_that_do_not_fit_beside_each_other_stand_in_several_rows(tmp_path, monkeypatch):
+    columns = []
+    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda self, *_, ncols, **__: columns.append(ncols))
+    for names in ("ab", ("qwen2.5-math-7b-base", "qwen2.5-math-7b-luffy", "qwen2.5-math-7b-relift")):
+        report.plot_bars({name: {"math": (0.5, None)} for name in names}, tmp_path / "a.png")
+    assert columns == [6, 2]
 
 
 def test_a_bar_stands_over_the_name_of_its_benchmark_also_in_a_run_of_fewer(tmp_path, monkeypatch):

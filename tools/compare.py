@@ -257,13 +257,13 @@ def main(args: Args) -> None:
             f"of the difference on the same questions (paired bootstrap).\n\n{table(cells)}")  # fmt: skip
     if len(different) > 1:
         text += f"\nWhat differs between the runs:\n\n{table(different)}"
-
     write_whole(out / "comparison.md", text)
     with open(out / "comparison.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    bars = {name: {r["benchmark"]: (r["pass@1"], r["se"]) for r in rows if r["run"] == name} for name in names}
+    each = [row for row in rows if row["benchmark"] != "average"]
+    bars = {name: {r["benchmark"]: (r["pass@1"], r["se"]) for r in each if r["run"] == name} for name in names}
     plot_bars(bars, out / "comparison.png")
     write_whole(out / "comparison.html", page(runs, rates, verifier, cells, args.page_questions))
     print(f"{text}\n{out}/comparison.html shows answers on which the runs differ; comparison.md, .csv, .png")
