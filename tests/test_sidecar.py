@@ -287,17 +287,17 @@ def test_two_ranks_train_and_killing_them_in_a_batch_leaves_nothing(tmp_path):
              "--batch_size", "4", "--group_size", "4", "--max_response_tokens", "40", "--steps", "1000",
              "--eval_every", "0", "--save_every", "0", "--rollout", "vllm", "--out", str(tmp_path / "run")]  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    before = {pid for pid, _, _ in processes()}
     run = subprocess.Popen([*launcher, *words], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.time() + 300
     while time.time() < deadline and run.poll() is None and len(read_metrics(tmp_path / "run")) < 3:
         time.sleep(0.2)
-    started = [process for process in processes() if process[0] not in before]
-    workers = {(group, words.split()[4]) for _, group, words in started if "vllm_worker.py" in words}
+    found = processes()
+    ours = {pid for pid, _, words in found if str(tmp_path) in words}  # torchrun and the ranks
+    started = [(group, words.split()) for _, group, words in found if "vllm_worker.py" in words]
+    workers = {(group, words[4]) for group, words in started if int(words[2]) in ours}
+    for pid in ours:
+        os.kill(pid, signal.SIGKILL)
     assert len(workers) == 2
-    for pid, _, words in started:
-        if "luffy.py --preset tiny" in words:  # torchrun and the ranks
-            os.kill(pid, signal.SIGKILL)
     assert all(gone(group, 5) and not os.path.exists(folder) for group, folder in workers)
     run.wait()
     metrics = read_metrics(tmp_path / "run")
