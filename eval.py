@@ -81,7 +81,7 @@ from common.verifiers import after_think, chosen_label, last_boxed
 @dataclass
 class Args:
     model: str = ""  # Model folder or Hub name
-    # Benchmark files, folders, Hub names (their test split) or igsm:LO-HI, with rows of any shape in README's table
+    # Benchmark files, folders, Hub names (their test split) or igsm:LO-HI, with rows of any shape in docs/data.md
     data: tuple[str, ...] = ()
     out: str = "runs/eval"  # Folder for samples.jsonl, results.json, results.md and results.png
     # Answers per question. A question that the file repeats more often gets one per row. With --search or

@@ -73,7 +73,7 @@ class Args(RunArgs):
     model: str = "Elliott/Qwen2.5-Math-7B-16k-think"  # Model folder or Hub name
     out: str = "runs/luffy"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
-    data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
+    data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: file, folder, Hub name (docs/data.md) or igsm:LO-HI
     long_trace: Literal["reject", "cut"] = "reject"  # Leave an over-long trace out (luffy.py: its row too), or cut it
     epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)

@@ -89,11 +89,11 @@ class Args(RunArgs):
     value: str = ""  # Value model to start from. Empty: the model's body and a head of zeros
     reference: str = ""  # Frozen reference of oreo, dpo and kto. Empty: --model
     trust_remote_code: bool = False  # Run the Python files that come with --model.
-    # Problems to collect answers to (sft: with solutions): files, folders, Hub names (shapes: README) or igsm:LO-HI
+    # Problems to collect answers to (sft: with solutions): file, folder, Hub name (docs/data.md) or igsm:LO-HI
     data: tuple[str, ...] = ("openai/gsm8k:main", "DigitalLearningGmbH/MATH-lighteval")
     # How GSM8K's and MATH's rows are asked: with a system turn (Qwen), or with a sentence after the question (DeepSeek)
     ask: Literal["system", "user"] = "system"
-    rows: str = ""  # Graded rows: from collect, or any with graded traces (README). Empty: collect first
+    rows: str = ""  # Graded rows: from collect, or any with graded traces (docs/data.md). Empty: collect first
     out: str = "runs/oreo"  # Run folder. Running the same command again resumes from its newest checkpoint.
     verifier: str = "full"  # Grader: full (Math-Verify), robust (for your own data), boxed, ... or your module:function
     max_prompt_tokens: Positive[int] = 2048  # Rows with longer prompts are left out and counted.

@@ -70,7 +70,7 @@ class Args(RunArgs):
     stage: Literal["sft", "redi"] = "redi"  # sft: correct traces alone. redi: pairs, with --loss
     loss: Literal["redi", "symmetric", "dpo", "simpo"] = "redi"  # What stage redi minimises. It sets other defaults.
     model: str = "runs/redi-sft/model"  # Model folder or Hub name to start from
-    data: str = "runs/redi-data/pairs.jsonl"  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
+    data: str = "runs/redi-data/pairs.jsonl"  # Training rows: file, folder, Hub name (docs/data.md) or igsm:LO-HI
     out: str = "runs/redi"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
     igsm_problems: Positive[int] = 4000  # Problems that igsm:LO-HI makes, of LO to HI operations

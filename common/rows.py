@@ -540,7 +540,7 @@ def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tu
     Ids of a prompt and a response are taken as they are; else `encode_traces` makes those of the response. Raises
     InputError if there is no reward, if ids are of another tokenizer, or if the mask has another length."""
     if trace is None or trace.reward is None:
-        raise InputError(f"no {'reward' if trace else 'response'}: --rows needs graded responses (README's table)")
+        raise InputError(f"no {'reward' if trace else 'response'}: --rows needs graded responses (docs/data.md)")
     if item.conversation:
         return conversation_ids(item.conversation, tokenizer, skip_turns)
     if not item.prompt_ids:
@@ -620,7 +620,7 @@ def make_examples(
             continue
         if traces == "needed" and not ids:
             if empty_trace == "error":
-                why = "the trace is empty or missing ('target', 'solution', ...: the table of shapes is in README)"
+                why = "the trace is empty or missing ('target', 'solution', ...: docs/data.md has the shapes of rows)"
                 if item.traces and not item.first(correct=True):
                     why = "none of its traces is correct (its label or reward)"
                 raise InputError(f"{where}: {why}; remove the row (or pass --empty_trace drop | on_policy, where there "

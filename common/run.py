@@ -76,7 +76,7 @@ class RunArgs:
     Scripts that sample add --temperature, those with RL also --updates_per_step: functions here read both."""
 
     model: str = ""  # Model folder or Hub name. A folder without weights starts from random ones.
-    data: str = ""  # Training rows: a file, folder, Hub name (shapes: README) or igsm:LO-HI
+    data: str = ""  # Training rows: file, folder, Hub name (docs/data.md) or igsm:LO-HI
     eval_data: tuple[str, ...] = ()  # Held-out rows, as --data. Hub: the test split; igsm: templates not trained on
     igsm_problems: Positive[int] = 20000  # Problems that igsm:LO-HI makes, of LO to HI operations
     out: str = ""  # Run folder. Running the same command again resumes from its newest checkpoint.

@@ -2,7 +2,7 @@
 
     item = read_row(row, "train.jsonl, row 7")      a row's columns -> question, gold answer, traces
 
-A shape is a set of columns (SHAPES; README has them as a table). To read an algorithm you can skip this file: how
+A shape is a set of columns (SHAPES; docs/data.md has them as a table). To read an algorithm you can skip this file: how
 datasets name and nest their columns.
 """
 
@@ -96,7 +96,7 @@ def read_row(row: dict, where: str) -> Item:
     read = next((read for needs, read in SHAPES if needs <= columns), None)
     if read is None:
         raise InputError(f"{where}: no shape of row has these columns ({given}{'; blank: ' if blank else ''}"
-                         f"{', '.join(blank)}); the table of shapes is in README")  # fmt: skip
+                         f"{', '.join(blank)}); docs/data.md has the shapes of rows")  # fmt: skip
     try:
         if any(re.fullmatch(r"(image|video|audio)s?(_\d+)?", str(name)) for name in columns):
             raise ValueError("the row has an image, a video or sound, which no script reads")

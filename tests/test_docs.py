@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from common.shapes import read_row
 from tests.conftest import ROOT, run_script
 
 ALGORITHMS = ["luffy", "relift", "redi", "oreo", "behavior_injection"]
@@ -28,6 +29,18 @@ def test_the_lines_to_read_along_are_in_the_file(name):
     assert excerpts and "```pycon" in section
     for excerpt in excerpts:
         assert excerpt in code, excerpt
+
+
+def test_rows_to_copy_hold_what_the_pages_say():
+    rows = {}
+    for page in (ROOT / "docs" / "data.md", ROOT / "README.md"):
+        [block] = re.findall(r"```json\n(.*?)```", page.read_text(), re.DOTALL)
+        rows[page.name] = [read_row(json.loads(line), "row") for line in block.splitlines() if line.strip()]
+    held = {name: [(item.gold, [t.reward for t in item.traces]) for item in items] for name, items in rows.items()}
+    trace, pair = ("7", [1]), ("", [1, 0])
+    assert held["data.md"] == [trace, ("7", []), trace, pair, pair, ("", [1]), ("C", [])]
+    assert held["README.md"] == [trace, pair, pair]
+    assert [turn["role"] for turn in rows["data.md"][5].conversation] == ["user", "assistant"] * 2
 
 
 @pytest.mark.parametrize("page", sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]), ids=lambda p: p.name)

@@ -335,7 +335,7 @@ ROWS = {  # a row of each shape: correct traces, incorrect ones, gold
 
 @pytest.mark.parametrize("shape", ROWS)
 def test_every_script_reads_every_shape(shape, tmp_path):
-    """As README's table says, for what a script needs of a row: a gold, a correct trace, or a graded one."""
+    """As docs/data.md says, for what a script needs of a row: a gold, a correct trace, or a graded one."""
     row, correct, incorrect, gold = ROWS[shape]
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     path = str(tmp_path / "rows.jsonl")

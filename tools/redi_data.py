@@ -3,7 +3,7 @@
     python -m tools.redi_data                                               the paper's data, from OpenR1-Math-Raw
     python -m tools.redi_data --preset tiny --model runs/tiny-sft/model     that model's own incorrect answers, on iGSM
 
-A row of --data is one problem with its traces, in any shape of README's table. The first correct and the first
+A row of --data is one problem with its traces, in any shape of docs/data.md. The first correct and the first
 incorrect trace of a problem make a pair. What each rule left out is printed and written to funnel.json.
 
 As published: of OpenR1-Math-Raw, valid problems whose source is not cn_k12; a trace is correct if both verifiers accept
@@ -45,7 +45,7 @@ from common.trainer import init_world, launch, load_policy, parse_args
 class Args:
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published data. tiny: a laptop, symbolic iGSM
     model: str = "Qwen/Qwen2.5-Math-1.5B"  # Model folder or Hub name whose template and tokens measure the lengths
-    data: str = "open-r1/OpenR1-Math-Raw"  # Graded traces: a file, folder, Hub name (shapes: README) or igsm:LO-HI
+    data: str = "open-r1/OpenR1-Math-Raw"  # Graded traces: file, folder, Hub name (docs/data.md) or igsm:LO-HI
     out: str = "runs/redi-data"  # Folder for positives.jsonl, pairs.jsonl and funnel.json
     igsm_problems: Positive[int] = 4000  # Problems that igsm:LO-HI makes, of LO to HI operations
     # Where the data has no incorrect (or no correct) trace of a problem, sample this many answers of --model at
