@@ -10,7 +10,7 @@ rows are one question here. A question gets --n answers, or one per row if it ha
 Question q of Q has n_q answers, c_q of them correct; m_q = c_q / n_q; var_q is the sample variance of their rewards:
 
     pass@1              mean of m_q; for equal n_q this is the mean over all answers (avg@n)
-    pass@k              mean of 1 - C(n_q - c_q, k) / C(n_q, k): is one of k answers correct? (Chen et al., 2021)
+    pass@k              mean of 1 - C(n_q - c_q, k) / C(n_q, k): is one of k answers correct? (arXiv 2107.03374)
     maj@k               is the most frequent of k answers correct? Exact mean over all k-subsets; a tie of m counts 1/m
     pass@1_se           sqrt(var(m_q) / Q): standard error over sets of such questions
     pass@1_se_sampling  sqrt(sum of var_q / n_q) / Q: standard error over runs on these questions

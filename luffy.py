@@ -17,7 +17,7 @@ gradient of -loss / S w.r.t. log p is A 0.1 p / (p + 0.1)^2. It is largest at p 
 are learnt first. If the trace and k of the 7 own answers are correct, each has the advantage (7 - k) / 8.
 
 --method picks the above or one of the paper's baselines:
-  grpo     on-policy RL ("Dr. GRPO"): own answers only, PPO clip 0.2
+  grpo     on-policy RL ("Dr. GRPO", arXiv 2503.20783): own answers only, PPO clip 0.2
   rl_sft   RL on own answers (baseline: their mean), plus SFT on the trace (weight 1 to 8: docs/luffy.md, detail 6)
   sft      the trace's mean negative log-likelihood alone, 3 epochs; each trace weighs the same (tiny: each token)
 

@@ -190,7 +190,7 @@ def oreo_row_losses(
     token     S_t = d_t + sg(S_{t+1}),             d_t = log [pi_t / ref_t] of an action, 0 of any other token
     step      S_t = d_t + .. + d_{u-1} + sg(S_u),  u the row's next state
     response  S_t, at the row's first state alone
-    dqo       S_t, the gradient reaching every action from t on (Liu et al. 2024, the paper's baseline)
+    dqo       S_t, the gradient reaching every action from t on (arXiv 2410.09302, the paper's baseline)
 
     Raises ValueError for other shapes, an unknown variant, or a row without a state.
 
@@ -241,12 +241,12 @@ def next_state(state: Tensor) -> Tensor:
 
 
 def dpo_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float) -> Tensor:
-    """- log sigmoid(beta (h_chosen - h_rejected)) of each pair: [B] -> [B]. h: sums of log [pi / ref]."""
+    """DPO (arXiv 2305.18290): - log sigmoid(beta (h_chosen - h_rejected)), [B] -> [B]. h: sums of log [pi / ref]."""
     return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio))
 
 
 def kto_loss(log_ratio: Tensor, right: Tensor, baseline: float, *, beta: float) -> Tensor:
-    """1 - sigmoid(beta (r - z)) of a correct answer, 1 - sigmoid(beta (z - r)) of an incorrect one (Ethayarajh 2024).
+    """1 - sigmoid(beta (r - z)) of a correct answer, 1 - sigmoid(beta (z - r)) of an incorrect one (arXiv 2402.01306).
 
     r: log_ratio [B], log [pi / ref] summed over the answer; right [B] bool; z: `baseline`, from `kto_baseline`.
     KTO's weights lambda_D, lambda_U are 1. -> [B]"""

@@ -131,7 +131,7 @@ def dpo_loss(
     chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, *, beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """- log sigmoid(beta h), h = log p(c) - log ref(c) - log p(r) + log ref(r), for each pair: [B] -> [B].
+    """DPO (arXiv 2305.18290): - log sigmoid(beta h), h = log p(c) - log ref(c) - log p(r) + log ref(r). [B] -> [B].
 
     *_logp: sums of log-probs. With label_smoothing e: - (1 - e) log sigmoid(beta h) - e log sigmoid(- beta h).
 
@@ -145,7 +145,7 @@ def dpo_loss(
 def simpo_loss(
     chosen_logp: Tensor, chosen_len: Tensor, rejected_logp: Tensor, rejected_len: Tensor, *, beta: float, gamma: float
 ) -> Tensor:
-    """- log sigmoid(beta [log p(c) / |c| - log p(r) / |r|] - gamma), for each pair: [B] -> [B].
+    """SimPO (arXiv 2405.14734): - log sigmoid(beta [log p(c) / |c| - log p(r) / |r|] - gamma), [B] -> [B].
 
     >>> round(simpo_loss(*(torch.tensor([x]) for x in (-3.0, 2.0, -8.0, 4.0)), beta=2.0, gamma=1.0).item(), 4)
     0.6931

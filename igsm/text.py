@@ -18,7 +18,8 @@ these sums. Behaviors (behaviors.py) look like this:
 
 What is chosen at random here (order of sentences, letters, phrases) comes from a stream of its own: the
 problem is the same in every style. Phrases are drawn for each parameter, used or not, so that a solution with
-other steps still says the same things the same way.
+other steps still says the same things the same way. The sentences of the natural style are BRIDGE's (MIT,
+THIRD_PARTY.md).
 """
 
 from string import ascii_letters, ascii_lowercase, digits

@@ -1,8 +1,8 @@
 """common/verifiers.py: the published rules, and that no text hangs, crashes or commands it.
 
 tests/vectors/: `luffy.json` and `bridge_reward.json` are from the originals' code (LUFFY's with Math-Verify
-0.6), `val_golds.json` holds the distinct golds of LUFFY's validation file, `math_pairs.json` pairs of ours,
-of the kinds that Math-Verify's documentation lists.
+0.6), `val_golds.json` holds the distinct golds of LUFFY's validation file, `math_pairs.json` pairs of
+answers, many after Math-Verify's own tests.
 """
 
 import gzip
