@@ -211,7 +211,6 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     totals = Totals(world)
     n_counted = sum(len(row.response) for row in counted)
     n_teacher = sum(len(row.response) for row in counted if row.teacher)
-    expected_with_trace = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))
     for i, (batch, my_rows) in enumerate(micro_batches(counted, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         teacher = per_token(batch, [row.teacher for row in my_rows]).bool()  # [N]
@@ -220,7 +219,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         drawn_logp = per_token(batch, [row.drawn_logps for row in my_rows])  # [N]; NaN: unknown
         token_loss = luffy_token_loss(
             logp, old, advantage, teacher, gamma=args.shaping_gamma, clip=args.clip or None, shape=args.shape,
-            own_shape=args.own_shape, teacher_logp=drawn_logp,
+            own_shape=args.own_shape, teacher_logp=drawn_logp,  # own tokens do not read it
         )  # fmt: skip
         if args.tis_cap:
             weight = truncated_importance(old, drawn_logp, args.tis_cap)
@@ -230,7 +229,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         loss = pg_loss = token_loss.sum() * row_scale
         if args.method == "rl_sft":
             sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
-            loss = loss + args.sft_coef * expected_with_trace * sft_loss  # published: each micro-batch added its own
+            n_added = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))
+            loss = loss + args.sft_coef * n_added * sft_loss  # published: each micro-batch with a trace added its mean
             totals.add({"loss/sft": sft_loss})
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
@@ -241,7 +241,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_counted - n_teacher, own=~teacher)
         if n_teacher:
             add_trace(totals, logp.detach(), teacher, args, per=n_teacher)
-    return totals.reduce()
+    return totals.reduce() | {"optim/entropy_coef": args.entropy_coef * n_micro}  # c M
 
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
@@ -274,11 +274,12 @@ def add_trace(totals: Totals, logp: Tensor, teacher: Tensor, args: Args, *, per:
 
 def check(args: Args) -> None:
     """Raise InputError for settings that cannot work together."""
-    if args.method == "sft" and (args.teacher_rows != 1 or args.empty_trace == "on_policy"):
-        raise InputError("--method sft trains on one trace alone: set --teacher_rows 1, --empty_trace error or drop")
-    top, low = args.group_size - 1, int(args.method == "rl_sft")  # rl_sft needs a trace for its SFT term
-    if args.method != "sft" and not low <= args.teacher_rows <= top:
-        raise InputError(f"--teacher_rows {args.teacher_rows} must be from {low} to {top}, under --group_size")
+    least = {"sft": 1, "rl_sft": 1}.get(args.method, 0)
+    most = {"sft": 1, "grpo": 0}.get(args.method, args.group_size - 1)
+    if not least <= args.teacher_rows <= most:
+        raise InputError(f"--teacher_rows: {args.method} takes {least} to {most} if --group_size is {args.group_size}")
+    if args.method == "sft" and args.empty_trace == "on_policy":
+        raise InputError("--method sft samples no answers: set --empty_trace error or drop")
 
 
 def main(args: Args) -> None:
@@ -320,9 +321,9 @@ def main(args: Args) -> None:
 
         # 3. advantages
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
-        question = torch.tensor([row.group for row in rows])  # [B]
+        group = torch.tensor([row.group for row in rows])  # [B], the question of each row: 0 .. batch_size - 1
         baseline = torch.tensor([not row.teacher for row in rows]) if args.method == "rl_sft" else None  # [B]
-        advantages = group_advantages(rewards, question, std=args.std, baseline=baseline)  # [B]; sft: not used
+        advantages = group_advantages(rewards, group, std=args.std, baseline=baseline)  # [B]; sft: not used
         for row, advantage in zip(rows, advantages.tolist(), strict=True):
             row.advantage = advantage
 

@@ -215,16 +215,17 @@ def oreo_row_losses(
         return torch.where(state, residual, 0.0).square().sum(1) / state.sum(1)
 
     value_loss = mean_square(values - reward + beta * suffix.detach(), state)
-    x = suffix  # [B, T], S_t with the gradient of the variant
     if variant == "token":
-        x = d + F.pad(suffix[:, 1:], (0, 1)).detach()
+        reach = d  # [B, T], what a state's gradient reaches: this token
     elif variant == "step":
-        after = F.pad(suffix, (0, 1)).gather(1, next_state(state))  # [B, T], S_u; 0 after the last state
-        x = suffix - after + after.detach()
-    elif variant == "response":
-        state = torch.zeros_like(state).scatter(1, state.int().argmax(1, keepdim=True), True)  # each row's first state
-    elif variant != "dqo":
+        reach = suffix - F.pad(suffix, (0, 1)).gather(1, next_state(state))  # to the end of its step, S_t - S_u
+    elif variant in ("response", "dqo"):
+        reach = suffix  # to the end of the answer
+    else:
         raise ValueError(f"variant {variant!r}: token, step, response or dqo")
+    x = suffix.detach() + (reach - reach.detach())  # [B, T], the value of S_t with the gradient of `reach`
+    if variant == "response":  # each row's first state alone
+        state = torch.zeros_like(state).scatter(1, state.int().argmax(1, keepdim=True), True)
     return mean_square(values.detach() - reward + beta * x, state), value_loss
 
 

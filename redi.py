@@ -163,12 +163,15 @@ LOSSES = {
 }
 
 
-WITH_REFERENCE = ("dpo",)  # losses that read the log-probs of the model before the first update
+NO_REFERENCE = ("redi", "symmetric", "simpo")  # losses that do not read log-probs of the model before the first update
 ONE_TRACE = ("redi", "symmetric")  # losses that take rows with one trace
-
-# Which losses use a flag. With any other loss the flag must keep its default.
-READ_BY = {"alpha": ("redi",), "chosen_coef": ("redi", "symmetric"), "beta": ("dpo", "simpo"), "gamma": ("simpo",),
-           "label_smoothing": ("dpo",)}  # fmt: skip
+UNREAD = {  # flags that a loss does not read: they must keep their defaults
+    "sft": ("alpha", "chosen_coef", "beta", "gamma", "label_smoothing"),
+    "redi": ("beta", "gamma", "label_smoothing"),
+    "symmetric": ("alpha", "beta", "gamma", "label_smoothing"),
+    "dpo": ("alpha", "chosen_coef", "gamma"),
+    "simpo": ("alpha", "chosen_coef", "label_smoothing"),
+}
 
 
 def collapsed_at(chosen_logps: list[float], margin: float, window: int = 5) -> int | None:
@@ -350,10 +353,11 @@ def check(args: Args) -> None:
     if args.stage == "sft" and args.loss != "redi":
         raise InputError(f"--loss {args.loss} is of --stage redi, and does nothing in --stage sft")
     loss = "sft" if args.stage == "sft" else args.loss
-    for name, losses in READ_BY.items():
+    for name in UNREAD.get(loss, ()):
         default = COMPARISONS.get(loss, {}).get(name, getattr(Args, name))
-        if (value := getattr(args, name)) != default and loss not in losses:
-            raise InputError(f"--{name} {value} is for --loss {', '.join(losses)}, and does nothing with {loss}")
+        if (value := getattr(args, name)) != default:
+            readers = [other for other in LOSSES if name not in UNREAD.get(other, ())]
+            raise InputError(f"--{name} {value} is for --loss {', '.join(readers)}, and does nothing with {loss}")
     if args.alpha == args.chosen_coef == 0:
         raise InputError("--alpha 0 --chosen_coef 0 trains on nothing")
     for name, maker in (("model", "redi.py --stage sft"), ("data", "python -m tools.redi_data")):
@@ -392,7 +396,7 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(policy, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     run.begin(policy, optimizer, tokenizer)
     reference = run.state.get("reference", [])  # dpo: log-probs before the first update
-    if args.loss in WITH_REFERENCE and not reference:
+    if args.loss not in NO_REFERENCE and not reference:
         reference = reference_logps(policy, pairs, args, world)
     for pair, logps in zip(pairs, reference):
         pair.reference = tuple(logps)

@@ -272,7 +272,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         totals.add({"loss/pg": pg_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
         add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_counted)
-    return totals.reduce()
+    return totals.reduce() | {"optim/entropy_coef": args.entropy_coef * n_micro}  # c M
 
 
 def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[str, float]:
@@ -318,8 +318,7 @@ def check_demonstrations(examples: list, grader: Grader, args: Args, world) -> N
 def with_demonstration(questions: list[int], examples, grader: Grader, args: Args, world):
     """Return those of `questions` (numbers of examples) to fine-tune on, and counts of the others by reason. The ranks
     share the demonstrations that must be verified."""
-    have = [q for q in questions if examples[q].trace]
-    accepted = have
+    accepted = have = [q for q in questions if examples[q].trace]
     if args.verify_demonstrations:
         rows = trace_rows([examples[q] for q in have], range(world.rank, len(have), world.size))
         grader.add(rows)
@@ -378,17 +377,17 @@ def main(args: Args) -> None:
 
         # 3. advantages
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
-        question = torch.tensor([row.group for row in rows])  # [B]
-        advantages = group_advantages(rewards, question, std=args.std)  # [B]; sft: not used
+        group = torch.tensor([row.group for row in rows])  # [B], the question of each row: 0 .. batch_size - 1
+        advantages = group_advantages(rewards, group, std=args.std)  # [B]; sft: not used
         for row, advantage in zip(rows, advantages.tolist(), strict=True):
             row.advantage = advantage
         buffer_log = {}
         if interleave:  # the hardest questions go into the buffer
-            hardest = hardest_groups(rewards.tolist(), question.tolist(), args.hard_threshold)
+            hardest = hardest_groups(rewards.tolist(), group.tolist(), args.hard_threshold)
             chosen = questions_to_buffer(args.sft_on, hardest, len(batch), seed=f"{args.seed} {step}")
             with run.clock("reward"):
-                questions, counts = with_demonstration([indices[g] for g in chosen], examples, grader, args, world)
-            buffer.add(questions)
+                numbers, counts = with_demonstration([indices[g] for g in chosen], examples, grader, args, world)
+            buffer.add(numbers)  # of examples
             buffer_log |= counts | {"group/hardest": len(hardest) / len(batch)}
 
         # 4. update

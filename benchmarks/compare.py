@@ -58,7 +58,8 @@ def main(compare: Compare) -> str:
     for flag in sorted(set().union(*settings.values()) - {"out"}):
         values = [settings[run].get(flag, "-") for run in folders]
         if any(value != values[0] for value in values):
-            lines.append(f"{'--' + flag:28}" + "".join(f" {value!s:>23}" for value in values))
+            name = flag if flag in ("script", "code") else f"--{flag}"  # code: digest of the script and of common/
+            lines.append(f"{name:28}" + "".join(f" {value!s:>23}" for value in values))
     lines += [""] if lines else []
     lines.append(f"{'first -> last':28}" + "".join(f"{run[-22:]:>24}" for run in folders))
     found = [name for name in compare.metrics if any(ends(rows, name) for rows in metrics.values())]

@@ -22,7 +22,8 @@ from common.trainer import World
 class Metrics:
     """metrics.jsonl (one object per step), samples.jsonl, curves.png, a progress bar; rank 0 alone writes."""
 
-    def __init__(self, out: Path, args, world: World, *, start: int, steps: int):
+    def __init__(self, out: Path, args, world: World, *, start: int, steps: int, about: dict | None = None):
+        """about: what args.json holds besides the flags."""
         self.out, self.world = out, world
         self.board = self.wandb = None
         self.warned: set[str] = set()
@@ -36,7 +37,7 @@ class Metrics:
                 import wandb
         except ImportError as error:
             raise InputError(f"--tensorboard and --wandb need their package: pip install {error.name}") from error
-        write_whole(out / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        write_whole(out / "args.json", json.dumps(dataclasses.asdict(args) | (about or {}), indent=2) + "\n")
         self.files = {}
         for name in ("metrics", "samples"):
             path = out / f"{name}.jsonl"
@@ -160,7 +161,7 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
     metrics = {label: read_metrics(out) for label, out in runs.items()}
     found = {name for rows in metrics.values() for row in rows for name in row}
     if panels is None:
-        names = sorted(found - {"step", "optim/lr"})
+        names = sorted(found - {"step", "optim/lr", "optim/entropy_coef"})
         alone = {"eval/length", "length/truncated", "mismatch/max", "optim/value_grad_norm", "policy/kl_ref",
                  "sft/demonstrations", "sft/length"} & found  # fmt: skip
         prefixes = {name.split("/")[0] for name in names} - {"seconds", "speed", "memory", "verifier", "update"}

@@ -246,7 +246,8 @@ class Run:
             self.checkpoints.check_space(self.pairs)
         if self.args.gradient_checkpointing == "auto":
             keep_activations(policy, self.args.micro_batch_tokens, self.world)
-        self.metrics = Metrics(self.out, self.args, self.world, start=self.start, steps=self.steps)
+        about = {"script": self.checkpoints.settings["script"], "code": self.checkpoints.code[:12]}
+        self.metrics = Metrics(self.out, self.args, self.world, start=self.start, steps=self.steps, about=about)
 
     def __iter__(self) -> Iterator[int]:
         self.clock = Clock(self.args.profile, self.out)

@@ -70,6 +70,8 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
         for name, value in table.get(chosen, {}).items():
             # nested: `name` is an earlier flag, and its value chooses
             values |= value.get(selected[name], {}) if isinstance(value, dict) else {name: value}
+    fields = args_type.__dataclass_fields__  # its own flags come before those of RunArgs
+    args_type.__dataclass_fields__ = {name: fields[name] for name in args_type.__annotations__} | fields
     script = sys.modules["__main__"]
     title, spec = (script.__doc__ or "").partition("\n")[0], script.__spec__  # spec: of `python -m tools.NAME`
     about = f"{title} --print_settings prints the settings that a command means, and exits."
