@@ -1,25 +1,26 @@
 """Behavior injection (BRIDGE): preparing a model for reinforcement learning (Cen et al., arXiv 2505.18917).
 
-Models with the same accuracy after SFT can gain very differently from RL. J(q) is GRPO's objective for one question,
-without KL and entropy; J is its mean over questions. A gradient step of size eta on J raises J(q), to first order, by
-
-    dJ(q) = eta <G, grad J(q)> = eta mean_{q',o'} A(q',o') sqrt(a(q) (1 - a(q))) (mean_+ K - mean_- K)          (Eq. 5)
-    K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J, the mean of grad J(q') over questions q'
-
-o is one of N answers to q, A(q,o) its advantage, a(q) the fraction of correct answers. mean_+ is over correct answers
-o, mean_- over incorrect ones. log pi is a mean over tokens. sqrt(a (1 - a)) is the std of the rewards with divisor N.
-(GRPO's has N - 1: then dJ is (N - 1) / N of Eq. 5.) So RL needs questions that are solved sometimes, and correct
-answers to different questions whose gradients agree, more than with those of incorrect ones. To get both, BRIDGE
-injects behaviors into the SFT solutions: looking ahead and coming back (reflection), repeating what the question says
-(analysis), one operation at a time (subgoals). An arm is one way to write the solutions. SFT's loss is the token mean
-of -log p, prompts included, of a block of 4 rows, averaged over blocks. GRPO follows, with the SFT model as reference.
-R_i is 1 for a correct answer and else 0, plus --format_reward for its form:
+BRIDGE changes the SFT data, not RL. It makes a model in three steps:
+1. Write the SFT solutions with behaviors: look ahead and come back (reflection), repeat what the question says
+   (analysis), one operation at a time (subgoals). An arm is one way to write them: `arms_of`, igsm/behaviors.py.
+2. SFT: the token mean of -log p, prompts included, of a block of 4 rows, averaged over blocks.
+3. GRPO, with the SFT model as reference. R_i is 1 for a correct answer, else 0, plus --format_reward for its form:
 
     A_i  = (R_i - mean R) / (std R + 1e-6)                               over the N answers to q, std over N - 1
     loss = mean_i mean_t [ max(-A_i r, -A_i clamp(r, 1 - c, 1 + c)) + kl_coef min(k, 10) - entropy_coef H ]
 
 For token t of answer i: r = p / p_old, k = e^d - d - 1 with d = log p_ref - log p, H is the entropy, c is --clip. The
-loss of an answer whose mean of min(k, 10) reaches --kl_mask is 0. tools/influence.py measures dJ and K.
+loss of an answer whose mean of min(k, 10) reaches --kl_mask is 0.
+
+Why behaviors may help: J(q) is GRPO's objective for one question, without KL and entropy; J is its mean over questions.
+A gradient step of size eta on J raises J(q), to first order, by
+
+    dJ(q) = eta <G, grad J(q)> = eta mean_{q',o'} A(q',o') sqrt(a(q) (1 - a(q))) (mean_+ K - mean_- K)          (Eq. 5)
+    K     = <grad log pi(o' | q'), grad log pi(o | q)>,    G = grad J, the mean of grad J(q') over questions q'
+
+o is one of N answers to q, a(q) the fraction of correct ones; mean_+ is over correct o, mean_- over incorrect ones; log
+pi is a mean over tokens. (GRPO's std is over N - 1: dJ is (N - 1) / N of this.) So RL needs questions that are solved
+sometimes, and correct answers whose gradients agree across questions, more than with those of incorrect ones.
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - All arms use the same problems, with numbers from 1. Published: from 0, so "0" is right in 17 to 27 % of them.
@@ -27,7 +28,6 @@ Departures from the published code that change numbers (the docs page has all of
 - A response ends with its first eos. In the published code a pad after the answer was trained on as an eos.
 
   python behavior_injection.py --preset tiny               all stages on two CPU cores in 15 minutes, no download
-    ... --model models/scratch --base_problems 160000      15 min more: trains a base from random weights
   torchrun --nproc_per_node 2 behavior_injection.py        the paper's run (Llama: --preset paper_llama)
 """
 
