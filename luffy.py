@@ -231,7 +231,7 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
             sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
             n_added = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))
             loss = loss + args.sft_coef * n_added * sft_loss  # published: each micro-batch with a trace added its mean
-            totals.add({"loss/sft": sft_loss})
+            totals.add({"sft/loss": sft_loss})
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
@@ -259,7 +259,7 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / sum(lengths)
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
-        totals.add({"loss/sft": sft_loss})
+        totals.add({"sft/loss": sft_loss})
         totals.add({"policy/entropy": entropy.sum()}, per=sum(lengths))
         add_trace(totals, logp.detach(), torch.ones_like(logp, dtype=torch.bool), args, per=sum(lengths))
     return totals.reduce()

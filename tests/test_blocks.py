@@ -88,7 +88,7 @@ def test_dj_and_gain_are_ranked_over_arms():
 
 
 def test_a_run_without_own_answers_has_no_curve_of_shaping(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/sft": 1.0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "sft/loss": 1.0}\n')
     assert shaping.taken_up(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "length/own": 5, "length/teacher": 10}\n')
     assert shaping.taken_up(tmp_path) == [0.5]

@@ -37,7 +37,7 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
     assert {"eval/mean", "optim/grad_norm", "policy/entropy", "seconds/step", "memory/peak_gb"} <= rows[-1].keys()
     for name in ("reward/own", "loss/pg", "verifier/ok"):
         assert (name in rows[-1]) == (method != "sft")
-    assert ("loss/sft" in rows[-1]) == (method in ("sft", "rl_sft"))
+    assert ("sft/loss" in rows[-1]) == (method in ("sft", "rl_sft"))
     assert ("teacher/logp" in rows[-1]) == (method != "grpo")
     if method != "sft":
         assert max(row.get("mismatch/max", 0) for row in rows) < 1e-4

@@ -345,7 +345,7 @@ def test_metrics_of_demonstrations_are_means_over_their_tokens(module):
     table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).tolist()
     logp, entropy = Bigram(table)(pack(sequences), entropy=True)
     expected = {"loss": -(logp[:2].mean() + logp[2:].mean()) / 2, "entropy": entropy.mean(), "logp": logp.mean()}
-    names = {"loss": "loss/sft", "entropy": "policy/entropy", "logp": "teacher/logp"}
+    names = {"loss": "sft/loss", "entropy": "policy/entropy", "logp": "teacher/logp"}
     args = dataclasses.replace(module.Args(), micro_batch_tokens=5, sft_rows_per_mean=1)
     if module is relift:
         names, args.sft_entropy_coef = {name: f"sft/{name}" for name in expected}, 0.0
