@@ -1,9 +1,10 @@
-"""`make demo`: LUFFY against on-policy GRPO from the same base model, on problems that are too hard for it.
+"""`make demo`: LUFFY against on-policy GRPO and SFT from the same base model, on problems that are too hard for it.
 
-Both runs have the same steps, data, seed and settings, and 8 rows a question (LUFFY's eighth is the teacher's trace).
+All runs have the same steps, questions and seed. GRPO has 8 own answers a question, LUFFY 7 and the teacher's trace,
+SFT the trace alone.
 Accuracy is measured on held-out problems, whose solution templates occur in no training problem: 8 answers each at
 temperature 1. "Never solved" are the problems that the base gets wrong 8 times out of 8. Everything lands in --out:
-results.json, curves.png, and the two ordinary run folders grpo/ and luffy/.
+results.json, curves.png, and an ordinary run folder for each method.
 """
 
 import json
@@ -31,12 +32,12 @@ class Demo:
     out: str = "runs/demo"
     """Folder for everything."""
     seed: int = 0
-    """Seed of both runs; the held-out problems stay the same."""
+    """Seed of the runs; the held-out problems stay the same."""
     problems: int = 300
     """Held-out problems."""
     tries: int = 8
     """Answers to each."""
-    methods: tuple[str, ...] = ("grpo", "luffy")
+    methods: tuple[str, ...] = ("grpo", "sft", "luffy")
     """What to train, each for the same number of steps."""
     extra: str = ""
     """More flags for every run, as in --extra="--steps 20"."""
