@@ -68,8 +68,9 @@ RESULTS = {  # page, heading of the section -> the files that its tables are fro
 
 BUSY, IDLE = (("steps_per_second", f"beside {n} busy processes") for n in (3, 0))
 PROSE = {  # what a sentence says: page, words of it -> result file, where in it
-    ("luffy", r"over the last five steps are the same \((0\.\d+)\)"): ("shaping.txt", r"reward/own .*-> (\S+)$"),
-    ("luffy", r"ends at ([\d.]+) % instead"): ("shaping.txt", r"eval/mean .*-> (\S+)$"),
+    ("luffy", r"over the last five steps are (0\.\d+) instead"): ("shaping.txt", r"reward/own .*-> (\S+)$"),
+    ("luffy", r"steps are 0\.\d+ instead of (0\.\d+)"): ("shaping.txt", r"reward/own .*?-> (\S+)"),
+    ("luffy", r"ends\s+at ([\d.]+) % instead"): ("shaping.txt", r"eval/mean .*-> (\S+)$"),
     ("luffy", r"% instead of ([\d.]+) \(each"): ("shaping.txt", r"eval/mean .*?-> (\S+)"),
     ("luffy", r"the entropy at ([\d.]+) nats"): ("shaping.txt", r"policy/entropy .*-> (\S+)$"),
     ("luffy", r"nats instead of ([\d.]+)"): ("shaping.txt", r"policy/entropy .*?-> (\S+)"),
