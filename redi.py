@@ -153,14 +153,21 @@ def simpo_loss(
     return -F.logsigmoid(beta * (chosen_logp / chosen_len - rejected_logp / rejected_len) - gamma)
 
 
-# One loss per pair, [B]. traces: log p(c), |c|, log p(r), |r|. sums: log p(c), log p(r), log ref(c), log ref(r)
-LOSSES = {
-    "sft": lambda traces, sums, args: -sums[0],
-    "redi": lambda traces, sums, args: redi_loss(*traces, alpha=args.alpha, chosen_coef=args.chosen_coef),
-    "symmetric": lambda traces, sums, args: redi_loss(*traces, alpha=1.0, chosen_coef=args.chosen_coef),
-    "dpo": lambda traces, sums, args: dpo_loss(*sums, beta=args.beta, label_smoothing=args.label_smoothing),
-    "simpo": lambda traces, sums, args: simpo_loss(*traces, beta=args.beta, gamma=args.gamma),
-}
+def pair_losses(logps: Tensor, lengths: Tensor, reference: Tensor, args: Args) -> Tensor:
+    """Sums of log-probs [B, 2], numbers of tokens [B, 2], the reference's sums [B, 2] -> losses [B]."""
+    (chosen, rejected), (chosen_len, rejected_len) = logps.unbind(1), lengths.unbind(1)  # [B] each
+    ref_chosen, ref_rejected = reference.unbind(1)
+    if args.stage == "sft":
+        return -chosen
+    if args.loss in ("redi", "symmetric"):
+        alpha = 1.0 if args.loss == "symmetric" else args.alpha
+        return redi_loss(chosen, chosen_len, rejected, rejected_len, alpha=alpha, chosen_coef=args.chosen_coef)
+    if args.loss == "dpo":
+        smoothing = args.label_smoothing
+        return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=args.beta, label_smoothing=smoothing)
+    if args.loss == "simpo":
+        return simpo_loss(chosen, chosen_len, rejected, rejected_len, beta=args.beta, gamma=args.gamma)
+    raise ValueError(f"--loss {args.loss} has no line in pair_losses")
 
 
 NO_REFERENCE = ("redi", "symmetric", "simpo")  # losses that do not read log-probs of the model before the first update
@@ -227,13 +234,6 @@ def sum_by_trace(values: Tensor, batch, pairs: list[Pair]) -> Tensor:
     slot = torch.tensor(slots, dtype=torch.long, device=values.device)[batch.sequence]  # [N]
     sums = values.new_zeros(2 * len(pairs), dtype=torch.float64)
     return sums.index_add(0, slot, values.double()).view(-1, 2)
-
-
-def pair_losses(logps: Tensor, lengths: Tensor, reference: Tensor, args: Args) -> Tensor:
-    """Sums of log-probs [B, 2], numbers of tokens [B, 2], the reference's sums [B, 2] -> losses [B]."""
-    (chosen, rejected), (chosen_len, rejected_len) = logps.unbind(1), lengths.unbind(1)
-    traces, sums = (chosen, chosen_len, rejected, rejected_len), (chosen, rejected, *reference.unbind(1))
-    return LOSSES["sft" if args.stage == "sft" else args.loss](traces, sums, args)
 
 
 def denominator(pairs: list[Pair], args: Args) -> float:
@@ -356,7 +356,7 @@ def check(args: Args) -> None:
     for name in UNREAD.get(loss, ()):
         default = COMPARISONS.get(loss, {}).get(name, getattr(Args, name))
         if (value := getattr(args, name)) != default:
-            readers = [other for other in LOSSES if name not in UNREAD.get(other, ())]
+            readers = [other for other, unread in UNREAD.items() if name not in unread]
             raise InputError(f"--{name} {value} is for --loss {', '.join(readers)}, and does nothing with {loss}")
     if args.alpha == args.chosen_coef == 0:
         raise InputError("--alpha 0 --chosen_coef 0 trains on nothing")

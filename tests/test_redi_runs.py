@@ -202,8 +202,7 @@ def test_bad_settings_get_one_message_before_anything_is_written(settings, tmp_p
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_a_loss_of_your_own_reads_every_flag_and_the_reference(monkeypatch):
-    monkeypatch.setitem(redi.LOSSES, "mine", None)
+def test_a_loss_of_your_own_reads_every_flag_and_the_reference():
     redi.check(redi.Args(loss="mine", alpha=0.5, beta=0.1, gamma=2.0, model="models/tiny", data="igsm:1-2"))
     assert "mine" not in redi.NO_REFERENCE
 
