@@ -1,21 +1,27 @@
 """common/rollout.py: what is drawn, from which weights, and that it depends on nothing else; which sampler is taken."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import random
+import signal
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import luffy
-from common import vllm
+from common import vllm, vllm_worker
 from common.data import InputError, pack
 from common.rollout import Completion, EmbeddedSampler, Sampling, change_logits, draw, make_sampler
 from common.run import check_flags
 from common.trainer import World, load_policy
 from tests import ranks
+from tests.conftest import ROOT, gone
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
 KEYS = [3, 1, 4, 5, 9]
@@ -324,6 +330,48 @@ def test_the_environment_that_make_vllm_makes_is_for_a_cpu(monkeypatch, tmp_path
     assert vllm.vllm_python() == str(made)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert vllm.vllm_python() == sys.executable
+
+
+def test_a_vllm_whose_batch_takes_long_gives_a_sign_of_life_each_second(monkeypatch):
+    kinds = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **_: None))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
+    seconds, unfinished, sent = (0.4 * n for n in range(99)), iter([True] * 10 + [False]), []
+    monkeypatch.setattr(vllm_worker, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    engine = SimpleNamespace(add_request=print, step=list, has_unfinished_requests=lambda: next(unfinished))
+    vllm_worker.generate(SimpleNamespace(llm_engine=engine), SimpleNamespace(send=sent.append), [([5], 0, 4)], {})
+    assert sent == [[], [], []]
+
+
+def test_a_vllm_that_hangs_ends_with_its_trainer_and_leaves_no_folder(tmp_path):
+    worker = "import sys, time; from common.vllm_worker import guard; guard(int(sys.argv[1]), sys.argv[2]); "
+    worker += "print('works', flush=True); time.sleep(600)"
+    trainer = "import os, subprocess, sys, time; words = [sys.executable, '-c', sys.argv[1], str(os.getpid())]; "
+    trainer += "group = subprocess.Popen([*words, sys.argv[2]], start_new_session=True).pid; "
+    trainer += "print(group, flush=True); time.sleep(600)"
+    (tmp_path / "its").mkdir()
+    words = [sys.executable, "-c", trainer, worker, str(tmp_path / "its")]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        group, works = sorted(process.stdout.readline().strip() for _ in range(2))
+        process.kill()
+        try:
+            assert works and gone(int(group), 10) and not (tmp_path / "its").exists()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(group), signal.SIGKILL)
+
+
+def test_each_ranks_vllm_has_its_gpu_or_its_cores_and_nothing_of_torchrun(monkeypatch):
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    second = World(1, 2, 2, torch.device("cuda", 1))
+    for visible, own in (("", "1"), ("3,5", "5"), ("GPU-a,GPU-b", "GPU-b")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = vllm.environment(second)
+        assert found["CUDA_VISIBLE_DEVICES"] == own
+        assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & found.keys()
+    monkeypatch.setattr(vllm.os, "sched_getaffinity", lambda _: range(8))
+    assert vllm.environment(World(1, 2, 2, torch.device("cpu")))["OMP_NUM_THREADS"] == "4"
 
 
 @pytest.mark.parametrize(

@@ -214,8 +214,9 @@ def checkpoint(tmp_path, **settings):
 
 def test_training_goes_on_from_a_checkpoint_bit_for_bit(policy, world, tmp_path):
     optimizer = make_optimizer(policy, lr=1e-2)
-    train_a_little(policy, optimizer, 3)
-    checkpoint(tmp_path).save(3, {"policy": (policy, optimizer)}, world, buffer=[1, 2])
+    for step in (1, 3):
+        train_a_little(policy, optimizer, step)
+        checkpoint(tmp_path).save(step, {"policy": (policy, optimizer)}, world, buffer=[1, 2])
     train_a_little(policy, optimizer, 2, seed=1)
 
     again = load_policy("nano", world, from_config=NANO, seed=99)
@@ -329,6 +330,28 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, policy, wo
     assert saved.state()["step"] == 2
 
 
+def test_a_rank_looks_for_the_next_checkpoint_when_the_first_rank_has_set_a_damaged_one_aside(
+    policy, world, tmp_path, monkeypatch
+):
+    saved, optimizer, done, sums = checkpoint(tmp_path), make_optimizer(policy, lr=1e-2), [], checkpoints._sums
+    for step in (1, 2):
+        saved.save(step, {"policy": (policy, optimizer)}, world)
+    damaged = saved.latest()
+    (damaged / "state.json").write_text("{}")
+
+    def barrier():
+        done.append("all have come")
+        if done.count("all have come") == 2:  # meanwhile the first rank did this
+            os.replace(damaged, damaged.with_suffix(".damaged"))
+
+    monkeypatch.setattr(checkpoints, "_sums", lambda path, _: done.append(path.name) or sums(path, world))
+    monkeypatch.setattr(checkpoints.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(checkpoints.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(checkpoints.dist, "barrier", barrier)
+    assert saved.state()["step"] == 1
+    assert done == ["step-00000002", "all have come", "all have come", "step-00000001"]
+
+
 def test_without_an_intact_checkpoint_a_run_does_not_start_anew_in_silence(policy, world, tmp_path):
     saved = checkpoint(tmp_path)
     saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
@@ -351,10 +374,17 @@ def test_a_script_that_changed_since_the_checkpoint_is_warned_of(policy, world, 
     script = tmp_path / "mine.py"
     script.write_text("loss = 1")
     monkeypatch.setattr("common.checkpoints.inspect.getfile", lambda _: str(script))
+    (tmp_path / "common").mkdir()
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "common" / "checkpoints.py"))
     saved = checkpoint(tmp_path)
     script.write_text("loss = 2")
     saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
     assert saved.state()["step"] == 1 and "WARNING" not in capsys.readouterr().err
+    assert checkpoint(tmp_path).state()["step"] == 1
+    assert "WARNING: mine.py or common/ has changed since" in capsys.readouterr().err
+    script.write_text("loss = 1")
+    assert checkpoint(tmp_path).state()["step"] == 1 and "WARNING" not in capsys.readouterr().err
+    (tmp_path / "common" / "data.py").write_text("import os")
     assert checkpoint(tmp_path).state()["step"] == 1
     assert "WARNING: mine.py or common/ has changed since" in capsys.readouterr().err
 
@@ -362,7 +392,10 @@ def test_a_script_that_changed_since_the_checkpoint_is_warned_of(policy, world, 
 def test_sha256sum_reads_the_checksums(policy, world, tmp_path):
     saved = checkpoint(tmp_path)
     saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
-    subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=saved.latest(), check=True, capture_output=True)
+    words = ["sha256sum", "-c", "--strict", "SHA256SUMS"]
+    said = subprocess.run(words, cwd=saved.latest(), check=True, capture_output=True, text=True).stdout
+    files = {path.name for path in saved.latest().iterdir()} - {"SHA256SUMS"}
+    assert {line.removesuffix(": OK") for line in said.splitlines()} == files
 
 
 def test_a_checkpoint_written_in_the_background_is_that_of_its_moment(policy, world, tmp_path):
@@ -393,6 +426,42 @@ def test_a_checkpoint_waits_for_the_one_before_it(policy, world, tmp_path, monke
         begun.wait(10)
     saved.wait()
     assert [path.name for path in saved._complete()] == ["step-00000001", "step-00000002"]
+
+
+def test_the_ranks_meet_before_and_after_what_the_first_one_does_to_a_checkpoint(policy, world, tmp_path, monkeypatch):
+    saved, done, pairs = checkpoint(tmp_path), [], {"policy": (policy, make_optimizer(policy, lr=1e-2))}
+    saved.keep = 1
+    (saved.folder / "step-00000001.partial").mkdir(parents=True)
+
+    def note(owner, name):
+        act = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: done.append(name) or act(*given, **named))
+
+    for name, owner in {"rmtree": checkpoints.shutil, "barrier": checkpoints.dist, "save": checkpoints.dcp,
+                        "_sums": checkpoints, "replace": checkpoints.os}.items():  # fmt: skip
+        note(owner, name)
+    saved.save(1, pairs, world)
+    assert done == ["rmtree", "barrier", "save", "barrier", "_sums", "replace", "barrier"]
+    done.clear()
+    saved.save(2, pairs, world)  # the first one has another name before it is deleted: it must not look complete
+    assert done == ["barrier", "save", "barrier", "_sums", "replace", "replace", "rmtree", "barrier"]
+
+
+def test_a_checkpoint_in_the_background_has_a_group_of_its_own(policy, world, tmp_path, monkeypatch):
+    """Its collectives would meet the training's otherwise."""
+    saved, groups = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True), []
+    save, barrier = checkpoints.dcp.async_save, checkpoints.dist.barrier
+
+    def async_save(*given, process_group, **named):
+        groups.append(process_group)
+        return save(*given, process_group=process_group, **named)
+
+    monkeypatch.setattr(checkpoints.dcp, "async_save", async_save)
+    monkeypatch.setattr(checkpoints.dist, "barrier", lambda group=None: groups.append(group) or barrier(group))
+    monkeypatch.setattr(checkpoints, "gather_lists", lambda items, world, group: groups.append(group) or items)
+    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    saved.wait()
+    assert saved._group and groups == [None, *[saved._group] * 4]
 
 
 def test_a_model_that_comes_twice_is_saved_once_under_its_first_name(policy):

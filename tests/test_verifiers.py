@@ -54,7 +54,7 @@ def bad(response, gold):
     if response == "raise": raise KeyError("no such key")
     if response == "exit": sys.exit(3)
     if response == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
-    if response == "nan": return float("nan")
+    if response in ("nan", "inf"): return float(response)
     if response == "none": return None
     if response == "silent": raise NoAnswer("nothing said")
     if response == "hog": return len(bytearray(64 << 30))
@@ -64,8 +64,12 @@ def grow(response, gold):
     kept.append(b"x" * (530 << 20))
     return os.getpid()
 def pid(response, gold): return os.getpid()
+def hashed(response, gold): return hash(response) % 1_000_003  # sympy orders what it reads by such numbers
 def torch_loaded(response, gold): return "torch" in sys.modules
 def bonus(response, gold): return math_reward(response, gold) + 0.5
+def half(response, gold):
+    import fractions
+    return fractions.Fraction(1, 2)
 def address_space(response, gold):
     import resource
     return resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -116,6 +120,7 @@ def test_math_reward_agrees_with_luffys_code(case):
 @pytest.mark.parametrize("case", BRIDGE, ids=lambda case: case["completion"][-24:])
 def test_boxed_reward_agrees_with_bridges_code(case):
     assert boxed_reward(case["completion"], case["gt"]) == case["score0"]
+    assert grade([case["completion"]], [case["gt"]], verifier="boxed")[0].reward == case["score0"]
 
 
 def test_boxed_compares_letter_by_letter():
@@ -450,8 +455,8 @@ def test_a_stuck_worker_is_killed_and_the_others_go_on(users):
 
 
 def test_errors_and_crashes_are_statuses(users):
-    responses = ["raise", "", "exit", "segfault", "", "nan", "none", "silent", "hog", ""]
-    verdicts = grade(responses, [""] * 10, verifier=users.bad, workers=2)
+    responses = ["raise", "", "exit", "segfault", "", "nan", "inf", "none", "silent", "hog", ""]
+    verdicts = grade(responses, [""] * 11, verifier=users.bad, workers=2)
     status = {"": "ok", "silent": "unparsable"}
     assert [v.status for v in verdicts] == [status.get(response, "error") for response in responses]
     assert [v.reward for v in verdicts] == [float(not response) for response in responses]
@@ -463,10 +468,10 @@ def test_errors_and_crashes_are_statuses(users):
 
 def test_the_first_failure_of_a_reward_function_is_printed_with_its_exception(users, capfd):
     verifiers._announced.clear()
-    verdicts = [grade(["none", "raise"], ["", ""], verifier=users.bad, workers=1) for _ in range(2)]
-    assert verdicts[0] == verdicts[1] and {v.status for v in verdicts[0]} == {"error"}
+    verdicts = [grade(["none", "", "raise"], [""] * 3, verifier=users.bad, workers=1) for _ in range(2)]
+    assert verdicts[0] == verdicts[1] and [v.status for v in verdicts[0]] == ["error", "ok", "error"]
     message = capfd.readouterr().err
-    assert message.count("failed on 2 of 2 answers") == 1 and "returned None, not a number" in message
+    assert message.count("failed on 2 of 3 answers") == 1 and "returned None, not a number" in message
 
 
 def test_workers_have_an_address_space_limit_and_no_torch(users):
@@ -478,6 +483,14 @@ def test_workers_have_an_address_space_limit_and_no_torch(users):
 def test_a_worker_that_grew_is_replaced(users):
     first, second = grade(["x"] * 2, ["x"] * 2, verifier=users.grow, workers=1, timeout=60)
     assert first.status == second.status == "ok" and first.reward != second.reward
+
+
+def test_every_worker_hashes_texts_alike(users):
+    found = set()
+    for _ in range(2):
+        verifiers.close()
+        found.add(grade(["x"], [""], verifier=users.hashed, workers=1)[0])
+    assert len(found) == 1
 
 
 def test_workers_are_reused_and_closed(users):
@@ -516,6 +529,7 @@ def test_the_ranks_of_a_machine_share_its_cores(monkeypatch):
 def test_a_users_verifier_may_build_on_math_reward(users):
     verdicts = grade([r"</think>\boxed{1/2}", r"\boxed{1/2}"], ["0.5", "0.5"], verifier=users.bonus)
     assert [v.reward for v in verdicts] == [1.5, 0.5]
+    assert grade(["x"], ["x"], verifier=users.half) == [Verdict(0.5, "ok")]  # any number
 
 
 def test_order_is_kept_and_nothing_is_nothing(users):
@@ -527,6 +541,7 @@ def test_order_is_kept_and_nothing_is_nothing(users):
 
 
 def test_grade_from_several_threads(users):
+    verifiers.close()
     results = {}
 
     def run(n):
@@ -538,14 +553,17 @@ def test_grade_from_several_threads(users):
     for thread in threads:
         thread.join()
     assert results == {n: [n / 2] * 20 for n in range(4)}
+    assert len(verifiers._workers) <= 2  # of all calls together
 
 
 def test_grading_later_gives_the_same_verdicts_and_leaves_the_caller_free(users):
     start = time.monotonic()
+    slow = grade_later(["deaf"], ["1"], verifier=users.hang, timeout=3.0, workers=3)
     jobs = [grade_later(["</think>\\boxed{2}"] * n, [2] * n) for n in (3, 0, 1)]
-    slow = grade_later(["deaf"], ["1"], verifier=users.hang, timeout=1.0)
+    first = grade_later([""], ["1"], verifier=users.hang, workers=3)
     failing = grade_later(["2"], ["2"], verifier="nonsense")
     assert time.monotonic() - start < 0.5
+    assert first.result() == [Verdict(1.0, "ok")] and not slow.done()  # an answer that hangs blocks no other call
     assert [job.result() for job in jobs] == [[Verdict(1.0, "ok")] * n for n in (3, 0, 1)]
     assert slow.result()[0].status == "timeout"
     with pytest.raises(ValueError, match="nonsense"):
@@ -561,14 +579,18 @@ def test_a_call_whose_workers_are_closed_has_no_verdicts(users):
         job.result(10)
 
 
-def test_idle_workers_that_died_leave_no_files_open(users):
+def test_workers_that_died_leave_no_files_open(users):
+    verifiers.close()
     grade(["x"], [""], verifier=users.length, workers=1)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        [worker] = verifiers._pools[f"{users.__name__}:length"]
-        worker.process.kill()
-        worker.process.wait()
+        idle = verifiers._pools[f"{users.__name__}:length"]
+        idle.append(verifiers._Worker(f"{users.__name__}:length"))
+        for worker in idle:
+            worker.process.kill()
+            worker.process.wait()
         assert grade(["xx"], [""], verifier=users.length, workers=1) == [Verdict(1.0, "ok")]
+        assert grade(["segfault"], [""], verifier=users.bad, workers=1)[0].status == "error"
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -627,6 +649,17 @@ def test_bad_calls_say_what_is_wrong(users):
         grade(["a"], ["a"], verifier="user_verifiers:no_such_function")
 
 
+def test_a_worker_that_does_not_start_is_an_error_with_its_exit_code(users, monkeypatch):
+    ends = {"dies": ("import os; os._exit(3)", 60.0, 3), "waits": ("import time; time.sleep(600)", 1.0, -9)}
+    for name, (text, limit, code) in ends.items():
+        (Path(users.__file__).parent / f"it_{name}.py").write_text(text)
+        monkeypatch.setattr(verifiers, "START_TIMEOUT", limit)
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match=f"verifier it_{name}:reward: a worker did not start, exit code {code}"):
+            grade(["x"], ["x"], verifier=f"it_{name}:reward", workers=1)
+        assert time.monotonic() - start < 30 and not verifiers._workers
+
+
 def test_a_gold_may_be_a_number():
     assert grade([r"</think>\boxed{5}"], [5])[0].reward == boxed_reward(r"\boxed{5}", 5) == 1
 
@@ -651,7 +684,7 @@ def test_the_programs_of_a_verifier_end_with_its_worker(users, tmp_path):
     wait_for_the_end([(tmp_path / "pid").read_text().strip()])
 
 
-@pytest.mark.parametrize("response", ["idle", "forked", "c", "deaf", "program"])
+@pytest.mark.parametrize("response", ["idle", "forked", "forked and busy", "c", "deaf", "program"])
 def test_workers_die_with_a_killed_parent(users, response, tmp_path):
     parent = script(
         users,
@@ -660,10 +693,13 @@ def test_workers_die_with_a_killed_parent(users, response, tmp_path):
         from common import verifiers
         verifiers.grade([""] * 20, [""] * 20, verifier="user_verifiers:hang", workers=2)
         print(*(worker.process.pid for worker in verifiers._pools["user_verifiers:hang"]), flush=True)
-        if {response!r} == "forked" and os.fork() == 0:  # a child that outlives its parent
+        if {response!r} == "forked and busy":
+            verifiers.grade_later(["deaf"] * 2, [""] * 2, verifier="user_verifiers:hang", workers=2, timeout=600)
+            time.sleep(0.2)
+        if "forked" in {response!r} and os.fork() == 0:  # a child that outlives its parent
             time.sleep(20)
             os._exit(0)
-        if {response!r} in ("idle", "forked"):
+        if "forked" in {response!r} or {response!r} == "idle":
             time.sleep(600)
         golds = [{str(tmp_path / "pids")!r}] * 2
         verifiers.grade([{response!r}] * 2, golds, verifier="user_verifiers:hang", workers=2, timeout=600)
@@ -700,10 +736,12 @@ def test_a_forked_child_grades_with_workers_of_its_own(users):
         users,
         """
         import os
-        from common.verifiers import grade
+        from common.verifiers import close, grade
         mine = grade(["x"], [""], verifier="user_verifiers:pid", workers=1)[0].reward
         if os.fork() == 0:
-            os._exit(int(grade(["x"], [""], verifier="user_verifiers:pid", workers=1)[0].reward == mine))
+            other = grade(["x"], [""], verifier="user_verifiers:pid", workers=1)[0].reward
+            close()  # its own workers alone
+            os._exit(int(other == mine))
         assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
         assert grade(["x"], [""], verifier="user_verifiers:pid", workers=1)[0].reward == mine
         print("done")
