@@ -26,8 +26,25 @@ def main(words: list[str]) -> None:
             raise WorkerFault("a fault of one rank")
         return receive(seconds)
 
+    def once(name):
+        """Rank 1's next call of this method is a fault, while the others are in a collective. vLLM stays as it is."""
+        whole = getattr(sampler, name)
+
+        def fault(*given):
+            setattr(sampler, name, whole)
+            raise WorkerFault(f"a fault of one rank, in {name}")
+
+        if world.rank == 1:
+            setattr(sampler, name, fault)
+
     for version in range(3):
+        start = sampler.worker.start
+        if version == 2:
+            sampler.worker.start = lambda: None
+            once("_buffer")  # in a sync: rank 0 gathers weights
+            once("_draw")  # in its proof: rank 0 is in the forward
         sampler.sync(policy, version)
+        sampler.worker.start = start
         if version == 1:
             sampler.worker.receive = failing
         prompts = [] if version == 2 and world.rank == 1 else [[5 + world.rank, 6, 7], [8, 9]]

@@ -1,6 +1,7 @@
 """A real vLLM on a CPU: what it draws, from which weights, and what happens when it fails."""
 
 import copy
+import functools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from common.data import pack
 from common.metrics import read_metrics
 from common.rollout import EmbeddedSampler, Sampling
 from common.trainer import load_policy
-from common.vllm import VLLMSampler, Worker, fill
+from common.vllm import VLLMSampler, Worker, WorkerFault, fill
 from tests.conftest import NANO, ROOT, gone, processes, run_script
 
 if vllm.vllm_version(cuda=False) is None:
@@ -108,6 +109,19 @@ def test_nothing_but_a_stop_id_ends_a_completion(synced, monkeypatch):
     assert any(1 in c.ids for group in groups for c in group)
 
 
+def test_a_prompt_has_a_limit_and_a_call_stop_ids_and_a_nucleus_of_its_own(synced):
+    limits, others = [3, 9, 1, 30, 12], tuple(range(2, 12))
+    how = dict(n=20, keys=KEYS, seed=0)
+    groups = synced.generate(PROMPTS, sampling=Sampling(limits, stop_ids=others), **how)
+    for group, limit in zip(groups, limits, strict=True):
+        for c in group:
+            assert len(c.ids) == limit if c.finish == "length" else c.ids[-1] in (1, *others) and len(c.ids) <= limit
+            assert not {1, *others} & set(c.ids[:-1])
+    assert {c.ids[-1] for group in groups for c in group if c.finish == "stop"} > {1}
+    greedy = synced.generate(PROMPTS, sampling=Sampling(12, temperature=0.0), **how)
+    assert ids(synced.generate(PROMPTS, sampling=Sampling(12, top_p=1e-6), **how)) == ids(greedy)
+
+
 def test_more_prompts_than_vllm_reads_at_once_are_read_one_after_the_other(policy, synced):
     prompts = [[7 + i, *LONG] for i in range(50)]  # 10,050 tokens
     groups = synced.generate(prompts, n=2, keys=range(50), seed=0, sampling=Sampling(3))
@@ -138,11 +152,13 @@ def test_after_each_of_five_syncs_vllm_has_the_new_weights(world, sampler, tied)
     prompts = [*PROMPTS, LONG]
     how = dict(n=2, keys=[*KEYS, 2], sampling=Sampling(10))
     sampler.sync(policy, 0)
+    files = len(os.listdir("/proc/self/fd"))
     for version in range(1, 6):
         change(policy)
         assert gap(policy, sampler.generate(prompts, seed=version, **how), prompts) > 1e-2
         sampler.sync(policy, version)
         assert gap(policy, sampler.generate(prompts, seed=version, **how), prompts) < 1e-4
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
@@ -157,7 +173,10 @@ def test_weights_of_experts_arrive_under_the_names_that_vllm_loads(world, kind):
             sampler.sync(policy, version)
             assert gap(policy, sampler.generate(PROMPTS, n=2, keys=KEYS, seed=0, sampling=Sampling(10))) < 1e-4
     finally:
-        sampler.close()
+        group, memory = sampler.worker.process.pid, f"/proc/self/fd/{sampler.memory}"
+        for _ in range(2):  # also after an error that has closed it
+            sampler.close()
+    assert gone(group, 5) and not os.path.exists(memory)
 
 
 @pytest.mark.parametrize("size", [64, 100, 1 << 20])
@@ -231,6 +250,14 @@ def test_a_prompt_without_room_for_its_completion_is_refused(synced):
     assert len(completion.ids) <= 10
 
 
+def test_vllm_serves_an_untied_copy_of_the_model_and_the_policy_stays_as_it_is(world, monkeypatch):
+    monkeypatch.setattr(Worker, "start", lambda self: None)
+    policy = make_policy(world, tie_word_embeddings=True)
+    sampler = VLLMSampler(policy, world, stop_ids=[7, 1, 7], max_tokens=100, max_num_seqs=5)
+    assert policy.lm.config.tie_word_embeddings and not sampler.worker.config.tie_word_embeddings
+    assert sampler.stop_ids == [1, 7] and sampler.worker.settings["max_num_seqs"] == 5
+
+
 # ------------------------------------------------------------------------------------------------- faults
 
 
@@ -262,12 +289,62 @@ def test_killed_or_stopped_in_the_middle_of_a_batch_it_gives_the_same_answers(sy
     assert ids(groups) == ids(synced.generate(PROMPTS, **how))
 
 
+def test_a_fault_that_comes_again_after_each_restart_is_an_error(synced, policy, monkeypatch):
+    draw, starts = synced._draw, []
+
+    def failing(requests, *how, most=1):
+        if len(requests) > most:
+            raise WorkerFault("a fault")
+        draw(requests, *how)
+
+    monkeypatch.setattr(synced.worker, "start", lambda: starts.append(synced.version))
+    monkeypatch.setattr(synced, "close", lambda: starts.append("closed"))
+    monkeypatch.setattr(synced, "_draw", failing)  # the batch fails, and the proof of each sync does not
+    with pytest.raises(RuntimeError, match="vLLM failed: a fault"):
+        synced.generate(PROMPTS, n=1, keys=KEYS, seed=0, sampling=Sampling(4))
+    assert starts == [0, 0, 0, "closed"]
+    monkeypatch.setattr(synced, "_draw", functools.partial(failing, most=0))
+    with pytest.raises(RuntimeError, match="vLLM failed: a fault"):
+        synced.sync(policy, 1)
+    assert starts[4:] == [None, None, None, "closed"]
+
+
+PEER = """if True:
+    import sys, time
+    from multiprocessing.connection import Connection
+    pipe = Connection(int(sys.argv[3]))
+    if {part}:
+        import os
+        os.write(pipe.fileno(), b"\\0\\0\\1\\0part")  # of a message of 256 bytes
+    else:
+        pipe.send("ready")
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("part", [True, False])
+def test_a_vllm_that_stops_in_the_middle_of_a_message_counts_as_hung(sampler, monkeypatch, tmp_path, part):
+    (tmp_path / "peer.py").write_text(PEER.format(part=part))
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/peer.py "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("ROLLOUT_PYTHON", str(tmp_path / "python"))
+    worker = Worker(sampler.worker.config, {}, dict(os.environ), patience=0.5)
+    start = time.monotonic()
+    try:
+        with pytest.raises(RuntimeError if part else WorkerFault, match="is gone" if part else "takes no request"):
+            worker.start()
+            worker.send("load", b"x" * (4 << 20))  # it reads nothing
+    finally:
+        worker.stop()
+    assert time.monotonic() - start < 20
+
+
 def test_two_ranks_have_a_vllm_each_and_a_fault_of_one_is_known_to_both(tmp_path):
     config = json.dumps(CONFIG | {"tie_word_embeddings": True})
-    run_script("tests/sidecar_ranks.py", config, tmp_path / "out.json", ranks=2)
+    run_script("tests/sidecar_ranks.py", config, tmp_path / "out.json", ranks=2, timeout=150)
     one, two = json.loads((tmp_path / "out.json").read_text())
     assert [r["rows"] for r in one] == [8, 8, 8] and [r["rows"] for r in two] == [8, 8, 0]
-    assert [r["restarts"] for r in one] == [r["restarts"] for r in two] == [0, 1, 1]
+    assert [r["restarts"] for r in one] == [r["restarts"] for r in two] == [0, 1, 3]
     assert max(r["gap"] for r in one + two) < 1e-4
 
 
