@@ -272,10 +272,11 @@ def test_killed_or_stopped_in_the_middle_of_a_batch_it_gives_the_same_answers(sy
     group, restarts, folder = synced.worker.process.pid, synced.restarts, synced.worker.folder
     how = dict(n=30, keys=KEYS, seed=5, sampling=Sampling(250))
     monkeypatch.setattr(synced.worker, "patience", 5.0 if number == signal.SIGSTOP else 120.0)
-    struck = []
+    struck, told = [], []
 
     def watch(i, answers):
         """Strike as soon as the first group is complete."""
+        told.append(i)
         if not struck:
             struck.append(i)
             os.kill(engine(synced), number)
@@ -283,7 +284,7 @@ def test_killed_or_stopped_in_the_middle_of_a_batch_it_gives_the_same_answers(sy
     groups = synced.generate([*PROMPTS, [30]], n=[*[30] * 5, 1], keys=[*KEYS, 2], seed=5, sampling=how["sampling"],
                              drawn=watch)[:5]  # fmt: skip
     assert struck and synced.restarts == restarts + 1 and gone(group) and not os.path.exists(folder)
-    assert [len(g) for g in groups] == [30] * 5
+    assert [len(g) for g in groups] == [30] * 5 and sorted(told) == list(range(6))  # each once
     assert gap(policy, groups) < 1e-4
     monkeypatch.undo()
     assert ids(groups) == ids(synced.generate(PROMPTS, **how))
