@@ -5,6 +5,7 @@
 One request at a time comes through the pipe: (name of a function below, its arguments). An exception ends the
 process; its traceback is in the log, which the trainer has."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,7 +28,8 @@ def guard(trainer: int, folder: str) -> None:
         os.kill(worker, signal.SIGKILL)
         _, status = os.waitpid(worker, 0)
     code = os.waitstatus_to_exitcode(status)
-    print(f"The vLLM process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}.", flush=True)
+    with contextlib.suppress(OSError):  # a full disk: clean up all the same
+        print(f"The vLLM process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}.", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
