@@ -463,6 +463,17 @@ def test_two_ranks_load_sample_and_export_as_one_does(world, tmp_path):
         torch.testing.assert_close(torch.tensor(logps), expected, rtol=0, atol=1e-3)
 
 
+def test_buffers_are_exported_in_the_dtype_that_they_compute_in(world, tmp_path):
+    folder = make("deepseek_v3", tmp_path / "model")
+    policy = load_policy(str(folder), world)
+    policy.lm.saved_dtype = torch.bfloat16
+    export(policy, NoTokenizer(), tmp_path / "export", world)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "export"))
+    biases = [name for name in after if name.endswith(BIASED)]
+    assert biases and all(torch.equal(after[name], before[name]) for name in biases)
+    assert {x.dtype for name, x in after.items() if name not in biases} == {torch.bfloat16}
+
+
 def test_a_generation_config_that_transformers_refuses_to_write_is_kept(world, tmp_path):
     folder = make("llama", tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [1, 5]}))

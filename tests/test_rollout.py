@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import luffy
 from common import vllm, vllm_worker
 from common.data import InputError, pack
-from common.rollout import Completion, EmbeddedSampler, Sampling, change_logits, draw, make_sampler
+from common.rollout import Completion, EmbeddedSampler, RoomyLayer, Sampling, change_logits, draw, make_sampler
 from common.run import check_flags
 from common.trainer import World, load_policy
 from tests import ranks
@@ -56,6 +56,15 @@ def test_reported_log_probs_are_the_trainers(policy, sampler, temperature):
     groups = sampler.generate(PROMPTS, n=6, keys=KEYS, seed=0, sampling=Sampling(20, temperature))
     pairs = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
     expected = policy(pack([(p, c.ids) for p, c in pairs]), temperature=temperature).detach()
+    torch.testing.assert_close(torch.tensor([x for _, c in pairs for x in c.logps]), expected, rtol=0, atol=5e-6)
+
+
+def test_an_answer_may_be_longer_than_the_room_that_the_cache_begins_with(policy):
+    sampler = EmbeddedSampler(policy, stop_ids=[])  # no row ends, and so no buffer is made anew for fewer
+    sampler.sync(policy, version=0)
+    groups = sampler.generate(PROMPTS, n=2, keys=KEYS, seed=0, sampling=Sampling(2 * RoomyLayer.ROOM + 9))
+    pairs = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
+    expected = policy(pack([(p, c.ids) for p, c in pairs])).detach()
     torch.testing.assert_close(torch.tensor([x for _, c in pairs for x in c.logps]), expected, rtol=0, atol=5e-6)
 
 
@@ -149,6 +158,15 @@ def test_the_proof_at_the_first_sync_counts_as_no_update(policy):
     assert policy.useful_share() is None
 
 
+@pytest.mark.parametrize("factor", [1.05, math.nan])
+def test_a_sampler_that_computes_otherwise_than_the_policy_is_refused(policy, factor):
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    logits = sampler._logits
+    sampler._logits = lambda hidden: logits(hidden) * factor
+    with pytest.raises(InputError, match="embedded does not support Qwen2ForCausalLM: its log-probs are .* from the"):
+        sampler.sync(policy, version=0)
+
+
 def test_nothing_is_drawn_before_the_first_sync(policy):
     with pytest.raises(RuntimeError, match="sync"):
         EmbeddedSampler(policy, stop_ids=[1]).generate(PROMPTS, n=1, keys=KEYS, seed=0, sampling=Sampling(4))
@@ -234,11 +252,13 @@ def test_a_row_that_is_done_stays_within_the_models_positions(world, rope):
 
 
 def test_tokens_are_drawn_alike_in_pieces():
-    rows, size = 5, 2**24  # two rows at a time
-    logits, u = torch.zeros(rows, 1).expand(rows, size), torch.linspace(0.1, 0.9, rows)
-    token, logp = draw(logits, u, Sampling(1))
-    assert token.tolist() == [draw(logits[i : i + 1], u[i : i + 1], Sampling(1))[0].item() for i in range(rows)]
-    assert logp.shape == (rows,) and draw(logits, None, Sampling(1, temperature=0))[0].tolist() == [0] * rows
+    rows, size, how = 5, 2**24, Sampling(1, temperature=0.5)  # two rows at a time
+    logits, u = torch.linspace(-1, 1, size), torch.linspace(0.1, 0.9, rows)
+    logits[7] = 2.0
+    logits = logits.expand(rows, size)
+    token, logp = draw(logits, u, how)
+    assert token.tolist() == [draw(logits[i : i + 1], u[i : i + 1], how)[0].item() for i in range(rows)]
+    assert logp.shape == (rows,) and draw(logits, None, Sampling(1, temperature=0))[0].tolist() == [7] * rows
 
 
 def test_draws_follow_the_distribution():
@@ -262,7 +282,7 @@ def test_logits_are_scaled_before_they_are_capped():
     torch.testing.assert_close(change_logits(z, cap=2.0, scale=3.0), 2 * (3 * z / 2).tanh())
 
 
-def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
+def test_top_p_keeps_the_smallest_set_that_holds_the_mass(sampler):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     u = torch.linspace(0, 1 - 1e-6, 1001)
 
@@ -273,10 +293,15 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
     assert support(0.6) == {0, 1}
     assert support(0.81) == {0, 1, 2}
     assert support(1.0) == {0, 1, 2, 3}
+    how = dict(n=1, keys=KEYS, seed=0)
+    likeliest, top = (sampler.generate(PROMPTS, **how, sampling=Sampling(9, *s)) for s in ((0.0, 1.0), (1.0, 1e-9)))
+    assert top == likeliest, "the log-probs are those before top_p"
 
 
 def test_attention_that_repeats_no_keys_is_the_same(policy, sampler, monkeypatch):
-    """On CUDA; rows of different lengths, so that there is a padding mask."""
+    """On CUDA; rows of different lengths, so that there is a padding mask; a scale that is not the usual one."""
+    for layer in sampler.lm.model.layers:
+        layer.self_attn.scaling *= 3
     how = dict(n=3, keys=KEYS, seed=0, sampling=Sampling(20))
     expected = sampler.generate(PROMPTS, **how)
     sampler.lm.set_attn_implementation("grouped")
@@ -302,8 +327,9 @@ def test_a_large_model_on_cuda_without_vllm_is_no_accident(policy, monkeypatch, 
 
 
 def test_on_a_cpu_the_embedded_sampler_is_the_default_and_the_log_says_so(policy, world, capsys):
-    sampler = make_sampler("auto", policy, world, stop_ids=[1], max_tokens=50)
+    sampler = make_sampler("auto", policy, world, stop_ids=[5, 1], max_tokens=50, max_batch_tokens=70)
     assert isinstance(sampler, EmbeddedSampler)
+    assert (sampler.stop_ids.tolist(), sampler.max_batch_tokens) == ([1, 5], 70)
     assert capsys.readouterr().out.startswith("rollout: embedded (no CUDA)")
 
 
@@ -435,8 +461,10 @@ def test_an_answer_that_was_cut_says_all_of_it():
     assert Completion([7, 1], [-1.0, -1.0], "stop").text_ids == [7]
 
 
-def test_stop_ids_of_a_call_end_completions_too(sampler):
-    groups = sampler.generate(PROMPTS, n=20, keys=KEYS, seed=0, sampling=Sampling(30, stop_ids=(7, 8, 9)))
+def test_stop_ids_of_a_call_end_completions_too(policy):
+    sampler = EmbeddedSampler(policy, stop_ids=[9, 1])
+    sampler.sync(policy, version=0)
+    groups = sampler.generate(PROMPTS, n=20, keys=KEYS, seed=0, sampling=Sampling(30, stop_ids=(7, 8)))
     answers = [c for group in groups for c in group]
     assert not any({1, 7, 8, 9} & set(c.ids[:-1]) for c in answers)
     assert all((c.finish == "stop") == (c.ids[-1] in (1, 7, 8, 9)) for c in answers)

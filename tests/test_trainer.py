@@ -99,12 +99,13 @@ def test_the_rate_warms_up_linearly_and_then_follows_its_schedule():
     def rates(schedule, **kw):
         return [learning_rate(s, lr=1.0, steps=10, schedule=schedule, **kw) for s in range(10)]
 
-    assert rates("constant") == [1.0] * 10
+    assert rates("constant") == rates("constant", floor=0.5) == [1.0] * 10
     assert rates("constant", warmup=0.2) == [0.5] + [1.0] * 9
     assert rates("linear")[0] == 1.0 and rates("linear")[5] == 0.5
     assert rates("cosine", warmup=0.1)[0] == 1.0
     assert rates("cosine", floor=0.1)[-1] > 0.1
-    assert learning_rate(10, lr=1.0, steps=10, schedule="cosine", floor=0.1) == pytest.approx(0.1)
+    cosine = [learning_rate(s, lr=2.0, steps=4, schedule="cosine", floor=0.1) for s in range(5)]
+    assert cosine == pytest.approx([2.0, 1.1 + 0.9 * 0.5**0.5, 1.1, 1.1 - 0.9 * 0.5**0.5, 0.2])
 
 
 # --------------------------------------------------------------------------------------------- optimizer step
@@ -129,15 +130,18 @@ def test_a_bad_log_prob_is_that_of_the_update_that_reads_it_with_a_gradient(poli
         policy.lm.lm_head.weight[5] = math.nan
         policy(batch)
     trainer.check_finite({}, policy, world)
-    policy(batch)
-    with pytest.raises(FloatingPointError, match="2 log-probs are NaN"):
+    for _ in range(3):  # micro-batches
+        policy(batch)
+    with pytest.raises(FloatingPointError, match="6 log-probs are NaN"):
         trainer.check_finite({}, policy, world)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(policy):
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(policy, bad):
     optimizer = make_optimizer(policy, lr=1.0)
     before = weights_digest(policy)
-    (policy(pack([([3, 4], [5, 6])])).sum() * float("nan")).backward()
+    policy(pack([([3, 4], [5, 6])])).sum().backward()
+    next(policy.parameters()).grad[0, 0] = bad
     with pytest.raises(FloatingPointError):
         optimizer_step(policy, optimizer, lr=1.0, max_grad_norm=1.0)
     assert weights_digest(policy) == before
@@ -151,6 +155,11 @@ def test_an_exported_model_is_the_model(policy, world, tmp_path, tied):
     import igsm
 
     policy = load_policy("nano", world, from_config=NANO | {"tie_word_embeddings": tied}, seed=3)
+    policy.lm.generation_config.eos_token_id = None
+    (tmp_path / "disk.partial").mkdir()
+    (tmp_path / "disk.partial" / "old.json").touch()  # a crash left it
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
     export(policy, igsm.tokenizer("symbolic"), tmp_path / "model", world)
     again = load_policy(str(tmp_path / "model"), world)
     assert weights_digest(again) == weights_digest(policy)
@@ -159,8 +168,10 @@ def test_an_exported_model_is_the_model(policy, world, tmp_path, tied):
     loaded, made = load_tokenizer(str(tmp_path / "model")), igsm.tokenizer("symbolic")
     assert loaded.chat_template == made.chat_template
     assert loaded(text)["input_ids"] == made(text)["input_ids"] and loaded.decode(made(text)["input_ids"]) == text
-    assert not list(tmp_path.glob("*.partial"))
-    assert (tmp_path / "model" / "model.safetensors").exists()
+    generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [made.eos_token_id]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "model"] and (tmp_path / "model").is_symlink()
+    assert (tmp_path / "model" / "model.safetensors").exists() and not (tmp_path / "model" / "old.json").exists()
 
 
 def test_random_weights_come_from_the_seed_alone(world):
@@ -483,6 +494,12 @@ def test_what_goes_wrong_in_the_background_is_not_lost(policy, world, tmp_path, 
         saved.check()
 
 
+def test_a_bad_log_prob_of_one_rank_stops_all(policy, monkeypatch):
+    monkeypatch.setattr(trainer.dist, "all_reduce", lambda values: values.add_(4))  # another rank's
+    with pytest.raises(FloatingPointError, match="4 log-probs are NaN"):
+        trainer.check_finite({}, policy, trainer.World(0, 2, 2, torch.device("cpu")))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_is_named(bad, policy, world):
     trainer.check_finite({"loss/pg": 1.0, "eval": None}, policy, world)
@@ -510,13 +527,17 @@ def test_an_id_beyond_the_embeddings_is_refused(policy):
             policy(pack([(prompt, response)]))
 
 
-def test_a_log_prob_of_exactly_0_is_a_number(policy, world):
+def test_a_log_prob_of_exactly_0_is_a_number_and_one_above_it_is_an_error(policy, world, monkeypatch):
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight.mul_(1e5)  # the likeliest token has probability 1
         hidden, weight = policy(pack([([1, 2], [3])]), raw=True)
         likeliest = (hidden @ weight.T).argmax().item()
     assert policy(pack([([1, 2], [likeliest])])).item() == 0.0
     trainer.check_finite({}, policy, world)
+    monkeypatch.setattr(trainer, "linear_logprobs", lambda *_, **__: torch.tensor([1e-3, -1.0]))
+    policy(pack([([1, 2], [3, 4])]))
+    with pytest.raises(FloatingPointError, match="1 log-probs are NaN or above 0"):
+        trainer.check_finite({}, policy, world)
 
 
 def test_another_configuration_is_refused_and_the_difference_named(policy, world, tmp_path):
@@ -709,8 +730,13 @@ def test_a_model_that_changes_its_logits_is_trained_sampled_and_saved_as_transfo
         assert temperature or drawn.ids == logits.argmax(-1).tolist()
     reloaded = load_policy(str(tmp_path / "model"), world)
     torch.testing.assert_close(reloaded(pack(pairs)), expected, rtol=1e-4, atol=1e-4)
-    out, ref, kl = policy(pack(pairs), reference=load_policy("x", world, from_config=config, seed=4))
-    assert kl.min() > 0 and not torch.equal(out, ref)
+    other, form = load_policy("x", world, from_config=config, seed=4), trainer.logit_form(policy.lm.config)
+    out, ref, kl = policy(pack(pairs), reference=other, temperature=0.7)
+    torch.testing.assert_close((out, ref), tuple(model(pack(pairs), temperature=0.7) for model in (policy, other)))
+    raw = [model(pack(pairs), raw=True) for model in (policy, other)]
+    p, q = ((change_logits(hidden @ head.T, **form) / 0.7).log_softmax(-1) for hidden, head in raw)
+    torch.testing.assert_close(kl, (p.exp() * (p - q)).sum(-1))
+    assert not ref.requires_grad
 
 
 def test_logit_forms_are_read_from_nested_configurations_too():
@@ -870,6 +896,16 @@ def test_a_sequence_may_have_as_many_tokens_as_there_are_positions(policy):
             policy(pack([([3], [4] * (limit + 1))]))
 
 
+def test_the_context_is_the_one_that_was_asked_for_and_a_model_without_one_rope_base_is_refused():
+    config = AutoConfig.for_model("qwen2", max_position_embeddings=256)
+    asked = SimpleNamespace(rope_theta=500.0, max_positions=64, model="m")
+    trainer.set_context(asked, config)
+    assert (config.rope_parameters["rope_theta"], trainer.max_positions(config)) == (500.0, 64)
+    for kind in ("gpt2", "gemma3_text"):  # no RoPE; a base for each kind of layer
+        with pytest.raises(InputError, match="--rope_theta: the configuration of --model m has no single RoPE base"):
+            trainer.set_context(asked, AutoConfig.for_model(kind))
+
+
 def test_dropout_is_zero_in_nested_configurations_too():
     config = AutoConfig.for_model("llava", text_config=dict(model_type="qwen2", attention_dropout=0.3))
     trainer._prepare_config(config)
@@ -883,12 +919,19 @@ def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path):
         raise wrapped
 
 
-def test_lora_trains_adapters_alone_and_a_values_head_has_one(world):
+def test_lora_trains_adapters_alone_and_a_values_head_has_one_and_all_are_exported(world, tmp_path):
     pytest.importorskip("peft")  # published: on the value head too, whose own zeros stay as they are
     for kind, layers in ((trainer.Policy, 28), (trainer.ValueModel, 29)):
         model = load_policy("models/tiny", world, kind=kind, new_head=True, lora=2)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert len(trained) == 2 * layers and all(".lora_" in name for name in trained)
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        export(model, load_tokenizer("models/tiny"), tmp_path / kind.__name__, world)
+        again, batch = load_policy(str(tmp_path / kind.__name__), world, kind=kind), pack([([5, 6], [7, 8, 9])])
+        torch.testing.assert_close(again(batch), model(batch), rtol=1e-3, atol=1e-4)
+        assert model(batch).all()
 
 
 def test_adapters_begin_from_the_seed(world):

@@ -181,7 +181,7 @@ def test_the_kl_of_oreo_is_weighed_and_a_mean_over_actions_and_rows():
 
 def test_the_optimizer_has_the_betas_and_decay_that_were_asked_for(policy):
     [group] = make_optimizer(policy, lr=1e-3, betas=(0.7, 0.8), weight_decay=0.03).param_groups
-    assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.7, 0.8), 0.03, 1e-3)
+    assert (group["betas"], group["weight_decay"], group["lr"], group["eps"]) == ((0.7, 0.8), 0.03, 1e-3, 1e-8)
 
 
 def test_after_the_warm_up_the_rate_falls_over_the_updates_that_are_left():
