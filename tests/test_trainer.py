@@ -780,6 +780,13 @@ def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
     load_policy(str(tmp_path / "value"), world, kind=trainer.ValueModel)
 
 
+def test_weights_that_are_not_numbers_are_refused_at_load(policy):
+    with torch.no_grad():
+        policy.lm.lm_head.weight[5] = math.nan
+    with pytest.raises(InputError, match="--model m: the model's log-probs are not finite"):
+        trainer.prove(policy, "--model m")
+
+
 def test_a_peer_that_died_is_not_reported_as_a_model_that_is_not_supported(policy, monkeypatch):
     def lost(*_, **__):
         raise RuntimeError("[/gloo/transport/tcp/pair.cc:537] Connection reset by peer")
