@@ -159,13 +159,14 @@ def plot(results: dict, bench: Bench, path: Path) -> None:
         rows = [r for r in read_metrics(Path(bench.out) / f"oreo-{seed}") if r["step"]]
         for name, style in (("value/right", "-"), ("value/wrong", ":")):
             points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-            axes[2].plot(*zip(*points, strict=True), f"C{seed}{style}", label=f"{name}, seed {seed}", lw=1.2)
+            axes[2].plot(*zip(*points, strict=True), f"C{seed}{style}", label=f"{name[6:]}, seed {seed}", lw=1.2)
     axes[2].set_title("V of right and wrong episodes", fontsize=10)
     axes[2].set_xlabel("step")
+    axes[2].set_ylim(top=1.3)  # room for the legend
     for axis in axes:
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7)
+        if labels := axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=7, ncols=math.ceil(len(labels) / 2), loc="upper right")
     figure.savefig(path, dpi=110)
 
 

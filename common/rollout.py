@@ -235,7 +235,7 @@ class EmbeddedSampler(Sampler):
         """Most rows x tokens of a batch."""
         if self.max_batch_tokens or self.device.type != "cuda":
             return self.max_batch_tokens or 65536
-        config = self.lm.config
+        config = self.lm.config.get_text_config(decoder=True)
         mlp = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)  # gate, up, their product
         token_bytes = (cache_size(config) + mlp) * self.dtype.itemsize
         return max(65536, free_memory(self.device) // 2 // token_bytes)
@@ -322,6 +322,7 @@ class EmbeddedSampler(Sampler):
 
 def cache_size(config) -> int:
     """Return how many numbers the keys and values of one token take in all layers."""
+    config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim

@@ -591,6 +591,7 @@ def read_config(path: str, *, trust_remote_code: bool = False, **labels) -> PreT
 
 def set_context(args, config) -> None:
     """Set RoPE's base and the number of positions as --rope_theta and --max_positions say; 0 keeps the model's."""
+    config = config.get_text_config(decoder=True)
     if args.rope_theta:
         if (getattr(config, "rope_parameters", None) or {}).get("rope_theta") is None:  # no RoPE, or several bases
             raise InputError(f"--rope_theta: the configuration of --model {args.model} has no single RoPE base")

@@ -12,12 +12,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import luffy
 from common import vllm, vllm_worker
 from common.data import InputError, pack
-from common.rollout import Completion, EmbeddedSampler, RoomyLayer, Sampling, change_logits, draw, make_sampler
+from common.rollout import (
+    Completion,
+    EmbeddedSampler,
+    RoomyLayer,
+    Sampling,
+    cache_size,
+    change_logits,
+    draw,
+    make_sampler,
+)
 from common.run import check_flags
 from common.trainer import World, load_policy
 from tests import ranks
@@ -469,3 +478,8 @@ def test_stop_ids_of_a_call_end_completions_too(policy):
     assert not any({1, 7, 8, 9} & set(c.ids[:-1]) for c in answers)
     assert all((c.finish == "stop") == (c.ids[-1] in (1, 7, 8, 9)) for c in answers)
     assert {7, 8, 9} <= {c.ids[-1] for c in answers}
+
+
+def test_the_cache_of_a_nested_configuration_is_that_of_its_text_model():
+    text = dict(model_type="qwen2", hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+    assert cache_size(AutoConfig.for_model("llava", text_config=text)) == 2 * 3 * 2 * 8

@@ -908,6 +908,9 @@ def test_the_context_is_the_one_that_was_asked_for_and_a_model_without_one_rope_
     asked = SimpleNamespace(rope_theta=500.0, max_positions=64, model="m")
     trainer.set_context(asked, config)
     assert (config.rope_parameters["rope_theta"], trainer.max_positions(config)) == (500.0, 64)
+    nested = AutoConfig.for_model("llava", text_config=dict(model_type="qwen2"))
+    trainer.set_context(asked, nested)
+    assert (nested.text_config.rope_parameters["rope_theta"], trainer.max_positions(nested)) == (500.0, 64)
     for kind in ("gpt2", "gemma3_text"):  # no RoPE; a base for each kind of layer
         with pytest.raises(InputError, match="--rope_theta: the configuration of --model m has no single RoPE base"):
             trainer.set_context(asked, AutoConfig.for_model(kind))
