@@ -558,9 +558,9 @@ def test_grade_from_several_threads(users):
 
 def test_grading_later_gives_the_same_verdicts_and_leaves_the_caller_free(users):
     start = time.monotonic()
-    slow = grade_later(["deaf"], ["1"], verifier=users.hang, timeout=3.0, workers=3)
-    jobs = [grade_later(["</think>\\boxed{2}"] * n, [2] * n) for n in (3, 0, 1)]
+    slow = grade_later(["deaf"], ["1"], verifier=users.hang, timeout=6.0, workers=3)
     first = grade_later([""], ["1"], verifier=users.hang, workers=3)
+    jobs = [grade_later(["</think>\\boxed{2}"] * n, [2] * n) for n in (3, 0, 1)]
     failing = grade_later(["2"], ["2"], verifier="nonsense")
     assert time.monotonic() - start < 0.5
     assert first.result() == [Verdict(1.0, "ok")] and not slow.done()  # an answer that hangs blocks no other call
