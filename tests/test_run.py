@@ -41,7 +41,6 @@ COUNT = {"rows": len(EXAMPLES), "kept": len(EXAMPLES)}
 # ------------------------------------------------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize("script", [luffy, relift, redi, redi_data, bridge, influence])
 def test_help_begins_with_the_flags_of_the_script(capsys):
     with pytest.raises(SystemExit):
         parse_args(luffy.Args, ["--help"], method=luffy.METHODS, preset=luffy.PRESETS)
@@ -49,6 +48,7 @@ def test_help_begins_with_the_flags_of_the_script(capsys):
     assert said.index("--method {") < said.index("--shaping_gamma") < said.index("--eval_data") < said.index("--wandb")
 
 
+@pytest.mark.parametrize("script", [luffy, relift, redi, redi_data, bridge, influence])
 def test_every_flag_has_a_help_text(script, capsys, monkeypatch):
     """A field that is declared again without its comment loses it."""
     monkeypatch.setenv("COLUMNS", "200")
