@@ -1,10 +1,9 @@
 """`make demo`: LUFFY against on-policy GRPO and SFT from the same base model, on problems that are too hard for it.
 
 All runs have the same steps, questions and seed. GRPO has 8 own answers a question, LUFFY 7 and the teacher's trace,
-SFT the trace alone.
-Accuracy is measured on held-out problems, whose solution templates occur in no training problem: 8 answers each at
-temperature 1. "Never solved" are the problems that the base gets wrong 8 times out of 8. Everything lands in --out:
-results.json, curves.png, and an ordinary run folder for each method.
+SFT the trace alone. Accuracy is measured on held-out problems, whose solution templates occur in no training problem: 8
+answers each at temperature 1. "Never solved" are the problems that the base gets wrong 8 times out of 8. Everything
+lands in --out: results.json, curves.png, and an ordinary run folder for each method.
 """
 
 import json

@@ -189,9 +189,9 @@ def results_tables(results: dict, records: list[dict], args) -> str:
     return text
 
 
-def _average(values: dict[str, tuple[float, float | None]]) -> tuple[float, float | None]:
-    """The unweighted mean of several means, and its standard error."""
-    means, errors = zip(*values.values(), strict=True)
+def average(values: Iterable[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """Return the unweighted mean of several (mean, its standard error or None), and its standard error."""
+    means, errors = zip(*values, strict=True)
     return fmean(means), None if None in errors else math.hypot(*errors) / len(errors)
 
 
@@ -204,7 +204,7 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
     benchmarks, width = list(dict.fromkeys(b for run in bars.values() for b in run)), 0.8 / len(bars)
     if len(benchmarks) > 1 and all(len(values) == len(benchmarks) for values in bars.values()):
         benchmarks.append("average")
-        bars = {run: values | {"average": _average(values)} for run, values in bars.items()}
+        bars = {run: values | {"average": average(values.values())} for run, values in bars.items()}
     size = (max(4.5, 0.5 + 0.45 * len(benchmarks) * (len(bars) + 1)), 3.6)
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()

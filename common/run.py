@@ -454,7 +454,7 @@ def open_sampler(policy, tokenizer, args, world: World, *, needed=True):
 def check_fit(flag: str, model, policy, longest: int) -> None:
     """Raise InputError if the model of a flag has another vocabulary than the policy, fewer positions than `longest`,
     or another soft cap or scale of its logits."""
-    size, expected = model.lm.config.vocab_size, policy.lm.config.vocab_size
+    size, expected = (m.lm.config.get_text_config(decoder=True).vocab_size for m in (model, policy))
     if size != expected:
         raise InputError(f"{flag}: a vocabulary of {size} does not fit --model's of {expected}")
     if logit_form(model.lm.config) != logit_form(policy.lm.config):

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import behavior_injection as bridge
 import luffy
@@ -26,7 +27,7 @@ from common import run, trainer, verifiers
 from common.data import InputError, pack
 from common.rollout import Completion
 from common.rows import Example
-from common.run import Grader, Row, Run, RunArgs, check_flags, micro_batches, per_token, trace_rows
+from common.run import Grader, Row, Run, RunArgs, check_fit, check_flags, micro_batches, per_token, trace_rows
 from common.trainer import Totals, World, layers_to_keep, load_policy, make_optimizer, parse_args
 from common.verifiers import Verdict
 from common.vllm import free_share
@@ -39,6 +40,16 @@ COUNT = {"rows": len(EXAMPLES), "kept": len(EXAMPLES)}
 
 
 # ------------------------------------------------------------------------------------------------------- flags
+
+
+def test_a_second_model_fits_by_the_vocabulary_of_a_nested_configuration_too():
+    def model(size):
+        text = dict(model_type="qwen2", vocab_size=size)
+        return SimpleNamespace(lm=SimpleNamespace(config=AutoConfig.for_model("llava", text_config=text)))
+
+    check_fit("--reference m", model(50), model(50), 10)
+    with pytest.raises(InputError, match="--reference m: a vocabulary of 40 does not fit --model's of 50"):
+        check_fit("--reference m", model(40), model(50), 10)
 
 
 def test_help_begins_with_the_flags_of_the_script(capsys):

@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 
 from common.data import InputError
-from common.report import load_run, plot_bars, rewards_of, table, versions_of
+from common.report import average, load_run, plot_bars, rewards_of, table, versions_of
 from common.run import Positive, check_ranges, write_whole
 from common.trainer import launch, parse_args
 from common.verifiers import after_think
@@ -91,11 +91,11 @@ def compare_rates(rates: dict[str, np.ndarray], names: list[str]) -> list[dict]:
     rows = []
     for benchmark, part in [*((b, [b]) for b in rates), ("average", list(rates))]:
         for i, name in enumerate(names):
-            errors = [mean_and_errors([[rate] for rate in rates[b][i]])[1] for b in part]
+            measured = [mean_and_errors([[rate] for rate in rates[b][i].tolist()])[:2] for b in part]
+            rate, error = average(measured)
             row = {
                 "benchmark": benchmark, "run": name, "questions": sum(rates[b].shape[1] for b in part),
-                "pass@1": float(mean(rates[b][i].mean() for b in part)),
-                "se": None if None in errors else math.sqrt(sum(e**2 for e in errors)) / len(part),
+                "pass@1": rate, "se": error,
                 "difference": None, "low": None, "high": None,
             }  # fmt: skip
             if i:
