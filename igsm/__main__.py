@@ -127,8 +127,6 @@ def main(argv=None):
                 continue
             if path.suffix not in endings:
                 raise ValueError(f"--{flag} must end in {' or '.join(endings)}, got {path}")
-            if not path.parent.is_dir():
-                raise ValueError(f"--{flag} {path}: there is no folder {path.parent}")
             if path.is_dir():
                 raise ValueError(f"--{flag} {path} is a folder")
         other = ("out", "draw", "n", "system_prompt")
@@ -137,12 +135,14 @@ def main(argv=None):
             from igsm.draw import draw
 
             [problem] = problems(1, **settings)
+            args.draw.parent.mkdir(parents=True, exist_ok=True)
             draw(problem, args.draw)
             print(f"{problem.question}\n\n{problem.solution}\n")
         if args.out is None:
             return 0
         made = problems(args.n, **settings)
         made = itertools.chain([next(made)], made)  # if there is no such problem, say so before anything else
+        out.parent.mkdir(parents=True, exist_ok=True)
         rows = (row(problem, args.split or "all", args.system_prompt) for problem in made)
         write = {".jsonl": write_jsonl, ".parquet": write_parquet}[args.out.suffix]
         write(half, tqdm(rows, total=args.n, unit=" problems", desc=args.out.name))

@@ -677,7 +677,6 @@ def test_command_writes_the_columns_of_luffy(tmp_path, monkeypatch):
         "--n 5",
         "--n 0 --out {}/a.jsonl",
         "--out {}/a.csv",
-        "--out {}/none/a.jsonl",
         "--ops 5 3 --out {}/a.jsonl",
         "--ops 4 --out {}/a.jsonl",
         "--style latin --out {}/a.jsonl",
