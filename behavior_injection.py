@@ -455,8 +455,8 @@ def train(args: Args) -> None:
         # 1. sample: own answers (base, sft: the arm's solutions)
         with run.clock("sample"):
             if rl:
-                counts = [args.group_size] * len(batch)
-                rows = sample_rows(sampler, batch, my_questions, counts, args, world, seed=run.seed, grader=grader)
+                n = args.group_size
+                rows = sample_rows(sampler, batch, my_questions, n, args, world, seed=run.seed, grader=grader)
             else:
                 rows = trace_rows(batch, my_questions)
 
@@ -527,8 +527,8 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
         if world.main:
             print(f"{args.out}/data/{name}.jsonl: {in_words(left_out, args)}; {len(examples)} are asked")
         asked = read_questions(f"{args.out}/data/{name}.jsonl", args)
-        my_questions, counts = range(world.rank, len(examples), world.size), [1] * len(examples)
-        rows = {t: sample_rows(sampler, examples, my_questions, counts, args, world, seed=args.seed + 1, grader=grader,
+        mine = range(world.rank, len(examples), world.size)
+        rows = {t: sample_rows(sampler, examples, mine, 1, args, world, seed=args.seed + 1, grader=grader,
                                temperature=t) for t in sorted({0.0, args.eval_temperature})}  # fmt: skip
         greedy, sampled = (grader.gather(rows[t], world) for t in (0.0, args.eval_temperature))
         checks = [igsm.check_solution(asked[row.example.index], row.text(tokenizer), modulus=args.modulus or None)

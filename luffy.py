@@ -308,12 +308,12 @@ def main(args: Args) -> None:
 
         # 1. sample: the traces, and own answers to fill each group
         with run.clock("sample"):
-            traces = [args.teacher_rows if e.trace else 0 for e in batch]
-            rows = trace_rows(batch, my_questions, traces)
+            n_traces = [args.teacher_rows if e.trace else 0 for e in batch]
+            rows = trace_rows(batch, my_questions, n_traces)
             if by_rl:
                 grader.add(rows)
-                own = [args.group_size - n for n in traces]
-                rows += sample_rows(sampler, batch, my_questions, own, args, world, seed=run.seed, grader=grader)
+                n_own = [args.group_size - n for n in n_traces]
+                rows += sample_rows(sampler, batch, my_questions, n_own, args, world, seed=run.seed, grader=grader)
 
         # 2. reward
         with run.clock("reward"):

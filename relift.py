@@ -366,10 +366,11 @@ def main(args: Args) -> None:
 
         # 1. sample: own answers alone (sft: demonstrations alone)
         with run.clock("sample"):
-            rows = [] if by_rl else trace_rows(batch, my_questions)
             if by_rl:
-                own = [args.group_size] * len(batch)
-                rows += sample_rows(sampler, batch, my_questions, own, args, world, seed=run.seed, grader=grader)
+                n = args.group_size
+                rows = sample_rows(sampler, batch, my_questions, n, args, world, seed=run.seed, grader=grader)
+            else:
+                rows = trace_rows(batch, my_questions)
 
         # 2. reward
         with run.clock("reward"):

@@ -469,7 +469,7 @@ def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) ->
     ranks share the examples."""
     mine = range(world.rank, len(examples), world.size)
     grader = Grader(tokenizer, args.verifier)
-    rows = sample_rows(sampler, examples, mine, [1] * len(examples), args, world, seed=args.seed + 1, grader=grader,
+    rows = sample_rows(sampler, examples, mine, 1, args, world, seed=args.seed + 1, grader=grader,
                        temperature=args.eval_temperature)  # fmt: skip
     grader.wait()
     # gather a few numbers per row: with ids and log-probs, the rows would take gigabytes on every rank
@@ -530,11 +530,12 @@ def trace_rows(batch: list[Example], mine, counts: list[int] | None = None) -> l
 
 
 def sample_rows(
-    sampler, batch: list[Example], mine, counts: list[int], args, world: World, *, seed: int, grader: "Grader",
+    sampler, batch: list[Example], mine, counts: int | list[int], args, world: World, *, seed: int, grader: "Grader",
     top_p: float = 1.0, temperature: float | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Sample counts[g] answers to question g of a batch, for the questions `mine`, at --temperature or another one. The
-    answers to a question are graded while others are still being sampled."""
+    """Sample counts (or counts[g]) answers to question g of a batch, for the questions `mine`, at --temperature or
+    another one. The answers to a question are graded while others are still being sampled."""
+    counts = [counts] * len(batch) if isinstance(counts, int) else counts
     groups: list[list[Row]] = [[] for _ in mine]
 
     def drawn(i: int, answers) -> None:
@@ -574,9 +575,8 @@ def keep_answers(
     def answer(part: list[int]) -> list[dict]:
         batch = [examples[i] for i in part]
         records = [{"id": i, "answers": []} for i in part]
-        rows = sample_rows(
-            sampler, batch, range(len(batch)), [n] * len(batch), args, world, seed=args.seed, grader=grader, top_p=top_p
-        )
+        every = range(len(batch))
+        rows = sample_rows(sampler, batch, every, n, args, world, seed=args.seed, grader=grader, top_p=top_p)
         grader.wait()
         verdicts.extend((row.status, row.detail) for row in rows)
         check_works(args.verifier, verdicts)

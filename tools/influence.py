@@ -98,8 +98,8 @@ def influence(arm: str, args: Args, world) -> None:
 
     def roll_out(first: int) -> list[Row]:
         """Return this rank's answers to n questions, in whole groups."""
-        mine, counts = range(first + world.rank, first + n, world.size), [size] * len(examples)
-        rows = sample_rows(sampler, examples, mine, counts, args, world, seed=args.seed + 2, grader=grader)
+        mine = range(first + world.rank, first + n, world.size)
+        rows = sample_rows(sampler, examples, mine, size, args, world, seed=args.seed + 2, grader=grader)
         grader.wait()
         check_works(args.verifier, gather_lists([(row.status, row.detail) for row in rows], world))
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)  # [B]
