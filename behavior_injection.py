@@ -45,7 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import igsm
-from common.data import InputError, batch_indices, tokens_of_blocks
+from common.data import InputError, batch_indices, block_denominators
 from common.metrics import plot_curves
 from common.report import read_results, table, write_results
 from common.rows import in_words, load_rows, read_examples, read_row, set_template
@@ -292,14 +292,12 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
 
     loss = - (1/n) sum_k (1/T_k) sum_{t in k} log p_t over n blocks of sft_rows_per_mean neighbors in `rows`, with T_k
     tokens each. The gradient is the same for any number of ranks and any micro_batch_tokens."""
-    lengths, totals = [len(row.response) for row in rows], Totals(world)
-    rows_per_mean = args.sft_rows_per_mean or len(rows)
-    n_blocks = math.ceil(len(rows) / rows_per_mean)
-    weights = [1 / (tokens * n_blocks) for tokens in tokens_of_blocks(lengths, rows_per_mean)]  # of a token of each row
-    numbers = range(len(rows))
-    for batch, my_numbers in micro_batches(numbers, args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
+    lengths = [len(row.response) for row in rows]
+    totals = Totals(world)
+    weights = [1 / n for n in block_denominators(lengths, args.sft_rows_per_mean)]  # of a token of each row
+    for batch, mine in micro_batches(range(len(rows)), args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        loss = -(logp * per_token(batch, [weights[i] for i in my_numbers])).sum()
+        loss = -(logp * per_token(batch, [weights[i] for i in mine])).sum()
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"sft/loss": loss})

@@ -39,7 +39,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.data import InputError, batch_indices, token_scales
+from common.data import InputError, batch_indices, block_denominators
 from common.rows import held_out_examples, read_examples
 from common.run import (
     Cap,
@@ -250,11 +250,10 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     lengths = [len(row.response) for row in rows]
     totals = Totals(world)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
-    scale_of = {id(row): x for row, x in zip(rows, token_scales(lengths, args.sft_rows_per_mean), strict=True)}
-    for batch, my_rows in micro_batches(rows, args, world):
+    scales = [sum(lengths) / n for n in block_denominators(lengths, args.sft_rows_per_mean)]  # one mean over all: 1
+    for batch, mine in micro_batches(range(len(rows)), args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        scale = per_token(batch, [scale_of[id(row)] for row in my_rows])  # [N], relative to one mean over all tokens
-        loss = sft_loss = -(logp * scale).sum() / sum(lengths)
+        loss = sft_loss = -(logp * per_token(batch, [scales[i] for i in mine])).sum() / sum(lengths)
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / sum(lengths)
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum

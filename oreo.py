@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoints import Checkpoints, changed_settings
-from common.data import InputError, batch_indices, token_scales
+from common.data import InputError, batch_indices, block_denominators
 from common.metrics import plot_curves
 from common.rows import held_out_examples, in_words, read_examples, read_traces, with_kept
 from common.run import (
@@ -415,7 +415,8 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
     row_of = {row.index: row for unit in units for row in unit}
     actions = [sum(row.actions) for row in row_of.values()]  # of each row
     n_units, n_actions = len(units), sum(actions)  # the denominators: rows (dpo: pairs); sft's and rejection's tokens
-    scale_of = dict(zip(row_of, token_scales(actions, args.sft_rows_per_mean), strict=True))
+    scales = [n_actions / n for n in block_denominators(actions, args.sft_rows_per_mean)]  # one mean over all: 1
+    scale_of = dict(zip(row_of, scales, strict=True))
     baseline = kto_baseline(policy, reference, units, args, world) if args.stage == "kto" else 0.0
     totals, measured = Totals(world), []
     for batch, rows, action in row_batches(units, args, world):

@@ -41,7 +41,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from common.data import InputError, batch_indices, tokens_of_blocks
+from common.data import InputError, batch_indices, block_denominators
 from common.rows import held_out_examples, read_examples
 from common.run import (
     Cap,
@@ -156,11 +156,11 @@ def policy_token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, cli
     return loss
 
 
-def sft_token_loss(logp: Tensor, entropy: Tensor, mean_tokens: Tensor, *, n_blocks: int, entropy_coef: float) -> Tensor:
+def sft_token_loss(logp: Tensor, entropy: Tensor, denominator: Tensor, *, entropy_coef: float) -> Tensor:
     """SFT loss of each token, to be summed: (1/K) sum_k (1/T_k) sum_{t in k} (- log p_t - c H_t).
 
-    K = `n_blocks`. logp, entropy [N]; mean_tokens [N]: T_k of the block that a token is in (`tokens_of_blocks`)."""
-    return (-logp - entropy_coef * entropy) / mean_tokens / n_blocks
+    logp, entropy [N]; denominator [N]: K T_k for K blocks, T_k tokens in a token's block (`block_denominators`)."""
+    return (-logp - entropy_coef * entropy) / denominator
 
 
 def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0.0) -> list[int]:
@@ -280,13 +280,11 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     It does not depend on ranks or micro_batch_tokens. Adjacent rows share a mean."""
     lengths = [len(row.response) for row in rows]
     totals = Totals(world)
-    rows_per_mean = args.sft_rows_per_mean or len(rows)
-    n_blocks = math.ceil(len(rows) / rows_per_mean)
-    tokens_of = {id(row): n for row, n in zip(rows, tokens_of_blocks(lengths, rows_per_mean), strict=True)}
-    for batch, my_rows in micro_batches(rows, args, world):
+    denominators = block_denominators(lengths, args.sft_rows_per_mean)  # of each row
+    for batch, mine in micro_batches(range(len(rows)), args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        mean_tokens = per_token(batch, [tokens_of[id(row)] for row in my_rows])  # [N]
-        loss = sft_token_loss(logp, entropy, mean_tokens, n_blocks=n_blocks, entropy_coef=args.sft_entropy_coef).sum()
+        denominator = per_token(batch, [denominators[i] for i in mine])  # [N]
+        loss = sft_token_loss(logp, entropy, denominator, entropy_coef=args.sft_entropy_coef).sum()
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"sft/loss": loss})

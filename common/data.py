@@ -14,7 +14,6 @@ Sequences that begin with the same prompt, as the answers of a group do, share i
 """
 
 import heapq
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -85,27 +84,16 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     return order[position * batch_size : (position + 1) * batch_size].tolist()
 
 
-def tokens_of_blocks(lengths: list[int], rows_per_mean: int) -> list[int]:
-    """For each row the tokens of its block. Blocks are `rows_per_mean` adjacent rows; the last may have fewer.
+def block_denominators(lengths: list[int], rows_per_mean: int) -> list[int]:
+    """For each row K T: K blocks, T tokens in the row's block. Blocks are `rows_per_mean` adjacent rows (0: all rows);
+    the last may have fewer. The sum over tokens of loss / (K T) is the mean over blocks of their token means.
 
-    >>> tokens_of_blocks([5, 3, 4, 4, 2], 2)
-    [8, 8, 8, 8, 2]
+    >>> block_denominators([5, 3, 4, 4, 2], 2), block_denominators([5, 3], 1), block_denominators([5, 3], 0)
+    ([24, 24, 24, 24, 6], [10, 6], [8, 8])
     """
-    first = [i - i % rows_per_mean for i in range(len(lengths))]
-    return [sum(lengths[i : i + rows_per_mean]) for i in first]
-
-
-def token_scales(lengths: list[int], rows_per_mean: int) -> list[float]:
-    """Return for each row the factor N / (M T) on the loss of its tokens: N tokens in all, M blocks, T tokens in the
-    row's block. With it, the mean over all tokens becomes the mean over blocks of their token means. A block has
-    `rows_per_mean` rows (0: all rows).
-
-    >>> token_scales([4, 1, 5], 1), token_scales([4, 1, 5], 2), token_scales([4, 1, 5], 0)
-    ([0.8333333333333334, 3.3333333333333335, 0.6666666666666666], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
-    """
-    rows_per_mean = rows_per_mean or max(1, len(lengths))
-    n_blocks, total = math.ceil(len(lengths) / rows_per_mean), sum(lengths)
-    return [total / (n_blocks * tokens) for tokens in tokens_of_blocks(lengths, rows_per_mean)]
+    size = rows_per_mean or max(1, len(lengths))
+    blocks = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+    return [len(blocks) * sum(block) for block in blocks for _ in block]
 
 
 BLOCK = {"cpu": 0.94, "cuda": 1.0}  # shortest row of a block of attention, as a fraction of its longest

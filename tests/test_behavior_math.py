@@ -25,9 +25,8 @@ from behavior_injection import (
     per_step_influence,
     policy_token_loss,
     row_means,
-    tokens_of_blocks,
 )
-from common.data import pack, plan_micro_batches
+from common.data import block_denominators, pack, plan_micro_batches
 from common.rollout import EmbeddedSampler, Sampling
 from common.trainer import World
 from common.verifiers import boxed_reward
@@ -205,9 +204,9 @@ def test_the_sft_loss_is_the_mean_of_token_means(rows_per_mean, micro_batch_toke
     assert_equal(logp.grad, -torch.autograd.grad(expected, logp)[0], 1e-8)
 
 
-def test_tokens_of_blocks_are_those_of_the_rows_together():
-    assert tokens_of_blocks([5, 3, 4, 4, 2], 2) == [8, 8, 8, 8, 2]
-    assert tokens_of_blocks([5, 3], 1) == [5, 3]
+def test_a_block_has_the_tokens_of_its_rows_together():
+    assert block_denominators([5, 3, 4, 4, 2], 2) == [3 * n for n in (8, 8, 8, 8, 2)]
+    assert block_denominators([5, 3], 1) == [2 * 5, 2 * 3] and block_denominators([], 2) == []
 
 
 # ----------------------------------------------------------------------------------- rewards, ends of answers

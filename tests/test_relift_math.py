@@ -8,7 +8,7 @@ import torch
 
 import luffy
 import relift
-from common.data import pack
+from common.data import block_denominators, pack
 from common.rows import read_examples
 from relift import (
     Args,
@@ -21,7 +21,6 @@ from relift import (
     policy_token_loss,
     sft_is_due,
     sft_token_loss,
-    tokens_of_blocks,
 )
 from tests import ranks
 from tests.relift_ranks import VECTORS, Bigram, sft_update
@@ -82,10 +81,8 @@ def sft_loss(rows, rows_per_mean, entropy=0.0):
     """-> (loss, log-probs [rows, 5]) of some rows of the vectors, as one update."""
     logp = f64(INPUTS["log_prob"])[rows].requires_grad_()
     lengths = INPUTS["lengths"][rows]
-    tokens = tokens_of_blocks(lengths, rows_per_mean)
-    mean_tokens = torch.tensor(tokens)[:, None].expand_as(logp)
-    means = -(-len(lengths) // rows_per_mean)
-    loss = sft_token_loss(logp, torch.full_like(logp, entropy), mean_tokens, n_blocks=means, entropy_coef=0.5)
+    denominator = torch.tensor(block_denominators(lengths, rows_per_mean))[:, None].expand_as(logp)
+    loss = sft_token_loss(logp, torch.full_like(logp, entropy), denominator, entropy_coef=0.5)
     return (loss * MASK[rows]).sum(), logp
 
 
