@@ -207,11 +207,11 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_tokens = sum(len(row.response) for row in rows)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    counted = rows_with_gradient(rows, args)
+    kept = rows_with_gradient(rows, args)
     totals = Totals(world)
-    n_counted = sum(len(row.response) for row in counted)
-    n_teacher = sum(len(row.response) for row in counted if row.teacher)
-    for i, (batch, my_rows) in enumerate(micro_batches(counted, args, world)):
+    n_kept = sum(len(row.response) for row in kept)
+    n_teacher = sum(len(row.response) for row in kept if row.teacher)
+    for i, (batch, my_rows) in enumerate(micro_batches(kept, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         teacher = per_token(batch, [row.teacher for row in my_rows]).bool()  # [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
@@ -230,15 +230,15 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         if args.method == "rl_sft":
             sft_loss = -torch.where(teacher, logp, 0.0).sum() / max(1, n_teacher)
             n_added = n_micro * (1 - (1 - 1 / n_micro) ** (args.loss_rows * args.teacher_rows / args.group_size))
-            loss = loss + args.sft_coef * n_added * sft_loss  # published: each micro-batch with a trace added its mean
+            loss = loss + args.sft_coef * n_added * sft_loss  # published: a mean per micro-batch with a trace (n_added)
             totals.add({"sft/loss": sft_loss})
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / n_tokens
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"loss/pg": pg_loss})
-        totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
-        add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_counted - n_teacher, own=~teacher)
+        totals.add({"policy/entropy": entropy.sum()}, per=n_kept)
+        add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_kept - n_teacher, own=~teacher)
         if n_teacher:
             add_trace(totals, logp.detach(), teacher, args, per=n_teacher)
     return totals.reduce() | {"optim/entropy_coef": args.entropy_coef * n_micro}  # c M

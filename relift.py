@@ -176,7 +176,7 @@ def hardest_groups(rewards: list[float], groups: list[int], threshold: float = 0
 
 
 def questions_to_buffer(which: str, hardest: list[int], n: int, *, seed: str) -> list[int]:
-    """Return which of the questions 0 .. n - 1 --sft_on selects. solved, random: as many as hardest, or all that exist.
+    """Return those of the questions 0 .. n - 1 that --sft_on selects. solved, random: at most as many as hardest.
 
     >>> questions_to_buffer("hardest", [1], 3, seed=""), sorted(questions_to_buffer("solved", [0, 2, 3], 5, seed=""))
     ([1], [1, 4])
@@ -252,10 +252,10 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
     n_tokens = sum(len(row.response) for row in rows)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
     row_scale = args.loss_rows / (len(rows) * args.max_response_tokens)
-    counted = rows_with_gradient(rows, args)
+    kept = rows_with_gradient(rows, args)
     totals = Totals(world)
-    n_counted = sum(len(row.response) for row in counted)
-    for i, (batch, my_rows) in enumerate(micro_batches(counted, args, world)):
+    n_kept = sum(len(row.response) for row in kept)
+    for i, (batch, my_rows) in enumerate(micro_batches(kept, args, world)):
         logp, entropy = policy(batch, temperature=args.temperature, entropy=True)  # [N], [N]
         old = logp.detach() if old_logps is None else old_logps[i]  # [N], of the same micro-batches
         advantage = per_token(batch, [row.advantage for row in my_rows])  # [N]
@@ -270,8 +270,8 @@ def accumulate_gradient(policy, rows: list[Row], old_logps: list | None, args: A
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"loss/pg": pg_loss})
-        totals.add({"policy/entropy": entropy.sum()}, per=n_counted)
-        add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_counted)
+        totals.add({"policy/entropy": entropy.sum()}, per=n_kept)
+        add_drift(totals, logp.detach(), old, drawn_logp, clip=args.clip, per=n_kept)
     return totals.reduce() | {"optim/entropy_coef": args.entropy_coef * n_micro}  # c M
 
 
@@ -314,13 +314,13 @@ def check_demonstrations(examples: list, grader: Grader, args: Args, world) -> N
 
 
 def with_demonstration(questions: list[int], examples, grader: Grader, args: Args, world):
-    """Return those of `questions` (numbers of examples) to fine-tune on, and counts of the others by reason. The ranks
+    """Return those of `questions` (indices of examples) to fine-tune on, and counts of the others by reason. The ranks
     share the demonstrations that must be verified."""
     accepted = have = [q for q in questions if examples[q].trace]
     if args.verify_demonstrations:
         rows = trace_rows([examples[q] for q in have], range(world.rank, len(have), world.size))
         grader.add(rows)
-        accepted = [have[row.group] for row in grader.gather(rows, world) if row.reward > 0]
+        accepted = [have[row.group] for row in grader.gather(rows, world) if row.reward > 0]  # group: place in have
     counts = {"buffer/no_demonstration": len(questions) - len(have), "buffer/rejected": len(have) - len(accepted)}
     return accepted, counts
 
@@ -353,8 +353,9 @@ def main(args: Args) -> None:
     run.begin(policy, optimizer, tokenizer, **more)
     sampler = open_sampler(policy, tokenizer, args, world, needed=by_rl or run.held_out)
     sampler.sync(policy, version=run.start)
-    buffer, demonstrations = HardestBuffer(), run.state.get("demonstrations", 0)  # how many were trained on
-    buffer.load_state_dict(run.state.get("buffer", buffer.state_dict()))  # numbers of examples
+    n_taught = run.state.get("demonstrations", 0)  # demonstrations that SFT has trained on so far
+    buffer = HardestBuffer()  # of indices of examples
+    buffer.load_state_dict(run.state.get("buffer", buffer.state_dict()))
     run.log(run.evaluate(sampler))
 
     for step in run:
@@ -385,8 +386,8 @@ def main(args: Args) -> None:
             hardest = hardest_groups(rewards.tolist(), group.tolist(), args.hard_threshold)
             chosen = questions_to_buffer(args.sft_on, hardest, len(batch), seed=f"{args.seed} {step}")
             with run.clock("reward"):
-                numbers, counts = with_demonstration([indices[g] for g in chosen], examples, grader, args, world)
-            buffer.add(numbers)  # of examples
+                accepted, counts = with_demonstration([indices[g] for g in chosen], examples, grader, args, world)
+            buffer.add(accepted)
             buffer_log |= counts | {"group/hardest": len(hardest) / len(batch)}
 
         # 4. update
@@ -401,7 +402,7 @@ def main(args: Args) -> None:
                 else:
                     log = accumulate_sft_gradient(policy, update, args, world)
                 done = run.update("policy", log, update, lr=run.lr(u, len(updates)), max_grad_norm=args.max_grad_norm)
-                demonstrations += len(update) if done and not by_rl else 0
+                n_taught += len(update) if done and not by_rl else 0
         taught, fired = [], False  # an SFT update follows if it is due
         if interleave and sft_is_due(step, len(buffer), args):
             with run.clock("sft"):
@@ -411,7 +412,7 @@ def main(args: Args) -> None:
                 fired = run.update(
                     "sft", log, taught, lr=args.sft_lr, max_grad_norm=args.sft_max_grad_norm, norm="sft/grad_norm"
                 )
-                demonstrations += len(taught) if fired else 0
+                n_taught += len(taught) if fired else 0
         if interleave:
             buffer_log |= {"buffer/size": len(buffer), "sft/fired": float(fired)}
 
@@ -420,9 +421,9 @@ def main(args: Args) -> None:
             sampler.sync(policy, version=step)
 
         # 6. log, evaluate, save
-        buffer_log["sft/demonstrations"] = demonstrations
+        buffer_log["sft/demonstrations"] = n_taught
         run.log(describe(rows) | buffer_log | run.evaluate(sampler), rows, taught)
-        run.save(buffer=buffer.state_dict(), demonstrations=demonstrations)
+        run.save(buffer=buffer.state_dict(), demonstrations=n_taught)
     run.finish(sampler)
 
 
