@@ -326,7 +326,7 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
         else:  # in a conversation a step is a turn
             actions, steps = mask, [here and not before for before, here in itertools.pairwise([False, *mask])]
         rows.append(Row(prompt, response, actions, steps, reward * args.reward_scale + args.reward_shift, *rest))
-    kept = [mine[i] for mine in by_question(rows) for i in balanced([row.reward for row in mine], args.balance)]
+    kept = [group[i] for group in by_question(rows) for i in balanced([row.reward for row in group], args.balance)]
     rows = sorted(kept, key=lambda row: row.index)
     return rows, count | {"kept": len(rows), "right": sum(row.reward > 0 for row in rows)}
 
@@ -420,7 +420,8 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
     baseline = kto_baseline(policy, reference, units, args, world) if args.stage == "kto" else 0.0
     totals, measured = Totals(world), []
     for batch, rows, action in row_batches(units, args, world):
-        lengths, values, kl = [len(row.response) for row in rows], None, torch.zeros_like(action)
+        lengths = [len(row.response) for row in rows]
+        values, kl = None, torch.zeros_like(action)  # of oreo alone
         if args.stage == "oreo":
             logp, ref_logp, kl = policy(batch, reference=reference)  # [N] each
             values = value(batch)  # [N]
@@ -452,10 +453,9 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
 
         totals.add({"loss/policy": loss})
         sums = [row_sums((x * action).detach(), batch, len(rows)) for x in (logp, logp - ref_logp, kl)]  # [B] each
-        by_row = [None] * len(rows) if values is None else values.detach().split(lengths)
-        measured += zip(rows, torch.stack(sums, 1), by_row, strict=True)
-    found = [(row.index, measurements(row, sums, values)) for row, sums, values in measured]
-    for index, fields in gather_lists(found, world):
+        row_values = [None] * len(rows) if values is None else values.detach().split(lengths)
+        measured += zip(rows, torch.stack(sums, 1), row_values, strict=True)
+    for index, fields in gather_lists([(row.index, measurements(row, *x)) for row, *x in measured], world):
         vars(row_of[index]).update(fields)
     return totals.reduce()
 
@@ -595,13 +595,13 @@ def collect(args: Args) -> str:
     )
     if world.main:
         rows = []
-        for e, mine in zip(examples, answers, strict=True):
+        for e, found in zip(examples, answers, strict=True):
             about = dict(question=e.index, source=e.source, gold=e.gold, prompt=e.text, prompt_ids=e.prompt)
-            mine = [a for a in mine if a["status"] not in ("timeout", "error")]  # else right or wrong is not known
-            rewards = [answer["reward"] * args.reward_scale + args.reward_shift for answer in mine]
-            rows += [about | mine[i] for i in balanced(rewards, args.balance)]
+            known = [a for a in found if a["status"] not in ("timeout", "error")]  # else right or wrong is not known
+            rewards = [answer["reward"] * args.reward_scale + args.reward_shift for answer in known]
+            rows += [about | known[i] for i in balanced(rewards, args.balance)]
         write_lines(out / "rows.jsonl", rows)
-        statuses = Counter(answer["status"] for mine in answers for answer in mine)
+        statuses = Counter(answer["status"] for found in answers for answer in found)
         right = sum(row["reward"] * args.reward_scale + args.reward_shift > 0 for row in rows)
         print(f"{' '.join(args.data)}: {in_words(left_out, args)}; {len(rows)} answers, {right} right; "
               f"sampled: {dict(statuses)}")  # fmt: skip
@@ -615,16 +615,16 @@ def iterate(args: Args) -> None:
     first = last = dict(model=args.model, value=args.value)  # last: of the round before
     for number in range(1, args.rounds + 1):
         out = Path(args.out) / f"round-{number}"
-        mine = dataclasses.replace(args, out=str(out), rounds=1, seed=(args.seed + 1000 * number) % 10**12)
+        its_args = dataclasses.replace(args, out=str(out), rounds=1, seed=(args.seed + 1000 * number) % 10**12)
         reference = last["model"] if args.round_reference == "last" else args.reference or args.model
         models = (last if args.round_init == "last" else first) | dict(reference=reference)
         if not (out / "model").exists():
-            train(mine, rows=collect(dataclasses.replace(mine, model=last["model"])), **models)
+            train(its_args, rows=collect(dataclasses.replace(its_args, model=last["model"])), **models)
         else:
-            there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(mine)))
-            if changed := changed_settings(there, here, here.keys() - Checkpoints.FREE | {"steps", "epochs"}):
+            there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(its_args)))
+            if changed := changed_settings(there, here, here.keys() - (Checkpoints.FREE - {"steps", "epochs"})):
                 raise InputError(f"{out} was made with other settings ({changed}): choose another --out")
-            keep_weights(out, models_of(dataclasses.replace(mine, **models)), True, world)
+            keep_weights(out, models_of(dataclasses.replace(its_args, **models)), True, world)
             if world.main:
                 print(f"{out}: round {number} is complete")
         last = dict(model=str(out / "model"), value=str(out / "value") if args.stage == "oreo" else "")
