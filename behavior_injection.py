@@ -294,10 +294,10 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     tokens each. The gradient is the same for any number of ranks and any micro_batch_tokens."""
     lengths = [len(row.response) for row in rows]
     totals = Totals(world)
-    weights = [1 / n for n in block_denominators(lengths, args.sft_rows_per_mean)]  # of a token of each row
+    denominators = block_denominators(lengths, args.sft_rows_per_mean)  # of each row
     for batch, mine in micro_batches(range(len(rows)), args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        loss = -(logp * per_token(batch, [weights[i] for i in mine])).sum()
+        loss = -(logp / per_token(batch, [denominators[i] for i in mine])).sum()
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"sft/loss": loss})

@@ -250,10 +250,10 @@ def accumulate_sft_gradient(policy, rows: list[Row], args: Args, world) -> dict[
     lengths = [len(row.response) for row in rows]
     totals = Totals(world)
     n_micro = published_micro_batches(sum(row.tokens for row in rows) / len(rows), args.loss_rows)
-    scales = [sum(lengths) / n for n in block_denominators(lengths, args.sft_rows_per_mean)]  # one mean over all: 1
+    denominators = block_denominators(lengths, args.sft_rows_per_mean)  # of each row
     for batch, mine in micro_batches(range(len(rows)), args, world, lambda i: [(rows[i].prompt, rows[i].response)]):
         logp, entropy = policy(batch, entropy=True)  # [N], [N]
-        loss = sft_loss = -(logp * per_token(batch, [scales[i] for i in mine])).sum() / sum(lengths)
+        loss = sft_loss = -(logp / per_token(batch, [denominators[i] for i in mine])).sum()
         if args.entropy_coef:
             loss = loss - args.entropy_coef * n_micro * entropy.sum() / sum(lengths)
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum

@@ -413,10 +413,9 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
     the same for any number of ranks and any micro_batch_tokens. Both losses of oreo read the values and log-probs from
     before the update, so the order of the two optimizer steps does not matter."""
     row_of = {row.index: row for unit in units for row in unit}
-    actions = [sum(row.actions) for row in row_of.values()]  # of each row
-    n_units, n_actions = len(units), sum(actions)  # the denominators: rows (dpo: pairs); sft's and rejection's tokens
-    scales = [n_actions / n for n in block_denominators(actions, args.sft_rows_per_mean)]  # one mean over all: 1
-    scale_of = dict(zip(row_of, scales, strict=True))
+    n_units = len(units)  # the denominator: rows (dpo: pairs). In sft and rejection each row has its own:
+    denominators = block_denominators([sum(row.actions) for row in row_of.values()], args.sft_rows_per_mean)
+    denominator_of = dict(zip(row_of, denominators, strict=True))
     baseline = kto_baseline(policy, reference, units, args, world) if args.stage == "kto" else 0.0
     totals, measured = Totals(world), []
     for batch, rows, action in row_batches(units, args, world):
@@ -447,8 +446,7 @@ def accumulate_gradient(policy, value, reference, units: list[list[Row]], args: 
             loss = losses.sum() / n_units
         else:  # sft, rejection
             logp = ref_logp = policy(batch)  # [N]
-            scale = per_token(batch, [scale_of[row.index] for row in rows])  # [N]
-            loss = -(logp * action * scale).sum() / n_actions
+            loss = -(logp * action / per_token(batch, [denominator_of[row.index] for row in rows])).sum()
         (loss * world.size).backward()  # FSDP averages over ranks; we need the sum
 
         totals.add({"loss/policy": loss})
