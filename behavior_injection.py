@@ -322,8 +322,8 @@ def make_data(args: Args, world) -> None:
 
 def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, arms: dict | None = None) -> None:
     """Write OUT/data/NAME.jsonl, rows in LUFFY's schema: n problems, seeded by `seed`. With arms (of `arms_of`): a file
-    NAMEARM.jsonl for each, of the same problems. Files of the same settings are kept; a file not
-    written by it raises InputError. One rank calls it."""
+    NAMEARM.jsonl for each, of the same problems. Files of the same settings are kept. InputError if it would replace a
+    file that it has not written. One rank calls it."""
     settings = dict(ops=ops, split=split, seed=seed, style=args.style, modulus=args.modulus or None,
                     max_params=args.max_params, shuffle=args.shuffle,
                     max_literal=min(9, args.modulus - 1) if args.modulus else 9)  # fmt: skip
@@ -331,13 +331,12 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
     folder, arms = Path(args.out, "data"), {"": [{}]} if arms is None else arms
     record_file = folder / f"{name}.settings.json"  # written last: the files that it describes are complete
     old = json.loads(record_file.read_text()) if record_file.exists() else {"problems": None, "checksums": {}}
-    same_problems = old["problems"] == problems
-    record = old if same_problems else {"problems": problems, "arms": {}, "checksums": {}}
+    record = old if old["problems"] == problems else {"problems": problems, "arms": {}, "checksums": {}}
     files = {arm: folder / f"{name}{arm}.jsonl" for arm in old["checksums"] | arms}
     missing = [arm for arm in arms if record["arms"].get(arm) != arms[arm] or not files[arm].exists()]
     if not n or not missing:
         return
-    for arm in missing if same_problems else files:  # arms of other problems must not stay beside the new ones
+    for arm in missing if record is old else files:  # arms of other problems must not stay beside the new ones
         if files[arm].exists() and crc32(files[arm].read_bytes()) != old["checksums"].get(arm):
             raise InputError(f"{files[arm]} was not made by --stage data: move it away, or use it with --stage sft, rl "
                              f"or eval (tools.influence: delete {record_file.name})")  # fmt: skip
@@ -351,7 +350,7 @@ def write_set(name: str, n: int, ops: tuple, split: str, seed: int, args: Args, 
                     lines[arm].append(json.dumps(row) + "\n")
     except ValueError as error:
         raise InputError(f"problems of {name.rstrip('_')}: {error} (--ops, --val_ops, ... set them)") from error
-    if not same_problems:
+    if record is not old:
         for file in [record_file, *files.values()]:
             file.unlink(missing_ok=True)
     for arm in missing:
@@ -454,7 +453,7 @@ def train(args: Args) -> None:
         with run.clock("sample"):
             if rl:
                 n = args.group_size
-                rows = sample_rows(sampler, batch, my_questions, n, args, world, seed=run.seed, grader=grader)
+                rows = sample_rows(sampler, batch, my_questions, n, args, world, seed=run.step_seed, grader=grader)
             else:
                 rows = trace_rows(batch, my_questions)
 

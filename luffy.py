@@ -312,7 +312,7 @@ def main(args: Args) -> None:
             if by_rl:
                 grader.add(rows)
                 n_own = [args.group_size - n for n in n_traces]
-                rows += sample_rows(sampler, batch, my_questions, n_own, args, world, seed=run.seed, grader=grader)
+                rows += sample_rows(sampler, batch, my_questions, n_own, args, world, seed=run.step_seed, grader=grader)
 
         # 2. reward
         with run.clock("reward"):

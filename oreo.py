@@ -63,7 +63,7 @@ from common.run import (
     check_flags,
     digests_of,
     keep_answers,
-    keep_weights,
+    keep_digests,
     mean,
     micro_batches,
     open_policy,
@@ -622,7 +622,7 @@ def iterate(args: Args) -> None:
             there, here = json.loads((out / "args.json").read_text()), json.loads(json.dumps(vars(its_args)))
             if changed := changed_settings(there, here, here.keys() - (Checkpoints.FREE - {"steps", "epochs"})):
                 raise InputError(f"{out} was made with other settings ({changed}): choose another --out")
-            keep_weights(out, models_of(dataclasses.replace(its_args, **models)), True, world)
+            keep_digests(out, models_of(dataclasses.replace(its_args, **models)), True, world)
             if world.main:
                 print(f"{out}: round {number} is complete")
         last = dict(model=str(out / "model"), value=str(out / "value") if args.stage == "oreo" else "")

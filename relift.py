@@ -367,7 +367,7 @@ def main(args: Args) -> None:
         with run.clock("sample"):
             if by_rl:
                 n = args.group_size
-                rows = sample_rows(sampler, batch, my_questions, n, args, world, seed=run.seed, grader=grader)
+                rows = sample_rows(sampler, batch, my_questions, n, args, world, seed=run.step_seed, grader=grader)
             else:
                 rows = trace_rows(batch, my_questions)
 

@@ -256,7 +256,7 @@ class EmbeddedSampler(Sampler):
         expand = torch.tensor([b for b, i in enumerate(batch) for _ in groups[i]], device=device)
         cache.batch_select_indices(expand)  # ... and shared by its completions
         hidden, position, mask = hidden[expand], position[expand, -1], mask[expand]
-        length = torch.tensor([sampling.max_tokens[i] for i, _ in rows], device=device)
+        length = torch.tensor([sampling.max_tokens[i] for i, _ in rows], device=device)  # the limit, until a row stops
         most = int(length.max())
         mask = torch.cat([mask, mask.new_ones(len(rows), most)], 1)
         uniforms = None
@@ -264,7 +264,7 @@ class EmbeddedSampler(Sampler):
             draws = [np.random.default_rng((seed, keys[i], j)).random(most, dtype=np.float32) for i, j in rows]
             uniforms = torch.from_numpy(np.stack(draws)).to(device)  # [rows, most]
 
-        drawn = torch.zeros(len(rows), most, dtype=torch.long, device=device)
+        tokens = torch.zeros(len(rows), most, dtype=torch.long, device=device)
         logps = torch.zeros(len(rows), most, device=device)
         live = torch.arange(len(rows), device=device)  # rows still being written; the batch holds just these
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)  # of the live ones
@@ -275,7 +275,7 @@ class EmbeddedSampler(Sampler):
             bar.update(0)
             u = uniforms[live, t] if uniforms is not None else None
             token, logp = draw(change_logits(self._logits(hidden), **form), u, sampling)
-            drawn[live, t], logps[live, t] = token, logp
+            tokens[live, t], logps[live, t] = token, logp
             stopped = (torch.isin(token, stop_ids) | (length[live] == t + 1)) & ~done
             length[live[stopped]] = t + 1
             done |= stopped
@@ -290,9 +290,9 @@ class EmbeddedSampler(Sampler):
             position = position + ~done  # that of a finished row stays: one more might exceed the model's maximum
             hidden = self._hidden(token[:, None], mask[:, : width + t + 1], position[:, None], cache)
         bar.update(len(live))
-        drawn, logps, length = drawn.tolist(), logps.tolist(), length.tolist()
+        tokens, logps, length = tokens.tolist(), logps.tolist(), length.tolist()
         stops = set(stop_ids.tolist())
-        for (i, j), row, row_logps, count in zip(rows, drawn, logps, length, strict=True):
+        for (i, j), row, row_logps, count in zip(rows, tokens, logps, length, strict=True):
             finish = "stop" if row[count - 1] in stops else "length"
             groups[i][j] = Completion(row[:count], row_logps[:count], finish)
 

@@ -187,7 +187,7 @@ class Run:
 
     def plan(self, items: list, held_out: list[Example], left_out: dict, *, key=None, sequences=None,
              source: str = "", batch_flag: str = "--batch_size", models: dict | None = None) -> None:  # fmt: skip
-        """Check that data and start models match the checkpoint and that the data fills a batch; count the steps.
+        """Check that data and start models match the checkpoint and that the data fills a batch; lock OUT; count steps.
 
         items: what the loop trains on. Items that are not Examples need key and sequences. key(item): a tuple of lists
         of ids, texts and numbers, from which the digest of the data is made. sequences(item): the (prompt, response)
@@ -204,7 +204,6 @@ class Run:
         self.longest = max(len(prompt) + len(response) for item in items for prompt, response in sequences(item))
         per_epoch = len(items) // args.batch_size
         self.steps = count_steps(vars(args), per_epoch)
-        before = count_steps(self.state.get("settings", vars(args)), per_epoch)  # when the checkpoint was written
         if self.start > self.steps:
             raise InputError(f"--out {self.out} has a checkpoint of step {self.start}, after the last of {self.steps} "
                              "steps: raise --steps (or --epochs), or name another --out")  # fmt: skip
@@ -215,12 +214,12 @@ class Run:
                 print(f"WARNING: {n} of the {len(held_out)} held-out questions are trained on too", file=sys.stderr)
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
-        models, written = models or {"model": args.model}, ["model", "best"] if args.keep_best else ["model"]
-        check_replaced(self.out, [*written, *models], models, new=not self.state)
+        models = models or {"model": args.model}  # what is trained of them is written to OUT under the same name
+        check_replaced(self.out, [*models, "best"] if args.keep_best else [*models], models, new=not self.state)
         self.lock, newest = lock(self.out, self.world), self.checkpoints.latest()
         if self.start != (int(newest.name.removeprefix("step-")) if newest else 0):
             raise InputError(f"--out {self.out}: another process has written there meanwhile; run the command again")
-        keep_weights(self.out, models, bool(self.state), self.world)
+        keep_digests(self.out, models, bool(self.state), self.world)
         if self.world.main:
             anew = f"; {self.out} has no checkpoint: its model is trained anew" if (self.out / "model").exists() else ""
             resumes = f"; {self.out} resumes after step {self.start}" if self.start else anew
@@ -228,6 +227,7 @@ class Run:
                 resumes = f"; all {self.steps} steps of {self.out} are done"
             print(f"{source}: {in_words(left_out, args)}; {len(self.held_out)} held-out; {self.steps} steps of "
                   f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
+            before = count_steps(self.state.get("settings", vars(args)), per_epoch)  # when the checkpoint was written
             if self.start < self.steps and before != self.steps and (args.schedule != "constant" or args.warmup):
                 print(f"WARNING: the checkpoint is of a run of {before} steps; the schedule now has {self.steps}, so "
                       "the learning rate may rise", file=sys.stderr)  # fmt: skip
@@ -278,7 +278,7 @@ class Run:
         return found
 
     @property
-    def seed(self) -> int:
+    def step_seed(self) -> int:
         """Seed of what this step draws."""
         return self.args.seed * 1_000_003 + self.step
 
@@ -392,7 +392,7 @@ def digests_of(models: dict[str, str], world: World) -> dict[str, str]:
     return dict(gather_lists([*mine.items()], world))
 
 
-def keep_weights(out: Path, models: dict[str, str], compare: bool, world: World) -> None:
+def keep_digests(out: Path, models: dict[str, str], compare: bool, world: World) -> None:
     """Write digests of the models {flag: path} to OUT/weights.json. InputError if `compare` and OUT has others."""
     digests, path, wrong = digests_of(models, world), out / "weights.json", f"{out} was begun with other weights"
     keep_settings(path, digests, models if compare and path.exists() else (), wrong, world)

@@ -549,7 +549,7 @@ def test_neighbouring_seeds_share_no_stream(tmp_path, world):
     seeds = []
     for mine in [Run(RunArgs(out=str(tmp_path / "run"), seed=seed)) for seed in range(3)]:
         for mine.step in range(1, 101):
-            seeds.append(mine.seed)
+            seeds.append(mine.step_seed)
     assert len(set(seeds)) == 300
 
 
