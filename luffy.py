@@ -314,7 +314,7 @@ def main(args: Args) -> None:
                 n_own = [args.group_size - n for n in n_traces]
                 rows += sample_rows(sampler, batch, my_questions, n_own, args, world, seed=run.step_seed, grader=grader)
 
-        # 2. reward
+        # 2. reward (sft: nothing is graded)
         with run.clock("reward"):
             rows = grader.gather(rows, world)  # every rank has all rows now
 

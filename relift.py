@@ -102,7 +102,7 @@ class Args(RunArgs):
     sft_rows_per_mean: NotNegative[int] = 4
 
 
-LONG_TRACE = {"reject": "drop", "cut": "end"}  # for read_examples. drop: leave out the trace only. end: cut, append eos
+LONG_TRACE = {"reject": "drop", "cut": "end"}  # for read_examples. drop: leave out the trace only. end: cut, eos last
 METHODS = {
     "grpo": dict(out="runs/relift_grpo", clip=0.2, max_grad_norm=1.0),
     "sft": dict(lr=5e-5, schedule="cosine", lr_floor=0.1, warmup=0.1, betas=(0.9, 0.95), weight_decay=0.0,
@@ -371,7 +371,7 @@ def main(args: Args) -> None:
             else:
                 rows = trace_rows(batch, my_questions)
 
-        # 2. reward
+        # 2. reward (sft: nothing is graded)
         with run.clock("reward"):
             rows = grader.gather(rows, world)  # every rank has all rows now
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -241,13 +242,11 @@ class EmbeddedSampler(Sampler):
         return max(65536, free_memory(self.device) // 2 // token_bytes)
 
     def _generate_batch(self, batch, prompts, groups, keys, seed, sampling, bar) -> None:
-        device, width = self.device, max(len(prompts[i]) for i in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for b, i in enumerate(batch):  # left-padded, so that all rows go on at the same column
-            ids[b, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[b, width - len(prompts[i]) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
+        device = self.device
+        read = [torch.tensor(prompts[i]) for i in batch]
+        left = dict(batch_first=True, padding_side="left")  # so that all rows go on at the same column
+        ids = pad_sequence(read, **left).to(device)  # [b, width]
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in read], **left).to(device)  # [b, width]
         position = (mask.cumsum(1) - 1).clamp(min=0)  # [b, width]
         cache = DynamicCache(config=self.lm.config)
         cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -288,7 +287,7 @@ class EmbeddedSampler(Sampler):
                 live, token, position, mask, done = live[keep], token[keep], position[keep], mask[keep], done[keep]
                 bar.update(finished)
             position = position + ~done  # that of a finished row stays: one more might exceed the model's maximum
-            hidden = self._hidden(token[:, None], mask[:, : width + t + 1], position[:, None], cache)
+            hidden = self._hidden(token[:, None], mask[:, : ids.shape[1] + t + 1], position[:, None], cache)
         bar.update(len(live))
         tokens, logps, length = tokens.tolist(), logps.tolist(), length.tolist()
         stops = set(stop_ids.tolist())
