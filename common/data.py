@@ -260,7 +260,7 @@ def packed_mask(*, mask_function, local_size=None, **_) -> Pattern:
     return Pattern(_packing.get(), mask_function, local_size)
 
 
-def read(model, batch: TokenBatch) -> torch.Tensor:
+def hidden_states(model, batch: TokenBatch) -> torch.Tensor:
     """Final hidden states [T, H]; the model's attn_implementation must be "packed"."""
     token = _packing.set(batch.packing)
     try:

@@ -45,7 +45,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from common.data import InputError, TokenBatch, first_line, pack, read, to_disk, unrelated_to_model
+from common.data import InputError, TokenBatch, first_line, hidden_states, pack, to_disk, unrelated_to_model
 from common.logprobs import free_memory, linear_kl, linear_logprobs
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -317,7 +317,7 @@ def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:
         raise InputError(f"a sequence of {batch.packing.width} tokens exceeds the {limit} positions of the model")
     if batch.largest >= rows:
         raise InputError(f"token id {batch.largest}: the model has {rows} rows of embeddings; use its own tokenizer")
-    return read(lm.get_decoder(), batch).index_select(0, batch.predictors)
+    return hidden_states(lm.get_decoder(), batch).index_select(0, batch.predictors)
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "--model"):
