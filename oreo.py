@@ -293,7 +293,7 @@ class Row:
     steps: list[bool]  # [response]: the text before this token is a state of the step variant
     reward: float = 1.0  # R
     group: int = 0  # which question
-    index: int = 0  # row number in the data
+    index: int = 0  # which answer in the data: a row of the file may hold several
     # As of its last update: log pi and log [pi / ref], summed over the actions; their mean KL; V at the starts of steps
     # and before the last token
     logp: float = 0.0
@@ -320,12 +320,12 @@ def read_rows(source: str, tokenizer, args: Args) -> tuple[list[Row], dict[str, 
     """Return the graded rows of a file that --balance keeps, and counts. Raises InputError naming the row."""
     rows, ends = [], step_ids(tokenizer, args.step_delimiters)
     traces, count = read_traces(source, tokenizer, args)
-    for prompt, response, mask, reward, *rest in traces:
+    for prompt, response, mask, reward, group, index in traces:
         if mask is None:
             actions, steps = [True] * len(response), step_starts(response, ends)
         else:  # in a conversation a step is a turn
             actions, steps = mask, [here and not before for before, here in itertools.pairwise([False, *mask])]
-        rows.append(Row(prompt, response, actions, steps, reward * args.reward_scale + args.reward_shift, *rest))
+        rows.append(Row(prompt, response, actions, steps, reward * args.reward_scale + args.reward_shift, group, index))
     kept = [group[i] for group in by_question(rows) for i in balanced([row.reward for row in group], args.balance)]
     rows = sorted(kept, key=lambda row: row.index)
     return rows, count | {"kept": len(rows), "right": sum(row.reward > 0 for row in rows)}
