@@ -327,8 +327,8 @@ class Run:
             tqdm.write(f"{message}. The update is skipped (--skip_bad_updates)")
 
     def log(self, values: dict, rows: Sequence = (), also: Sequence = ()) -> None:
-        """Log update means (/max: maxima), `values`, and what the step cost; write samples of `rows`. also: other
-        rows that were trained on. Before the first step only `values` are logged, if there are any."""
+        """Log means over the step's updates (of /max: maxima), `values` and what the step cost; write samples of
+        `rows`. also: other rows that were trained on. Before the first step log `values` alone, if there are any."""
         if self.step == self.start:
             return self.metrics.log(self.step, values, SHOWN) if values else None
         seconds = self.clock.flush()
@@ -399,9 +399,9 @@ def keep_digests(out: Path, models: dict[str, str], compare: bool, world: World)
 
 
 def lock(out: Path, world: World, name: str = ".lock", *, wait: bool = False):
-    """Make the run folder if needed, lock it and return the lock file. The lock ends when this process closes the file,
-    under any handle. Raises InputError if the folder cannot be made or another process holds the lock, such as a rank
-    of a torchrun that was killed. With `wait` it waits for that process instead."""
+    """Make the run folder if needed, lock it and return the lock file. Closing any handle of that file ends the lock.
+    Raises InputError if the folder cannot be made or another process holds the lock, such as a rank of a torchrun that
+    was killed. With `wait` it waits for that process instead."""
     if not world.main:
         return None
     try:

@@ -66,7 +66,7 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
         reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         reader.add_argument(f"--{flag}", default=values[flag])
         chosen = selected[flag] = getattr(reader.parse_known_args(argv)[0], flag)
-        values |= {flag: chosen} if chosen in table else {}
+        values |= {flag: chosen} if chosen in table else {}  # else the default, or a value that tyro refuses
         for name, value in table.get(chosen, {}).items():
             # nested: `name` is an earlier flag, and its value chooses
             values |= value.get(selected[name], {}) if isinstance(value, dict) else {name: value}
