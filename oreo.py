@@ -311,7 +311,7 @@ class Row:
         starts = [i for i, start in enumerate(self.steps) if start]
         steps = [tokenizer.decode(self.response[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
         return {
-            "row": self.index, "reward": self.reward, "log_ratio": self.log_ratio,
+            "answer": self.index, "reward": self.reward, "log_ratio": self.log_ratio,
             "prompt": tokenizer.decode(self.prompt), "steps": steps, "values": [round(v, 4) for v in self.values],
         }  # fmt: skip
 
@@ -603,7 +603,7 @@ def collect(args: Args) -> str:
         right = sum(row["reward"] * args.reward_scale + args.reward_shift > 0 for row in rows)
         print(f"{' '.join(args.data)}: {in_words(left_out, args)}; {len(rows)} answers, {right} right; "
               f"sampled: {dict(statuses)}")  # fmt: skip
-    gather_lists([], world)  # no rank reads the file before it is there
+    torch.distributed.barrier()  # no rank reads the file before it is there
     return str(out / "rows.jsonl")
 
 

@@ -250,7 +250,8 @@ def accumulate_gradient(policy, pairs: list[Pair], args: Args, world) -> dict[st
     `pairs` are those of all ranks. The denominator is counted over them before the first backward, so the gradient is
     the same for any number of ranks and any micro_batch_tokens. Every rank gets the loss, log-probs and entropies of
     every pair, written into `pairs`. Returns metrics."""
-    n, float64 = denominator(pairs, args), dict(dtype=torch.float64, device=world.device)
+    n = denominator(pairs, args)
+    float64 = dict(dtype=torch.float64, device=world.device)
     lengths = torch.tensor([(len(p.chosen), len(p.rejected)) for p in pairs], **float64)  # [P, 2], P pairs on all ranks
     reference = torch.tensor([p.reference for p in pairs], **float64)  # [P, 2]
     weight = torch.tensor([p.weight for p in pairs], **float64)  # [P]

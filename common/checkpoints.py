@@ -211,7 +211,7 @@ class Checkpoints:
 
         self._written = self._writer.submit(write)
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise RuntimeError if the last checkpoint could not be written; one that is being written goes on."""
         if self._written and self._written.done():
             self.wait()

@@ -214,8 +214,10 @@ class Run:
                 print(f"WARNING: {n} of the {len(held_out)} held-out questions are trained on too", file=sys.stderr)
         if args.keep_best and not self.held_out:
             raise InputError("--keep_best keeps the best evaluation's model: it needs --eval_data and --eval_every")
-        models = models or {"model": args.model}  # what is trained of them is written to OUT under the same name
-        check_replaced(self.out, [*models, "best"] if args.keep_best else [*models], models, new=not self.state)
+        models = models or {"model": args.model}
+        written = [name for name in models if name != "reference"]  # to OUT
+        written += ["best"] if args.keep_best else []
+        check_replaced(self.out, written, models, new=not self.state)
         self.lock, newest = lock(self.out, self.world), self.checkpoints.latest()
         if self.start != (int(newest.name.removeprefix("step-")) if newest else 0):
             raise InputError(f"--out {self.out}: another process has written there meanwhile; run the command again")
@@ -252,7 +254,7 @@ class Run:
     def __iter__(self) -> Iterator[int]:
         self.clock = Clock(self.args.profile, self.out)
         while self.step < self.steps:
-            self.checkpoints.check()
+            self.checkpoints.raise_if_failed()
             self.step += 1
             yield self.step
 
@@ -491,7 +493,7 @@ class Row:
     response: list[int]
     group: int  # which question of the step
     teacher: bool = False
-    sampler_logps: list[float] | None = None  # log-probs that the sampler reported, or given ones of the teacher
+    logps: list[float] | None = None  # log-probs under the policy that wrote the response, if they are known
     truncated: bool = False
     reward: float = 0.0
     status: str = ""  # the verifier's; empty: not graded
@@ -505,8 +507,8 @@ class Row:
 
     @property
     def drawn_logps(self) -> list[float]:
-        """Log-probs under the policy that wrote the response, the sampler's or the teacher's; NaN if unknown."""
-        return self.sampler_logps or [math.nan] * len(self.response)
+        """`logps`, NaN if they are unknown."""
+        return self.logps or [math.nan] * len(self.response)
 
     def text(self, tokenizer) -> str:
         """The response as text, as a verifier reads it: without the token that ended it (a cut trace has none)."""

@@ -440,7 +440,7 @@ def _check_weights(lm: nn.Module, report: dict, flag: str, head_is_new: bool) ->
     layer of a kind that is not supported."""
     heads = ("score.weight", "lm_head.weight", "embed_out.weight", "output_projection.weight") if head_is_new else ()
     for problem in ("missing", "unexpected", "mismatched", "untied"):
-        if names := sorted(name for name in report.get(f"{problem}_keys", ()) if not name.endswith((*heads, UNREAD))):
+        if names := sorted(name for name in report.get(f"{problem}_keys", ()) if not name.endswith((*heads, IGNORED))):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise InputError(f"{flag}: its weights do not fit its config.json: {problem} are {some}")
     if getattr(head := lm.get_output_embeddings(), "bias", None) is not None:
@@ -451,7 +451,7 @@ def _check_weights(lm: nn.Module, report: dict, flag: str, head_is_new: bool) ->
 
 
 OWN_ATTENTION = "its attention does not go through Transformers' interfaces for attention and masks"
-UNREAD = ".masked_bias"  # a number that old GPT-2 folders hold beside the weights
+IGNORED = ".masked_bias"  # a number that old GPT-2 folders hold beside the weights
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

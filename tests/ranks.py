@@ -65,7 +65,7 @@ def gradient(world, method: str, micro_batch_tokens: int) -> tuple[dict[str, tor
     rows = fixed_rows()
     if method == "grpo":
         for row in rows:
-            row.teacher, row.sampler_logps = False, row.sampler_logps or [-1.0] * len(row.response)
+            row.teacher, row.logps = False, row.logps or [-1.0] * len(row.response)
     old = [logp - 0.1 for logp in policy_logps(policy, rows, args, world)]
     if method == "sft":
         metrics = accumulate_sft_gradient(policy, rows, args, world)

@@ -175,8 +175,8 @@ def test_answers_far_from_the_reference_are_left_out_but_count_in_the_mean():
 
 
 def test_metrics_of_an_update_are_of_the_answers_that_are_kept_and_means_over_tokens():
-    rows = [Row([0], [1, 2], 0, sampler_logps=[-1.0] * 2, advantage=1.0),
-            Row([0], [3, 4, 1], 0, sampler_logps=[-1.0] * 3, advantage=0.5)]  # fmt: skip
+    rows = [Row([0], [1, 2], 0, logps=[-1.0] * 2, advantage=1.0),
+            Row([0], [3, 4, 1], 0, logps=[-1.0] * 3, advantage=0.5)]  # fmt: skip
     policy = Bigram(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).tolist())
     logp, entropy = policy(pack([(row.prompt, row.response) for row in rows]), entropy=True)
     reference = logp.detach() - torch.tensor([0.0, 0, 3, 3, 3])  # the second answer is far from it

@@ -342,7 +342,7 @@ def test_given_probabilities_reach_the_update_and_tis_weighs_own_tokens_alone():
     start = 0
     for row in rows:
         drawn = own[start : start + len(row.response)]
-        row.sampler_logps = [math.log(0.4)] * len(row.response) if row.teacher else (drawn - math.log(2)).tolist()
+        row.logps = [math.log(0.4)] * len(row.response) if row.teacher else (drawn - math.log(2)).tolist()
         start += len(row.response)
     batch = pack([(row.prompt, row.response) for row in rows])
     teacher = torch.tensor([row.teacher for row in rows])[batch.sequence]

@@ -83,7 +83,7 @@ def test_every_stage_trains_and_leaves_a_run_folder(stage, nano, rows, tmp_path)
         assert (tmp_path / "run" / name).exists()
     assert (tmp_path / "run" / "value").exists() == (stage == "oreo")
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
-    assert {"step", "row", "reward", "log_ratio", "prompt", "steps", "values"} == sample.keys()
+    assert {"step", "answer", "reward", "log_ratio", "prompt", "steps", "values"} == sample.keys()
     assert len(sample["values"]) == (len(sample["steps"]) if stage == "oreo" else 0)
 
 

@@ -59,8 +59,8 @@ def test_the_rl_update_is_the_one_of_luffy_without_a_teacher(policy, old):
     """Which test_luffy_math.py compares with the published updates."""
     rows = ranks.fixed_rows()
     for row in rows:
-        row.teacher, row.sampler_logps = False, [-1.0] * len(row.response)
-    mine = [Row(r.prompt, r.response, r.group, False, r.sampler_logps, advantage=r.advantage) for r in rows]
+        row.teacher, row.logps = False, [-1.0] * len(row.response)
+    mine = [Row(r.prompt, r.response, r.group, False, r.logps, advantage=r.advantage) for r in rows]
     settings = dict(max_response_tokens=30, micro_batch_tokens=100, entropy_coef=0.01, clip=0.2)
     args = dataclasses.replace(Args(), **settings)
     old_logps = None

@@ -448,7 +448,7 @@ def test_tis_cap_scales_the_own_tokens_loss_and_leaves_the_teachers(world, polic
         for row in rows:
             if not row.teacher:
                 logp = policy(pack([(row.prompt, row.response)])).detach()
-                row.sampler_logps = (logp + math.log(factor)).tolist()
+                row.logps = (logp + math.log(factor)).tolist()
                 row.advantage *= own
         policy.zero_grad()
         luffy.accumulate_gradient(policy, rows, None, dataclasses.replace(args, tis_cap=tis_cap), world)

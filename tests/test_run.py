@@ -192,6 +192,9 @@ def test_a_run_replaces_no_model_but_its_own(tmp_path, world):
     planned(tmp_path)  # of this run, which starts anew
     with pytest.raises(InputError, match="--model .*: the trained model would replace it: name another --out"):
         planned(tmp_path, model=str(model))
+    shutil.copytree(model, reference := tmp_path / "run" / "reference")  # is never written, so may lie there
+    mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1))
+    mine.plan(EXAMPLES, [], COUNT, models={"model": "", "reference": str(reference)})
 
 
 def test_an_answer_alone_is_refused_where_it_is_compared_with_others():
@@ -686,7 +689,7 @@ def test_a_reward_of_a_users_verifier_is_taken_as_it_is(monkeypatch):
 
 def test_the_last_step_has_a_checkpoint_too(tmp_path, world):
     mine, saved, drawn = planned(tmp_path, save_every=2, steps=3), [], []
-    mine.checkpoints = SimpleNamespace(save=lambda step, *_, **__: saved.append(step), check=lambda: None)
+    mine.checkpoints = SimpleNamespace(save=lambda step, *_, **__: saved.append(step), raise_if_failed=lambda: None)
     mine.metrics = SimpleNamespace(draw=lambda every: drawn.append(every), to_disk=lambda: None)
     mine.pairs = {"policy": (None, None)}
     mine.tokenizer = SimpleNamespace(chat_template="", name_or_path="")

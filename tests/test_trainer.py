@@ -491,7 +491,7 @@ def test_what_goes_wrong_in_the_background_is_not_lost(policy, world, tmp_path, 
     saved.save(2, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
     concurrent.futures.wait([saved._written], 30)
     with pytest.raises(RuntimeError, match="could not be written .*No space.*There is none before it"):
-        saved.check()
+        saved.raise_if_failed()
 
 
 def test_a_bad_log_prob_of_one_rank_stops_all(policy, monkeypatch):

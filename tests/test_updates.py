@@ -40,7 +40,7 @@ def test_the_entropy_bonus_is_a_mean_over_tokens_times_the_published_micro_batch
     rows = long_rows()
     if module is relift:
         for row in rows:
-            row.teacher, row.sampler_logps = False, [-1.0] * len(row.response)
+            row.teacher, row.logps = False, [-1.0] * len(row.response)
     bonus = gradient_of(module, rows, entropy_coef=0.5) - gradient_of(module, rows, entropy_coef=0.0)
     policy = Bigram(torch.eye(5).tolist())
     policy(pack([(r.prompt, r.response) for r in rows]), entropy=True)[1].mean().backward()
@@ -237,7 +237,7 @@ def test_sft_is_the_mean_of_token_means_of_so_many_rows(module, rows_per_mean, m
 @pytest.mark.parametrize("module", [luffy, relift])
 def test_half_the_rows_on_a_gpu_are_half_the_loss_and_their_own_micro_batches(module):
     """loss_rows 32, as on two nodes: ceil(32 x 1200 / 32768) = 2 micro-batches for the entropy bonus, not 3."""
-    rows = [module.Row(r.prompt, r.response, 0, sampler_logps=[-1.0] * len(r.response), advantage=r.advantage)
+    rows = [module.Row(r.prompt, r.response, 0, logps=[-1.0] * len(r.response), advantage=r.advantage)
             for r in long_rows()]  # fmt: skip
     plain = [gradient_of(module, rows, entropy_coef=0.0, loss_rows=n) for n in (64, 32)]
     torch.testing.assert_close(plain[1], plain[0] / 2)
@@ -258,7 +258,7 @@ def test_solved_questions_are_drawn_from_those_that_are_not_hardest():
 @pytest.mark.parametrize("module", [luffy, relift])
 def test_prompts_fill_the_published_micro_batches_too(module):
     """900 + 300 tokens a row make 3 micro-batches; answers alone would make one."""
-    row = module.Row([0] * 900, [1, 2, 3] * 100, 0, sampler_logps=[-1.0] * 300)
+    row = module.Row([0] * 900, [1, 2, 3] * 100, 0, logps=[-1.0] * 300)
     policy = Bigram(torch.eye(5).tolist())
     policy(pack([(row.prompt, row.response)]), entropy=True)[1].mean().backward()
     torch.testing.assert_close(gradient_of(module, [row], entropy_coef=0.5), -0.5 * 3 * policy.table.grad)
@@ -279,7 +279,7 @@ def test_the_entropy_bonus_of_luffys_sft_is_that_of_its_rl(loss_rows, n_micro):
 
 @pytest.mark.parametrize("module", [luffy, relift, bridge])
 def test_temperature_and_clip_of_the_settings_reach_the_update(module):
-    row = module.Row([0], [1, 2, 3], 0, sampler_logps=[-1.0] * 3, advantage=1.0)
+    row = module.Row([0], [1, 2, 3], 0, logps=[-1.0] * 3, advantage=1.0)
     args = dataclasses.replace(module.Args(), temperature=0.5, clip=0.2, entropy_coef=0.0)
     policy, more = Bigram(torch.eye(5).tolist()), [None] * (module is bridge)
     module.accumulate_gradient(policy, [row], None, *more, args, ONE_RANK)
@@ -312,7 +312,7 @@ def test_shapes_of_the_settings_reach_the_update_and_its_metrics(flag, teacher):
 def test_the_mismatch_is_a_mean_over_own_tokens(module):
     policy, more = Bigram(torch.eye(5).tolist()), [None] * (module is bridge)
     own = module.Row([0], [1, 2], 0, advantage=0.5)
-    own.sampler_logps = (policy(pack([(own.prompt, own.response)])) + 0.25).tolist()
+    own.logps = (policy(pack([(own.prompt, own.response)])) + 0.25).tolist()
     rows = [luffy.Row([0], [1, 2, 3, 4], 0, True, advantage=0.5)] * (module is luffy) + [own]
     log = module.accumulate_gradient(policy, rows, None, *more, module.Args(), ONE_RANK)
     assert (log["mismatch/mean_abs"], log["mismatch/kl"]) == pytest.approx((0.25, 0.25))
@@ -320,7 +320,7 @@ def test_the_mismatch_is_a_mean_over_own_tokens(module):
 
 @pytest.mark.parametrize("module", [luffy, relift])
 def test_rows_without_an_advantage_count_in_the_scale_of_the_others(module):
-    rows = [module.Row(r.prompt, r.response, 0, sampler_logps=[-1.0] * len(r.response), advantage=0.5 * k)
+    rows = [module.Row(r.prompt, r.response, 0, logps=[-1.0] * len(r.response), advantage=0.5 * k)
             for k, r in enumerate(long_rows())]  # fmt: skip
     policy = Bigram(torch.eye(5).tolist())
     loss = -sum(row.advantage * policy(pack([(row.prompt, row.response)])).sum() for row in rows)
@@ -330,8 +330,8 @@ def test_rows_without_an_advantage_count_in_the_scale_of_the_others(module):
 
 @pytest.mark.parametrize("module", [luffy, relift])
 def test_metrics_of_tokens_are_means_over_the_rows_that_have_a_gradient(module):
-    rows = [module.Row([0], [1, 2], 0, sampler_logps=[-1.0] * 2, advantage=0.5),
-            module.Row([0], [3, 4, 1], 0, sampler_logps=[-1.0] * 3)]  # fmt: skip
+    rows = [module.Row([0], [1, 2], 0, logps=[-1.0] * 2, advantage=0.5),
+            module.Row([0], [3, 4, 1], 0, logps=[-1.0] * 3)]  # fmt: skip
     table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).tolist()
     log = module.accumulate_gradient(Bigram(table), rows, None, module.Args(entropy_coef=0.0), ONE_RANK)
     expected = Bigram(table)(pack([([0], [1, 2])]), entropy=True)[1].mean().item()
@@ -372,7 +372,7 @@ def test_metrics_of_traces_are_means_over_their_tokens_at_the_settings_gamma():
 def test_tis_weighs_by_the_policy_before_the_step(module):
     row, policy = module.Row([0], [1, 2, 3], 0, advantage=1.0), Bigram(torch.eye(5).tolist())
     old = module.policy_logps(policy, [row], module.Args(), ONE_RANK)[0] - 0.5
-    row.sampler_logps = old.tolist()  # the sampler is right, and the policy has changed since
+    row.logps = old.tolist()  # the sampler is right, and the policy has changed since
     args = [dataclasses.replace(module.Args(), tis_cap=cap) for cap in (0.0, 2.0)]
     plain, weighed = (module.accumulate_gradient(policy, [row], [old], a, ONE_RANK)["loss/pg"] for a in args)
     assert weighed == pytest.approx(plain)
