@@ -387,7 +387,7 @@ def vote(text: str, *, labels: bool = False) -> str | None:
                  r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", r"\w[^\n]*")  # fmt: skip
         found = next((said[-1] for said in (re.findall(mark, text) for mark in marks) if said), "")
     found = re.sub(r"\\(?:left|right|[,;:! ])|\\?[$%]|\\text\s*\{\s*\}|\s", "", found).rstrip(".")
-    found = re.sub(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", found)
+    found = re.sub(r"(?<!\d)\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", found)
     number = re.sub(r"(?<=\d),(?=\d{3}\b)", "", found)
     if re.fullmatch(r"-?\d{1,50}(?:\.\d{0,50}|/0*[1-9]\d{0,50})?|-?\.\d{1,50}", number):
         return str(Fraction(number))

@@ -56,7 +56,7 @@ PART_OF = re.compile(r"(?i)\b(?:of|on|than|for|to|times|twice|half) (?:the |this
 BOUND_BEFORE = re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|≠|[\w})] +[<>]) *\$?$")  # x > \boxed{2}
 BOUND_AFTER = re.compile(r" *(?:\\(?:neq?|[lg]t)\b|≠|[<>](?!\w+>) *-?[\w\\])")  # but not <answer>\boxed{2}</answer>
 SENTENCE_END = re.compile(
-    r"\n|[.!?](?=\s|$)|[。，]|[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\d|\\|[A-Za-z ]{1,20}=|[^()\n]{0,40}\))|"
+    r"\n|[.!?](?=\s|$)|[。，]|[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\.?\d|\\|[A-Za-z ]{1,20}=|[^()\n]{0,40}\))|"
     r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|\s\((?=[a-z]{2,}[^)])|<[|/]|"
     r"\s*(?:です|입니다|이다)"
 )
@@ -120,7 +120,7 @@ def find_answer(text: str) -> str | None:
         if claimed(text, start) and not PART_OF.search(text, max(0, start - 20), start):
             said = SENTENCE_END.split(text[end:], maxsplit=1)[0]
             said = re.sub(r"\*\*([^*]+)\*\*", r"\1", said)
-            return "" if retracted(text, end) else re.sub(r"\$|\*\*(?!\w)", "", said)
+            return "" if retracted(text, end) else re.sub(r"\\?\$|\*\*(?!\w)", "", said)
     return None
 
 
@@ -248,9 +248,11 @@ def _is_short_unit(match):
 
 WORD = re.compile(r"(?<![\\~a-zA-Z])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}")
 PLUS, MINUS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
+ROMAN = r"\\(?:text|mathrm) *\{ *([a-zA-Z]+) *\}"
 SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
+        (r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|,\\! ?)\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),  # 1{,}000
         (r"\{,\}|,\\! ?", ","),
         (r"\{([:-])\}", r"\1"),
         (r"\\\\ ?\[[\d.]+ ?\w\w\]", r"\\\\"),  # the height of a row
@@ -264,7 +266,9 @@ SPELLINGS = [
         (r"(?:\\underline\s*\{\d+\}\s*)+", lambda m: re.sub(r"\D", "", m[0])),  # blanks that are filled in
         (rf"\\(?:{LAYOUT})(?![a-zA-Z])\.?|\\!|\\(?:text)?color\s*\{{\w*\}}", ""),
         (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]|\*\*|\.{2,3}", lambda m: SIGNS.get(m[1] or m[0], m[0])),
-        (r"\\mu *\\(?:text|mathrm) *\{ *([a-zA-Z]+) *\}", r"\\text{ micro\1}"),
+        (rf"\\mu *{ROMAN}", r"\\text{ micro\1}"),
+        (rf"\\frac *\{{ *{ROMAN} *\}} *\{{ *{ROMAN} *(\^\{{?\d\}}?)? *\}}", r" \\text{ \1}/\\text{\2}\3"),  # m over s
+        (r"(?<=[\d}])\\(?:text|mathrm) *\{(?=[mgshLNJWVKACFT](?![a-zA-Z]))", r" \\text{ "),  # 5\text{m}
         *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: WORD.sub(r" ~\g<0> ", m[1]))] * 3,
         (WRAPPER + "(?![a-zA-Z])", ""),
         (r"(?<=\d) *[\u4e00-\u9fff]{1,4}(?<![万亿千百十兆折成分半]) *$", ""),  # a unit in Chinese
@@ -278,6 +282,7 @@ SPELLINGS = [
         (r"(?s).*[±∓].*", lambda m: m[0].translate(PLUS) + "," + m[0].translate(MINUS)),
         (r"(?<![\\a-zA-Z])~?(?:infinity|inf|infty)(?![a-zA-Z])", "∞"),
         (r"(?i)(?<![\\a-zA-Z])~?(?:negative|minus) *(?=[\d∞])", "-"),
+        (r"(?<=[\d}/]) *~?sec\b\.?(?= *(?:$|[,)/]))", " ~second"),  # else the secant
         (rf"(?<![\\a-zA-Z])~?({'|'.join(FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 "),
         (WORD, lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS or _is_short_unit(m)) + m[0]),
         (r"(?<=\d) *\\Omega *$", " ~ohm"),
@@ -383,7 +388,7 @@ NAME = re.compile(
     r"(?!(?:e|i|\\pi)$)(?:\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'*(?:\([\w ,\\]*\))?|\([a-z](?:, ?[a-z])+\)|(?:~[A-Za-z]+ ?)+"
     r"|\\(?:angle|overline|triangle|vec)\W*\w+\W*)"
 )
-THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
 DECIMAL_COMMA = re.compile(  # before three digits only after a lone 0: 0,125
     r"^([^,;()⦃\[]*(?<![\d.])(?:0|[1-9]\d*)),(\d+(?<!,\d{3})|(?<=(?<!\d)0,)\d+)(?![\d.,])(?=[^,;]*$)"
 )

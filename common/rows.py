@@ -250,7 +250,7 @@ def _literal(value: str) -> str:
         parsed = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
     except json.JSONDecodeError:
         parsed = value
-    return "none" if parsed is None else json.dumps(parsed)
+    return "none" if parsed is None else json.dumps(parsed, ensure_ascii=False)
 
 
 def render_prompt(tokenizer, messages: list[dict], where: str = "", *, add_generation_prompt: bool = True) -> str:
@@ -288,7 +288,7 @@ def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[li
     that is tokenized alone, so such a response is tokenized together with its prompt."""
     encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
     for i, (prompt, response, ids) in enumerate(zip(prompts, responses, encoded, strict=True)):
-        if ids and response[0] not in " \u2581" and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
+        if ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
             before, both = tokenizer([prompt, prompt + response], add_special_tokens=False)["input_ids"]
             if both[: len(before)] == before:
                 encoded[i] = both[len(before) :]

@@ -531,7 +531,7 @@ def _label_of(answer, options: dict) -> str:
     if text in options:
         return text
     number, bare = text.removesuffix(".0"), text.strip("().").upper()
-    if number in options:
+    if number in options and texts.count(text) != 1:
         return number
     if number.isdecimal() and int(number) < len(labels) and (type(answer) is int or text not in texts):
         return labels[int(number)]

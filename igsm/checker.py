@@ -150,6 +150,8 @@ class _State:
                 wrong("bad analysis", f"the question does not say that {param!r} equals {step.analysis!r}")
 
     def _check_chain(self, step, formula):
+        if len(step.helpers) > 12:  # a model that repeats "r = r + r" doubles the formula each time
+            raise ValueError(f"{len(step.helpers)} helper variables")
         asked, meaning = self.asked, dict(self.param_of)  # letter -> parameter, or the formula of a helper
         values = {letter: asked.value(param) for letter, param in meaning.items() if param in self.solved}
         for letter, chain in step.helpers:

@@ -164,6 +164,10 @@ def test_equal_answers_vote_alike(one, other):
     assert vote(one) == vote(other) is not None
 
 
+def test_a_mixed_number_does_not_vote_as_an_improper_fraction():
+    assert vote(r"\boxed{1\frac{1}{2}}") != vote(r"\boxed{\frac{11}{2}}") == "11/2"
+
+
 @pytest.mark.parametrize("text", ["", "\n", "</think>", r"\boxed{}"])
 def test_an_answer_that_says_nothing_does_not_vote(text):
     assert vote(text) is None

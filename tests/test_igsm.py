@@ -265,6 +265,14 @@ def test_checker_accepts_the_solutions_of_meta_and_rejects_changed_ones():
             assert not check_solution(question, " Define " + rest, categories).correct
 
 
+def test_a_solution_of_meta_that_repeats_itself_is_rejected_at_once():
+    record = next(record for record in vectors("igsm_fb_samples") if "; r = " in record["solution"])
+    wrong = re.sub("(; r = [^;]*; )", r"\1" + "r = r + r = 13 + 13 = 3; " * 40, record["solution"], count=1)
+    start = time.process_time()
+    check = check_solution(record["question"], wrong, categories_of(record))
+    assert not check.correct and time.process_time() - start < 1
+
+
 # generator
 
 

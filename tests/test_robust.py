@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.grading import CANARY, hostile_text
+from common import robust
 from common.verifiers import Verdict, grade
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -147,6 +148,28 @@ def test_a_comma_before_three_digits_is_decimal_only_after_a_lone_zero():
     answers = [rf"\boxed{{{answer}}}" for answer in right + wrong]
     assert [v.reward for v in grade(answers, golds * 2, verifier="robust")] == [1] * 5 + [0] * 5
     assert grade([r"\boxed{10,000}"], ["10"], verifier="robust")[0].reward == 0
+
+
+def test_a_comma_in_braces_or_before_a_thin_space_marks_thousands_also_in_brackets():
+    golds = ["(1{,}234, 5)", r"[0, 10,\!000]", "1{,}000, 2{,}000", "1,000, 2,000", "(1{,}234, 5)", "1{,}25"]
+    answers = ["(1234, 5)", "[0, 10000]", "1000, 2000", "1000, 2000", "(1, 234, 5)", "1.25"]
+    answers = [rf"\boxed{{{answer}}}" for answer in answers]
+    assert [v.reward for v in grade(answers, golds, verifier="robust")] == [1, 1, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("unit", [r"\text{ sec}", " sec", r"\text{m}", r"\mathrm{m}", r"\text{m/s}", r"\text{m}^2",
+                                  r"\,\frac{\text{m}}{\text{s}}", r"\text{ m/sec}"])  # fmt: skip
+def test_a_unit_of_one_letter_or_called_like_a_function_is_a_unit(unit):
+    texts = [rf"\boxed{{5{unit}}}", f"#### 5{unit}", r"\boxed{5}", rf"\boxed{{6{unit}}}"]
+    golds = ["5", "5", f"5{unit}", "5"]
+    assert [v.reward for v in grade(texts, golds, verifier="robust")] == [1, 1, 1, 0]
+    assert not robust.readings(robust.spell("2 sec x"))[0].unit  # the secant
+
+
+def test_an_escaped_dollar_behind_the_answer_is_no_part_of_a_word():
+    texts = [r"The answer is \$18.", r"Answer: **\$18**", r"\boxed{18} each. So the answer is \$36."]
+    assert [v.reward for v in grade(texts * 2, ["18"] * 3 + ["36"] * 3, verifier="robust")] == [1, 1, 0, 0, 0, 1]
+    assert grade(["The answer is 1/2, .4 and 3."], ["1/2"], verifier="robust")[0].reward == 0
 
 
 def test_the_ends_of_an_interval_are_not_all_of_it():

@@ -549,6 +549,11 @@ def test_a_question_stands_behind_its_passage_and_before_its_options():
     assert item.question == "Tom has 3 apples.\n\nHow many?\n\nA) 3\nB) 4"
 
 
+def test_the_text_of_an_option_is_not_taken_for_the_label_of_another():
+    options = {"label": ["1", "2", "3", "4"], "text": ["0.5", "1.0", "1.5", "2.0"]}
+    assert read_row({"question": "How long?", "choices": options, "answer": "2.0"}, "row 0").gold == "4"
+
+
 @pytest.mark.parametrize("options", [{"A": "3.5", "B": "4"}, {"1": "1.5 m", "2": "2.5 m"}, {"1": "1:30", "2": "2:30"}])
 def test_a_number_with_which_an_option_begins_is_not_its_label(options):
     item = read_row({"question": "How long?", "options": options, "answer": [*options][0]}, "row 0")

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import behavior_injection as bridge
@@ -195,7 +195,8 @@ def test_switches_are_part_of_the_template_and_the_last_one_counts():
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [("true", "True"), ("False", "False"), ("3", "3"), ("null", "None"), ("low", "low"), ('"a\'b"', "a'b")],
+    [("true", "True"), ("False", "False"), ("3", "3"), ("null", "None"), ("low", "low"), ('"a\'b"', "a'b"),
+     ("🙂", "🙂")],
 )
 def test_a_switch_is_a_json_value_or_a_text(value, shown):
     tokenizer = load_tokenizer(MODEL)
@@ -269,6 +270,10 @@ def test_a_trace_after_a_prompt_starts_without_the_word_mark_that_sentencepiece_
     [example], _ = make_examples([row], tokenizer, limits, source="x")
     both = tokenizer("a?<think>\nOkay is<eos>", add_special_tokens=False)["input_ids"]
     assert example.prompt + example.trace == both
+    core = tokenizer.backend_tokenizer  # as older tokenizers add it
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    core.pre_tokenizer = None
+    assert response_ids(tokenizer, ["a?"] * 2, ["Okay is", " is Okay"]) == [alone, spaced]
 
 
 @pytest.mark.parametrize("keep", [True, False])
