@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -432,7 +433,7 @@ except InputError as error:
 
 @pytest.mark.parametrize(("gpus", "environment", "message"), [
     (0, {"SLURM_STEP_NUM_TASKS": "8"}, "srun starts this script several times"),
-    (4, {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8"}, "rank 5 of this host sees 4 GPUs"),
+    (4, {"RANK": "4", "LOCAL_RANK": "4", "WORLD_SIZE": "8"}, "rank 4 of this host sees 4 GPUs"),
 ])  # fmt: skip
 def test_starts_that_give_ranks_no_gpu_or_no_others_are_named(gpus, environment, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -441,6 +442,18 @@ def test_starts_that_give_ranks_no_gpu_or_no_others_are_named(gpus, environment,
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         trainer.init_world()
+
+
+@pytest.mark.parametrize(("tasks", "terminal", "environment"), [
+    ("1", False, {}), ("", False, {}), ("8", True, {}), ("8", False, {"RANK": "0"}),
+])  # fmt: skip
+def test_one_task_of_slurm_its_terminal_and_torchrun_under_srun_are_no_mistake(
+    tasks, terminal, environment, world, monkeypatch
+):
+    monkeypatch.setattr(trainer.os, "isatty", lambda _: terminal)
+    for name, value in (environment | {"SLURM_STEP_NUM_TASKS": tasks}).items():
+        monkeypatch.setenv(name, value)
+    assert trainer.init_world() == world
 
 
 def test_a_gpu_that_torch_cannot_use_is_named_with_its_driver(tmp_path, monkeypatch):
@@ -452,6 +465,58 @@ def test_a_gpu_that_torch_cannot_use_is_named_with_its_driver(tmp_path, monkeypa
     message = r"container was given none .*or the driver .NVRM version: NVIDIA 535.1. is too old for CUDA 13.0"
     with pytest.raises(InputError, match=message):
         trainer.init_world()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the message says
+    trainer.init_world()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", None)  # a torch for CPUs
+    trainer.init_world()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    driver.unlink()
+    trainer.init_world()
+
+
+@pytest.mark.parametrize(("environment", "threads"), [
+    ({}, 8), ({"OMP_NUM_THREADS": "3"}, None), ({"LOCAL_WORLD_SIZE": "16"}, 1),
+    ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "run"}, 4),  # torchrun's 1
+])  # fmt: skip
+def test_the_ranks_of_a_host_share_its_cores_unless_the_user_says_how_many(environment, threads, world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(trainer.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert trainer.init_world().local_size == int(environment.get("LOCAL_WORLD_SIZE", 1))
+    assert asked == ([threads] if threads else [])
+
+
+def test_a_process_alone_needs_no_network_and_ranks_use_the_one_that_they_are_given(world, monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    trainer.init_world()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    monkeypatch.delenv("RANK")
+    trainer.init_world()
+    assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    trainer.init_world()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth9"
+
+
+@pytest.mark.parametrize("world_known", [True, False])
+def test_of_ranks_that_fail_the_first_alone_prints_its_error(world_known, monkeypatch):
+    """And every rank if nobody can be asked. Before the ranks know each other it is rank 0."""
+    store, said = trainer.dist.HashStore(), []
+    monkeypatch.setattr(trainer.dist, "is_initialized", lambda: world_known)
+    monkeypatch.setattr(trainer.dist.distributed_c10d, "_get_default_store", lambda: store)
+    for rank in "102":
+        monkeypatch.setenv("RANK", rank)
+        said.append(trainer._first_to_fail())
+    assert said == ([True, False, False] if world_known else [False, True, False])
+    store = None  # it was with a rank that is gone
+    assert trainer._first_to_fail() == world_known
+    monkeypatch.delenv("RANK")
+    assert trainer._first_to_fail()
 
 
 def test_held_out_questions_that_are_trained_on_are_counted(tmp_path, capsys):
