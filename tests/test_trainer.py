@@ -168,6 +168,9 @@ def test_an_exported_model_is_the_model(policy, world, tmp_path, tied):
     loaded, made = load_tokenizer(str(tmp_path / "model")), igsm.tokenizer("symbolic")
     assert loaded.chat_template == made.chat_template
     assert loaded(text)["input_ids"] == made(text)["input_ids"] and loaded.decode(made(text)["input_ids"]) == text
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))  # the older name
+    assert load_tokenizer(str(tmp_path / "model"))(text)["input_ids"] == made(text)["input_ids"]
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [made.eos_token_id]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "model"] and (tmp_path / "model").is_symlink()
@@ -193,16 +196,33 @@ def test_a_folder_without_model_or_tokenizer_is_named(world, tmp_path):
     tokenizer.save_pretrained(tmp_path / "endless")
     with pytest.raises(InputError, match="--model .*/endless: the tokenizer has no eos token"):
         load_tokenizer(str(tmp_path / "endless"))
+    with pytest.raises(InputError, match="--tokenizer .*/endless: the tokenizer has no eos token"):
+        load_tokenizer(str(tmp_path / "endless"), flag="--tokenizer")
+
+
+def test_code_that_comes_with_a_tokenizer_runs_by_flag_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = shutil.copytree("models/tiny", tmp_path / "model")
+    (model / "own.py").write_text("import transformers\n\nclass Own(transformers.PreTrainedTokenizerFast): ...")
+    (model / "config.json").unlink()  # of a type that has a tokenizer in Transformers
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | own
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="--model .*custom code which must be executed"):
+        load_tokenizer(str(model))
+    assert type(load_tokenizer(str(model), trust_remote_code=True)).__name__ == "Own"
 
 
 def test_gradient_checkpointing_changes_nothing(world):
     grads = []
-    for flag in (False, True):
+    for flag in ("none", "auto", "all", True):  # auto: none on a CPU
         policy = load_policy("nano", world, from_config=NANO, seed=3, gradient_checkpointing=flag)
         policy(pack([([3, 4], [5, 6, 7])])).sum().backward()
         grads.append([p.grad for p in policy.parameters()])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
+        assert [layer.gradient_checkpointing for layer in trainer.layers_of(policy.lm)] == [flag in ("all", True)] * 2
+    for one, *others in zip(*grads, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, one)
 
 
 def test_compiled_layers_compute_the_same(world):
@@ -212,6 +232,8 @@ def test_compiled_layers_compute_the_same(world):
         logp = policy(pack([([3, 4], [5, 6, 7]), ([3, 4], [9, 8]), ([5], [6] * 9)]))
         logp.sum().backward()
         results.append([logp.detach(), *(p.grad for p in policy.parameters())])
+        [layer] = trainer.layers_of(policy.lm)
+        assert hasattr(layer.forward, "_torchdynamo_orig_callable") == flag
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
@@ -800,10 +822,17 @@ def test_a_peer_that_died_is_not_reported_as_a_model_that_is_not_supported(polic
 
 
 def test_a_path_that_is_no_model_folder_is_named_with_what_to_name_instead(tmp_path, world):
-    with pytest.raises(InputError, match=f"--model {tmp_path}/typo: no such folder"):
-        load_tokenizer(f"{tmp_path}/typo")
+    for path in (f"{tmp_path}/typo", "/typo", "./typo", "~/typo", "no/typo/model", "models/typo"):
+        with pytest.raises(InputError, match=f"^--tokenizer {path}: no such folder"):
+            load_tokenizer(path, flag="--tokenizer")
+    for name in ("org/typo", "typo"):  # of the Hub
+        with pytest.raises(InputError, match=f"^--tokenizer {name}: no tokenizer there"):
+            load_tokenizer(name, flag="--tokenizer")
     shutil.copytree("models/tiny", tmp_path / "run" / "model")
-    with pytest.raises(InputError, match=f"it is a run folder: name {tmp_path}/run/model"):
+    with pytest.raises(InputError, match=f"it is a run folder: name {tmp_path}/run/model$"):
+        load_tokenizer(f"{tmp_path}/run")
+    (tmp_path / "run" / "best").mkdir()
+    with pytest.raises(InputError, match=f"it is a run folder: name {tmp_path}/run/model or {tmp_path}/run/best$"):
         load_tokenizer(f"{tmp_path}/run")
     (tmp_path / "run" / "value").mkdir()
     with pytest.raises(InputError, match=f"cannot be loaded .*it is a run folder: name {tmp_path}/run/value"):
@@ -932,7 +961,7 @@ def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path):
 def test_lora_trains_adapters_alone_and_a_values_head_has_one_and_all_are_exported(world, tmp_path):
     pytest.importorskip("peft")  # published: on the value head too, whose own zeros stay as they are
     for kind, layers in ((trainer.Policy, 28), (trainer.ValueModel, 29)):
-        model = load_policy("models/tiny", world, kind=kind, new_head=True, lora=2)
+        model = load_policy("models/tiny", world, kind=kind, new_head=True, lora=2, gradient_checkpointing="all")
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert len(trained) == 2 * layers and all(".lora_" in name for name in trained)
         for name, parameter in model.named_parameters():
@@ -942,6 +971,8 @@ def test_lora_trains_adapters_alone_and_a_values_head_has_one_and_all_are_export
         again, batch = load_policy(str(tmp_path / kind.__name__), world, kind=kind), pack([([5, 6], [7, 8, 9])])
         torch.testing.assert_close(again(batch), model(batch), rtol=1e-3, atol=1e-4)
         assert model(batch).all()
+        model(batch).sum().backward()  # adapters in layers that recompute, of inputs without a gradient
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def test_adapters_begin_from_the_seed(world):
