@@ -202,6 +202,9 @@ def test_a_type_is_right_in_all_six_respects(kind, world, tmp_path):
     if policy.lm.supports_gradient_checkpointing:
         again = load_policy(str(folder), world, gradient_checkpointing=True)
         policies.append((again, again(pack(SEQUENCES))))
+    else:
+        with pytest.raises(InputError, match="has no checkpointing: use --gradient_checkpointing none"):
+            load_policy(str(folder), world, gradient_checkpointing="all")
     wanted = gradients(plain, expected)
     largest = max(x.abs().max() for x in wanted.values())
     for model, logps in policies:
@@ -335,7 +338,7 @@ def test_a_folder_whose_weights_do_not_fit_is_refused(damage, message, world, tm
         load_policy(str(folder), world)
 
 
-@pytest.mark.parametrize("kind", ["llama", "biogpt"])
+@pytest.mark.parametrize("kind", ["llama", "biogpt", "gpt_neox"])
 def test_a_value_models_head_is_new_only_where_it_is_asked_for(kind, world, tmp_path):
     folder = make(kind, tmp_path / "model")
     with pytest.raises(InputError, match="--value .*no trained value head there"):
@@ -364,7 +367,12 @@ def negative_pad(folder):
     edit(folder, pad_token_id=-1)
 
 
-@pytest.mark.parametrize("oddity", [masked_bias, tuples, negative_pad])
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("oddity", [masked_bias, tuples, negative_pad, pickled])
 def test_what_is_odd_in_a_folder_and_changes_nothing_is_read_and_exported(oddity, world, tmp_path):
     folder = make("gpt2", tmp_path / "model")
     expected = plain_logps(plain_model(folder), SEQUENCES)
