@@ -101,7 +101,7 @@ def run(request: dict) -> None:
     os.setsid()
     for target, path in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if target else 0), 0o644), target)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+    sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", buffering=1)  # as Python has files
     os.environ.update(request["env"])
     words, status = request["words"], 0
     try:
