@@ -1,8 +1,10 @@
 """A real vLLM on a CPU: what it draws, from which weights, and what happens when it fails."""
 
+import contextlib
 import copy
 import functools
 import json
+import math
 import os
 import random
 import signal
@@ -16,7 +18,7 @@ import torch
 from common import vllm
 from common.data import pack
 from common.metrics import read_metrics
-from common.rollout import EmbeddedSampler, Sampling
+from common.rollout import Completion, EmbeddedSampler, Sampling
 from common.trainer import load_policy
 from common.vllm import VLLMSampler, Worker, WorkerFault, fill
 from tests.conftest import NANO, ROOT, gone, processes, run_script
@@ -228,6 +230,27 @@ def test_a_sync_without_the_output_matrix_is_detected_at_once(world, sampler, mo
         sampler.sync(policy, 1)
     with pytest.raises(RuntimeError, match="call sync"):
         sampler.generate(PROMPTS, n=1, keys=KEYS, seed=0, sampling=Sampling(4))
+
+
+@pytest.mark.parametrize(("cuda", "gap", "fits"), [
+    (False, 5e-4, True), (False, 2e-3, False), (True, 0.2, True), (True, 0.3, False), (True, math.nan, False),
+])  # fmt: skip
+def test_the_proof_of_a_sync_allows_what_rounding_explains(cuda, gap, fits, synced, monkeypatch):
+    """A sign for each token: their mean would be 0."""
+    draw = synced._draw
+
+    def differing(requests, sampling, take):
+        def signed(k, c):
+            take(k, Completion(c.ids, [x + gap * (-1) ** i for i, x in enumerate(c.logps)], c.finish))
+
+        draw(requests, sampling, signed)
+
+    monkeypatch.setattr(synced, "_draw", differing)
+    monkeypatch.setattr(synced, "_free", lambda: None)
+    monkeypatch.setattr(synced, "cuda", cuda)
+    monkeypatch.setattr(synced, "stop_ids", [])
+    with contextlib.nullcontext() if fits else pytest.raises(RuntimeError, match="the weights did not arrive in vLLM"):
+        synced._prove()
 
 
 def test_a_skipped_sync_is_detected_at_once(policy, synced, monkeypatch):
