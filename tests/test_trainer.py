@@ -889,6 +889,26 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(policy, world, tmp_p
     assert {path.name for path in saved.latest().iterdir()} < set(done[:named]) and saved.folder.name in done[named:]
 
 
+def test_a_model_is_on_the_disk_before_it_has_its_name_and_has_it_before_another_rank_goes_on(
+    policy, world, tmp_path, monkeypatch
+):
+    done = []
+
+    def note(owner, name):
+        act = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *paths, **how: done.append((name, *(p.name for p in paths[:1]))) or act(*paths, **how)
+        )
+
+    for owner, name in ((trainer, "to_disk"), (shutil, "rmtree"), (os, "replace"), (trainer.dist, "barrier")):
+        note(owner, name)
+    (tmp_path / "model").mkdir()
+    export(policy, load_tokenizer("models/tiny"), tmp_path / "model", world)
+    begun, *written = done[: done.index(("rmtree", "model"))]
+    assert begun == ("rmtree", "model.partial") and done[-2:] == [("replace", "model.partial"), ("barrier",)]
+    assert {name for _, name in written} == {*os.listdir(tmp_path / "model"), "model.partial"}
+
+
 def test_a_setting_that_one_side_lacks_is_another_one():
     assert checkpoints.changed_settings({"a": 1}, {}, ["a"]) == "--a 1 there, None here"
     assert checkpoints.changed_settings({}, {"a": 1}, ["a"]) == "--a None there, 1 here"
