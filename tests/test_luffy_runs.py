@@ -68,12 +68,10 @@ def test_sft_without_an_evaluation_opens_no_sampler(tmp_path, monkeypatch):
 
 
 def test_what_was_printed_reaches_a_file_when_a_run_fails(tmp_path):
-    words = ["--model", "models/tiny", "--data", "igsm:1-2", "--max_response_tokens", "4", "--long_trace", "cut"]
-    words += ["--igsm_problems", "64"]
-    failed = run_script("luffy.py", "--preset", "tiny", *words, "--max_mismatch", "1e-12", "--steps", "1",
-                        "--eval_every", "0", "--out", tmp_path / "run", check=False)  # fmt: skip
-    assert failed.returncode and "max_mismatch" in failed.stderr
-    assert "traces over --max_response_tokens 4" in failed.stdout
+    words = ["--preset", "tiny", "--method", "sft", "--data", "igsm:1-2", "--igsm_problems", "64", "--max_positions", "24"]
+    failed = run_script("luffy.py", *words, "--steps", "1", "--out", tmp_path / "run", check=False)
+    assert failed.returncode == 2 and "the model 24 positions" in failed.stderr
+    assert "64 of 64 rows" in failed.stdout
 
 
 def test_attention_pads_little_and_the_metrics_say_how_much(tmp_path):
