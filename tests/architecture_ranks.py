@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.data import pack  # noqa: E402
 from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
-from common.trainer import export, init_world, launch, load_policy  # noqa: E402
+from common.trainer import export, init_world, launch, layers_of, load_policy  # noqa: E402
 from tests.test_architectures import SEQUENCES, NoTokenizer, ids  # noqa: E402
 
 
@@ -19,6 +20,8 @@ def main(folders):
     for folder in map(Path, folders):
         policy = load_policy(str(folder / "model"), world)
         logp = policy(pack(SEQUENCES))
+        layers = layers_of(policy.lm)  # each is gathered for its own forward alone
+        assert len(layers) == 2 and all(isinstance(p, DTensor) for layer in layers for p in layer.parameters())
         logp.sum().backward()
         sampler = EmbeddedSampler(policy, stop_ids=[1])
         sampler.sync(policy, version=0)

@@ -128,7 +128,7 @@ SETTINGS = {
     "laguna": BOTH, "lfm2": {"layer_types": ["conv", "full_attention"]}, "longcat_flash": SHORTCUT, "mellum": BOTH,
     "ministral": BOTH, "ministral3": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}},
     "nanochat": {"final_logit_softcapping": 2.0}, "olmo3": BOTH, "openai-gpt": GPT,
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5},
     "qwen2": WINDOW | dict(use_sliding_window=True, max_window_layers=1), "seed_oss": {"residual_dropout": 0.2},
 }  # fmt: skip
 WITHOUT_HEAD_DIM = {"falcon", "jamba", "bamba", "mpt", "rwkv"}

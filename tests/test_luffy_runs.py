@@ -68,8 +68,8 @@ def test_sft_without_an_evaluation_opens_no_sampler(tmp_path, monkeypatch):
 
 
 def test_what_was_printed_reaches_a_file_when_a_run_fails(tmp_path):
-    words = ["--preset", "tiny", "--method", "sft", "--data", "igsm:1-2", "--igsm_problems", "64", "--max_positions", "24"]
-    failed = run_script("luffy.py", *words, "--steps", "1", "--out", tmp_path / "run", check=False)
+    words = ["--preset", "tiny", "--method", "sft", "--steps", "1", "--data", "igsm:1-2", "--igsm_problems", "64"]
+    failed = run_script("luffy.py", *words, "--max_positions", "24", "--out", tmp_path / "run", check=False)
     assert failed.returncode == 2 and "the model 24 positions" in failed.stderr
     assert "64 of 64 rows" in failed.stdout
 

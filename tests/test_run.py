@@ -608,6 +608,7 @@ def test_a_folder_without_weights_gives_the_model_of_its_seed(world, capsys):
     weights = [next(model.parameters()) for model in (a, b, c)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert "models/scratch: no weights there: the model starts from random ones" in capsys.readouterr().out
+    assert trainer.has_weights("org/name"), "of the Hub"
 
 
 # ------------------------------------------------------------------------------- seeds, metrics, evaluation, rows

@@ -219,7 +219,8 @@ def test_gradient_checkpointing_changes_nothing(world):
         policy = load_policy("nano", world, from_config=NANO, seed=3, gradient_checkpointing=flag)
         policy(pack([([3, 4], [5, 6, 7])])).sum().backward()
         grads.append([p.grad for p in policy.parameters()])
-        assert [layer.gradient_checkpointing for layer in trainer.layers_of(policy.lm)] == [flag in ("all", True)] * 2
+        recompute = [layer.training and layer.gradient_checkpointing for layer in trainer.layers_of(policy.lm)]
+        assert recompute == [flag in ("all", True)] * 2
     for one, *others in zip(*grads, strict=True):
         for other in others:
             torch.testing.assert_close(other, one)
@@ -809,6 +810,24 @@ def test_weights_that_are_not_numbers_are_refused_at_load(policy):
         trainer.prove(policy, "--model m")
 
 
+@pytest.mark.parametrize(("experts", "gap", "fits"), [
+    (False, 5e-5, True), (False, 2e-4, False), (True, 1.5e-3, True), (True, 3e-3, False),
+])  # fmt: skip
+def test_the_proof_of_a_model_allows_what_rounding_explains(experts, gap, fits, policy, monkeypatch):
+    """Of log-probs that do not vary: their deviation counts as 0.1."""
+    plain = policy.plain
+    torch.nn.init.zeros_(policy.lm.lm_head.weight)
+    if experts:
+        policy.experts = torch.nn.Linear(1, 1)
+
+    def differing(ids, raw=False):
+        return plain(ids, raw=raw) + (0 if raw else gap * (-1.0) ** torch.arange(len(ids) - 1))
+
+    monkeypatch.setattr(policy, "plain", differing)
+    with contextlib.nullcontext() if fits else pytest.raises(InputError, match="log-probs are off by"):
+        trainer.prove(policy, "--model m")
+
+
 def test_a_peer_that_died_is_not_reported_as_a_model_that_is_not_supported(policy, monkeypatch):
     def lost(*_, **__):
         raise RuntimeError("[/gloo/transport/tcp/pair.cc:537] Connection reset by peer")
@@ -957,12 +976,32 @@ def test_the_context_is_the_one_that_was_asked_for_and_a_model_without_one_rope_
     asked = SimpleNamespace(rope_theta=500.0, max_positions=64, model="m")
     trainer.set_context(asked, config)
     assert (config.rope_parameters["rope_theta"], trainer.max_positions(config)) == (500.0, 64)
+    trainer.set_context(SimpleNamespace(rope_theta=0.0, max_positions=0, model="m"), config)
+    assert (config.rope_parameters["rope_theta"], trainer.max_positions(config)) == (500.0, 64), "0 keeps them"
     nested = AutoConfig.for_model("llava", text_config=dict(model_type="qwen2"))
     trainer.set_context(asked, nested)
     assert (nested.text_config.rope_parameters["rope_theta"], trainer.max_positions(nested)) == (500.0, 64)
     for kind in ("gpt2", "gemma3_text"):  # no RoPE; a base for each kind of layer
         with pytest.raises(InputError, match="--rope_theta: the configuration of --model m has no single RoPE base"):
             trainer.set_context(asked, AutoConfig.for_model(kind))
+
+
+def test_positions_end_where_rope_begins_to_depend_on_the_longest_sequence():
+    def limit(**rope):
+        return trainer.max_positions(AutoConfig.for_model("qwen2", max_position_embeddings=256, rope_parameters=rope))
+
+    ends = dict(rope_theta=1e4, factor=8.0, original_max_position_embeddings=32)
+    assert [limit(rope_type=kind, **ends) for kind in ("dynamic", "yarn", "linear")] == [32, 256, 256]
+    by_layer = {"full_attention": dict(rope_type="dynamic", **ends), "sliding_attention": dict(rope_type="default")}
+    config = AutoConfig.for_model("gemma3_text", max_position_embeddings=256)
+    config.rope_parameters = by_layer
+    assert trainer.max_positions(config) == 32
+
+
+def test_layers_of_a_kind_that_is_not_supported_are_found_in_nested_configurations_too():
+    config = AutoConfig.for_model("llava", text_config=dict(model_type="qwen3_next"))
+    with pytest.raises(InputError, match="layers of a kind that is not supported: linear_attention"):
+        trainer._check_config(config, "--model m", trainer.Policy)
 
 
 def test_dropout_is_zero_in_nested_configurations_too():
