@@ -81,6 +81,7 @@ def test_every_flag_has_a_help_text(script, capsys, monkeypatch):
         ("eval_every", -1, "--eval_every must be 0 or more"), ("verifier", "oops", "--verifier oops"),
         ("lr", float("nan"), "--lr must be 0 or more and finite"), ("epochs", float("inf"), "--epochs must be"),
         ("betas", (1.0, 0.9), "--betas must be two numbers"), ("warmup", 2, "--warmup must be between 0 and 1"),
+        ("betas", (-0.1, 0.9), "--betas must be two numbers"), ("warmup", -1, "--warmup must be between 0 and 1"),
         ("seed", -1, r"--seed must be from 0 to 10\^12, not -1"), ("seed", 20261128050000, "--seed must be from 0"),
         ("schedule", "linaer", "--schedule must be one of .constant., .linear., .cosine., not linaer"),
     ],

@@ -867,6 +867,14 @@ def test_a_model_is_saved_in_the_dtype_that_it_was_loaded_from(policy, world, tm
         assert load_policy(str(tmp_path / "model"), world).lm.saved_dtype == dtype
 
 
+def test_a_model_is_saved_from_the_weights_that_are_trained(policy, monkeypatch):
+    """Not from the copies that a forward on CUDA leaves, in bf16."""
+    done = []
+    monkeypatch.setattr(trainer, "reshard", lambda model: done.append("reshard"))
+    monkeypatch.setattr(trainer, "whole", lambda value: done.append("gather") or value)
+    assert dict(trainer.full_parameters(policy)) and done[:2] == ["reshard", "gather"]
+
+
 def test_the_disk_must_hold_moments_the_checkpoint_that_is_written_and_the_model(policy, tmp_path, monkeypatch):
     need = 4 * sum(p.numel() for p in policy.parameters()) * (3 * (2 + 1) + 1)  # --keep 2
     for free in (need, need - 1):
