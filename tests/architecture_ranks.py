@@ -20,8 +20,6 @@ def main(folders):
     for folder in map(Path, folders):
         policy = load_policy(str(folder / "model"), world)
         assert all(isinstance(p, DTensor) for p in policy.parameters())
-        ends = policy.lm.get_output_embeddings().weight, policy.lm.get_input_embeddings().weight
-        assert (ends[0] is ends[1]) == policy.lm.config.tie_word_embeddings
         logp = policy(pack(SEQUENCES))
         layers = layers_of(policy.lm)  # each is gathered for its own forward alone
         assert len(layers) == 2 and all(isinstance(p, DTensor) for layer in layers for p in layer.parameters())

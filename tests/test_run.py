@@ -55,8 +55,9 @@ def test_a_second_model_fits_by_the_vocabulary_of_a_nested_configuration_too():
 
 def test_help_begins_with_the_flags_of_the_script(capsys):
     with pytest.raises(SystemExit):
-        parse_args(luffy.Args, ["--help"], method=luffy.METHODS, preset=luffy.PRESETS)
+        parse_args(luffy.Args, ["--preset", "tiny", "--help"], method=luffy.METHODS, preset=luffy.PRESETS)
     said = capsys.readouterr().out
+    assert "(default: tiny)" in said and "--print_settings prints" in said
     assert said.index("--method {") < said.index("--shaping_gamma") < said.index("--eval_data") < said.index("--wandb")
 
 
@@ -386,6 +387,20 @@ def test_of_two_models_both_take_their_step_or_none(tmp_path, world):
     other(pack([([3], [4, 5])])).sum().backward()
     assert it.update("other", {"loss": 1.0}, [], lr=1.0, max_grad_norm=1.0, norm="other/grad_norm")
     assert it.logs[0].keys() == {"loss", "other/grad_norm"} and not torch.equal(before[0], next(other.parameters()))
+
+
+@pytest.mark.parametrize(("device", "flag", "limit"), [("cpu", 0.0, 0.001), ("cuda", 0.0, 0.05), ("cpu", 0.2, 0.2)])
+def test_a_run_stops_where_sampler_and_trainer_differ_by_more_than_rounding(
+    device, flag, limit, policy, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run, "check_finite", lambda *_: None)
+    mine = planned(tmp_path, max_mismatch=flag)
+    mine.policy, mine.pairs = policy, {"policy": (policy, make_optimizer(policy, lr=0.0))}
+    mine.world = World(0, 1, 1, torch.device(device))
+    policy(pack([([3], [4])])).sum().backward()
+    assert mine.update("policy", {"mismatch/mean_abs": 0.9 * limit}, [], lr=0.0, max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match=f"differ from the trainer's .*--max_mismatch {limit}.: stale weights"):
+        mine.update("policy", {"mismatch/mean_abs": 1.1 * limit}, [], lr=0.0, max_grad_norm=1.0)
 
 
 def test_totals_are_sums_maxima_and_means(world):
