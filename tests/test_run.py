@@ -93,6 +93,12 @@ def test_a_value_out_of_range_is_named_with_its_flag(name, value, words):
         check_flags(dataclasses.replace(RunArgs(), **{name: value}))
 
 
+def test_who_types_no_flag_has_what_the_pages_say():
+    args = RunArgs()
+    assert (args.keep, args.seed, args.eval_limit, args.timeout_minutes) == (2, 0, 0, 30.0)
+    assert args.rollout == args.gradient_checkpointing == "auto" and not args.skip_bad_updates
+
+
 def test_the_best_model_needs_an_evaluation_before_anything_is_read():
     with pytest.raises(InputError, match="--keep_best .* needs --eval_every"):
         check_flags(dataclasses.replace(RunArgs(), keep_best=True, eval_every=0))
@@ -389,12 +395,14 @@ def test_of_two_models_both_take_their_step_or_none(tmp_path, world):
     assert it.logs[0].keys() == {"loss", "other/grad_norm"} and not torch.equal(before[0], next(other.parameters()))
 
 
-@pytest.mark.parametrize(("device", "flag", "limit"), [("cpu", 0.0, 0.001), ("cuda", 0.0, 0.05), ("cpu", 0.2, 0.2)])
+@pytest.mark.parametrize(("device", "flags", "limit"), [
+    ("cpu", {}, 0.001), ("cuda", {}, 0.05), ("cpu", {"max_mismatch": 0.2}, 0.2),
+])  # fmt: skip
 def test_a_run_stops_where_sampler_and_trainer_differ_by_more_than_rounding(
-    device, flag, limit, policy, tmp_path, monkeypatch
+    device, flags, limit, policy, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(run, "check_finite", lambda *_: None)
-    mine = planned(tmp_path, max_mismatch=flag)
+    mine = planned(tmp_path, **flags)
     mine.policy, mine.pairs = policy, {"policy": (policy, make_optimizer(policy, lr=0.0))}
     mine.world = World(0, 1, 1, torch.device(device))
     policy(pack([([3], [4])])).sum().backward()

@@ -313,6 +313,13 @@ def test_killed_or_stopped_in_the_middle_of_a_batch_it_gives_the_same_answers(sy
     assert ids(groups) == ids(synced.generate(PROMPTS, **how))
 
 
+def test_a_completion_that_vllm_gave_up_is_a_fault(synced, monkeypatch):
+    monkeypatch.setattr(synced.worker, "send", lambda *_: None)
+    monkeypatch.setattr(synced.worker, "receive", lambda: [(0, [5], [-1.0], "abort", [synced.label])])
+    with pytest.raises(WorkerFault, match="a completion ended with 'abort'"):
+        synced._draw([([5], 0, 4)], Sampling(4), None)
+
+
 def test_a_fault_that_comes_again_after_each_restart_is_an_error(synced, policy, monkeypatch):
     draw, starts = synced._draw, []
 
@@ -341,6 +348,7 @@ PEER = """if True:
         import os
         os.write(pipe.fileno(), b"\\0\\0\\1\\0part")  # of a message of 256 bytes
     else:
+        time.sleep(1)  # a start may take longer than an answer
         pipe.send("ready")
     time.sleep(600)
 """

@@ -4,12 +4,14 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import math
 import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -75,6 +77,18 @@ def test_an_error_of_the_user_is_one_line_and_an_interrupt_says_how_to_go_on(err
     trainer.launch(main, None)
     printed = capsys.readouterr().err
     assert codes == [code] and said in printed and (printed.count("\n") == 1) == (code != 1)
+    monkeypatch.setattr(trainer, "_first_to_fail", lambda: False)
+    trainer.launch(main, None)
+    assert codes == [code, code] and not capsys.readouterr().err, "another rank has said it"
+
+
+def test_a_terminal_that_cannot_show_a_character_is_no_reason_to_fail(monkeypatch):
+    codes = []
+    monkeypatch.setattr(trainer, "_leave", codes.append)
+    for stdout in (io.TextIOWrapper(io.BytesIO(), encoding="ascii"), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        trainer.launch(print, "π")
+    assert codes == []
 
 
 def test_a_flag_chooses_the_defaults_of_others_and_what_is_typed_wins():
