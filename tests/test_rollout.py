@@ -365,6 +365,9 @@ def test_the_environment_that_make_vllm_makes_is_for_a_cpu(monkeypatch, tmp_path
     assert vllm.vllm_python() == str(made)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert vllm.vllm_python() == sys.executable
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made.unlink()  # vLLM may be in the environment of the trainer
+    assert vllm.vllm_python() == sys.executable
 
 
 def test_a_vllm_whose_batch_takes_long_gives_a_sign_of_life_each_second(monkeypatch):
