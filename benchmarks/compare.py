@@ -8,6 +8,7 @@ last five steps is shown (of under ten values half of them), of an evaluation th
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,11 @@ def ends(rows: list[dict], name: str) -> tuple[float, float] | None:
 
 
 def main(compare: Compare) -> str:
-    folders = {run: Path(run) for run in compare.runs}
-    if not folders:
+    if not compare.runs:
         raise SystemExit("name run folders: python benchmarks/compare.py runs/tiny runs/mine")
-    if missing := [run for run, folder in folders.items() if not (folder / "metrics.jsonl").exists()]:
+    parent = os.path.commonpath([Path(run).absolute().parent for run in compare.runs])
+    folders = {os.path.relpath(run, parent): Path(run) for run in compare.runs}  # names without what all share
+    if missing := [str(folder) for folder in folders.values() if not (folder / "metrics.jsonl").exists()]:
         raise SystemExit(f"{', '.join(missing)}: no metrics.jsonl there; name the --out folders of runs")
     metrics = {run: read_metrics(folder) for run, folder in folders.items()}
     settings = {run: json.loads((folder / "args.json").read_text()) for run, folder in folders.items()}

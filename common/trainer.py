@@ -447,7 +447,7 @@ def _check_weights(lm: nn.Module, report: dict, flag: str, head_is_new: bool) ->
         raise InputError(f"{flag}: an output layer with a bias is not supported")
     rows = len(lm.get_input_embeddings().weight)
     if lm.get_decoder() in (lm, head) or (head is not None and len(head.weight) != rows):
-        raise InputError(f"{flag}: {type(lm).__name__} is not supported: no decoder in it, or fewer rows out than in")
+        raise InputError(f"{flag}: {type(lm).__name__} is not supported: no decoder in it, or rows in and out differ")
 
 
 OWN_ATTENTION = "its attention does not go through Transformers' interfaces for attention and masks"

@@ -86,7 +86,7 @@ RIGHT = kinds_of(
 RECURRENT, OWN, HEAD, LAYERS, MASK, ROWS, LOGITS = (
     "packed sequences see each other", "does not go through Transformers' interfaces", "an output layer with a bias",
     "layers of a kind that is not supported", "a mask that is neither causal nor a window",
-    "no decoder in it, or fewer rows out than in", "it changes its logits after the output layer",
+    "no decoder in it, or rows in and out differ", "it changes its logits after the output layer",
 )  # fmt: skip
 REFUSED = kinds_of(
     {

@@ -21,6 +21,7 @@ def test_settings_that_differ_and_both_ends_of_every_metric(tmp_path):
     lines = main(Compare((a, b), out=str(tmp_path / "c.png"))).splitlines()
     cells = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert cells["--shaping_gamma"] == ["0.1", "0.5"] and "--lr" not in cells and "--out" not in cells
+    assert cells["first"] == ["->", "last", "published", "mine"]  # without the folder that both are in
     assert cells["reward/own"] == ["0.2", "->", "0.8", "0", "->", "0"]  # means of the first and last five
     assert cells["eval/mean"] == ["0", "->", "0.9", "0", "->", "0"]  # evaluations: the first and the last
     assert "policy/entropy" not in cells and (tmp_path / "c.png").stat().st_size > 5000
