@@ -39,15 +39,7 @@ import tyro
 from common.data import InputError, check_verifier
 from common.report import grade_records, load_run, plot_bars, results_tables, rewards_of, unreadable_golds, versions_of
 from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler, vllm_for
-from common.rows import (
-    check_gold,
-    load_rows,
-    read_row,
-    render_prompt,
-    set_template,
-    warn_unknown,
-    with_bos,
-)
+from common.rows import check_gold, load_rows, read_row, render_prompt, set_template, warn_unknown, with_bos
 from common.run import (
     NotNegative,
     Positive,
@@ -197,12 +189,17 @@ class Question:
     prompt: list[int] = field(default_factory=list)
 
 
+def digest(value) -> str:
+    """Return a short digest of a value of JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
     """Return the distinct questions of benchmark files, in order; equal rows are counted in `rows`.
 
-    A benchmark is named by its rows' data_source, else by its file. limit: first questions of each benchmark.
-    Raises InputError naming file, row and columns."""
-    read, owners = [], {}  # owners: the sources of each benchmark name
+    A benchmark is named by its rows' data_source, else by its file; a name that two files share gets the file added.
+    limit: first questions of each benchmark. Raises InputError naming file, row and columns."""
+    read, sources_of = [], {}  # sources_of: the files by the benchmark name that their rows give
     for source in dict.fromkeys(sources):
         for index, row in enumerate(load_rows(source, split="test", problems=limit or 1000)):
             where = f"{source}, row {index}"
@@ -210,16 +207,15 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
             check_gold(item, row, where)
             name = item.source or Path(source.removesuffix(".gz")).stem
             read.append((name, source, where, index, item))
-            owners.setdefault(name, {None} if name == "average" else set()).add(source)
+            sources_of.setdefault(name, set()).add(source)
     questions: dict[str, Question] = {}
     seen = Counter()
     for name, source, where, index, item in read:
-        # a name of two files gets the file added; so does "average", a key of results.json (owners has None for it)
-        benchmark = f"{name} ({source})" if len(owners[name]) > 1 else name
-        for named in (name, benchmark):  # the second makes another id if another file has the same question
-            key = hashlib.sha256(json.dumps([named, item.text or item.prompt, item.gold]).encode()).hexdigest()[:16]
-            if key not in questions or questions[key].benchmark == benchmark:
-                break
+        # "average" is a key of results.json
+        benchmark = f"{name} ({source})" if len(sources_of[name]) > 1 or name == "average" else name
+        key = digest([name, item.text or item.prompt, item.gold])
+        if key in questions and questions[key].benchmark != benchmark:  # another file has the same question
+            key = digest([benchmark, item.text or item.prompt, item.gold])
         if key in questions:
             questions[key].rows += 1
         elif not limit or seen[benchmark] < limit:
@@ -281,17 +277,15 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
     old = json.loads(path.read_text()) if path.exists() else {}
     if old and "questions_digest" not in old:
         raise InputError(f"--out {args.out} holds something other than an evaluation: name another")
-    digests = digests_of({"model": args.model, "value": args.value}, world)
-    asked = json.dumps([[q.id, q.prompt, q.n] for q in questions])
     settings = dataclasses.asdict(args) | {
         "rollout": "vllm" if vllm_for(args.rollout, world) else "embedded",
-        "weights_digest": " ".join(digests.values()),
-        "questions": len(questions), "questions_digest": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "weights_digest": " ".join(digests_of({"model": args.model, "value": args.value}, world).values()),
+        "questions": len(questions), "questions_digest": digest([[q.id, q.prompt, q.n] for q in questions]),
     }  # fmt: skip
     answered = len(read_records(path.parent / "samples.jsonl"))
     if answered >= len(questions):
         settings |= {k: old[k] for k in SAMPLER & old.keys()}  # of the run that drew the answers
-    compared = [k for k in settings if answered and k in (old or settings) and k not in FREE | BY_DIGEST]
+    compared = [k for k in settings if k not in FREE | BY_DIGEST] if answered else []
     keep_settings(path, settings, compared, f"--out {args.out} holds an evaluation with other settings", world)
 
 
