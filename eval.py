@@ -250,8 +250,11 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
     plain = isinstance(template, str)
     for question in questions:
         question.n = max(args.n, question.rows) if args.temperature > 0 and args.search == "none" else 1
-        if plain or (question.rendered and args.template == "own"):
-            question.prompt_text = template.replace("{question}", question.text) if plain else question.rendered
+        if plain:
+            question.prompt_text = template.replace("{question}", question.text)
+            continue
+        if question.rendered and args.template == "own":
+            question.prompt_text = question.rendered
             continue
         turns = [t for t in question.turns if args.system or t["role"] != "system"]
         if template:
@@ -262,7 +265,7 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
             dropped = not template and any(t["role"] == "system" for t in turns)
             remedy = "; --no_system drops the system turns" if dropped else ""
             raise InputError(f"{question.where}: {error}{remedy}") from error
-    # a chat template writes the bos token itself; plain text gets it from `with_bos`
+    # a chat template writes the bos token itself; a plain template and a row's rendered prompt get it from `with_bos`
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=False)["input_ids"]
     warn_unknown("--data", encoded, tokenizer)
     for question, ids in zip(questions, encoded, strict=True):
@@ -290,9 +293,9 @@ def check_settings(args: Args, questions: list[Question], world) -> None:
 
 
 def chunks(questions: list[Question], args: Args, *, embedded: bool) -> list[list[Question]]:
-    """Return the questions in groups that are sampled together. Groups depend on the settings alone, not on ranks or on
-    finished questions: batches of other shapes round differently, which could change a draw."""
-    each = {"none": 1, "beam": args.width**2}.get(args.search, args.width)  # drawn at once for one answer
+    """Return parts of the questions, each sampled at once. They depend on the settings alone, not on ranks or finished
+    questions: batches of other shapes round differently, which could change a draw."""
+    each = {"none": 1, "beam": args.width**2}.get(args.search, args.width)  # rows that one answer takes in a batch
 
     def full(part: list[Question]) -> bool:
         answers = each * sum(q.n for q in part)
@@ -315,10 +318,12 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
         print(f"{args.out}: {len(done)} of {len(questions)} questions done; {sum(q.n for q in questions)} answers")
     if by_id.keys() <= done.keys():
         return {key: done[key] for key in by_id}
-    policy, searches = load_policy(args.model, world), args.search != "none"
+    policy = load_policy(args.model, world)
+    searches = args.search != "none"
     longest = max(len(q.prompt) for q in questions) + args.max_tokens
     if searches:
-        value, ends = load_policy(args.value, world, kind=ValueModel), step_ids(tokenizer, args.step_delimiters)
+        value = load_policy(args.value, world, kind=ValueModel)
+        step_ends = step_ids(tokenizer, args.step_delimiters)
         check_fit(f"--value {args.value}", value, policy, longest)
     stops = stop_ids(policy, tokenizer, args.stop_tokens)
     sampler = make_sampler(args.rollout, policy, world, stop_ids=stops, max_tokens=longest,
@@ -334,7 +339,7 @@ def sample(questions: list[Question], tokenizer, args: Args, world) -> dict[str,
             found = search_answers(
                 args.search, sampler, value, prompts, [q.index for q in part], world, width=args.width,
                 max_steps=args.max_steps, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
-                step_ends=ends, micro_batch_tokens=max(longest, args.sampler_tokens // 4), seed=args.seed,
+                step_ends=step_ends, micro_batch_tokens=max(longest, args.sampler_tokens // 4), seed=args.seed,
             )  # fmt: skip
             groups = [[best_answer(candidates, stops, tokenizer)] for candidates in found]
         else:
@@ -372,7 +377,7 @@ def best_answer(found, stops: list[int], tokenizer) -> dict:
 def vote(text: str, *, labels: bool = False) -> str | None:
     r"""Return what an answer votes for in maj@k: its last box, else what follows the last ####, else what follows the
     last "answer is", else its last number, else its last line. Cheap spellings are made equal: 1,000.0 is 1000, \frac12
-    is 0.5. labels: of a multiple choice, the label that it chooses comes first. None: nothing."""
+    is 0.5. labels: for a multiple choice, try the chosen label before all of these. None if there is no vote."""
     text = after_think(text)[-20_000:]
     if labels and (label := chosen_label(text, digits=True)):
         return label
@@ -389,8 +394,8 @@ def vote(text: str, *, labels: bool = False) -> str | None:
 
 
 def count_votes(record: dict, verifier: str) -> tuple[int, list[int], int]:
-    """Return (number of correct answers, how often each wrong one was given, answers that give none). All answers that
-    the verifier accepts are one answer; wrong answers are told apart by `vote`."""
+    """Return (correct answers, answers with each wrong vote, answers without a vote), as numbers. Answers that the
+    verifier accepts all vote for the correct one; the votes of others are those of `vote`."""
     wrong, right, blank = Counter(), 0, 0
     labels = verifier == "mcq" or bool(re.fullmatch("[A-Z]", record["gold"]))
     for answer in record["answers"]:
@@ -445,17 +450,16 @@ def summarise_benchmark(records: list[dict], verifiers: tuple[str, ...]) -> dict
 
 def by_difficulty(records: list[dict], verifier: str, base: dict[str, dict]) -> dict:
     """Return pass@1 of this model and of the base in ReLIFT's buckets; not_in_base: the base was not asked."""
+    base_rates = {key: fmean(rewards_of(record, verifier)) for key, record in base.items()}
     buckets = {name: [] for name in ("easy", "medium", "hard", "hardest", "not_in_base")}
     for record in records:
-        base_rate = fmean(rewards_of(base[record["id"]], verifier)) if record["id"] in base else None
-        name = "not_in_base" if base_rate is None else difficulty(base_rate)
-        buckets[name].append((rewards_of(record, verifier), base_rate))
+        key = record["id"]
+        buckets[difficulty(base_rates[key]) if key in base else "not_in_base"].append(record)
     result = {}
     for name, found in buckets.items():
         if found:
-            rewards, base_rates = zip(*found, strict=True)
-            rate, error, _ = mean_and_errors(rewards)
-            base_mean = None if name == "not_in_base" else fmean(base_rates)
+            rate, error, _ = mean_and_errors([rewards_of(record, verifier) for record in found])
+            base_mean = None if name == "not_in_base" else fmean(base_rates[record["id"]] for record in found)
             result[name] = {"questions": len(found), "pass@1": rate, "pass@1_se": error, "base": base_mean}
     return result
 
@@ -531,7 +535,7 @@ def main(args: Args) -> None:
         check_lengths(questions, args)
         check_settings(args, questions, world)
         records = sample(questions, tokenizer, args, world)
-        for q in questions:  # the file may have had another path when a run that resumes began
+        for q in questions:  # kept records have the paths of the run that drew them
             records[q.id] |= {"benchmark": q.benchmark, "rows": q.rows, "row": q.where}
 
     # 2. reward
