@@ -1,6 +1,6 @@
 """Verdicts on the records of an evaluation (eval.py), and its numbers as Markdown tables and bars.
 
-To read eval.py you can skip this file: which verdicts are given anew, and how results.md and results.png are made."""
+To read eval.py you can skip this file. It decides which answers are graded again, and makes results.md and .png."""
 
 import hashlib
 import importlib.metadata
@@ -46,8 +46,8 @@ def rewards_of(record: dict, verifier: str) -> list[float]:
 
 
 def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: World, *, again: bool = False) -> None:
-    """Give every answer a verdict of each verifier; all ranks get all verdicts. again: also where there is one.
-    Raises InputError for a verifier that fails on every answer."""
+    """Give every answer a verdict of each verifier; all ranks get all verdicts. again: also to answers that have one,
+    as always by a module:function, whose imports no version covers. InputError if a verifier fails on every answer."""
     mine = list(records.values())[world.rank :: world.size]
     for verifier in verifiers:
         give_verdicts(mine, verifier, again=again or ":" in verifier, progress=world.main)
@@ -64,33 +64,33 @@ def grade_records(records: dict[str, dict], verifiers: Iterable[str], world: Wor
 def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, progress: bool = False) -> None:
     """Give every answer a verdict of this verifier: [reward, status], and the detail if there is one. Without `again`,
     verdicts of the same version are kept, except time-outs and errors. InputError if a reward is not 0 or 1."""
-    version, todo = grader_version(verifier), []
+    version = grader_version(verifier)
+    todo = []
     for record in records:
-        same = record.setdefault("graded_by", {}).get(verifier) == version and not again
-        record["graded_by"][verifier] = version
+        graded_by = record.setdefault("graded_by", {})
+        keep = graded_by.get(verifier) == version and not again
+        graded_by[verifier] = version
         for answer in record["answers"]:
-            found = answer.setdefault("verdicts", {}).get(verifier, [0, "timeout"])
-            if not same or found[1] in ("timeout", "error"):
+            old = answer.setdefault("verdicts", {}).get(verifier)
+            if not keep or old is None or old[1] in ("timeout", "error"):
                 todo.append((record["gold"], answer))
     bar = tqdm(total=len(todo), desc=f"grade {verifier}", disable=not (progress and todo))
-    for part in (todo[start : start + 256] for start in range(0, len(todo), 256)):
+    for start in range(0, len(todo), 256):
+        part = todo[start : start + 256]
         verdicts = grade([a["text"] for _, a in part], [gold for gold, _ in part], verifier=verifier)
         for (_, answer), verdict in zip(part, verdicts, strict=True):
             if verdict.reward not in (0, 1):
                 raise InputError(f"--verifier {verifier}: a reward of {verdict.reward}; here it must be 0 or 1")
-            detail = [verdict.detail] if verdict.detail else []
-            answer["verdicts"][verifier] = [verdict.reward, verdict.status, *detail]
+            answer["verdicts"][verifier] = list(verdict if verdict.detail else verdict[:2])
         bar.update(len(part))
     bar.close()
 
 
 def grader_version(verifier: str) -> str:
     """Return what a grader's verdicts depend on: a digest of its code, and the version of Math-Verify."""
-    module = verifier.partition(":")[0] if ":" in verifier else "common.verifiers"
-    file = Path(importlib.util.find_spec(module).origin)
-    files = [file] if ":" in verifier else [file, file.with_name("robust.py")]
-    code = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
-    return f"code {code}, math-verify {importlib.metadata.version('math-verify')}"
+    modules = [verifier.partition(":")[0]] if ":" in verifier else ["common.verifiers", "common.robust"]
+    code = b"".join(Path(importlib.util.find_spec(module).origin).read_bytes() for module in modules)
+    return f"code {hashlib.sha256(code).hexdigest()[:8]}, math-verify {importlib.metadata.version('math-verify')}"
 
 
 def versions_of(records: Iterable[dict], verifier: str) -> str:

@@ -247,8 +247,11 @@ def test_the_version_of_a_grader_is_that_of_all_its_code(tmp_path, monkeypatch):
     folder = Path(report.__file__).parent
     for name in ("verifiers.py", "robust.py"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    spec = SimpleNamespace(origin=str(tmp_path / "verifiers.py"))
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: spec)
+
+    def find(module):
+        return SimpleNamespace(origin=str(tmp_path / f"{module.rpartition('.')[2]}.py"))
+
+    monkeypatch.setattr(report.importlib.util, "find_spec", find)
     before = report.grader_version("robust")
     with open(tmp_path / "robust.py", "a") as file:
         file.write("\n")
