@@ -36,7 +36,7 @@ from eval import (
     vote,
 )
 from tests.conftest import ROOT
-from tools.compare import Run, bootstrap_interval, compare_rates, different_settings, summary_cells
+from tools.compare import Evaluation, bootstrap_interval, compare_rates, different_settings, summary_cells
 
 # The numbers.
 
@@ -269,14 +269,14 @@ def test_every_run_is_measured_against_the_first():
 
 def test_a_setting_in_which_any_run_differs_is_shown():
     for model, shown in (("m", "weights_digest"), ("", "model")):  # one path with other weights, or other paths
-        runs = [Run(name, {"n": n, "model": model or name, "weights_digest": name, "seed": 0}, {})
+        runs = [Evaluation(name, {"n": n, "model": model or name, "weights_digest": name, "seed": 0}, {})
                 for name, n in (("a", 8), ("b", 4), ("c", 8))]  # fmt: skip
         rows = {row[0]: row[1:] for row in different_settings(runs, "math")}
         assert rows == {"": ["a", "b", "c"], "n": [8, 4, 8], shown: ["a", "b", "c"]}
 
 
 def test_other_versions_of_a_grader_and_other_numbers_of_answers_are_shown():
-    runs = [Run(name, {}, {"q": {"answers": [{}] * n, "graded_by": {"math": version}}})
+    runs = [Evaluation(name, {}, {"q": {"answers": [{}] * n, "graded_by": {"math": version}}})
             for name, n, version in (("a", 2, "1"), ("b", 3, "2"))]  # fmt: skip
     assert different_settings(runs, "math") == [["", "a", "b"], ["answers", 2, 3], ["graded by", "1", "2"]]
 

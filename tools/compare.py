@@ -45,19 +45,17 @@ class Args:
 
 
 @dataclass
-class Run:
-    """An evaluation."""
-
+class Evaluation:
     name: str
     settings: dict
-    records: dict[str, dict]  # of the questions that all runs were asked, by id
+    records: dict[str, dict]  # by id of the question; of those that all runs were asked
 
 
-def load_runs(folders: tuple[str, ...], verifier: str) -> list[Run]:
+def load_runs(folders: tuple[str, ...], verifier: str) -> list[Evaluation]:
     """Return the runs, reduced to the questions that all of them were asked; what is left out is printed."""
     names = [Path(folder).resolve().name for folder in folders]
     names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
-    runs = [Run(name, *load_run(folder, verifier)) for name, folder in zip(names, folders, strict=True)]
+    runs = [Evaluation(name, *load_run(folder, verifier)) for name, folder in zip(names, folders, strict=True)]
     common = set.intersection(*(set(run.records) for run in runs))
     if not common:
         raise InputError(f"{' '.join(folders)}: no question was asked in all of them")
@@ -88,18 +86,20 @@ def bootstrap_interval(differences: list[np.ndarray], *, draws: int = 10_000, se
 def compare_rates(rates: dict[str, np.ndarray], names: list[str]) -> list[dict]:
     """Return the rows of comparison.csv: one for each run on each benchmark, and on the benchmarks' unweighted average.
     rates: for each benchmark the fraction of correct answers, [runs, questions]. names: those of the runs."""
+
+    def measure(fractions: np.ndarray) -> tuple[float, float | None]:  # mean, standard error
+        return mean_and_errors([[fraction] for fraction in fractions.tolist()])[:2]
+
     rows = []
-    for benchmark, part in [*((b, [b]) for b in rates), ("average", list(rates))]:
+    for benchmark, averaged in [*((b, [b]) for b in rates), ("average", list(rates))]:
         for i, name in enumerate(names):
-            measured = [mean_and_errors([[rate] for rate in rates[b][i].tolist()])[:2] for b in part]
-            rate, error = average(measured)
+            rate, error = average(measure(rates[b][i]) for b in averaged)
             row = {
-                "benchmark": benchmark, "run": name, "questions": sum(rates[b].shape[1] for b in part),
-                "pass@1": rate, "se": error,
-                "difference": None, "low": None, "high": None,
+                "benchmark": benchmark, "run": name, "questions": sum(rates[b].shape[1] for b in averaged),
+                "pass@1": rate, "se": error, "difference": None, "low": None, "high": None,
             }  # fmt: skip
             if i:
-                differences = [rates[b][i] - rates[b][0] for b in part]
+                differences = [rates[b][i] - rates[b][0] for b in averaged]
                 row["difference"] = float(mean(d.mean() for d in differences))
                 if min(map(len, differences)) > 1:
                     row["low"], row["high"] = bootstrap_interval(differences)
@@ -112,7 +112,7 @@ def percent(row: dict) -> str:
     return f"{100 * row['pass@1']:.1f}" + (f" ± {100 * row['se']:.1f}" if row["se"] is not None else "")
 
 
-def gain(row: dict) -> str:
+def difference(row: dict) -> str:
     """Return the difference to the first run in percent, with its interval if there are several questions."""
     interval = "" if row["low"] is None else f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     return f"{100 * row['difference']:+.1f}{interval}"
@@ -123,24 +123,22 @@ def summary_cells(rows: list[dict], names: list[str]) -> list[list]:
     cells = [["benchmark", "questions", *names, *(f"{name} - {names[0]}" for name in names[1:])]]
     for start in range(0, len(rows), len(names)):
         mine = rows[start : start + len(names)]
-        cells.append([mine[0]["benchmark"], mine[0]["questions"], *map(percent, mine), *map(gain, mine[1:])])
+        cells.append([mine[0]["benchmark"], mine[0]["questions"], *map(percent, mine), *map(difference, mine[1:])])
     return cells
 
 
-def different_settings(runs: list[Run], verifier: str) -> list[list]:
+def different_settings(runs: list[Evaluation], verifier: str) -> list[list]:
     """Return a table of what differs between the runs besides their answers."""
-    rows = [
-        ["answers", *(sum(len(r["answers"]) for r in run.records.values()) for run in runs)],
-        ["graded by", *(versions_of(run.records.values(), verifier) for run in runs)],
-    ]
-
-    def differs(name: str) -> bool:
-        return len({str(run.settings.get(name)) for run in runs}) > 1
-
-    said = {"weights_digest": ("model", "value"), "questions_digest": ("data",)}  # by these flags, if they differ
-    names = [k for k in runs[0].settings if k not in FREE and not any(map(differs, said.get(k, ())))]
-    rows += [[k, *(run.settings.get(k) for run in runs)] for k in names]
-    return [["", *(run.name for run in runs)], *(row for row in rows if any(value != row[1] for value in row[2:]))]
+    found = {
+        "answers": [sum(len(r["answers"]) for r in run.records.values()) for run in runs],
+        "graded by": [versions_of(run.records.values(), verifier) for run in runs],
+    }
+    found |= {k: [run.settings.get(k) for run in runs] for k in runs[0].settings if k not in FREE}
+    differing = {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+    for digest, flags in (("weights_digest", {"model", "value"}), ("questions_digest", {"data"})):
+        if flags & differing.keys():
+            differing.pop(digest, None)  # the flags show it
+    return [["", *(run.name for run in runs)], *([name, *values] for name, values in differing.items())]
 
 
 # Models wrote the texts on the page, so it receives them as data and shows them as plain text. Formulas become MathML.
@@ -158,12 +156,12 @@ MATHML = {"math", "mrow", "mi", "mo", "mn", "mtext", "mspace", "mfrac", "msqrt",
 MATHML_ATTRIBUTES = {"display", "displaystyle", "scriptlevel", "mathvariant", "stretchy", "fence", "form", "accent",
                      "accentunder", "movablelimits", "minsize", "maxsize", "linethickness", "width",
                      "columnalign"}  # fmt: skip
-SHOWN = 4000  # characters of a text on the page: the end of a longer one, which has its answer
+MAX_SHOWN = 4000  # characters of a text on the page: the end of a longer one, which has its answer
 
 
 def to_html(text: str) -> str:
     """Return untrusted text as HTML: escaped, with MathML for the formulas that can be read."""
-    cut, text = len(text) - SHOWN, text[-SHOWN:]
+    cut, text = len(text) - MAX_SHOWN, text[-MAX_SHOWN:]
     parts, at = [f'<span class="cut">({cut:,} characters before)</span>\n'] if cut > 0 else [], 0
     for match in FORMULA.finditer(text):
         kind = match.lastgroup
@@ -194,21 +192,21 @@ def to_mathml(formula: str, *, block: bool = False) -> str | None:
     return ElementTree.tostring(tree, encoding="unicode", short_empty_elements=False)
 
 
-def page(runs: list[Run], rates: dict[str, list[float]], verifier: str, summary: list[list], limit: int) -> str:
+def page(runs: list[Evaluation], rates: dict[str, list[float]], verifier: str, summary: list[list], limit: int) -> str:
     """Return the page of samples, one self-contained file: compare.html around the questions on which runs differ.
 
-    rates: the fraction of correct answers of each run, by question."""
+    rates: the fraction of correct answers of each run, by id of the question."""
     differing = [key for key, values in rates.items() if max(values) > min(values)]
-    shown = sorted(differing, key=lambda key: min(rates[key]) - max(rates[key]))[:limit]
+    most_differing = sorted(differing, key=lambda key: min(rates[key]) - max(rates[key]))[:limit]
     questions = []
-    for key in shown:
+    for key in most_differing:
         record = runs[0].records[key]
         questions.append({
             "id": key, "benchmark": record["benchmark"], "gold": record["gold"], "html": to_html(record["question"]),
             "runs": [page_answers(run.records[key], verifier) for run in runs],
         })  # fmt: skip
     note = (f"The runs differ on {len(differing)} of {len(rates)} questions, graded by {verifier}; here are the "
-            f"{len(shown)} on which they differ most, each with a run's first right and first wrong "
+            f"{len(most_differing)} on which they differ most, each with a run's first right and first wrong "
             "answer.")  # fmt: skip
     data = json.dumps({"runs": [run.name for run in runs], "summary": summary, "note": note, "questions": questions})
     frame = string.Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
@@ -228,13 +226,13 @@ def page_answers(record: dict, verifier: str) -> dict:
             thought, tag, _ = answer["text"].partition("</think>")
             shown.append({
                 "right": right, "tokens": answer["tokens"], "truncated": answer["truncated"],
-                "verdicts": {name: in_words(*verdict) for name, verdict in answer["verdicts"].items()},
-                "thought": thought[-SHOWN:] if tag else None, "html": to_html(after_think(answer["text"]).strip()),
+                "verdicts": {name: verdict_text(*verdict) for name, verdict in answer["verdicts"].items()},
+                "thought": thought[-MAX_SHOWN:] if tag else None, "html": to_html(after_think(answer["text"]).strip()),
             })  # fmt: skip
     return {"right": sum(x > 0 for x in rewards), "answers": len(rewards), "shown": shown}
 
 
-def in_words(reward: float, status: str, *details: str) -> str:
+def verdict_text(reward: float, status: str, *details: str) -> str:
     """Return a verdict as text: right, wrong or the verifier's status, then its details in brackets."""
     verdict = "right" if reward > 0 else "wrong" if status == "ok" else status
     return verdict + "".join(f" ({detail})" for detail in details)
