@@ -76,12 +76,10 @@ class Args:
 PRESETS = {"tiny": dict(model="models/tiny", data="igsm:5-8", out="runs/tiny-data", verifier="boxed", own_answers=4,
                         max_prompt_tokens=160, max_response_tokens=160)}  # fmt: skip
 
-READS = {"llama": VERDICTS[:1], "math_verify": VERDICTS[1:]}  # the others read both
-
 
 def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[bool] | str:
-    """Return which generations of a row of OpenR1-Math-Raw are correct ([] for another row), or the rule that leaves
-    the row out. A missing verdict counts as a no."""
+    """Return for each generation of a row of OpenR1-Math-Raw whether it is correct ([] for a row of other data), or the
+    name of the rule that leaves the row out. A verdict that is null rejects."""
     generations, correctness = row.get("generations"), row.get("correctness")
     if str(row.get("problem_is_valid", "yes")).strip().lower() != "yes":
         return "problem not valid"
@@ -94,7 +92,8 @@ def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[b
     if not generations or not isinstance(generations, list):
         return "no generations"
     correctness = correctness if isinstance(correctness, dict) else {}
-    verdicts = [correctness.get(name) for name in READS.get(right_if, VERDICTS)]
+    names = [name for name in VERDICTS if name.startswith(right_if)] or VERDICTS  # both and either read both verifiers
+    verdicts = [correctness.get(name) for name in names]
     if not all(isinstance(v, list) and len(v) == len(generations) for v in verdicts):
         return "not a verdict of each verifier for each generation"
     return [(any if right_if == "either" else all)(marks) for marks in zip(*verdicts, strict=True)]
@@ -107,7 +106,8 @@ def read_problem(row: dict, where: str, args: Args) -> Item | str:
         return graded
     if args.right_if != "both" and not graded:
         raise InputError(f"{where}: --right_if {args.right_if} reads OpenR1-Math-Raw's column 'correctness'")
-    row = row | {"correctness": None, "correctness_math_verify": graded} if graded else row  # these mark its traces
+    if graded:  # as a row of OpenR1-Math-220k, whose traces have one mark each
+        row = row | {"correctness": None, "correctness_math_verify": graded}
     item = read_row(row, where)
     item.source = str(row.get("source") or item.source)
     item.traces = [trace for trace in (item.first(correct=True), item.first(correct=False)) if trace]
@@ -145,13 +145,13 @@ def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
     return found
 
 
-def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list[Item], dict[str, int]]:
-    """Return the problems of --data in random order, and the funnel: how many rows each rule left out."""
+def read_problems(args: Args, redi_args: redi.Args, progress: bool) -> tuple[list[Item], dict[str, int]]:
+    """Return the problems of --data in random order, and the funnel: {"rows": their number, rule: -(rows left out)}."""
     benchmarks = benchmark_ngrams(args)
     if args.own_answers:
-        training = dataclasses.replace(training, stage="sft")  # iGSM solutions are not corrupted
+        redi_args = dataclasses.replace(redi_args, stage="sft")  # iGSM solutions are not corrupted
     problems, dropped = [], Counter()
-    rows = tqdm(redi.read_rows(training), desc="rows", leave=False, disable=not progress)
+    rows = tqdm(redi.read_rows(redi_args), desc="rows", leave=False, disable=not progress)
     for index, row in enumerate(rows):
         found = read_problem(row, f"{args.data}, row {index}", args)
         if not isinstance(found, str) and benchmarks:
@@ -159,11 +159,11 @@ def read_problems(args: Args, training: redi.Args, progress: bool) -> tuple[list
             hits = (f"shares {args.ngram} words with {name}" for name, known in benchmarks.items() if ngrams & known)
             found = next(hits, found)
         if isinstance(found, str):
-            dropped[found] -= 1
+            dropped[found] += 1
         else:
             problems.append(found)
     random.Random(args.seed).shuffle(problems)
-    return problems, {"rows": len(problems) - sum(dropped.values()), **dict(sorted(dropped.items()))}
+    return problems, {"rows": len(problems) + dropped.total()} | {rule: -n for rule, n in sorted(dropped.items())}
 
 
 def add_own_answers(problems: list[Item], tokenizer, args: Args, world) -> None:
@@ -219,11 +219,11 @@ def main(args: Args) -> None:
     check_flags(args)
     world = init_world(args.timeout_minutes)
     tokenizer = open_tokenizer(args.model, args)
-    training = redi.Args(
+    redi_args = redi.Args(
         data=args.data, igsm_problems=args.igsm_problems, seed=args.seed, bad_rows="drop",
         max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
     )  # fmt: skip
-    problems, funnel = read_problems(args, training, world.main)
+    problems, funnel = read_problems(args, redi_args, world.main)
     if args.own_answers:
         add_own_answers(problems, tokenizer, args, world)
     found = [(p, p.first(correct=True), p.first(correct=False)) for p in problems]
@@ -235,7 +235,7 @@ def main(args: Args) -> None:
         hint = "" if args.own_answers or not positives else "; --own_answers samples wrong ones of --model"
         raise InputError(f"{args.data}: no pair is left ({funnel}){hint}")
 
-    pairs, count = redi.make_pairs(rows, tokenizer, training, source=args.data, progress=world.main)
+    pairs, count = redi.make_pairs(rows, tokenizer, redi_args, source=args.data, progress=world.main)
     funnel |= {name.replace("_", " "): -n for name, n in count.items() if name not in ("rows", "kept")}
     funnel |= {"pairs.jsonl": len(pairs)}
     if world.main:
