@@ -66,14 +66,14 @@ def inner(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def count_sketch(gradient: list[Tensor], dims: int, seed: int = 0) -> Tensor:
-    """Project a gradient to [dims]: each number, with a random sign, is added to a random sum. Inner products of
-    sketches of one seed are unbiased; the error of <x, y> is about |x| |y| / sqrt(dims)."""
-    device, sums = gradient[0].device, gradient[0].new_zeros(dims)
+    """Project a gradient to [dims]: add each number, with a random sign, to a random entry. Inner products of sketches
+    of one seed are unbiased; the error of <x, y> is about |x| |y| / sqrt(dims)."""
+    device, sketch = gradient[0].device, gradient[0].new_zeros(dims)
     generator = torch.Generator(device).manual_seed(seed)
-    for values in gradient:  # a code is 2 x sum + sign
+    for values in gradient:
         code = torch.randint(2 * dims, (values.numel(),), generator=generator, device=device, dtype=torch.int32)
-        sums.index_add_(0, code >> 1, values.flatten() * (1 - 2 * (code & 1)))
-    return sums
+        sketch.index_add_(0, code >> 1, values.flatten() * (1 - 2 * (code & 1)))  # the last bit is the sign
+    return sketch
 
 
 def influence(arm: str, args: Args, world) -> None:
@@ -82,7 +82,7 @@ def influence(arm: str, args: Args, world) -> None:
     Every rank holds the whole model in float32 and takes its share of the queries. The reward is the verdict alone,
     without --format_reward, so that a query that is never solved has no gradient."""
     alone = replace(world, rank=0, size=1)
-    on_cpu = replace(alone, device=torch.device("cpu"))  # neither sharded nor in bf16
+    on_cpu = replace(alone, device=torch.device("cpu"))  # loaded there, the model is neither sharded nor in bf16
     model = model_of(args, "sft", arm)
     tokenizer = bridge.open_tokenizer(model, args)
     recompute = world.device.type == "cuda" and args.gradient_checkpointing != "none"
@@ -109,21 +109,21 @@ def influence(arm: str, args: Args, world) -> None:
     rows = roll_out(0)
     others = rows if args.influence_self else roll_out(n)
     sampler.close()
-    direction = objective_gradient(policy, others, n * size, args, alone)
+    direction = objective_gradient(policy, others, n * size, args, alone)  # G
     for tensor in direction:
         sum_over_ranks(tensor, world)
-    norm = math.sqrt(inner(direction, direction))
+    direction_norm = math.sqrt(inner(direction, direction))
     kernel_queries = set(random.Random(args.seed).sample(range(n), min(args.kernel_queries, n)))
     found, sketches = [], []
     for start in tqdm(range(0, len(rows), size), desc=f"{arm}: influence", unit="query", disable=not world.main):
         answers = rows[start : start + size]  # to one query
         gradient = objective_gradient(policy, answers, size, args, alone)
-        length = math.sqrt(inner(gradient, gradient))
+        norm = math.sqrt(inner(gradient, gradient))
         d_j = inner(gradient, direction)
         correct = sum(row.reward > 0 for row in answers)
         found.append({
             "query": answers[0].group, "right": correct, "accuracy": correct / size, "dJ": d_j,
-            "gradient_norm": length, "cosine": d_j / (length * norm) if length and norm else 0.0,
+            "gradient_norm": norm, "cosine": d_j / (norm * direction_norm) if norm and direction_norm else 0.0,
         })  # fmt: skip
         for row in answers if answers[0].group in kernel_queries else []:
             gradient = objective_gradient(policy, [replace(row, advantage=1.0)], 1, args, alone)
@@ -133,7 +133,7 @@ def influence(arm: str, args: Args, world) -> None:
             })  # fmt: skip
     found = sorted(gather_lists(found, world), key=lambda query: query["query"])
     sketches = sorted(gather_lists(sketches, world), key=lambda sketch: sketch["query"])
-    summary = summarize(found, size) | kernel_table(sketches) | {"G_norm": norm}
+    summary = summarize(found, size) | kernel_table(sketches) | {"G_norm": direction_norm}
     if world.main:
         out = Path(args.out, arm, "influence")
         write_lines(out / "queries.jsonl", found)
@@ -169,9 +169,9 @@ def kernel_table(sketches: list[dict]) -> dict:
     norms = kernel.diagonal().clamp(min=1e-30).sqrt()
     cosines = kernel / norms[:, None] / norms[None]
     same = groups[:, None] == groups[None]
-    two_answers = ~torch.eye(len(groups), dtype=torch.bool)
+    other_answer = ~torch.eye(len(groups), dtype=torch.bool)
     found = {}
-    for where, mask in (("same", same & two_answers), ("different", ~same)):
+    for where, mask in (("same", same & other_answer), ("different", ~same)):
         for name, a, b in (("++", correct, correct), ("+-", correct, ~correct), ("--", ~correct, ~correct)):
             pairs = mask & (a[:, None] & b[None])
             if pairs.any():
@@ -180,8 +180,8 @@ def kernel_table(sketches: list[dict]) -> dict:
                     "pairs": int(pairs.sum()) // (1 if name == "+-" else 2),  # the mask has each pair of equals twice
                 }  # fmt: skip
     d_j = {}
-    for name, left_out in (("with own answers", None), ("without", groups)):
-        scores = kernel_scores(kernel, advantages, left_out)
+    for name, own_left_out in (("with own answers", None), ("without", groups)):
+        scores = kernel_scores(kernel, advantages, own_left_out)
         d_j[name] = per_step_influence(scores, advantages, groups)[0].mean().item()
     return {"kernel": found, "kernel_dJ": d_j}
 
@@ -215,7 +215,7 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    bridge.check(replace(args, stage="eval"))
+    bridge.check(replace(args, stage="eval"))  # which may have --sft_model and needs no --rl_problems
     if not args.arms:
         raise InputError("--arms is empty: name one arm or more")
     world = init_world(args.timeout_minutes)
