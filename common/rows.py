@@ -87,17 +87,15 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
             rows = datasets.load_dataset(name, config or None, split=split)
         except ValueError:  # there is no such split
             names = datasets.get_dataset_split_names(name, config or None)
-            rows = datasets.load_dataset(name, config or None, split=_of_split(dict(zip(names, names)), split) or split)
+            rows = datasets.load_dataset(name, config or None, split=_of_split({n: n for n in names}, split) or split)
     except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
-        raise InputError(
-            f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' ({first_line(error)})"
-        ) from error
+        raise InputError(f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' "
+                         f"({first_line(error)})") from error  # fmt: skip
     return map(dict, rows)
 
 
 def _of_split(splits: dict, split: str):
-    """Return splits[split]; the only value if there is one split alone; "validation" in place of a missing "test"; else
-    None."""
+    """Return the only value of splits, or splits[split] (of "validation" if "test" is missing), or None."""
     wanted = "validation" if split == "test" and "test" not in splits else split
     return next(iter(splits.values())) if len(splits) == 1 else splits.get(wanted)
 
@@ -114,9 +112,9 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     Copies that editors keep (.ipynb_checkpoints) and what `datasets` writes about its files are left out."""
     by_split: dict[str, list[Path]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p) and p.name not in ABOUT_DATA):
-        name = path.relative_to(folder)
-        if not any(part.startswith((".", "__")) for part in name.parts):
-            word = (SPLIT.findall(CAPITAL.sub("_", str(name)).lower()) or [""])[-1]
+        inside = path.relative_to(folder)
+        if not any(part.startswith((".", "__")) for part in inside.parts):
+            word = (SPLIT.findall(CAPITAL.sub("_", str(inside)).lower()) or [""])[-1]
             kind = {"tr": "train", "te": "test", "ev": "test", "va": "validation", "de": "validation"}.get(word[:2], "")
             by_split.setdefault(kind, []).append(path)
     if not by_split:
@@ -219,13 +217,14 @@ def check_template(tokenizer, name: str) -> None:
         turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=False)]
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
 
+    def between(start: str, answered: str) -> str:  # start and the answer; "" for space, or if they are not both there
+        text, answer, _ = answered.removeprefix(start).partition("answer")
+        return text if text.strip() and answer and answered.startswith(start) else ""
+
     try:
-        question, answered = render("question"), render("question", "answer")
-        header = answered.removeprefix(question).partition("answer")[0] if answered.startswith(question) else ""
-        prompt = render("question", add_generation_prompt=True)
-        bare = header.strip() and prompt == question
-        lead, shown, _ = answered.removeprefix(prompt).partition("answer")
-        lead = lead if shown and answered.startswith(prompt) and lead.strip() and not bare else ""
+        question, prompt = render("question"), render("question", add_generation_prompt=True)
+        answered = render("question", "answer")
+        header, lead = between(question, answered), between(prompt, answered)
         dated = "strftime_now" in tokenizer.get_chat_template() and time.strftime("%Y") in question
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{name}: not a Jinja template ({error})") from error
@@ -233,9 +232,9 @@ def check_template(tokenizer, name: str) -> None:
         return
     doubts = {
         f"prompts end without {header!r}, which it puts before an answer: let it write this if "
-        "add_generation_prompt": bare,
+        "add_generation_prompt": header and prompt == question,
         f"it writes {lead!r} between a prompt and its answer, which traces are trained without: let it write this if "
-        "add_generation_prompt, or put it into the traces": lead and "<think>" not in lead,
+        "add_generation_prompt, or put it into the traces": lead and prompt != question and "<think>" not in lead,
         "it prints today's date, so a run cannot resume tomorrow: set one (--chat_template_args date_string=..., where "
         "it has this switch) or pass a --chat_template without": dated,
     }
@@ -325,7 +324,7 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
     return encoded
 
 
-@functools.lru_cache(4)  # it is asked for every row
+@functools.lru_cache(4)  # called for every row
 def special_tokens(tokenizer) -> dict[int, str]:
     """{id: text} of the tokens that stand for no text: eos, <|im_end|> and the like."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -390,7 +389,7 @@ def warn_unknown(source: str, prompts: list[list[int]], tokenizer) -> None:
 
 
 def warn(source: str, counts: dict[str, int], rows: int) -> None:
-    """Print a warning for each count that is not 0: so many of the rows' ..."""
+    """Print a warning, "N of ROWS WHAT", for each count {WHAT: N} that is not 0. Rank 0 does."""
     for what, n in counts.items():
         if n and os.environ.get("RANK", "0") == "0":
             print(f"WARNING: {source}: {n} of {rows} {what}", file=sys.stderr)
@@ -452,10 +451,11 @@ def given_logps(given: Trace, trace: list[int], prompt: str, tokenizer, where: s
         raise InputError(f"{where}: 'target_probs' must be a list of numbers above 0 ({error})") from error
     if trace != given.ids and trace_text(prompt, given.text) != given.text:
         whole = len(tokenizer(given.text, add_special_tokens=False)["input_ids"])
+        removed = whole - (len(trace) - 1)  # tokens of the tag; the trace has the eos besides
         if len(logps) == whole == len(trace):
             raise InputError(f"{where}: 'target_probs' has {whole} entries, with eos or with what the prompt "
                              "has too (<think>): give both")
-        logps = logps[whole - len(trace) + 1 :] if len(logps) >= whole else logps
+        logps = logps[removed:] if len(logps) >= whole else logps
     if len(trace) - len(logps) not in (0, 1) or not all(logp <= 0 for logp in logps):  # a NaN is not
         raise InputError(f"{where}: 'target_probs' has {len(logps)} entries for a trace of {len(trace)} tokens (eos "
                          "included), or one outside (0, 1]: remove the column, or make it with this tokenizer")
@@ -476,7 +476,7 @@ def turn_end(tokenizer) -> tuple[int | None, list[int]]:
     return _turn_end(tokenizer, str(tokenizer.chat_template))
 
 
-@functools.lru_cache(4)  # it is asked for every row
+@functools.lru_cache(4)  # called for every row
 def _turn_end(tokenizer, template):
     turns = ("user", "question"), ("assistant", "answer"), ("user", "question")
     talk = [{"role": role, "content": content} for role, content in turns]
@@ -561,29 +561,29 @@ def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, in
     ids, response ids, action mask or None, reward, question and trace number). Raises InputError naming the row.
     Reads --skip_turns, --max_row_tokens and --long_response, which oreo.py has."""
     found, questions, count = [], {}, {"rows": 0, "prompt_too_long": 0, "response_too_long": 0}
-    rows = ((f"{source}, row {number}", row) for number, row in enumerate(load_rows(source)))
-    items = ((where, row, read_row(row, where)) for where, row in rows)
-    traces = ((where, row, item, trace) for where, row, item in items for trace in item.traces or [None])
-    for index, (where, row, item, trace) in enumerate(traces):
-        count["rows"] += 1
-        try:
-            prompt, response, mask = trace_ids(item, trace, tokenizer, args.skip_turns)
-        except (InputError, TypeError) as error:
-            raise InputError(f"{where}: {error}") from error
-        if len(prompt) > args.max_prompt_tokens:
-            count["prompt_too_long"] += 1
-            continue
-        longest = min(args.max_response_tokens, args.max_row_tokens - len(prompt))
-        if len(response) > longest:
-            count["response_too_long"] += 1
-            if args.long_response == "reject" or longest < 1:
+    for row_number, row in enumerate(load_rows(source)):
+        where = f"{source}, row {row_number}"
+        item = read_row(row, where)
+        for trace in item.traces or [None]:
+            count["rows"] += 1  # of traces
+            try:
+                prompt, response, mask = trace_ids(item, trace, tokenizer, args.skip_turns)
+            except (InputError, TypeError) as error:
+                raise InputError(f"{where}: {error}") from error
+            if len(prompt) > args.max_prompt_tokens:
+                count["prompt_too_long"] += 1
                 continue
-            response, mask = response[:longest], mask and mask[:longest]
-        if not prompt or not response or (mask and not any(mask)):
-            raise InputError(f"{where}: no prompt, or no action token; remove the row")
-        question = str(row.get("question")), tuple(prompt)  # sources may use the same question numbers
-        number = questions.setdefault(question, len(questions))
-        found.append((prompt, response, mask, trace.reward, number, index))
+            longest = min(args.max_response_tokens, args.max_row_tokens - len(prompt))
+            if len(response) > longest:
+                count["response_too_long"] += 1
+                if args.long_response == "reject" or longest < 1:
+                    continue
+                response, mask = response[:longest], mask and mask[:longest]
+            if not prompt or not response or (mask and not any(mask)):
+                raise InputError(f"{where}: no prompt, or no action token; remove the row")
+            question = str(row.get("question")), tuple(prompt)  # 'question' may be a number, which other files use too
+            number = questions.setdefault(question, len(questions))
+            found.append((prompt, response, mask, trace.reward, number, count["rows"] - 1))
     return found, with_kept(found, count, source, args)
 
 
