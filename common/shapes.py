@@ -82,7 +82,7 @@ def read_row(row: dict, where: str) -> Item:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     given = ", ".join(map(str, row))
-    # of names that differ in case the last wins below: a filled one over a blank one, then "answer" over "Answer"
+    # of names that differ in case alone the last one wins: a filled one over a blank one, then "answer" over "Answer"
     names = sorted(row, key=lambda name: (not _blank(row[name]), str(name).islower()))
     row = {name if len(name) == 1 else name.lower(): row[name] for name in names}  # A, B, ... are options
     try:
@@ -91,9 +91,9 @@ def read_row(row: dict, where: str) -> Item:
         raise InputError(f"{where}: {error}") from error
     columns = {name for name, value in row.items() if not _blank(value)}  # files of mixed shapes hold nulls
     blank = [str(name) for name in row if name not in columns]
-    row = {name: value for name, value in row.items() if name in columns or isinstance(value, str)}
-    columns |= _groups(row, columns)
-    read = next((read for needs, read in SHAPES if needs <= columns), None)
+    row = {name: value for name, value in row.items() if name in columns or isinstance(value, str)}  # a blank response
+    found = columns | _groups(row, columns)
+    read = next((read for needs, read in SHAPES if needs <= found), None)
     if read is None:
         raise InputError(f"{where}: no shape of row has these columns ({given}{'; blank: ' if blank else ''}"
                          f"{', '.join(blank)}); docs/data.md has the shapes of rows")  # fmt: skip
@@ -324,8 +324,9 @@ def _asked(row: dict) -> Item:
     return Item(prompt, questions[-1], gold)
 
 
-def _trace(row: dict, name: str, prompt: list[dict], **settings) -> list[Trace]:
-    """The trace in a column, [] if it has none: a text, an assistant turn, or the prompt's turns and an assistant's."""
+def _column_traces(row: dict, name: str, prompt: list[dict], **fields) -> list[Trace]:
+    """[the trace in a column], [] if it has none: a text, an assistant turn, or the prompt's turns and an assistant's.
+    fields: others of the Trace."""
     value, ids = row.get(name), row.get(f"{name}_ids")
     if value is None:
         return []
@@ -341,12 +342,12 @@ def _trace(row: dict, name: str, prompt: list[dict], **settings) -> list[Trace]:
         value = last["content"]
     text = _text(value, f"'{name}' (a text or [{{role, content}}])")
     if ids is not None:
-        return [Trace(text, ids=_ids(ids, f"{name}_ids"), **settings)]
+        return [Trace(text, ids=_ids(ids, f"{name}_ids"), **fields)]
     beside = row if name in RESPONSES else {}  # a chosen and a rejected trace would get the same thought
-    return [Trace(text if settings.get("probs") else _with_thought(beside, text), **settings)]
+    return [Trace(text if fields.get("probs") else _with_thought(beside, text), **fields)]
 
 
-def _graded(texts: list, marks: list) -> list[Trace]:
+def _graded_traces(texts: list, marks: list) -> list[Trace]:
     if not isinstance(texts, list) or not isinstance(marks, list) or len(texts) != len(marks):
         raise TypeError("the traces and their marks must be lists of one length")
     if any(mark not in (0, 1) for mark in marks):
@@ -356,7 +357,7 @@ def _graded(texts: list, marks: list) -> list[Trace]:
 
 def _luffy(row: dict) -> Item:
     item = _asked(row)
-    item.traces = _trace(row, "target", item.prompt, probs=row.get("target_probs"))
+    item.traces = _column_traces(row, "target", item.prompt, probs=row.get("target_probs"))
     return item
 
 
@@ -365,16 +366,16 @@ def _pair(row: dict) -> Item:
         raise ValueError("'chosen' and 'rejected' continue 'initial_reason_steps': join them into whole answers")
     whole = row["chosen"][:-1] if isinstance(row.get("chosen"), list) else None
     item = _asked({"prompt": row.get("conversations") or whole} | row)
-    if whole and (first := _turns(whole, "chosen")[0])["role"] == "system" != item.prompt[0]["role"]:
-        item.prompt.insert(0, first)  # a 'prompt' beside whole conversations is their question alone
-    item.traces = _trace(row, "chosen", item.prompt) + _trace(row, "rejected", item.prompt, reward=0.0)
+    if whole and item.prompt[0]["role"] != "system":  # a 'prompt' beside whole conversations is their question alone
+        item.prompt[:0] = [turn for turn in _turns(whole, "chosen")[:1] if turn["role"] == "system"]
+    item.traces = _column_traces(row, "chosen", item.prompt) + _column_traces(row, "rejected", item.prompt, reward=0.0)
     return item
 
 
 def _single(row: dict) -> Item:
     item = _asked(row)
     name = next((name for name in RESPONSES if not _blank(row.get(name))), "response")
-    item.traces = _trace(row, name, item.prompt, reward=_reward(row))
+    item.traces = _column_traces(row, name, item.prompt, reward=_reward(row))
     if not item.traces:
         raise KeyError(name)
     if _mark(row) == "reward" and isinstance(row.get("prompt"), str):
@@ -409,7 +410,7 @@ def _conversation(row: dict) -> Item:
 
 def _responses(row: dict) -> Item:
     item = _asked(row)
-    item.traces = _graded(row["responses"], row["rewards"])
+    item.traces = _graded_traces(row["responses"], row["rewards"])
     return item
 
 
@@ -424,7 +425,7 @@ def _generations(row: dict) -> Item:
     n = len(row["generations"])
     if any(len(marks) != n or any(mark not in (0, 1, None) for mark in marks) for marks in verdicts):
         raise TypeError("'correctness' must have true, false or null for each generation")
-    item.traces = _graded(row["generations"], [rule(marks) for marks in zip(*verdicts, strict=True)])
+    item.traces = _graded_traces(row["generations"], [rule(marks) for marks in zip(*verdicts, strict=True)])
     return item
 
 
@@ -435,7 +436,7 @@ def _graded_columns(row: dict) -> list[dict]:
 
 def _gsm8k_graded(row: dict) -> Item:
     solutions, text = _graded_columns(row), _text(row["question"], "'question'")
-    traces = _graded([s["solution"] for s in solutions], [s["is_correct"] for s in solutions])
+    traces = _graded_traces([s["solution"] for s in solutions], [s["is_correct"] for s in solutions])
     gold = _gold(row.get("answer"), row.get("ground_truth")).rpartition("A: ")[2].strip()
     return Item(_turns(text, "question"), text, gold, traces, source="gsm8k")
 
@@ -548,7 +549,6 @@ SHAPES = (  # the first shape whose columns a row has; blank columns do not coun
     ({"generations", "VERDICTS"}, _generations),
     ({"prompt", "target"}, _luffy),
     ({"responses", "rewards"}, _responses),
-    ({"prompt", "RESPONSE", "MARK"}, _single),
     ({"prompt", "RESPONSE"}, _single),
     ({"prompt", "reward_model"}, _luffy),
     ({"prompt", "messages"}, _conversation),  # UltraChat: the prompt is the first of the turns
