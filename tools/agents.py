@@ -154,8 +154,7 @@ class Episode:
             while len(kept) > 1 and not self.tokenizer.decode(kept[-1:]).strip():
                 kept = kept[:-1]
         self.ids, self.actions = self.ids + kept, self.actions + [1] * len(kept)
-        action = parse_action(answer) if ended else None
-        if action is None:
+        if not ended or (action := parse_action(answer)) is None:
             self.end = "no_action"
             return
         observation, done, won = self.game.act(action)
@@ -232,19 +231,19 @@ class RenamedGame(Game):
     only a part of a thing's name, that text stays."""
 
     def __init__(self, game: Game, names: dict[str, str]):
-        self.env = self.game = game
-        self.rules, self.new = game.rules, names
+        self.env = self.game = game  # env: what close() closes
+        self.rules, self.to_new = game.rules, names
         self.things = {names[name]: type_ for name, type_ in game.things.items()}
-        self.old = dict.fromkeys(names, "nothing") | {new: old for old, new in names.items()}
+        self.to_old = dict.fromkeys(names, "nothing") | {new: old for old, new in names.items()}  # old names are gone
 
     def reset(self) -> str:
-        text = replace_words(self.game.reset(), self.new)
-        self.walkthrough = [replace_words(command, self.new) for command in self.game.walkthrough]
+        text = replace_words(self.game.reset(), self.to_new)  # the game has a walkthrough from here on
+        self.walkthrough = [replace_words(command, self.to_new) for command in self.game.walkthrough]
         return text
 
     def act(self, command: str) -> tuple[str, bool, bool]:
-        seen, done, won = self.game.act(replace_words(command, self.old))
-        return replace_words(seen, self.new), done, won
+        seen, done, won = self.game.act(replace_words(command, self.to_old))
+        return replace_words(seen, self.to_new), done, won
 
 
 def tidy(text: str) -> str:
@@ -304,14 +303,13 @@ def make_games(args: Args) -> None:
     write_whole(kept, json.dumps(options) + "\n")
     for seed in tqdm(range(args.first_seed, args.first_seed + args.count), desc="make", unit="game"):
         path = Path(args.games) / f"seed-{seed:06d}.z8"
-        if path.exists():
-            continue
-        options = textworld.GameOptions()
-        options.seeds, options.path = seed, str(path)
-        options.nb_rooms, options.nb_objects = args.rooms, args.objects
-        options.chaining.min_length = options.chaining.max_length = options.chaining.max_depth = args.quest_length
-        options.grammar.theme = "house"
-        textworld.make(options)
+        if not path.exists():
+            game = textworld.GameOptions()
+            game.seeds, game.path = seed, str(path)
+            game.nb_rooms, game.nb_objects = args.rooms, args.objects
+            game.chaining.min_length = game.chaining.max_length = game.chaining.max_depth = args.quest_length
+            game.grammar.theme = "house"
+            textworld.make(game)
 
 
 def open_game(name: str, path: str, kind: type, args: Args):
@@ -347,8 +345,10 @@ def play(args: Args, tokenizer, policy, value, world, repeat: int) -> list[dict]
         episodes = [Episode(games[i][0], i, open_game(*games[i], args), tokenizer) for i in mine]
         for turn in range(args.max_turns + 1):
             for e in episodes:
-                full = len(e.ids) >= args.max_episode_tokens and e.end in ("", "no_action")  # a cut one has no action
-                e.end = "too_long" if full else e.end or ("max_turns" if turn == args.max_turns else "")
+                if len(e.ids) >= args.max_episode_tokens and e.end in ("", "no_action"):  # cut before its action
+                    e.end = "too_long"
+                elif turn == args.max_turns:
+                    e.end = e.end or "max_turns"
             live = [e for e in episodes if not e.end]
             if not any(gather_lists([len(live)], world)):
                 break
@@ -380,14 +380,14 @@ def play_walkthroughs(args: Args, tokenizer) -> list[dict]:
         for n in range(1 + args.renamed):
             version = game if not n else RenamedGame(game, other_names(game.things, args.names, rng))
             episode = Episode(name if not n else f"{name}, renamed {n}", n, version, tokenizer)
-            end = tokenizer.eos_token_id if episode.closing is None else episode.closing
+            stop = tokenizer.eos_token_id if episode.closing is None else episode.closing
             for command in version.walkthrough:
                 if not episode.end:
-                    episode.add_answer([*tokenizer(f"Action: {command}", add_special_tokens=False)["input_ids"], end])
+                    episode.add_answer([*tokenizer(f"Action: {command}", add_special_tokens=False)["input_ids"], stop])
             if episode.end != "won":
-                heard = tokenizer.decode(tokenizer(command, add_special_tokens=False)["input_ids"])
+                tokenized = tokenizer.decode(tokenizer(command, add_special_tokens=False)["input_ids"])
                 raise InputError(f"--games {args.games}: the walkthrough of {episode.name} does not win it; its last "
-                                 f"command was {command!r}, and {heard!r} through --model's tokenizer")  # fmt: skip
+                                 f"command was {command!r}, and {tokenized!r} through --model's tokenizer")  # fmt: skip
             rows.append(episode.row())
         game.close()
     return rows
@@ -448,11 +448,11 @@ def main(args: Args) -> dict | None:
         out = Path(args.out)
         models = {"model": "" if args.model == "scratch" else args.model, "value": args.value}
         settings = vars(args) | {"weights_digest": " ".join(digests_of(models, world).values())}
-        # an episode is kept by its game's place; the last two parts of a path are ALFWorld's task and trial
+        # episodes have the numbers of games in this order; the last two parts of a path are ALFWorld's task and trial
         games = json.dumps([Path(name).parts[-2:] for name, *_ in find_games(args.games)])
         settings["games_digest"] = hashlib.sha256(games.encode()).hexdigest()[:16]
-        episodes = list(out.glob("*.jsonl"))
-        names = settings.keys() - Checkpoints.FREE - {"model", "value", "parallel"} if episodes else ()
+        fixed = [name for name in settings if name not in Checkpoints.FREE | {"model", "value", "parallel"}]
+        names = fixed if any(out.glob("*.jsonl")) else ()
         keep_settings(out / "args.json", settings, names, f"--out {out} has episodes of other settings", world)
         scratch = args.stage == "expert" and args.model == "scratch"
         tokenizer = open_tokenizer(scratch_model(args, world) if scratch else args.model, args)
