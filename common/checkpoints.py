@@ -229,9 +229,8 @@ class Checkpoints:
             yield
         except (Exception, dcp.CheckpointException) as error:  # the second is a BaseException
             last, free = self.latest(), shutil.disk_usage(self.folder).free
-            reason = getattr(error, "failures", None)
-            reason = next(iter(reason.values())) if reason else error  # torch wraps each rank's own error
-            reason = reason[0] if isinstance(reason, tuple) else reason
+            failures = getattr(error, "failures", {})  # torch's, by rank: (its own error, where)
+            reason = next(iter(failures.values()), (error,))[0]
             if KeyboardInterrupt in (type(reason), type(error.__cause__), type(error.__context__)):
                 raise KeyboardInterrupt from error
             raise RuntimeError(
@@ -280,7 +279,7 @@ def _damage(path: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, or None. A collective: all ranks agree. Files not in SHA256SUMS are ignored."""
     listed = path / "SHA256SUMS"
     lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
-    expected, found = {line[66:]: line[:64] for line in lines}, _sums(path, world)
+    expected, found = {line[66:]: line[:64] for line in lines}, _sums(path, world)  # 64 digits, two spaces, a name
     for name, digest in sorted(expected.items()):
         if found.get(name) != digest:
             return f"{name} is damaged (its checksum differs)" if name in found else f"{name} is missing"
@@ -304,15 +303,15 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
     if damage := _damage(path, world):
         raise InputError(f"{path}: {damage}; export another --step, of {sorted(found)}")
     state = json.loads((path / "state.json").read_text())
-    if name not in state.get("configs", {}):
+    if name not in state["configs"]:
         raise InputError(f"{path}: it holds no {name} with its configuration")
     model = load_policy(
         "", world, from_config=state["configs"][name], lora=state["settings"].get(f"{name}_lora", 0),
-        kind=ValueModel if name in state.get("values", ["value"]) else Policy,
+        kind=ValueModel if name in state["values"] else Policy,
     )
     if model.lm.can_generate():
         model.lm.generation_config = GenerationConfig.from_dict(state["generation"])
-    loaded = load_tokenizer(tokenizer or state.get("tokenizer", state["settings"]["model"]), flag="--tokenizer")
+    loaded = load_tokenizer(tokenizer or state["tokenizer"], flag="--tokenizer")
     if not tokenizer:
         loaded.chat_template = state["template"]
     weights = {_key("model", name): dcp_state.get_model_state_dict(model)}
