@@ -44,8 +44,8 @@ def vllm_python() -> str:
     """The interpreter that runs vLLM: $ROLLOUT_PYTHON, else without CUDA that of .venv-vllm (`make vllm`) if it is
     there, else this one."""
     made = Path(__file__).resolve().parent.parent / ".venv-vllm" / "bin" / "python"
-    own = torch.cuda.is_available() or not made.exists()
-    return os.environ.get("ROLLOUT_PYTHON") or (sys.executable if own else str(made))
+    this = torch.cuda.is_available() or not made.exists()
+    return os.environ.get("ROLLOUT_PYTHON") or (sys.executable if this else str(made))
 
 
 def vllm_version(*, cuda: bool) -> str | None:
@@ -96,14 +96,14 @@ class Worker:
             raise RuntimeError(f"vLLM does not start: {fault}; --rollout embedded works without it.{log}") from fault
 
     def send(self, *message) -> None:
-        """Send a request: the name of a function of common/vllm_worker.py, and its arguments."""
+        """Send a request (the name of a function of common/vllm_worker.py, its arguments), or what "load" waits for."""
         try:
             self.pipe.send(message)
         except OSError as error:
             raise WorkerFault(f"the vLLM process takes no request ({error})") from error
 
     def receive(self, seconds: float | None = None):
-        """-> the next message. Raises WorkerFault if none comes in `seconds`, or `patience`."""
+        """Return the next message. Raises WorkerFault if none comes in `seconds`, or `patience`."""
         seconds = seconds or self.patience
         try:
             if self.pipe.poll(seconds):
@@ -113,9 +113,9 @@ class Worker:
         raise WorkerFault(f"the vLLM process hangs: no sign of life in {seconds:.0f} s")
 
     def call(self, *message):
-        """Send a request; -> what the function returns."""
+        """Send a request; return what the function returns."""
         self.send(*message)
-        return self.receive()[1]
+        return self.receive()[1]  # of ("done", result)
 
     def last_words(self) -> str:
         """The first error in the log, and the log's last lines."""
@@ -167,7 +167,7 @@ class VLLMSampler(Sampler):
         self.stop_ids = sorted(set(stop_ids))
         self.cuda = world.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.proven, self.restarts, self.syncs, self.label = False, 0, 0, ""
+        self.proven, self.restarts, self.syncs, self.label = False, 0, 0, ""  # label: of the last sync's weights
         self.memory = None  # shared with the worker on a CPU
         # the model as Transformers saves it: its checkpoint's names are those that vLLM loads
         config = copy.deepcopy(policy.lm.config)
@@ -202,7 +202,7 @@ class VLLMSampler(Sampler):
         self.syncs += 1
         self.label = f"{self.syncs} (step {version})"
         for attempt in range(MAX_RESTARTS + 1):
-            faults = self._attempt(self._send) or self._attempt(self._prove)
+            faults = self._attempt(self._send_weights) or self._attempt(self._prove)
             if not faults:
                 break
             self._restart(faults, attempt)
@@ -223,7 +223,7 @@ class VLLMSampler(Sampler):
             self.memory = None
 
     def _attempt(self, act) -> list[str]:
-        """Run act; -> the faults of all ranks (a collective)."""
+        """Run act; return the faults of all ranks (a collective)."""
         self.failed = False
         try:
             act()
@@ -245,8 +245,8 @@ class VLLMSampler(Sampler):
     def _weights(self):
         """(name in a checkpoint, whole tensor in vLLM's dtype) of every weight, one at a time; a collective."""
         lm = self.policy.lm
-        where = {id(module): f"{name}.weight" for name, module in lm.named_modules()}
-        head, embeddings = where[id(lm.get_output_embeddings())], where[id(lm.get_input_embeddings())]
+        names = {id(module): f"{name}.weight" for name, module in lm.named_modules()}
+        head, embeddings = names[id(lm.get_output_embeddings())], names[id(lm.get_input_embeddings())]
         tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
         for name, value in full_parameters(self.policy):
             named = {name: value.to(self.dtype)}
@@ -254,7 +254,7 @@ class VLLMSampler(Sampler):
             if tied and name == embeddings:
                 yield head, named[name]
 
-    def _send(self) -> None:
+    def _send_weights(self) -> None:
         """Wake the weights' memory, fill it through a shared buffer, free the buffer, wake the KV cache."""
         needed = [p.numel() * self.dtype.itemsize for p in self.empty.parameters()]
         size = max(*needed, min(sum(needed), BUCKET))
@@ -267,7 +267,7 @@ class VLLMSampler(Sampler):
                     torch.cuda.synchronize()
                 self.worker.send(names, shapes, lengths, str(self.dtype).removeprefix("torch."))
                 self.worker.receive()  # it has a copy
-            self.worker.send()
+            self.worker.send()  # an empty message: no more weights
             self.worker.receive()
         finally:
             for _ in weights:  # after a fault this rank still joins the collectives that gather the weights
@@ -279,7 +279,7 @@ class VLLMSampler(Sampler):
             raise WorkerFault(f"vLLM has the weights of sync {loaded}, not {self.label}")
 
     def _buffer(self, size: int):
-        """-> bytes that the worker reads too, and what it needs to find them."""
+        """Return a buffer of bytes that the worker reads too, and what it needs to find it."""
         if self.cuda:
             torch.cuda.empty_cache()  # release to vLLM the memory that the trainer's allocator caches
             buffer = torch.empty(size, dtype=torch.uint8, device=self.world.device)

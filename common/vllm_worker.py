@@ -40,7 +40,7 @@ def sleep(llm, pipe) -> None:
 
 
 def load(llm, pipe, buffer) -> None:
-    """Take new weights from a buffer of bytes that the trainer fills again and again, until it sends None.
+    """Take new weights from a buffer of bytes that the trainer fills again and again, until it sends ().
 
     buffer: arguments of rebuild_cuda_tensor, or (path, bytes) of memory that is shared on a CPU."""
     import torch
@@ -76,24 +76,24 @@ def pack_experts_again(model) -> None:
             module.quant_method.moe_kernel = None
 
 
-def wake(llm, pipe, version: str) -> str:
-    """Get the KV cache's memory back, forget what old weights computed, and label the new ones; -> the label."""
+def wake(llm, pipe, name: str) -> str:
+    """Get the KV cache's memory back, forget what old weights computed, and label the new ones; return the label."""
     if llm.llm_engine.is_sleeping():
         llm.wake_up(["kv_cache"])
     if not llm.reset_prefix_cache():
         raise RuntimeError("the prefix cache cannot be reset")
-    return label(llm, pipe, version)
+    return label(llm, pipe, name)
 
 
-def label(llm, pipe, version: str) -> str:
-    """Name the weights: vLLM returns this with each completion."""
-    llm.llm_engine.set_weight_version(version)
+def label(llm, pipe, name: str) -> str:
+    """Label the weights: vLLM returns their label, its "version", with each completion."""
+    llm.llm_engine.set_weight_version(name)
     return llm.llm_engine.get_weight_version()
 
 
 def generate(llm, pipe, requests, sampling: dict) -> None:
     """Draw a completion for each (prompt ids, seed, max_tokens). Sends lists of (index, ids, log-probs, why it ended,
-    versions of the weights) as completions end. After a second without any it sends [], as a sign of life."""
+    labels of the weights) as completions end. After a second without any it sends [], as a sign of life."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -129,7 +129,7 @@ def main(trainer: str, pipe: str, folder: str, settings: str) -> None:
             act, *arguments = pipe.recv()
         except (EOFError, OSError):
             return  # the trainer is gone
-        pipe.send(("done", globals()[act](llm, pipe, *arguments)))
+        pipe.send(("done", globals()[act](llm, pipe, *arguments)))  # a tuple: completions are sent as lists
 
 
 if __name__ == "__main__":
