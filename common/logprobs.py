@@ -62,8 +62,7 @@ def linear_logprobs(
     for bf16 inputs on CUDA, if that takes at most half of the free memory. Not with a cap.
     backend: "triton", "torch", or "auto" for Triton on CUDA and torch elsewhere. chunk_size: tokens at a time,
     tile_size: vocabulary entries at a time, chosen from the shapes when None.
-    IndexError for a target outside [0, V) on the CPU; a check would stall a GPU, so the log-prob is NaN there.
-    """
+    IndexError for a target outside [0, V) on the CPU; a check would stall a GPU, so the log-prob is NaN there."""
     settings = _check(hidden, weight, targets, temperature, backend), _form(temperature, cap, scale), entropy
     keep = (_has_room(hidden, weight) if keep is None else keep) and not cap
     tiling = _tiling(hidden, weight, chunk_size, tile_size)
@@ -90,8 +89,7 @@ def linear_kl(
 ):  # fmt: skip
     """KL(pi || ref) over the whole vocabulary at every token: [N, H], [V, H], [N, H'], [V, H'] -> [N].
 
-    Differentiable in hidden and weight; the reference is a constant. T, scale and cap change the logits of both.
-    """
+    Differentiable in hidden and weight; the reference is a constant. T, scale and cap change the logits of both."""
     settings = _check(hidden, weight, None, temperature, backend), _form(temperature, cap, scale), True
     _check(ref_hidden, ref_weight, None, temperature, backend)
     if (shape := (len(hidden), len(weight))) != (ref_shape := (len(ref_hidden), len(ref_weight))):
@@ -233,17 +231,20 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, ref_hidden, ref_weight, settings, tiling, keep):
-        heads, (rows, cols) = _heads(hidden, weight, ref_hidden, ref_weight, settings[0]), tiling
+        fused, form, weighted = settings
+        rows, cols = tiling
+        heads = _heads(hidden, weight, ref_hidden, ref_weight, fused)
         kept = _Kept(hidden, weight, cols) if keep and any(ctx.needs_input_grad) else None
         state = _new_state(hidden)
         for i, c in enumerate(cols):
             for r in rows:
                 tiles = [head.tile(r, c) for head in heads]
-                _absorb(tiles, targets[r] - c.start, state[:, r], *settings, kept and kept.tile(i, r, c))
+                stored = kept and kept.tile(i, r, c)
+                _absorb(tiles, targets[r] - c.start, state[:, r], fused, form, weighted, stored)
         ctx.save_for_backward(hidden, weight, targets, ref_hidden, ref_weight, state)
         ctx.settings, ctx.tiling, ctx.kept = settings, tiling, kept
         ctx.set_materialize_grads(False)
-        return _outputs(state, settings[-1], heads[0].sum_dtype)
+        return _outputs(state, weighted, heads[0].sum_dtype)
 
     @staticmethod
     @once_differentiable
@@ -273,8 +274,8 @@ class _Linear(torch.autograd.Function):
                     g = torch.empty(r.stop - r.start, c.stop - c.start, dtype=head.dtype, device=hidden.device)
                 else:
                     g = tiles[0] if tiles else head.empty(r, c)
-                weighted, stored = grad_other is not None, kept and kept.tile(i, r, c)
-                _gradient(tiles, g, targets[r] - c.start, factors[:, r], fused, form, weighted, stored)
+                stored = kept and kept.tile(i, r, c)
+                _gradient(tiles, g, targets[r] - c.start, factors[:, r], fused, form, grad_other is not None, stored)
                 if whole is None:
                     grads.add(g, r, c)
         if weight is None:
@@ -299,8 +300,8 @@ class _Kept:
 
 # The token side: what is known of every token, and how a tile of logits adds to it or becomes its gradient.
 # tiles: [z [n, v]] of the policy and, for the KL, of the reference. targets: [n], indices relative to the tile; one
-# outside of [0, v) belongs to another tile. weighted: whether u, or the gradient through it, is wanted. kept: (E, top)
-# of the tile, or None.
+# outside of [0, v) belongs to another tile. weighted: whether u, or the gradient through it, is wanted. stored: the
+# tile's (E, top) if the forward kept them, or None.
 
 
 def _new_state(hidden):
@@ -346,8 +347,7 @@ def _locate(targets, v):
 
 def _exp_sum(x, m, s):
     """Update m and s of each token with logits x [n, v]; x becomes x minus the tile's maximum, top. Returns exp(x), its
-    sum, (old m minus new m) and (top minus new m).
-    """
+    sum, (old m minus new m) and (top minus new m)."""
     top, argmax = x.max(1, keepdim=True)
     e = x.sub_(top.clamp_(min=LOWEST)).exp()
     s_tile = e.scatter_(1, argmax, 0.0).sum(1)
@@ -359,18 +359,18 @@ def _exp_sum(x, m, s):
     return e.scatter_(1, argmax, 1.0), 1 + s_tile, before, after
 
 
-def _absorb(tiles, targets, state, fused, form, weighted, kept=None):
+def _absorb(tiles, targets, state, fused, form, weighted, stored=None):
     """Adds a tile to the state of its tokens. (Torch works in place: z is lost.)"""
     if fused:
-        return _launch(_absorb_kernel, tiles, targets, state, form, kept, WEIGHTED=weighted)
+        return _launch(_absorb_kernel, tiles, targets, state, form, stored, WEIGHTED=weighted)
     m, s, u, z_y, m_ref, s_ref = state
     x, total = _scaled(tiles[0], form), 1 + s
     here, index = _locate(targets, x.shape[1])
     z_y.copy_(torch.where(here, x.gather(1, index), z_y[:, None])[:, 0])
     e, total_tile, before, after = _exp_sum(x, m, s)
-    if kept:
-        kept[0].copy_(e)
-        kept[1][0] = m + after
+    if stored:
+        stored[0].copy_(e)
+        stored[1][0] = m + after
     if weighted:
         w, shift, shift_tile = x.clamp_(min=LOWEST), before, after
         if len(tiles) == 2:
@@ -381,25 +381,25 @@ def _absorb(tiles, targets, state, fused, form, weighted, kept=None):
         u.copy_(before.exp() * (u + shift * total) + after.exp() * (u_tile + shift_tile * total_tile))
 
 
-def _gradient(tiles, g, targets, factors, fused, form, weighted, kept=None):
+def _gradient(tiles, g, targets, factors, fused, form, weighted, stored=None):
     """Writes a tile's gradient to g, which may be its z or its E. With E there are no tiles."""
     if fused:
-        return _launch(_gradient_kernel, tiles, targets, factors, form, kept, g, WEIGHTED=weighted)
+        return _launch(_gradient_kernel, tiles, targets, factors, form, stored, g, WEIGHTED=weighted)
     m, f0, f1, g_y, m_ref = factors[:, :, None]
-    if kept:
-        x = (g if g.dtype == factors.dtype else g.to(factors.dtype)).copy_(kept[0])
-        shift = kept[1][0][:, None] - m
+    if stored:
+        x = (g if g.dtype == factors.dtype else g.to(factors.dtype)).copy_(stored[0])
+        shift = stored[1][0][:, None] - m
     else:
         x = _scaled(tiles[0], form)
         slope = 1 - (x / form[1]).square_() if form[1] else None
         x.sub_(m)
     if weighted:
-        e = x * shift.exp() if kept else x.exp()
-        w = (x.log_().add_(shift) if kept else x).clamp_(min=LOWEST)
+        e = x * shift.exp() if stored else x.exp()
+        w = (x.log_().add_(shift) if stored else x).clamp_(min=LOWEST)
         if len(tiles) == 2:
             w.sub_(_scaled(tiles[1], form).sub_(m_ref).clamp_(min=LOWEST))
         torch.addcmul(f0, w, f1, out=x).mul_(e)
-    elif kept:
+    elif stored:
         x.mul_(shift.exp() * f0)
     else:
         x.exp_().mul_(f0)
@@ -419,13 +419,13 @@ def _block(v):
     return min(4096, 1 << (v - 1).bit_length())
 
 
-def _launch(kernel, tiles, targets, per_token, form, kept, *g, **flags):
+def _launch(kernel, tiles, targets, per_token, form, stored, *g, **flags):
     """Run a kernel with a program per token of a tile; if it writes a gradient g, one per token and block of logits."""
-    e, top = kept or (None, None)
+    e, top = stored or (None, None)
     z = tiles[0] if tiles else e
     (n, v), ref, block = z.shape, tiles[-1] if tiles else z, _block(z.shape[1])
     flags |= {"REF": len(tiles) == 2, "SCALED": form[0] != 1.0, "CAPPED": form[1] != 0.0}
-    flags |= {"KEPT": kept is not None, "BLOCK": block}
+    flags |= {"KEPT": stored is not None, "BLOCK": block}
     pairs = [(z, z.stride(0)), (ref, ref.stride(0)), *((x, x.stride(0) if x is not None else 0) for x in (e, top, *g))]
     with torch.cuda.device_of(z):
         kernel[(n, triton.cdiv(v, block) if g else 1)](
