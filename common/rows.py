@@ -545,9 +545,9 @@ def trace_ids(item: Item, trace: Trace | None, tokenizer, skip_turns: int) -> tu
         return conversation_ids(item.conversation, tokenizer, skip_turns)
     if not item.prompt_ids:
         prompt = item.text or render_prompt(tokenizer, item.prompt)
-        prompt_ids = tokenizer([prompt], add_special_tokens=False)["input_ids"][0]
-        prompt_ids = with_bos(prompt_ids, tokenizer) if item.text else prompt_ids
-        return prompt_ids, *encode_traces(tokenizer, [trace], [prompt], [""]), None
+        [prompt_ids] = tokenizer([prompt], add_special_tokens=False)["input_ids"]
+        [ids] = encode_traces(tokenizer, [trace], [prompt], [""])
+        return with_bos(prompt_ids, tokenizer) if item.text else prompt_ids, ids, None
     known = max(item.prompt_ids + trace.ids) < len(tokenizer)
     if not known or (trace.text and trace.actions is None and tokenizer.decode(trace.ids) != trace.text):
         raise InputError("ids of another tokenizer")

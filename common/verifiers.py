@@ -226,11 +226,11 @@ def echoed(text: str, start: int, end: int, content: str) -> bool:
 def chosen_label(text: str, *, digits: bool = False) -> str | None:
     """The label that a response chooses: in its last box, after its last "answer is", or on its last or first line. ""
     for two labels or one in doubt; None for none. digits: a digit is a label too."""
-    spans = [m.span() for m in CHOICE.finditer(text)]
+    spans = [m.span() for m in CHOICE.finditer(text)]  # found: (end, start, text with the label, is it a sentence?)
     found = [(end, start, text[end : end + 300].partition("\n")[0], True) for start, end in spans]
     found += [(m.end(), m.start(), m[1], False) for m in CORRECT.finditer(text)]
-    filled = [box for box in boxes(text) if not echoed(text, *box)]
-    for start, end, content in filled[-1:]:
+    if filled := [box for box in boxes(text) if not echoed(text, *box)]:
+        start, end, content = filled[-1]
         if len(filled) > 1 and BETWEEN_BOXES.fullmatch(text, filled[-2][1], start):
             content = f"{filled[-2][2]}, {content}"
         if second := SECOND_LABEL.match(text, end):

@@ -31,7 +31,7 @@ from common.rollout import EmbeddedSampler, Sampling
 from common.trainer import World
 from common.verifiers import boxed_reward
 from tests.test_luffy_math import Bigram
-from tools.influence import Args, count_sketch, inner, kernel_table, objective_gradient, summarize
+from tools.influence import Args, count_sketch, inner, kernel_table, objective_gradient, summarise
 
 FOLDER = Path(__file__).parent / "vectors"
 VECTORS = json.loads((FOLDER / "behavior_injection.json").read_text())
@@ -361,7 +361,7 @@ def test_influence_is_measured_at_the_sampling_temperature():
 def test_cosines_are_means_over_queries_that_are_solved_sometimes():
     told = ((0, 0.0), (2, 0.5), (1, 0.3), (4, 0.0))
     found = [dict(right=k, accuracy=k / 4, dJ=float(k), cosine=c, gradient_norm=1.0) for k, c in told]
-    summary = summarize(found, 4)
+    summary = summarise(found, 4)
     assert (summary["cosine"], summary["dJ_mixed"]) == (pytest.approx(0.4), 1.5)
     assert (summary["dJ"], summary["never"], summary["always"]) == (1.75, 0.25, 0.25)
 

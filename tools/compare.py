@@ -23,7 +23,7 @@ import string
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean as mean
+from statistics import fmean
 
 import numpy as np
 import tyro
@@ -100,7 +100,7 @@ def compare_rates(rates: dict[str, np.ndarray], names: list[str]) -> list[dict]:
             }  # fmt: skip
             if i:
                 differences = [rates[b][i] - rates[b][0] for b in averaged]
-                row["difference"] = float(mean(d.mean() for d in differences))
+                row["difference"] = float(fmean(d.mean() for d in differences))
                 if min(map(len, differences)) > 1:
                     row["low"], row["high"] = bootstrap_interval(differences)
             rows.append(row)
@@ -247,7 +247,7 @@ def main(args: Args) -> None:
     names = [run.name for run in runs]
     rates, by_benchmark = {}, {}
     for key, record in runs[0].records.items():
-        rates[key] = [mean(rewards_of(run.records[key], verifier)) for run in runs]
+        rates[key] = [fmean(rewards_of(run.records[key], verifier)) for run in runs]
         by_benchmark.setdefault(record["benchmark"], []).append(rates[key])
     rows = compare_rates({name: np.array(found).T for name, found in by_benchmark.items()}, names)
     cells, different = summary_cells(rows, names), different_settings(runs, verifier)

@@ -133,7 +133,7 @@ def influence(arm: str, args: Args, world) -> None:
             })  # fmt: skip
     found = sorted(gather_lists(found, world), key=lambda query: query["query"])
     sketches = sorted(gather_lists(sketches, world), key=lambda sketch: sketch["query"])
-    summary = summarize(found, size) | kernel_table(sketches) | {"G_norm": direction_norm}
+    summary = summarise(found, size) | kernel_table(sketches) | {"G_norm": direction_norm}
     if world.main:
         out = Path(args.out, arm, "influence")
         write_lines(out / "queries.jsonl", found)
@@ -141,7 +141,7 @@ def influence(arm: str, args: Args, world) -> None:
         plot({arm: summary}, out / "influence.png")
 
 
-def summarize(found: list[dict], size: int) -> dict:
+def summarise(found: list[dict], size: int) -> dict:
     """Rollout accuracies and dJ, over all queries and by how many of a query's `size` answers are correct."""
 
     def means(group: list[dict]) -> dict[str, float | None]:
