@@ -139,18 +139,14 @@ def _draw_structure(rnd, target, max_params):
     first = [0]  # number of the first item of each layer
     for size in sizes:
         first.append(first[-1] + size)
-    edges, seen = [], set()
+    edges = {}  # (owner, thing) -> None: a set that keeps its order
     for layer in range(1, layers):
         for owner in range(first[layer], first[layer + 1]):
-            edge = (owner, first[layer - 1] + int(rnd() * sizes[layer - 1]))
-            edges.append(edge)
-            seen.add(edge)
+            edges[owner, first[layer - 1] + int(rnd() * sizes[layer - 1])] = None
     while len(edges) < num_edges:
         layer = 1 + int(rnd() * (layers - 1))
-        edge = (first[layer] + int(rnd() * sizes[layer]), first[layer - 1] + int(rnd() * sizes[layer - 1]))
-        if edge not in seen:
-            edges.append(edge)
-            seen.add(edge)
+        edges[first[layer] + int(rnd() * sizes[layer]), first[layer - 1] + int(rnd() * sizes[layer - 1])] = None
+    edges = list(edges)
 
     owned = [[] for _ in range(first[-1])]  # owner -> [(instance parameter, thing), ...]
     for param, (owner, thing) in enumerate(edges):
