@@ -246,8 +246,6 @@ def _order(rng, chosen, parents, num_instance):
         order.append(x)
         remaining.remove(x)
         uses[x] = -1  # placed
-        if x in cited:
-            cited.remove(x)
         for p in parents[x]:
             cited.append(p)
             uses[p] -= 1
