@@ -114,11 +114,7 @@ def _draw_structure(rnd, target, max_params):
     weights = [math.exp(-((wanted - position) ** 2)) for position in (0.2, 0.5, 0.8)]
 
     def two_to_four(most=4):
-        x = rnd() * sum(weights[: most - 1])
-        for number, weight in zip((2, 3, 4), weights):
-            x -= weight
-            if x < 0 or number == most:
-                return number
+        return _weighted_choice(rnd, range(2, most + 1), weights[: most - 1])
 
     layers = two_to_four(max(2, min(4, 1 + max_params // 2)))
     a, b = two_to_four(), two_to_four()
@@ -160,8 +156,18 @@ def _draw_structure(rnd, target, max_params):
                 else:
                     terms = tuple((param, known[thing, below]) for param, thing in owned[owner])
                 known[owner, below] = len(edges) + len(abstract)
-                abstract.append((owner, below, layer - below, terms))
+                abstract.append((owner, below, layer - below, (None, "", "+", terms)))
     return Structure(sizes, edges, abstract)
+
+
+def _weighted_choice(rnd, candidates, weights):
+    """One of the candidates; the chance of each is proportional to its weight."""
+    x = rnd() * sum(weights)
+    for candidate, weight in zip(candidates, weights):
+        x -= weight
+        if x < 0:
+            return candidate
+    return candidates[-1]
 
 
 def _draw_dependencies(rng, structure, target):
@@ -170,7 +176,7 @@ def _draw_dependencies(rng, structure, target):
     They cost exactly `target` operations. None if this draw led nowhere.
     """
     edges, abstract = structure.edges, structure.abstract
-    parents = [[] for _ in edges] + [list(chain.from_iterable(terms)) for _, _, _, terms in abstract]
+    parents = [[] for _ in edges] + [list(chain.from_iterable(terms)) for *_, (*_, terms) in abstract]
     chosen = _choose(rng.random, structure, parents, target)
     order = _order(rng, chosen, parents, len(edges))
     if order is None or not _draw_parents(rng.random, order, parents, len(edges), target):
@@ -232,12 +238,7 @@ def _order(rng, chosen, parents, num_instance):
     def pick(candidates):
         boost = math.exp(abs(rng.gauss(0, 1)))
         weights = [(boost if v >= num_instance else 1) * (boost if v in cited else 1) for v in candidates]
-        x = rnd() * sum(weights)
-        for v, weight in zip(candidates, weights):
-            x -= weight
-            if x < 0:
-                return v
-        return candidates[-1]
+        return _weighted_choice(rnd, candidates, weights)
 
     remaining, cited, order = chosen[:], [], []  # cited: parents of what is in order, with repetitions
     fronts = [v for v in remaining if not uses[v]]
@@ -311,18 +312,23 @@ def _draw_formulas(rnd, structure, order, parents, max_value, modulus, max_liter
     formulas, values = {}, {}
     for v in order:
         if v >= num_instance:
-            formula = (None, "", "+", structure.abstract[v - num_instance][3])
-            value = _evaluate(formula, values, max_value, modulus)
+            formulas[v] = structure.abstract[v - num_instance][-1]
+            values[v] = _evaluate(formulas[v], values, max_value, modulus)
         else:
-            for _ in range(4):
-                formula = _draw_formula(rnd, parents[v], max_literal)
-                value = _evaluate(formula, values, max_value, modulus)
-                if value is not None:
-                    break
-        if value is None:
+            formulas[v], values[v] = _draw_fitting(rnd, parents[v], values, max_value, modulus, max_literal)
+        if values[v] is None:
             return None
-        formulas[v], values[v] = formula, value
     return formulas, values
+
+
+def _draw_fitting(rnd, parents, values, max_value, modulus, max_literal):
+    """A formula over these parents and its value; the value is None if four formulas gave too large numbers."""
+    for _ in range(4):
+        formula = _draw_formula(rnd, parents, max_literal)
+        value = _evaluate(formula, values, max_value, modulus)
+        if value is not None:
+            break
+    return formula, value
 
 
 def _draw_formula(rnd, parents, max_literal):
@@ -385,7 +391,7 @@ def _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, 
             for p in parents[v]:
                 tell(p)
             told.add(v)
-            formulas[v] = (None, "", "+", abstract[v - num_instance][3])
+            formulas[v] = abstract[v - num_instance][-1]
 
     while redundant:
         still_pending = []  # abstract parameters are listed parts first, so one pass is enough
@@ -393,7 +399,7 @@ def _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, 
             if not all(p in values for p in parents[v]):
                 still_pending.append(v)
                 continue
-            value = _evaluate((None, "", "+", abstract[v - num_instance][3]), values, max_value, modulus)
+            value = _evaluate(abstract[v - num_instance][-1], values, max_value, modulus)
             if value is not None:
                 values[v] = value
                 computable.append(v)
@@ -413,14 +419,9 @@ def _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, 
                 mine.append(LITERAL)
             while len(mine) < wanted:
                 mine.append(pool.pop(int(rnd() * len(pool))))
-        for _ in range(4):
-            formula = _draw_formula(rnd, mine, max_literal)
-            value = _evaluate(formula, values, max_value, modulus)
-            if value is not None:
-                break
-        else:
-            formula = _draw_formula(rnd, [LITERAL], max_literal)
-            value = _evaluate(formula, values, max_value, modulus)
+        formula, value = _draw_fitting(rnd, mine, values, max_value, modulus, max_literal)
+        if value is None:  # a literal alone always fits
+            formula, value = _draw_fitting(rnd, [LITERAL], values, max_value, modulus, max_literal)
         for term in formula[3]:
             tell(term[0])
         told.add(v)
