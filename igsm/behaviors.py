@@ -35,60 +35,54 @@ def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, ret
     returns the random.Random of a behavior.
 
     reflection: the chance, before each line but the first and the last, to look at another parameter first.
-    With 0.3 it is redundant, else a later one of the order. If all its parents are known it is simply
+    With probability 0.3 it is redundant, else a later one of the order. If all its parents are known it is simply
     computed, early or needlessly; if not, the line is a reflection, and the next line follows the order again.
     The last line computes what is asked (BRIDGE's code could go on with something redundant).
     analysis: a chance for each line of an instance parameter with parents, or "table" for ANALYSIS_TABLE.
-    retry: before each line the chance, again and again, to begin a parameter that cannot be computed yet.
+    retry: the chance to begin a parameter that cannot be computed yet, drawn before each line and after each retry.
     """
     if not (reflection or analysis or retry):
         return [Step(v) for v in order]
-    ahead = stream("reflection") if reflection else None
-    back = stream("retry") if retry else None
-    quote = stream("analysis") if analysis else None
+    reflecting, retrying, analysing = stream("reflection"), stream("retry"), stream("analysis")
     # a coin for each node, used or not: whether its line is analysed does not depend on the rest
-    coins = [quote.random() for _ in nodes] if analysis else None
+    coins = [analysing.random() for _ in nodes]
     parents = [node.parents for node in nodes]
     solved, denoted, steps = set(), set(), []
-    place, straight = 0, False  # straight: the last line was no reflection
+    place, reflected = 0, False  # how far in `order`; whether the last line was a reflection
     while order[-1] not in solved:
-        if straight and 0 < place < num_necessary - 1 and reflection and ahead.random() < reflection:
-            if num_necessary < len(nodes) and ahead.random() < 0.3:
-                v = num_necessary + int(ahead.random() * (len(nodes) - num_necessary))
+        if not reflected and 0 < place < num_necessary - 1 and reflecting.random() < reflection:
+            if num_necessary < len(nodes) and reflecting.random() < 0.3:
+                v = num_necessary + int(reflecting.random() * (len(nodes) - num_necessary))
             else:
-                v = order[place + 1 + int(ahead.random() * (num_necessary - place - 1))]
-            if v in solved:
-                continue
+                v = order[place + 1 + int(reflecting.random() * (num_necessary - place - 1))]
         else:
             v = order[place]
             place += 1
-            if v in solved:
-                continue
-        while retry and back.random() < retry:
+        if v in solved:
+            continue
+        while retrying.random() < retry:
             begun = [u for u in range(len(nodes)) if u not in denoted and not solved.issuperset(parents[u])]
             if not begun:
                 break
-            steps.append(Step(begun[int(back.random() * len(begun))], retry=True))
-        missing = tuple(dict.fromkeys([p for p in parents[v] if p not in solved]))
-        phrase = int(ahead.random() * 3) if missing else 0
-        analysed = False
-        if analysis:
-            coin = quote.random() if missing else coins[v]
-            analysed = coin < _analysis_chance(nodes[v], len(parents[v]), analysis)
-        steps.append(Step(v, missing, analysed, False, v in denoted, phrase))
+            steps.append(Step(begun[int(retrying.random() * len(begun))], retry=True))
+        missing = tuple(dict.fromkeys([p for p in parents[v] if p not in solved]))  # only a look-ahead misses some
+        phrase = int(reflecting.random() * 3) if missing else 0
+        coin = analysing.random() if missing else coins[v]
+        analysed = coin < _analysis_chance(nodes[v], analysis)
+        steps.append(Step(v, missing, analysed, again=v in denoted, phrase=phrase))
         denoted.add(v)
-        straight = not missing
-        if straight:
+        reflected = bool(missing)
+        if not missing:
             solved.add(v)
     return steps
 
 
-def _analysis_chance(node, num_parents, analysis):
+def _analysis_chance(node, analysis):
     if node.abstract or not node.terms:
         return 0.0  # an abstract parameter has no sentence to repeat; a leaf's sentence is only a number
     if analysis != "table":
         return analysis
-    num_parents += node.const is not None
+    num_parents = len(node.parents) + (node.const is not None)
     return ANALYSIS_TABLE[num_parents] if num_parents < len(ANALYSIS_TABLE) else 1.0
 
 
