@@ -48,7 +48,7 @@ class Node(NamedTuple):
     thing: str
     abstract: bool
     const: int | None
-    const_op: str  # "+", "*", or "" without a const
+    const_op: str  # "+" or "*"; "" without a const, and without terms: then the const is the value
     sign: str  # "+" or "-"
     terms: tuple
     value: int
@@ -70,15 +70,15 @@ class Structure(NamedTuple):
     """Who owns what. Items are numbered from the lowest layer up."""
 
     layer_sizes: list
-    edges: list  # instance parameter -> (owner, thing)
-    abstract: list  # abstract parameter, less len(edges) -> (owner, layer of the things, level, terms)
+    edges: list  # (owner, thing) of each instance parameter
+    abstract: list  # (owner, layer of the things, its distance to the owner's, formula) of each abstract one
 
 
 def draw_problem(rng, ops, split, max_params, max_value, modulus, max_literal):
     """One problem: (nodes, how many of them the solution needs, {category: items}, template, operations).
 
-    The number of operations is drawn once; all else is redrawn until everything fits, so that what fits
-    easily does not become more frequent. Raises ValueError if nothing fits.
+    A number of operations is kept for 100 draws of all else, so that a number that fits easily does not become more
+    frequent. Raises ValueError if 100 numbers fit nothing.
     """
     rnd = rng.random
     lo, hi = ops
