@@ -187,36 +187,36 @@ def _draw_dependencies(rng, structure, target):
 def _choose(rnd, structure, parents, target):
     """The parameters of the solution, unordered. They cost at most `target`; links added later cost the rest."""
     num_instance = len(structure.edges)
-    op1 = max(1 + int(rnd() * target), 1 + int(rnd() * target))
-    op2 = op1 + int(rnd() * (target - op1 + 1))
+    most_abstract = max(1 + int(rnd() * target), 1 + int(rnd() * target))
+    most = most_abstract + int(rnd() * (target - most_abstract + 1))
 
-    # abstract parameters with all that they sum over, the highest level first, up to op1 operations
+    # abstract parameters with all that they sum over, those that span the most layers first
     chosen, in_chosen, cost = [], bytearray(len(parents)), 0
-    waiting = [[] for _ in structure.layer_sizes]  # by level
-    for param, (_, _, level, _) in enumerate(structure.abstract, num_instance):
-        waiting[level].append(param)
-    level = len(waiting) - 1
-    while level:
-        candidates = waiting[level] = [param for param in waiting[level] if not in_chosen[param]]
-        if candidates:
-            new = [candidates[int(rnd() * len(candidates))]]
+    waiting = [[] for _ in structure.layer_sizes]  # by the layers that they span
+    for param, (_, _, span, _) in enumerate(structure.abstract, num_instance):
+        waiting[span].append(param)
+    span = len(waiting) - 1
+    while span:
+        waiting[span] = [param for param in waiting[span] if not in_chosen[param]]
+        if waiting[span]:
+            new = [waiting[span][int(rnd() * len(waiting[span]))]]
             extra = 0
             for param in new:  # grows while it is walked
                 extra += max(1, len(parents[param]) - 1)
-                if cost + extra > op1:
+                if cost + extra > most_abstract:
                     break
                 new += [p for p in parents[param] if not in_chosen[p] and p not in new]
-            else:
+            else:  # it fits: begin again with the widest
                 for param in new:
                     in_chosen[param] = 1
                 chosen += new
                 cost += extra
-                level = len(waiting)
-        level -= 1
+                span = len(waiting)
+        span -= 1
 
-    # plain instance parameters, up to op2
+    # plain instance parameters, an operation each
     others = [param for param in range(num_instance) if not in_chosen[param]]
-    while others and cost < op2:
+    while others and cost < most:
         chosen.append(others.pop(int(rnd() * len(others))))
         cost += 1
     return chosen
@@ -270,31 +270,29 @@ def _order(rng, chosen, parents, num_instance):
 
 
 def _draw_parents(rnd, order, parents, num_instance, target):
-    """Gives instance nodes parents until the operations are exactly `target`; False if they cannot be."""
-    spend = [max(1, len(parents[v]) - 1) for v in order]
+    """Add parents to instance parameters until all operations are exactly `target`; False if they cannot be."""
+    ops = [max(1, len(parents[v]) - 1) for v in order]
     most = [0 if v >= num_instance else min(MAX_PARENTS - 1, max(1, i)) for i, v in enumerate(order)]
-    missing = target - sum(spend)
-    open_ = [i for i in range(len(order)) if spend[i] < most[i]]
-    for _ in range(missing):
-        if not open_:
+    growable = [i for i in range(len(order)) if ops[i] < most[i]]
+    for _ in range(target - sum(ops)):
+        if not growable:
             return False
-        i = open_[int(rnd() * len(open_))]
-        spend[i] += 1
-        if spend[i] == most[i]:
-            open_.remove(i)
+        i = growable[int(rnd() * len(growable))]
+        ops[i] += 1
+        if ops[i] == most[i]:
+            growable.remove(i)
     for i, v in enumerate(order):
         if v >= num_instance:
             continue
-        mine = parents[v]
+        mine = parents[v]  # none yet, or the one that _order gave it
         pool = order[:i]
-        wanted = spend[i] + 1 if spend[i] > 1 else 1 + int(rnd() * 2)
+        wanted = ops[i] + 1 if ops[i] > 1 else 1 + int(rnd() * 2)  # one operation: a leaf, a copy, or of two
         wanted = min(wanted, len(pool) + 1)
         if mine:
             pool.remove(mine[0])
             wanted -= 1
         if wanted == len(pool) + 1:
-            mine += pool
-            mine.append(LITERAL)
+            mine += [*pool, LITERAL]
             continue
         if rnd() < 0.5:
             mine.append(LITERAL)
