@@ -380,11 +380,13 @@ def _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, 
     num_instance = len(edges)
     told = set(order)  # parameters that have a sentence or stand in a formula of one that has
     computable = list(order)
-    pending = [v for v in range(num_instance, len(parents)) if v not in told]
+    pending = [v for v in range(num_instance, len(parents)) if v not in told]  # abstract, without a value
     redundant = [v for v in range(num_instance) if v not in told]
-    formulas, branch = {}, []
+    formulas = {}
+    branch = []  # redundant parameters that need nothing but each other
 
     def tell(v):
+        """Add an abstract parameter that a formula mentions, after those that it sums over itself."""
         if v not in told:
             for p in parents[v]:
                 tell(p)
