@@ -50,20 +50,16 @@ def question_text(nodes, num_necessary, style, rng, letters, *, shuffle=True):
 
     Without `shuffle` they stand in the order of the solution, with those that it does not need strewn in between.
     """
-    asked = nodes[num_necessary - 1]
     if style == "symbolic":
         lines = [f"{letter}={formula_text(node, letters, '')}" for node, letter in zip(nodes, letters)]
         needed = num_necessary
+        last = f"{letters[num_necessary - 1]}?"
     else:
         names = [node.name for node in nodes]
         lines = [f"The number of {node.name} equals {described(node, names)}." for node in nodes if not node.abstract]
         needed = sum(not node.abstract for node in nodes[:num_necessary])
-    lines = _ordered(lines, needed, rng, shuffle)
-    if style == "symbolic":
-        lines.append(f"{letters[num_necessary - 1]}?")
-    else:
-        lines.append(f"How many {asked.thing} does each {asked.owner} have?")
-    return "\n".join(lines)
+        last = f"How many {nodes[num_necessary - 1].thing} does each {nodes[num_necessary - 1].owner} have?"
+    return "\n".join([*_ordered(lines, needed, rng, shuffle), last])
 
 
 def _ordered(lines, needed, rng, shuffle):
@@ -87,22 +83,19 @@ def solution_text(steps, nodes, answer, style, letters, phrases, *, modulus=None
     With `subgoals` every intermediate result is written: `2 + (34 + 15) = 2 + 49 = 51`.
     """
     values = [str(node.value) for node in nodes]
-    tell = _symbolic_line if style == "symbolic" else _define_line if style == "define" else _natural_line
+    line_of = {"symbolic": _symbolic_line, "define": _define_line, "natural": _natural_line}[style]
     space, equals = ("", "=") if style == "symbolic" else (" ", " = ")
-
-    def line_of(step):
-        if step.missing or step.retry:
-            return tell(step, nodes, letters, phrases, "")
-        node = nodes[step.node]
-        end = equals.join(worked(node, nodes, values, subgoals, modulus, space))
-        equation = f"{formula_text(node, letters, space)}{equals}{end}" if node.terms else end
-        return tell(step, nodes, letters, phrases, equation)
-
-    told = "".join(map(line_of, steps))
+    lines = ""
+    for step in steps:
+        node, equation = nodes[step.node], ""
+        if not (step.missing or step.retry):
+            members = [formula_text(node, letters, space)] if node.terms else []
+            equation = equals.join(members + worked(node, nodes, values, subgoals, modulus, space))
+        lines += line_of(step, nodes, letters, phrases, equation)
     if style == "symbolic":
-        return f"<think>\n{told}</think>\n\\boxed{{{answer}}}"
+        return f"<think>\n{lines}</think>\n\\boxed{{{answer}}}"
     return (
-        f"{HEAD}{told}Thus, the answer is {answer}.\n</think>\n"
+        f"{HEAD}{lines}Thus, the answer is {answer}.\n</think>\n"
         f"<answer>\nThe final answer is \\boxed{{{answer}}}.\n</answer>"
     )
 
@@ -211,9 +204,7 @@ def worked(node, nodes, values, subgoals, modulus, space):
 
 
 def _terms(node, names, space):
-    return [
-        names[term[0]] if len(term) == 1 else f"{names[term[0]]}{space}*{space}{names[term[1]]}" for term in node.terms
-    ]
+    return [f"{space}*{space}".join([names[p] for p in term]) for term in node.terms]
 
 
 def _with_terms(node, terms, space):
