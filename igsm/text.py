@@ -73,7 +73,8 @@ def _ordered(lines, needed, rng, shuffle):
 
 
 def draw_phrases(count, rng):
-    """Which words to use for each parameter."""
+    """A number from 0 to 11 for each parameter: modulo 2 and 3 it picks the phrases of the line, which begins with
+    FIND and DENOTE if it is below 6, else with DEFINE."""
     return [int(rng.random() * 12) for _ in range(count)]
 
 
@@ -196,7 +197,7 @@ def worked(node, nodes, values, subgoals, modulus, space):
         for number in numbers[1:]:
             total = total - number if node.sign == "-" else total + number
             total = total if modulus is None else total % modulus
-            terms[:2] = [str(total)]
+            terms[:2] = [str(total)]  # in the place of the two that it was made of
             members.append(_with_terms(node, terms, space))
     if members[-1] != value:
         members.append(value)
