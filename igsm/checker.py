@@ -250,7 +250,7 @@ FIELDS = {
 def _patterns(phrases, *fields):
     """Phrases of text.py as regular expressions, with the named fields in the places of {} or {0}, {1}."""
     groups = [FIELDS[field] for field in fields]
-    escaped = [re.sub(r"\\\{(\d?)\\\}", r"{\1}", re.escape(phrase)) for phrase in phrases]  # all but {}, {0}, {1}
+    escaped = [re.sub(r"\\\{(\d?)\\\}", r"{\1}", re.escape(phrase)) for phrase in phrases]  # but not {}, {0}, {1}
     return [re.compile(phrase.format(*groups) + r"(?: |$)") for phrase in escaped]
 
 
@@ -281,7 +281,7 @@ def _read_line(line):
         for pattern in patterns:
             if match := pattern.match(rest):
                 rest = rest[match.end() :]
-                return match.groupdict() or {"": ""}
+                return match.groupdict()
         if wanted:
             raise ValueError(f"cannot parse {rest!r} in {line!r}")
         return {}
