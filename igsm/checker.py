@@ -213,10 +213,10 @@ def _read(style, solution, check):
         last = re.search(r"= (\d+)\.\s*$", solution)
         box = last and last[1] if box is None else box
     else:
-        read_line, form, step = _read_line, NATURAL_FORM, ("- ", "Define ")
+        read_line, form, starts = _read_line, NATURAL_FORM, ("- ", "Define ")
         if style == "symbolic":
-            read_line, form, step = _read_symbolic_line, SYMBOLIC_FORM, tuple(ascii_lowercase)
-        lines = [line for line in solution.split("\n") if line.startswith(step)]
+            read_line, form, starts = _read_symbolic_line, SYMBOLIC_FORM, tuple(ascii_lowercase)
+        lines = [line for line in solution.split("\n") if line.startswith(starts)]
         match = form.fullmatch(solution.rstrip())
         answers = match.groups() if match else []
         if not match:
@@ -233,7 +233,7 @@ def _read(style, solution, check):
 
 SYMBOLIC_FORM = re.compile(r"(?:<think>\n)?(?:[a-z]+[=(?].*\n)*</think>\n\\boxed\{([^}]*)\}")
 NATURAL_FORM = re.compile(
-    f"(?:<think>\n)?{re.escape(text.HEAD.removeprefix('<think>' + chr(10)))}(?:(?:- |Define ).*\n)*"
+    "(?:<think>\n)?" + re.escape(text.HEAD.removeprefix("<think>\n")) + r"(?:(?:- |Define ).*\n)*"
     r"Thus, the answer is (-?\d+)\.\n</think>\n<answer>\nThe final answer is \\boxed\{([^}]*)\}\.\n</answer>"
 )
 FIELDS = {
