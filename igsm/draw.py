@@ -17,11 +17,10 @@ def draw(problem, path):
 
     nodes, asked = problem.nodes, problem.num_necessary - 1
     levels = _levels(nodes)
-    widest = max(len(level) for level in levels)
     layers = list(problem.categories.items())
-    left = max(len(items) for _, items in layers)
+    left, right = max(len(items) for _, items in layers), max(map(len, levels))  # widths of both graphs, in boxes
     svg = str(path).endswith(".svg")
-    widths = [1.35 * left, 2.5 * widest]
+    widths = [1.35 * left, 2.5 * right]
     with rc_context({"svg.hashsalt": "igsm"}):
         size = (sum(widths), 1.4 * max(len(layers), len(levels)) + 1)
         figure = Figure(figsize=size, layout="constrained", dpi=72 if svg else 110)
@@ -51,23 +50,22 @@ def draw(problem, path):
         boxes = []
         for v, node in enumerate(nodes):
             level = levels[depth_of[v]]
-            x = (level.index(v) + 0.5) * widest / len(level)
-            kind = "asked for" if v == asked else "abstract" if node.abstract else "instance"
+            x = (level.index(v) + 0.5) * right / len(level)
+            kind = ("redundant" if v > asked else "asked for" if v == asked else
+                    "abstract" if node.abstract else "instance")  # fmt: skip
             formula = f" = {formula_text(node, problem.letters)}" if node.terms else ""
             line = f"{problem.letters[v]}{formula} = {node.value}"
             if v <= asked:
                 line += f"   [{node.ops} op{'s' * (node.ops > 1)}]"
             title = node.name.removeprefix("each ")
-            boxes.append(box(
-                dependencies, x, -depth_of[v], f"{title}\n{line}", LEGEND["redundant" if v > asked else kind],
-                "--" if v > asked else "-",
-            ))  # fmt: skip
+            style = "--" if v > asked else "-"
+            boxes.append(box(dependencies, x, -depth_of[v], f"{title}\n{line}", LEGEND[kind], style))
         for v, node in enumerate(nodes):
             x, y = boxes[v].get_position()
             for p in dict.fromkeys(node.parents):
-                left_x, span = boxes[p].get_position()[0], depth_of[v] - depth_of[p]
+                parent_x, span = boxes[p].get_position()[0], depth_of[v] - depth_of[p]
                 between = [b.get_position() for b in boxes if y < b.get_position()[1] < y + span]
-                behind = any(abs(x + (left_x - x) * (by - y) / span - bx) < 0.5 for bx, by in between)
+                behind = any(abs(x + (parent_x - x) * (by - y) / span - bx) < 0.5 for bx, by in between)  # a box
                 arrow(dependencies, boxes[p], boxes[v], "#bbbbbb" if v > asked else "#444444", behind * 1.6 / span)
         modulus = f", modulo {problem.modulus}" if problem.modulus else ""
         structure.set_title("who has what", fontsize=10)
@@ -78,7 +76,7 @@ def draw(problem, path):
         )  # fmt: skip
         bottom = 0.5 - max(len(layers), len(levels))
         structure.set(xlim=(-1.6, left), ylim=(bottom, 0.5))
-        dependencies.set(xlim=(-0.1, widest + 0.1), ylim=(bottom, 0.5))
+        dependencies.set(xlim=(-0.1, right + 0.1), ylim=(bottom, 0.5))
         for axis in (structure, dependencies):
             axis.axis("off")
         figure.draw_without_rendering()  # the boxes get their sizes, at which arrows end
