@@ -31,8 +31,8 @@ def solve(question, categories=None, *, modulus=None):
     Raises ValueError for a modulus under 2, and, naming it, for what cannot be parsed: an unknown name, a sentence of
     no known form, a parameter without a sentence or with two, parameters that depend on each other in a circle.
     """
-    asked = Question(question, categories, modulus)
-    return asked.value(asked.asked)
+    parsed = Question(question, categories, modulus)
+    return parsed.value(parsed.asked)
 
 
 class Question:
@@ -53,23 +53,20 @@ class Question:
             for line in lines[:-1]:
                 self._read_symbolic(line)
             return
-        self._category_of = {}
         self._categories = CATEGORIES if categories is None else categories
-        for category, items in self._categories.items():
-            for item in items:
-                self._category_of[item] = category
+        self._category_of = {item: category for category, items in self._categories.items() for item in items}
         self._owned = {}  # owner -> things, in the order of the text
-        self.style, asked = "natural", []
+        self.style, found = "natural", []
         for sentence in re.split(r"(?<=[.?])\s+(?=The number of |How many )", text.strip()):
             if match := re.fullmatch(r"How many (.+) does (each )?(.+) have\?", sentence):
-                asked.append((match[3], match[1], sentence))
+                found.append((match[3], match[1], sentence))
                 if not match[2]:
                     self.style = "meta"
             else:
                 self._read_sentence(sentence)
-        if len(asked) != 1:
-            raise ValueError(f"{len(asked)} questions 'How many ... does ... have?' instead of one in {text[-200:]!r}")
-        owner, thing, sentence = asked[0]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} questions 'How many ... does ... have?' instead of one in {text[-200:]!r}")
+        owner, thing, sentence = found[0]
         self.asked = f"{owner}'s {thing}"
         if owner not in self._category_of:
             raise ValueError(f"cannot parse {sentence!r}: {owner!r} is not an item of any category")
@@ -78,8 +75,7 @@ class Question:
         self._split[self.asked] = owner, thing
         self._below = {}  # category -> categories of what its items own
         for owner, things in self._owned.items():
-            owned = {self._category_of[thing] for thing in things}
-            self._below.setdefault(self._category_of[owner], set()).update(owned)
+            self._below.setdefault(self._category_of[owner], set()).update(map(self._category_of.get, things))
 
     def _read_symbolic(self, line):
         match = re.fullmatch(r"([a-z]+)=(.+)", line)
@@ -102,7 +98,7 @@ class Question:
         self._owned.setdefault(owner, []).append(thing)
 
     def _parts(self, param, where=None):
-        """("A", "B") of "A's B". A may itself hold "'s ": the vocabulary decides where to cut."""
+        """("A", "B") of "A's B" in the sentence `where`. A may hold "'s " itself: the vocabulary decides."""
         if param not in self._split:
             for cut in re.finditer("'s ", param):
                 owner, thing = param[: cut.start()], param[cut.end() :]
@@ -198,6 +194,7 @@ def parse_expression(text):
         raise ValueError(f"an expression of more than {LONGEST_EXPRESSION} tokens: {text[:60]!r} ...")
 
     def level(operators, operand):
+        """Operands with these operators in between: a - b - c is ("-", a, b, c)."""
         nonlocal position
         tree, last = operand(), None
         while tokens[position] in operators:
@@ -206,6 +203,9 @@ def parse_expression(text):
             tree = (*tree, operand()) if operator == last else (operator, tree, operand())
             last = operator
         return tree
+
+    def expression():
+        return level(("+", "-"), product)
 
     def product():
         return level(("*",), factor)
@@ -224,14 +224,14 @@ def parse_expression(text):
             depth -= 1
             return -tree if isinstance(tree, int) else ("*", -1, tree)
         if token == "(" and depth < DEEPEST_BRACKET:
-            tree = level(("+", "-"), product)
+            tree = expression()
             if tokens[position] == ")":
                 position += 1
                 depth -= 1
                 return tree
         raise ValueError(f"cannot parse the expression {text!r}")
 
-    tree = level(("+", "-"), product)
+    tree = expression()
     if tokens[position]:
         raise ValueError(f"cannot parse the expression {text!r}")
     return tree
