@@ -55,24 +55,24 @@ def check_solution(question, solution, categories=None, *, modulus=None):
     with it.
     Raises ValueError if the question cannot be parsed; nothing in a solution makes it raise.
     """
-    asked = Question(question, categories, modulus)
-    if asked.style == "meta" and modulus is None:
-        asked.modulus = META_MODULUS
-    answer = str(asked.value(asked.asked))
+    parsed = Question(question, categories, modulus)
+    if parsed.style == "meta" and modulus is None:
+        parsed.modulus = META_MODULUS
+    answer = str(parsed.value(parsed.asked))
     check = Check()
-    steps, stated, box = _read(asked.style, solution, check)
-    state = _State(asked, check)
+    steps, stated, box = _read(parsed.style, solution, check)
+    state = _State(parsed, check)
     for where, step in steps:
         state.where = where
         try:
-            state.take(step)
+            state.add(step)
         except ValueError as error:
             state.wrong("unreadable", error)
-    if asked.asked not in state.solved:
-        check.errors.append(f"question not solved: no step computes {asked.asked!r}")
-    for said in stated:
-        if said != answer:
-            check.errors.append(f"wrong answer: {said}, not {answer}")
+    if parsed.asked not in state.solved:
+        check.errors.append(f"question not solved: no step computes {parsed.asked!r}")
+    for number in stated:
+        if number != answer:
+            check.errors.append(f"wrong answer: {number}, not {answer}")
     check.answer_correct = box == answer
     check.correct = not check.errors
     check.solved = len(state.solved)
@@ -95,8 +95,8 @@ class _Step:
 class _State:
     """What has been denoted and computed so far."""
 
-    def __init__(self, asked, check):
-        self.asked, self.check = asked, check
+    def __init__(self, question, check):
+        self.question, self.check = question, check
         self.letter_of, self.param_of = {}, {}
         self.solved = set()
         self.where = ""  # in the text
@@ -104,19 +104,19 @@ class _State:
     def wrong(self, what, why):
         self.check.errors.append(f"{self.where}: {what}: {why}")
 
-    def take(self, step):
+    def add(self, step):
         """Adds one step and what is wrong with it. Raises ValueError if it cannot be judged at all."""
-        check, asked, param, wrong = self.check, self.asked, step.name, self.wrong
+        check, question, param, wrong = self.check, self.question, step.name, self.wrong
         check.steps += 1
-        formula = asked.formula(param)
-        asked.value(param)
+        formula = question.formula(param)
+        question.value(param)  # raises if the question does not determine it
         unsolved = [parent for parent in dict.fromkeys(parents(formula)) if parent not in self.solved]
         if step.retry:
             check.retries += 1
             if param in self.solved or not unsolved:
                 wrong("bad retry", f"{param!r} could be computed, or was")
             return
-        if asked.style == "symbolic":  # letters are the question's, so there is nothing to say
+        if question.style == "symbolic":  # letters are the question's, so there is nothing to say
             step.remembered = param in self.letter_of
         check.reflections += step.unknown is not None
         check.remembered += step.remembered
@@ -144,27 +144,27 @@ class _State:
             self._check_chain(step, formula)
             self.solved.add(param)  # even if wrongly: what follows from it is judged for itself
         if step.analysis is not None:
-            said = asked.said.get(param)
-            read = parse_expression if asked.style == "symbolic" else asked.parse_description
+            said = question.said.get(param)
+            read = parse_expression if question.style == "symbolic" else question.parse_description
             if said is None or canonical(read(step.analysis)) != canonical(said):
                 wrong("bad analysis", f"the question does not say that {param!r} equals {step.analysis!r}")
 
     def _check_chain(self, step, formula):
         if len(step.helpers) > 12:  # a model that repeats "r = r + r" doubles the formula each time
             raise ValueError(f"{len(step.helpers)} helper variables")
-        asked, meaning = self.asked, dict(self.param_of)  # letter -> parameter, or the formula of a helper
-        values = {letter: asked.value(param) for letter, param in meaning.items() if param in self.solved}
+        question, meaning = self.question, dict(self.param_of)  # letter -> parameter, or the formula of a helper
+        values = {letter: question.value(param) for letter, param in meaning.items() if param in self.solved}
         for letter, chain in step.helpers:
             if letter in meaning:
                 self.wrong("letter", f"{letter} is {meaning[letter]!r} already")
             meaning[letter], values[letter] = self._read_chain(chain, meaning, values)
-            self.param_of[letter] = f"a part of {step.name}"
+            self.param_of[letter] = f"a part of {step.name}"  # so it is taken, and no later formula may use it
         tree, value = self._read_chain(step.chain, meaning, values)
         self.check.subgoals += len(step.chain) > 3
         if canonical(tree) != canonical(formula):
             self.wrong("wrong formula", f"{step.chain[0]!r} for {step.name!r}")
-        elif value != asked.value(step.name):
-            self.wrong("wrong value", f"{step.name!r} is {asked.value(step.name)}, not {value}")
+        elif value != question.value(step.name):
+            self.wrong("wrong value", f"{step.name!r} is {question.value(step.name)}, not {value}")
 
     def _read_chain(self, chain, meaning, values):
         """The formula that a chain's first member stands for, in parameters, and the value it arrives at."""
@@ -177,7 +177,7 @@ class _State:
         if len(chain) < len(expected):
             raise ValueError(f"nothing follows {chain[0]!r}")
         numeric = chain[len(expected) - 1 :]
-        results = [evaluate(parse_expression(member), {}, self.asked.modulus) for member in numeric]
+        results = [evaluate(parse_expression(member), {}, self.question.modulus) for member in numeric]
         for member, result in zip(numeric, results):
             if result != results[0]:
                 self.wrong("arithmetic", f"{member!r} does not equal {results[0]}")
@@ -193,12 +193,12 @@ class _State:
 
     def needed(self):
         """The parameters that the answer depends on."""
-        found, stack = set(), [self.asked.asked]
+        found, stack = set(), [self.question.asked]
         while stack:
             param = stack.pop()
             if param not in found:
                 found.add(param)
-                stack += parents(self.asked.formula(param))
+                stack += parents(self.question.formula(param))
         return found
 
 
