@@ -125,6 +125,7 @@ def _draw_structure(rnd, target, max_params):
 
     sizes = [narrow] * layers
     eager = rnd()
+    # layers grow at least until the edges find room, at most until every owner has one edge
     while sum(sizes) - sizes[0] < num_edges:
         growable = [i for i, size in enumerate(sizes) if size < wide]
         enough = sum(map(mul, sizes, sizes[1:])) >= num_edges
@@ -152,9 +153,9 @@ def _draw_structure(rnd, target, max_params):
         for owner in range(first[layer], first[layer + 1]):
             for below in range(layer):
                 if below == layer - 1:
-                    terms = tuple((param,) for param, _ in owned[owner])
+                    terms = tuple([(param,) for param, _ in owned[owner]])
                 else:
-                    terms = tuple((param, known[thing, below]) for param, thing in owned[owner])
+                    terms = tuple([(param, known[thing, below]) for param, thing in owned[owner]])
                 known[owner, below] = len(edges) + len(abstract)
                 abstract.append((owner, below, layer - below, (None, "", "+", terms)))
     return Structure(sizes, edges, abstract)
@@ -396,7 +397,7 @@ def _draw_redundant(rnd, structure, order, parents, values, max_value, modulus, 
     while redundant:
         still_pending = []  # abstract parameters are listed parts first, so one pass is enough
         for v in pending:
-            if not all(p in values for p in parents[v]):
+            if [p for p in parents[v] if p not in values]:
                 still_pending.append(v)
                 continue
             value = _evaluate(abstract[v - num_instance][-1], values, max_value, modulus)
