@@ -43,7 +43,7 @@ def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, ret
     """
     if not (reflection or analysis or retry):
         return [Step(v) for v in order]
-    reflecting, retrying, analysing = stream("reflection"), stream("retry"), stream("analysis")
+    reflecting, analysing, retrying = stream("reflection"), stream("analysis"), retry and stream("retry")
     # a coin for each node, used or not: whether its line is analysed does not depend on the rest
     coins = [analysing.random() for _ in nodes]
     parents = [node.parents for node in nodes]
@@ -60,7 +60,7 @@ def plan_steps(nodes, num_necessary, order, *, reflection=0.0, analysis=0.0, ret
             place += 1
         if v in solved:
             continue
-        while retrying.random() < retry:
+        while retry and retrying.random() < retry:
             begun = [u for u in range(len(nodes)) if u not in denoted and not solved.issuperset(parents[u])]
             if not begun:
                 break
@@ -82,7 +82,7 @@ def _analysis_chance(node, analysis):
         return 0.0  # an abstract parameter has no sentence to repeat; a leaf's sentence is only a number
     if analysis != "table":
         return analysis
-    num_parents = len(node.parents) + (node.const is not None)
+    num_parents = len(node.terms) + (node.const is not None)
     return ANALYSIS_TABLE[num_parents] if num_parents < len(ANALYSIS_TABLE) else 1.0
 
 

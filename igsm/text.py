@@ -90,8 +90,8 @@ def solution_text(steps, nodes, answer, style, letters, phrases, *, modulus=None
     for step in steps:
         node, equation = nodes[step.node], ""
         if not (step.missing or step.retry):
-            members = [formula_text(node, letters, space)] if node.terms else []
-            equation = equals.join(members + worked(node, nodes, values, subgoals, modulus, space))
+            members = worked(node, nodes, values, subgoals, modulus, space)
+            equation = equals.join([formula_text(node, letters, space), *members] if node.terms else members)
         lines += line_of(step, nodes, letters, phrases, equation)
     if style == "symbolic":
         return f"<think>\n{lines}</think>\n\\boxed{{{answer}}}"
@@ -205,7 +205,9 @@ def worked(node, nodes, values, subgoals, modulus, space):
 
 
 def _terms(node, names, space):
-    return [f"{space}*{space}".join([names[p] for p in term]) for term in node.terms]
+    return [
+        names[term[0]] if len(term) == 1 else f"{names[term[0]]}{space}*{space}{names[term[1]]}" for term in node.terms
+    ]
 
 
 def _with_terms(node, terms, space):
