@@ -33,10 +33,6 @@ class Problem:
     def necessary(self):
         return self.nodes[: self.num_necessary]
 
-    @property
-    def redundant(self):
-        return self.nodes[self.num_necessary :]
-
 
 def generate(n, **settings):
     """The first n problems of `problems(...)` as a list; see there for the settings.
@@ -74,7 +70,7 @@ def problems(
     """
     if max_literal is None:
         max_literal = 9 if modulus is None else modulus - 1
-    _check(n, ops, split, style, modulus, max_params, max_value, max_literal, start)
+    _check_drawing(n, ops, split, style, modulus, max_params, max_value, max_literal, start)
     telling = dict(subgoals=subgoals, reflection=reflection, analysis=analysis, retry=retry,
                    question_variant=question_variant, solution_variant=solution_variant)  # fmt: skip
     _check_telling(style, **telling)
@@ -106,14 +102,14 @@ def retell(problem, *, subgoals=False, reflection=0.0, analysis=0.0, retry=0.0, 
     parents (BRIDGE's code; its text says 0.1).
     retry: chance of a retry before a line: a parameter that cannot be computed yet is begun and left (Meta's). It is
     drawn again after each retry.
-    question_variant: 0, or the number of a random order of the conditions in `problem.question`, which should be that
-    of variant 0 (BRIDGE's PP-Aug has 1, 2, 3).
+    question_variant: 0, or the number of another random order of the conditions (BRIDGE's PP-Aug has 1, 2, 3). It
+    shuffles `problem.question`: give it a problem of variant 0.
     solution_variant: 0, or the number of another order of the steps, told with other letters and words
     (RC-Aug has 1, 2, 3); in the symbolic style the letters stay, because the question has them. The order's template
     is on the problem's side of the split. If there is no other such order, the order stays.
 
     Each behavior draws from a stream of its own, made of the problem's seed, its index and the variant.
-    Raises ValueError for what is no chance, and for behaviors in the style "define", which has no words for
+    Raises ValueError for a chance outside 0 to 1, and for behaviors in the style "define", which has no words for
     them.
 
     >>> [p] = generate(1, style="symbolic", modulus=23, max_params=4, max_literal=9, seed=3)
@@ -177,7 +173,7 @@ def row(problem, split, system_prompt=False):
     }  # fmt: skip
 
 
-def _check(n, ops, split, style, modulus, max_params, max_value, max_literal, start):
+def _check_drawing(n, ops, split, style, modulus, max_params, max_value, max_literal, start):
     numbers = (n, start, *ops, modulus or 2, max_params, max_value, max_literal)
     if not all(isinstance(number, Integral) for number in numbers):
         raise ValueError(f"n, start, ops, modulus and the max_... must be whole numbers, got {numbers}")
