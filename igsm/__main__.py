@@ -116,7 +116,7 @@ def main(argv=None):
     """Writes the file; returns the exit code: 2 with one line on stderr where the settings cannot be met."""
     args = tyro.cli(Args, args=argv, prog="python -m igsm", use_underscores=True)
     out = args.out or Path()
-    half = out.parent / f".{out.name}.{os.getpid()}"
+    partial = out.parent / f".{out.name}.{os.getpid()}"
     try:
         if args.n < 1:
             raise ValueError(f"--n must be 1 or more, got {args.n}")
@@ -129,8 +129,8 @@ def main(argv=None):
                 raise ValueError(f"--{flag} must end in {' or '.join(endings)}, got {path}")
             if path.is_dir():
                 raise ValueError(f"--{flag} {path} is a folder")
-        other = ("out", "draw", "n", "system_prompt")
-        settings = {name: value for name, value in vars(args).items() if name not in other}
+        not_problems = ("out", "draw", "n", "system_prompt")
+        settings = {name: value for name, value in vars(args).items() if name not in not_problems}
         if args.draw:
             from igsm.draw import draw
 
@@ -145,14 +145,14 @@ def main(argv=None):
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = (row(problem, args.split or "all", args.system_prompt) for problem in made)
         write = {".jsonl": write_jsonl, ".parquet": write_parquet}[args.out.suffix]
-        write(half, tqdm(rows, total=args.n, unit=" problems", desc=args.out.name))
-        os.replace(half, args.out)
+        write(partial, tqdm(rows, total=args.n, unit=" problems", desc=args.out.name))
+        os.replace(partial, args.out)
     except (ValueError, OverflowError, OSError) as error:
         print(f"python -m igsm: error: {error}", file=sys.stderr)
         return 2
     finally:
         with contextlib.suppress(OSError):
-            half.unlink()
+            partial.unlink()
     print(f"{args.n} problems in {args.out}")
     return 0
 
