@@ -1,17 +1,14 @@
 """A small model that is sharded over the ranks, fixed rows, and the gradient of one update of luffy.py on them; used by
 faults/equality.py and the other files of this kind."""
 
-import dataclasses
 import functools
 import random
-import sys
 
 import torch
 
-sys.path.insert(0, ".")
-from common.trainer import Policy, load_policy, reshard, whole  # noqa: E402
-from luffy import METHODS, Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
-from tests.conftest import NANO  # noqa: E402
+from common.trainer import Policy, load_policy, reshard, whole
+from luffy import METHODS, Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps
+from tests.conftest import NANO
 
 
 @functools.cache
@@ -57,9 +54,9 @@ def fixed_rows() -> list[Row]:
 
 def gradient(world, method: str, micro_batch_tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The whole gradient and the metrics of an update whose behavior policy is a little different."""
-    args = dataclasses.replace(
-        Args(method=method, max_response_tokens=30, micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01),
-        **{k: v for k, v in METHODS.get(method, {}).items() if k in ("clip",)},
+    clip = METHODS.get(method, {}).get("clip", 0.0)
+    args = Args(
+        method=method, max_response_tokens=30, micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01, clip=clip
     )
     policy = nano(world)
     rows = fixed_rows()

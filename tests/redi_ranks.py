@@ -1,15 +1,12 @@
 """Fixed pairs and the gradient of one update of redi.py on them; used by faults/equality.py."""
 
 import random
-import sys
 from array import array
 
-sys.path.insert(0, ".")
-from redi import Args, Pair, accumulate_gradient  # noqa: E402
-from tests.ranks import nano, whole_gradient  # noqa: E402
+from redi import Args, Pair, accumulate_gradient
+from tests.ranks import nano, whole_gradient
 
 CASES = ("sft", "redi", "redi-single", "dpo", "simpo")
-TOKENS = (32, 100, 10_000)  # of a micro-batch
 
 
 def fixed_pairs(case: str) -> list[Pair]:
@@ -31,7 +28,7 @@ def fixed_pairs(case: str) -> list[Pair]:
 
 
 def gradient(world, case: str, micro_batch_tokens: int):
-    """The whole gradient of an update, and what it found out about each pair."""
+    """The whole gradient of an update, and the loss, log-probs and entropies of each pair."""
     stage, loss = ("sft", "redi") if case == "sft" else ("redi", case.split("-")[0])
     args = Args(stage=stage, loss=loss, beta=0.3, micro_batch_tokens=micro_batch_tokens)
     policy = nano(world)
