@@ -1,18 +1,17 @@
 """Run by test_behavior_runs.py under torchrun: gradients on fixed rows, and an influence run, written by rank 0."""
 
-import dataclasses
 import json
-import random
 import sys
+from dataclasses import replace
 
 import torch
 
 sys.path.insert(0, ".")
-from behavior_injection import Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
+from behavior_injection import Args, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
 from common import run, verifiers  # noqa: E402
 from common.trainer import init_world, launch, parse_args  # noqa: E402
 from common.verifiers import Verdict  # noqa: E402
-from tests.ranks import nano, whole_gradient  # noqa: E402
+from tests.ranks import fixed_rows, nano, whole_gradient  # noqa: E402
 from tools import influence  # noqa: E402
 
 
@@ -21,27 +20,15 @@ def odd_length(responses, golds, **_):
     return [Verdict(float(len(response) % 2), "ok") for response in responses]
 
 
-def fixed_rows() -> list[Row]:
-    rng = random.Random(5)
-
-    def ids(n):
-        return [rng.randrange(2, 61) for _ in range(n)]
-
-    rows = []
-    for i in range(13):
-        prompt, response = ids(rng.randint(1, 20)), ids(rng.randint(1, 30))
-        rows.append(Row(prompt, response, i // 4, False, [-1.0] * len(response), advantage=rng.uniform(-1, 1)))
-    return rows
-
 
 def gradient(world, what: str, micro_batch_tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The whole gradient and the metrics of an update: of RL, of RL with a KL mask, or of SFT."""
-    args = dataclasses.replace(
-        Args(), micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01, kl_coef=0.3, sft_rows_per_mean=4,
+    args = Args(
+        micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01, kl_coef=0.3, sft_rows_per_mean=4,
         kl_mask=0.01 if what == "masked" else 0.0,
     )  # fmt: skip
     policy = nano(world)
-    rows = fixed_rows()
+    rows = [replace(row, teacher=False, logps=[-1.0] * len(row.response)) for row in fixed_rows()]
     if what == "sft":
         metrics = accumulate_sft_gradient(policy, rows, args, world)
     else:
