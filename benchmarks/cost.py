@@ -32,10 +32,11 @@ from benchmarks.scale import Shape, update_flops  # noqa: E402
 from common.trainer import init_world, launch, load_policy, make_optimizer, optimizer_step  # noqa: E402
 
 SMALL = Shape(layers=4, hidden=256, intermediate=768, heads=4, kv_width=256, vocab=2048)
+ROWS = dict(questions=8, group=8, prompt=32, response=(16, 240))  # of an update, where nothing else is said
 
 
 class Update:
-    """A model with random weights, and updates of it."""
+    """A model with random weights, random rows, and updates of the model on them."""
 
     def __init__(self, shape: Shape, world, micro_batch_tokens: int = 4096):
         self.shape, self.world = shape, world
@@ -103,7 +104,7 @@ def sweep(cases: list[tuple], rounds: int, world) -> list[dict]:
     return found
 
 
-def line(x: list[float], y: list[float]) -> tuple[float, float, float, float]:
+def fit_line(x: list[float], y: list[float]) -> tuple[float, float, float, float]:
     """Least squares of y = a + b x -> a, b, the residual's norm over that of y, the largest residual over its y."""
     t = torch.tensor([x, y], dtype=torch.float64)
     a, b = torch.linalg.lstsq(torch.stack([torch.ones_like(t[0]), t[0]], 1), t[1]).solution.tolist()
@@ -113,9 +114,8 @@ def line(x: list[float], y: list[float]) -> tuple[float, float, float, float]:
 
 def tokens_sweep(rounds, world):
     """-> what was measured, and the straight line through seconds by tokens read."""
-    group = dict(group=8, prompt=32, response=(16, 240))
-    found = sweep([("tokens", n, SMALL, dict(group, questions=n)) for n in (2, 4, 8, 12, 16)], rounds, world)
-    a, b, residual, largest = line([r["tokens_read"] for r in found], [r["seconds"] for r in found])
+    found = sweep([("tokens", n, SMALL, dict(ROWS, questions=n)) for n in (2, 4, 8, 12, 16)], rounds, world)
+    a, b, residual, largest = fit_line([r["tokens_read"] for r in found], [r["seconds"] for r in found])
     return found, {"seconds": a, "seconds_per_token": b, "residual": residual, "largest_residual": largest}
 
 
@@ -147,7 +147,7 @@ def child(which: str, rounds: int) -> None:
     world = init_world()
     torch.set_num_threads(1)
     update = Update(Shape(4, 512, 1536, 8, 512, 2048), world, micro_batch_tokens=8192)
-    rows = update.rows(questions=8, group=8, prompt=32, response=(16, 240))
+    rows = update.rows(**ROWS)
     seconds = [update.seconds(rows) for _ in range(rounds + 1)][1:]
     if world.main:
         print(update.tokens(rows)[0] / statistics.median(seconds), flush=True)
@@ -165,12 +165,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         return launch(lambda which: child(which, options.rounds), options.child)
-    world, group = init_world(), dict(questions=8, group=8, prompt=32, response=(16, 240))
+    world = init_world()
     cases = {
         "group": [("group", n, SMALL, dict(questions=64 // n, group=n, prompt=128, response=(32, 96)))
                   for n in (1, 2, 4, 8, 16)],
-        "vocabulary": [("vocabulary", v, Shape(4, 256, 768, 4, 256, v), group) for v in (1024, 8192, 32768)],
-        "width": [("width", h, Shape(4, h, 3 * h, h // 64, h, 2048), group) for h in (128, 256, 512)],
+        "vocabulary": [("vocabulary", v, Shape(4, 256, 768, 4, 256, v), ROWS) for v in (1024, 8192, 32768)],
+        "width": [("width", h, Shape(4, h, 3 * h, h // 64, h, 2048), ROWS) for h in (128, 256, 512)],
     }  # fmt: skip
     path = options.out / "cost-cpu.json"
     result = json.loads(path.read_text()) if path.exists() else {}
@@ -180,21 +180,21 @@ def main() -> None:
     for name in options.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
         if name == "tokens":
-            rows, line = tokens_sweep(options.rounds, world)
-            result[name] = about | {"line": line, "rows": rows}
+            rows, fit = tokens_sweep(options.rounds, world)
+            result[name] = about | {"line": fit, "rows": rows}
         elif name == "ranks":
             result[name] = about | ranks_sweep(options.rounds)
         else:
             result[name] = about | {"rows": sweep(cases[name], options.rounds, world)}
         path.write_text(json.dumps(result, indent=1) + "\n")
     print("| against | | tokens read | predicted | seconds | floor, s | over the floor |\n" + "| --- " * 7 + "|")
-    for r in (r for name in names[:-1] if name in result for r in result[name]["rows"]):
+    for r in [r for name in names if name in result for r in result[name].get("rows", ())]:
         print(f"| {r['sweep']} | {r['value']:,} | {r['tokens_read']:,} | {r['tokens_predicted']:,} | "
               f"{r['seconds']:.2f} | {r['floor_seconds']:.2f} | {r['over_floor']:.2f} |")  # fmt: skip
-    for name, key in (("tokens", "line"), ("ranks", None)):
-        if name in result:
-            print(f"\n{name}: {json.dumps(result[name][key] if key else result[name])}")
-    return None
+    if "tokens" in result:
+        print(f"\ntokens: {json.dumps(result['tokens']['line'])}")
+    if "ranks" in result:
+        print(f"\nranks: {json.dumps(result['ranks'])}")
 
 
 if __name__ == "__main__":
