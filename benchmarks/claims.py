@@ -54,6 +54,7 @@ from eval import difficulty  # noqa: E402
 
 BLOCKS = ("luffy", "shaping", "relift", "relift_long", "redi", "oreo", "bridge")
 BUCKETS = ("easy", "medium", "hard", "hardest")
+POINTS = ("sampled", "greedy", "searched", "pairs")  # measures in percent
 SORT, TEST = 54321, 12345  # seeds of the answers that sort problems by difficulty, and of those that measure
 
 
@@ -101,8 +102,8 @@ def half_width(se: float, n: int) -> float:
 
 
 def contrast(values: list[list[float]] | list[float]) -> dict:
-    """Of a contrast's value for each seed, [seeds] or [seeds][problems]: its mean, 95 % half-width and p (None: one
-    seed). Problems are shared: their error is that of means over seeds, which is larger than that of all values alone.
+    """Mean, 95 % half-width and p (None: one seed) of a contrast; `values`: one per seed, or [seeds][problems]. Seeds
+    share the problems: a problem's mean over seeds is one sample, so more seeds do not count as more problems.
 
     >>> contrast([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])["half_width"] > 5  # two problems, however many seeds
     True
@@ -367,15 +368,17 @@ def short(measured: dict, buckets: list[str]) -> dict[str, float]:
 
 def check(claim: Claim, found: dict, buckets: list[str]) -> dict:
     """A claim's contrast, from {row: {seed: measured}}."""
+    def weighted(measured) -> float:
+        return sum(w * m for w, m in zip(claim.rows.values(), measured, strict=True)) - claim.less
+
     values = []
     for seed in next(iter(found.values())):
         measured = [found[name][seed][claim.of] for name in claim.rows]
-        if isinstance(measured[0], list):
-            chosen = [i for i in range(len(measured[0])) if not claim.among or buckets[i] == claim.among]
-            values.append([sum(w * m[i] for w, m in zip(claim.rows.values(), measured, strict=True)) - claim.less
-                           for i in chosen])  # fmt: skip
+        if isinstance(measured[0], list):  # one number per problem
+            by_problem = map(weighted, zip(*measured, strict=True))
+            values.append([v for i, v in enumerate(by_problem) if not claim.among or buckets[i] == claim.among])
         else:
-            values.append(sum(w * m for w, m in zip(claim.rows.values(), measured, strict=True)) - claim.less)
+            values.append(weighted(measured))
     return contrast(values) | {"of": claim.of, "among": claim.among}
 
 
@@ -429,17 +432,16 @@ def plot(results: dict, path: Path) -> None:
     points apart), and the block's curves (thin: a seed; thick: the mean)."""
     from matplotlib.figure import Figure
 
-    points = {text: claim["of"] in ("sampled", "greedy", "searched", "pairs")
-              for text, claim in results["claims"].items()}
-
+    units: dict[str, list] = {}  # claims of a panel
+    for text, claim in sorted(results["claims"].items(), key=lambda item: item[1]["of"] not in POINTS):
+        unit = "difference in points" if claim["of"] in POINTS else "in the unit of the claim"
+        units.setdefault(unit, []).append((text, claim))
     rows = {name: row for name, row in results["rows"].items() if any("sampled" in seed for seed in row.values())}
-    units = sorted(set(points.values()), reverse=True)
     panels = 1 + len(units) + len(results["curves"])
     # two panels to a line: a page is not wide
-    heights = [max(3.2, 0.36 * max(len(rows), len(points)) + 1), *[3.2] * (math.ceil(panels / 2) - 1)]
+    heights = [max(3.2, 0.36 * max(len(rows), len(results["claims"])) + 1), *[3.2] * (math.ceil(panels / 2) - 1)]
     figure = Figure(figsize=(10.5, sum(heights)), layout="constrained")
-    grid = figure.subplots(len(heights), 2, height_ratios=heights)
-    axes, unused = np.split(grid.flatten(), [panels])
+    axes, unused = np.split(figure.subplots(len(heights), 2, height_ratios=heights).flatten(), [panels])
     for axis in unused:
         axis.remove()
     for i, row in enumerate(rows.values()):
@@ -451,15 +453,13 @@ def plot(results: dict, path: Path) -> None:
     axes[0].invert_yaxis()
     axes[0].set_xlabel("correct answers, %")
     axes[0].legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-    for axis, unit in zip(axes[1:], units, strict=False):
-        texts = [text for text in points if points[text] == unit]
-        for i, text in enumerate(texts):
-            claim = results["claims"][text]
+    for axis, (unit, claims) in zip(axes[1:], units.items(), strict=False):
+        for i, (_, claim) in enumerate(claims):
             axis.errorbar(claim["mean"], i, xerr=claim["half_width"], fmt="o", color="C0", capsize=3)
-        axis.set_yticks(range(len(texts)), [textwrap.fill(text, 40) for text in texts], fontsize=7)
-        axis.set_ylim(len(texts) - 0.5, -0.5)
+        axis.set_yticks(range(len(claims)), [textwrap.fill(text, 40) for text, _ in claims], fontsize=7)
+        axis.set_ylim(len(claims) - 0.5, -0.5)
         axis.axvline(0, color="0.5", lw=1)
-        axis.set_xlabel("difference in points, 95 %" if unit else "in the unit of the claim, 95 %")
+        axis.set_xlabel(f"{unit}, 95 %")
     for axis, (title, runs) in zip(axes[1 + len(units) :], results["curves"].items(), strict=True):
         logged = {name: [line for line in lines if line] for name, lines in runs.items() if any(lines)}
         for i, (name, lines) in enumerate(logged.items()):
