@@ -112,7 +112,7 @@ def measure(name, shape, mode, device, repeats):
     upstream = torch.rand(n, device=device)
     function = None if name == "floor" else variant(name, device)
 
-    def run():
+    def run(hidden, weight, targets, upstream):
         if name == "floor":
             return floor(hidden.detach(), weight.detach(), mode != "forward")
         with torch.set_grad_enabled(mode != "forward"):
@@ -121,34 +121,33 @@ def measure(name, shape, mode, device, repeats):
             hidden.grad = weight.grad = None
             (result * upstream).sum().backward() if result.dim() else result.backward()
 
-    seconds, cpu_seconds = [], []
+    seconds, cpu_seconds, problem = [], [], (hidden, weight, targets, upstream)
     if device == "cpu":
         import resource
 
-        whole = hidden, weight, targets, upstream
-        if name != "compile":  # which compiles for one shape; the others warm up on a small problem
-            hidden, weight = (t.detach()[:64].requires_grad_(mode != "forward") for t in (hidden, weight))
-            targets, upstream = targets[:64] % 64, upstream[:64]
-        run()
-        hidden, weight, targets, upstream = whole
+        if name == "compile":  # for one shape; the others warm up on a small problem
+            run(*problem)
+        else:
+            few = [t.detach()[:64].requires_grad_(mode != "forward") for t in (hidden, weight)]
+            run(*few, targets[:64] % 64, upstream[:64])
         hidden.grad = weight.grad = None
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         for _ in range(repeats):
             start, cpu_start = time.perf_counter(), time.process_time()
-            run()
+            run(*problem)
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu_start)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:
         for _ in range(3):
-            run()
+            run(*problem)
         hidden.grad = weight.grad = None
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         for _ in range(repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run()
+            run(*problem)
             end.record()
             end.synchronize()
             seconds.append(start.elapsed_time(end) / 1e3)
