@@ -131,11 +131,11 @@ def attention():
                 packed_attention(module, q, k, v, pattern)
 
         work = 2 * shape.hidden * sum((len(row.prompt) + len(row.response)) ** 2 for row in rows)
-        ahead, all_ = seconds(forward), seconds(both)
+        forward_s, both_s = seconds(forward), seconds(both)
         yield {
             "model": name, "sequences": len(rows), "tokens": tokens, "longest": batch.packing.width,
-            "forward ms": 1e3 * ahead, "forward TFLOP/s": work / ahead / 1e12,
-            "forward+backward ms": 1e3 * all_, "forward+backward TFLOP/s": 3.5 * work / all_ / 1e12,
+            "forward ms": 1e3 * forward_s, "forward TFLOP/s": work / forward_s / 1e12,
+            "forward+backward ms": 1e3 * both_s, "forward+backward TFLOP/s": 3.5 * work / both_s / 1e12,
         }  # fmt: skip
 
 
@@ -161,8 +161,8 @@ def head():
                     both()
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
-                time_ = seconds(both)
-                row |= {"forward+backward ms": 1e3 * time_, "TFLOP/s of 6NHV": 6 * n * h * v / time_ / 1e12}
+                taken = seconds(both)
+                row |= {"forward+backward ms": 1e3 * taken, "TFLOP/s of 6NHV": 6 * n * h * v / taken / 1e12}
                 if CUDA:
                     row["extra GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
             except Exception as error:  # a library that is not there, or cannot do this shape: part of the result
@@ -202,8 +202,8 @@ def step():
             responses = sum(len(row.response) for row in rows)
             packed = sum(batch.input_ids.shape[1] for batch, _ in luffy.micro_batches(rows, args, world))
             squares = sum((len(row.prompt) + len(row.response)) ** 2 for row in rows)
-            work = 6 * shape.layers * (shape.layer * packed + shape.hidden * squares)  # causal: half of 12 h n^2
-            work += 6 * shape.hidden * shape.vocab * responses
+            work = scale.update_flops(shape, packed, responses, checkpointing=False)
+            work += 6 * shape.layers * shape.hidden * squares  # attention, causal: half of 12 h n^2
             for again, compiled in itertools.product((shape.layers, 0), (False, True)):
                 if compiled and (not CUDA or tokens != MICRO_BATCHES[len(MICRO_BATCHES) // 2]):
                     continue  # compiling takes half a minute
@@ -274,10 +274,10 @@ def rollout():
                 times[what].append(time.perf_counter() - begin)
         groups, row["tokens/s"] = tokens_per_second(sampler, 2048)
         rows = [(prompt, completion.ids) for prompt, group in zip(prompts, groups, strict=True) for completion in group]
-        said = torch.tensor([x for group in groups for completion in group for x in completion.logps])
+        drawn = torch.tensor([x for group in groups for completion in group for x in completion.logps])
         with torch.no_grad():
             logp = torch.cat([policy(pack(rows[i : i + 8], DEVICE)).cpu() for i in range(0, len(rows), 8)])
-        gap = (said - logp).abs()
+        gap = (drawn - logp).abs()
         row |= {what: statistics.median(t) for what, t in times.items()}
         row |= {"mismatch": gap.mean().item(), "mismatch max": gap.max().item()}
         sampler.close()
