@@ -122,11 +122,11 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
 
 def table(results: dict) -> str:
     """Markdown: success in percent by policy and by how it plays, mean ± standard deviation over the seeds."""
-    ways = ["greedy", "sampled", *(f"best of {k} by V" for k in results["candidates"])]
-    lines = ["| | " + " | ".join(ways) + " |", "| " + " | ".join(["---"] * (1 + len(ways))) + " |"]
+    ways = {"greedy": "greedy", "sampled": "sampled"} | {str(k): f"best of {k} by V" for k in results["candidates"]}
+    lines = ["| | " + " | ".join(ways.values()) + " |", "| " + " | ".join(["---"] * (1 + len(ways))) + " |"]
     for name, runs in by_policy(results).items():
         cells = []
-        for way in ("greedy", "sampled", *map(str, results["candidates"])):
+        for way in ways:
             values = [(r | r.get("value", {})).get(way) for r in runs]
             if None in values:
                 cells.append("")
