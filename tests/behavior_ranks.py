@@ -14,6 +14,8 @@ from common.verifiers import Verdict  # noqa: E402
 from tests.ranks import fixed_rows, nano, whole_gradient  # noqa: E402
 from tools import influence  # noqa: E402
 
+TOKENS = (32, 10_000)  # of a micro-batch
+
 
 def odd_length(responses, golds, **_):
     """A verifier by which even an untrained model is right half of the time."""
@@ -42,7 +44,7 @@ def main(out: str, *settings: str) -> None:
     world = init_world()
     torch.set_num_threads(1)
     for what in ("rl", "masked", "sft"):
-        for tokens in (32, 10_000):
+        for tokens in TOKENS:
             grads, metrics = gradient(world, what, tokens)
             if world.main:
                 torch.save(grads, f"{out}/{what}-{tokens}.pt")

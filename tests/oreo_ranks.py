@@ -24,7 +24,7 @@ SMALL = [
     "--save_every", "0", "--lr", "1e-3", "--verifier", "tests.rewards:even_length",
 ]  # fmt: skip
 KINDS = ("oreo-token", "oreo-step", "oreo-response", "rejection", "dpo", "kto")
-MICRO_BATCHES = (32, 10_000)
+TOKENS = (32, 10_000)  # of a micro-batch
 
 
 def fixed_units(kind: str) -> list[list[Row]]:
@@ -98,7 +98,7 @@ def main(out: str, model: str) -> None:
     world = init_world()
     torch.set_num_threads(1)
     for kind in KINDS:
-        for tokens in MICRO_BATCHES:
+        for tokens in TOKENS:
             grads, results = gradients(world, kind, tokens)
             if world.main:
                 torch.save(grads, f"{out}/{kind}-{tokens}.pt")

@@ -109,7 +109,7 @@ def test_the_gradient_is_the_same_for_one_and_two_ranks_and_any_micro_batches(tw
         assert all(g.abs().max() > 0 for g in expected.values())
         size = max(g.abs().max().item() for g in expected.values())
         flat = [x for row in results["measured"] for x in row] + [*results["losses"].values(), *results["values"]]
-        for tokens in oreo_ranks.MICRO_BATCHES:
+        for tokens in oreo_ranks.TOKENS:
             one, one_results = oreo_ranks.gradients(world, kind, tokens)
             two = torch.load(two_ranks / f"{kind}-{tokens}.pt")
             two_results = json.loads((two_ranks / f"{kind}-{tokens}.json").read_text())
