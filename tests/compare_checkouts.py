@@ -56,10 +56,10 @@ def train(checkout: Path, script: str, flags: list[str], ranks: int, out: Path) 
 
 
 def difference(old: dict, new: dict) -> tuple[float, list[str]]:
-    """Return the largest relative difference of common metrics, and the names that one side lacks (-old, +new)."""
+    """Return the largest relative difference of common metrics, and what one side lacks: -old, +new, !at this step."""
     largest = max((abs(new[k] - old[k]) / max(abs(old[k]), 1e-9) for k in old.keys() & new.keys()), default=0.0)
     a, b = ({name for *_, name in metrics} for metrics in (old, new))
-    missing = [(log, step, name) for log, step, name in old.keys() ^ new.keys() if name in a & b]
+    missing = [key for key in old.keys() ^ new.keys() if key[-1] in a & b]
     return largest, [f"-{n}" for n in sorted(a - b)] + [f"+{n}" for n in sorted(b - a)] + [f"!{m}" for m in missing]
 
 
@@ -78,10 +78,10 @@ def main() -> None:
             for ranks in options.ranks if method in (options.methods or [method]) else []:
                 with tempfile.TemporaryDirectory() as folder:
                     sides = ((options.old, Path(folder, "old")), (options.new, Path(folder, "new")))
-                    (old, a), (new, b) = [train(checkout, script, flags, ranks, out) for checkout, out in sides]
-                largest, names = difference(a, b)
-                same &= old == new and len(old) > 0 and largest < 1e-9
-                weights = "bit-equal" if old == new and old else "DIFFERENT"
+                    models, metrics = zip(*[train(side, script, flags, ranks, out) for side, out in sides])
+                largest, names = difference(*metrics)
+                weights = "bit-equal" if models[0] and models[0] == models[1] else "DIFFERENT"
+                same &= weights == "bit-equal" and largest < 1e-9
                 print(f"| {script}, {method} | {ranks} | {weights} | {largest:.1e} | {' '.join(names)} |", flush=True)
     sys.exit(not same)
 
