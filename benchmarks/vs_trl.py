@@ -324,8 +324,8 @@ def resident() -> float:
 
 
 def peak(step: str, lengths: str, model: str, which: str) -> dict[str, float]:
-    """Of two steps of one of the three, in GB: peak memory, and what of it is beyond the libraries, the weights, their
-    gradients and Adam's two moments, which all three need; and seconds of the second."""
+    """Run two steps of one of the three. -> GB at the peak; GB of it beyond the libraries and the 16 bytes a parameter
+    (weights, gradients, Adam's moments) that all three need; seconds of the second step."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / model
         make = [sys.executable, __file__, "--make", str(folder), "--lengths", lengths, "--steps", step]

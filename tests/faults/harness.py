@@ -82,7 +82,7 @@ def reached(moment: str, out: Path, since: float = 0.0) -> bool:
 
 
 def undisturbed(name: str, out: Path, zygote: Zygote) -> float:
-    """-> seconds it took."""
+    """Run it to its end. -> seconds it took."""
     start = time.monotonic()
     status = zygote.wait(zygote.start(words_of(name, out), out.with_suffix(".log")))
     assert status == 0, out.with_suffix(".log").read_text()[-3000:]

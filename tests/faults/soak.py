@@ -33,7 +33,7 @@ WITHOUT_CURVES = """if True:
 
 
 def family(pid: int) -> dict[int, str]:
-    """A process and all that descend from it, with what each is."""
+    """{process id: its kind} of a process (the trainer) and all that descend from it."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -45,8 +45,8 @@ def family(pid: int) -> dict[int, str]:
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
     kinds = {"server": "vllm_worker", "worker": "verifiers"}
-    what = {p: next((k for k, mark in kinds.items() if mark in names.get(p, "").lower()), "other") for p in found}
-    return what | {pid: "trainer"}
+    kind_of = {p: next((k for k, mark in kinds.items() if mark in names.get(p, "").lower()), "other") for p in found}
+    return kind_of | {pid: "trainer"}
 
 
 def look(pid: int) -> dict[str, tuple[float, int]]:
