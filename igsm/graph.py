@@ -198,9 +198,9 @@ def _choose(rnd, structure, parents, target):
         waiting[span].append(param)
     span = len(waiting) - 1
     while span:
-        waiting[span] = [param for param in waiting[span] if not in_chosen[param]]
-        if waiting[span]:
-            new = [waiting[span][int(rnd() * len(waiting[span]))]]
+        candidates = waiting[span] = [param for param in waiting[span] if not in_chosen[param]]
+        if candidates:
+            new = [candidates[int(rnd() * len(candidates))]]
             extra = 0
             for param in new:  # grows while it is walked
                 extra += max(1, len(parents[param]) - 1)
@@ -237,8 +237,8 @@ def _order(rng, chosen, parents, num_instance):
             uses[p] += 1
 
     def pick(candidates):
-        boost = math.exp(abs(rng.gauss(0, 1)))
-        weights = [(boost if v >= num_instance else 1) * (boost if v in cited else 1) for v in candidates]
+        boost, known = math.exp(abs(rng.gauss(0, 1))), set(cited)
+        weights = [(boost if v >= num_instance else 1) * (boost if v in known else 1) for v in candidates]
         return _weighted_choice(rnd, candidates, weights)
 
     remaining, cited, order = chosen[:], [], []  # cited: parents of what is in order, with repetitions
