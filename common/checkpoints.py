@@ -303,15 +303,15 @@ def export_checkpoint(run: str, out: str, /, step: int = 0, value: bool = False,
     if damage := _damage(path, world):
         raise InputError(f"{path}: {damage}; export another --step, of {sorted(found)}")
     state = json.loads((path / "state.json").read_text())
-    if name not in state["configs"]:
+    if name not in state.get("configs", {}):
         raise InputError(f"{path}: it holds no {name} with its configuration")
     model = load_policy(
         "", world, from_config=state["configs"][name], lora=state["settings"].get(f"{name}_lora", 0),
-        kind=ValueModel if name in state["values"] else Policy,
+        kind=ValueModel if name in state.get("values", ["value"]) else Policy,
     )
     if model.lm.can_generate():
         model.lm.generation_config = GenerationConfig.from_dict(state["generation"])
-    loaded = load_tokenizer(tokenizer or state["tokenizer"], flag="--tokenizer")
+    loaded = load_tokenizer(tokenizer or state.get("tokenizer", state["settings"]["model"]), flag="--tokenizer")
     if not tokenizer:
         loaded.chat_template = state["template"]
     weights = {_key("model", name): dcp_state.get_model_state_dict(model)}
