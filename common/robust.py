@@ -50,13 +50,16 @@ RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_star
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 PHRASE = re.compile(
     rf"(?i)(?:\b{ANSWER}(?: (?:with)?in \\boxed\{{ *\}})?"
-    rf"(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$]{{0,4}}(?:{IS}|=)|{CHINESE})(?:[\s*_:$]|\\[\[(])*"
+    rf"(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$}}]{{0,4}}(?:{IS}|=)(?!(?<=\d:)\d|(?<=\d :) ?\d)|{CHINESE})"
+    r"(?:[\s*_:$}]|\\[\[(])*"
 )
 PART_OF = re.compile(r"(?i)\b(?:of|on|than|for|to|times|twice|half) (?:the |this |our )?$")  # half the answer is 42
 BOUND_BEFORE = re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|≠|[\w})] +[<>]) *\$?$")  # x > \boxed{2}
 BOUND_AFTER = re.compile(r" *(?:\\(?:neq?|[lg]t)\b|≠|[<>](?!\w+>) *-?[\w\\])")  # but not <answer>\boxed{2}</answer>
 SENTENCE_END = re.compile(
-    r"\n|[.!?](?=\s|$)|[。，]|[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\.?\d|\\|[A-Za-z ]{1,20}=|[^()\n]{0,40}\))|"
+    r"\n|(?<!\bRs)[.?](?=\s|$)|!(?=\s+[A-Z]|\s*$)|[。，]|"  # but not in 5! = 120
+    r"[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\.?\d|\\|[A-Za-z ]{1,20}(?:_\{?\w\}?)? ?=|[A-J](?:[.)$}\n]|\s*$|[,;] )|"
+    r"[^()\n]{0,40}\))|"
     r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|\s\((?=[a-z]{2,}[^)])|<[|/]|"
     r"\s*(?:です|입니다|이다)"
 )
@@ -152,9 +155,13 @@ def _with_its_formula(text, start, end, content):
     return content if left + right in ("", "{}", "()") or content[:1] == "=" else f"{left}({content}){right}"
 
 
+SAID_UNITS = (
+    "percent dollars? cents? (?:kilo|centi|milli)?(?:met(?:er|re)|gram)s? miles? feet foot inch(?:es)? yards? hours? "
+    "minutes? min seconds? days? weeks? months? years? degrees? square cubic hrs mph kph"
+).replace(" ", "|")
 NOT_AN_ANSWER = re.compile(  # on a last line: a box, a condition, a hedge, or words behind the last number
     r"(?i)\\f?box|\?|\b(?:answer|if|for|when|have|about|approx\w*|not|wrong|incorrect|false|erroneous|previous)\b|"
-    r"\d[^\d]*(?<![\\a-z])(?!and\b)[a-z]{3}"
+    rf"\d[^\d]*(?<![\\a-z])(?!(?:and|per|{SAID_UNITS})\b|sqrt)[a-z]{{3}}"
 )
 
 
@@ -171,7 +178,8 @@ def _last_line(text):
 SIGNS = {
     name: char
     for line in (
-        "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∪ cup", "∩ cap",
+        "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∩ cap",
+        "∪ cup bigcup", ": colon",
         "∅ emptyset varnothing", "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "/ slash", "< lt",
         "> gt", "≈ approx simeq", "° degree circ", "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert",
         "∧ land wedge", "¬ neg lnot", "→ to rightarrow",
@@ -186,14 +194,16 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
     "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 ).split(), strict=True))  # fmt: skip
 LOOKALIKES = {
-    **dict.fromkeys("−–—‐‑‒", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "。": ".",
+    **dict.fromkeys("−–—‐‑‒", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "∶": ":",
+    "µ": r"\mu ", "。": ".",
     **dict.fromkeys("✅✔✓∴", ""), "\u2126": r"\Omega", "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}",
     "ℤ": r"\mathbb{Z}", "⩽": "≤", "⩾": "≥", "º": "°", "˚": "°",
     **{char: rf"\{name} " for char, name in GREEK.items()},
 }  # fmt: skip
 FUNCTIONS = {
     **{name: getattr(sympy, name) for name in "sin cos tan cot csc sec sinh cosh tanh sqrt exp".split()},
-    "ln": sympy.log, "log": lambda x: sympy.log(x, 10), "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan
+    "ln": sympy.log, "log": lambda x: sympy.log(x, 10), "lg": lambda x: sympy.log(x, 10),
+    "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan
 }  # fmt: skip
 PREFIXES = {"": 0, "nano": -9, "micro": -6, "milli": -3, "centi": -2, "kilo": 3, "mega": 6, "giga": 9,
             "p": -12, "n": -9, "m": -3, "c": -2, "d": -1, "h": 2, "k": 3, "M": 6, "G": 9, "T": 12}  # fmt: skip
@@ -234,11 +244,14 @@ SHORT_UNITS = set(  # behind a number also where the text does not mark them as 
     "Hz kHz MHz GHz THz Pa hPa kPa MPa GPa kJ MJ kW MW GW kN kV mV mA eV keV MeV GeV mL dL kWh kB KB MB GB TB ms ns ps "
     "nm dm cup cal atm bar yr yrs qt".split()
 )
-COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+COUNTS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
 
 
 def _repeating(match):  # 0.1\overline{6} as a fraction
-    fixed, period = (match[1] or "0") + match[2], match[3]
+    fixed, period = (match[1] or "0") + match[2], match[3] or match[4]
     return rf"\frac{{{int(fixed + period) - int(fixed)}}}{{{'9' * len(period) + '0' * len(match[2])}}}"
 
 
@@ -252,21 +265,32 @@ ROMAN = r"\\(?:text|mathrm) *\{ *([a-zA-Z]+) *\}"
 SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
+        (r"^\\(?:f?box(?:ed)?|(?:text)?color *\{\w*\}) *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$", r"\1"),
         (r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|,\\! ?)\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),  # 1{,}000
         (r"\{,\}|,\\! ?", ","),
         (r"\{([:-])\}", r"\1"),
         (r"\\\\ ?\[[\d.]+ ?\w\w\]", r"\\\\"),  # the height of a row
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"(?<=\d) ?x ?(?=10 ?\^)", "×"),
-        (r"\\\$|\$|\\[()]|[€£¥]|\\\[|\\\](?!\s*[\d.])", ""),  # marks of money and of formulas; \\[2pt] stays
+        (r"(?<![A-Za-z])(?:Rs\.?|USD|INR|EUR|GBP|US(?=\\?\$))(?=(?:[\s~}$]|\\[,; $])*\d)", ""),
+        # marks of money and of formulas; \\[2pt] stays
+        (r"\\\$|\$|\\[()]|[€£¥₹₩₽]|\\(?:euro|pounds)(?![a-z])|\\\[|\\\](?!\s*[\d.])", ""),
         (r"\\(?:begin|end) ?\{(?:align|gather)(?:ed)?\*?\}|&(?= ?=)", ""),
-        (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|dot|bar) ?\{?(\d+)\}?", _repeating),
+        (r"^([^()]*\d\.\d*)\((\d+)\)$", r"\1\\overline{\2}"),  # 0.1(6)
+        (r"\\dot *\{?(\d)\}?(\d*)\\dot *\{?(\d)\}?", r"\\overline{\1\2\3}"),
+        (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|dot|bar) ?(?:\{(\d+)\}|(\d+))", _repeating),
         (r"(?<!\\)\\(?:[,;:> \n]|q?quad(?![a-zA-Z]))|~|\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
-        (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"),
+        (r"\\(?:[dtc]|nice|[sx](?=f))(frac|binom)(?![a-zA-Z])", r"\\\1"),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}|^([^{}]*)\\over(?![a-zA-Z])([^{}]*)$", r"\\frac{\1\3}{\2\4}"),
         (r"(?:\\underline\s*\{\d+\}\s*)+", lambda m: re.sub(r"\D", "", m[0])),  # blanks that are filled in
+        (r"\{ *\\rm(?![a-z])[ ~,\\]*([a-zA-Z/]+) *\}|\\rm *\{ *([a-zA-Z/]+) *\}", r"\\text{ \1\2}"),
         (rf"\\(?:{LAYOUT})(?![a-zA-Z])\.?|\\!|\\(?:text)?color\s*\{{\w*\}}", ""),
+        (r"(?<=\d)!=(?= ?\d)", "! ="),
         (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]|\*\*|\.{2,3}", lambda m: SIGNS.get(m[1] or m[0], m[0])),
         (rf"\\mu *{ROMAN}", r"\\text{ micro\1}"),
+        (r"\\(?:text|mathrm) *\{[ ~]*\\mu *([a-zA-Z]+) *\}", r"\\text{ micro\1}"),
+        (r"(?<=\d) *(?:\\(?:text|mathrm) *\{ *([kM]) *\}|([kM])) *\\Omega|\\(?:text|mathrm) *\{ *([kM]) *\\Omega *\}",
+         lambda m: rf" \text{{ {m[1] or m[2] or m[3]}ohm}}"),
         (rf"\\frac *\{{ *{ROMAN} *\}} *\{{ *{ROMAN} *(\^\{{?\d\}}?)? *\}}", r" \\text{ \1}/\\text{\2}\3"),  # m over s
         (r"(?<=[\d}])\\(?:text|mathrm) *\{(?=[mgshLNJWVKACFT](?![a-zA-Z]))", r" \\text{ "),  # 5\text{m}
         *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: WORD.sub(r" ~\g<0> ", m[1]))] * 3,
@@ -274,8 +298,10 @@ SPELLINGS = [
         (r"(?<=\d) *[\u4e00-\u9fff]{1,4}(?<![万亿千百十兆折成分半]) *$", ""),  # a unit in Chinese
         (r"^ *(\d+) *~?to *(\d+) *$", r"\1:\2"),
         (r"\\(mathbb|pmod) ?([A-Z]|\d+)", r"\\\1{\2}"),
-        (r"\^\s*\{?\s*°\s*\}?", "°"),
+        (r"(?:\{ ?\})?\^\s*(?:\{\s*°\s*\}|°)|(?<=\d) ?\^(?:o(?!\w)|\{ *o *\})", "°"),
         (r"^(\S+) ?≠ ?([^=≠]+)$", r"\1 ∈ (-∞,\2)∪(\2,∞)"),
+        (r"(?<=[)\]]) *U *(?=[(\[])", "∪"),
+        (r"^([A-Z]) ?(\([^()]*,[^()]*\))$", r"\1=\2"),  # the point P(1, 2)
         (r"\\mathbb\{R\} ?∖ ?⦃([^⦃⦄,;]+)⦄", r"(-∞,\1)∪(\1,∞)"),
         (r"^[^=()⦃\[]*[±∓][^=()⦃\[]*$",  # 0, ±3 has three items
          lambda m: ",".join(dict.fromkeys(f"{m[0].translate(PLUS)},{m[0].translate(MINUS)}".split(",")))),
@@ -292,13 +318,20 @@ SPELLINGS = [
          lambda m: f" ~{m[m.lastindex]}"),
         (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
         (r"\s+", " "),
-        (rf"^ ?~?({'|'.join(COUNTS)}) ?$", lambda m: str(COUNTS.index(m[1]))),
+        (rf"(?i)^ ?~?({'|'.join(COUNTS)})[ .]*$", lambda m: str(COUNTS.index(m[1].lower()))),
         (r"^( ?~[A-Z][a-z]+ \d\d?), ?(?=\d{4}$)", r"\1 "),
         (r"(?:°|~degrees?) ?~?([CF])(?:elsius|ahrenheit)?(?![a-z])", r"~deg\1"),
-        (r"~(?:square|sq\.?|(cubic|cu\.?)) ~([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
+        (r"~(?:square|sq\.?|(cubic|cu\.?)) ~?([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
+        (r"(~[a-z]+|(?<=\d) [ms]) ~(?:squared|(cubed))", lambda m: f"{m[1]}^{3 if m[2] else 2}"),
         (r" ?\( ?(?:~(?:since|because|as)\b[^()·×+*/=]*|((?:~[a-z]+[ ^\d]*)+))\)$", r" \1"),  # 5 (since x > 0)
+        (r",? ?\( ?([a-z] ?∈ ?\\mathbb\{Z\}) ?\)$", r", \1"),
+        (r",? ?~(?:where|with|for) ([a-z]) ~is ~?an ~integer ?$", r", \1 ∈ \\mathbb{Z}"),
+        (r",? ?~for ~(?:any|all|every|each) ~integers? ([a-z]) ?$", r", \1 ∈ \\mathbb{Z}"),
         (rf" ?~({'|'.join(SCALES)})s?(?![a-z])", lambda m: f"·{SCALES[m[1]]}"),
         (r"\\frac\{ *(~[a-z]+) *\}\{ *(~?[a-z]+) *\}", r"\1/ \2"),  # km over h
+        (r"^[({](\w+)[)}] ?_(?=\{?[\d(])", r"\1_"),
+        (r"^([\dA-Za-z]+) ?(?:_\{)? ?(?:~?in )?~base ?(\d+) ?\}?$",
+         lambda m: f"{m[1]}_{m[2]}" if len(m[2]) == 1 else f"{m[1]}_{{{m[2]}}}"),
         (r"(?<![\d.,])\d{1,3}(?:[ ']\s*\d{3})+(?!\d|\s*/)", lambda m: re.sub(r"\D", "", m[0])),  # 10 080
     ]
 ]
@@ -373,7 +406,8 @@ SETS = [
 ]
 FILLERS = re.compile(
     "^(?:~?(?:the [^=,;:0-9]{1,60}? ~?(?:is|are|equals)|the|final|answers?|is|are|it|exactly|about|around|"
-    "approximately|approx|roughly|equals?|so|thus|hence|therefore|total|we|get|have|obtain|if|when|for)"
+    "approximately|approx|roughly|equals?|so|thus|hence|therefore|total|we|get|have|obtain|if|when|for|"
+    r"points?|line|vertex|cent(?:er|re)|(?:on|at)(?= ~| \d))"
     "(?![A-Za-z])[ :,]*)+(?=.)", re.I
 )  # fmt: skip
 CONJUNCTION = "~(?:and|or|where|with|for)(?![a-z])"
@@ -385,20 +419,25 @@ CONDITION = re.compile(
 PROPERTY = re.compile(r"⦃ ?[a-z](?: ?∈ ?\\mathbb\{R\})? ?(?:[|:]|\\mid) ?((?=.*[<>≤≥])[^|:]*)⦄")
 INTEGER = re.compile(r"(?<![\\~A-Za-z])([a-z]) ?∈ ?\\mathbb\{Z")  # a k of ℤ may have another name
 NAME = re.compile(
-    r"(?!(?:e|i|\\pi)$)(?:\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'*(?:\([\w ,\\]*\))?|\([a-z](?:, ?[a-z])+\)|(?:~[A-Za-z]+ ?)+"
-    r"|\\(?:angle|overline|triangle|vec)\W*\w+\W*)"
+    r"(?!(?:e|i|\\pi)$)(?:\\?[A-Za-z]+(?:_(?:\w|\{[^{}=]+\}))?(?:\^\{-1\}(?=\())?'*(?:\([\w ,\\]*\))?|"
+    r"\((?:[a-z]|\\[a-z]+) ?(?:, ?(?:[a-z]|\\[a-z]+) ?)+\)|(?:~[A-Za-z]+ ?)+(?:\\triangle *)?(?:[A-Z]{1,4} ?)?|"
+    r"m? ?\\(?:angle|overline|triangle|vec)\W*\w+\W*|\\Delta ?[A-Za-z]|\|[A-Z]{2}\||\[[A-Z]{3,4}\]|"
+    r"\\frac\{([A-Za-z]{1,2})\}\{(?!\1)[A-Za-z]{1,2}\}|[fgh]\([fgh]\([\w-]*\)\)|"
+    r"(?:P|~?Pr|E|~?Var|\\mathbb\{[PE]\}) ?[(\[][^()\[\]]*[)\]]|"  # of an event
+    r"\\(?:sin|cos|tan) ?\(?(?:[A-Z]+|\\(?:angle|alpha|beta|gamma|theta)\b *[A-Z]*)\)?|"
+    r"\d*([a-df-hj-w])(?: ?\+ ?\d*(?!\2)[a-df-hj-w])+)"  # m + n = 29; x + y = 29 is a line
 )
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
 DECIMAL_COMMA = re.compile(  # before three digits only after a lone 0: 0,125
     r"^([^,;()⦃\[]*(?<![\d.])(?:0|[1-9]\d*)),(\d+(?<!,\d{3})|(?<=(?<!\d)0,)\d+)(?![\d.,])(?=[^,;]*$)"
 )
-CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*(?=.)|^[A-J][.):] "
+CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*+(?=[^,;&])(?!~?and\b|\([A-J]\))|^[A-J][.):] "
 LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
 UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
-QUANTITY = re.compile(rf"(.*?[^ /·~])\s*({UNIT}(?: ?[/·]? ?{UNIT})*)")
+QUANTITY = re.compile(rf"(.*?[^ /·~])\s*((?:/ ?(?=~))?{UNIT}(?: ?[/·]? ?{UNIT})*)")
 COMPOUND = r"(\d+(?:\.\d+)?) ?(~[A-Za-z]+)\.?(?:,? ?(?:~and )?(?=\d)|$)"
 UNIT_WORD = re.compile(r"(/ ?)?~?([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d)\}?)?")
-CLOCK = re.compile(r"(?=.*[:ap])(\d{1,2}(?::[0-5]\d){0,2}?)(?::00)?(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
+CLOCK = re.compile(r"(?=.*[:ap])0?(\d{1,2}(?::[0-5]\d){0,2}?)(?::00)?(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
 DATE = re.compile(r"\d{4}([/-])\d\d?\1\d\d?|\d\d?([/-])\d\d?\2\d{4}|\d+ ?- ?\d+|\d\w*_(?:\w|\{\w+\})")  # score, base
 TABLE = re.compile(
     r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin ?\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end ?\{\3\} ?[)\]]?"
@@ -433,7 +472,8 @@ def readings(text: str) -> list:
     for attempt in dict.fromkeys(texts):
         try:
             value = _read(attempt)
-            found += [value] * (value not in found)
+            zero = isinstance(value, Number) and attempt != text and attempt.endswith(")=0")  # 6·7 = 42 is not 0
+            found += [value] * (value not in found and not zero)
         except Unreadable as reason:
             error = error or reason
     if not found:
@@ -463,6 +503,9 @@ def _table(text):
     name, bracket, kind, body = table.groups()
     rows = [[_read(cell) for cell in row.split("&") if cell.strip()] for row in body.split(r"\\") if row.strip()]
     kind = "cases" if bracket == "⦃" else "matrix" if bracket or kind in ("pmatrix", "bmatrix") else kind
+    names = {row[0].name for row in rows if len(row) == 1 and isinstance(row[0], Named)}
+    if kind == "cases" and not name and len(names) == len(rows) > 1:  # x = 1 above y = 2
+        return _solutions([row[0] for row in rows], names)
     value = Group(kind, [Group("row", row) for row in rows])
     return Named(name.strip(), value) if name else value
 
@@ -615,6 +658,8 @@ def _unit(text):
         for kind in kinds:
             powers[kind.upper()] += power if kind.isupper() else -power
         size *= factor**power if factor else 0
+    if len(powers) > 1 and powers["D"] == 1:  # $12 per hour is spelled without its dollar
+        del powers["D"]
     return (frozenset((k, n) for k, n in powers.items() if n) if size else text.lower(), size)
 
 
@@ -862,6 +907,13 @@ def _same_quantity(a, b):
     return equal(a.value, b.value) or not b.unit and not measured and x != 0 and equal(a.value * x, b.value)
 
 
+def _money(text, other):
+    r"""\$0.75 is 0.75, but 0.75 dollars if it is compared with cents."""
+    if not re.search(r"\d\W*(?:text *\{\W*)?cents?\b|¢", other):
+        return text
+    return re.sub(r"^[\s$\\]*\$ ?([\d.,]*\d)[\s$.]*$", r"\1 dollars", text)
+
+
 def robust(response: str, gold: str) -> bool:
     """Apply the rule. Raises NoAnswer if the response gives no answer, or if the gold cannot be read."""
     whole = BARE_BOX.sub(r"\\boxed{\1}", response.rstrip()[-MAX_CHARS:])
@@ -879,8 +931,9 @@ def robust(response: str, gold: str) -> bool:
     answer = _last_line(said) if answer is None else answer
     if not answer.strip() or len(answer) > 4 * MAX_ANSWER:
         raise NoAnswer(f"an answer of {len(answer)} characters" if answer.strip() else "no answer in the response")
-    spelled, truth = spell(answer), spell(gold)
-    if spelled and _key(spelled) in (_key(truth), *re.findall(r"^\(?([A-J])[).:] ?(?=.)", truth)):  # or its label
+    spelled, truth = spell(_money(answer, gold)), spell(_money(gold, answer))
+    label = re.match(r"\(?([A-J])[).:] ?(?=[^ ,;&])(?!~?and\b|\([A-J]\))", truth)
+    if spelled and (_key(spelled) == _key(truth) or label and _key(spelled).strip("()") == label[1]):
         return True
     faulty = f"gold unreadable: {gold[:100]}"
     try:

@@ -205,9 +205,12 @@ def line_label(text: str) -> str | None:
 ANSWER = r"(?:answers?|ans|final result|antwort|r[eé]s?p(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
 IS = (
     r"(?:[:：]|\b(?<!no )(?:(?:must|should|would|will|has to|can only) be|is|are|ist|lautet|est?|[èé])\b"
-    r"(?: (?:indeed|clearly|definitely|simply|therefore|thus)\b)?)(?![\s*_:$]*(?:not|nicht|pas)\b)"
+    r"(?: (?:indeed|clearly|definitely|simply|therefore|thus|donc|also|daher)\b)?)(?![\s*_:$]*(?:not|nicht|pas)\b)"
 )
-CHINESE = "(?:答案】?|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|本题|(?<!不)应)选[:：]?|(?:答え|正解)は|정?답은"
+CHINESE = (
+    "(?:答案】?|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|本题|(?<!不)应)选[:：]?|"
+    "(?:答え|正解)(?:は|[:：])|정?답(?:은|[:：])"
+)
 CHOICE = re.compile(
     rf"(?i)(?:(?:\b|_)(?:{ANSWER}|option|choice|letter)\b[^.\n:：]{{0,40}}?(?:{IS}| [-–—] )|<(?:final_)?answer>|"
     rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose|select)\b|{CHINESE})[ *_:$\n]*"
@@ -242,7 +245,7 @@ def chosen_label(text: str, *, digits: bool = False) -> str | None:
             return ""
         label = choice_label(said, sentence=sentence)
         if label is not None and (digits or not label.isdigit()):
-            return label
+            return "" if i and retracted(text, end) else label
     return line_label(text)
 
 
