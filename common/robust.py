@@ -932,9 +932,11 @@ def robust(response: str, gold: str) -> bool:
     if not answer.strip() or len(answer) > 4 * MAX_ANSWER:
         raise NoAnswer(f"an answer of {len(answer)} characters" if answer.strip() else "no answer in the response")
     spelled, truth = spell(_money(answer, gold)), spell(_money(gold, answer))
-    label = re.match(r"\(?([A-J])[).:] ?(?=[^ ,;&])(?!~?and\b|\([A-J]\))", truth)
+    label, chosen = (re.match(r"\(?([A-J])[).:] ?(?=[^ ,;&])(?!~?and\b|\([A-J]\))", t) for t in (truth, spelled))
     if spelled and (_key(spelled) == _key(truth) or label and _key(spelled).strip("()") == label[1]):
         return True
+    if label and chosen and label[1] != chosen[1]:
+        return False  # (C) 42 is not (B) 42
     faulty = f"gold unreadable: {gold[:100]}"
     try:
         golds = readings(truth)

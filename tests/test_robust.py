@@ -242,7 +242,7 @@ SPELLED = [  # two spellings of an answer, and one that is wrong
     (r"(r, \theta) = (2, \frac{\pi}{3})", r"(2, \pi/3)", r"(r, \theta) = (2, \frac{\pi}{6})"),
     (r"\text{the point } (3, -2)", "(3, -2)", "the point (3, 2)"), (r"\text{on Monday}", "Monday", "on Sunday"),
     (r"\color{blue}{x=3, y=-2}", "(3, -2)", r"\color{blue}{x=-2, y=3}"),
-    ("(B)", "B. 42", "(C)"), ("A, C", "(A), (C)", "A"),
+    ("(B)", "B. 42", "(C)"), (r"\text{(B) } 42", "B. 42", "(C) 42"), ("A, C", "(A), (C)", "A"),
 ]  # fmt: skip
 
 
