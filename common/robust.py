@@ -431,7 +431,9 @@ THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?![^(\[⦃
 DECIMAL_COMMA = re.compile(  # before three digits only after a lone 0: 0,125
     r"^([^,;()⦃\[]*(?<![\d.])(?:0|[1-9]\d*)),(\d+(?<!,\d{3})|(?<=(?<!\d)0,)\d+)(?![\d.,])(?=[^,;]*$)"
 )
-CHOICE_LABEL = r"^\(?[A-J]\)[ .:]*+(?=[^,;&])(?!~?and\b|\([A-J]\))|^[A-J][.):] "
+OPTION_TEXT = r"(?=[^ ,;&])(?!~?and\b|\([A-J]\))"  # behind a label that is no item of a list
+OPTION = re.compile(rf"\(?([A-J])[).:] ?{OPTION_TEXT}")
+CHOICE_LABEL = rf"^\(?[A-J]\)[ .:]*+{OPTION_TEXT}|^[A-J][.):] "
 LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
 UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
 QUANTITY = re.compile(rf"(.*?[^ /·~])\s*((?:/ ?(?=~))?{UNIT}(?: ?[/·]? ?{UNIT})*)")
@@ -932,10 +934,10 @@ def robust(response: str, gold: str) -> bool:
     if not answer.strip() or len(answer) > 4 * MAX_ANSWER:
         raise NoAnswer(f"an answer of {len(answer)} characters" if answer.strip() else "no answer in the response")
     spelled, truth = spell(_money(answer, gold)), spell(_money(gold, answer))
-    label, chosen = (re.match(r"\(?([A-J])[).:] ?(?=[^ ,;&])(?!~?and\b|\([A-J]\))", t) for t in (truth, spelled))
-    if spelled and (_key(spelled) == _key(truth) or label and _key(spelled).strip("()") == label[1]):
+    option, other = OPTION.match(truth), OPTION.match(spelled)
+    if spelled and (_key(spelled) == _key(truth) or option and _key(spelled).strip("()") == option[1]):
         return True
-    if label and chosen and label[1] != chosen[1]:
+    if option and other and option[1] != other[1]:
         return False  # (C) 42 is not (B) 42
     faulty = f"gold unreadable: {gold[:100]}"
     try:
