@@ -398,15 +398,17 @@ def test_two_ranks_train_and_killing_them_in_a_batch_leaves_nothing(tmp_path):
              "--eval_every", "0", "--save_every", "0", "--rollout", "vllm", "--out", str(tmp_path / "run")]  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.Popen([*launcher, *words], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 300
-    while time.time() < deadline and run.poll() is None and len(read_metrics(tmp_path / "run")) < 3:
-        time.sleep(0.2)
-    found = processes()
-    ours = {pid for pid, _, words in found if str(tmp_path) in words}  # torchrun and the ranks
+    try:
+        deadline = time.time() + 300
+        while time.time() < deadline and run.poll() is None and len(read_metrics(tmp_path / "run")) < 3:
+            time.sleep(0.2)
+        found = processes()
+    finally:
+        ours = {pid for pid, _, words in processes() if str(tmp_path) in words}  # torchrun and the ranks
+        for pid in ours:
+            os.kill(pid, signal.SIGKILL)
     started = [(group, words.split()) for _, group, words in found if re.match(r"\S+ \S+vllm_worker.py \d", words)]
     workers = {(group, words[4]) for group, words in started if int(words[2]) in ours}
-    for pid in ours:
-        os.kill(pid, signal.SIGKILL)
     assert len(workers) == 2
     assert all(gone(group, 5) and not os.path.exists(folder) for group, folder in workers)
     run.wait()
