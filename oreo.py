@@ -338,7 +338,7 @@ def as_published(item: Item, row: dict, ask: str) -> Item:
     asked, kind = row.get("problem") or row.get("question"), item.source or "math"
     solution = row["answer"] if AFTER_HASHES.search(str(row.get("answer")).rstrip()) else row.get("solution")
     own = all(solution and solution.partition("####")[0].strip() in trace.text for trace in item.traces)
-    if row.get("prompt") is not None or not asked or item.question != asked or kind not in SYSTEM or not own:
+    if str(row.get("prompt") or "").strip() or not asked or item.question != asked or kind not in SYSTEM or not own:
         return item
     prompt = [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": asked}]
     if ask == "user":

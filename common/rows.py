@@ -135,6 +135,10 @@ def _read_file(path: Path) -> Iterator[dict]:
 
         try:
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+                for i, field in enumerate(batch.schema):
+                    if pyarrow.types.is_float32(field.type) or pyarrow.types.is_decimal(field.type):
+                        column = batch.column(i).cast("string").cast("float64")  # 0.1, not 0.10000000149011612
+                        batch = batch.set_column(i, field.name, column)
                 yield from batch.to_pylist()
         except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
             raise InputError(f"{path}: not a readable parquet file ({error})") from error
@@ -171,7 +175,8 @@ def _csv_row(row: dict) -> dict:
     row = {name: value for name, value in row.items() if value}
     for name in [name for name in row if name.lower() in {*MARKS, "weight"}]:
         with contextlib.suppress(ValueError):  # other values raise an error later
-            row[name] = float({"true": 1, "false": 0}.get(row[name].lower(), row[name]))
+            said = row[name].lower()
+            row[name] = said == "true" if said in ("true", "false") else float(said)
     return row
 
 
@@ -436,7 +441,7 @@ class Example:
     index: int  # row number in the data, for messages and for random streams
     text: str  # the rendered prompt
     trace_logps: list[float] | None = None  # the teacher's own log-probs of the trace's tokens, where they are given
-    file: str = ""  # what the data flag named: files can have one source
+    where: str = ""  # "train.jsonl, row 7", for messages
 
 
 def given_logps(given: Trace, trace: list[int], prompt: str, tokenizer, where: str) -> list[float] | None:
@@ -638,7 +643,7 @@ def make_examples(
             if long_trace == "end":
                 ids[-1] = tokenizer.eos_token_id
                 logps = logps and [*logps[:-1], math.nan]
-        examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps, source))
+        examples.append(Example(prompt, ids or None, item.gold, item.source or source, index, text, logps, where))
     return examples, with_kept(examples, count, source, args)
 
 
@@ -650,7 +655,7 @@ def gold_unreadable(detail: str | None = None) -> bool:
 def report_golds(examples: Iterable[Example], verdicts: Iterable) -> None:
     """Print each row whose gold answer the verifier cannot read, once."""
     for example, verdict in zip(examples, verdicts, strict=True):
-        where = f"{example.file or example.source}, row {example.index}"
+        where = example.where or f"{example.source}, row {example.index}"
         if gold_unreadable(verdict.detail) and where not in _reported:
             _reported.add(where)
             print(f"warning: {where}: {verdict.detail}; every response to it counts as wrong", file=sys.stderr)

@@ -25,6 +25,7 @@ IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed
 QUESTIONS = ("problem", "question", "query", "question_stem", "instruction")
 PASSAGES = ("context", "passage", "article", "body", "puzzle", "theory", "story", "table")  # put before the question
 RESPONSES = ("response", "completion", "output", "generation", "generated_solution")
+TRACES = ("chosen", "rejected", "target", *RESPONSES)
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")  # beside a response
 GOLDS = ("answer_number", "final_answer", "expected_answer", "answer", "ground_truth", "reference_answer")
 AFTER_HASHES = re.compile(  # GSM8K's answer, on the last line of its solution; the mark may have a line of its own
@@ -38,7 +39,7 @@ RIGHT_OPTION = (  # columns that may name the correct option of a multiple choic
 VERDICTS = ("llama_verification", "math_verify_reparsed_answer")  # in OpenR1-Math-Raw's 'correctness'
 MARKS = ("label", "is_correct", "correct", "kto_tag", "reward")  # columns that grade a trace; the first counts
 LETTERS = string.ascii_uppercase
-TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|from|content|value)["']\s*:""")  # as text, in .csv files
+TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["']\w+["']\s*:""")  # as text, in .csv files
 NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations", "history", "correctness",
           "correctness_math_verify", "correctness_llama"}  # fmt: skip
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
@@ -91,7 +92,8 @@ def read_row(row: dict, where: str) -> Item:
         raise InputError(f"{where}: {error}") from error
     columns = {name for name, value in row.items() if not _blank(value)}  # files of mixed shapes hold nulls
     blank = [str(name) for name in row if name not in columns]
-    row = {name: value for name, value in row.items() if name in columns or isinstance(value, str)}  # a blank response
+    kept = {*TRACES, *string.ascii_letters}  # a trace may be blank; a blank option is named by an error
+    row = {name: value for name, value in row.items() if name in columns or (name in kept and isinstance(value, str))}
     found = columns | _groups(row, columns)
     read = next((read for needs, read in SHAPES if needs <= found), None)
     if read is None:
@@ -113,6 +115,8 @@ def read_row(row: dict, where: str) -> Item:
             item.prompt = [turn, *item.prompt]
             item.conversation = item.conversation and [turn, *item.conversation]
         item.text = _text(row.get("prompt_text") or item.text or "", "'prompt_text'") or None
+        if item.text and (system or not _blank(row.get("history"))):
+            raise ValueError("'system' and 'history' stand beside a rendered prompt, which has all turns: remove them")
         item.source = _text(row.get("data_source") or item.source, "'data_source'")
         item.weight = 1.0 if row.get("weight") is None else row["weight"]
         if isinstance(item.weight, bool) or not isinstance(item.weight, (int, float)) or not 0 <= item.weight < 1e300:
@@ -218,7 +222,9 @@ def _turn(turn: dict, name: str) -> dict:
     """Return a turn, {role, content} or {from, value}, as {role, content}; content includes an assistant's thought."""
     turn = {key: value for key, value in turn.items() if value is not None}  # files that mix both forms hold nulls
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role is None or content is None or turn.get("tool_calls") or turn.get("function_call"):
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise TypeError(f"'{name}': a turn calls a tool, which no script trains: write the call into its content")
+    if role is None or content is None:
         raise TypeError(f"'{name}' must be a text or [{{role, content}}, ...]")
     role = _text(role, f"'{name}': a turn's role").lower()
     role = ROLES.get(role, role)
@@ -241,7 +247,8 @@ def _with_thought(beside: dict, text: str) -> str:
     if "</think>" in text:
         return text if "<think>" in text else THINK + text.lstrip("\n")
     thoughts = [value.strip() for value in map(beside.get, THOUGHTS) if isinstance(value, str)]
-    thought = next((t for t in thoughts if not (t.isascii() and t.isalpha())), None)  # a single word is a switch: "on"
+    # a single word is a switch: "on"
+    thought = next((t for t in thoughts if t and not (t.isascii() and t.isalpha())), None)
     if found := MARKED.fullmatch(text):
         thought, text = found[1].strip(), re.sub(r"<\|(?:begin|end)_of_solution\|>", "", found[2]).strip()
     return f"{THINK}{thought}\n</think>\n\n{text.lstrip()}" if thought else text
@@ -257,14 +264,15 @@ def _gold(*values) -> str:
         if isinstance(value, list) and len(value) > 1:
             raise TypeError(f"the gold answer is a list of {len(value)}: write it as one text, as in '1, 2'")
         value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, str) and re.fullmatch(r"-?\d(\.\d+)?e[+-]\d\d+", value.strip()):
+            value = float(value)  # as pandas and Python print it
         if _blank(value) or value in (math.inf, -math.inf):
             continue
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise TypeError("the gold answer is neither text nor a number")
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # a column of whole numbers that once held a NaN
-        if isinstance(value, float) and abs(value) >= 1e-5:
-            value = f"{Decimal(repr(value)):f}"  # 0.00002: not every verifier reads 2e-05
+        if isinstance(value, float):  # 4 for 4.0, of a column that once held a NaN; not every verifier reads 2e-05
+            written = Decimal(repr(value))
+            value = int(written) if value.is_integer() else f"{written:f}"
         gold = _text(str(value), "the gold answer").strip()
         gold = last_boxed(gold) or re.sub(r"^(-?[\d.,/]+) \([a-z ]+\)$", r"\1", gold)  # ASDiv's "9 (apples)"
         if marked := AFTER_HASHES.search(gold):
@@ -317,7 +325,7 @@ def _asked(row: dict) -> Item:
     prompt[at:at] = before
     gold = gold or _gold(boxed_gold(row["solution"]) if isinstance(row.get("solution"), str) else "")  # TRL's GRPO rows
     if prompt[-1]["role"] == "assistant":
-        raise ValueError("'prompt' ends with a turn of the assistant, so that nothing is asked")
+        raise ValueError("the prompt (the turns before the answer) ends with a turn of the assistant: nothing is asked")
     questions = [turn["content"] for turn in prompt if turn["role"] == "user"]
     if not questions or not questions[-1].strip():
         raise ValueError("the question is blank: no text in a turn of the user")
@@ -343,7 +351,7 @@ def _column_traces(row: dict, name: str, prompt: list[dict], **fields) -> list[T
     text = _text(value, f"'{name}' (a text or [{{role, content}}])")
     if ids is not None:
         return [Trace(text, ids=_ids(ids, f"{name}_ids"), **fields)]
-    beside = row if name in RESPONSES else {}  # a chosen and a rejected trace would get the same thought
+    beside = {} if name in ("chosen", "rejected") else row  # both would get the same thought
     return [Trace(text if fields.get("probs") else _with_thought(beside, text), **fields)]
 
 
@@ -446,7 +454,8 @@ def _problem(row: dict) -> Item:
     item = _asked(row)
     solution, answer = row.get("solution"), row.get("answer")
     reasoning = row.get("reannotated_assistant_content") or solution  # R1-Distill-SFT: R1's beside the human's
-    if isinstance(answer, str) and (marked := AFTER_HASHES.search(answer.rstrip())):
+    marked = AFTER_HASHES.search(answer.rstrip()) if isinstance(answer, str) else None
+    if marked:
         reasoning, item.source = answer[: marked.start()], "gsm8k"
     if _blank(reasoning):
         return item
@@ -456,8 +465,10 @@ def _problem(row: dict) -> Item:
     if reward is not None and reward <= 0:
         item.traces = [Trace(said, reward)]
     elif item.gold and said not in (item.gold, f"\\boxed{{{item.gold}}}"):  # an answer alone is no reasoning
-        whole = "</think>" in said  # a response as a model wrote it
-        said = said if whole else f"{THINK}{said}\n</think>\n\n\\boxed{{{item.gold}}}"
+        whole = "</think>" in said  # a response as a model wrote it; with GSM8K's mark, its answer was cut off above
+        said = said if whole else f"{THINK}{said}\n</think>"
+        if not whole or (marked and last_boxed(said) is None):
+            said += f"\n\n\\boxed{{{item.gold}}}"
         item.traces = [Trace(said, 1.0 if reward is None else reward)]
     return item
 
@@ -510,13 +521,15 @@ def _right_option(row: dict, options: dict) -> str:
     """The label of the right option, "" if no column names it. In a row with a response, 'label' and 'correct' grade
     the response. In other rows such a column is removed if it names the option (a 'label' also if another column names
     the same option)."""
-    marks = () if row.keys().isdisjoint(RESPONSES) else MARKS
+    choices = row.get("options") or row.get("choices") or {}
+    numbers = bool(choices) and all(type(option) in (int, float) for option in choices)
+    marks = () if all(_blank(row.get(name)) for name in RESPONSES) else MARKS
     given = {name: row[name] for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks}
     for name, answer in given.items():
-        if label := _label_of(answer, options):
+        if label := _label_of(answer, options, numbers):
             if name in MARKS:
                 del row[name]
-            if type(given.get("label")) is int and _label_of(given["label"], options) == label:
+            if type(given.get("label")) in (int, float) and _label_of(given["label"], options, numbers) == label:
                 row.pop("label", None)
             return label
     if given:
@@ -524,9 +537,9 @@ def _right_option(row: dict, options: dict) -> str:
     return ""
 
 
-def _label_of(answer, options: dict) -> str:
+def _label_of(answer, options: dict, numbers: bool = False) -> str:
     """The label of the option that an answer names, "" if none: by its label, its index from 0 on, or its text. A text
-    such as "1" is an index only if it is neither a label nor an option."""
+    such as "1" is an index only if it is neither a label nor an option; so is a number if the options are `numbers`."""
     answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
     text, labels, texts = str(answer).strip(), list(options), list(options.values())
     if text in options:
@@ -534,7 +547,8 @@ def _label_of(answer, options: dict) -> str:
     number, bare = text.removesuffix(".0"), text.strip("().").upper()
     if number in options and texts.count(text) != 1:
         return number
-    if number.isdecimal() and int(number) < len(labels) and (type(answer) is int or text not in texts):
+    index = text not in texts or (type(answer) is int and not numbers)
+    if index and number.isdecimal() and int(number) < len(labels):
         return labels[int(number)]
     if texts.count(text) == 1:
         return labels[texts.index(text)]

@@ -332,7 +332,7 @@ def test_a_gold_that_the_verifier_cannot_read_is_named_by_row_once(capsys):
         "warning: math, row 3: gold unreadable: 1/2/; every response to it counts as wrong"
     ]
     for file in ("a.jsonl", "b.jsonl"):  # of one source
-        report_golds([dataclasses.replace(examples[0], file=file)], [cannot])
+        report_golds([dataclasses.replace(examples[0], where=f"{file}, row 3")], [cannot])
     said = capsys.readouterr().err
     assert "warning: a.jsonl, row 3: gold" in said and "warning: b.jsonl, row 3: gold" in said
     row = luffy.Row([1], [1], 0, reward=0.0, status="unparsable", detail=cannot.detail, example=examples[0])

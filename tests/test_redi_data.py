@@ -106,6 +106,12 @@ def test_sources_validity_and_verifiers_act_on_every_row_that_has_them():
         read_problem(row, "row 0", Args(right_if="llama", drop_sources=()))
 
 
+def test_null_columns_of_another_rows_shape_leave_no_row_out():
+    pair = {"prompt": "p", "chosen": "4", "rejected": "5"}
+    nulls = dict.fromkeys(("problem_is_valid", "source", "generations", "correctness"))
+    assert read_problem(pair | nulls, "row 0", Args()) == read_problem(pair, "row 0", Args())
+
+
 def test_a_verifier_that_is_not_asked_may_have_no_verdicts():
     verdicts = {"llama_verification": None, "math_verify_reparsed_answer": [False, True]}
     row = {"problem_is_valid": "Yes", "problem": "p", "answer": "4", "generations": ["5", "4"], "correctness": verdicts}

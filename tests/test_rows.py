@@ -31,7 +31,7 @@ from common.rows import (
     trace_ids,
     trace_text,
 )
-from common.trainer import parse_args
+from common.trainer import load_tokenizer, parse_args
 from tests.conftest import ROOT
 from tools import redi_data
 
@@ -564,7 +564,7 @@ def test_a_number_with_which_an_option_begins_is_not_its_label(options):
     ("given", "message"),
     [
         (row() | {"prompt": [{"role": "narrator", "content": "x"}]}, "a turn's role is 'narrator', and templates know"),
-        (row() | {"prompt": [TURN, {"role": "assistant", "content": "4"}]}, "'prompt' ends with a turn of the assista"),
+        (row() | {"prompt": [TURN, {"role": "assistant", "content": "4"}]}, "ends with a turn of the assista"),
         (row() | {"target": [TURN]}, "'target' ends with a turn of the user"),
         ({"question": ASK, "image": {"bytes": "x"}, "answer": "4"}, "the row has an image"),
         ({"prompt": [TURN | {"content": [{"type": "image"}, {"type": "text", "text": ASK}]}]}, "a turn's content is "),
@@ -573,7 +573,7 @@ def test_a_number_with_which_an_option_begins_is_not_its_label(options):
         ({"prompt": [TURN], "answer": "4", "tools": '[{"name": "add"}]'}, "'tools' is for the chat template"),
         ({"prompt": [TURN], "response": "4", "chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kw"),
         ({"prompt": [TURN, {"role": "assistant", "content": "", "function_call": {"name": "f"}}, TURN], "answer": "4"},
-         "'prompt' must be"),
+         "'prompt': a turn calls a tool"),
         ({"prompt": ASK, "initial_reason_steps": "a", "chosen": "b", "rejected": "c"}, "continue 'initial_reason_st"),
         ({"prompt": ASK, "answer": ["4", "5"]}, "the gold answer is a list of 2: write it as one text"),
         ({"prompt": ASK, "answer": True}, "the gold answer is neither text nor a number"),
@@ -581,7 +581,7 @@ def test_a_number_with_which_an_option_begins_is_not_its_label(options):
         ({"prompt": ASK, "response": "4", "label": "1"}, "'label' must be 1 .right. or 0"),
         ({"prompt": ASK, "label": "72"}, "put scores into 'reward', gold answers into 'answer'"),
         ({"prompt": "[{'role': 'user', 'content': 'x'}\n {'role': 'user'}]", "answer": "4"}, "'prompt' holds turns"),
-        ({"prompt": [TURN], "target": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "'target' must be"),
+        ({"prompt": [TURN], "target": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "'target': a turn"),
         ({"prompt": [TURN | {"content": ""}], "answer": "4"}, "the question is blank"),
         ({"prompt": [TURN | {"role": "system"}], "answer": "4"}, "the question is blank"),
         ({"question": ASK, "context": {"title": ["x"]}, "answer": "4"}, "'context' is not text"),
@@ -990,6 +990,100 @@ def test_a_response_that_nobody_graded_counts_as_correct():
     item = read_row({"prompt": "q", "response": "a"}, "x")
     assert item.traces[0].reward is None
     assert item.first(correct=True) is item.traces[0] and item.first(correct=False) is None
+
+
+def test_a_gsm8k_solution_with_a_thought_keeps_its_answer():
+    box = "<think>\nTwo.\n</think>\n\nIt is four.\n\n\\boxed{4}"
+    beside = {"answer": "It is four.\n#### 4", "reasoning": "Two and two."}
+    thought = "<think>\nTwo.\n</think>\n\nIt is four.\n#### 4"
+    assert read_row({"question": "2+2?", "answer": thought}, "").traces == [Trace(box)]
+    [trace] = read_row({"question": "2+2?", **beside}, "").traces
+    assert trace.text == "<think>\nTwo and two.\n</think>\n\nIt is four.\n\n\\boxed{4}"
+    boxed = "<think>\nTwo.\n</think>\n\n\\boxed{4}\n#### 4"
+    assert read_row({"question": "2+2?", "answer": boxed}, "").traces == [Trace(boxed.removesuffix("\n#### 4"))]
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"problem": "p", "answer": "4", "generations": ["4"], "correctness_math_verify": [True]}, "prompt"),
+        ({"question": "q", "options": ["x", "y"], "label": 0, "solution": "so"}, "response"),
+        ({"prompt": "p", "response": "4", "label": 1, "reasoning": "Two and two."}, "reasoning_content"),
+        ({"prompt": [{"role": "user", "content": "p"}], "target": "t"}, "prompt_text"),
+        ({"problem": "p", "solution": "so \\boxed{4}"}, "reannotated_assistant_content"),
+        ({"question": "q", "answer": "so\n#### 4"}, "label"),
+        ({"question": "q", "answer": "so\n#### 4"}, "weight"),
+        ({"prompt": "p", "target": "t"}, "reward_model"),
+    ],
+)
+def test_a_cell_of_blank_text_is_as_good_as_none(row, column):
+    for blank in ("", " ", None, math.nan):
+        assert read_row(row | {column: blank}, "row 0") == read_row(row, "row 0")
+    turn = {"role": "assistant", "content": "4", "reasoning": "Two and two."}
+    talk = [{"role": "user", "content": "2+2?"}, turn | {"reasoning_content": ""}]
+    assert read_row({"messages": talk}, "").traces[0].text.startswith("<think>\nTwo and two.")
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "label"),
+    [([1, 2, 3, 4], 3, "C"), ([2, 3, 5, 7], 2, "A"), ([10, 20, 30], 2, "C"), (["1", "2", "3", "4"], 3, "D"),
+     ([1, 2, 3, 4], "3", "C"), ([1.5, 2.5], 1, "B"), ([3, "none"], 1, "B")],
+)  # fmt: skip
+def test_a_number_names_an_option_of_numbers_and_is_the_index_of_one_of_texts(options, answer, label):
+    assert read_row({"question": "q", "options": options, "answer": answer}, "").gold == label
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [(2e-6, "0.000002"), (6.02e23, "602" + "0" * 21), (4.0, "4"), ("2e-05", "0.00002"), ("1e+16", "1" + "0" * 16),
+     ("-1.5e-07", "-0.00000015"), ("2e5", "2e5"), ("1E-5", "1E-5"), ("e+10", "e+10")],
+)  # fmt: skip
+def test_numbers_that_python_printed_with_an_exponent_are_written_out(gold, text):
+    assert read_row({"question": "q", "answer": gold}, "").gold == text
+
+
+def test_a_multiple_choice_is_the_same_from_csv_jsonl_and_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    row = {"question": "q", "A": "x", "B": "y", "answer": "A", "label": 0, "solution": "so"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (tmp_path / "a.csv").write_text(",".join(row) + "\n" + ",".join(map(str, row.values())))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"label": 0.0}]), tmp_path / "a.parquet")
+    files = [load_rows(str(tmp_path / f"a.{kind}"), split="train") for kind in ("jsonl", "csv", "parquet")]
+    first, *others = [read_row(only, "") for [only] in files]
+    assert others == [first, first] and first.gold == "A" and first.traces[0].reward == 1
+
+
+def test_numbers_of_single_precision_and_decimals_in_parquet_are_those_that_were_meant(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    answers = pyarrow.array([0.1, None, 2.0], pyarrow.float32())
+    rewards = pyarrow.array(["0.5", "1.0", "0.0"]).cast(pyarrow.decimal128(3, 1))
+    table = pyarrow.table({"prompt": ["p"] * 3, "response": ["r"] * 3, "answer": answers, "reward": rewards})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    items = [read_row(row, "") for row in load_rows(str(tmp_path / "a.parquet"), split="train")]
+    assert [item.gold for item in items] == ["0.1", "", "2"]
+    assert [item.traces[0].reward for item in items] == [0.5, 1.0, 0.0]
+
+
+def test_what_stands_beside_a_rendered_prompt_is_refused_and_a_thought_beside_a_target_is_its_own():
+    for beside in ({"system": "s"}, {"history": [["a", "b"]]}):
+        with pytest.raises(InputError, match="row 0: 'system' and 'history' stand beside a rendered prompt"):
+            read_row({"prompt": "<u>p", "response": "r", "reward": 1, **beside}, "row 0")
+    target = {"prompt": "p", "target": "\\boxed{4}", "reasoning_content": "Two and two."}
+    assert read_row(target, "").traces[0].text == "<think>\nTwo and two.\n</think>\n\n\\boxed{4}"
+
+
+def test_a_row_of_a_second_file_is_named_by_its_own_number(tmp_path):
+    for name, answers in (("one", "12345"), ("two", "6$")):
+        rows = [{"question": "q", "answer": a} for a in answers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = tuple(str(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    args = oreo.Args(data=data, max_prompt_tokens=512)
+    examples, _ = oreo.read_problems(load_tokenizer("models/tiny"), args, traces="ignored")
+    assert [e.index for e in examples] == [*range(7)] and examples[6].where == f"{data[1]}, row 1"
 
 
 def test_igsm_is_a_data_name_of_its_own():

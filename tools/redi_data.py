@@ -81,6 +81,8 @@ def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[b
     """Return for each generation of a row of OpenR1-Math-Raw whether it is correct ([] for a row of other data), or the
     name of the rule that leaves the row out. A verdict that is null rejects."""
     generations, correctness = row.get("generations"), row.get("correctness")
+    if generations is correctness is None:  # a row of other data: files of mixed shapes hold nulls
+        row = {name: value for name, value in row.items() if value is not None}
     if str(row.get("problem_is_valid", "yes")).strip().lower() != "yes":
         return "problem not valid"
     if row.get("source") in drop_sources:
@@ -235,7 +237,7 @@ def main(args: Args) -> None:
         hint = "" if args.own_answers or not positives else "; --own_answers samples wrong ones of --model"
         raise InputError(f"{args.data}: no pair is left ({funnel}){hint}")
 
-    pairs, count = redi.make_pairs(rows, tokenizer, redi_args, source=args.data, progress=world.main)
+    pairs, count = redi.make_pairs(rows, tokenizer, redi_args, source=f"{args.data}, shuffled", progress=world.main)
     funnel |= {name.replace("_", " "): -n for name, n in count.items() if name not in ("rows", "kept")}
     funnel |= {"pairs.jsonl": len(pairs)}
     if world.main:
