@@ -80,18 +80,19 @@ NO_SIGN = re.compile(  # what is no part of a formula, as BORDER is what ends on
     rf"\\\$|\*\*|\\[,;:!> ]|\\(?:begin|end)\s*\{{\w+\*?\}}(?:\{{\w+\}})?|\\(?:text)?color\s*\{{\w*\}}|"
     rf"(?:{WRAPPER}|\\(?:{LAYOUT}|underline))(?![a-zA-Z])"
 )
-PART = (
+PART = (  # of a formula
     r"\\(?!implies|iff|to\b|\w*arrow|q?quad|[pb]?mod|approx|[lg]eq?\b|neq?\b|equiv|in\b)[a-zA-Z]+|\\?%|[-+*/^_!×·÷±√|]|\s|"
     r"\.?\d|(?<![A-Za-z])\s?:\s?(?=[\d\\]|$)|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<![\sA-Za-z\\])[A-Za-z]{2,3}(?![A-Za-z])"
 )
-LEFT, RIGHT = re.compile(rf"(?:{PART}|[,(){{}}\[\]])*$"), re.compile(rf"(?:{PART}|[,(){{}}\[\]])*")
-PARTS = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*"
-JOINS = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
+ANY_PART = rf"(?:{PART}|[,(){{}}\[\]])*"
+CLOSED_PART = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*"  # no bracket stays open
+BINARY_SIGN = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
 HEADING = re.compile(r"\d+[.)] +[^\W\d]")  # of Markdown, behind ####
+BOLD = re.compile(r"\*\*([^*]+)\*\*")
 
 
 def find_answer(text: str) -> str | None:
-    r"""Return what a text marks as its answer; None without a mark.
+    r"""Return what a text marks as its answer: "" if it takes it back, None if it marks nothing.
 
     >>> find_answer(r"Hence $x=\boxed{1}$ or $x=\boxed{2}$."), find_answer("The answer is 7, since 6 + 1 = 7.")
     ('1, 2', '7')
@@ -100,36 +101,40 @@ def find_answer(text: str) -> str | None:
     found = [box for box in found if not BOUND_BEFORE.search(text, max(0, box[0] - 9), box[0])]
     found = [box for box in found if not BOUND_AFTER.match(text, box[1])]
     if found:
-        start, end, content = found.pop()
-        joined = [content]
-        while found and JOINED_BOXES.fullmatch(text, found[-1][1], start):
-            start, _, content = found.pop()
-            joined.insert(0, content)
-        rest = text[end:]
-        marked = find_answer(rest)
-        if retracted(text, end):
-            return marked or ""
-        answer = _with_its_formula(text, start, end, ", ".join(dict.fromkeys(joined)))
-        later = _last_line(rest.partition("\n")[2]) if marked is None else marked
-        return (marked or "") if re.search(r"\d", later) and _differ(answer, later) else answer
+        return _boxed_answer(text, found)
     _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
     if opened:
         return find_answer(inside) or inside
     line, _, more = text.rpartition("####")[2].strip().partition("\n")
     if "####" in text and not PHRASE.search(more) and not (more.strip() and HEADING.match(line)):
         return line if re.search(r"\d", line) or not more.strip() else more.strip().rpartition("\n")[2]
-    phrases = reversed([*PHRASE.finditer(text)])
-    for start, end in [phrase.span() for phrase in phrases]:
+    for phrase in reversed([*PHRASE.finditer(text)]):
+        start, end = phrase.span()
         if claimed(text, start) and not PART_OF.search(text, max(0, start - 20), start):
             said = SENTENCE_END.split(text[end:], maxsplit=1)[0]
-            said = re.sub(r"\*\*([^*]+)\*\*", r"\1", said)
-            return "" if retracted(text, end) else re.sub(r"\\?\$|\*\*(?!\w)", "", said)
+            return "" if retracted(text, end) else re.sub(r"\\?\$|\*\*(?!\w)", "", BOLD.sub(r"\1", said))
     return None
 
 
-def _differ(answer, later):
-    """Return whether both can be read and no reading of `answer` equals or nearly equals a reading of `later`. False if
-    `later` may be a relation, such as a + b = 5: a relation does not contradict an answer."""
+def _boxed_answer(text, found):
+    r"""The last box, or the list of boxes that it ends. But a different answer that is marked after it counts instead,
+    and a different number alone on the last line leaves no answer."""
+    start, end, content = found.pop()
+    contents = [content]
+    while found and JOINED_BOXES.fullmatch(text, found[-1][1], start):
+        start, _, content = found.pop()
+        contents.insert(0, content)
+    marked = find_answer(text[end:])
+    if retracted(text, end):
+        return marked or ""
+    answer = _with_its_formula(text, start, end, ", ".join(dict.fromkeys(contents)))
+    later = _last_line(text[end:].partition("\n")[2]) if marked is None else marked
+    return (marked or "") if re.search(r"\d", later) and _contradicts(later, answer) else answer
+
+
+def _contradicts(later, answer):
+    """Return whether both can be read and no reading of `later` equals or nearly equals one of `answer`. A relation,
+    such as a + b = 5, contradicts nothing."""
     if len(later) > 4 * MAX_ANSWER:
         return False
     try:
@@ -145,12 +150,15 @@ def _with_its_formula(text, start, end, content):
         return content + more[0]
     sides = text[max(0, start - 200) : start].rpartition("\n")[2], text[end : end + 200].partition("\n")[0]
     before, after = (NO_SIGN.sub("", BORDER.sub("$", side)) for side in sides)
-    left, right = LEFT.search(before)[0], RIGHT.match(after)[0]
-    if not _depths("." + left)[-1] > 0 == _depths("." + left + right)[-1]:  # no bracket goes around the box
-        left, right = re.search(PARTS + "$", left)[0], re.match(PARTS, right)[0]
-        if before.count("$") % 2 == 0:  # in prose only what touches the box, or an operator with another operand
-            left = left if re.search(rf"(?:[\w^_√)}}\]+*/-]|\\[a-z]+|[\w)}}\]]\s*(?:{JOINS})\s*)$", left) else ""
-            right = right if re.match(rf"[\w^_\\({{]|\s*(?:{JOINS})\s*[\w\\({{]", right) else ""
+    left, right = re.search(f"{ANY_PART}$", before)[0], re.match(ANY_PART, after)[0]
+    inside_brackets = _depths("." + left)[-1] > 0 == _depths("." + left + right)[-1]  # (\boxed{1}, 2)
+    if not inside_brackets:
+        left, right = re.search(f"{CLOSED_PART}$", left)[0], re.match(CLOSED_PART, right)[0]
+        in_prose = before.count("$") % 2 == 0  # then only what touches the box, or an operator with another operand
+        if in_prose and not re.search(rf"(?:[\w^_√)}}\]+*/-]|\\[a-z]+|[\w)}}\]]\s*(?:{BINARY_SIGN})\s*)$", left):
+            left = ""
+        if in_prose and not re.match(rf"[\w^_\\({{]|\s*(?:{BINARY_SIGN})\s*[\w\\({{]", right):
+            right = ""
     left, right = left.strip(" *"), right.lstrip().rstrip(" *-+/:")
     return content if left + right in ("", "{}", "()") or content[:1] == "=" else f"{left}({content}){right}"
 
@@ -169,7 +177,7 @@ def _last_line(text):
     """Return the last line if it has no mark and is nothing but an answer, as `Thus x = 5.`; else ""."""
     end = text.strip()[-8 * MAX_ANSWER :]
     end = re.sub(r"(?:\$\$|\\\[|```\w*)\s*([^\n]*?)\s*(?:\$\$|\\\]|```)$", r"\1", end)  # on lines of its own
-    line = re.sub(r"\*\*([^*]+)\*\*", r"\1", end.rpartition("\n")[2])
+    line = BOLD.sub(r"\1", end.rpartition("\n")[2])
     return "" if "<think>" in text or NOT_AN_ANSWER.search(line) else line
 
 
