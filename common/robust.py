@@ -258,6 +258,10 @@ COUNTS = (
 ).split()
 
 
+def _digits(match):
+    return re.sub(r"\D", "", match[0])
+
+
 def _repeating(match):  # 0.1\overline{6} as a fraction
     fixed, period = (match[1] or "0") + match[2], match[3] or match[4]
     return rf"\frac{{{int(fixed + period) - int(fixed)}}}{{{'9' * len(period) + '0' * len(match[2])}}}"
@@ -269,80 +273,87 @@ def _is_short_unit(match):
 
 WORD = re.compile(r"(?<![\\~a-zA-Z])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}")
 PLUS, MINUS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
-ROMAN = r"\\(?:text|mathrm) *\{ *([a-zA-Z]+) *\}"
-SPELLINGS = [
+UNIT_LETTERS = "[mgshLNJWVKACFT]"  # these may also be variables
+TEXT = r"\\(?:text|mathrm)\{ *"
+SPELLINGS = [  # (pattern, replacement), applied from top to bottom
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"^\\(?:f?box(?:ed)?|(?:text)?color *\{\w*\}) *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$", r"\1"),
-        (r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|,\\! ?)\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),  # 1{,}000
-        (r"\{,\}|,\\! ?", ","),
-        (r"\{([:-])\}", r"\1"),
-        (r"\\\\ ?\[[\d.]+ ?\w\w\]", r"\\\\"),  # the height of a row
+        (r"(\\[a-zA-Z]+|[}^_]) +(?=\{)", r"\1"),  # \frac {1} {2}
+        (r"^\\(?:f?box(?:ed)?|(?:text)?color\{\w*\})\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$", r"\1"),
+        (r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|,\\! ?)\d{3})+(?!\d)", _digits),  # 1{,}000
+        (r"\{([,:-])\}", r"\1"),
+        (r"\\\\ ?\[[\d.]+ ?\w\w\]", r"\\\\"),  # the height of a row: \\[2pt]
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"(?<=\d) ?x ?(?=10 ?\^)", "×"),
-        (r"(?<![A-Za-z])(?:Rs\.?|USD|INR|EUR|GBP|US(?=\\?\$))(?=(?:[\s~}$]|\\[,; $])*\d)", ""),
-        # marks of money and of formulas; \\[2pt] stays
-        (r"\\\$|\$|\\[()]|[€£¥₹₩₽]|\\(?:euro|pounds)(?![a-z])|\\\[|\\\](?!\s*[\d.])", ""),
-        (r"\\(?:begin|end) ?\{(?:align|gather)(?:ed)?\*?\}|&(?= ?=)", ""),
-        (r"^([^()]*\d\.\d*)\((\d+)\)$", r"\1\\overline{\2}"),  # 0.1(6)
+        # Money and the marks of a formula
+        (r"(?<![A-Za-z])(?:Rs\.?|USD|INR|EUR|GBP|US(?=\\?\$))(?=(?:[ ~}$]|\\[,; $])*\d)", ""),
+        (r"\\\$|\$|[€£¥₹₩₽]|\\(?:euro|pounds)(?![a-z])|\\[()\[\]]", ""),
+        (r"\\(?:begin|end)\{(?:align|gather)(?:ed)?\*?\}|&(?= ?=)", ""),
+        # Numbers that repeat: 0.1(6), 0.\dot{1}2\dot{3}, 0.\overline{3}
+        (r"^([^()]*\d\.\d*)\((\d+)\)$", r"\1\\overline{\2}"),
         (r"\\dot *\{?(\d)\}?(\d*)\\dot *\{?(\d)\}?", r"\\overline{\1\2\3}"),
         (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|dot|bar) ?(?:\{(\d+)\}|(\d+))", _repeating),
-        (r"(?<!\\)\\(?:[,;:> \n]|q?quad(?![a-zA-Z]))|~|\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
-        (r"\\(?:[dtc]|nice|[sx](?=f))(frac|binom)(?![a-zA-Z])", r"\\\1"),
+        # LaTeX that only looks different
+        (r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~|\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
+        (r"\\(?:[dtcsx]|nice)(frac|binom)(?![a-zA-Z])", r"\\\1"),
         (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}|^([^{}]*)\\over(?![a-zA-Z])([^{}]*)$", r"\\frac{\1\3}{\2\4}"),
-        (r"(?:\\underline\s*\{\d+\}\s*)+", lambda m: re.sub(r"\D", "", m[0])),  # blanks that are filled in
-        (r"\{ *\\rm(?![a-z])[ ~,\\]*([a-zA-Z/]+) *\}|\\rm *\{ *([a-zA-Z/]+) *\}", r"\\text{ \1\2}"),
-        (rf"\\(?:{LAYOUT})(?![a-zA-Z])\.?|\\!|\\(?:text)?color\s*\{{\w*\}}", ""),
-        (r"(?<=\d)!=(?= ?\d)", "! ="),
+        (r"(?:\\underline\{\d+\} *)+", _digits),  # blanks that are filled in
+        (r"\{ *\\rm(?![a-z])[ ~,\\]*([a-zA-Z/]+) *\}|\\rm\{ *([a-zA-Z/]+) *\}", r"\\text{ \1\2}"),
+        (rf"\\(?:{LAYOUT})(?![a-zA-Z])\.?|\\!|\\(?:text)?color\{{\w*\}}", ""),
+        (r"(?<=\d)!=(?= ?\d)", "! ="),  # 5!=120
         (r"\\([a-zA-Z]+|[{}%_&])|[<>!/]=|=[<>]|\*\*|\.{2,3}", lambda m: SIGNS.get(m[1] or m[0], m[0])),
-        (rf"\\mu *{ROMAN}", r"\\text{ micro\1}"),
-        (r"\\(?:text|mathrm) *\{[ ~]*\\mu *([a-zA-Z]+) *\}", r"\\text{ micro\1}"),
-        (r"(?<=\d) *(?:\\(?:text|mathrm) *\{ *([kM]) *\}|([kM])) *\\Omega|\\(?:text|mathrm) *\{ *([kM]) *\\Omega *\}",
+        # Units and other words
+        (rf"\\mu *{TEXT}([a-zA-Z]+) *\}}|{TEXT}\\mu *([a-zA-Z]+) *\}}", r"\\text{ micro\1\2}"),
+        (rf"(?<=\d) *(?:{TEXT}([kM]) *\}}|([kM])) *\\Omega|{TEXT}([kM]) *\\Omega *\}}",
          lambda m: rf" \text{{ {m[1] or m[2] or m[3]}ohm}}"),
-        (rf"\\frac *\{{ *{ROMAN} *\}} *\{{ *{ROMAN} *(\^\{{?\d\}}?)? *\}}", r" \\text{ \1}/\\text{\2}\3"),  # m over s
-        (r"(?<=[\d}])\\(?:text|mathrm) *\{(?=[mgshLNJWVKACFT](?![a-zA-Z]))", r" \\text{ "),  # 5\text{m}
-        *[(WRAPPER + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: WORD.sub(r" ~\g<0> ", m[1]))] * 3,
+        (rf"\\frac\{{ *{TEXT}([a-zA-Z]+) *\}} *\}}\{{ *{TEXT}([a-zA-Z]+) *\}}(\^\{{?\d\}}?)? *\}}",
+         r" \\text{ \1}/\\text{\2}\3"),  # m over s^2
+        (rf"(?<=[\d}}])\\(?:text|mathrm)\{{(?={UNIT_LETTERS}(?![a-zA-Z]))", r" \\text{ "),  # 5\text{m}
+        *[(WRAPPER + r"\{((?:[^{}]|\{[^{}]*\})*)\}", lambda m: WORD.sub(r" ~\g<0> ", m[1]))] * 3,
         (WRAPPER + "(?![a-zA-Z])", ""),
         (r"(?<=\d) *[\u4e00-\u9fff]{1,4}(?<![万亿千百十兆折成分半]) *$", ""),  # a unit in Chinese
         (r"^ *(\d+) *~?to *(\d+) *$", r"\1:\2"),
         (r"\\(mathbb|pmod) ?([A-Z]|\d+)", r"\\\1{\2}"),
-        (r"(?:\{ ?\})?\^\s*(?:\{\s*°\s*\}|°)|(?<=\d) ?\^(?:o(?!\w)|\{ *o *\})", "°"),
+        (r"(?:\{ ?\})?\^ *(?:\{ *° *\}|°)|(?<=\d) ?\^(?:o(?!\w)|\{ *o *\})", "°"),  # 60^\circ, 60^o
+        # Sets
         (r"^(\S+) ?≠ ?([^=≠]+)$", r"\1 ∈ (-∞,\2)∪(\2,∞)"),
         (r"(?<=[)\]]) *U *(?=[(\[])", "∪"),
         (r"^([A-Z]) ?(\([^()]*,[^()]*\))$", r"\1=\2"),  # the point P(1, 2)
         (r"\\mathbb\{R\} ?∖ ?⦃([^⦃⦄,;]+)⦄", r"(-∞,\1)∪(\1,∞)"),
         (r"^[^=()⦃\[]*[±∓][^=()⦃\[]*$",  # 0, ±3 has three items
          lambda m: ",".join(dict.fromkeys(f"{m[0].translate(PLUS)},{m[0].translate(MINUS)}".split(",")))),
-        (r"(?s).*[±∓].*", lambda m: m[0].translate(PLUS) + "," + m[0].translate(MINUS)),
+        (r".*[±∓].*", lambda m: m[0].translate(PLUS) + "," + m[0].translate(MINUS)),
+        # Words that are signs or functions; then every other word is marked
         (r"(?<![\\a-zA-Z])~?(?:infinity|inf|infty)(?![a-zA-Z])", "∞"),
         (r"(?i)(?<![\\a-zA-Z])~?(?:negative|minus) *(?=[\d∞])", "-"),
         (r"(?<=[\d}/]) *~?sec\b\.?(?= *(?:$|[,)/]))", " ~second"),  # else the secant
         (rf"(?<![\\a-zA-Z])~?({'|'.join(FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 "),
         (WORD, lambda m: "~" * (len(m[0]) > 3 or m[0].lower() in SHORT_WORDS or _is_short_unit(m)) + m[0]),
         (r"(?<=\d) *\\Omega *$", " ~ohm"),
-        (r"\\(frac|binom|sqrt(?=\d\d))\s*([0-9a-zA-Z])", r"\\\1{\2}"),  # \sqrt53 is not the root of 53
-        (r"\\(frac|binom)\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\\1\2{\3}"),
-        (r"(?<=\d)\s*\^\s*(?:\{ *~(th) *\}|\{ +~(st|nd|rd) +\}| +~(st|nd|rd|th) +)",  # 12^{th}; 2^{nd} is 2^{n d}
-         lambda m: f" ~{m[m.lastindex]}"),
-        (r"\s*([_^])\s*(?:\{ ?(\w) ?\})?", r"\1\2"),
-        (r"\s+", " "),
+        # Braces: \frac12, \sqrt53 is not the root of 53, 12^{th}; 2^{nd} is 2^{n d}
+        (r"\\(frac|binom|sqrt(?=\d\d)) *([0-9a-zA-Z])", r"\\\1{\2}"),
+        (r"\\(frac|binom)(\{[^{}]*\}) *([0-9a-zA-Z])", r"\\\1\2{\3}"),
+        (r"(?<=\d) *\^ *(?:\{ *~(th) *\}|\{ +~(st|nd|rd) +\}| +~(st|nd|rd|th) +)", lambda m: f" ~{m[m.lastindex]}"),
+        (r" *([_^]) *(?:\{ ?(\w) ?\})?", r"\1\2"),
+        (r" +", " "),
+        # What a phrase stands for
         (rf"(?i)^ ?~?({'|'.join(COUNTS)})[ .]*$", lambda m: str(COUNTS.index(m[1].lower()))),
-        (r"^( ?~[A-Z][a-z]+ \d\d?), ?(?=\d{4}$)", r"\1 "),
+        (r"^( ?~[A-Z][a-z]+ \d\d?), ?(?=\d{4}$)", r"\1 "),  # May 5, 2021
         (r"(?:°|~degrees?) ?~?([CF])(?:elsius|ahrenheit)?(?![a-z])", r"~deg\1"),
         (r"~(?:square|sq\.?|(cubic|cu\.?)) ~?([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
         (r"(~[a-z]+|(?<=\d) [ms]) ~(?:squared|(cubed))", lambda m: f"{m[1]}^{3 if m[2] else 2}"),
         (r" ?\( ?(?:~(?:since|because|as)\b[^()·×+*/=]*|((?:~[a-z]+[ ^\d]*)+))\)$", r" \1"),  # 5 (since x > 0)
         (r",? ?\( ?([a-z] ?∈ ?\\mathbb\{Z\}) ?\)$", r", \1"),
-        (r",? ?~(?:where|with|for) ([a-z]) ~is ~?an ~integer ?$", r", \1 ∈ \\mathbb{Z}"),
-        (r",? ?~for ~(?:any|all|every|each) ~integers? ([a-z]) ?$", r", \1 ∈ \\mathbb{Z}"),
-        (rf" ?~({'|'.join(SCALES)})s?(?![a-z])", lambda m: f"·{SCALES[m[1]]}"),
+        (r",? ?~(?:where|with|for) (?:([a-z]) ~is ~?an ~integer|~(?:any|all|every|each) ~integers? ([a-z])) ?$",
+         r", \1\2 ∈ \\mathbb{Z}"),
+        (rf" ?~({'|'.join(SCALES)})s?(?![a-z])", lambda m: f"·{SCALES[m[1]]}"),  # 5 million
         (r"\\frac\{ *(~[a-z]+) *\}\{ *(~?[a-z]+) *\}", r"\1/ \2"),  # km over h
-        (r"^[({](\w+)[)}] ?_(?=\{?[\d(])", r"\1_"),
+        (r"^[({](\w+)[)}] ?_(?=\{?[\d(])", r"\1_"),  # (101)_2
         (r"^([\dA-Za-z]+) ?(?:_\{)? ?(?:~?in )?~base ?(\d+) ?\}?$",
          lambda m: f"{m[1]}_{m[2]}" if len(m[2]) == 1 else f"{m[1]}_{{{m[2]}}}"),
-        (r"(?<![\d.,])\d{1,3}(?:[ ']\s*\d{3})+(?!\d|\s*/)", lambda m: re.sub(r"\D", "", m[0])),  # 10 080
+        (r"(?<![\d.,])\d{1,3}(?:[ '] *\d{3})+(?!\d| */)", _digits),  # 10 080
     ]
-]
+]  # fmt: skip
 
 
 def spell(text: str) -> str:
@@ -442,7 +453,7 @@ DECIMAL_COMMA = re.compile(  # before three digits only after a lone 0: 0,125
 OPTION_TEXT = r"(?=[^ ,;&])(?!~?and\b|\([A-J]\))"  # behind a label that is no item of a list
 OPTION = re.compile(rf"\(?([A-J])[).:] ?{OPTION_TEXT}")
 CHOICE_LABEL = rf"^\(?[A-J]\)[ .:]*+{OPTION_TEXT}|^[A-J][.):] "
-LETTER_UNIT = re.compile(r"(?<=[)} /·])([mgshLNJWVKACFT])(?![A-Za-z(_])")
+LETTER_UNIT = re.compile(rf"(?<=[)}} /·])({UNIT_LETTERS})(?![A-Za-z(_])")
 UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
 QUANTITY = re.compile(rf"(.*?[^ /·~])\s*((?:/ ?(?=~))?{UNIT}(?: ?[/·]? ?{UNIT})*)")
 COMPOUND = r"(\d+(?:\.\d+)?) ?(~[A-Za-z]+)\.?(?:,? ?(?:~and )?(?=\d)|$)"
