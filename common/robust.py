@@ -87,6 +87,9 @@ PART = (  # of a formula
 ANY_PART = rf"(?:{PART}|[,(){{}}\[\]])*"
 CLOSED_PART = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*"  # no bracket stays open
 BINARY_SIGN = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
+GOLD_LABEL = re.compile(  # $\text{(B)}$
+    r"[\s$(){}\[\].:*\\]*(?:(?:text|math)(?:rm|bf)?)?[\s$(){}\[\].:*\\]*([A-Z])[\s$(){}\[\].:*\\]*"
+)
 HEADING = re.compile(r"\d+[.)] +[^\W\d]")  # of Markdown, behind ####
 BOLD = re.compile(r"\*\*([^*]+)\*\*")
 
@@ -353,7 +356,7 @@ SPELLINGS = [  # (pattern, replacement), applied from top to bottom
          lambda m: f"{m[1]}_{m[2]}" if len(m[2]) == 1 else f"{m[1]}_{{{m[2]}}}"),
         (r"(?<![\d.,])\d{1,3}(?:[ '] *\d{3})+(?!\d| */)", _digits),  # 10 080
     ]
-]  # fmt: skip
+]
 
 
 def spell(text: str) -> str:
@@ -437,15 +440,17 @@ CONDITION = re.compile(
 )
 PROPERTY = re.compile(r"⦃ ?[a-z](?: ?∈ ?\\mathbb\{R\})? ?(?:[|:]|\\mid) ?((?=.*[<>≤≥])[^|:]*)⦄")
 INTEGER = re.compile(r"(?<![\\~A-Za-z])([a-z]) ?∈ ?\\mathbb\{Z")  # a k of ℤ may have another name
-NAME = re.compile(
-    r"(?!(?:e|i|\\pi)$)(?:\\?[A-Za-z]+(?:_(?:\w|\{[^{}=]+\}))?(?:\^\{-1\}(?=\())?'*(?:\([\w ,\\]*\))?|"
-    r"\((?:[a-z]|\\[a-z]+) ?(?:, ?(?:[a-z]|\\[a-z]+) ?)+\)|(?:~[A-Za-z]+ ?)+(?:\\triangle *)?(?:[A-Z]{1,4} ?)?|"
-    r"m? ?\\(?:angle|overline|triangle|vec)\W*\w+\W*|\\Delta ?[A-Za-z]|\|[A-Z]{2}\||\[[A-Z]{3,4}\]|"
-    r"\\frac\{([A-Za-z]{1,2})\}\{(?!\1)[A-Za-z]{1,2}\}|[fgh]\([fgh]\([\w-]*\)\)|"
-    r"(?:P|~?Pr|E|~?Var|\\mathbb\{[PE]\}) ?[(\[][^()\[\]]*[)\]]|"  # of an event
-    r"\\(?:sin|cos|tan) ?\(?(?:[A-Z]+|\\(?:angle|alpha|beta|gamma|theta)\b *[A-Z]*)\)?|"
-    r"\d*([a-df-hj-w])(?: ?\+ ?\d*(?!\2)[a-df-hj-w])+)"  # m + n = 29; x + y = 29 is a line
-)
+NAME = re.compile(r"(?!(?:e|i|\\pi)$)(?:" + "|".join([  # of a value
+    r"\\?[A-Za-z]+(?:_(?:\w|\{[^{}=]+\}))?(?:\^\{-1\}(?=\())?'*(?:\([\w ,\\]*\))?",  # x_1, f'(x), f^{-1}(2)
+    r"\((?:[a-z]|\\[a-z]+) ?(?:, ?(?:[a-z]|\\[a-z]+) ?)+\)",  # (x, y)
+    r"(?:~[A-Za-z]+ ?)+(?:\\triangle *)?(?:[A-Z]{1,4} ?)?",  # Area of ABC
+    r"m? ?\\(?:angle|overline|triangle|vec)\W*\w+\W*",
+    r"\\Delta ?[A-Za-z]|\|[A-Z]{2}\||\[[A-Z]{3,4}\]",  # \Delta H, the length |AB|, the area [ABC]
+    r"\\frac\{[A-Za-z]{1,2}\}\{[A-Za-z]{1,2}\}|[fgh]\([fgh]\([\w-]*\)\)",  # dy over dx, f(g(2))
+    r"(?:P|~?Pr|E|~?Var|\\mathbb\{[PE]\}) ?[(\[][^()\[\]]*[)\]]",  # P(A ∩ B)
+    r"\\(?:sin|cos|tan) ?\(?(?:[A-Z]+|\\(?:angle|alpha|beta|gamma|theta)\b *[A-Z]*)\)?",
+    r"\d*([a-df-hj-w])(?: ?\+ ?\d*(?!\1)[a-df-hj-w])+",  # m + n = 29; but x + y = 29 is a line
+]) + ")")  # fmt: skip
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
 DECIMAL_COMMA = re.compile(  # before three digits only after a lone 0: 0,125
     r"^([^,;()⦃\[]*(?<![\d.])(?:0|[1-9]\d*)),(\d+(?<!,\d{3})|(?<=(?<!\d)0,)\d+)(?![\d.,])(?=[^,;]*$)"
@@ -471,6 +476,17 @@ def _with_letter_unit(text):
     return LETTER_UNIT.sub(r"~\1", text) if not re.search("(?<![~A-Za-z])[A-Za-z]", rest) else text
 
 
+def _variants(text):
+    """Return the text and what it may mean instead: without a label, as an equation = 0, with other units or digits.
+    1,234 may be 1234, and 1,25 may be 1.25."""
+    texts = [text, re.sub(CHOICE_LABEL, "", text), re.sub("^([^=<>≤≥]+)=([^=<>≤≥]+)$", r"\1-(\2)=0", text)]
+    texts += [_with_letter_unit(t) for t in texts]
+    texts += [re.sub(rf"(?<![\\~A-Za-z]){m[1]}(?![A-Za-z])", "k_0", t) for t in texts for m in INTEGER.finditer(t)]
+    texts += [THOUSANDS.sub(lambda m: m[0].replace(",", ""), t) for t in texts]
+    texts += [DECIMAL_COMMA.sub(r"\1.\2", t) for t in texts]
+    return [*dict.fromkeys(texts)]
+
+
 @functools.lru_cache(4096)
 def readings(text: str) -> list:
     """Return all that a spelled answer may mean. Raises Unreadable if it means nothing."""
@@ -485,15 +501,10 @@ def readings(text: str) -> list:
             raise Unreadable("not nearly equal")
         return exact + rounded
     found, error = [], None
-    texts = [text, re.sub(CHOICE_LABEL, "", text), re.sub("^([^=<>≤≥]+)=([^=<>≤≥]+)$", r"\1-(\2)=0", text)]
-    texts += [_with_letter_unit(t) for t in texts]
-    texts += [re.sub(rf"(?<![\\~A-Za-z]){m[1]}(?![A-Za-z])", "k_0", t) for t in texts for m in INTEGER.finditer(t)]
-    texts += [THOUSANDS.sub(lambda m: m[0].replace(",", ""), t) for t in texts]
-    texts += [DECIMAL_COMMA.sub(r"\1.\2", t) for t in texts]
-    for attempt in dict.fromkeys(texts):
+    for variant in _variants(text):
         try:
-            value = _read(attempt)
-            zero = isinstance(value, Number) and attempt != text and attempt.endswith(")=0")  # 6·7 = 42 is not 0
+            value = _read(variant)
+            zero = isinstance(value, Number) and variant != text and variant.endswith(")=0")  # 6·7 = 42 is not 0
             found += [value] * (value not in found and not zero)
         except Unreadable as reason:
             error = error or reason
@@ -935,17 +946,23 @@ def _money(text, other):
     return re.sub(r"^[\s$\\]*\$ ?([\d.,]*\d)[\s$.]*$", r"\1 dollars", text)
 
 
+def _letters(text):
+    """A spelled text for comparison letter by letter. H_2O is H2O, ~Yes is yes, (A) and (C) is AC."""
+    text = re.sub(r"(?<!\d) | (?!\d)|(?<=[A-Za-z)])_", "", text.replace("~", " "))
+    if re.fullmatch(r"[A-J](?:(?:[,;&]|and)*[A-J])+", text) and (labels := re.findall("[A-J]", text)) == sorted(labels):
+        return "".join(labels)
+    return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text
+
+
 def robust(response: str, gold: str) -> bool:
     """Apply the rule. Raises NoAnswer if the response gives no answer, or if the gold cannot be read."""
     whole = BARE_BOX.sub(r"\\boxed{\1}", response.rstrip()[-MAX_CHARS:])
     whole = whole[:-400] + SPECIAL_TOKENS.sub("", whole[-400:])
-    said = whole.rpartition("</think>")[2]
-    said, *more = RUN_ON.split(said, 3)
+    said, *more = RUN_ON.split(whole.rpartition("</think>")[2], 3)
     while more and not find_answer(said):
         said += more.pop(0)
     gold = boxes(gold) and find_answer(gold) or gold
-    around = r"[\s$(){}\[\].:*\\]*"
-    label = re.fullmatch(rf"{around}(?:(?:text|math)(?:rm|bf)?)?{around}([A-Z]){around}", gold)
+    label = GOLD_LABEL.fullmatch(gold)
     if label and (chosen := chosen_label(said)) is not None:
         return chosen == label[1]
     answer = find_answer(said if said.strip() else whole)
@@ -954,22 +971,14 @@ def robust(response: str, gold: str) -> bool:
         raise NoAnswer(f"an answer of {len(answer)} characters" if answer.strip() else "no answer in the response")
     spelled, truth = spell(_money(answer, gold)), spell(_money(gold, answer))
     option, other = OPTION.match(truth), OPTION.match(spelled)
-    if spelled and (_key(spelled) == _key(truth) or option and _key(spelled).strip("()") == option[1]):
+    if spelled and (_letters(spelled) == _letters(truth) or option and _letters(spelled).strip("()") == option[1]):
         return True
     if option and other and option[1] != other[1]:
         return False  # (C) 42 is not (B) 42
-    faulty = f"gold unreadable: {gold[:100]}"
+    at_fault = f"gold unreadable: {gold[:100]}"
     try:
         golds = readings(truth)
-        faulty = f"answer unreadable: {answer[:100]}"
+        at_fault = f"answer unreadable: {answer[:100]}"
         return any(same(a, b) for a in golds for b in readings(spelled))
     except FAULTS as error:
-        raise NoAnswer(f"{faulty} ({type(error).__name__}: {error})"[:300]) from error
-
-
-def _key(text):
-    """A text for comparison: ~ and spaces are removed, except spaces between digits; a word is in lower case."""
-    text = re.sub(r"(?<!\d) | (?!\d)|(?<=[A-Za-z)])_", "", text.replace("~", " "))  # H_2O is H2O
-    if re.fullmatch(r"[A-J](?:(?:[,;&]|and)*[A-J])+", text) and (labels := re.findall("[A-J]", text)) == sorted(labels):
-        return "".join(labels)
-    return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text
+        raise NoAnswer(f"{at_fault} ({type(error).__name__}: {error})"[:300]) from error
