@@ -39,23 +39,16 @@ FAULTS = (ValueError, ArithmeticError, NotImplementedError, TypeError, Attribute
 
 # 1. Find the answer of a text.
 
-BARE_BOX = re.compile(
-    r"\\(?:boxed|fbox)(?![a-zA-Z{])\s*(\\[dtc]?frac\s*(?:\w\s*\w|(?:\{[^{}]*\}){2})|-?[\d.,]*\d|[A-Z]\b)"
-)
-JOINED_BOXES = re.compile(  # what stands between the boxes of a list
-    r"(?s)(?=.*(?:[,;]|and|or))"
-    r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
-)
-RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
-SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
+BOUND_BEFORE = re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|≠|[\w})] +[<>]) *\$?$")  # x > \boxed{2}
+BOUND_AFTER = re.compile(r" *(?:\\(?:neq?|[lg]t)\b|≠|[<>](?!\w+>) *-?[\w\\])")  # but not <answer>\boxed{2}</answer>
+BOLD = re.compile(r"\*\*([^*]+)\*\*")
+HEADING = re.compile(r"\d+[.)] +[^\W\d]")  # of Markdown, behind ####
 PHRASE = re.compile(
     rf"(?i)(?:\b{ANSWER}(?: (?:with)?in \\boxed\{{ *\}})?"
     rf"(?:[ *_]{{0,3}}to[^.\n]{{0,80}})?[\s*_$}}]{{0,4}}(?:{IS}|=)(?!(?<=\d:)\d|(?<=\d :) ?\d)|{CHINESE})"
     r"(?:[\s*_:$}]|\\[\[(])*"
 )
 PART_OF = re.compile(r"(?i)\b(?:of|on|than|for|to|times|twice|half) (?:the |this |our )?$")  # half the answer is 42
-BOUND_BEFORE = re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|≠|[\w})] +[<>]) *\$?$")  # x > \boxed{2}
-BOUND_AFTER = re.compile(r" *(?:\\(?:neq?|[lg]t)\b|≠|[<>](?!\w+>) *-?[\w\\])")  # but not <answer>\boxed{2}</answer>
 SENTENCE_END = re.compile(
     r"\n|(?<!\bRs)[.?](?=\s|$)|!(?=\s+[A-Z]|\s*$)|[。，]|"  # but not in 5! = 120
     r"[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\.?\d|\\|[A-Za-z ]{1,20}(?:_\{?\w\}?)? ?=|[A-J](?:[.)$}\n]|\s*$|[,;] )|"
@@ -63,35 +56,6 @@ SENTENCE_END = re.compile(
     r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|\s\((?=[a-z]{2,}[^)])|<[|/]|"
     r"\s*(?:です|입니다|이다)"
 )
-LAYOUT = (
-    "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare "
-    "square qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
-).replace(" ", "|")
-WRAPPER = (
-    r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up|bin|rel|ord)|text|ce|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
-)
-SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-GOES_ON = re.compile(  # 5 million, 5 times the height, 5 or 6, 5 or more
-    rf"(?:[\s$~,()]|\\[,; ]|\\q?quad)*(?:\\text\s?\{{\s?)?(?:(?:{'|'.join(SCALES)}|squared|cubed|times (?:\w|the))\b|"
-    r"or\b[\s}$\\(]*(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)[^.;\n]*)"
-)
-BORDER = re.compile(rf"\\[()\[\]]|\\\\|(?:{WRAPPER}|\\tag)\s*\{{[^{{}}]*\}}|\\f?box(?:ed)?\s*\{{[^{{}}]*\}}\s*$")
-NO_SIGN = re.compile(  # what is no part of a formula, as BORDER is what ends one
-    rf"\\\$|\*\*|\\[,;:!> ]|\\(?:begin|end)\s*\{{\w+\*?\}}(?:\{{\w+\}})?|\\(?:text)?color\s*\{{\w*\}}|"
-    rf"(?:{WRAPPER}|\\(?:{LAYOUT}|underline))(?![a-zA-Z])"
-)
-PART = (  # of a formula
-    r"\\(?!implies|iff|to\b|\w*arrow|q?quad|[pb]?mod|approx|[lg]eq?\b|neq?\b|equiv|in\b)[a-zA-Z]+|\\?%|[-+*/^_!×·÷±√|]|\s|"
-    r"\.?\d|(?<![A-Za-z])\s?:\s?(?=[\d\\]|$)|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<![\sA-Za-z\\])[A-Za-z]{2,3}(?![A-Za-z])"
-)
-ANY_PART = rf"(?:{PART}|[,(){{}}\[\]])*"
-CLOSED_PART = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*"  # no bracket stays open
-BINARY_SIGN = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
-GOLD_LABEL = re.compile(  # $\text{(B)}$
-    r"[\s$(){}\[\].:*\\]*(?:(?:text|math)(?:rm|bf)?)?[\s$(){}\[\].:*\\]*([A-Z])[\s$(){}\[\].:*\\]*"
-)
-HEADING = re.compile(r"\d+[.)] +[^\W\d]")  # of Markdown, behind ####
-BOLD = re.compile(r"\*\*([^*]+)\*\*")
 
 
 def find_answer(text: str) -> str | None:
@@ -117,6 +81,12 @@ def find_answer(text: str) -> str | None:
             said = SENTENCE_END.split(text[end:], maxsplit=1)[0]
             return "" if retracted(text, end) else re.sub(r"\\?\$|\*\*(?!\w)", "", BOLD.sub(r"\1", said))
     return None
+
+
+JOINED_BOXES = re.compile(  # what stands between the boxes of a list
+    r"(?s)(?=.*(?:[,;]|and|or))"
+    r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
+)
 
 
 def _boxed_answer(text, found):
@@ -145,6 +115,32 @@ def _contradicts(later, answer):
         return not any(isinstance(b, Relation) or same(a, b) or _near(a, b) for a, b in pairs)
     except FAULTS:
         return False
+
+
+LAYOUT = (
+    "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare "
+    "square qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
+).replace(" ", "|")
+WRAPPER = (
+    r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up|bin|rel|ord)|text|ce|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
+)
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+GOES_ON = re.compile(  # 5 million, 5 times the height, 5 or 6, 5 or more
+    rf"(?:[\s$~,()]|\\[,; ]|\\q?quad)*(?:\\text\s?\{{\s?)?(?:(?:{'|'.join(SCALES)}|squared|cubed|times (?:\w|the))\b|"
+    r"or\b[\s}$\\(]*(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)[^.;\n]*)"
+)
+BORDER = re.compile(rf"\\[()\[\]]|\\\\|(?:{WRAPPER}|\\tag)\s*\{{[^{{}}]*\}}|\\f?box(?:ed)?\s*\{{[^{{}}]*\}}\s*$")
+NO_SIGN = re.compile(  # what is no part of a formula, as BORDER is what ends one
+    rf"\\\$|\*\*|\\[,;:!> ]|\\(?:begin|end)\s*\{{\w+\*?\}}(?:\{{\w+\}})?|\\(?:text)?color\s*\{{\w*\}}|"
+    rf"(?:{WRAPPER}|\\(?:{LAYOUT}|underline))(?![a-zA-Z])"
+)
+PART = (  # of a formula
+    r"\\(?!implies|iff|to\b|\w*arrow|q?quad|[pb]?mod|approx|[lg]eq?\b|neq?\b|equiv|in\b)[a-zA-Z]+|\\?%|[-+*/^_!×·÷±√|]|\s|"
+    r"\.?\d|(?<![A-Za-z])\s?:\s?(?=[\d\\]|$)|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<![\sA-Za-z\\])[A-Za-z]{2,3}(?![A-Za-z])"
+)
+ANY_PART = rf"(?:{PART}|[,(){{}}\[\]])*"
+CLOSED_PART = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*"  # no bracket stays open
+BINARY_SIGN = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
 
 
 def _with_its_formula(text, start, end, content):
@@ -619,7 +615,7 @@ def _relation(text):
     if names == [0]:  # x < 1 is -∞ < x < 1
         values, closed = [-sympy.oo, *values], [False, *closed]
     values, (low, high) = [*values, sympy.oo], [*closed, False][:2]
-    if len(sides) > 3 or not values[1].is_Symbol:
+    if not values[1].is_Symbol:
         raise Unreadable("a chain of relations")
     kind = "(["[low] + ")]"[high]
     return Named(str(values[1]), Group(kind, [Number(values[0]), Number(values[2])]))
@@ -733,6 +729,34 @@ def formula(text: str) -> sympy.Expr:
     return value
 
 
+def _factorial(value):
+    """Return value! unless it is too large or no natural number."""
+    if value.is_number and not (value.is_Integer and 0 <= value <= 4000):
+        raise Unreadable("too large a number")
+    return sympy.factorial(value)
+
+
+def _power(base, exponent):
+    """Return base ** exponent unless its rational factor may have more than MAX_BITS bits."""
+    if exponent.count_ops() > 20:
+        raise Unreadable("too long an exponent")
+    factor, _ = base.as_coeff_Mul()
+    size = abs(exponent.subs(dict.fromkeys(exponent.free_symbols, 8)).evalf(3))
+    bits = max(abs(factor.p), factor.q).bit_length() + 3 if factor.is_Rational else MAX_BITS
+    if not size.is_finite or bits * size > MAX_BITS:
+        raise Unreadable("too large a number")
+    return base**exponent
+
+
+PRODUCT, ARGUMENT, FACTOR, POWER = 2, 2.5, 3, 4
+OPERATORS = {  # how tightly they bind on their left and on their right
+    **dict.fromkeys(["", *")}]⌋⌉⟧"], (0, 0, None)), "+": (1, 1, operator.add), "-": (1, 1, operator.sub),
+    **dict.fromkeys("·*×", (PRODUCT, PRODUCT, operator.mul)),
+    **dict.fromkeys("/÷", (PRODUCT, PRODUCT, operator.truediv)),
+    "^": (5, POWER, _power), "!": (POWER, POWER, _factorial),
+}  # fmt: skip
+
+
 def _parse(tokens, binds=0):
     """Take from the end of the reversed tokens a formula whose operators bind tighter than `binds`."""
     value = _atom(tokens, binds)
@@ -794,34 +818,6 @@ def _atom(tokens, binds=4):
         return FUNCTIONS["arc" + name](argument)
     value = sympy.log(argument, formula(base)) if base else FUNCTIONS[name](argument)
     return _power(value, sympy.sympify(exponent))
-
-
-def _factorial(value):
-    """Return value! unless it is too large or no natural number."""
-    if value.is_number and not (value.is_Integer and 0 <= value <= 4000):
-        raise Unreadable("too large a number")
-    return sympy.factorial(value)
-
-
-def _power(base, exponent):
-    """Return base ** exponent unless its rational factor may have more than MAX_BITS bits."""
-    if exponent.count_ops() > 20:
-        raise Unreadable("too long an exponent")
-    factor, _ = base.as_coeff_Mul()
-    size = abs(exponent.subs(dict.fromkeys(exponent.free_symbols, 8)).evalf(3))
-    bits = max(abs(factor.p), factor.q).bit_length() + 3 if factor.is_Rational else MAX_BITS
-    if not size.is_finite or bits * size > MAX_BITS:
-        raise Unreadable("too large a number")
-    return base**exponent
-
-
-PRODUCT, ARGUMENT, FACTOR, POWER = 2, 2.5, 3, 4
-OPERATORS = {  # how tightly they bind on their left and on their right
-    **dict.fromkeys(["", *")}]⌋⌉⟧"], (0, 0, None)), "+": (1, 1, operator.add), "-": (1, 1, operator.sub),
-    **dict.fromkeys("·*×", (PRODUCT, PRODUCT, operator.mul)),
-    **dict.fromkeys("/÷", (PRODUCT, PRODUCT, operator.truediv)),
-    "^": (5, POWER, _power), "!": (POWER, POWER, _factorial),
-}  # fmt: skip
 
 
 # 4. Compare.
@@ -952,6 +948,15 @@ def _letters(text):
     if re.fullmatch(r"[A-J](?:(?:[,;&]|and)*[A-J])+", text) and (labels := re.findall("[A-J]", text)) == sorted(labels):
         return "".join(labels)
     return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text
+
+
+BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![a-zA-Z{])\s*(\\[dtc]?frac\s*(?:\w\s*\w|(?:\{[^{}]*\}){2})|-?[\d.,]*\d|[A-Z]\b)"
+)
+SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
+RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
+LABEL_EDGE = r"[\s$(){}\[\].:*\\]*"
+GOLD_LABEL = re.compile(rf"{LABEL_EDGE}(?:(?:text|math)(?:rm|bf)?{LABEL_EDGE})?([A-Z]){LABEL_EDGE}")  # $\text{(B)}$
 
 
 def robust(response: str, gold: str) -> bool:
