@@ -49,14 +49,13 @@ PHRASE = re.compile(
     r"(?:[\s*_:$}]|\\[\[(])*"
 )
 PART_OF = re.compile(r"(?i)\b(?:of|on|than|for|to|times|twice|half) (?:the |this |our )?$")  # half the answer is 42
-SENTENCE_END = re.compile(
-    r"\n|(?<!\bRs)[.?](?=\s|$)|!(?=\s+[A-Z]|\s*$)|[。，]|"  # but not in 5! = 120
-    r"[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\.?\d|\\|[A-Za-z ]{1,20}(?:_\{?\w\}?)? ?=|[A-J](?:[.)$}\n]|\s*$|[,;] )|"
-    r"[^()\n]{0,40}\))|"
-    r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|\s\((?=[a-z]{2,}[^)])|<[|/]|"
-    r"\s*(?:です|입니다|이다)"
-)
-
+SENTENCE_END = re.compile("|".join([
+    r"\n|[。，]|<[|/]|\s*(?:です|입니다|이다)|(?<!\bRs)[.?](?=\s|$)",
+    r"!(?=\s+[A-Z]|\s*$)",  # but not in 5! = 120
+    r"[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\.?\d|\\|[A-Za-z ]{1,20}(?:_\{?\w\}?)? ?=|"  # but not between items
+    r"[A-J](?:[.)$}\n]|\s*$|[,;] )|[^()\n]{0,40}\))",
+    r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|\s\((?=[a-z]{2,}[^)])",
+]))  # fmt: skip
 
 def find_answer(text: str) -> str | None:
     r"""Return what a text marks as its answer: "" if it takes it back, None if it marks nothing.
@@ -87,7 +86,6 @@ JOINED_BOXES = re.compile(  # what stands between the boxes of a list
     r"(?s)(?=.*(?:[,;]|and|or))"
     r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
 )
-
 
 def _boxed_answer(text, found):
     r"""The last box, or the list of boxes that it ends. But a different answer that is marked after it counts instead,
@@ -130,7 +128,7 @@ GOES_ON = re.compile(  # 5 million, 5 times the height, 5 or 6, 5 or more
     r"or\b[\s}$\\(]*(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)[^.;\n]*)"
 )
 BORDER = re.compile(rf"\\[()\[\]]|\\\\|(?:{WRAPPER}|\\tag)\s*\{{[^{{}}]*\}}|\\f?box(?:ed)?\s*\{{[^{{}}]*\}}\s*$")
-NO_SIGN = re.compile(  # what is no part of a formula, as BORDER is what ends one
+INVISIBLE = re.compile(  # in a formula; BORDER is what ends one
     rf"\\\$|\*\*|\\[,;:!> ]|\\(?:begin|end)\s*\{{\w+\*?\}}(?:\{{\w+\}})?|\\(?:text)?color\s*\{{\w*\}}|"
     rf"(?:{WRAPPER}|\\(?:{LAYOUT}|underline))(?![a-zA-Z])"
 )
@@ -142,13 +140,12 @@ ANY_PART = rf"(?:{PART}|[,(){{}}\[\]])*"
 CLOSED_PART = rf"(?:{PART}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\([^()]*\)|\[[^\[\]]*\])*"  # no bracket stays open
 BINARY_SIGN = r"[-+*/^×·÷±]|\\(?:times|cdot|div|pm|mp)"
 
-
 def _with_its_formula(text, start, end, content):
     r"""The content of a box, or the formula on its line that the box is a part of: -\boxed{5} is -(5)."""
     if more := GOES_ON.match(text, end):
         return content + more[0]
     sides = text[max(0, start - 200) : start].rpartition("\n")[2], text[end : end + 200].partition("\n")[0]
-    before, after = (NO_SIGN.sub("", BORDER.sub("$", side)) for side in sides)
+    before, after = (INVISIBLE.sub("", BORDER.sub("$", side)) for side in sides)
     left, right = re.search(f"{ANY_PART}$", before)[0], re.match(ANY_PART, after)[0]
     inside_brackets = _depths("." + left)[-1] > 0 == _depths("." + left + right)[-1]  # (\boxed{1}, 2)
     if not inside_brackets:
@@ -171,7 +168,6 @@ NOT_AN_ANSWER = re.compile(  # on a last line: a box, a condition, a hedge, or w
     rf"\d[^\d]*(?<![\\a-z])(?!(?:and|per|{SAID_UNITS})\b|sqrt)[a-z]{{3}}"
 )
 
-
 def _last_line(text):
     """Return the last line if it has no mark and is nothing but an answer, as `Thus x = 5.`; else ""."""
     end = text.strip()[-8 * MAX_ANSWER :]
@@ -185,13 +181,12 @@ def _last_line(text):
 SIGNS = {
     name: char
     for line in (
-        "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "≠ ne neq != /=", "∈ in", "∩ cap",
-        "∪ cup bigcup", ": colon",
-        "∅ emptyset varnothing", "± pm", "∓ mp", "∞ infty", "· cdot ast bullet", "× times", "÷ div", "/ slash", "< lt",
-        "> gt", "≈ approx simeq", "° degree circ", "∖ setminus backslash", "⟨ langle", "⟩ rangle", "| vert lvert rvert",
-        "∧ land wedge", "¬ neg lnot", "→ to rightarrow",
-        "… ldots dots cdots dotsc .. ...", "⦃ lbrace {", "⦄ rbrace }", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil",
-        "∨ lor vee", "¢ cent", "' prime", "% %", "_ _", "& &", "^ **",
+        "≤ le leq leqslant leqq <= =<", "≥ ge geq geqslant geqq >= =>", "< lt", "> gt", "≠ ne neq != /=",
+        "≈ approx simeq", "∈ in", "∩ cap", "∪ cup bigcup", "∖ setminus backslash", "∅ emptyset varnothing", "± pm",
+        "∓ mp", "· cdot ast bullet", "× times", "÷ div", "/ slash", ": colon", "^ **", "∞ infty", "° degree circ",
+        "∧ land wedge", "∨ lor vee", "¬ neg lnot", "→ to rightarrow", "⦃ lbrace {", "⦄ rbrace }", "⟨ langle",
+        "⟩ rangle", "⌊ lfloor", "⌋ rfloor", "⌈ lceil", "⌉ rceil", "| vert lvert rvert", "' prime", "¢ cent", "% %",
+        "_ _", "& &", "… ldots dots cdots dotsc .. ...",
     )
     for char, *names in [line.split()]
     for name in names
@@ -201,10 +196,9 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
     "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 ).split(), strict=True))  # fmt: skip
 LOOKALIKES = {
-    **dict.fromkeys("−–—‐‑‒", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"), "∕": "/", "∶": ":",
-    "µ": r"\mu ", "。": ".",
-    **dict.fromkeys("✅✔✓∴", ""), "\u2126": r"\Omega", "、": ",", "∣": "|", "√": r"\sqrt ", "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}", "⩽": "≤", "⩾": "≥", "º": "°", "˚": "°",
+    **dict.fromkeys("−–—‐‑‒", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"),
+    **dict.fromkeys("✅✔✓∴", ""), "∕": "/", "∶": ":", "。": ".", "、": ",", "∣": "|", "⩽": "≤", "⩾": "≥", "º": "°",
+    "˚": "°", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "µ": r"\mu ", "\u2126": r"\Omega",
     **{char: rf"\{name} " for char, name in GREEK.items()},
 }  # fmt: skip
 FUNCTIONS = {
@@ -416,55 +410,15 @@ Group = namedtuple("Group", "kind items")  # kind: its brackets, as (] for an in
 Named = namedtuple("Named", "name value")  # x = 5, x ∈ (0, 1)
 Relation = namedtuple("Relation", "sign difference")  # left - right, which is = 0, < 0 or ≤ 0
 
-INTERVALS = ("()", "[]", "(]", "[)", "∪", "⦃⦄")  # and what may stand in a union
-SETS = [
-    (r"∅|⦃ ?⦄|empty set|(?:there (?:is|are) )?no (?:such |real )?solutions?(?: exists?)?", Group("⦃⦄", [])),
-    (r"\\mathbb\{r\}|(?:(all|any|every) )?real(s| numbers?| x)", Group("()", [Number(-sympy.oo), Number(sympy.oo)])),
-    (r"\\mathbb\{r\}[\^_]\{?(?:\+|> ?0)\}?", Group("()", [Number(sympy.Integer(0)), Number(sympy.oo)])),
-]
-FILLERS = re.compile(
-    "^(?:~?(?:the [^=,;:0-9]{1,60}? ~?(?:is|are|equals)|the|final|answers?|is|are|it|exactly|about|around|"
-    "approximately|approx|roughly|equals?|so|thus|hence|therefore|total|we|get|have|obtain|if|when|for|"
-    r"points?|line|vertex|cent(?:er|re)|(?:on|at)(?= ~| \d))"
-    "(?![A-Za-z])[ :,]*)+(?=.)", re.I
-)  # fmt: skip
-CONJUNCTION = "~(?:and|or|where|with|for)(?![a-z])"
-SEPARATOR = rf"(?i)\s*(?:[,;]\s*(?:{CONJUNCTION})?|{CONJUNCTION}|∨|∪|&)\s*"
-CONDITION = re.compile(
-    r"(?=.*[~∈])(?:~?(?:all|any|some|real|integers?|numbers?|constants?) )*([a-zA-Z])(?:_\w)?"
-    r"(?: ?∈ ?\\mathbb\{[ZR]\}| ~is(?: ~?(?:an?|any|integer|real|number|constant|arbitrary))+)?"
-)
-PROPERTY = re.compile(r"⦃ ?[a-z](?: ?∈ ?\\mathbb\{R\})? ?(?:[|:]|\\mid) ?((?=.*[<>≤≥])[^|:]*)⦄")
+OPTION_TEXT = r"(?=[^ ,;&])(?!~?and\b|\([A-J]\))"  # behind a label that is no item of a list
+OPTION = re.compile(rf"\(?([A-J])[).:] ?{OPTION_TEXT}")
+CHOICE_LABEL = rf"^\(?[A-J]\)[ .:]*+{OPTION_TEXT}|^[A-J][.):] "
 INTEGER = re.compile(r"(?<![\\~A-Za-z])([a-z]) ?∈ ?\\mathbb\{Z")  # a k of ℤ may have another name
-NAME = re.compile(r"(?!(?:e|i|\\pi)$)(?:" + "|".join([  # of a value
-    r"\\?[A-Za-z]+(?:_(?:\w|\{[^{}=]+\}))?(?:\^\{-1\}(?=\())?'*(?:\([\w ,\\]*\))?",  # x_1, f'(x), f^{-1}(2)
-    r"\((?:[a-z]|\\[a-z]+) ?(?:, ?(?:[a-z]|\\[a-z]+) ?)+\)",  # (x, y)
-    r"(?:~[A-Za-z]+ ?)+(?:\\triangle *)?(?:[A-Z]{1,4} ?)?",  # Area of ABC
-    r"m? ?\\(?:angle|overline|triangle|vec)\W*\w+\W*",
-    r"\\Delta ?[A-Za-z]|\|[A-Z]{2}\||\[[A-Z]{3,4}\]",  # \Delta H, the length |AB|, the area [ABC]
-    r"\\frac\{[A-Za-z]{1,2}\}\{[A-Za-z]{1,2}\}|[fgh]\([fgh]\([\w-]*\)\)",  # dy over dx, f(g(2))
-    r"(?:P|~?Pr|E|~?Var|\\mathbb\{[PE]\}) ?[(\[][^()\[\]]*[)\]]",  # P(A ∩ B)
-    r"\\(?:sin|cos|tan) ?\(?(?:[A-Z]+|\\(?:angle|alpha|beta|gamma|theta)\b *[A-Z]*)\)?",
-    r"\d*([a-df-hj-w])(?: ?\+ ?\d*(?!\1)[a-df-hj-w])+",  # m + n = 29; but x + y = 29 is a line
-]) + ")")  # fmt: skip
+LETTER_UNIT = re.compile(rf"(?<=[)}} /·])({UNIT_LETTERS})(?![A-Za-z(_])")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
 DECIMAL_COMMA = re.compile(  # before three digits only after a lone 0: 0,125
     r"^([^,;()⦃\[]*(?<![\d.])(?:0|[1-9]\d*)),(\d+(?<!,\d{3})|(?<=(?<!\d)0,)\d+)(?![\d.,])(?=[^,;]*$)"
 )
-OPTION_TEXT = r"(?=[^ ,;&])(?!~?and\b|\([A-J]\))"  # behind a label that is no item of a list
-OPTION = re.compile(rf"\(?([A-J])[).:] ?{OPTION_TEXT}")
-CHOICE_LABEL = rf"^\(?[A-J]\)[ .:]*+{OPTION_TEXT}|^[A-J][.):] "
-LETTER_UNIT = re.compile(rf"(?<=[)}} /·])({UNIT_LETTERS})(?![A-Za-z(_])")
-UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
-QUANTITY = re.compile(rf"(.*?[^ /·~])\s*((?:/ ?(?=~))?{UNIT}(?: ?[/·]? ?{UNIT})*)")
-COMPOUND = r"(\d+(?:\.\d+)?) ?(~[A-Za-z]+)\.?(?:,? ?(?:~and )?(?=\d)|$)"
-UNIT_WORD = re.compile(r"(/ ?)?~?([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d)\}?)?")
-CLOCK = re.compile(r"(?=.*[:ap])0?(\d{1,2}(?::[0-5]\d){0,2}?)(?::00)?(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
-DATE = re.compile(r"\d{4}([/-])\d\d?\1\d\d?|\d\d?([/-])\d\d?\2\d{4}|\d+ ?- ?\d+|\d\w*_(?:\w|\{\w+\})")  # score, base
-TABLE = re.compile(
-    r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin ?\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end ?\{\3\} ?[)\]]?"
-)
-
 
 def _with_letter_unit(text):
     """5 m is 5 ~m, where no other letter says that m is a variable."""
@@ -509,6 +463,18 @@ def readings(text: str) -> list:
     return found
 
 
+SETS = [
+    (r"∅|⦃ ?⦄|empty set|(?:there (?:is|are) )?no (?:such |real )?solutions?(?: exists?)?", Group("⦃⦄", [])),
+    (r"\\mathbb\{r\}|(?:(?:all|any|every) )?real(s| numbers?| x)", Group("()", [Number(-sympy.oo), Number(sympy.oo)])),
+    (r"\\mathbb\{r\}[\^_]\{?(?:\+|> ?0)\}?", Group("()", [Number(sympy.Integer(0)), Number(sympy.oo)])),
+]
+FILLERS = re.compile(
+    "^(?:~?(?:the [^=,;:0-9]{1,60}? ~?(?:is|are|equals)|the|final|answers?|is|are|it|exactly|about|around|"
+    "approximately|approx|roughly|equals?|so|thus|hence|therefore|total|we|get|have|obtain|if|when|for|"
+    r"points?|line|vertex|cent(?:er|re)|(?:on|at)(?= ~| \d))"
+    "(?![A-Za-z])[ :,]*)+(?=.)", re.I
+)  # fmt: skip
+
 def _read(text):
     """Read a text by the first rule that applies, the loosest operator first."""
     text = _trim(text)
@@ -524,6 +490,10 @@ def _read(text):
     return _quantity(text)
 
 
+TABLE = re.compile(
+    r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin ?\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end ?\{\3\} ?[)\]]?"
+)
+
 def _table(text):
     """A matrix, or f(x) = a list of cases, as a Group of rows."""
     if not (table := TABLE.fullmatch(text)):
@@ -538,6 +508,8 @@ def _table(text):
     return Named(name.strip(), value) if name else value
 
 
+COMPOUND = r"(\d+(?:\.\d+)?) ?(~[A-Za-z]+)\.?(?:,? ?(?:~and )?(?=\d)|$)"
+
 def _compound(text):
     """1 hour 30 minutes is 90 minutes."""
     parts = re.findall(COMPOUND, text) if re.fullmatch(rf"(?:{COMPOUND}){{2,4}}", text) else []
@@ -547,6 +519,14 @@ def _compound(text):
         return None
     return Number(sum(value.value * value.unit[1] for value in values) / sizes[-1], values[-1].unit)
 
+
+INTERVALS = ("()", "[]", "(]", "[)", "∪", "⦃⦄")  # and what may stand in a union
+CONJUNCTION = "~(?:and|or|where|with|for)(?![a-z])"
+SEPARATOR = rf"(?i)\s*(?:[,;]\s*(?:{CONJUNCTION})?|{CONJUNCTION}|∨|∪|&)\s*"
+CONDITION = re.compile(
+    r"(?=.*[~∈])(?:~?(?:all|any|some|real|integers?|numbers?|constants?) )*([a-zA-Z])(?:_\w)?"
+    r"(?: ?∈ ?\\mathbb\{[ZR]\}| ~is(?: ~?(?:an?|any|integer|real|number|constant|arbitrary))+)?"
+)
 
 def _list(text):
     """2, 3 and 4 is a Group; x < 1 or x > 2 is a union of intervals."""
@@ -592,6 +572,18 @@ def _flat(values):
     return [v for value in values for v in (value.items if isinstance(value, Group) and value.kind == "," else [value])]
 
 
+NAME = re.compile(r"(?!(?:e|i|\\pi)$)(?:" + "|".join([  # of a value
+    r"\\?[A-Za-z]+(?:_(?:\w|\{[^{}=]+\}))?(?:\^\{-1\}(?=\())?'*(?:\([\w ,\\]*\))?",  # x_1, f'(x), f^{-1}(2)
+    r"\((?:[a-z]|\\[a-z]+) ?(?:, ?(?:[a-z]|\\[a-z]+) ?)+\)",  # (x, y)
+    r"(?:~[A-Za-z]+ ?)+(?:\\triangle *)?(?:[A-Z]{1,4} ?)?",  # Area of ABC
+    r"m? ?\\(?:angle|overline|triangle|vec)\W*\w+\W*",
+    r"\\Delta ?[A-Za-z]|\|[A-Z]{2}\||\[[A-Z]{3,4}\]",  # \Delta H, the length |AB|, the area [ABC]
+    r"\\frac\{[A-Za-z]{1,2}\}\{[A-Za-z]{1,2}\}|[fgh]\([fgh]\([\w-]*\)\)",  # dy over dx, f(g(2))
+    r"(?:P|~?Pr|E|~?Var|\\mathbb\{[PE]\}) ?[(\[][^()\[\]]*[)\]]",  # P(A ∩ B)
+    r"\\(?:sin|cos|tan) ?\(?(?:[A-Z]+|\\(?:angle|alpha|beta|gamma|theta)\b *[A-Z]*)\)?",
+    r"\d*([a-df-hj-w])(?: ?\+ ?\d*(?!\1)[a-df-hj-w])+",  # m + n = 29; but x + y = 29 is a line
+]) + ")")  # fmt: skip
+
 def _relation(text):
     """x ∈ S and 1 < x ≤ 2 are Named, x + 2y ≤ 4 is a Relation."""
     sides, signs = _split(text, "[=<>≤≥≠∈]")
@@ -636,6 +628,8 @@ def _equation(sides):
     raise Unreadable("a chain of equations")
 
 
+PROPERTY = re.compile(r"⦃ ?[a-z](?: ?∈ ?\\mathbb\{R\})? ?(?:[|:]|\\mid) ?((?=.*[<>≤≥])[^|:]*)⦄")
+
 def _brackets(text):
     """(1, 2) is a tuple or an interval, (1, 2] an interval, ⦃1, 2⦄ a set; (5) is 5."""
     if text[0] not in "([⦃⟨" or not _is_wrapped(text):
@@ -649,6 +643,9 @@ def _brackets(text):
     values = [*map(_read, items)]
     return Group(kind, _flat(values) if kind == "⦃⦄" else values)
 
+
+CLOCK = re.compile(r"(?=.*[:ap])0?(\d{1,2}(?::[0-5]\d){0,2}?)(?::00)?(?: ?~?([ap])\.? ?~?m\.?)?", re.I)
+DATE = re.compile(r"\d{4}([/-])\d\d?\1\d\d?|\d\d?([/-])\d\d?\2\d{4}|\d+ ?- ?\d+|\d\w*_(?:\w|\{\w+\})")  # score, base
 
 def _symbol(text):
     """3:4 is a quotient, 7:05 p.m. a symbol with a unit; 5/10/2021, 3-2, 52_8 and words alone are symbols."""
@@ -665,6 +662,10 @@ def _symbol(text):
     ratios = [Number(formula(a) / formula(b)) for a, b in zip(parts, parts[1:], strict=False)]
     return Group(":", ratios) if len(ratios) > 1 else ratios[0]
 
+
+UNIT = r"(?:~[A-Za-z]+(?: ?\.)?|°|¢|%)(?:\^(?:\{-?\d\}|-?\d))?"
+QUANTITY = re.compile(rf"(.*?[^ /·~])\s*((?:/ ?(?=~))?{UNIT}(?: ?[/·]? ?{UNIT})*)")
+UNIT_WORD = re.compile(r"(/ ?)?~?([A-Za-z]+|[°¢%])\.?(?:\^\{?(-?\d)\}?)?")
 
 def _quantity(text):
     """A formula with a unit."""
@@ -957,7 +958,6 @@ SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_tur
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 LABEL_EDGE = r"[\s$(){}\[\].:*\\]*"
 GOLD_LABEL = re.compile(rf"{LABEL_EDGE}(?:(?:text|math)(?:rm|bf)?{LABEL_EDGE})?([A-Z]){LABEL_EDGE}")  # $\text{(B)}$
-
 
 def robust(response: str, gold: str) -> bool:
     """Apply the rule. Raises NoAnswer if the response gives no answer, or if the gold cannot be read."""
