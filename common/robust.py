@@ -355,15 +355,15 @@ def spell(text: str) -> str:
     >>> spell(r"$x \leq 1\,000\text{ cm}$."), spell("½√2"), spell("5 \u2126")
     ('x ≤ 1000 ~cm', '\\frac{1}{2}\\sqrt 2', '5 ~ohm')
     """
-    text = text.encode(errors="replace").decode()
-    for chars, mark in [("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "^"), ("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "_")]:
+    text = text.encode(errors="replace").decode()  # without halves of surrogates
+    for chars, mark in [("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "^"), ("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "_")]:  # x² is x^{2}
         text = re.sub(f"[{chars}]+", lambda m, mark=mark: mark + "{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
     text = re.sub(r"(?<=\d) ?[µμ]([a-fh-zA-MO-Z]\w*)", r"\\text{ micro\1}", text)  # but 2μg may be 2·μ·g
-    text = re.sub("[½⅓⅔¼¾⅕-⅞]", r" \g<0>", text).translate(str.maketrans(LOOKALIKES))
+    text = re.sub("[½⅓⅔¼¾⅕-⅞]", r" \g<0>", text).translate(str.maketrans(LOOKALIKES))  # 2½ is 2 ½
     text = re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", text))
     text = "".join(c for c in re.sub(r"\s", " ", text) if unicodedata.category(c)[0] != "C").strip(" *`")
     if r"\begin" not in text:  # else \\ ends a row
-        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text).replace(r"\\", " ")
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text).replace(r"\\", " ")  # \\frac is \frac
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     text = _trim(text)
@@ -373,12 +373,12 @@ def spell(text: str) -> str:
 
 
 def _trim(text):
-    """Remove what stands around an answer and is no part of it."""
+    """Remove what stands around an answer and is no part of it. {1, 2} is a set, {5} is 5."""
     text = text.lstrip(' *`":').rstrip(' *`".,;:')
     if not (text[:1] == "{" and text[-1] == "}" and _is_wrapped(text)):
         return text
     if any(text[i] == "," and depth == 1 for i, depth in enumerate(_depths(text))) and not THOUSANDS.search(text):
-        return f"⦃{text[1:-1]}⦄"  # {1, 2} is a set
+        return f"⦃{text[1:-1]}⦄"
     return _trim(text[1:-1])
 
 
@@ -388,6 +388,7 @@ def _depths(text):
 
 
 def _is_wrapped(text):
+    """Return whether its first bracket closes at its end: (1)(2) is not wrapped."""
     *inside, last = _depths(text)
     return last == 0 and 0 not in inside
 
@@ -410,9 +411,8 @@ Group = namedtuple("Group", "kind items")  # kind: its brackets, as (] for an in
 Named = namedtuple("Named", "name value")  # x = 5, x ∈ (0, 1)
 Relation = namedtuple("Relation", "sign difference")  # left - right, which is = 0, < 0 or ≤ 0
 
-OPTION_TEXT = r"(?=[^ ,;&])(?!~?and\b|\([A-J]\))"  # behind a label that is no item of a list
-OPTION = re.compile(rf"\(?([A-J])[).:] ?{OPTION_TEXT}")
-CHOICE_LABEL = rf"^\(?[A-J]\)[ .:]*+{OPTION_TEXT}|^[A-J][.):] "
+OPTION = re.compile(r"^\(?([A-J])[).:] ?(?=[^ ,;&])(?!~?and\b|\([A-J]\))")  # (C) 42, but not (A) and (C)
+LABEL = re.compile(rf"{OPTION.pattern}|^[A-J][).:] ")  # also the A of A: (D) 42, which may stand for Answer
 INTEGER = re.compile(r"(?<![\\~A-Za-z])([a-z]) ?∈ ?\\mathbb\{Z")  # a k of ℤ may have another name
 LETTER_UNIT = re.compile(rf"(?<=[)}} /·])({UNIT_LETTERS})(?![A-Za-z(_])")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?![^(\[⦃⟨]*[)\]⦄⟩])")  # (1,234) is a pair
@@ -429,7 +429,7 @@ def _with_letter_unit(text):
 def _variants(text):
     """Return the text and what it may mean instead: without a label, as an equation = 0, with other units or digits.
     1,234 may be 1234, and 1,25 may be 1.25."""
-    texts = [text, re.sub(CHOICE_LABEL, "", text), re.sub("^([^=<>≤≥]+)=([^=<>≤≥]+)$", r"\1-(\2)=0", text)]
+    texts = [text, LABEL.sub("", text), re.sub("^([^=<>≤≥]+)=([^=<>≤≥]+)$", r"\1-(\2)=0", text)]
     texts += [_with_letter_unit(t) for t in texts]
     texts += [re.sub(rf"(?<![\\~A-Za-z]){m[1]}(?![A-Za-z])", "k_0", t) for t in texts for m in INTEGER.finditer(t)]
     texts += [THOUSANDS.sub(lambda m: m[0].replace(",", ""), t) for t in texts]
@@ -515,7 +515,8 @@ def _compound(text):
     parts = re.findall(COMPOUND, text) if re.fullmatch(rf"(?:{COMPOUND}){{2,4}}", text) else []
     values = [Number(sympy.Rational(number), _unit(unit)) for number, unit in parts]
     sizes = [value.unit[1] for value in values]
-    if not values or len({value.unit[0] for value in values}) > 1 or sizes != sorted({*sizes} - {0}, reverse=True):
+    of_one_kind = len({value.unit[0] for value in values}) == 1
+    if not of_one_kind or sizes != sorted({*sizes} - {0}, reverse=True):  # known units, from large to small
         return None
     return Number(sum(value.value * value.unit[1] for value in values) / sizes[-1], values[-1].unit)
 
@@ -868,11 +869,12 @@ def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 
 def _near(exact, rounded):
-    """Return whether `rounded` can be `exact` after rounding."""
+    """Return whether `rounded` is a number within 5 % of `exact`, or equal to it if it is an integer."""
     a, b = (value.value if isinstance(value, Named) else value for value in (exact, rounded))
-    numbers = all(isinstance(x, Number) and x.value.is_number for x in (a, b))
-    margin = 0 if numbers and a.value.is_Integer else 0.05
-    return numbers and bool(abs((a.value - b.value).evalf(8)) <= margin * abs(a.value.evalf(8)))
+    if not all(isinstance(x, Number) and x.value.is_number for x in (a, b)):
+        return False
+    margin = 0 if a.value.is_Integer else 0.05
+    return bool(abs((a.value - b.value).evalf(8)) <= margin * abs(a.value.evalf(8)))
 
 
 def _proportional(f, g, *, positive):
