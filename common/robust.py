@@ -116,8 +116,8 @@ def _contradicts(later, answer):
 
 
 LAYOUT = (
-    "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits boxed fbox therefore blacksquare "
-    "square qed Box checkmark ensuremath large Large huge normalsize rm bf it sf tt em"
+    "left right [bB]igg?[lrm]? displaystyle textstyle limits boxed fbox therefore blacksquare square qed Box checkmark "
+    "ensuremath large Large huge normalsize rm bf it sf tt em"
 ).replace(" ", "|")
 WRAPPER = (
     r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up|bin|rel|ord)|text|ce|hat|boldsymbol|bm|[mh]box|emph|operatorname\*?)"
@@ -159,13 +159,8 @@ def _with_its_formula(text, start, end, content):
     return content if left + right in ("", "{}", "()") or content[:1] == "=" else f"{left}({content}){right}"
 
 
-SAID_UNITS = (
-    "percent dollars? cents? (?:kilo|centi|milli)?(?:met(?:er|re)|gram)s? miles? feet foot inch(?:es)? yards? hours? "
-    "minutes? min seconds? days? weeks? months? years? degrees? square cubic hrs mph kph"
-).replace(" ", "|")
-NOT_AN_ANSWER = re.compile(  # on a last line: a box, a condition, a hedge, or words behind the last number
-    r"(?i)\\f?box|\?|\b(?:answer|if|for|when|have|about|approx\w*|not|wrong|incorrect|false|erroneous|previous)\b|"
-    rf"\d[^\d]*(?<![\\a-z])(?!(?:and|per|{SAID_UNITS})\b|sqrt)[a-z]{{3}}"
+NOT_AN_ANSWER = re.compile(  # a box, a condition or a hedge
+    r"(?i)\\f?box|\?|\b(?:answer|if|for|when|have|about|approx\w*|not|wrong|incorrect|false|erroneous|previous)\b"
 )
 
 def _last_line(text):
@@ -173,7 +168,10 @@ def _last_line(text):
     end = text.strip()[-8 * MAX_ANSWER :]
     end = re.sub(r"(?:\$\$|\\\[|```\w*)\s*([^\n]*?)\s*(?:\$\$|\\\]|```)$", r"\1", end)  # on lines of its own
     line = BOLD.sub(r"\1", end.rpartition("\n")[2])
-    return "" if "<think>" in text or NOT_AN_ANSWER.search(line) else line
+    behind_number = re.findall(r"(?<![\\a-z])[a-z]{3,}", re.sub(r"^\D*", "", line.lower()))
+    known = {"and", "per", "square", "cubic", "sqrt", *UNITS}
+    only_units = all(word in known or word.removesuffix("s") in known for word in behind_number)
+    return "" if "<think>" in text or NOT_AN_ANSWER.search(line) or not only_units else line
 
 
 # 2. Spell it in one way.

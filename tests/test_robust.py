@@ -243,6 +243,8 @@ SPELLED = [  # two spellings of an answer, and one that is wrong
     (r"\text{the point } (3, -2)", "(3, -2)", "the point (3, 2)"), (r"\text{on Monday}", "Monday", "on Sunday"),
     (r"\color{blue}{x=3, y=-2}", "(3, -2)", r"\color{blue}{x=-2, y=3}"),
     ("(B)", "B. 42", "(C)"), (r"\text{(B) } 42", "B. 42", "(C) 42"), ("A, C", "(A), (C)", "A"),
+    ("C:3", "C. 3", "C:4"), ("A: (D) 12", "(D) 12", "A: (D) 13"), ("A:B = 2:3", "2:3", "A:B = 3:2"),
+    (r"\biggl(1, 2\biggr)", "(1, 2)", r"\biggl(2, 1\biggr)"),
 ]  # fmt: skip
 
 
@@ -255,14 +257,14 @@ def test_an_answer_may_be_spelled_in_many_ways(answer, gold, wrong):
 
 def test_a_mark_is_found_in_latex_in_other_languages_and_before_a_time_of_day():
     texts = [r"\textbf{Answer:} $18$", "La réponse est donc 18.", "答え：18", "답: 18", "The answer is Rs. 18.",
-             "So we get\n18 hours", "So\n18 km per hour", "The answer to question 3: 18"]  # fmt: skip
-    assert [v.reward for v in grade(texts * 2, ["18"] * 8 + ["17"] * 8, verifier="robust")] == [1] * 8 + [0] * 8
+             "So we get\n18 hours", "So\n18 km per hour", "So\n18 liters", "The answer to question 3: 18"]  # fmt: skip
+    assert [v.reward for v in grade(texts * 2, ["18"] * 9 + ["17"] * 9, verifier="robust")] == [1] * 9 + [0] * 9
     text = "The answer to the question is 7:05 PM."
     assert [v.reward for v in grade([text] * 2, ["7:05 PM", "5"], verifier="robust")] == [1, 0]
     text = "The answer is 5! = 120."
     assert [v.reward for v in grade([text] * 2, ["120", "5"], verifier="robust")] == [1, 0]
-    unsure = ["So\n5 hours later", "So\n5 hours or more", "She walked for\n5 hours less"]
-    assert not any(v.reward for v in grade(unsure, ["5"] * 3, verifier="robust"))
+    unsure = ["So\n5 hours later", "So\n5 hours or more", "She walked for\n5 hours less", "So\n5 liters left"]
+    assert not any(v.reward for v in grade(unsure, ["5"] * 4, verifier="robust"))
 
 
 def test_a_label_that_was_taken_back_does_not_count_if_what_follows_is_no_label():
