@@ -748,8 +748,8 @@ def _power(base, exponent):
     return base**exponent
 
 
-PRODUCT, ARGUMENT, FACTOR, POWER = 2, 2.5, 3, 4
-OPERATORS = {  # how tightly they bind on their left and on their right
+PRODUCT, ARGUMENT, FACTOR, POWER = 2, 2.5, 3, 4  # 1/2x is 1/(2x), and \sin 2x\cos x is \sin(2x)\cos x
+OPERATORS = {  # how tightly they bind on their left and on their right; what ends a formula binds nothing
     **dict.fromkeys(["", *")}]⌋⌉⟧"], (0, 0, None)), "+": (1, 1, operator.add), "-": (1, 1, operator.sub),
     **dict.fromkeys("·*×", (PRODUCT, PRODUCT, operator.mul)),
     **dict.fromkeys("/÷", (PRODUCT, PRODUCT, operator.truediv)),
@@ -843,8 +843,9 @@ def _equal_at(a, b, at):
     real = {x.evalf(8, subs=at).is_real for x in (a, b)} if at else {True}
     if len(real) > 1 or not difference.is_finite:
         return None
-    zero = difference == 0 or all(part == 0 or part._prec == 1 for part in difference.as_real_imag())
-    return zero or (None if False in real and not (a - b).has(sympy.I) else False)
+    if difference == 0 or all(part == 0 or part._prec == 1 for part in difference.as_real_imag()):
+        return True  # precision 1: all 300 digits cancel
+    return None if False in real and not (a - b).has(sympy.I) else False
 
 
 @functools.lru_cache(4096)
@@ -930,10 +931,11 @@ def _paired(items, others):
 
 def _same_quantity(a, b):
     """Are two quantities equal? Units count only if both sides have one and UNITS knows both. 25 % is 25 or 0.25."""
-    (measured, x), (other, y) = (value.unit or ("", 0) for value in (a, b))
-    if x and y:
-        return measured == other and equal(a.value * x, b.value * y)
-    return equal(a.value, b.value) or not b.unit and not measured and x != 0 and equal(a.value * x, b.value)
+    (kind, size), (other_kind, other_size) = (value.unit or ("", 0) for value in (a, b))
+    if size and other_size:
+        return kind == other_kind and equal(a.value * size, b.value * other_size)
+    percent = not kind and not b.unit and size != 0
+    return equal(a.value, b.value) or percent and equal(a.value * size, b.value)
 
 
 def _money(text, other):
