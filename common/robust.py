@@ -539,15 +539,17 @@ def _list(text):
     if rest and all(c[1] in rest[0].rpartition("=")[2] for c in map(CONDITION.fullmatch, items) if c):  # 3k, k ∈ ℤ
         items = rest
     values = _flat(map(_read, items))
-    if len(values) == 1 or any("or" in s.lower() for s in separators) and all(same(values[0], v) for v in values):
+    alternatives = sum("or" in separator.lower() for separator in separators)
+    if len(values) == 1 or alternatives and all(same(values[0], v) for v in values):
         return values[0]  # also of 0.5 or 1/2
     if len({value.unit for value in values if isinstance(value, Number)} - {None}) > 1:
         raise Unreadable("several units")
     names = {value.name for value in values if isinstance(value, Named)}
-    if all(isinstance(value, Named) for value in values) and len(values) >= len(names) > 1:
+    all_named = all(isinstance(value, Named) for value in values)
+    if all_named and len(names) > 1 and alternatives < len(values) / len(names):  # x = 1 or y = 2 is no solution
         return _solutions(values, names)
     regions = [value.value if isinstance(value, Named) else value for value in values]
-    if any("or" in s.lower() or s in "∨∪" for s in separators):
+    if alternatives or {"∨", "∪"} & {*separators}:
         if len(names) < 2 and all(isinstance(region, Group) and region.kind in INTERVALS for region in regions):
             region = Group("∪", regions)
             return Named(*names, region) if names else region

@@ -197,6 +197,13 @@ def test_what_cannot_be_read_as_a_whole_is_not_taken_for_a_part_of_it():
     assert [v.status for v in grade(answers, golds, verifier="robust")] == ["unparsable"] * 2
 
 
+def test_alternatives_of_two_names_are_no_solution():
+    answers = [r"x=1 \text{ or } y=2", r"x<1 \text{ or } y<2", r"x=1, y=2 \text{ or } x=3, y=4", "x=1, y=2"]
+    golds = ["(1, 2)", "x<1, y<2", "(1, 2), (3, 4)", "(1, 2)"]
+    verdicts = grade([rf"\boxed{{{answer}}}" for answer in answers], golds, verifier="robust")
+    assert [v.reward for v in verdicts] == [0, 0, 1, 1]
+
+
 def test_one_answer_said_twice_is_one_and_two_equal_items_are_two():
     answers = [r"\boxed{0.5 \text{ or } \frac12}", r"\boxed{5, 5}", r"\boxed{5, 5}", r"\boxed{5 \text{ and } 5}"]
     golds = ["0.5", "5", "5, 5", "5"]
