@@ -256,30 +256,39 @@ WRONG = (
     r"(?:'s| is| was| can)?(?:(?: ?not| never|n't)(?: be)? (?:the|right|correct|true|possible|valid)| wrong| incorrect|"
     r" false)\b"
 )
-RETRACTED = re.compile(  # after an answer
-    rf"(?is)[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)|(?-i:[A-J]?[^.!,;\nA-Z]{{0,20}}\?)|[\s$*]*{WRONG}|"
-    rf"[^\n]{{0,40}}\(should be\b(?! \w+ed\b)|"
-    rf".*(?:[.!?;:,—\n$-]\s{{0,3}}|\b(?:but|oh|or),? )(?:(?:wait|hm+|oops|(?<!, )actually|sorry|correction|"
-    rf"scratch that|on second thought|(?:up)?on reflection|edit|rechecking|let me correct|{DOUBT})\b|no[,.:]|"
-    rf"no [A-J]\b|I (?:made|meant?|was wrong|am not sure|change my|would like to revise)\b|"
-    rf"(?:that|this|it|which){WRONG}|"
-    r"(?:but|however),? (?:it|that|this|I|the answer|[A-J])\b[^.\n]{0,60}"
+SECOND_THOUGHT = "|".join([  # how a later sentence may begin
+    "(?:wait|hm+|oops|(?<!, )actually|sorry|correction|scratch that|on second thought|(?:up)?on reflection|edit|"
+    rf"rechecking|let me correct|{DOUBT})\b",
+    r"no[,.:]|no [A-J]\b",
+    r"I (?:made|meant?|was wrong|am not sure|change my|would like to revise)\b",
+    rf"(?:that|this|it|which){WRONG}",  # that can't be right
+    r"(?:but|however),? (?:it|that|this|I|the answer|[A-J])\b[^.\n]{0,60}"  # but this does not work
     r"(?:(?:not|n't) (?:be |seem |look )?(?:right|correct|true|possible|work|make|match|sure|the answer)|"
-    r"wrong|incorrect|should be(?! \w+ed\b))\b)"
-)
+    r"wrong|incorrect|should be(?! \w+ed\b))\b",
+])  # fmt: skip
+RETRACTED = re.compile("(?is)" + "|".join([  # after an answer
+    rf"[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)",  # 5, or maybe 6
+    r"(?-i:[A-J]?[^.!,;\nA-Z]{0,20}\?)",  # 5?
+    rf"[\s$*]*{WRONG}",  # 5 is not right
+    r"[^\n]{0,40}\(should be\b(?! \w+ed\b)",  # 5 (should be 6)
+    rf".*(?:[.!?;:,—\n$-]\s{{0,3}}|\b(?:but|oh|or),? )(?:{SECOND_THOUGHT})",
+]))  # fmt: skip
 CHECK = re.compile(
     r"(?is)[^.\n]{0,40}[\s.$]{1,9}(?:wait|hm+)\W{1,3}(?:let me|let's|I)\b[^.:\n]{0,40}(?:check|verify)\b.*\b"
     r"(?:correct|right)\W*$"
 )
 OBJECTION = re.compile(r"(?i)\b(?:not|no|wrong|incorrect|mistake|error|but|however|instead|should|so)\b|n't\b")
-UNCLAIMED = re.compile(  # before an answer
-    r"(?i)(?:\b(?:if|suppos\w+|assum\w+|whether|unless|check|verify|doubt|wrong|incorrect|false|mistake\w*|not|cannot|"
-    r"unlikely|impossible|not convinced|no way|worst|second[- ]best|runner-up|least \w+|first (?:glance|sight),?|"
-    r"(?<!\bI )(?<!\bwe )(?<!\bI would )(?<!\bI'd )(?:says?|thinks?|believes?|claims?|argues?)|obvious|apparent|"
-    r"initial|naive|tempting|trap|old|previous|(?:student|teacher)'s|"
-    rf"might|could|may|possible|contradiction|{DOUBT})|n't)[\s*_$]+(?:(?:that|the|an?|this|it|we|you|one|final|true|is|"
-    r"was|correct|right|answer|value|be|to|think|say|believe|assume|claim|guess|my|our|your|h(?:is|er)|[a-z]|\w+'s)\b|"
-    r"[\s*_$={(\\:])*$"
+NO_CLAIM = "|".join([
+    r"if|suppos\w+|assum\w+|whether|unless|check|verify",
+    rf"might|could|may|possible|{DOUBT}",
+    r"doubt|wrong|incorrect|false|mistake\w*|not|not convinced|cannot|unlikely|impossible|contradiction|no way",
+    r"worst|second[- ]best|runner-up|least \w+|old|previous",
+    r"first (?:glance|sight),?|initial|obvious|apparent|naive|tempting|trap",
+    r"(?<!\bI )(?<!\bwe )(?<!\bI would )(?<!\bI'd )(?:says?|thinks?|believes?|claims?|argues?)|(?:student|teacher)'s",
+])  # fmt: skip
+UNCLAIMED = re.compile(  # before an answer; only such words may stand in between: it is wrong that the answer is
+    rf"(?i)(?:\b(?:{NO_CLAIM})|n't)[\s*_$]+(?:(?:that|the|an?|this|it|we|you|one|final|true|is|was|correct|right|answer|"
+    r"value|be|to|think|say|believe|assume|claim|guess|my|our|your|h(?:is|er)|[a-z]|\w+'s)\b|[\s*_$={(\\:])*$"
 )
 
 
