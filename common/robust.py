@@ -489,7 +489,7 @@ def _read(text):
 
 
 TABLE = re.compile(
-    r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin ?\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end ?\{\3\} ?[)\]]?"
+    r"(?:([^=<>≤≥]*)= ?)?([(\[⦃])? ?\\begin\{([a-zA-Z]*matrix|cases|array)\}(?:\{[^{}]*\})?(.*)\\end\{\3\} ?[)\]]?"
 )
 
 def _table(text):
@@ -693,7 +693,7 @@ def _unit(text):
     return (frozenset((k, n) for k, n in powers.items() if n) if size else text.lower(), size)
 
 
-MIXED = re.compile(r"(?<![\d.^_}])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+ ?/ ?\d+)")
+MIXED = re.compile(r"(?<![\d.^_}])(\d+) ?(\\frac\{ ?\d+ ?\}\{ ?\d+ ?\}|(?<= )\d+ ?/ ?\d+)")
 SYMBOL = re.compile(
     rf"(?:\\(?:(?:var)?(?:{'|'.join(GREEK.values())})|hbar)(?![a-zA-Z])|[A-Za-z])(?:_(?:\w|\{{\w+\}}))?'*"
     r"(?:(?<=[fghFGHP]) ?\(-?[^()+-]*\))?"

@@ -266,8 +266,8 @@ def test_a_mark_is_found_in_latex_in_other_languages_and_before_a_time_of_day():
     texts = [r"\textbf{Answer:} $18$", "La réponse est donc 18.", "答え：18", "답: 18", "The answer is Rs. 18.",
              "So we get\n18 hours", "So\n18 km per hour", "So\n18 liters", "The answer to question 3: 18"]  # fmt: skip
     assert [v.reward for v in grade(texts * 2, ["18"] * 9 + ["17"] * 9, verifier="robust")] == [1] * 9 + [0] * 9
-    text = "The answer to the question is 7:05 PM."
-    assert [v.reward for v in grade([text] * 2, ["7:05 PM", "5"], verifier="robust")] == [1, 0]
+    texts = ["The answer to the question is 7:05 PM.", "The answer to the question is 3 : 4."]
+    assert [v.reward for v in grade(texts * 2, ["7:05 PM", "3:4", "5", "4"], verifier="robust")] == [1, 1, 0, 0]
     text = "The answer is 5! = 120."
     assert [v.reward for v in grade([text] * 2, ["120", "5"], verifier="robust")] == [1, 0]
     unsure = ["So\n5 hours later", "So\n5 hours or more", "She walked for\n5 hours less", "So\n5 liters left"]
