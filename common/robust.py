@@ -776,7 +776,7 @@ def _parse(tokens, binds=0):
         value = apply(value) if sign == "!" else apply(value, _parse(tokens, right))
 
 
-def _atom(tokens, binds=4):
+def _atom(tokens, binds=POWER):
     """Take a sign and its operand, a bracket, a number, a symbol, or a function with its argument."""
     token = tokens.pop()
     if token in ("+", "-"):
