@@ -385,7 +385,7 @@ def vote(text: str, *, labels: bool = False) -> str | None:
         marks = (r"####[ \t]*([^\n]{1,200})", r"(?im)answer is[ \t:*]{0,4}([^\n]{1,200}?)(?:\.\s|\.?$|\n)",
                  r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", r"\w[^\n]*")  # fmt: skip
         found = next((said[-1] for said in (re.findall(mark, text) for mark in marks) if said), "")
-    found = re.sub(r"\\(?:left|right|[,;:! ])|\\?[$%]|\\text\s*\{\s*\}|\s", "", found).rstrip(".")
+    found = re.sub(r"\\(?:left|right|[,;:! ()])|\*\*|\\?[$%]|\\text\s*\{\s*\}|\s", "", found).rstrip(".")
     found = re.sub(r"(?<!\d)\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", found)
     number = re.sub(r"(?<=\d),(?=\d{3}\b)", "", found)
     if re.fullmatch(r"-?\d{1,50}(?:\.\d{0,50}|/0*[1-9]\d{0,50})?|-?\.\d{1,50}", number):

@@ -147,17 +147,19 @@ def without_commas(text: str) -> str:
 
 
 def _mcq(response, gold):
-    gold = choice_label(str(gold)) or str(gold).strip()
+    truth = choice_label(str(gold))
+    if not truth:
+        raise NoAnswer(f"gold unreadable: {str(gold)[:100]}")
     label = chosen_label(after_think(response)[-MAX_CHARS:], digits=True)
     if not label:
         raise NoAnswer("no label, or two, or one in doubt")
-    return label == gold
+    return label == truth
 
 
 LABEL = re.compile(
     r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:the |la |el |die )?"
     r"(?:option|choice|answer|letter|letra|opci[oó]n|r[eé]s?p(?:onse|uesta|osta))\b[\s:]*)?"
-    r"(\(?)([a-z]|\d)(?![a-z0-9_^]|['’][a-z])([)\"]?)(.*)"
+    r"([(（]?)([a-z]|\d)(?![a-z0-9_^]|['’][a-z])([)）\"]?)(.*)"
 )
 SECOND_LABEL = re.compile(
     r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?(?:also )?"
@@ -171,7 +173,8 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
     >>> choice_label("(b) dogs"), choice_label("A, B"), choice_label("A dog"), choice_label("B as x < 0", sentence=True)
     ('B', '', None, 'B')
     """
-    text = re.sub(r"\\(?:text|math)(?:bf|rm|it|normal)?(?![a-zA-Z])|\\boxed|[{}$*~`\[\]_]|\\[ ,;()]", " ", text)
+    style = r"\\(?:(?:text|math)(?:bf|rm|it|sf|normal)?|bf|rm|it|sf)(?![a-zA-Z])"
+    text = re.sub(style + r"|\\boxed|[{}$*~`\[\]_]|\\[ ,;()]", " ", text)
     if not (found := LABEL.match(re.split("<[|/]", text)[0].strip())):
         return None
     opened, label, closed, rest = found.groups()
@@ -179,9 +182,9 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
         return ""
     if (second := SECOND_LABEL.match(rest)) and second[1].isdigit() == label.isdigit():
         return ""
-    alone = re.fullmatch(r"[\s.:。\"'”]*", rest)
+    alone = re.fullmatch(r"[\s.:。!！✅✓\"'”]*", rest)
     # not "A dog", "I think", "V-1"
-    plain = opened or closed or re.match(r"\s*(?:[.:,;](?!\d)|[-–—](?!\w)|[\u3040-\u9fff\uac00-\ud7af])", rest)
+    plain = opened or closed or re.match(r"\s*(?:[.:,;](?!\d)|[-–—](?!\w)|[\u3040-\u9fff\uac00-\ud7af])|\s+\(", rest)
     needs_reason = label in "AI0123456789"  # "A dog" and "3 dogs" are no labels
     goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if needs_reason else r"\s+[a-z]", rest)
     good = alone or (opened or closed if label.islower() else plain or goes_on)
@@ -190,6 +193,7 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
 
 def line_label(text: str) -> str | None:
     r"""The label of the last line, or else of the first. None if other lines have other labels: they list the options.
+    "" if the label of the first line is then retracted.
 
     >>> line_label("A) no\nB) yes\n\nB) yes"), line_label("A) no\nB) yes"), line_label("B\nFor it is larger.")
     ('B', None, 'B')
@@ -199,7 +203,9 @@ def line_label(text: str) -> str | None:
     found = [label for label in labels if label is not None]
     if labels[-1] is not None and (len(found) == 1 or found.count(labels[-1]) > 1):
         return labels[-1]
-    return labels[0] if set(found) == {labels[0]} else None
+    if set(found) != {labels[0]}:
+        return None
+    return "" if retracted(text, text.index(lines[0]) + len(lines[0]), labels[0]) else labels[0]
 
 
 ANSWER = r"(?:answers?|ans|final result|antwort|r[eé]s?p(?:uesta|onse)|risposta|resposta|ответ)(?: finale?)?"
@@ -211,8 +217,10 @@ CHINESE = (
     "(?:答案】?|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|本题|(?<!不)应)选[:：]?|"
     "(?:答え|正解)(?:は|[:：])|정?답(?:은|[:：])"
 )
+LISTED = r"\W{0,4}\b(?:(?-i:[A-HJ-Z])|\d)\b\W{0,4}[:：]"  # Option A: cats
 CHOICE = re.compile(
-    rf"(?i)(?:(?:\b|_)(?:{ANSWER}|option|choice|letter)\b[^.\n:：]{{0,40}}?(?:{IS}| [-–—] )|<(?:final_)?answer>|"
+    rf"(?i)(?:(?:\b|_)(?:{ANSWER}|option|choice|letter)\b(?!{LISTED})[^.\n:：]{{0,40}}?(?:{IS}| [-–—] )|"
+    rf"<(?:final_)?answer>|####(?=[ *(]*[A-Z][ *).]*(?:\n|$))|"
     rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose|select)\b|{CHINESE})[ *_:$\n]*"
 )
 CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best|answer)\b")
@@ -228,7 +236,8 @@ def echoed(text: str, start: int, end: int, content: str) -> bool:
 
 def chosen_label(text: str, *, digits: bool = False) -> str | None:
     """The label that a response chooses: in its last box, after its last "answer is", or on its last or first line. ""
-    for two labels or one in doubt; None for none. digits: a digit is a label too."""
+    for two labels, for one in doubt, and for one before a later mark that names another; None for none. digits: a digit
+    is a label too."""
     spans = [m.span() for m in CHOICE.finditer(text)]  # found: (end, start, text with the label, is it a sentence?)
     found = [(end, start, text[end : end + 300].partition("\n")[0], True) for start, end in spans]
     found += [(m.end(), m.start(), m[1], False) for m in CORRECT.finditer(text)]
@@ -236,16 +245,21 @@ def chosen_label(text: str, *, digits: bool = False) -> str | None:
         start, end, content = filled[-1]
         if len(filled) > 1 and BETWEEN_BOXES.fullmatch(text, filled[-2][1], start):
             content = f"{filled[-2][2]}, {content}"
-        if second := SECOND_LABEL.match(text, end):
+        line_end = (text + "\n").index("\n", end)
+        if second := SECOND_LABEL.match(text, end, line_end):
             end, content = second.end(), f"{content}, {second[1]}"
         found.append((end, start, content, False))
     marks = (mark for mark in sorted(found, reverse=True) if claimed(text, mark[1]))  # most are never looked at
-    for i, (end, _, said, sentence) in enumerate(marks):
-        if i == 0 and retracted(text, end):
-            return ""
+    later = []  # capitals after the marks that hold no label, the last mark first
+    for i, (end, start, said, sentence) in enumerate(marks):
         label = choice_label(said, sentence=sentence)
-        if label is not None and (digits or not label.isdigit()):
-            return "" if i and retracted(text, end) else label
+        readable = label is not None and (digits or not label.isdigit())
+        if (i == 0 or readable) and retracted(text, end, label):
+            return ""
+        if readable:
+            return "" if later and label not in later else label
+        if not later and not re.match("(?i)option|choice", text[start:end]):
+            later = re.findall(r"(?<![\w'’])[B-HJ-Z](?![\w'’])", said.partition(". ")[0])
     return line_label(text)
 
 
@@ -277,6 +291,10 @@ CHECK = re.compile(
     r"(?is)[^.\n]{0,40}[\s.$]{1,9}(?:wait|hm+)\W{1,3}(?:let me|let's|I)\b[^.:\n]{0,40}(?:check|verify)\b.*\b"
     r"(?:correct|right)\W*$"
 )
+OTHER_IS_WRONG = re.compile(  # - **A) days**: This is incorrect.
+    r"(?m)^[^\w\n]{0,9}(?:\d\.[^\w\n]{1,9})?(?:(?i:option|choice)[^\w\n]{0,9})?[A-J]\b"
+    rf"(?=[^\n]*(?i:{WRONG}))(?![^\n]*\b(?i:wait|actually|sorry|I|my)\b)[^\n]*"
+)
 OBJECTION = re.compile(r"(?i)\b(?:not|no|wrong|incorrect|mistake|error|but|however|instead|should|so)\b|n't\b")
 NO_CLAIM = "|".join([
     r"if|suppos\w+|assum\w+|whether|unless|check|verify",
@@ -297,8 +315,12 @@ def claimed(text: str, start: int) -> bool:
     return not UNCLAIMED.search(text, max(0, start - 80), start)
 
 
-def retracted(text: str, end: int) -> bool:
-    """Return whether what ended there is then doubted or retracted. A check that confirms it does neither."""
+def retracted(text: str, end: int, label: str | None = None) -> bool:
+    """Return whether what ended there is then doubted or retracted. A check that confirms it does neither, nor does a
+    line that calls an option other than `label` wrong."""
+    if label:
+        text = OTHER_IS_WRONG.sub(lambda line: line[0] if re.search(rf"\b{label}\b", line[0]) else "", text[end:])
+        end = 0
     if (check := CHECK.match(text, end)) and not OBJECTION.search(check[0]):
         return False
     return RETRACTED.match(text, end) is not None

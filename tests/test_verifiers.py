@@ -219,12 +219,41 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
         ("The options are:\nA) no\nB) maybe\nC) this is", None),
         ("A) no\nB) yes\nC) no\n\nB) yes", "B"),
         ("The correct answer is:\n\nA) fast\n\nThe incorrect answer is:\n\nB) safe", "A"),
+        ("**A**\n\nWait, that is wrong: dogs cannot fly. So it must be B.", None),
+        ("**A**\n\nIt is the largest of them.", "A"),
+        ("Option A: C\nOption B: NO_{2}\nOption C: O_{2}\nOption D: CO\n\n**B**", "B"),
+        ("**Answer: B**\n\nOption A: 4 - too small\nOption C: 9 - too large", "B"),
+        ("The correct answer is option B: 4.", "B"),
+        ("The most popular answer is A.\n\nThe correct answer is **B** (cats).", "B"),
+        ("If we ignore friction, the answer is A.\n\nWith friction, the answer is cats, B.", None),
+        ("The answer is B (planetary years become longer).", "B"),
+        (r"\boxed{\text{B (longer years)}}", "B"),
+        ("The answer is B (C).", None),
+        ("The correct answer is **B) years**.\n\nWhy the others are wrong:\n- **A) days**: This is incorrect.\n"
+         "- **C) weeks**: That is not right.", "B"),
+        ("The answer is B.\n\nA is tempting, but A is wrong.", "B"),
+        ("The answer is **B**.\n\n- **B**: This is incorrect.", None),
+        ("The answer is B.\n\nA: I said this is wrong, but wait, that is wrong.", None),
+        ("\\boxed{B}\n\n- A: too small\n- C: too large", "B"),
+        ("\\boxed{B}\n\n(A) is too small", "B"),
+        ("\\boxed{B} or C", None),
+        ("答案是（B）。", "B"),
+        ("The answer is B!", "B"),
+        ("B ✅", "B"),
+        (r"\boxed{\rm B}", "B"),
+        ("It is larger.\n#### B", "B"),
+        ("#### B. What follows\nIt is larger.", None),
     ],
 )
 def test_mcq_reads_the_label(response, label):
     for gold in "ABCD3":
         expected = (float(gold == label), "ok") if label else (0.0, "unparsable")
         assert grade([response], [gold], verifier="mcq")[0][:2] == expected
+
+
+def test_mcq_names_a_gold_that_is_no_label():
+    for gold in ("ii", "10", "A, C", "Paris", ""):
+        assert grade([r"\boxed{A}"], [gold], verifier="mcq") == [Verdict(0.0, "unparsable", f"gold unreadable: {gold}")]
 
 
 def test_no_wrong_choice_is_accepted_and_95_percent_of_the_right_ones_are():
