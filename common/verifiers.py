@@ -162,7 +162,7 @@ LABEL = re.compile(
     r"([(（]?)([a-z]|\d)(?![a-z0-9_^]|['’][a-z])([)）\"]?)(.*)"
 )
 SECOND_LABEL = re.compile(
-    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*(?:and |or )?(?:also )?"
+    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*\(?(?:and |or )?(?:also )?"
     r"[(\"]?([A-Z]|\d)[)\"]?\s*(?:$|[).:,;]|and\b|or\b)"
 )
 
@@ -178,7 +178,7 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
     if not (found := LABEL.match(re.split("<[|/]", text)[0].strip())):
         return None
     opened, label, closed, rest = found.groups()
-    if re.match(rf"(?i)[\s.]*{WRONG}", rest):
+    if re.match(rf"(?i)[\s.]*(?:{WRONG}|\((?:not|wrong|incorrect|false)\b)", rest):
         return ""
     if (second := SECOND_LABEL.match(rest)) and second[1].isdigit() == label.isdigit():
         return ""
@@ -217,7 +217,7 @@ CHINESE = (
     "(?:答案】?|正确选项)(?:是|为|选)?[:：]?|(?:故|因此|所以|本题|(?<!不)应)选[:：]?|"
     "(?:答え|正解)(?:は|[:：])|정?답(?:은|[:：])"
 )
-LISTED = r"\W{0,4}\b(?:(?-i:[A-HJ-Z])|\d)\b\W{0,4}[:：]"  # Option A: cats
+LISTED = r"[^\w:：\n]{0,4}\b(?:(?-i:[A-HJ-Z])|\d)\b\W{0,4}[:：]"  # Option A: cats
 CHOICE = re.compile(
     rf"(?i)(?:(?:\b|_)(?:{ANSWER}|option|choice|letter)\b(?!{LISTED})[^.\n:：]{{0,40}}?(?:{IS}| [-–—] )|"
     rf"<(?:final_)?answer>|####(?=[ *(]*[A-Z][ *).]*(?:\n|$))|"
@@ -316,9 +316,12 @@ def claimed(text: str, start: int) -> bool:
 
 
 def retracted(text: str, end: int, label: str | None = None) -> bool:
-    """Return whether what ended there is then doubted or retracted. A check that confirms it does neither, nor does a
-    line that calls an option other than `label` wrong."""
+    """Return whether what ended there is then doubted or retracted, or the `label` called wrong. A check that confirms
+    it does neither, nor does a line that calls another option wrong."""
     if label:
+        named = re.compile(rf"(?<![\w'’]){label}\b[\s*):]{{0,3}}(?i:{WRONG})").finditer(text, end)
+        if any(claimed(text, found.start()) for found in named):
+            return True
         text = OTHER_IS_WRONG.sub(lambda line: line[0] if re.search(rf"\b{label}\b", line[0]) else "", text[end:])
         end = 0
     if (check := CHECK.match(text, end)) and not OBJECTION.search(check[0]):

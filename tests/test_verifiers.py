@@ -229,6 +229,12 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
         ("The answer is B (planetary years become longer).", "B"),
         (r"\boxed{\text{B (longer years)}}", "B"),
         ("The answer is B (C).", None),
+        ("The answer is B (or C).", None),
+        ("The answer is B (incorrect).", None),
+        ("The answer is A.\n- B: wrong\n- A: wrong", None),
+        ("I choose A.\n\nOption A is wrong, so B.", None),
+        ("The answer is B. One might think that B is not correct.", "B"),
+        ("The correct option: B: cats", "B"),
         ("The correct answer is **B) years**.\n\nWhy the others are wrong:\n- **A) days**: This is incorrect.\n"
          "- **C) weeks**: That is not right.", "B"),
         ("The answer is B.\n\nA is tempting, but A is wrong.", "B"),
