@@ -362,15 +362,15 @@ class Run:
             self.metrics.draw(every=60)
 
     def finish(self, sampler) -> None:
-        """Write the trained models to OUT/model and OUT/NAME, draw curves.png, end the sampler."""
+        """Draw curves.png, write the trained models to OUT/model and OUT/NAME, end the sampler."""
         self.checkpoints.wait()
+        self.metrics.close()
         models = {name: model for name, (model, _) in self.pairs.items() if model is not self.policy}
         models["model"] = self.policy  # last: OUT/model marks the run as complete
         for name, model in models.items():
             export(model, self.tokenizer, self.out / name, self.world)
         sampler.close()
         self.clock.close()
-        self.metrics.close()
         if self.world.main:
             print(f"{self.out}: {', '.join(models)}, metrics.jsonl, samples.jsonl, curves.png")
             if self.skipped:

@@ -10,7 +10,7 @@ import re
 import pytest
 
 import luffy
-from common import logprobs, trainer
+from common import logprobs, run, trainer
 from common.data import InputError
 from common.metrics import read_metrics
 from common.trainer import parse_args
@@ -48,6 +48,16 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
     assert {"step", "who", "reward", "detail", "truncated", "advantage", "gold", "prompt", "response"} == sample.keys()
     assert (sample["reward"] is None) == (method == "sft")  # nobody has graded it
+
+
+def test_the_curves_are_drawn_before_the_model_marks_the_run_as_complete(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "export", killed)
+    with pytest.raises(KeyboardInterrupt):
+        luffy.main(settings("--out", str(tmp_path / "run"), "--method", "sft", "--eval_every", "0"))
+    assert (tmp_path / "run" / "curves.png").exists() and not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.parametrize("asked, traced", [(1, 1), (9, 2)])
