@@ -213,9 +213,9 @@ def read_questions(sources: Iterable[str], *, limit: int = 0) -> list[Question]:
     for name, source, where, index, item in read:
         # "average" is a key of results.json
         benchmark = f"{name} ({source})" if len(sources_of[name]) > 1 or name == "average" else name
-        key = digest([name, item.text or item.prompt, item.gold])
-        if key in questions and questions[key].benchmark != benchmark:  # another file has the same question
-            key = digest([benchmark, item.text or item.prompt, item.gold])
+        asked = [name, item.text or item.prompt, item.gold]
+        while (key := digest(asked)) in questions and questions[key].benchmark != benchmark:
+            asked.append("again")  # another file has the same question; no path, which may change
         if key in questions:
             questions[key].rows += 1
         elif not limit or seen[benchmark] < limit:
@@ -470,6 +470,7 @@ def check(args: Args) -> None:
     searches = args.search != "none"
     for wrong, message in (
         (not args.regrade and not (args.model and args.data), "--model and --data are needed (or --regrade)"),
+        (args.regrade and args.dry_run, "--dry_run prints prompts, and --regrade makes none"),
         (searches and not args.value, f"--search {args.search} needs --value, a value model that oreo.py wrote"),
         (args.value and not searches, f"--value {args.value} is for --search beam, best_of_n or best_of_k"),
         (searches and args.temperature == 0,
@@ -510,8 +511,6 @@ def show_prompts(questions: list[Question]) -> None:
 def load_answers(args: Args) -> tuple[Args, dict[str, dict]]:
     """--regrade: return the settings of the finished evaluation in --out, with the new graders, and its records."""
     settings, records = load_run(args.out)
-    if len(records) < (n := settings.get("questions", 0)):
-        raise InputError(f"--out {args.out}: {len(records)} of {n} questions are answered; resume it before --regrade")
     names = {f.name for f in dataclasses.fields(Args)} - FREE
     return dataclasses.replace(args, **{k: v for k, v in settings.items() if k in names}), records
 
@@ -539,6 +538,8 @@ def main(args: Args) -> None:
             records[q.id] |= {"benchmark": q.benchmark, "rows": q.rows, "row": q.where}
 
     # 2. reward
+    if base:
+        grade_records(base, args.verifier[:1], world)  # in memory: by the same version of the rule
     grade_records(records, args.verifier, world, again=args.regrade)
 
     # 3. numbers

@@ -23,8 +23,8 @@ from common.verifiers import grade
 
 
 def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, dict]]:
-    """Return the settings and the records of a finished evaluation. Raises InputError if the folder holds none, or no
-    verdicts of `verifier`."""
+    """Return the settings and the records of a finished evaluation. Raises InputError if the folder holds none, if
+    answers are missing, or if they have no verdicts of `verifier`."""
     path = Path(folder)
     if not (path / "args.json").is_file() or not (path / "samples.jsonl").is_file():
         raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
@@ -33,6 +33,8 @@ def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, 
         raise InputError(f"{folder}: a training run, not an evaluation: run eval.py on its model first "
                          "(benchmarks/compare.py compares what runs logged)")  # fmt: skip
     records = read_records(path / "samples.jsonl")
+    if len(records) < (n := settings.get("questions", 0)):
+        raise InputError(f"{folder}: {len(records)} of {n} questions are answered; resume it first")
     answers = [answer for record in records.values() for answer in record["answers"]]
     if verifier is not None and any(verifier not in answer.get("verdicts", {}) for answer in answers):
         raise InputError(f"{folder}: answers without a verdict of {verifier}: run its evaluation again with --verifier "
@@ -179,6 +181,8 @@ def results_tables(results: dict, records: list[dict], args) -> str:
     rows = [[key, *(column.get(key, "") for column in columns.values())] for key in keys]
     text = (f"# {args.model}\n\nTemplate {args.template}, {drawn}, at most {args.max_tokens} tokens, graded by {first} "
             f"({versions_of(records, first)}). Fractions in percent.\n\n{table([['', *columns], *rows])}")  # fmt: skip
+    if args.buckets:
+        text += f"\nDifficulty by the answers in {args.buckets}.\n"
     if bad := unreadable_golds(records, args.verifier):
         text += (f"\nA grader cannot read the gold answers of {len(bad)} questions, whose answers count as wrong: "
                  f"{'; '.join(bad[:20])}{', ...' if len(bad) > 20 else ''}\n")  # fmt: skip

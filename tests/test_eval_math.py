@@ -268,11 +268,22 @@ def test_every_run_is_measured_against_the_first():
 
 
 def test_a_setting_in_which_any_run_differs_is_shown():
-    for model, shown in (("m", "weights_digest"), ("", "model")):  # one path with other weights, or other paths
+    for model, shown in (("m", "weights of --model"), ("", "model")):  # one path with other weights, or other paths
         runs = [Evaluation(name, {"n": n, "model": model or name, "weights_digest": name, "seed": 0}, {})
                 for name, n in (("a", 8), ("b", 4), ("c", 8))]  # fmt: skip
         rows = {row[0]: row[1:] for row in different_settings(runs, "math")}
         assert rows == {"": ["a", "b", "c"], "n": [8, 4, 8], shown: ["a", "b", "c"]}
+
+
+def test_other_weights_under_one_name_and_other_prompts_are_shown_whatever_else_differs():
+    search = {"search": "beam", "value": "v"}
+    runs = [Evaluation(name, {"model": "m", "data": name, "weights_digest": weights, "questions_digest": name} | more,
+                       {"q": {"answers": [], "prompt": prompt}})
+            for name, weights, more, prompt in (("a", "1 ", {"search": "none", "value": ""}, "p"),
+                                                ("b", "2 9", search, "other"))]  # fmt: skip
+    rows = {row[0]: row[1:] for row in different_settings(runs, "math")}
+    assert rows.keys() == {"", "prompts", "model", "data", "search", "value", "weights of --model"} - {"model"}
+    assert rows["weights of --model"] == ["1", "2"]
 
 
 def test_other_versions_of_a_grader_and_other_numbers_of_answers_are_shown():
@@ -312,6 +323,16 @@ def test_repeated_rows_are_one_question_as_in_the_published_layout(tmp_path):
 def test_the_same_words_with_another_gold_are_another_question(tmp_path):
     rows = [luffy_row("x", "1"), luffy_row("x", "2"), luffy_row("x", "1", "other")]
     assert len(read_questions([write_rows(tmp_path / "rows.jsonl", rows)])) == 3
+
+
+def test_a_question_of_two_files_of_one_name_has_ids_that_no_path_or_order_changes(tmp_path):
+    ids = []
+    for folder, order in (("a", ("few", "all")), ("b", ("all", "few"))):
+        (tmp_path / folder).mkdir()
+        files = {name: write_rows(tmp_path / folder / name, [luffy_row(f"{i}", "1") for i in range(n)])
+                 for name, n in (("few.jsonl", 2), ("all.jsonl", 5))}  # fmt: skip
+        ids.append({q.id for q in read_questions([files[f"{name}.jsonl"] for name in order])})
+    assert len(ids[0]) == 7 and ids[0] == ids[1]
 
 
 def test_limit_takes_the_first_questions_of_each_benchmark_with_all_their_rows(tmp_path):

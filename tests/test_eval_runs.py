@@ -379,6 +379,27 @@ def test_difficulty_is_that_of_another_run(finished, data, tmp_path):
     buckets = results["short"]["by_difficulty"]
     assert sum(b["questions"] for b in buckets.values()) == results["short"]["questions"] == 3
     assert results["short"]["answers"] == 3 and "| by_difficulty" in (tmp_path / "results.md").read_text()
+    assert f"Difficulty by the answers in {finished}." in (tmp_path / "results.md").read_text()
+    old = shutil.copytree(finished, tmp_path / "old")  # graded by another version of the rule, which refused everything
+    records = read_records(old / "samples.jsonl")
+    for record in records.values():
+        record["graded_by"] = {"boxed": "code OLD"}
+        for answer in record["answers"]:
+            answer["verdicts"] = {"boxed": [0.0, "ok"]}
+    write_records(old / "samples.jsonl", [*records.values()])
+    evaluation.main(args(data, tmp_path, n=1, temperature=0, limit=3, buckets=str(old)))
+    assert json.loads((tmp_path / "results.json").read_text())["short"]["by_difficulty"] == buckets
+
+
+def test_an_evaluation_that_lacks_answers_is_no_base_and_is_not_compared(finished, data, tmp_path):
+    cut = shutil.copytree(finished, tmp_path / "cut")
+    lines = (cut / "samples.jsonl").read_text().splitlines()
+    (cut / "samples.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    message = f"cut: 3 of {len(lines)} questions are answered; resume it first"
+    with pytest.raises(InputError, match=message):
+        evaluation.main(args(data, tmp_path / "out", buckets=str(cut)))
+    with pytest.raises(InputError, match=message):
+        compare.main(compare.Args((str(finished), str(cut)), out=str(tmp_path / "out"), verifier="boxed"))
 
 
 def test_comparing_uses_the_questions_that_all_runs_have(finished, data, tmp_path, capsys):
@@ -411,6 +432,7 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
         (dict(top_p=2), "--top_p must be between 0 and 1"),
         (dict(temperature=-1), "--temperature must be 0 or more"),
         (dict(max_tokens=5000), "--max_tokens .* or less fits"), (dict(stop_tokens=("<|im_end|>",)), "--stop_tokens"),
+        (dict(regrade=True, dry_run=True), "--dry_run prints prompts"),
         (dict(buckets="nowhere"), "nowhere: no evaluation there"),
         (dict(buckets="training"), "training: a training run, not an evaluation"),
         (dict(template="no-such"), "--template no-such"),

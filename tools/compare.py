@@ -33,7 +33,7 @@ from common.report import average, load_run, plot_bars, rewards_of, table, versi
 from common.run import Positive, check_ranges, write_whole
 from common.trainer import launch, parse_args
 from common.verifiers import after_think
-from eval import FREE, mean_and_errors
+from eval import FREE, digest, mean_and_errors
 
 
 @dataclass
@@ -131,14 +131,14 @@ def different_settings(runs: list[Evaluation], verifier: str) -> list[list]:
     """Return a table of what differs between the runs besides their answers."""
     found = {
         "answers": [sum(len(r["answers"]) for r in run.records.values()) for run in runs],
+        "prompts": [digest([run.records[k].get("prompt") for k in runs[0].records]) for run in runs],
         "graded by": [versions_of(run.records.values(), verifier) for run in runs],
     }
-    found |= {k: [run.settings.get(k) for run in runs] for k in runs[0].settings if k not in FREE}
-    differing = {name: values for name, values in found.items() if any(value != values[0] for value in values)}
-    for digest, flags in (("weights_digest", {"model", "value"}), ("questions_digest", {"data"})):
-        if flags & differing.keys():
-            differing.pop(digest, None)  # the flags show it
-    return [["", *(run.name for run in runs)], *([name, *values] for name, values in differing.items())]
+    found |= {k: [run.settings.get(k) for run in runs] for k in runs[0].settings if k not in FREE and "digest" not in k}
+    for flag, i in (("model", 0), ("value", 2)):
+        if len({run.settings.get(flag) for run in runs}) == 1:  # else the flag shows it
+            found[f"weights of --{flag}"] = [str(run.settings.get("weights_digest")).partition(" ")[i] for run in runs]
+    return [["", *(run.name for run in runs)], *([name, *v] for name, v in found.items() if any(x != v[0] for x in v))]
 
 
 # Models wrote the texts on the page, so it receives them as data and shows them as plain text. Formulas become MathML.
@@ -235,7 +235,7 @@ def page_answers(record: dict, verifier: str) -> dict:
 def verdict_text(reward: float, status: str, *details: str) -> str:
     """Return a verdict as text: right, wrong or the verifier's status, then its details in brackets."""
     verdict = "right" if reward > 0 else "wrong" if status == "ok" else status
-    return verdict + "".join(f" ({detail})" for detail in details)
+    return " ".join([verdict, *(f"({detail})" for detail in details)])
 
 
 def main(args: Args) -> None:
