@@ -54,7 +54,7 @@ RESULTS = {  # page, heading of the section -> the files that its tables are fro
     ("luffy", "Results"): ["demo-seed0.json", "demo-seed1.json", "demo-seed2.json"],
     ("redi", "Results"): ["redi-tiny.json"],
     ("redi", "Memory and time"): ["redi-gsm8k-sft.jsonl", "redi-gsm8k-redi.jsonl"],
-    ("oreo", "Results"): ["oreo-tiny.md", "agents-textworld.md", "agents-textworld-1pass.md"],
+    ("oreo", "Results"): ["oreo-tiny.json", "agents-textworld.md", "agents-textworld-1pass.md"],
     ("behavior_injection", "Results"): ["bridge-tiny.json"],
     ("logprobs", "Measured"): ["logprobs-cpu.json"],
     ("logprobs", "Measured on an H100"): ["device-nvidia-h100-80gb-hbm3.json"],
@@ -124,6 +124,7 @@ def test_numbers_in_sentences_are_those_of_the_results(page, words):
 
 # a line of these tables shows several rows of the results: only what is between these is of one row
 SPREAD = {("luffy", "Results"): ", |[|(]", ("redi", "Results"): "[|]", ("redi", "Memory and time"): "[|]",
+          ("oreo", "Results"): "[|]", ("behavior_injection", "Results"): "[|]",
           ("logprobs", "Measured"): "[|]", ("logprobs", "Measured on an H100"): "[|]"}  # fmt: skip
 
 
