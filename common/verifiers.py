@@ -316,12 +316,9 @@ def claimed(text: str, start: int) -> bool:
 
 
 def retracted(text: str, end: int, label: str | None = None) -> bool:
-    """Return whether what ended there is then doubted or retracted, or the `label` called wrong. A check that confirms
-    it does neither, nor does a line that calls another option wrong."""
+    """Return whether what ended there is then doubted or retracted. A check that confirms it does neither, nor does a
+    line that calls an option other than `label` wrong."""
     if label:
-        named = re.compile(rf"(?<![\w'’]){label}\b[\s*):]{{0,3}}(?i:{WRONG})").finditer(text, end)
-        if any(claimed(text, found.start()) for found in named):
-            return True
         text = OTHER_IS_WRONG.sub(lambda line: line[0] if re.search(rf"\b{label}\b", line[0]) else "", text[end:])
         end = 0
     if (check := CHECK.match(text, end)) and not OBJECTION.search(check[0]):

@@ -231,14 +231,14 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
         ("The answer is B (C).", None),
         ("The answer is B (or C).", None),
         ("The answer is B (incorrect).", None),
-        ("The answer is A.\n- B: wrong\n- A: wrong", None),
-        ("I choose A.\n\nOption A is wrong, so B.", None),
+        ("The answer is A.\n\nStatement A is wrong, all others are true.", "A"),  # to "Which statement is wrong?"
         ("The answer is B. One might think that B is not correct.", "B"),
         ("The correct option: B: cats", "B"),
         ("The correct answer is **B) years**.\n\nWhy the others are wrong:\n- **A) days**: This is incorrect.\n"
          "- **C) weeks**: That is not right.", "B"),
         ("The answer is B.\n\nA is tempting, but A is wrong.", "B"),
         ("The answer is **B**.\n\n- **B**: This is incorrect.", None),
+        ("The answer is **B**.\n\n- **A**: This is correct.\n- **B** is incorrect, as dogs cannot fly.", "B"),
         ("The answer is B.\n\nA: I said this is wrong, but wait, that is wrong.", None),
         ("\\boxed{B}\n\n- A: too small\n- C: too large", "B"),
         ("\\boxed{B}\n\n(A) is too small", "B"),
