@@ -259,7 +259,7 @@ def chosen_label(text: str, *, digits: bool = False) -> str | None:
         if readable:
             return "" if later and label not in later else label
         if not later and not re.match("(?i)option|choice", text[start:end]):
-            later = re.findall(r"(?<![\w'’])[B-HJ-Z](?![\w'’])", said.partition(". ")[0])
+            later = re.findall(r"(?<![\w'’])[B-HJ](?![\w'’])", said.partition(". ")[0])
     return line_label(text)
 
 
