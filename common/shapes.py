@@ -313,9 +313,10 @@ def _asked(row: dict) -> Item:
         parts = [*PASSAGES, name, *(["input"] if name == "instruction" else [])]
         text = "\n\n".join(_text(row[part], f"'{part}'") for part in parts if not _blank(row.get(part)))
         row = _gpqa(row) if "correct answer" in row else row
-        if options := _options(row):  # as LUFFY's files write them, one a line
+        options, numbers = _options(row)
+        if options:  # as LUFFY's files write them, one a line
             text = "\n".join([f"{text}\n", *(f"{label}) {option}" for label, option in options.items())])
-            gold = _right_option(row, options)
+            gold = _right_option(row, options, numbers)
         asks = text if name == "instruction" and not options else f"{text}\n\n{IN_A_BOX}"
         return Item(before + _turns(asks, name), text, gold)
     if row.get("prompt") is None:
@@ -484,9 +485,9 @@ def _gpqa(row: dict) -> dict:
     return row | {"options": options, "answerkey": LETTERS[options.index(right)]}
 
 
-def _options(row: dict) -> dict[str, str]:
-    """{label: option}, {} if there are none: of a list, {label: option}, [{label, text}], {label: [...], text: [...]},
-    or columns A, B, ..."""
+def _options(row: dict) -> tuple[dict[str, str], bool]:
+    """({label: option}, are they numbers?), ({}, False) if there are none: of a list, {label: option}, [{label, text}],
+    {label: [...], text: [...]}, or columns A, B, ..."""
     given = next((row[name] for name in ("options", "choices") if not _blank(row.get(name))), {})
     if not given:
         gold = next((row[name] for name in RIGHT_OPTION if not _blank(row.get(name))), "")
@@ -506,6 +507,7 @@ def _options(row: dict) -> dict[str, str]:
         given = dict(zip(LETTERS, given, strict=False))
     elif not isinstance(given, dict):
         raise TypeError("'options' is neither a list nor {label: option}")
+    numbers = [type(option) in (int, float) for option in given.values() if not _blank(option)]
     options = {str(label): str(o) if type(o) in (int, float) else o for label, o in given.items()}
     while options and _blank([*options.values()][-1]):  # a question with fewer options than others of the file
         options.popitem()
@@ -514,15 +516,13 @@ def _options(row: dict) -> dict[str, str]:
     mark = r"(?:\)|(?<!\d)[.:]|[.:](?!\d))"  # not the point of 1.5 or the colon of 1:30 behind a label 1
     if all(re.match(rf"\(?{re.escape(label)}{mark}", option) for label, option in options.items()):
         options = {label: re.sub(r"^\(?\w+[).:]", "", option) for label, option in options.items()}  # "A) 3"
-    return {label: option.strip() for label, option in options.items()}
+    return {label: option.strip() for label, option in options.items()}, bool(numbers) and all(numbers)
 
 
-def _right_option(row: dict, options: dict) -> str:
+def _right_option(row: dict, options: dict, numbers: bool) -> str:
     """The label of the right option, "" if no column names it. In a row with a response, 'label' and 'correct' grade
     the response. In other rows such a column is removed if it names the option (a 'label' also if another column names
     the same option)."""
-    choices = row.get("options") or row.get("choices") or {}
-    numbers = bool(choices) and all(type(option) in (int, float) for option in choices)
     marks = () if all(_blank(row.get(name)) for name in RESPONSES) else MARKS
     given = {name: row[name] for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks}
     for name, answer in given.items():
@@ -537,7 +537,7 @@ def _right_option(row: dict, options: dict) -> str:
     return ""
 
 
-def _label_of(answer, options: dict, numbers: bool = False) -> str:
+def _label_of(answer, options: dict, numbers: bool) -> str:
     """The label of the option that an answer names, "" if none: by its label, its index from 0 on, or its text. A text
     such as "1" is an index only if it is neither a label nor an option; so is a number if the options are `numbers`."""
     answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer

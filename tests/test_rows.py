@@ -1027,7 +1027,8 @@ def test_a_cell_of_blank_text_is_as_good_as_none(row, column):
 @pytest.mark.parametrize(
     ("options", "answer", "label"),
     [([1, 2, 3, 4], 3, "C"), ([2, 3, 5, 7], 2, "A"), ([10, 20, 30], 2, "C"), (["1", "2", "3", "4"], 3, "D"),
-     ([1, 2, 3, 4], "3", "C"), ([1.5, 2.5], 1, "B"), ([3, "none"], 1, "B")],
+     ([1, 2, 3, 4], "3", "C"), ({"A": 1, "B": 2, "C": 3}, 2, "B"), ({"label": ["A", "B"], "text": [1, 0]}, 1, "A"),
+     ([{"label": "A", "text": 1}, {"label": "B", "text": 0}], 1, "A"), ([1.5, 2.5], 1, "B"), ([3, "none"], 1, "B")],
 )  # fmt: skip
 def test_a_number_names_an_option_of_numbers_and_is_the_index_of_one_of_texts(options, answer, label):
     assert read_row({"question": "q", "options": options, "answer": answer}, "").gold == label
