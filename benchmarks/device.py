@@ -2,6 +2,7 @@
 
     python benchmarks/device.py all                       # everything: about 15 minutes on one GPU
     python benchmarks/device.py ceilings head --seconds 60
+    python benchmarks/device.py attention step --flash_attention 3
 
 ceilings   rates of the card: copies, and matrix products at the shapes that occur
 attention  packed attention forward and backward on the lengths of a LUFFY batch
@@ -36,7 +37,7 @@ import torch  # noqa: E402
 import luffy  # noqa: E402
 from benchmarks import logprobs, scale  # noqa: E402
 from common import vllm  # noqa: E402
-from common.data import Pattern, pack, packed_attention  # noqa: E402
+from common.data import Pattern, pack, packed_attention, use_flash_attention_3  # noqa: E402
 from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
 from common.trainer import init_world, load_policy, make_optimizer, optimizer_step  # noqa: E402
 
@@ -314,18 +315,22 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
     parser.add_argument("--seconds", type=float, default=180, help="of each part: it begins nothing new after that")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--flash_attention", type=int, choices=[2, 3], default=2, help="as the flag of luffy.py")
     options = parser.parse_args()
+    if options.flash_attention == 3:
+        use_flash_attention_3()
     card = torch.cuda.get_device_name() if CUDA else "CPU, toy sizes"
     path = options.out / f"device-{card.lower().replace(' ', '-').replace(',', '')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     for part in PARTS if "all" in options.parts else options.parts:
         start, rows = time.perf_counter(), []
-        print(f"{part}  ({card}, torch {torch.__version__})", flush=True)
+        name = part if options.flash_attention == 2 else f"{part}, FlashAttention 3"
+        print(f"{name}  ({card}, torch {torch.__version__})", flush=True)
         for row in PARTS[part]():
             rows.append(row)
             print(f"  {shown(row)}", flush=True)
-            results[part] = {"machine": card, "torch": torch.__version__, "rows": rows}
+            results[name] = {"machine": card, "torch": torch.__version__, "rows": rows}
             path.write_text(json.dumps(results, indent=1) + "\n")
             if time.perf_counter() - start > options.seconds:
                 print(f"  stopped after {options.seconds:.0f} s (--seconds)")

@@ -73,10 +73,11 @@ class Checkpoints:
     pairs: {"policy": (model, optimizer), "value": ...}, what is trained; a model that comes twice is saved once.
     On CUDA a checkpoint is copied to the host's memory and written during training; wait() returns when it is there."""
 
-    # settings that may change between two starts of one run; those of the last line change how sums are rounded
+    # settings that may change between two starts of one run; those of the last lines change how sums are rounded
     FREE = {"code", "out", "steps", "epochs", "save_every", "eval_every", "log_samples", "keep", "keep_best", "wandb",
             "tensorboard", "timeout_minutes", "skip_bad_updates", "profile", "max_mismatch", "rollout_gpu_memory",
-            "rollout", "sampler_tokens", "micro_batch_tokens", "gradient_checkpointing", "compile"}  # fmt: skip
+            "rollout", "sampler_tokens", "micro_batch_tokens", "gradient_checkpointing", "compile",
+            "flash_attention"}  # fmt: skip
 
     def __init__(self, folder: Path, args, *, keep: int = 2, background: bool | None = None):
         """background: write while training goes on; None: on CUDA."""

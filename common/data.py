@@ -354,6 +354,16 @@ def _ragged_attention(q, k, v, pattern: Pattern, scaling):
     return varlen_attn(q, k, v, bounds, bounds, width, width, scale=scaling, window_size=(before, 0), **gqa)
 
 
+def use_flash_attention_3() -> None:
+    """Compute packed attention with FlashAttention 3's kernels from now on. Raises InputError if they cannot run."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        raise InputError("--flash_attention 3 needs a Hopper GPU (H100, H200)")
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(f"--flash_attention 3 needs the package flash-attn-3 (docs/gpu.md): {error}") from error
+
+
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", packed_mask)
 

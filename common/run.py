@@ -35,7 +35,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.checkpoints import Checkpoints, changed_settings, digest_of
-from common.data import InputError, check_verifier, check_works, pack, plan_micro_batches, to_device
+from common.data import (
+    InputError,
+    check_verifier,
+    check_works,
+    pack,
+    plan_micro_batches,
+    to_device,
+    use_flash_attention_3,
+)
 from common.metrics import Clock, Metrics, complete_lines, json_line, peak_memory_gb, read_metrics, write_whole
 from common.rollout import Sampler, Sampling, make_sampler
 from common.rows import Example, data_digest, in_words, report_golds, set_template, special_tokens
@@ -102,6 +110,7 @@ class RunArgs:
     # Layers that recompute their activations in the backward pass. auto: as many as memory demands (on a CPU none)
     gradient_checkpointing: Literal["auto", "all", "none"] = "auto"
     compile: bool = False  # Fuse each layer's small operations with torch.compile.
+    flash_attention: Literal[2, 3] = 2  # Attention's kernels on CUDA. 3 needs a Hopper GPU and a package (docs/gpu.md).
     # Sampler. embedded: in this process. vllm: a vLLM process beside each rank (docs/rollout.md). auto: vllm on CUDA
     rollout: Literal["auto", "embedded", "vllm"] = "auto"
     # Fraction of each GPU's memory for vLLM, which frees it during the update. 0: what training leaves, at most 0.7
@@ -178,6 +187,8 @@ class Run:
         if len({*gather_lists([repr(args)], self.world)}) > 1:
             raise InputError("the ranks have different flags: are they of two jobs that meet at one address, with one "
                              "--rdzv_id (docs/scale.md)?")  # fmt: skip
+        if args.flash_attention == 3:
+            use_flash_attention_3()
         self.clock = Clock()
         self.checkpoints = Checkpoints(self.out / "checkpoint", args, keep=args.keep)
         self.state = self.checkpoints.state() or {}  # what `save` was given when the newest checkpoint was written

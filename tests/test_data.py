@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import sys
 import time
 
 import pytest
@@ -121,8 +122,15 @@ def test_packed_log_probs_and_gradients_are_those_of_separate_sequences(world, l
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("kv_heads,window", [(2, 1000), (4, 1000), (2, 50)])
-def test_cudas_attention_over_rows_of_any_length_is_that_over_blocks(kv_heads, window):
+def test_cudas_attention_over_rows_of_any_length_is_that_over_blocks(kv_heads, window, version, request):
+    if version == 3:
+        try:
+            data.use_flash_attention_3()
+        except data.InputError as error:
+            pytest.skip(str(error))
+        request.addfinalizer(torch.nn.attention.restore_flash_attention_impl)
     sequences = random_sequences(random.Random(0), 9, longest=300)
     packing = pack([*sequences, (sequences[0][0], [5, 6])], "cuda").packing
     pattern = data.Pattern(packing, sliding_window_causal_mask_function(window), window)
@@ -138,6 +146,17 @@ def test_cudas_attention_over_rows_of_any_length_is_that_over_blocks(kv_heads, w
         found.append([out, *torch.autograd.grad(out, qkv, upstream)])
     for ragged, block in zip(*found, strict=True):
         torch.testing.assert_close(ragged, block, rtol=0.05, atol=0.05)
+
+
+def test_flash_attention_3_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(data.InputError, match="needs a Hopper GPU"):
+        data.use_flash_attention_3()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # not installed
+    with pytest.raises(data.InputError, match="needs the package flash-attn-3"):
+        data.use_flash_attention_3()
 
 
 def test_an_empty_batch_predicts_nothing_and_still_has_a_gradient(policy):

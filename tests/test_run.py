@@ -755,6 +755,12 @@ def test_models_are_opened_as_the_flags_say_and_their_code_stays_unrun(world, mo
         assert [opened[-1][name] for name in names] == [getattr(args, name) for name in names]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a Hopper GPU")
+def test_flash_attention_3_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(InputError, match="--flash_attention 3 needs a Hopper GPU"):
+        Run(RunArgs(out=str(tmp_path), flash_attention=3))
+
+
 def test_random_weights_are_those_of_the_seed_of_the_run(world):
     a, b = (run.open_policy("models/scratch", RunArgs(seed=seed), world) for seed in (1, 2))
     assert not torch.equal(next(a.parameters()), next(b.parameters()))
