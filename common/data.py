@@ -114,6 +114,8 @@ class Packing:
     cells: torch.Tensor  # [C] index into T of the token in each cell (padding: any)
     home: torch.Tensor  # [T] the first cell of each token: its attention output is the token's
     copies: torch.Tensor  # [D] the other cells of tokens that are in several rows
+    shared: torch.Tensor  # [S] these tokens, in order
+    copied: torch.Tensor  # [D] which of the S tokens is in each of `copies`
     dense: bool  # cells is 0 .. T-1: attention needs no reordering
 
     @property
@@ -184,6 +186,7 @@ def pack(sequences: list[tuple[list[int], list[int]]], device: torch.device | st
     cells = cells.clamp(min=0)
     home = torch.full((len(tokens),), len(cells)).scatter_reduce(0, cells[filled], filled, "amin")  # a token's first
     copies = filled[home[cells[filled]] != filled]
+    shared, copied = cells[copies].unique(return_inverse=True)
     dense = torch.equal(cells, torch.arange(len(tokens)))
     widths = torch.tensor([0, *(width for count, width in shapes for _ in range(count))])
 
@@ -193,7 +196,7 @@ def pack(sequences: list[tuple[list[int], list[int]]], device: torch.device | st
     sizes = torch.tensor([len(response) for _, response in sequences], dtype=torch.long)
     return TokenBatch(
         tensor(tokens)[None], tensor(torch.cat(positions))[None],
-        Packing(shapes, tensor(widths.cumsum(0)).int(), tensor(cells), tensor(home), tensor(copies), dense),
+        Packing(shapes, tensor(widths.cumsum(0)).int(), *map(tensor, (cells, home, copies, shared, copied)), dense),
         tensor(torch.cat(predictors)), tensor(targets), tensor(torch.arange(len(sizes)).repeat_interleave(sizes)),
         max(max(tokens), max(targets, default=0)),
     )  # fmt: skip
@@ -209,10 +212,11 @@ class _ToGrid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        home, copies = ctx.packing.home, ctx.packing.copies
-        out = grad.index_select(0, home)
-        if len(copies):  # in float32: a prompt's gradient is a sum over its answers
-            out = out.float().index_add_(0, ctx.packing.cells[copies], grad[copies].float()).to(grad.dtype)
+        packing = ctx.packing
+        out = grad.index_select(0, packing.home)
+        if len(packing.copies):  # in float32: a prompt's gradient is a sum over its answers
+            sums = out[packing.shared].float().index_add_(0, packing.copied, grad[packing.copies].float())
+            out.index_copy_(0, packing.shared, sums.to(out.dtype))
         return out, None
 
 
