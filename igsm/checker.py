@@ -70,6 +70,8 @@ def check_solution(question, solution, categories=None, *, modulus=None):
             state.wrong("unreadable", error)
     if parsed.asked not in state.solved:
         check.errors.append(f"question not solved: no step computes {parsed.asked!r}")
+    elif parsed.style == "meta" and (last := steps[-1][1].name) != parsed.asked:
+        check.errors.append(f"wrong answer: the last step is of {last!r}, not of {parsed.asked!r}")
     for number in stated:
         if number != answer:
             check.errors.append(f"wrong answer: {number}, not {answer}")
@@ -160,6 +162,11 @@ class _State:
             meaning[letter], values[letter] = self._read_chain(chain, meaning, values)
             self.param_of[letter] = f"a part of {step.name}"  # so it is taken, and no later formula may use it
         tree, value = self._read_chain(step.chain, meaning, values)
+        unused = {letter for letter, _ in step.helpers}
+        for members in [*(chain for _, chain in step.helpers), step.chain]:
+            unused -= set(re.findall(VARIABLE, members[0]))
+        if unused:  # it may have taken in a parameter that the formula does not have
+            self.wrong("wrong formula", f"{', '.join(sorted(unused))} of {step.name!r} not used")
         self.check.subgoals += len(step.chain) > 3
         if canonical(tree) != canonical(formula):
             self.wrong("wrong formula", f"{step.chain[0]!r} for {step.name!r}")
@@ -305,9 +312,9 @@ def _read_line(line):
     step = _Step(seen["name"], seen["letter"], analysis=analysis, remembered=remembered)
     if "chain" in ending:
         step.chain = ending["chain"].split(" = ")
-        if "number" in seen and step.chain != [seen["number"]]:
-            raise ValueError(f"{line!r} gives {seen['number']} and then {step.chain}")
-    else:
+    if "number" in seen and step.chain != [seen["number"]]:
+        raise ValueError(f"{line!r} gives {seen['number']} and then {step.chain or 'no value'}")
+    if "names" in ending:
         step.unknown = [name.removeprefix("each ") for name in re.split(r", (?=each )", ending["names"])]
     return step
 

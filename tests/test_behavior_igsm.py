@@ -309,6 +309,7 @@ LEAVES = [
 ]
 BACK = "Define the number of each {} as BACK."
 BEGIN = "Next, let c represent the number of each Sloop's Oak Crate."
+GIVEN = "The number of each Sloop's Oak Crate is 6. Let it be c."
 AGAIN = "Now, we can find the number of each Sloop's Oak Crate. Remember that it has been denoted as c."
 SOLVE = "Then c = 2 * (a + b) = 2 * (2 + 1) = 6."
 WAIT = "Wait, the number of {} unknown, so we cannot compute it."
@@ -324,6 +325,7 @@ BOTH, ONE = "each Oak Crate's Apple, each Ketch's Oak Crate are", "each Ketch's 
         ([f"{BEGIN} {WAIT.format(ONE)}", *LEAVES, f"{AGAIN} {SOLVE}"], "bad reflection"),
         ([*LEAVES, f"{BEGIN} {WAIT.format(ONE)}", f"{AGAIN} {SOLVE}"], "bad reflection"),
         ([f"{BEGIN} {WAIT.format(BOTH)}", *LEAVES, f"{BEGIN} {SOLVE}"], "has its letter c already"),
+        ([f"{GIVEN} {WAIT.format(BOTH)}", *LEAVES, f"{AGAIN} {SOLVE}"], "gives 6 and then no value"),
         ([*LEAVES, f"{AGAIN} {SOLVE}"], "c was not given to"),
         ([*LEAVES, f"{BEGIN} {SOLVE}", f"{AGAIN} {WAIT.format(ONE)}"], "called unknown but was computed"),
         ([LEAVES[0], BACK.format("Sloop's Oak Crate"), LEAVES[1], f"{BEGIN} {SOLVE}"], None),

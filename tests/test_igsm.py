@@ -265,6 +265,18 @@ def test_checker_accepts_the_solutions_of_meta_and_rejects_changed_ones():
             assert not check_solution(question, " Define " + rest, categories).correct
 
 
+def test_a_solution_of_meta_ends_with_what_is_asked_and_uses_its_helpers():
+    question = "The number of each A's B equals 5. The number of each A's C equals 5. How many B does A have?"
+    categories = {"As": ["A"], "Bs": ["B", "C"]}
+    b, c = "Define A's B as b; so b = 5.", "Define A's C as c; so c = 5."
+    helper = "Define A's B as b; r = c + 1 = 5 + 1 = 6; so b = 5."
+    cases = [([c, b], None), ([b, c], "wrong answer: the last step is of"), ([c, helper], "r of \"A's B\" not used")]
+    for steps, error in cases:
+        check = check_solution(question, " ".join(steps), categories)
+        assert check.correct == (error is None) and check.answer_correct
+        assert error is None or error in check.errors[0]
+
+
 def test_a_solution_of_meta_that_repeats_itself_is_rejected_at_once():
     record = next(record for record in vectors("igsm_fb_samples") if "; r = " in record["solution"])
     wrong = re.sub("(; r = [^;]*; )", r"\1" + "r = r + r = 13 + 13 = 3; " * 40, record["solution"], count=1)
