@@ -28,8 +28,9 @@ def solve(question, categories=None, *, modulus=None):
     categories: {category: [item, ...]}, in any order; our own vocabulary when None. The symbolic style needs
     none.
     modulus: None for plain integers, or m for arithmetic on 0..m-1 (Meta's problems: 23).
-    Raises ValueError for a modulus under 2, and, naming it, for what cannot be parsed: an unknown name, a sentence of
-    no known form, a parameter without a sentence or with two, parameters that depend on each other in a circle.
+    Raises ValueError for a modulus under 2, and, naming it, for what cannot be parsed: an unknown name, a name
+    that is in two categories or is one itself, a sentence of no known form, a parameter without a sentence or with
+    two, parameters that depend on each other in a circle.
     """
     parsed = Question(question, categories, modulus)
     return parsed.value(parsed.asked)
@@ -54,7 +55,12 @@ class Question:
                 self._read_symbolic(line)
             return
         self._categories = CATEGORIES if categories is None else categories
-        self._category_of = {item: category for category, items in self._categories.items() for item in items}
+        self._category_of, self._shared = {}, set()  # shared: items of two categories, or named as a category
+        for category, items in self._categories.items():
+            for item in items:
+                if self._category_of.setdefault(item, category) != category or item in self._categories:
+                    self._shared.add(item)
+        self._things = self._category_of.keys() | self._categories.keys()
         self._owned = {}  # owner -> things, in the order of the text
         self.style, found = "natural", []
         for sentence in re.split(r"(?<=[.?])\s+(?=The number of |How many )", text.strip()):
@@ -70,9 +76,9 @@ class Question:
         self.asked = f"{owner}'s {thing}"
         if owner not in self._category_of:
             raise ValueError(f"cannot parse {sentence!r}: {owner!r} is not an item of any category")
-        if thing not in self._category_of and thing not in self._categories:
+        if thing not in self._things:
             raise ValueError(f"cannot parse {sentence!r}: {thing!r} is neither an item nor a category")
-        self._split[self.asked] = owner, thing
+        self._parts(self.asked, sentence)
         self._below = {}  # category -> categories of what its items own
         for owner, things in self._owned.items():
             self._below.setdefault(self._category_of[owner], set()).update(map(self._category_of.get, things))
@@ -100,16 +106,15 @@ class Question:
     def _parts(self, param, where=None):
         """("A", "B") of "A's B" in the sentence `where`. A may hold "'s " itself: the vocabulary decides."""
         if param not in self._split:
-            for cut in re.finditer("'s ", param):
-                owner, thing = param[: cut.start()], param[cut.end() :]
-                if owner in self._category_of and (thing in self._category_of or thing in self._categories):
-                    self._split[param] = owner, thing
-                    break
-            else:
+            cuts = ((param[: cut.start()], param[cut.end() :]) for cut in re.finditer("'s ", param))
+            read = [(owner, thing) for owner, thing in cuts if owner in self._category_of and thing in self._things]
+            if len(read) != 1 or self._shared.intersection(read[0]):
+                how = "is not" if not read else "can be read in two ways as"
                 raise ValueError(
-                    f"cannot parse {where or param!r}: 'each {param}' is not \"each ITEM's ITEM\" or "
+                    f"cannot parse {where or param!r}: 'each {param}' {how} \"each ITEM's ITEM\" or "
                     '"each ITEM\'s CATEGORY" in names of the vocabulary'
                 )
+            self._split[param] = read[0]
         return self._split[param]
 
     def parse_description(self, text, where=None):
@@ -156,9 +161,7 @@ class Question:
         for child in self._owned.get(owner, ()):
             term = f"{owner}'s {child}"
             if self._category_of[child] != thing:
-                rest = f"{child}'s {thing}"
-                self._split[rest] = child, thing
-                term = ("*", term, rest)
+                term = ("*", term, f"{child}'s {thing}")
             terms.append(term)
         if not terms and self.style != "meta":  # only there may an owner have nothing
             raise ValueError(f"nothing is said of what each {owner} has")

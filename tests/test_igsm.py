@@ -149,6 +149,23 @@ def test_solver_names_what_cannot_be_parsed(question, complaint):
         solve(question)
 
 
+@pytest.mark.parametrize(
+    "categories",
+    [
+        {"Ship": ["Sloop"], "Crate": ["Oak"], "Fruit": ["Oak", "Pear"]},
+        {"Ship": ["Sloop"], "Crate": ["Oak", "Fruit"], "Fruit": ["Pear"]},
+        {"Ship": ["Sloop", "Sloop's Oak"], "Crate": ["Oak", "Oak's Pear"], "Fruit": ["Pear"]},
+    ],
+)
+def test_solver_refuses_names_that_can_be_read_in_two_ways(categories):
+    question = "The number of each Sloop's Oak equals 3.\nThe number of each Sloop's Oak's Pear equals 4.\n"
+    if "Sloop's Oak" not in categories["Ship"]:
+        question = question.replace("Sloop's Oak's", "Oak's")
+    for order in (categories, dict(reversed(categories.items()))):
+        with pytest.raises(ValueError, match="cannot parse .*can be read in two ways"):
+            solve(question + "How many Fruit does each Sloop have?", order)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 30), st.sampled_from(STYLES))
 def test_solver_raises_nothing_but_value_error(seed, cut, style):
