@@ -18,7 +18,8 @@ def draw(problem, path):
     nodes, asked = problem.nodes, problem.num_necessary - 1
     levels = _levels(nodes)
     layers = list(problem.categories.items())
-    left, right = max(len(items) for _, items in layers), max(map(len, levels))  # widths of both graphs, in boxes
+    # widths of both graphs, in boxes; 2 have room for the title and the legend
+    left, right = max(2, *(len(items) for _, items in layers)), max(2, *map(len, levels))
     svg = str(path).endswith(".svg")
     widths = [1.35 * left, 2.5 * right]
     with rc_context({"svg.hashsalt": "igsm"}):
@@ -67,9 +68,10 @@ def draw(problem, path):
                 between = [b.get_position() for b in boxes if y < b.get_position()[1] < y + span]
                 behind = any(abs(x + (parent_x - x) * (by - y) / span - bx) < 0.5 for bx, by in between)  # a box
                 arrow(dependencies, boxes[p], boxes[v], "#bbbbbb" if v > asked else "#444444", behind * 1.6 / span)
+        ops = f"{problem.ops} operation{'s' * (problem.ops > 1)}"
         modulus = f", modulo {problem.modulus}" if problem.modulus else ""
         structure.set_title("who has what", fontsize=10)
-        dependencies.set_title(f"what is needed for what: {problem.ops} operations{modulus}", fontsize=10)
+        dependencies.set_title(f"what is needed for what: {ops}{modulus}", fontsize=10)
         dependencies.legend(
             handles=[Patch(fc=color, ec="#555555", label=kind) for kind, color in LEGEND.items()], ncols=4,
             loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, fontsize=8,

@@ -493,6 +493,13 @@ def test_bad_flags_of_behaviors_give_a_message_and_no_file(words, message, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_picture_of_a_single_operation_has_room_for_its_titles(tmp_path):
+    assert main(["--ops", "1", "1", "--max_params", "1", "--draw", str(tmp_path / "a.svg")]) == 0
+    text = (tmp_path / "a.svg").read_text()
+    assert int(re.search(r'width="(\d+)', text)[1]) > 500 and ": 1 operation -->" in text
+
+
 def test_a_picture_is_the_same_in_another_process(tmp_path):
     words = ["--ops", "4", "4", "--draw"]
     run_script("-m", "igsm", *words, tmp_path / "a.svg")
