@@ -14,6 +14,7 @@ style), or (operator, part, part, ...).
 """
 
 import re
+from numbers import Integral
 
 from igsm.vocabulary import CATEGORIES
 
@@ -28,9 +29,9 @@ def solve(question, categories=None, *, modulus=None):
     categories: {category: [item, ...]}, in any order; our own vocabulary when None. The symbolic style needs
     none.
     modulus: None for plain integers, or m for arithmetic on 0..m-1 (Meta's problems: 23).
-    Raises ValueError for a modulus under 2, and, naming it, for what cannot be parsed: an unknown name, a name
-    that is in two categories or is one itself, a sentence of no known form, a parameter without a sentence or with
-    two, parameters that depend on each other in a circle.
+    Raises ValueError for a modulus under 2 or not whole, and, naming it, for what cannot be parsed: an unknown name,
+    a name that is in two categories or is one itself, a sentence of no known form, a parameter without a sentence or
+    with two, parameters that depend on each other in a circle.
     """
     parsed = Question(question, categories, modulus)
     return parsed.value(parsed.asked)
@@ -43,8 +44,8 @@ class Question:
     """
 
     def __init__(self, text, categories=None, modulus=None):
-        if modulus is not None and modulus < 2:
-            raise ValueError(f"modulus must be 2 or more, or None, got {modulus}")
+        if modulus is not None and not (isinstance(modulus, Integral) and modulus > 1):  # 23.0: every value is a float
+            raise ValueError(f"modulus must be 2 or more and a whole number, or None, got {modulus!r}")
         self.modulus = modulus
         self.said, self._values = {}, {}
         self._formulas, self._split = {}, {}  # caches

@@ -93,7 +93,7 @@ def test_solver_names_what_is_wrong_with_a_malformed_question():
         solve(record["question"], categories_of(record))
 
 
-@pytest.mark.parametrize("modulus", [0, 1, -3])
+@pytest.mark.parametrize("modulus", [0, 1, -3, 23.0, "23"])
 def test_solver_refuses_a_modulus_that_is_none(modulus):
     with pytest.raises(ValueError, match="modulus must be 2 or more"):
         solve("a=1\na?", modulus=modulus)
