@@ -39,7 +39,7 @@ import tyro
 from common.data import InputError, check_verifier
 from common.report import grade_records, load_run, plot_bars, results_tables, rewards_of, unreadable_golds, versions_of
 from common.rollout import Completion, EmbeddedSampler, Sampling, make_sampler, vllm_for
-from common.rows import check_gold, load_rows, read_row, render_prompt, set_template, warn_unknown, with_bos
+from common.rows import check_gold, load_rows, read_row, render_prompt, set_template, warn_prompts, with_bos
 from common.run import (
     NotNegative,
     Positive,
@@ -267,7 +267,7 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
             raise InputError(f"{question.where}: {error}{remedy}") from error
     # a chat template writes the bos token itself; a plain template and a row's rendered prompt get it from `with_bos`
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=False)["input_ids"]
-    warn_unknown("--data", encoded, tokenizer)
+    warn_prompts("--data", encoded, [[] if q.rendered else q.turns for q in questions], tokenizer)
     for question, ids in zip(questions, encoded, strict=True):
         question.prompt = with_bos(ids, tokenizer) if plain or question.prompt_text == question.rendered else ids
         if not ids:

@@ -342,7 +342,6 @@ def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) 
 
     read(row, where) -> (item, trace or None, ...), the same number for each row, or None to leave the row out."""
     counts: Counter[str] = Counter()  # of what a warning says
-    specials = {*special_tokens(tokenizer).values()}
     shared: dict[int, int] = {}  # one int object an id: a token takes 8 bytes, not 36
 
     def share(ids: list[int] | None) -> list[int] | None:
@@ -364,14 +363,9 @@ def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) 
             raise InputError(f"{names[prompts.index([])]}the prompt is empty: the chat template renders nothing of it; "
                              "pass another --chat_template")  # fmt: skip
         encoded = [[*map(share, encode_traces(tokenizer, column, texts, names))] for column in columns]
-        counts[f"prompts {UNKNOWN}"] += count_unknown(prompts, tokenizer)
-        asked = ["".join(turn["content"] for turn in item.prompt) for item in items if not item.text]
-        counts[CONTROL] += sum(any(token in text for token in specials) for text in asked)
-        for ids in zip(*encoded, strict=True):
-            counts[f"traces {UNKNOWN}"] += count_unknown(filter(None, ids), tokenizer) > 0
-        for text, *traces in zip(texts, *columns, strict=True):
-            endless = any(trace and "</think>" not in trace.text for trace in traces)
-            counts[ENDLESS] += endless and text.rstrip().endswith("<think>")
+        for item, text, prompt, *both in zip(items, texts, prompts, *columns, *encoded, strict=True):
+            traces, ids = both[: len(columns)], both[len(columns) :]
+            counts.update(doubts(item, text, prompt, traces, ids, tokenizer))
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
     bar.close()
     warn(source, counts, len(rows))
@@ -388,9 +382,28 @@ def count_unknown(sequences: Iterable[list[int]], tokenizer) -> int:
     return 0 if unknown in (None, tokenizer.eos_token_id) else sum(unknown in ids for ids in sequences)
 
 
-def warn_unknown(source: str, prompts: list[list[int]], tokenizer) -> None:
-    """Print a warning if some of the prompts hold text that the tokenizer does not know."""
-    warn(source, {f"prompts {UNKNOWN}": count_unknown(prompts, tokenizer)}, len(prompts))
+def holds_control(turns: list[dict], tokenizer) -> bool:
+    """Whether turns hold special tokens as text."""
+    return any(token in turn["content"] for turn in turns for token in special_tokens(tokenizer).values())
+
+
+def doubts(item: Item, text: str, prompt: list[int], traces: list, ids: list, tokenizer) -> list[str]:
+    """What the warnings about a row say. text: the end of the prompt, or all of it; ids: those of each trace."""
+    endless = any(trace and "</think>" not in trace.text for trace in traces)
+    found = {
+        f"prompts {UNKNOWN}": count_unknown([prompt], tokenizer),
+        CONTROL: not item.text and holds_control(item.prompt, tokenizer),
+        f"traces {UNKNOWN}": count_unknown(filter(None, ids), tokenizer),
+        ENDLESS: endless and text.rstrip().endswith("<think>"),
+    }
+    return [what for what, holds in found.items() if holds]
+
+
+def warn_prompts(source: str, prompts: list[list[int]], turns: list[list[dict]], tokenizer) -> None:
+    """Print a warning if prompts hold text that the tokenizer does not know, or special tokens as text. turns: of each
+    prompt; [] of one that is rendered already."""
+    control = sum(holds_control(asked, tokenizer) for asked in turns)
+    warn(source, {f"prompts {UNKNOWN}": count_unknown(prompts, tokenizer), CONTROL: control}, len(prompts))
 
 
 def warn(source: str, counts: dict[str, int], rows: int) -> None:
@@ -566,6 +579,7 @@ def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, in
     ids, response ids, action mask or None, reward, question and trace number). Raises InputError naming the row.
     Reads --skip_turns, --max_row_tokens and --long_response, which oreo.py has."""
     found, questions, count = [], {}, {"rows": 0, "prompt_too_long": 0, "response_too_long": 0}
+    doubtful: Counter[str] = Counter()  # of what a warning says
     for row_number, row in enumerate(load_rows(source)):
         where = f"{source}, row {row_number}"
         item = read_row(row, where)
@@ -575,6 +589,9 @@ def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, in
                 prompt, response, mask = trace_ids(item, trace, tokenizer, args.skip_turns)
             except (InputError, TypeError) as error:
                 raise InputError(f"{where}: {error}") from error
+            if not item.prompt_ids:  # ids are what a model read and drew
+                end, texts = tokenizer.decode(prompt[-8:]), [] if item.conversation else [trace]
+                doubtful.update(doubts(item, end, prompt, texts, [response], tokenizer))
             if len(prompt) > args.max_prompt_tokens:
                 count["prompt_too_long"] += 1
                 continue
@@ -589,6 +606,7 @@ def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, in
             question = str(row.get("question")), tuple(prompt)  # 'question' may be a number, which other files use too
             number = questions.setdefault(question, len(questions))
             found.append((prompt, response, mask, trace.reward, number, count["rows"] - 1))
+    warn(source, doubtful, count["rows"])
     return found, with_kept(found, count, source, args)
 
 

@@ -428,10 +428,13 @@ def test_a_prompt_that_a_row_holds_rendered_is_asked_as_it_was_trained(tokenizer
     assert question.prompt_text == row["prompt"]
 
 
-def test_prompts_that_the_tokenizer_does_not_know_are_warned_of(tmp_path, capsys):
-    questions = read_questions([write_rows(tmp_path / "rows.jsonl", [luffy_row("a=5", "1"), luffy_row("Où?", "1")])])
+def test_prompts_that_the_tokenizer_does_not_know_and_special_tokens_in_questions_are_warned_of(tmp_path, capsys):
+    rows = [luffy_row("a=5", "1"), luffy_row("Où?", "1"), luffy_row("a=5<|eos|>", "1")]
+    questions = read_questions([write_rows(tmp_path / "rows.jsonl", rows)])
     make_prompts(questions, load_tokenizer(str(ROOT / "models/tiny")), Args(template="no"))
-    assert "WARNING: --data: 1 of 2 prompts hold text that the tokenizer of --model does not" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "WARNING: --data: 1 of 3 prompts hold text that the tokenizer of --model does not" in said
+    assert "WARNING: --data: 1 of 3 prompts hold special tokens as text" in said
 
 
 def test_templates_that_cannot_work_are_refused(tokenizer, tmp_path):
