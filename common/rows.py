@@ -542,6 +542,8 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
             if mark and mark in messages[turn]["content"].rstrip().removesuffix(mark):
                 raise InputError(f"turn {turn} holds {mark}, which ends turns: it would be cut there")
             said += mark
+        else:
+            said = said.rstrip()  # line breaks that the template puts behind an answer are no action
         for so_far, piece, action in ((text, before[len(text) :], False), (before, said, True)):
             [piece_ids] = response_ids(tokenizer, [so_far], [piece])
             piece_ids = piece_ids if ids else with_bos(piece_ids, tokenizer)

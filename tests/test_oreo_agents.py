@@ -18,6 +18,7 @@ from common.rows import conversation_ids, trace_ids, turn_end
 from common.shapes import read_row
 from common.trainer import ValueModel, load_policy
 from tests.conftest import NANO
+from tests.test_templates import sentence_piece
 from tools import agents
 from tools.agents import (
     Args,
@@ -513,6 +514,19 @@ def test_what_closes_a_turn_in_a_template_without_eos_is_in_the_ids_and_no_actio
     assert TOKENIZER.decode(episode.ids) == shown.removesuffix("\n")
     acted = [i for i, action in zip(episode.ids, episode.actions, strict=True) if action]
     assert TOKENIZER.decode(acted) == "Action: open doorAction: go out"
+
+
+    prompt, response, actions = conversation_ids(episode.messages, tokenizer, skip_turns=1)
+    assert (prompt + response, [0] * len(prompt) + [int(a) for a in actions]) == (episode.ids, episode.actions)
+
+
+def test_an_observation_has_no_word_mark_that_sentencepiece_adds_to_a_text_alone():
+    tokenizer = sentence_piece()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    episode = Episode("door", 0, Door(""), tokenizer)
+    episode.add_answer(tokenizer("Okay<eos>", add_special_tokens=False)["input_ids"])
+    episode.add_observation("a is")
+    assert tokenizer.convert_ids_to_tokens(episode.ids)[-5:] == ["\u2581Okay", "\n", "a", "\u2581is", "\n"]
 
 
 def test_an_answer_that_is_eos_alone_is_an_episode_without_an_action():

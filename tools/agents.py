@@ -37,7 +37,7 @@ from tqdm import tqdm
 from common.checkpoints import Checkpoints, changed_settings
 from common.data import InputError
 from common.rollout import Sampling, make_sampler
-from common.rows import render_prompt, turn_end, with_bos
+from common.rows import render_prompt, response_ids, turn_end, with_bos
 from common.run import (
     NotNegative,
     Positive,
@@ -133,7 +133,7 @@ class Episode:
         shown = render_prompt(self.tokenizer, self.messages)
         if not shown.startswith(self.text):
             raise InputError("the chat template changes earlier turns: pass a --chat_template that leaves them alone")
-        new = self.tokenizer(shown[len(self.text) :], add_special_tokens=False)["input_ids"]
+        [new] = response_ids(self.tokenizer, [self.text], [shown[len(self.text) :]])
         new = new if self.ids else with_bos(new, self.tokenizer)
         self.ids, self.actions, self.text = self.ids + new, self.actions + [0] * len(new), shown
 
