@@ -194,7 +194,8 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
         tokenizer.chat_template = Path(file).read_text(encoding="utf-8-sig")
     if not tokenizer.chat_template:
         if switches:
-            raise InputError("--chat_template_args: the tokenizer has no chat template; pass --chat_template FILE")
+            raise InputError("--chat_template_args: the tokenizer has no chat template; pass --chat_template FILE "
+                             "(eval.py: --template FILE, without switches)")  # fmt: skip
         return tokenizer  # render_prompt says what is missing, if it is called
     before, _, template = tokenizer.get_chat_template().rpartition(SWITCHES)
     for switch in switches:
@@ -241,7 +242,7 @@ def check_template(tokenizer, name: str) -> None:
         f"it writes {lead!r} between a prompt and its answer, which traces are trained without: let it write this if "
         "add_generation_prompt, or put it into the traces": lead and prompt != question and "<think>" not in lead,
         "it prints today's date, so a run cannot resume tomorrow: set one (--chat_template_args date_string=..., where "
-        "it has this switch) or pass a --chat_template without": dated,
+        "it has this switch) or pass a template without": dated,
     }
     for doubt, holds in doubts.items():
         if holds and os.environ.get("RANK", "0") == "0":
@@ -267,7 +268,7 @@ def render_prompt(tokenizer, messages: list[dict], where: str = "", *, add_gener
     except Exception as error:  # a broken template can raise anything, and some refuse these roles
         roles = [m["role"] for m in messages]
         raise InputError(f"{where}the chat template cannot render {roles} turns ({error}): pass another "
-                         "--chat_template, or change the turns") from error  # fmt: skip
+                         "--chat_template (eval.py: --template FILE), or change the turns") from error  # fmt: skip
 
 
 def trace_text(prompt_text: str, trace: str, where: str = "") -> str:

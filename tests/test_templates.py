@@ -287,7 +287,7 @@ def test_a_template_that_refuses_a_system_turn_names_the_flag(tmp_path, keep):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     questions = evaluation.read_questions([str(tmp_path / "rows.jsonl")])
     if keep:
-        with pytest.raises(InputError, match="rows.jsonl, row 0: .*System role not supported.*--no_system"):
+        with pytest.raises(InputError, match="row 0: .*role not supported.*--template FILE.*--no_system"):
             evaluation.make_prompts(questions, tokenizer, evaluation.Args())
     else:
         evaluation.make_prompts(questions, tokenizer, evaluation.Args(system=False))
