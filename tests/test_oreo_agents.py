@@ -4,12 +4,14 @@ import copy
 import hashlib
 import json
 import random
+import re
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import oreo
 from common.data import InputError
@@ -17,7 +19,7 @@ from common.rollout import Completion
 from common.rows import conversation_ids, trace_ids, turn_end
 from common.shapes import read_row
 from common.trainer import ValueModel, load_policy
-from tests.conftest import NANO
+from tests.conftest import NANO, ROOT
 from tests.test_templates import sentence_piece
 from tools import agents
 from tools.agents import (
@@ -492,15 +494,28 @@ def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_an
     assert (prompt, response, [int(a) for a in actions]) == (row["prompt_ids"], row["response_ids"], row["actions"])
 
 
-def test_a_turn_in_a_row_of_its_own_trains_eos_though_the_template_shows_none():
-    """The published SFT of ALFWorld (docs/published.md)."""
+def test_a_turn_in_a_row_of_its_own_trains_eos_and_is_asked_as_in_a_conversation(tmp_path, monkeypatch):
+    """The published SFT of ALFWorld: the rows that docs/published.md makes, for MiniCPM's template."""
     tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = MINICPM
-    turns = [{"from": "human", "value": "A door."}]
-    item = read_row({"prompt": turns, "response": "Action: open door", "reward": 1}, "a row")
-    prompt, response, actions = trace_ids(item, item.traces[0], tokenizer, skip_turns=1)
-    assert TOKENIZER.decode(prompt + response) == "<|user|>A door.<|assistant|>Action: open door<|eos|>"
-    assert actions is None  # all of the response
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<用户>", "<AI>"]})
+    bos = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=bos)
+    tokenizer.chat_template = MINICPM.replace("<|user|>", "<用户>").replace("<|assistant|>", "<AI>")
+    said = ("human", "A door."), ("gpt", "Action: open door\n"), ("human", "It is open."), ("gpt", "Action: go out")
+    talk = [{"from": who, "value": text} for who, text in said]
+    (tmp_path / "ETO.json").write_text(json.dumps([{"conversations": talk}]))
+    monkeypatch.chdir(tmp_path)
+    exec(re.search("```python\n(.*?)```", (ROOT / "docs/published.md").read_text(), re.S)[1], {})
+    rows = [json.loads(line) for line in Path("ETO.jsonl").read_text().splitlines()]
+    conversation = read_row({"conversations": talk, "reward": 1}, "x").conversation
+    for skipped, row in enumerate(rows):
+        item = read_row(row, "x")
+        prompt, response, actions = trace_ids(item, item.traces[0], tokenizer, 0)
+        asked, answered, _ = conversation_ids(conversation[: 2 * skipped + 2], tokenizer, skipped)
+        assert prompt == asked and prompt[0] == tokenizer.bos_token_id
+        assert response == [*answered, tokenizer.eos_token_id]
+        assert actions is None  # all of the response
+    assert len(rows) == 2
 
 
 def test_what_closes_a_turn_in_a_template_without_eos_is_in_the_ids_and_no_action():
