@@ -294,9 +294,11 @@ def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[li
     encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
     for i, (prompt, response, ids) in enumerate(zip(prompts, responses, encoded, strict=True)):
         if ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
-            before, both = tokenizer([prompt, prompt + response], add_special_tokens=False)["input_ids"]
-            if both[: len(before)] == before:
-                encoded[i] = both[len(before) :]
+            for start in (prompt, "\n"):  # a space that ends the prompt would join the response's first word
+                before, both = tokenizer([start, start + response], add_special_tokens=False)["input_ids"]
+                if both[: len(before)] == before:
+                    encoded[i] = both[len(before) :]
+                    break
     return encoded
 
 

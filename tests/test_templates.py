@@ -265,6 +265,7 @@ def test_a_trace_after_a_prompt_starts_without_the_word_mark_that_sentencepiece_
     alone, spaced = response_ids(tokenizer, ["a?<think>\n"] * 2, ["Okay is", " is Okay"])
     assert tokenizer.convert_ids_to_tokens(alone) == ["Okay", "\u2581is"]
     assert tokenizer.convert_ids_to_tokens(spaced) == ["\u2581is", "\u2581Okay"]  # a space of its own stays
+    assert response_ids(tokenizer, ["a? "], ["Okay is"]) == [alone]  # nor does it get one beside the prompt's
     row = {"prompt": [{"role": "user", "content": "a?<think>\n"}], "target": "<think>\nOkay is", "answer": "a"}
     limits = SimpleNamespace(max_prompt_tokens=9, max_response_tokens=9)
     [example], _ = make_examples([row], tokenizer, limits, source="x")
