@@ -259,16 +259,26 @@ def _literal(value: str) -> str:
 
 
 def render_prompt(tokenizer, messages: list[dict], where: str = "", *, add_generation_prompt: bool = True) -> str:
-    """The prompt text that generation starts from, or the conversation as it is. Raises InputError, with `where`."""
+    """The prompt text that generation starts from, or the conversation as it is. Warns once of turns of a role that are
+    not in it. Raises InputError, with `where`."""
     if not tokenizer.chat_template:
         raise InputError(f"{where}the tokenizer of --model has no chat template: pass --chat_template FILE (a Jinja "
                          "template)")  # fmt: skip
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a broken template can raise anything, and some refuse these roles
         roles = [m["role"] for m in messages]
         raise InputError(f"{where}the chat template cannot render {roles} turns ({error}): pass another "
                          "--chat_template (eval.py: --template FILE), or change the turns") from error  # fmt: skip
+    for role in sorted({m["role"] for m in messages if m["content"].strip() not in text} - {"assistant"} - _lost):
+        _lost.add(role)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"WARNING: {where}the chat template does not show '{role}' turns as they are: pass another, or give "
+                  "them a role that it shows", file=sys.stderr)  # fmt: skip
+    return text
+
+
+_lost: set[str] = set()  # roles whose turns a warning has named
 
 
 def trace_text(prompt_text: str, trace: str, where: str = "") -> str:

@@ -112,6 +112,18 @@ def test_a_turn_that_a_template_refuses_names_the_row():
         make_examples(rows, tokenizer, limits, source="f.jsonl")
 
 
+def test_turns_that_a_template_leaves_out_are_warned_of_once(capsys, monkeypatch):
+    monkeypatch.setattr("common.rows._lost", set())
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}{% endfor %}"
+    talk = [*TURNS, {"role": "assistant", "content": "a=5"}, {"role": "observation", "content": "b=6"}]
+    for _ in range(2):
+        render_prompt(tokenizer, talk, "f.jsonl, row 0: ")
+    said = capsys.readouterr().err
+    assert said.startswith("WARNING: f.jsonl, row 0: the chat template does not show 'observation' turns as they are")
+    assert said.count("WARNING") == 1
+
+
 @pytest.mark.parametrize("broken", ["{{ 1 / 0 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"])
 def test_what_a_broken_template_raises_is_a_message(broken):
     tokenizer = load_tokenizer("models/tiny")
