@@ -1,13 +1,18 @@
-"""Shared by the tests: a model of a few thousand parameters, and ways to run scripts as a user does."""
+"""Shared by the tests: a model of a few thousand parameters, files of rows, and ways to run scripts as a user does."""
 
 import atexit
 import contextlib
+import dataclasses
 import functools
+import gzip
 import hashlib
+import importlib
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +29,13 @@ NANO = dict(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
     eos_token_id=1, pad_token_id=0,
 )
+TABLES = {  # of a script's module: flags that choose defaults of others, and its tables of them
+    "luffy": dict(method="METHODS", preset="PRESETS"), "relift": dict(method="METHODS", preset="PRESETS"),
+    "redi": dict(stage="STAGES", loss="COMPARISONS", preset="PRESETS"),
+    "oreo": dict(stage="STAGES", variant="VARIANTS", preset="PRESETS"), "behavior_injection": dict(preset="PRESETS"),
+    "tools.redi_data": dict(preset="PRESETS"), "tools.influence": dict(preset="PRESETS"),
+    "tools.agents": {}, "eval": {},
+}  # fmt: skip
 
 
 def pytest_configure(config):
@@ -46,6 +58,84 @@ def policy(world):
     from common.trainer import load_policy
 
     return load_policy("nano", world, from_config=NANO, seed=3)
+
+
+@pytest.fixture
+def without_curves(monkeypatch):
+    """For runs that train in less time than their curves take to draw."""
+    monkeypatch.setattr("common.metrics.plot_curves", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def nano(world, tmp_path_factory):
+    """A model folder of a few thousand random weights, with the tokenizer of symbolic iGSM."""
+    import igsm
+    from common.rows import IGSM
+    from common.trainer import export, load_policy
+
+    folder = tmp_path_factory.mktemp("nano") / "model"
+    tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"])
+    config = NANO | dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                         pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    export(load_policy("nano", world, from_config=config, seed=3), tokenizer, folder, world)
+    return str(folder)
+
+
+# ------------------------------------------------------------------------------------------------ numbers, files
+
+
+def f64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def assert_equal(actual, expected, tolerance=1e-9):
+    """Tensors, or a tensor and a list of numbers; the tolerance is absolute."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(actual.detach().double(), expected, rtol=0, atol=tolerance)
+
+
+def vectors(name: str):
+    """Numbers and cases of the published code: tests/vectors/NAME.json, or the rows of NAME.jsonl.gz."""
+    path = ROOT / "tests" / "vectors" / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    with gzip.open(path.with_suffix(".jsonl.gz"), "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_rows(path: Path, rows) -> str:
+    """A .jsonl file. -> its path"""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_rows(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------- processes, scripts
+
+
+def parsed(name: str, *words, **changes):
+    """The settings of a script that its command line has after these words, then changed."""
+    from common.trainer import parse_args
+
+    script = importlib.import_module(name)
+    tables = {flag: getattr(script, table) for flag, table in TABLES[name].items()}
+    return dataclasses.replace(parse_args(script.Args, [str(word) for word in words], **tables), **changes)
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """While another process holds this lock; it ends as by kill -9."""
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    words = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        try:
+            yield
+        finally:
+            other.kill()
 
 
 @functools.lru_cache(1)

@@ -1,14 +1,30 @@
-"""A small model that is sharded over the ranks, fixed rows, and the gradient of one update of luffy.py on them; used by
-faults/equality.py and the other files of this kind."""
+"""A table of logits as a policy; and a small model that is sharded over the ranks, fixed rows, and the gradient of one
+update of luffy.py on them; used by faults/equality.py and the other files of this kind."""
 
 import functools
 import random
 
 import torch
 
-from common.trainer import Policy, load_policy, reshard, whole
+from common.trainer import Policy, World, load_policy, reshard, whole
 from luffy import METHODS, Args, Row, accumulate_gradient, accumulate_sft_gradient, policy_logps
-from tests.conftest import NANO
+from tests.conftest import NANO, f64
+
+ONE_RANK = World(0, 1, 1, torch.device("cpu"))
+
+
+class Bigram(torch.nn.Module):
+    """A policy of one table: logits of the next token = W[token]; what the vectors of luffy and relift train."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Parameter(f64(table))
+
+    def forward(self, batch, *, temperature=1.0, entropy=False):
+        logits = self.table[batch.input_ids[0, batch.predictors]] / temperature
+        logp = logits.log_softmax(-1)
+        chosen = logp.gather(1, batch.targets[:, None])[:, 0]
+        return (chosen, -(logp.exp() * logp).sum(-1)) if entropy else chosen
 
 
 @functools.cache
