@@ -1,6 +1,6 @@
-"""Run by test_behavior_runs.py under torchrun: gradients on fixed rows, and an influence run, written by rank 0."""
+"""Gradients of updates of behavior_injection.py on fixed rows, used by faults/equality.py; and an influence run, which
+test_behavior_runs.py starts on two ranks."""
 
-import json
 import sys
 from dataclasses import replace
 
@@ -8,19 +8,17 @@ import torch
 
 sys.path.insert(0, ".")
 from behavior_injection import Args, accumulate_gradient, accumulate_sft_gradient, policy_logps  # noqa: E402
-from common import run, verifiers  # noqa: E402
-from common.trainer import init_world, launch, parse_args  # noqa: E402
+from common import verifiers  # noqa: E402
+from common.trainer import launch  # noqa: E402
 from common.verifiers import Verdict  # noqa: E402
+from tests.conftest import parsed  # noqa: E402
 from tests.ranks import fixed_rows, nano, whole_gradient  # noqa: E402
 from tools import influence  # noqa: E402
-
-TOKENS = (32, 10_000)  # of a micro-batch
 
 
 def odd_length(responses, golds, **_):
     """A verifier by which even an untrained model is right half of the time."""
     return [Verdict(float(len(response) % 2), "ok") for response in responses]
-
 
 
 def gradient(world, what: str, micro_batch_tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -37,22 +35,14 @@ def gradient(world, what: str, micro_batch_tokens: int) -> tuple[dict[str, torch
         old = [logp - 0.1 for logp in policy_logps(policy, rows, args, world)]
         reference = nano(world, seed=4).requires_grad_(False)
         metrics = accumulate_gradient(policy, rows, old, policy_logps(reference, rows, args, world), args, world)
+        assert (0 < metrics["policy/masked"] < 1) == (what == "masked"), "the mask is to leave some rows out"
     return whole_gradient(policy), metrics
 
 
-def main(out: str, *settings: str) -> None:
-    world = init_world()
-    torch.set_num_threads(1)
-    for what in ("rl", "masked", "sft"):
-        for tokens in TOKENS:
-            grads, metrics = gradient(world, what, tokens)
-            if world.main:
-                torch.save(grads, f"{out}/{what}-{tokens}.pt")
-                with open(f"{out}/{what}-{tokens}.json", "w") as file:
-                    json.dump(metrics, file)
-    run.grade = verifiers.grade = odd_length
-    influence.main(parse_args(influence.Args, list(settings), preset=influence.PRESETS))
+def main(words: list[str]) -> None:
+    verifiers.grade = odd_length
+    influence.main(parsed("tools.influence", *words))
 
 
 if __name__ == "__main__":
-    launch(lambda words: main(*words), sys.argv[1:])
+    launch(main, sys.argv[1:])

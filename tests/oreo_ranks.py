@@ -1,5 +1,5 @@
-"""Run by test_oreo_runs.py under torchrun: the gradients of one update on fixed rows, written by rank 0, and a whole
-run: collect, train, search."""
+"""Gradients of an update of oreo.py on fixed rows, used by faults/equality.py; and what test_oreo_runs.py runs on two
+ranks: collect, train, search."""
 
 import json
 import random
@@ -13,9 +13,9 @@ import oreo  # noqa: E402
 from common.rows import held_out_examples  # noqa: E402
 from common.run import open_sampler  # noqa: E402
 from common.search import search_answers, state_values, step_ids  # noqa: E402
-from common.trainer import ValueModel, init_world, launch, load_policy, load_tokenizer, parse_args  # noqa: E402
-from oreo import PRESETS, STAGES, VARIANTS, Args, Row, accumulate_gradient  # noqa: E402
-from tests.conftest import NANO  # noqa: E402
+from common.trainer import ValueModel, init_world, launch, load_policy, load_tokenizer  # noqa: E402
+from oreo import Args, Row, accumulate_gradient  # noqa: E402
+from tests.conftest import NANO, parsed  # noqa: E402
 from tests.ranks import nano, whole_gradient  # noqa: E402
 
 SMALL = [
@@ -24,7 +24,6 @@ SMALL = [
     "--save_every", "0", "--lr", "1e-3", "--verifier", "tests.rewards:even_length",
 ]  # fmt: skip
 KINDS = ("oreo-token", "oreo-step", "oreo-response", "rejection", "dpo", "kto")
-TOKENS = (32, 10_000)  # of a micro-batch
 
 
 def fixed_units(kind: str) -> list[list[Row]]:
@@ -44,8 +43,8 @@ def gradients(world, kind: str, micro_batch_tokens: int):
     """({name: gradient} of policy and value, losses, what was measured of the rows) of an update in which the policy
     is not the reference and the value's head not zero."""
     stage, _, variant = kind.partition("-")
-    words = ["--stage", stage, *(["--variant", variant] if variant else []), "--beta", "0.3", "--kl_coef", "0.3"]
-    args = parse_args(Args, [*words, "--micro_batch_tokens", str(micro_batch_tokens)], stage=STAGES, variant=VARIANTS)
+    words = ["--stage", stage, *(["--variant", variant] if variant else [])]
+    args = parsed("oreo", *words, beta=0.3, kl_coef=0.3, micro_batch_tokens=micro_batch_tokens)
     policy, reference, value = nano(world), nano(world, seed=4), nano(world, seed=5, kind=ValueModel)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in value.named_parameters():
@@ -65,8 +64,20 @@ def gradients(world, kind: str, micro_batch_tokens: int):
 
 def settings(model: str, *words) -> Args:
     """Those of a run of seconds."""
-    words = [*SMALL, "--model", model, *map(str, words)]
-    return parse_args(Args, words, stage=STAGES, variant=VARIANTS, preset=PRESETS)
+    return parsed("oreo", *SMALL, "--model", model, *words)
+
+
+class Counts(torch.nn.Module):
+    """A value model: how often one token is in a text."""
+
+    def __init__(self, token: int):
+        super().__init__()
+        self.token = token
+
+    def forward(self, batch):
+        counts = (batch.input_ids[0] == self.token).cumsum(0)
+        starts = batch.predictors[:-1] + 1
+        return (counts[batch.predictors] - torch.cat([counts.new_zeros(1), counts[starts - 1]])).float()
 
 
 def search(kind: str, width: int, model: str, value):
@@ -94,18 +105,5 @@ def run(model: str, out: str) -> None:
             json.dump([[c.response for c in answers] for answers in found], file)
 
 
-def main(out: str, model: str) -> None:
-    world = init_world()
-    torch.set_num_threads(1)
-    for kind in KINDS:
-        for tokens in TOKENS:
-            grads, results = gradients(world, kind, tokens)
-            if world.main:
-                torch.save(grads, f"{out}/{kind}-{tokens}.pt")
-                with open(f"{out}/{kind}-{tokens}.json", "w") as file:
-                    json.dump(results, file)
-    run(model, f"{out}/run")
-
-
 if __name__ == "__main__":
-    launch(lambda words: main(*words), sys.argv[1:])
+    launch(lambda words: run(*words), sys.argv[1:])

@@ -4,9 +4,7 @@ tests/vectors/behavior_injection.json. The published functions ran in float32: t
 float32 and to its rounding in float64."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,24 +24,16 @@ from behavior_injection import (
     policy_token_loss,
     row_means,
 )
-from common.data import block_denominators, pack, plan_micro_batches
+from common.data import pack, plan_micro_batches
 from common.rollout import EmbeddedSampler, Sampling
-from common.trainer import World
 from common.verifiers import boxed_reward
-from tests.test_luffy_math import Bigram
+from tests.conftest import assert_equal, vectors
+from tests.ranks import ONE_RANK, Bigram
 from tools.influence import Args, count_sketch, inner, kernel_table, objective_gradient, summarise
 
-FOLDER = Path(__file__).parent / "vectors"
-VECTORS = json.loads((FOLDER / "behavior_injection.json").read_text())
+VECTORS = vectors("behavior_injection")
 ADVANTAGES, LOSS = VECTORS["grpo_advantage"], VECTORS["policy_loss"]
-ONE_RANK = World(0, 1, 1, torch.device("cpu"))
 PRECISIONS = [(torch.float32, 1e-9), (torch.float64, 1e-7)]
-
-
-def assert_equal(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(
-        actual.detach().double(), torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance
-    )
 
 
 # --------------------------------------------------------------------------------------------------- GRPO
@@ -204,16 +194,11 @@ def test_the_sft_loss_is_the_mean_of_token_means(rows_per_mean, micro_batch_toke
     assert_equal(logp.grad, -torch.autograd.grad(expected, logp)[0], 1e-8)
 
 
-def test_a_block_has_the_tokens_of_its_rows_together():
-    assert block_denominators([5, 3, 4, 4, 2], 2) == [3 * n for n in (8, 8, 8, 8, 2)]
-    assert block_denominators([5, 3], 1) == [2 * 5, 2 * 3] and block_denominators([], 2) == []
-
-
 # ----------------------------------------------------------------------------------- rewards, ends of answers
 
 
 def test_rewards_are_the_published_ones_with_and_without_the_bonus_for_form():
-    for case in json.loads((FOLDER / "bridge_reward.json").read_text()):
+    for case in vectors("bridge_reward"):
         reward = boxed_reward(case["completion"], str(case["gt"]))
         assert reward == case["score0"]
         assert reward + 0.05 * format_reward(case["completion"]) == pytest.approx(case["score_fmt005"])

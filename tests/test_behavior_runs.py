@@ -16,12 +16,13 @@ from common import verifiers
 from common.data import InputError, batch_indices
 from common.metrics import read_metrics
 from common.report import read_results, write_results
-from common.trainer import load_tokenizer, parse_args
+from common.trainer import load_tokenizer
 from common.verifiers import Verdict
 from tests import behavior_ranks as ranks
-from tests.conftest import other_weights, run_script
+from tests.conftest import other_weights, parsed, read_rows, run_script, write_rows
 from tools import influence
 
+pytestmark = pytest.mark.usefixtures("without_curves")
 SMALL = [
     "--preset", "tiny", "--model", "models/scratch", "--arms", "vanilla", "bridge", "--base_problems", "80",
     "--base_steps", "2",
@@ -33,11 +34,11 @@ MEASURE = [*SMALL, "--influence_queries", "6", "--influence_group", "4", "--kern
 
 
 def settings(*words, **changes):
-    return dataclasses.replace(parse_args(bridge.Args, [*SMALL, *map(str, words)], preset=bridge.PRESETS), **changes)
+    return parsed("behavior_injection", *SMALL, *words, **changes)
 
 
 def measure(*words):
-    influence.main(parse_args(influence.Args, [*MEASURE, *map(str, words)], preset=influence.PRESETS))
+    influence.main(parsed("tools.influence", *MEASURE, *words))
 
 
 def half_right(patch):
@@ -62,23 +63,25 @@ def folder(pipeline, tmp_path):
     return shutil.copytree(pipeline, tmp_path / "run")
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_every_set_has_its_operations(pipeline):
     ranges = {"rl": (1, 3), "influence": (1, 3), "base": (1, 2), "val": (2, 2), "test_id": (2, 2), "test_ood": (3, 3)}
     for name, (low, high) in ranges.items():
-        ops = {row["extra_info"]["ops"] for row in read(pipeline / "data" / f"{name}.jsonl")}
+        ops = {row["extra_info"]["ops"] for row in read_rows(pipeline / "data" / f"{name}.jsonl")}
         assert ops <= set(range(low, high + 1)), name
 
 
 def test_a_stage_has_its_own_settings_whatever_command_it_is_part_of():
-    args = settings(lr=0.3, sft_lr=0.1, base_lr=0.2, schedule="linear", warmup=0.5)
-    sft, base, rl = (bridge.settings_of(args, stage, "bridge") for stage in ("sft", "base", "rl"))
-    assert [(a.lr, a.schedule, a.warmup) for a in (sft, base, rl)] == [
+    args = settings(lr=0.3, sft_lr=0.1, base_lr=0.2, schedule="linear", warmup=0.5, max_grad_norm=8.0, betas=(0.5, 0.6),
+                    updates_per_step=2, sft_epochs=3, prompt_loss=True, sft_rows_per_mean=4)  # fmt: skip
+    stages = sft, base, rl = [bridge.settings_of(args, stage, "bridge") for stage in ("sft", "base", "rl")]
+    assert [(a.lr, a.schedule, a.warmup) for a in stages] == [
         (0.1, "constant", 0.0), (0.2, "cosine", 0.02), (0.3, "linear", 0.5)
     ]  # fmt: skip
+    assert [a.max_grad_norm for a in stages] == [1.0, 1.0, 8.0]
+    assert [a.betas for a in stages] == [(0.9, 0.95), (0.9, 0.99), (0.5, 0.6)]
+    assert [(a.batch_size, a.updates_per_step) for a in stages] == [(4, 1), (64, 1), (4, 2)]
+    assert (sft.epochs, sft.prompt_loss, sft.sft_rows_per_mean) == (3, True, 4)
+    assert (base.prompt_loss, base.sft_rows_per_mean) == (False, 0)  # a mean over the tokens of answers
 
 
 def test_the_stages_and_the_influence_leave_models_metrics_and_a_table(pipeline):
@@ -96,11 +99,11 @@ def test_the_stages_and_the_influence_leave_models_metrics_and_a_table(pipeline)
                 assert tests[test]["questions"] == 6 and 0 <= tests[test]["greedy"] <= 1
         assert (pipeline / arm / "rl" / "best" / "model.safetensors").exists()
         assert rows[-1]["mismatch/max"] < 1e-4 and rows[1]["policy/kl_ref"] < 1e-9 < rows[2]["policy/kl_ref"]
-        responses = read(pipeline / arm / "rl" / "samples.jsonl")
+        responses = read_rows(pipeline / arm / "rl" / "samples.jsonl")
         assert {"step", "who", "reward", "detail", "truncated", "advantage", "prompt", "response"} < responses[0].keys()
         assert rows[-1]["tokens/sampled"] == sum(16 * row["length/own"] for row in rows[1:])
         found = json.loads((pipeline / arm / "influence" / "influence.json").read_text())
-        queries = read(pipeline / arm / "influence" / "queries.jsonl")
+        queries = read_rows(pipeline / arm / "influence" / "queries.jsonl")
         assert found["queries"] == len(queries) == 6 == sum(group["queries"] for group in found["by_right"])
         assert found["never"] + found["sometimes"] + found["always"] == pytest.approx(1)
         assert found["dJ"] == pytest.approx(sum(q["dJ"] for q in queries) / 6)
@@ -113,7 +116,7 @@ def test_the_stages_and_the_influence_leave_models_metrics_and_a_table(pipeline)
 def test_all_arms_tell_the_same_problems(pipeline, tmp_path, world):
     arms = list(bridge.arms_of(settings()))
     bridge.make_data(settings("--out", tmp_path, "--arms", *arms), world)
-    told = {arm: read(tmp_path / "data" / f"sft_{arm}.jsonl") for arm in arms}
+    told = {arm: read_rows(tmp_path / "data" / f"sft_{arm}.jsonl") for arm in arms}
     assert {arm: len(rows) for arm, rows in told.items()} == {arm: 48 if "aug" in arm else 12 for arm in arms}
     vanilla, injected, augmented = told["vanilla"], told["bridge"], told["pp_aug"]
     assert [row["prompt"] for row in vanilla] == [row["prompt"] for row in injected]
@@ -123,7 +126,7 @@ def test_all_arms_tell_the_same_problems(pipeline, tmp_path, world):
         assert copies[0] == row and all(copy["target"] == row["target"] for copy in copies)
         lines = [sorted(copy["prompt"][0]["content"].split("\n")) for copy in copies]
         assert lines == [lines[0]] * 4
-    templates = [{row["extra_info"]["template"] for row in read(pipeline / "data" / f"{name}.jsonl")}
+    templates = [{row["extra_info"]["template"] for row in read_rows(pipeline / "data" / f"{name}.jsonl")}
                  for name in ("sft_vanilla", "rl", "influence", "base", "val", "test_id", "test_ood")]  # fmt: skip
     assert not set.union(*templates[:4]) & set.union(*templates[4:])
 
@@ -145,7 +148,7 @@ def test_each_arm_has_its_behaviors_alone(tmp_path, world):
     bridge.make_data(args, world)
     for arm, behaviors in arms.items():
         found = set()
-        for row in read(tmp_path / "data" / f"sft_{arm}.jsonl"):
+        for row in read_rows(tmp_path / "data" / f"sft_{arm}.jsonl"):
             question, solution = row["prompt"][-1]["content"], row["target"][0]["content"]
             check = igsm.check_solution(question, solution, modulus=args.modulus)
             assert check.correct
@@ -176,7 +179,7 @@ def test_sets_have_the_problems_of_their_settings_and_are_made_anew_with_others(
 
     def data(**changes):
         bridge.make_data(settings("--out", tmp_path, **dict(arms=("bridge",)) | changes), world)
-        return {path.stem: read(path) for path in (tmp_path / "data").glob("*.jsonl")}
+        return {path.stem: read_rows(path) for path in (tmp_path / "data").glob("*.jsonl")}
 
     def rows(seed, *system, **more):
         return [igsm.row(p, "train", *system) for p in igsm.problems(20, ops=(1, 3), split="train", seed=seed, **more)]
@@ -218,33 +221,9 @@ def test_rows_that_were_not_made_by_the_data_stage_are_never_replaced(tmp_path, 
     assert own.exists() and beside.read_text() == "mine\n"
 
 
-def test_the_same_command_again_keeps_the_data_and_ends_with_the_same_bits(folder, world):
-    model = folder / "bridge" / "sft" / "model" / "model.safetensors"
-    before, data = model.read_bytes(), {path: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
-    model.unlink()
-    bridge.make_data(settings("--out", folder), world)
-    bridge.main(settings("--out", folder, "--stage", "sft", "--arms", "bridge"))
-    assert model.read_bytes() == before
-    assert data == {path: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
-
-
-def test_the_gradient_and_the_influence_are_the_same_for_one_and_two_ranks(pipeline, folder, tmp_path, world):
-    run_script("tests/behavior_ranks.py", tmp_path, *MEASURE, "--arms", "bridge", "--out", folder, ranks=2)
-    for what in ("rl", "masked", "sft"):
-        expected, metrics = ranks.gradient(world, what, 10_000)
-        if what != "sft":
-            assert (0 < metrics["policy/masked"] < 1) == (what == "masked")
-        size = max(g.abs().max().item() for g in expected.values())
-        for tokens in ranks.TOKENS:
-            one, one_metrics = ranks.gradient(world, what, tokens)
-            two = torch.load(tmp_path / f"{what}-{tokens}.pt")
-            two_metrics = json.loads((tmp_path / f"{what}-{tokens}.json").read_text())
-            for name, value in expected.items():
-                torch.testing.assert_close(one[name], value, rtol=0, atol=2e-6 * size)
-                torch.testing.assert_close(two[name], value, rtol=0, atol=2e-6 * size)
-            assert one_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
-            assert two_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
-    one, two = (read(at / "bridge/influence/queries.jsonl") for at in (pipeline, folder))
+def test_the_influence_is_the_same_for_one_and_two_ranks(pipeline, folder):
+    run_script("tests/behavior_ranks.py", *MEASURE, "--arms", "bridge", "--out", folder, ranks=2)
+    one, two = (read_rows(at / "bridge/influence/queries.jsonl") for at in (pipeline, folder))
     size = max(abs(row["dJ"]) for row in one)
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-5 * size)
@@ -258,7 +237,7 @@ def test_the_own_influence_is_in_the_papers_form_only(folder, monkeypatch):
     for own in (True, False):
         measure("--out", folder, "--arms", "bridge", "--kernel_dims", 200_000, *["--influence_self"] * own)
         found = json.loads((folder / "bridge" / "influence" / "influence.json").read_text())
-        queries = read(folder / "bridge" / "influence" / "queries.jsonl")
+        queries = read_rows(folder / "bridge" / "influence" / "queries.jsonl")
         # G of the queries themselves: mean dJ = <mean grad J(q), G> = |G|^2
         squared = pytest.approx(found["G_norm"] ** 2, rel=0.01)
         assert (sum(q["dJ"] for q in queries) / 6 == squared) == own
@@ -299,7 +278,7 @@ def test_the_bonus_for_form_is_in_the_reward_but_solves_no_question(folder, monk
     shutil.rmtree(folder / "bridge" / "rl")  # it is finished
     args = settings("--out", folder, format_reward=0.05, steps=1, eval_every=0, log_samples=16)
     bridge.train(bridge.settings_of(args, "rl", "bridge"))
-    [row], samples = read_metrics(folder / "bridge" / "rl"), read(folder / "bridge" / "rl" / "samples.jsonl")
+    [row], samples = read_metrics(folder / "bridge" / "rl"), read_rows(folder / "bridge" / "rl" / "samples.jsonl")
     rewards = [sample["reward"] for sample in samples]
     assert set(rewards) == {0.05, 1.05} and row["reward/own"] == pytest.approx(sum(rewards) / 16)
     groups = {sample["prompt"]: [s["reward"] for s in samples if s["prompt"] == sample["prompt"]] for sample in samples}
@@ -332,7 +311,6 @@ def test_a_prompt_ends_with_the_tag_that_solutions_go_on_from(folder, tmp_path):
         (["--stage", "base", "--base_problems", "0"], "--stage base needs --base_problems"),
         (["--data", "igsm:1-2"], "put your own rows into OUT/data .* and run --stage sft, rl or eval"),
         (["--batch_size", "5", "--updates_per_step", "2"], "--batch_size 5 is not a multiple of --updates_per_step 2"),
-        (["--steps", "-1"], "--steps must be 0 or more"),
         (["--rl_problems", "3"], "--rl_problems 3 are fewer than --batch_size"),
         (["--sft_problems", "3"], "--sft_problems 3 are fewer than --sft_batch_size"),
         (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
@@ -379,7 +357,7 @@ def test_rl_does_not_go_on_from_a_checkpoint_of_another_sft_model(folder):
 
 def test_sft_takes_own_rows_without_golds_and_names_its_batch_size(folder):
     rows = [{"prompt": f"a={i % 10}\na?", "response": f"a={i % 10}\n</think>", "label": 1} for i in range(12)]
-    (folder / "data" / "sft_vanilla.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "data" / "sft_vanilla.jsonl", rows)
     shutil.rmtree(folder / "vanilla")
     own = ("--out", folder, "--stage", "sft", "--arms", "vanilla", "--sft_steps", "1", "--sft_batch_size")
     with pytest.raises(InputError, match="sft_vanilla.jsonl: 12 rows are fewer than --sft_batch_size 13"):
@@ -391,12 +369,18 @@ def test_sft_takes_own_rows_without_golds_and_names_its_batch_size(folder):
 @pytest.mark.parametrize(("question", "message"), [("a=3\na?", ""), ("0+1=?", "row 1: cannot parse .*: use eval.py")])
 def test_own_tests_may_have_any_shape_and_must_be_igsms(question, message, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "b=1\nb?"}], "answer": "1"}, {"prompt": question, "answer": "3"}]
-    (tmp_path / "test_id.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(tmp_path / "test_id.jsonl", rows)
     if not message:
-        assert bridge.read_questions(str(tmp_path / "test_id.jsonl"), settings()) == ["b=1\nb?", question]
+        assert bridge.read_questions(path, settings()) == ["b=1\nb?", question]
         return
     with pytest.raises(InputError, match=message):
-        bridge.read_questions(str(tmp_path / "test_id.jsonl"), settings())
+        bridge.read_questions(path, settings())
+
+
+def arms_of_tables(printed):
+    """The first cells of the printed tables' rows, without headings."""
+    firsts = [line.split()[1] for line in printed.splitlines() if line.startswith("| ")]
+    return [first for first in firsts if first not in ("%", "queries")]
 
 
 def test_tables_hold_the_arms_of_earlier_commands_too(folder, capsys):
@@ -406,14 +390,7 @@ def test_tables_hold_the_arms_of_earlier_commands_too(folder, capsys):
     assert json.loads((folder / "results.json").read_text()).keys() == {"base", "vanilla", "bridge"}
     measure("--out", folder, "--arms", "bridge")
     assert (folder / "influence.png").exists()
-    firsts = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert firsts == ["%", "base", "vanilla", "bridge", "queries", "vanilla", "bridge"]
-
-
-def arms_of_tables(printed):
-    """The first cells of the printed tables' rows, without headings."""
-    firsts = [line.split()[1] for line in printed.splitlines() if line.startswith("| ")]
-    return [first for first in firsts if first not in ("%", "queries")]
+    assert arms_of_tables(capsys.readouterr().out) == ["base", "vanilla", "bridge", "vanilla", "bridge"]
 
 
 def test_fewer_rows_are_asked_and_results_of_another_test_leave_the_table(folder, capsys):
@@ -475,27 +452,6 @@ def test_own_queries_stay_and_must_be_enough(folder):
     assert (folder / "data" / "influence.jsonl").read_bytes() == before
 
 
-def test_bad_input_exits_with_code_2_and_one_line():
-    result = run_script("behavior_injection.py", *SMALL, "--arms", "oops", check=False)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("behavior_injection.py: error: --arms oops: no such arm")
-
-
-def test_sft_has_a_clip_and_betas_of_its_own():
-    args = settings(max_grad_norm=8.0, betas=(0.5, 0.6))
-    own = [bridge.settings_of(args, stage, "bridge") for stage in ("sft", "base", "rl")]
-    assert [a.max_grad_norm for a in own] == [1.0, 1.0, 8.0]
-    assert [a.betas for a in own] == [(0.9, 0.95), (0.9, 0.99), (0.5, 0.6)]
-
-
-def test_sft_and_the_base_have_batches_and_updates_of_their_own():
-    args = settings(updates_per_step=2, sft_epochs=3, prompt_loss=True, sft_rows_per_mean=4)
-    sft, base, rl = (bridge.settings_of(args, stage, "bridge") for stage in ("sft", "base", "rl"))
-    assert [(a.batch_size, a.updates_per_step) for a in (sft, base, rl)] == [(4, 1), (64, 1), (4, 2)]
-    assert (sft.epochs, sft.prompt_loss, sft.sft_rows_per_mean) == (3, True, 4)
-    assert (base.prompt_loss, base.sft_rows_per_mean) == (False, 0)  # a mean over the tokens of answers
-
-
 @pytest.mark.parametrize(
     ("names", "changes"),
     [
@@ -521,8 +477,8 @@ def test_no_two_sets_are_the_same_problems(tmp_path, world):
     same = ["--ops", 2, 2, "--val_ops", 2, 2, "--test_ops", 2, 2, "--base_ops", 2, 2]
     bridge.make_data(settings("--out", tmp_path, *same), world)
     names = ("sft_vanilla", "rl", "base", "val", "test_id")  # test_ood has problems of test_id, of other operations
-    firsts = {json.dumps([row["prompt"] for row in read(tmp_path / "data" / f"{name}.jsonl")[:6]]) for name in names}
-    assert len(firsts) == 5
+    sets = [read_rows(tmp_path / "data" / f"{name}.jsonl") for name in names]
+    assert len({json.dumps([row["prompt"] for row in rows[:6]]) for rows in sets}) == 5
 
 
 def test_kernels_are_of_gradients_without_advantages(folder, monkeypatch):
@@ -544,17 +500,7 @@ def test_queries_that_are_always_solved_are_counted_as_such(folder, monkeypatch)
 
 def test_a_querys_cosine_is_its_dj_over_both_norms(pipeline):
     found = json.loads((pipeline / "bridge" / "influence" / "influence.json").read_text())
-    queries = [q for q in read(pipeline / "bridge" / "influence" / "queries.jsonl") if q["dJ"]]
+    queries = [q for q in read_rows(pipeline / "bridge" / "influence" / "queries.jsonl") if q["dJ"]]
     assert queries
     for q in queries:
         assert q["cosine"] == pytest.approx(q["dJ"] / (q["gradient_norm"] * found["G_norm"]))
-
-
-def test_sampled_tokens_are_counted_over_a_resume(folder, monkeypatch):
-    half_right(monkeypatch)
-    shutil.rmtree(folder / "bridge" / "rl")  # it is finished
-    for steps in (1, 2):
-        args = settings("--out", folder, "--save_every", 1, "--steps", steps, "--eval_every", 0)
-        bridge.train(bridge.settings_of(args, "rl", "bridge"))
-    rows = read_metrics(folder / "bridge" / "rl")
-    assert rows[-1]["tokens/sampled"] == sum(16 * row["length/own"] for row in rows if row["step"])

@@ -26,7 +26,7 @@ from common.rows import Example, report_golds
 from common.trainer import load_tokenizer
 from common.verifiers import Verdict
 from tests import oreo_ranks
-from tests.test_luffy_math import ONE_RANK
+from tests.ranks import ONE_RANK
 from tests.test_wiring import Asked
 
 
@@ -233,31 +233,6 @@ def test_every_answer_is_graded_however_many_there_are(count):
     assert [a["verdicts"]["boxed"] for a in record["answers"]] == [[1.0, "ok"]] * count
 
 
-def test_a_users_grader_grades_again_whatever_its_version_says(monkeypatch):
-    """What it imports may have changed."""
-    asked = []
-    monkeypatch.setattr(report, "give_verdicts", lambda mine, name, *, again, progress: asked.append((name, again)))
-    record = {"id": "q", "graded_by": {}, "answers": []}
-    report.grade_records({"q": record}, ("boxed", "mine:grade"), ONE_RANK)
-    assert asked == [("boxed", False), ("mine:grade", True)]
-
-
-def test_the_version_of_a_grader_is_that_of_all_its_code(tmp_path, monkeypatch):
-    """robust.py reads the answers for verifiers.py."""
-    folder = Path(report.__file__).parent
-    for name in ("verifiers.py", "robust.py"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-
-    def find(module):
-        return SimpleNamespace(origin=str(tmp_path / f"{module.rpartition('.')[2]}.py"))
-
-    monkeypatch.setattr(report.importlib.util, "find_spec", find)
-    before = report.grader_version("robust")
-    with open(tmp_path / "robust.py", "a") as file:
-        file.write("\n")
-    assert report.grader_version("robust") != before
-
-
 def test_an_evaluation_with_one_answer_that_was_not_graded_is_refused(tmp_path):
     answers = [{"text": "", "verdicts": {"boxed": [1, "ok"]}}, {"text": ""}]
     (tmp_path / "args.json").write_text('{"questions_digest": ""}')
@@ -351,27 +326,27 @@ def test_rejection_trains_on_right_answers_alone(tmp_path):
     assert [row.reward for unit in units for row in unit] == [1.0]
 
 
-def test_own_answers_in_which_the_verifier_finds_nothing_are_said_once(tmp_path, capsys):
-    metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
-    rows = [luffy.Row([1], [1], 0, status="unparsable"), luffy.Row([1], [1], 0, True, reward=1.0, status="ok")]
-    for step in (1, 2):
-        metrics.log(step, luffy.describe(rows), [])
-    assert capsys.readouterr().err.count("--verifier reads none of the model's own answers") == 1
-    metrics.log(3, luffy.describe([*rows, luffy.Row([1], [1], 0, status="ok")]), [])
-    assert read_metrics(tmp_path)[-1]["verifier/own_unparsable"] == 0.5
-
-
 @pytest.mark.parametrize(("values", "said"), [
     ({"verifier/timeout": 1.0, "reward/teacher": 0.0}, "reached its deadline on every answer"),
     ({"verifier/eval_timeout": 1.0}, "reached its deadline on every answer"),
     ({"verifier/eval_unparsable": 1.0}, "reads none of the model's own answers"),
+    ({"verifier/own_unparsable": 1.0}, "reads none of the model's own answers"),
     ({"reward/teacher": -1.0}, "accepts none of the traces"),
     ({"verifier/timeout": 0.5, "reward/teacher": 0.5}, ""),
 ])  # fmt: skip
 def test_a_verifier_that_never_answers_is_warned_of_by_its_cause(values, said, tmp_path, capsys):
-    Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3).log(1, values, [])
+    """Once, however often it happens."""
+    metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
+    for step in (1, 2):
+        metrics.log(step, values, [])
     warned = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
     assert len(warned) == (said != "") and all(said in line for line in warned)
+
+
+def test_unparsable_answers_are_a_share_of_the_models_own():
+    rows = [luffy.Row([1], [1], 0, status="unparsable"), luffy.Row([1], [1], 0, True, reward=1.0, status="ok")]
+    assert luffy.describe(rows)["verifier/own_unparsable"] == 1
+    assert luffy.describe([*rows, luffy.Row([1], [1], 0, status="ok")])["verifier/own_unparsable"] == 0.5
 
 
 def test_numbers_that_are_not_finite_are_null_in_files_and_half_characters_do_not_stop_a_run(tmp_path):
@@ -413,14 +388,10 @@ def test_curves_are_drawn_while_a_run_goes_on_at_most_every_so_often(tmp_path):
     assert not curves.exists()
 
 
-def test_traces_that_the_verifier_all_refuses_are_said_once_and_lengths_have_panels_of_their_own(tmp_path, capsys):
-    metrics = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3)
-    for step in (1, 2):
-        log = {"reward/teacher": 0.0, "eval/mean": 0.5, "eval/b": 0.4, "eval/length": 900.0, "length/own": 900.0}
-        metrics.log(step, log | {"length/truncated": 0.1}, [])
-    assert capsys.readouterr().err.count("--verifier accepts none of the traces") == 1
-    titles = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.axes.Axes.set_title", lambda self, title, **_: titles.append(title))
-        metrics.close()
+def test_lengths_have_panels_of_their_own(tmp_path, monkeypatch):
+    metrics, titles = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3), []
+    log = {"reward/teacher": 0.0, "eval/mean": 0.5, "eval/b": 0.4, "eval/length": 900.0, "length/own": 900.0}
+    metrics.log(1, log | {"length/truncated": 0.1}, [])
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, title, **_: titles.append(title))
+    metrics.close()
     assert titles == ["eval/b and eval/mean", "eval/length", "length/own", "length/truncated", "reward/teacher"]

@@ -1,9 +1,7 @@
 """luffy.py's mathematics against the numbers of the published code (tests/vectors/luffy.json, float64)."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +10,12 @@ import luffy
 import relift
 from common.data import InputError, pack, plan_micro_batches
 from common.rows import Trace, given_logps
-from common.trainer import World
 from luffy import Args, Row, accumulate_gradient, group_advantages, luffy_token_loss, policy_logps
+from tests.conftest import assert_equal, f64, vectors
+from tests.ranks import ONE_RANK, Bigram
 
-VECTORS = json.loads((Path(__file__).parent / "vectors" / "luffy.json").read_text())
+VECTORS = vectors("luffy")
 INPUTS = VECTORS["policy_loss_inputs"]
-ONE_RANK = World(0, 1, 1, torch.device("cpu"))
-
-
-def f64(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_equal(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, f64(expected), rtol=0, atol=tolerance)
 
 
 # ---------------------------------------------------------------------------------------------- advantages
@@ -158,20 +148,6 @@ def test_a_probability_near_zero_in_the_branch_not_taken_makes_no_nan():
 
 
 # ----------------------------------------------------------------------------- one update, against the published
-
-
-class Bigram(torch.nn.Module):
-    """A policy of one table: logits of the next token = W[token]; what the vectors' integration case trains."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.table = torch.nn.Parameter(f64(table))
-
-    def forward(self, batch, *, temperature=1.0, entropy=False):
-        logits = self.table[batch.input_ids[0, batch.predictors]] / temperature
-        logp = logits.log_softmax(-1)
-        chosen = logp.gather(1, batch.targets[:, None])[:, 0]
-        return (chosen, -(logp.exp() * logp).sum(-1)) if entropy else chosen
 
 
 def integration(name, method, micro_batch_tokens):
@@ -333,6 +309,14 @@ def test_the_teachers_probabilities_come_from_the_column_target_probs():
     for probs in ([0.5], [0.5, 0.5, 0.5, 0.5], [0.5, 0.0, 1.0], [0.5, 2.0], [math.nan, 2.0], "no", [None, 0.1]):
         with pytest.raises(InputError, match="x: 'target_probs' "):
             found(probs)
+
+
+def test_truncated_importance_is_the_capped_ratio_and_1_without_a_sampler():
+    old = torch.tensor([0.2, 0.9, 0.5, 0.5], dtype=torch.float64).log().requires_grad_()
+    sampler = torch.tensor([0.4, 0.1, 0.5, math.nan], dtype=torch.float64).log()
+    weight = luffy.truncated_importance(old, sampler, 2.0)
+    torch.testing.assert_close(weight, torch.tensor([0.5, 2.0, 1.0, 1.0], dtype=torch.float64))
+    assert not weight.requires_grad
 
 
 def test_given_probabilities_reach_the_update_and_tis_weighs_own_tokens_alone():

@@ -19,7 +19,8 @@ from common.rollout import Completion
 from common.rows import conversation_ids, trace_ids, turn_end
 from common.shapes import read_row
 from common.trainer import ValueModel, load_policy
-from tests.conftest import NANO, ROOT
+from tests.conftest import NANO, ROOT, read_rows, write_rows
+from tests.oreo_ranks import Counts
 from tests.test_templates import sentence_piece
 from tools import agents
 from tools.agents import (
@@ -200,8 +201,7 @@ def test_episodes_are_kept_and_a_stopped_collection_plays_the_others(games, agen
     rows = play(args, TOKENIZER, agent, None, world, 2)
     assert played == [0, 1, 2, 3, 2, 3, 4, 5]
     assert [row["id"] for row in rows] == list(range(6)) and {row["end"] for row in rows} == {"lost"}
-    lines = (tmp_path / "episodes.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == rows
+    assert read_rows(tmp_path / "episodes.jsonl") == rows
 
 
 def test_a_folder_holds_the_episodes_of_one_stage_its_settings_and_weights(games, agent, monkeypatch, tmp_path):
@@ -240,19 +240,6 @@ def test_a_folder_of_games_has_one_kind(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="holds games of other options .--rooms 1 there, 3 here.: name another folder"):
         agents.main(Args(stage="make", games=str(tmp_path), count=9, rooms=3))
     assert made == [0, 1, 7]
-
-
-class Counts(torch.nn.Module):
-    """The value of a text: how often one token is in it."""
-
-    def __init__(self, token):
-        super().__init__()
-        self.token = token
-
-    def forward(self, batch):
-        counts = (batch.input_ids[0] == self.token).cumsum(0)
-        starts = batch.predictors[:-1] + 1
-        return (counts[batch.predictors] - torch.cat([counts.new_zeros(1), counts[starts - 1]])).float()
 
 
 def test_the_value_chooses_among_the_candidates(games, agent, world, monkeypatch, tmp_path):
@@ -304,9 +291,7 @@ def test_episodes_train_policy_and_value(games, agent, world, monkeypatch, tmp_p
     says = ["Action: open door<|eos|>", "Action: go out<|eos|>"]
     scripted(monkeypatch, lambda text, number, _: says["is open" in text and number != 1])
     rows = play(Args(stage="collect", max_turns=3, out=str(tmp_path)), TOKENIZER, agent, None, world, 2)
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read, count = oreo.read_rows(str(path), TOKENIZER, oreo.Args())
+    read, count = oreo.read_rows(write_rows(tmp_path / "rows.jsonl", rows), TOKENIZER, oreo.Args())
     assert count["kept"] == 6 and count["right"] == 5
     assert [sum(row.steps) for row in read] == [row["turns"] for row in rows]
     value = load_policy("nano", world, from_config=CONFIG, kind=ValueModel)

@@ -1,9 +1,7 @@
 """oreo.py's mathematics: the published code's numbers (tests/vectors/oreo.json, float64), closed forms, a tree."""
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,23 +11,15 @@ from common.data import InputError
 from common.logprobs import linear_kl, logprobs_from_logits
 from common.rows import conversation_ids
 from common.search import Candidate, beam_search, select_beam, step_ids, step_starts
-from common.trainer import World, learning_rate, make_optimizer, optimizer_step
+from common.trainer import learning_rate, make_optimizer, optimizer_step
 from common.verifiers import grade
 from oreo import Args, Row, accumulate_gradient, oreo_losses, oreo_row_losses
+from tests.conftest import assert_equal, f64, vectors, write_rows
+from tests.ranks import ONE_RANK
 
-VECTORS = json.loads((Path(__file__).parent / "vectors" / "oreo.json").read_text())
-ONE_RANK = World(0, 1, 1, torch.device("cpu"))
+VECTORS = vectors("oreo")
 CASES = [(case, name) for case in VECTORS["cases"] for name in ("token", "step", "response", "dqo")
          if name in case["outputs"]]  # fmt: skip
-
-
-def f64(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_equal(actual, expected, tolerance=1e-9):
-    expected = expected if isinstance(expected, torch.Tensor) else f64(expected)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 # --------------------------------------------------------------------------------- losses, against the published
@@ -315,10 +305,9 @@ def test_masks_are_the_published_ones(case, tmp_path):
         row, skip = inputs, 1
     else:
         row, skip = inputs | {"response": inputs["response"] + " "}, 0
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     prompt_length = 0 if skip else len(tokenizer(inputs["prompt"])["input_ids"])
     args = Args(max_response_tokens=flags["max_length"] - prompt_length, long_response="cut", skip_turns=skip)
-    [got], count = oreo.read_rows(str(tmp_path / "rows.jsonl"), tokenizer, args)
+    [got], count = oreo.read_rows(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer, args)
     tokens = tokenizer.batch_decode([[i] for i in got.prompt + got.response])
     assert tokens == outputs["tokens"]
     assert [0] * len(got.prompt) + [int(a) for a in got.actions] == outputs["action_mask"]

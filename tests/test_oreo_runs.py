@@ -19,23 +19,14 @@ from common.checkpoints import export_checkpoint
 from common.data import InputError, pack
 from common.metrics import read_metrics
 from common.rows import IGSM, conversation_ids, make_examples, read_row, trace_ids
-from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer, parse_args
-from oreo import Row
+from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer
 from tests import oreo_ranks
-from tests.conftest import NANO, other_weights, run_script
-from tests.oreo_ranks import SMALL, search, settings
+from tests.conftest import NANO, other_weights, read_rows, run_script, write_rows
+from tests.faults.harness import assert_same_metrics
+from tests.oreo_ranks import Counts, search, settings
 from tools import agents
 
-
-@pytest.fixture(scope="session")
-def nano(world, tmp_path_factory):
-    """A model folder of a few thousand random weights, with the tokenizer of symbolic iGSM."""
-    folder = tmp_path_factory.mktemp("nano") / "model"
-    tokenizer = igsm.tokenizer("symbolic", modulus=IGSM["modulus"])
-    config = dict(NANO, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-                  pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-    export(load_policy("nano", world, from_config=config, seed=3), tokenizer, folder, world)
-    return str(folder)
+pytestmark = pytest.mark.usefixtures("without_curves")
 
 
 @pytest.fixture(scope="session")
@@ -58,14 +49,7 @@ def rows(tmp_path_factory):
         wrong = right.replace("\\boxed{", "\\boxed{1")
         lines += [{"prompt": row["prompt"], "response": text, "reward": reward, "question": i}
                   for text, reward in ((right, 1), (wrong, 0))]  # fmt: skip
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-def untimed(out):
-    timed = ("seconds/", "memory/", "speed/")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(out)]
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", lines)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rejection", "dpo", "kto", "oreo", "oreo-step", "oreo-response"])
@@ -79,7 +63,7 @@ def test_every_stage_trains_and_leaves_a_run_folder(stage, nano, rows, tmp_path)
     assert {"eval/mean", "loss/policy", "optim/grad_norm", "policy/logp", "seconds/step"} <= log[-1].keys()
     assert ("log_ratio/right" in log[-1]) == (stage in ("dpo", "kto", "oreo"))
     assert ("value/right" in log[-1]) == ("optim/value_grad_norm" in log[-1]) == (stage == "oreo")
-    for name in ("args.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
+    for name in ("args.json", "samples.jsonl", "model/model.safetensors", "model/tokenizer.json"):
         assert (tmp_path / "run" / name).exists()
     assert (tmp_path / "run" / "value").exists() == (stage == "oreo")
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
@@ -94,39 +78,19 @@ def test_before_the_first_update_values_are_zero_and_policy_and_reference_agree(
     assert first["loss/value"] == first["loss/policy"] == pytest.approx(1)  # (0 - R)^2 with R = +1 or -1
 
 
-@pytest.fixture(scope="session")
-def two_ranks(nano, tmp_path_factory):
-    """What tests/oreo_ranks.py writes under torchrun."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_script("tests/oreo_ranks.py", folder, nano, ranks=2)
-    return folder
+@pytest.mark.parametrize("kind", oreo_ranks.KINDS)
+def test_every_weight_of_the_policy_and_of_oreos_value_learns(kind, world):
+    found, _ = oreo_ranks.gradients(world, kind, 10_000)
+    assert any("score" in name for name in found) == kind.startswith("oreo")
+    assert not [name for name, gradient in found.items() if not gradient.any()]
 
 
-def test_the_gradient_is_the_same_for_one_and_two_ranks_and_any_micro_batches(two_ranks, world):
-    for kind in oreo_ranks.KINDS:
-        expected, results = oreo_ranks.gradients(world, kind, 10_000)
-        assert any("score" in name for name in expected) == kind.startswith("oreo")
-        assert all(g.abs().max() > 0 for g in expected.values())
-        size = max(g.abs().max().item() for g in expected.values())
-        flat = [x for row in results["measured"] for x in row] + [*results["losses"].values(), *results["values"]]
-        for tokens in oreo_ranks.TOKENS:
-            one, one_results = oreo_ranks.gradients(world, kind, tokens)
-            two = torch.load(two_ranks / f"{kind}-{tokens}.pt")
-            two_results = json.loads((two_ranks / f"{kind}-{tokens}.json").read_text())
-            for name, value in expected.items():
-                torch.testing.assert_close(one[name], value, rtol=0, atol=3e-6 * size)
-                torch.testing.assert_close(two[name], value, rtol=0, atol=3e-6 * size)
-            for other in (one_results, two_results):
-                its = [x for row in other["measured"] for x in row] + [*other["losses"].values(), *other["values"]]
-                assert its == pytest.approx(flat, rel=1e-4, abs=1e-5)
-
-
-def test_two_ranks_collect_train_and_search_as_one_does(two_ranks, nano, tmp_path, world):
-    oreo_ranks.run(nano, str(tmp_path / "run"))
-    one, two = tmp_path / "run", two_ranks / "run"
+def test_two_ranks_collect_train_and_search_as_one_does(nano, tmp_path, world):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_script("tests/oreo_ranks.py", nano, two, ranks=2)
+    oreo_ranks.run(nano, str(one))
     assert (one / "rows.jsonl").read_text() == (two / "rows.jsonl").read_text()
-    for a, b in zip(untimed(one), untimed(two), strict=True):
-        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
+    assert_same_metrics(one, two)
     for kind, name in ((ValueModel, "value"), (Policy, "model")):
         models = [load_policy(str(folder / name), world, kind=kind) for folder in (one, two)]
         for a, b in zip(*(model.parameters() for model in models), strict=True):
@@ -161,7 +125,7 @@ def test_collected_ids_are_trained_as_they_were_drawn(nano, tmp_path):
     args = settings(nano, "--stage", "collect", "--out", tmp_path / "run", "--balance", "1")
     oreo.main(args)
     rows, count = oreo.read_rows(str(tmp_path / "run" / "rows.jsonl"), load_tokenizer(nano), args)
-    written = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    written = read_rows(tmp_path / "run" / "rows.jsonl")
     assert [(r.prompt, r.response) for r in rows] == [(w["prompt_ids"], w["response_ids"]) for w in written]
     assert count["kept"] == len(written) and all(all(row.actions) for row in rows)
     kinds = [(row.group, row.reward) for row in rows]
@@ -194,18 +158,16 @@ def test_rounds_collect_and_train_on_what_came_before(nano, tmp_path, monkeypatc
     assert len({args.rows for args in seen}) == 2
 
 
-@pytest.mark.parametrize("changed", ["model", "reference"])
-@pytest.mark.parametrize("stage", ["oreo", "dpo", "kto"])
-def test_a_run_does_not_resume_with_another_reference(stage, changed, nano, rows, tmp_path):
-    for name in ("model", "reference"):
-        shutil.copytree(nano, tmp_path / name)
-    words = ["--stage", stage, "--rows", rows, "--eval_every", "0", "--save_every", "1", "--out", tmp_path / "run"]
-    words += ["--reference", tmp_path / "reference"] if changed == "reference" else []
-    oreo.main(settings(str(tmp_path / "model"), *words, "--steps", "1"))
-    oreo.main(settings(str(tmp_path / "model"), *words, "--steps", "2"))
-    other_weights(tmp_path / changed)
-    with pytest.raises(InputError, match=f"run was begun with other weights .--{changed} .* there, .* here"):
-        oreo.main(settings(str(tmp_path / "model"), *words, "--steps", "3"))
+def test_a_run_does_not_resume_with_another_reference(nano, rows, tmp_path):
+    """In all stages: what `models_of` names is compared."""
+    shutil.copytree(nano, tmp_path / "reference")
+    words = ["--stage", "dpo", "--rows", rows, "--eval_every", "0", "--save_every", "1", "--out", tmp_path / "run"]
+    words += ["--reference", tmp_path / "reference"]
+    oreo.main(settings(nano, *words, "--steps", "1"))
+    oreo.main(settings(nano, *words, "--steps", "2"))
+    other_weights(tmp_path / "reference")
+    with pytest.raises(InputError, match="run was begun with other weights .--reference .* there, .* here"):
+        oreo.main(settings(nano, *words, "--steps", "3"))
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
@@ -245,7 +207,7 @@ def test_a_collection_is_of_its_weights_and_context_wherever_the_model_lies(nano
 def test_a_run_does_not_resume_with_other_rewards(nano, tmp_path):
     words = ["--rows", tmp_path / "rows.jsonl", "--batch_size", "1", "--eval_every", "0", "--save_every", "1"]
     for rewards, steps in (((1, 0), 1), ((0, 1), 2)):
-        write(tmp_path / "rows.jsonl", [GOOD | {"reward": r, "response": f"a={i}"}
+        write_rows(tmp_path / "rows.jsonl", [GOOD | {"reward": r, "response": f"a={i}"}
                                         for i, r in enumerate(rewards)])  # fmt: skip
         with pytest.raises(InputError, match="the data .* changed") if steps == 2 else contextlib.nullcontext():
             oreo.main(settings(nano, *words, "--steps", steps, "--out", tmp_path / "run"))
@@ -258,7 +220,7 @@ def test_collected_answers_are_balanced_by_their_scaled_rewards(nano, tmp_path, 
     monkeypatch.setattr(oreo, "keep_answers", lambda *_, **__: answers)
     words = ["--reward_shift", "-0.5", "--balance", "1", "--out", tmp_path]
     oreo.collect(settings(nano, *words))
-    kept = [json.loads(line)["response"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    kept = [row["response"] for row in read_rows(tmp_path / "rows.jsonl")]
     assert kept == ["0", "2"] * 12  # at most one right and one wrong answer to a question
 
 
@@ -266,7 +228,7 @@ def test_problems_of_several_files_are_numbered_through_and_counted_together(nan
     turns = [{"role": "user", "content": "a=5\na?"}]
     row = {"prompt": turns, "target": "a=5\n\\boxed{5}", "reward_model": {"ground_truth": "5"}}
     long = row | {"prompt": [{"role": "user", "content": "a=5\n" * 99}]}
-    files = [write(tmp_path / "a.jsonl", [long, row]), write(tmp_path / "b.jsonl", [row, row])]
+    files = [write_rows(tmp_path / "a.jsonl", [long, row]), write_rows(tmp_path / "b.jsonl", [row, row])]
     examples, count = oreo.read_problems(load_tokenizer(nano), settings(nano, "--data", *files))
     assert [e.index for e in examples] == [1, 2, 3]  # keys of their draws
     assert (count["rows"], count["prompt_too_long"], count["kept"]) == (4, 1, 3)
@@ -275,7 +237,8 @@ def test_problems_of_several_files_are_numbered_through_and_counted_together(nan
 @pytest.mark.parametrize("stage", ["rejection", "dpo", "kto", "oreo"])
 def test_an_answer_is_right_in_every_stage_if_its_scaled_reward_is_positive(stage, nano, tmp_path):
     graded = [GOOD | {"response": f"a={i}\n\\boxed{{{i}}}", "reward": r} for i, r in enumerate((0.2, 0.7, 0.9))]
-    args = settings(nano, "--stage", stage, "--rows", write(tmp_path / "rows.jsonl", graded), "--reward_shift", "-0.5")
+    data = write_rows(tmp_path / "rows.jsonl", graded)
+    args = settings(nano, "--stage", stage, "--rows", data, "--reward_shift", "-0.5")
     units, count = oreo.training_units(load_tokenizer(nano), args, False)
     assert count["right"] == 2
     found = {round(row.reward, 6) for unit in units for row in unit}
@@ -286,23 +249,11 @@ def test_balance_keeps_as_many_of_rows_that_are_given_as_of_those_that_are_colle
     answers = [(i % 2, i > 3) for i in range(12)]  # (question, right), questions mixed
     graded = [{"prompt": f"a={q}\na?", "response": f"a={i}\n\\boxed{{{q}}}", "reward": int(right)}
               for i, (q, right) in enumerate(answers)]  # fmt: skip
-    data = write(tmp_path / "rows.jsonl", graded)
+    data = write_rows(tmp_path / "rows.jsonl", graded)
     kept, count = oreo.read_rows(data, load_tokenizer(nano), settings(nano, "--rows", data, "--balance", "1"))
     assert [row.index for row in kept] == [0, 1, 4, 5] and (count["kept"], count["right"]) == (4, 2)
     every, _ = oreo.read_rows(data, load_tokenizer(nano), settings(nano, "--rows", data))
     assert [row.index for row in every] == list(range(12))
-
-
-def test_rejection_is_reduced_as_sft_is(world, policy):
-    rows = [Row([1, 2], [5] * n, [True] * n, [True] * n, index=i) for i, n in enumerate((1, 9))]
-    losses = {}
-    for stage in ("sft", "rejection"):
-        for per_mean in (0, 1):
-            args = oreo.Args(stage=stage, sft_rows_per_mean=per_mean)
-            units = [[row] for row in rows]
-            losses[stage, per_mean] = oreo.accumulate_gradient(policy, None, None, units, args, world)["loss/policy"]
-    assert losses["rejection", 1] == losses["sft", 1] == pytest.approx(sum(-r.logp / len(r.response) for r in rows) / 2)
-    assert losses["rejection", 0] == losses["sft", 0] != losses["sft", 1]
 
 
 def test_lora_changes_linear_layers_and_the_values_head_and_saves_whole_models(nano, rows, tmp_path, world):
@@ -332,32 +283,11 @@ def test_lora_without_its_package_says_how_to_get_it(nano, rows, tmp_path, monke
 # ------------------------------------------------------------------------------------------------- search
 
 
-@pytest.mark.parametrize("kind", ["best_of_n", "best_of_k", "beam"])
-def test_search_answers_every_question(kind, nano, nano_value, world):
-    examples, found = search(kind, 3, nano, load_policy(nano_value, world, kind=ValueModel))
-    assert len(examples) == len(found) == 4
-    assert all(len(answers) == (3 if kind == "best_of_n" else 1) or (kind == "beam" and answers) for answers in found)
-
-
-class Likes(torch.nn.Module):
-    """A value model that counts a token in the text."""
-
-    def __init__(self, token):
-        super().__init__()
-        self.token = token
-
-    def forward(self, batch):
-        counts = (batch.input_ids[0] == self.token).cumsum(0)
-        starts = batch.predictors[:-1] + 1
-        before = torch.cat([counts.new_zeros(1), counts[starts - 1]])
-        return (counts[batch.predictors] - before).float()
-
-
 def test_search_takes_the_answer_of_the_highest_value_and_wider_is_higher(nano):
     likes = load_tokenizer(nano)("=", add_special_tokens=False)["input_ids"][0]
     heights = {}
     for kind, width in (("best_of_n", 1), ("best_of_n", 8), ("beam", 1), ("beam", 3), ("beam", 5), ("best_of_k", 5)):
-        examples, found = search(kind, width, nano, Likes(likes))
+        examples, found = search(kind, width, nano, Counts(likes))
         best = [max(answers, key=lambda c: c.value) for answers in found]
         for e, c in zip(examples, best, strict=True):  # eos is not read, and the prompt's are counted
             assert c.value == (e.prompt + c.response).count(likes)
@@ -370,33 +300,22 @@ def test_search_takes_the_answer_of_the_highest_value_and_wider_is_higher(nano):
 # -------------------------------------------------------------------------------------------------- bad input
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--rows", "no/such.jsonl"], "no/such.jsonl: no such file"),
-        (["--eval_data", "igsm:lots"], "igsm:LO-HI"),
-        (["--model", "no/such/model"], "--model no/such/model"),
         (["--model", "runs/no-such/model"], "--model runs/no-such/model: not there; --stage sft makes it"),
         (["--batch_size", "400"], "24 rows are fewer than --batch_size 400"),
         (["--max_prompt_tokens", "3"], "no row is left: 0 of 24 rows .24 prompts over"),
         (["--max_response_tokens", "3"], "no row is left: 0 of 24 rows .*24 responses over"),
-        (["--eval_data", "igsm:5-8", "--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
-        (["--steps", "-1"], "--steps must be 0 or more"),
         (["--beta", "0"], "--beta must be positive"),
         (["--temperature", "0"], "--temperature must be positive"),
-        (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
         (["--stage", "iterate"], "--rounds collects rows of its own"),
         (["--stage", "collect", "--rows", "x.jsonl"], "--rows x.jsonl is for --stage oreo, rej"),
         (["--stage", "rejection", "--value", "v"], "--value v is for --stage oreo, not rejection"),
         (["--stage", "kto", "--variant", "step"], "--variant step is for --stage oreo, not kto"),
         (["--stage", "rejection", "--reference", "r"], "--reference r is for --stage oreo, dpo, kto, not rejection"),
         (["--stage", "sft", "--rounds", "2", "--rows", ""], "--rounds 2 is for --stage oreo, rejection, dpo, kto"),
-        (["--betas", "2", "3"], "--betas must be two numbers"),
         (["--stage", "kto", "--batch_size", "1", "--rows", "x.jsonl"], "--batch_size 1: kto compares"),
         (["--value", "no/such/value"], "--value no/such/value: cannot be loaded"),
         (["--reference", "no/such/model"], "--reference no/such/model: cannot be loaded"),
@@ -440,7 +359,7 @@ IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
     ],
 )  # fmt: skip
 def test_bad_rows_get_one_message_that_names_the_row(nano, tmp_path, lines, words, message):
-    data = write(tmp_path / "rows.jsonl", lines)
+    data = write_rows(tmp_path / "rows.jsonl", lines)
     with pytest.raises(InputError, match=message):
         oreo.main(settings(nano, "--rows", data, "--batch_size", "1", "--out", tmp_path / "run", *words))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -463,7 +382,7 @@ def test_a_value_checkpoint_that_does_not_fit_is_refused(nano, rows, tmp_path, w
     for flag, name in (("--value", "short"), ("--reference", "few")):
         with pytest.raises(InputError, match=f"{flag} .*{name}: sequences of up to .* exceed its 20 positions"):
             oreo.main(settings(nano, *words, flag, tmp_path / name))
-    data = write(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **IGSM, ops=(1, 2))])
+    data = write_rows(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **IGSM, ops=(1, 2))])
     with pytest.raises(InputError, match="--value .*short: sequences of up to .* exceed its 20 positions"):
         ask = dict(data=(data,), out=str(tmp_path / "eval"), max_tokens=40, verifier=("boxed",), temperature=1.0)
         evaluation.main(evaluation.Args(model=nano, value=str(tmp_path / "short"), search="beam", **ask))
@@ -476,7 +395,7 @@ def test_a_value_checkpoint_that_does_not_fit_is_refused(nano, rows, tmp_path, w
 
 
 def test_a_folder_without_a_trained_head_searches_nothing_and_says_so(nano, rows, tmp_path, world):
-    data = write(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **IGSM, ops=(1, 2))])
+    data = write_rows(tmp_path / "data.jsonl", [igsm.row(p, "test") for p in igsm.problems(1, **IGSM, ops=(1, 2))])
     with pytest.raises(InputError, match="--value .*no trained value head there: .*Qwen2ForCausalLM"):
         ask = dict(data=(data,), out=str(tmp_path / "eval"), max_tokens=40, verifier=("boxed",))
         evaluation.main(evaluation.Args(model=nano, value=nano, search="beam", **ask))
@@ -522,11 +441,11 @@ def test_gsm8k_and_math_are_asked_and_answered_as_published(nano, words, tmp_pat
     assert [item.gold for item in items] == ["1004", "\\frac{1}{2}"]
     other = {"question": "q?", "options": ["a", "b"], "answer": "A"}
     assert oreo.as_published(read_row(other, "x"), other, ask) == read_row(other, "x")
-    files = [write(tmp_path / "gsm8k.jsonl", [gsm8k] * 3), write(tmp_path / "math.jsonl", [math_row] * 2)]
+    files = [write_rows(tmp_path / "gsm8k.jsonl", [gsm8k] * 3), write_rows(tmp_path / "math.jsonl", [math_row] * 2)]
     args = settings(nano, "--stage", "sft", "--data", *files, *words, "--max_prompt_tokens", "900")
     units, count = oreo.training_units(load_tokenizer(nano), args, False)
     assert [unit[0].index for unit in units] == [0, 1, 2, 3, 4] and count["kept"] == count["rows"] == 5
-    bad = write(tmp_path / "math.jsonl", [math_row | {"solution": "no"}])
+    bad = write_rows(tmp_path / "math.jsonl", [math_row | {"solution": "no"}])
     with pytest.raises(InputError, match="math.jsonl, all 1 rows: the gold answer is missing"):
         oreo.read_problems(load_tokenizer(nano), settings(nano, "--data", bad), traces="ignored")
 
@@ -576,7 +495,7 @@ def test_prompt_and_response_have_one_limit_together(nano, rows, tmp_path):
 
 
 def test_a_long_solution_is_left_out_or_cut_to_the_rows_limit(nano, tmp_path):
-    data = write(tmp_path / "rows.jsonl", [{"problem": "a=1 a?", "solution": "a=1 " * 9 + "\\boxed{1}"}] * 4)
+    data = write_rows(tmp_path / "rows.jsonl", [{"problem": "a=1 a?", "solution": "a=1 " * 9 + "\\boxed{1}"}] * 4)
     words = ["--stage", "sft", "--data", data, "--ask", "user"]
     words += ["--max_prompt_tokens", "900", "--max_response_tokens", "900"]
     [[whole], *_], _ = oreo.training_units(load_tokenizer(nano), settings(nano, *words), False)
@@ -599,7 +518,7 @@ def test_long_responses_are_counted_and_left_out_or_cut(nano, rows, tmp_path):
 def test_conversations_train_on_assistant_turns_alone(nano, tmp_path):
     said = (("user", "a=1\na?"), ("assistant", "<think>\na=1"), ("user", "b?"), ("assistant", "<think>\nb=2"))
     turns = [{"role": role, "content": content} for role, content in said]
-    data = write(tmp_path / "rows.jsonl", [{"conversations": turns, "reward": i % 2} for i in range(8)])
+    data = write_rows(tmp_path / "rows.jsonl", [{"conversations": turns, "reward": i % 2} for i in range(8)])
     args = settings(nano, "--rows", data, "--out", tmp_path / "run")
     tokenizer = load_tokenizer(nano)
     [row, *_], _ = oreo.read_rows(data, tokenizer, args)
@@ -607,17 +526,6 @@ def test_conversations_train_on_assistant_turns_alone(nano, tmp_path):
              for side in (True, False)]  # fmt: skip
     assert spans == ["a=1<|eos|>b=2<|eos|>", "<|user|>b?<|assistant|><think>\n"]
     assert sum(row.steps) == 2
-    oreo.main(args)
-    assert len(read_metrics(tmp_path / "run")) == 4
-
-
-def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(nano):
-    result = run_script("oreo.py", *SMALL, "--model", nano, "--rows", "no/such.jsonl", check=False)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1] == "oreo.py: error: no/such.jsonl: no such file or folder"
-    assert "Traceback" not in result.stderr
-    with pytest.raises(SystemExit, match="2"):
-        parse_args(oreo.Args, ["--learning_rate", "1"])
 
 
 CODE = """

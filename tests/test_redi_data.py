@@ -12,13 +12,15 @@ from common.data import InputError
 from common.metrics import read_metrics
 from common.rollout import Completion
 from common.rows import Item, Trace
-from common.trainer import load_tokenizer, parse_args
-from tests.test_luffy_math import ONE_RANK
-from tests.test_redi_math import VECTORS
-from tests.test_redi_runs import SMALL, write
+from common.trainer import load_tokenizer
+from tests.conftest import parsed, read_rows, vectors, write_rows
+from tests.ranks import ONE_RANK
+from tests.test_redi_runs import SMALL
 from tests.test_wiring import Asked
 from tools import redi_data
 from tools.redi_data import Args, grade_openr1, read_problem
+
+pytestmark = pytest.mark.usefixtures("without_curves")
 
 # ---------------------------------------------------------------------------------------- which traces are taken
 
@@ -29,8 +31,9 @@ def first_of_both(verdicts):
 
 
 def test_openr1_selection_keeps_the_published_rows():
-    expected = VECTORS["data_selection"]["outputs"]
-    chosen = {r["original_index"]: grade_openr1(r) for r in VECTORS["data_selection"]["inputs"]}
+    selection = vectors("redi")["data_selection"]
+    expected = selection["outputs"]
+    chosen = {r["original_index"]: grade_openr1(r) for r in selection["inputs"]}
     kept = {i: first_of_both(c) for i, c in chosen.items() if not isinstance(c, str)}
     assert [[i, right] for i, (right, _) in kept.items() if right is not None] == expected["sft_LandMV"]
     assert [[i, *both] for i, both in kept.items() if None not in both] == expected["pairs"]
@@ -134,14 +137,13 @@ def test_other_sources_can_be_left_out():
 
 def settings(*words):
     """Settings of redi.py for a short run."""
-    words = [*SMALL, *map(str, words)]
-    return parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
+    return parsed("redi", *SMALL, *words)
 
 
 def make(out, *words):
     """The tool on the tiny preset, with few problems."""
     few = ["--preset", "tiny", "--data", "igsm:1-2", "--igsm_problems", 40, "--max_response_tokens", 60, "--out", out]
-    return redi_data.main(parse_args(Args, [str(word) for word in (*few, *words)], preset=redi_data.PRESETS))
+    return redi_data.main(parsed("tools.redi_data", *few, *words))
 
 
 def test_data_then_sft_then_redi_on_a_models_own_wrong_answers(tmp_path):
@@ -149,8 +151,7 @@ def test_data_then_sft_then_redi_on_a_models_own_wrong_answers(tmp_path):
     redi.main(settings("--stage", "sft", "--out", tmp_path / "sft"))
     model = str(tmp_path / "sft" / "model")
     make(tmp_path / "data", "--model", model, "--own_answers", 3)
-    rows = [json.loads(line) for line in (tmp_path / "data" / "pairs.jsonl").read_text().splitlines()]
-    [funnel] = [json.loads(line) for line in (tmp_path / "data" / "funnel.json").read_text().splitlines()]
+    rows, [funnel] = (read_rows(tmp_path / "data" / name) for name in ("pairs.jsonl", "funnel.json"))
     drawn = json.loads((tmp_path / "data" / "own_answers.json").read_text())
     assert sum(n for name, n in drawn.items() if name != "tokens") == 3 * 40 <= drawn["tokens"]
     assert funnel["rows"] == funnel["positives.jsonl"] == 40
@@ -178,10 +179,10 @@ def test_what_a_model_drew_keeps_its_ids_in_both_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(redi_data, "add_own_answers", answer)
     graded = [{"prompt": "a=22\na?", "responses": ["a=6"], "rewards": [0], "answer": "22"}]
-    data = write(tmp_path / "rows.jsonl", graded)
+    data = write_rows(tmp_path / "rows.jsonl", graded)
     make(tmp_path / "data", "--data", data)
     for stage, name in (("sft", "positives"), ("redi", "pairs")):
-        [row] = [json.loads(line) for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
+        [row] = read_rows(tmp_path / "data" / f"{name}.jsonl")
         [pair], _ = redi.make_pairs([row], tokenizer, settings("--stage", stage), source=name)
         assert list(pair.chosen) == drawn
 
@@ -192,7 +193,7 @@ def test_the_funnel_counts_every_row_once(tmp_path, capsys):
 
     rows = [row(), row(rewards=[1, 1, 1]), row(rewards=[0, 0, 0]), row(wrong="a=5"), row(wrong="+" * 70),
             row(prompt="a=5\n" * 60), row(responses=[" ", "a=5"], rewards=[0, 1])]  # fmt: skip
-    make(tmp_path / "data", "--own_answers", 0, "--data", write(tmp_path / "rows.jsonl", rows))
+    make(tmp_path / "data", "--own_answers", 0, "--data", write_rows(tmp_path / "rows.jsonl", rows))
     printed = re.findall(r"^ *([-+]?\d+)  (.+)$", capsys.readouterr().out, re.M)
     assert {name: int(n) for n, name in printed} == {
         "rows": 7, "no right trace": -1, "positives.jsonl": 6, "no wrong trace": -1, "prompt too long": -1,
@@ -203,10 +204,10 @@ def test_the_funnel_counts_every_row_once(tmp_path, capsys):
 def test_pairs_are_the_rows_that_fit_with_their_weights_in_an_order_of_the_seed(tmp_path):
     graded = [{"prompt": f"a={i}\na?", "responses": [f"a={i}", "+" * 70 if i % 2 else "a=0"], "rewards": [1, 0],
                "weight": i} for i in range(1, 13)]  # fmt: skip
-    data, orders = write(tmp_path / "rows.jsonl", graded), []
+    data, orders = write_rows(tmp_path / "rows.jsonl", graded), []
     for seed in (1, 2):
         make(tmp_path / "data", "--own_answers", 0, "--data", data, "--seed", seed)
-        rows = [json.loads(line) for line in (tmp_path / "data" / "pairs.jsonl").read_text().splitlines()]
+        rows = read_rows(tmp_path / "data" / "pairs.jsonl")
         assert {r["rejected"] for r in rows} == {"a=0"}
         orders.append([int(r["chosen"].removeprefix("a=")) for r in rows])
         assert [r["weight"] for r in rows] == orders[-1] and sorted(orders[-1]) == [2, 4, 6, 8, 10, 12]
@@ -220,16 +221,16 @@ def test_problems_that_share_words_with_a_benchmark_are_left_out_and_counted(tmp
     words = [f"w{i}" for i in range(20)]
     rows = [row(" ".join(words[:12])), row("X " + " ".join(words[3:16]).upper()), row("a=5\na?"), row("b=5\nb?")]
     benchmark = [{"prompt": [{"role": "user", "content": " ".join(words)}]}, {"problem": "b=5\nb?"}]
-    named = write(tmp_path / "bench.jsonl", benchmark)
-    data = write(tmp_path / "rows.jsonl", rows)
+    named = write_rows(tmp_path / "bench.jsonl", benchmark)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     make(tmp_path / "data", "--own_answers", 0, "--data", data, "--decontaminate", named)
     assert f"-2  shares 13 words with {named}" in capsys.readouterr().out
-    kept = [json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "data" / "pairs.jsonl").open()]
+    kept = [row["prompt"][0]["content"] for row in read_rows(tmp_path / "data" / "pairs.jsonl")]
     assert sorted(kept) == sorted([" ".join(words[:12]), "a=5\na?"])
     with pytest.raises(InputError, match="--ngram must be positive"):  # 0 words in a row would leave nothing out
         make(tmp_path / "data", "--data", data, "--decontaminate", named, "--ngram", 0)
     with pytest.raises(InputError, match="bench.jsonl, row 0: no shape of row"):
-        broken = write(tmp_path / "bench.jsonl", [{"answer": 1}])
+        broken = write_rows(tmp_path / "bench.jsonl", [{"answer": 1}])
         make(tmp_path / "data", "--data", data, "--decontaminate", broken)
 
 
@@ -297,10 +298,10 @@ def test_a_prompt_that_is_rendered_gets_no_template(tmp_path, monkeypatch):
 
     monkeypatch.setattr("common.run.open_sampler", lambda *_: One())
     graded = [{"prompt": shown, "response": "a=5", "reward": 1, "answer": "5"}]
-    make(tmp_path / "data", "--own_answers", 1, "--data", write(tmp_path / "rows.jsonl", graded))
+    make(tmp_path / "data", "--own_answers", 1, "--data", write_rows(tmp_path / "rows.jsonl", graded))
     assert asked == [prompt]
     for stage, name in (("sft", "positives"), ("redi", "pairs")):
-        rows = [json.loads(line) for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
+        rows = read_rows(tmp_path / "data" / f"{name}.jsonl")
         [pair], _ = redi.make_pairs(rows, tokenizer, settings("--stage", stage), source=name)
         assert list(pair.prompt) == prompt
 
@@ -308,7 +309,7 @@ def test_a_prompt_that_is_rendered_gets_no_template(tmp_path, monkeypatch):
 def test_without_a_pair_the_remedy_is_named(tmp_path):
     graded = [{"prompt": "p", "responses": ["x"], "rewards": [1]}]
     with pytest.raises(InputError, match="no pair is left .*--own_answers samples"):
-        make(tmp_path / "data", "--own_answers", 0, "--data", write(tmp_path / "rows.jsonl", graded))
+        make(tmp_path / "data", "--own_answers", 0, "--data", write_rows(tmp_path / "rows.jsonl", graded))
     assert not (tmp_path / "data").exists()
 
 

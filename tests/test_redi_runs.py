@@ -1,22 +1,21 @@
 """redi.py from end to end on models that train in seconds: stages, losses, ranks, a crash, bad input."""
 
-import dataclasses
+import functools
 import json
 import math
 
 import pytest
-import torch
-from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig
 
-import igsm
 import redi
-from common import metrics
 from common.data import InputError
 from common.metrics import read_metrics
-from common.trainer import load_policy, parse_args
+from common.trainer import load_policy
 from tests import redi_ranks
-from tests.conftest import NANO, run_script
+from tests.conftest import parsed, run_script, write_rows
+from tests.faults.harness import assert_same_metrics
 
+pytestmark = pytest.mark.usefixtures("without_curves")
 SMALL = [
     "--preset", "tiny", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size", "4", "--steps", "3",
     "--eval_data", "igsm:1-2", "--eval_limit", "6", "--eval_every", "2", "--save_every", "0", "--lr", "1e-3",
@@ -24,30 +23,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """A model folder with random weights and the tokenizer of symbolic iGSM."""
-    folder, tokenizer = tmp_path_factory.mktemp("model"), igsm.tokenizer("symbolic", modulus=23)
-    torch.manual_seed(3)
-    config = dict(NANO, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in config.items() if k != "model_type"})).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def settings(model, tmp_path):
-    def make(*words, **changes):
-        words = [*SMALL, "--model", model, *map(str, words)]
-        args = parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
-        return dataclasses.replace(args, **changes)
-
-    return make
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+def settings(nano):
+    return functools.partial(parsed, "redi", *SMALL, "--model", nano)
 
 
 @pytest.mark.parametrize("words", [["--stage", "sft"], *(["--loss", x] for x in ("redi", "symmetric", "dpo", "simpo"))])
@@ -63,23 +41,18 @@ def test_every_stage_and_loss_trains_and_leaves_a_run_folder(words, settings, tm
     if "dpo" in words:  # the policy is its own reference before the first update, and not after it
         assert rows[1]["loss/mean"] == pytest.approx(math.log(2), abs=1e-6)
         assert rows[1]["reward/margin"] == pytest.approx(0, abs=1e-6) != rows[3]["reward/margin"]
-    for name in ("args.json", "samples.jsonl", "curves.png", "model/model.safetensors", "model/tokenizer.json"):
+    for name in ("args.json", "samples.jsonl", "model/model.safetensors", "model/tokenizer.json"):
         assert (tmp_path / "run" / name).exists()
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
     assert {"prompt", "chosen", "rejected", "chosen_logp", "rejected_logp", "loss"} < sample.keys()
 
 
-def test_two_ranks_log_what_one_rank_logs(settings, model, tmp_path):
+def test_two_ranks_log_what_one_rank_logs(settings, nano, tmp_path):
     """With dpo: its reference is computed without gradients before the first update, which must leave no trace."""
-    words = ["--model", model, "--loss", "dpo", "--save_every", 3, "--out"]
+    words = ["--model", nano, "--loss", "dpo", "--save_every", 3, "--out"]
     run_script("redi.py", *SMALL, *words, tmp_path / "two", ranks=2)
     redi.main(settings(*words, tmp_path / "one"))
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            if not name.startswith(("seconds/", "memory/", "speed/")):
-                assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), (a["step"], name)
+    assert_same_metrics(tmp_path / "one", tmp_path / "two")
     [a], [b] = ((tmp_path / name).glob("checkpoint/*/state.json") for name in ("one", "two"))
     references = [json.loads(path.read_text())["reference"] for path in (a, b)]
     for x, y in zip(*references, strict=True):
@@ -87,19 +60,6 @@ def test_two_ranks_log_what_one_rank_logs(settings, model, tmp_path):
 
 
 # ----------------------------------------------------------------------------------- reference, alarm, context
-
-
-def test_the_reference_is_the_policy_before_the_first_update_also_after_a_resume(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
-    words = ["--loss", "dpo", "--beta", "0.1", "--eval_every", 0, "--schedule", "constant", "--out"]
-    redi.main(settings(*words, tmp_path / "whole", "--steps", 4))
-    redi.main(settings(*words, tmp_path / "run", "--save_every", 2, "--steps", 2))
-    monkeypatch.setattr(redi, "reference_logps", None)  # not needed again
-    redi.main(settings(*words, tmp_path / "run", "--save_every", 2, "--steps", 4))
-    whole, resumed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "run")
-    assert [row["step"] for row in resumed] == [1, 2, 3, 4]
-    for name in ("loss/mean", "reward/margin"):
-        assert [row[name] for row in resumed] == [row[name] for row in whole]
 
 
 def test_the_reference_sums_the_log_probs_of_every_trace(world, policy):
@@ -149,7 +109,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_its_rows_are_kept(setti
     assert len({json.loads(line)["row"] for line in lines}) == 4
 
 
-def test_rope_theta_and_positions_act_in_training_and_are_saved_for_the_next_stage(settings, tmp_path, world, model):
+def test_rope_theta_and_positions_act_in_training_and_are_saved_for_the_next_stage(settings, tmp_path, world):
     words = ["--stage", "sft", "--steps", 1, "--eval_every", 0, "--out"]
     redi.main(settings(*words, tmp_path / "plain"))
     redi.main(settings(*words, tmp_path / "long", "--rope_theta", 3e5, "--max_positions", 4096))
@@ -169,17 +129,9 @@ def test_rope_theta_and_positions_act_in_training_and_are_saved_for_the_next_sta
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"),
         (["--data", "runs/no-such.jsonl"], "runs/no-such.jsonl: no such file or folder; `python -m tools.redi_data`"),
         (["--model", "runs/no-such"], "runs/no-such: no such file or folder; `redi.py --stage sft`"),
-        (["--data", "igsm:lots"], "igsm:LO-HI"),
-        (["--batch_size", "400"], "40 rows are fewer than --batch_size 400"),
-        (["--model", "no/such/model"], "--model no/such/model"),
-        (["--chat_template", "no.jinja"], "--chat_template no.jinja: no such file"),
-        (["--max_prompt_tokens", "3"], "no row is left: 0 of 40 rows .40 prompts over"),
         (["--max_response_tokens", "3"], "no row is left: 0 of 40 rows .*40 traces over"),
-        (["--eval_data", "igsm:5-8", "--verifier", "oops"], "--verifier oops: no verifier 'oops': math, "),
-        (["--steps", "-1"], "--steps must be 0 or more"),
         (["--alpha", "-1"], "--alpha must be 0 or more"),
         (["--loss", "dpo", "--beta", "0"], "--beta must be positive"),
         (["--loss", "dpo", "--label_smoothing", "0.5"], "--label_smoothing must be from 0"),
@@ -217,29 +169,10 @@ def test_data_without_what_a_stage_needs_gets_one_message(settings, tmp_path):
         ([], [wrong] * 4, "no row has a correct trace"),
         ([], [], "rows.jsonl: no rows"),
     ]:
-        data = write(tmp_path / "rows.jsonl", rows)
+        data = write_rows(tmp_path / "rows.jsonl", rows)
         with pytest.raises(InputError, match=message):
             redi.main(settings(*words, "--data", data, "--out", tmp_path / "run"))
         assert not (tmp_path / "run").exists()
-
-
-def test_a_checkpoint_of_other_settings_is_refused(settings, tmp_path):
-    words = ["--out", tmp_path / "run", "--steps", "1", "--save_every", "1", "--eval_every", "0"]
-    redi.main(settings(*words))
-    with pytest.raises(InputError, match="--alpha 0.8 there, 0.5 here"):
-        redi.main(settings(*words, "--alpha", "0.5"))
-
-
-def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(tmp_path):
-    data = write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "x"}])
-    result = run_script("redi.py", *SMALL, "--data", data, check=False)
-    assert result.returncode == 2
-    last = result.stderr.strip().splitlines()[-1]
-    what = "the correct and the incorrect trace are equal; remove the row or pass --bad_rows drop"
-    assert last == f"redi.py: error: {data}, row 0: {what} (columns found: prompt, chosen, rejected)"
-    assert "Traceback" not in result.stderr
-    result = run_script("redi.py", "--learning_rate", "1", check=False)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -251,30 +184,29 @@ def test_bad_input_and_unknown_flags_exit_with_code_2_and_one_line(tmp_path):
     ],
 )  # fmt: skip
 def test_defaults_follow_stage_loss_and_preset_and_what_is_typed_wins(words, lr, batch_size):
-    args = parse_args(redi.Args, words, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
+    args = parsed("redi", *words)
     assert (args.lr, args.batch_size) == (lr, batch_size)
 
 
-def test_the_alarm_follows_updates_that_were_taken_also_after_a_resume(settings, tmp_path, monkeypatch):
-    words = ["--eval_every", 0, "--save_every", 1, "--out"]
-    redi.main(settings(*words, tmp_path / "run", "--steps", 1))
-    redi.main(settings(*words, tmp_path / "run", "--steps", 2))
-    rows = read_metrics(tmp_path / "run")
-    [path] = (tmp_path / "run").glob("checkpoint/step-00000002/state.json")
-    followed = json.loads(path.read_text())["followed"]
-    assert followed == [[row["step"], row["logp/chosen"]] for row in rows]
+def test_the_alarm_follows_the_updates_that_were_taken(settings, tmp_path, monkeypatch):
+    words = ["--eval_every", 0, "--save_every", 2, "--steps", 2, "--out"]
+
+    def followed(folder):
+        redi.main(settings(*words, folder))
+        return json.loads((folder / "checkpoint" / "step-00000002" / "state.json").read_text())["followed"]
+
+    found = followed(tmp_path / "run")
+    assert found == [[row["step"], row["logp/chosen"]] for row in read_metrics(tmp_path / "run")] and len(found) == 2
     monkeypatch.setattr(redi.Run, "update", lambda *_, **__: False)  # as with --skip_bad_updates
-    redi.main(settings(*words, tmp_path / "skipped", "--steps", 1))
-    [path] = (tmp_path / "skipped").glob("checkpoint/*/state.json")
-    assert json.loads(path.read_text())["followed"] == []
+    assert followed(tmp_path / "skipped") == []
 
 
 def test_a_run_does_not_resume_with_other_weights_of_rows(settings, tmp_path):
     row = {"prompt": "a=5\na?", "chosen": "a=5", "rejected": "a=6"}
     words = ["--batch_size", 1, "--eval_every", 0, "--save_every", 1, "--out", tmp_path / "run"]
-    redi.main(settings(*words, "--data", write(tmp_path / "rows.jsonl", [row]), "--steps", 1))
+    redi.main(settings(*words, "--data", write_rows(tmp_path / "rows.jsonl", [row]), "--steps", 1))
     with pytest.raises(InputError, match="the data .* changed"):
-        redi.main(settings(*words, "--data", write(tmp_path / "rows.jsonl", [row | {"weight": 2}]), "--steps", 2))
+        redi.main(settings(*words, "--data", write_rows(tmp_path / "rows.jsonl", [row | {"weight": 2}]), "--steps", 2))
 
 
 def test_every_row_is_corrupted_from_a_stream_of_its_own(monkeypatch):

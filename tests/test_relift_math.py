@@ -23,9 +23,10 @@ from relift import (
     sft_token_loss,
 )
 from tests import ranks
-from tests.relift_ranks import VECTORS, Bigram, sft_update
-from tests.test_luffy_math import ONE_RANK, assert_equal, f64
+from tests.conftest import assert_equal, f64, vectors, write_rows
+from tests.ranks import ONE_RANK, Bigram
 
+VECTORS = vectors("relift")
 INPUTS = VECTORS["policy_loss_inputs"]
 MASK = f64(INPUTS["eos_mask"])
 
@@ -107,7 +108,16 @@ def test_the_entropy_bonus_is_averaged_as_the_loss_is():
 @pytest.mark.parametrize("name", VECTORS["sft_update_policy"]["cases"])
 @pytest.mark.parametrize("micro_batch_tokens", [5, 9, 1000])
 def test_an_sft_update_is_the_published_one_whatever_the_micro_batches(name, micro_batch_tokens):
-    case, rows, args = sft_update(name, micro_batch_tokens)
+    """The published one of one rank: it is half as large on two."""
+    data = VECTORS["sft_update_policy"]
+    case = data["cases"][name]
+    rows = [
+        Row(data["prompts"][i], data["targets"][i][: int(sum(data["response_mask"][i]))], i, True) for i in case["rows"]
+    ]
+    args = Args(
+        sft_rows_per_mean=case["sft_micro_batch_size"], sft_entropy_coef=case["entropy_coeff"],
+        micro_batch_tokens=micro_batch_tokens,
+    )
     policy = Bigram(case["W_before"])
     metrics = accumulate_sft_gradient(policy, rows, args, ONE_RANK)
     assert_equal((policy.table - case["lr"] * policy.table.grad).detach(), case["W_after"])
@@ -158,9 +168,8 @@ def demonstrations(case, tmp_path, **settings):
             case["prompts"], case["prompt_mask"], case["tgt_input_ids_right_padded"], strict=True
         )
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     length = len(case["tgt_input_ids_right_padded"][0])
-    args = Args(data=str(tmp_path / "rows.jsonl"), max_response_tokens=length, **settings)
+    args = Args(data=write_rows(tmp_path / "rows.jsonl", rows), max_response_tokens=length, **settings)
     how = dict(split="train", empty_trace="on_policy", long_trace=relift.LONG_TRACE[args.long_trace])
     return read_examples(args.data, Numbers(case["eos_id"]), args, **how)[0]
 

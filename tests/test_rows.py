@@ -31,8 +31,8 @@ from common.rows import (
     trace_ids,
     trace_text,
 )
-from common.trainer import load_tokenizer, parse_args
-from tests.conftest import ROOT
+from common.trainer import load_tokenizer
+from tests.conftest import parsed, write_rows
 from tools import redi_data
 
 TOKENIZER = igsm.tokenizer("symbolic")
@@ -61,7 +61,7 @@ def test_rows_load_from_parquet_json_jsonl_and_folders(tmp_path):
     import pyarrow.parquet
 
     rows = [row(gold=str(i)) for i in range(5)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_rows(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
     for name in ("a.jsonl", "b.json", "c.parquet"):
@@ -85,15 +85,20 @@ def test_a_json_line_may_hold_unicode_line_separators(tmp_path):
         ("wide.csv", "prompt,chosen,rejected\nWhat?,one,two\nWhat?,one, two,three", "line 3 has more cells than "),
         ("twice.csv", "question,answer,answer\nQ,1,2", "the header names a column twice: question, answer, answer"),
         ("bad.parquet", "not parquet", "not a readable parquet"),
+        ("bad.jsonl.gz", "x", "not valid JSON"),
+        ("bad.csv", 'a,b\n"x,1\n', "not valid CSV"),
+        ("a.txt", "x", "cannot be read; data files end in .parquet, .jsonl"),
+        ("a.xlsx", "PK", "cannot be read"),
         ("empty.jsonl", "", "no rows"),
+        pytest.param("digits.jsonl", f'{{"question": {"9" * 5000}}}', "line 1: not valid JSON", id="endless digits"),
+        pytest.param("lists.jsonl", f'{{"question": {"[" * 100_000}}}', "line 1: not valid JSON", id="endless lists"),
     ],
 )
 def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(InputError, match=f"{name}.*{message}"):
         load_rows(str(tmp_path / name))
-    assert name in str(error.value)
 
 
 def test_a_hub_name_may_carry_its_configuration(monkeypatch):
@@ -151,7 +156,7 @@ def test_where_no_trace_is_needed_an_answer_alone_will_do():
 
 
 def test_the_trace_loses_its_think_tag_exactly_when_the_prompt_ends_with_it():
-    assert trace_text("...<think>\n", "<think>\nabc") == "abc"
+    assert trace_text("...<think>\n", "<think>\nabc") == trace_text("...<think>\n", "\n<think>\nabc") == "abc"
     assert trace_text("...<think>\n", "abc") == "abc"
     assert trace_text("...assistant\n", "<think>\nabc") == "<think>\nabc"
 
@@ -193,13 +198,12 @@ def test_a_cut_trace_keeps_the_probabilities_of_what_is_left():
 
 
 def test_held_out_rows_are_of_every_file_and_too_long_prompts_are_counted_on_the_terminal(tmp_path, capsys):
-    path = tmp_path / "test.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in [row(), row(question="a=1\n" * 40 + "a?")]))
-    args = SimpleNamespace(**vars(limits()), eval_data=(str(path),), eval_limit=0, igsm_problems=1)
+    path = write_rows(tmp_path / "test.jsonl", [row(), row(question="a=1\n" * 40 + "a?")])
+    args = SimpleNamespace(**vars(limits()), eval_data=(path,), eval_limit=0, igsm_problems=1)
     assert len(held_out_examples(TOKENIZER, args)) == 1
     assert "1 of 2 rows (1 prompts over --max_prompt_tokens" in capsys.readouterr().err
-    (tmp_path / "more.jsonl").write_text((json.dumps(row(gold="6")) + "\n") * 3)
-    args.eval_data, args.eval_limit = (str(path), str(tmp_path / "more.jsonl")), 2  # of each file
+    args.eval_data = path, write_rows(tmp_path / "more.jsonl", [row(gold="6")] * 3)
+    args.eval_limit = 2  # of each file
     assert [e.gold for e in held_out_examples(TOKENIZER, args)] == ["5", "6", "6"]
 
 
@@ -337,8 +341,7 @@ ROWS = {  # a row of each shape: correct traces, incorrect ones, gold
 def test_every_script_reads_every_shape(shape, tmp_path):
     """As docs/data.md says, for what a script needs of a row: a gold, a correct trace, or a graded one."""
     row, correct, incorrect, gold = ROWS[shape]
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    path = str(tmp_path / "rows.jsonl")
+    path = write_rows(tmp_path / "rows.jsonl", [row])
     item = read_row(row, "row 0")
     assert [t.text for t in item.traces if t.reward > 0] == correct and item.gold == gold
     assert [t.text for t in item.traces if t.reward <= 0] == incorrect
@@ -601,13 +604,6 @@ def test_a_row_that_would_be_misread_is_refused(given, message):
         read_row(given, "row 0")
 
 
-@pytest.mark.parametrize("cell", ["9" * 5000, "[" * 100_000])
-def test_numbers_and_lists_without_end_are_named_with_their_line(tmp_path, cell):
-    (tmp_path / "a.jsonl").write_text(f'{{"question": {cell}}}\n')
-    with pytest.raises(InputError, match="a.jsonl, line 1: not valid JSON"):
-        load_rows(str(tmp_path / "a.jsonl"))
-
-
 def test_text_that_the_tokenizer_does_not_know_is_counted_on_the_terminal(capsys):
     examples([row()])
     assert "WARNING" not in capsys.readouterr().err
@@ -650,9 +646,8 @@ def test_a_blank_answer_beside_a_solution_is_the_solutions_box(answer):
 
 @pytest.mark.parametrize("gold", ["", "  ", float("nan"), float("-inf"), None])
 def test_a_blank_gold_is_left_out_of_training_and_refused_by_row_in_an_evaluation(gold, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row(), row(gold=gold))))
     with pytest.raises(InputError, match=r"rows.jsonl, row 1: the gold answer is missing or blank.*remove the row"):
-        evaluation.read_questions([str(tmp_path / "rows.jsonl")])
+        evaluation.read_questions([write_rows(tmp_path / "rows.jsonl", [row(), row(gold=gold)])])
     found, count = examples([row(), row(gold=gold)])
     assert [e.index for e in found] == [0] and count["gold_missing"] == 1
     assert in_words(count, limits()).startswith("1 of 2 rows (1 without a gold answer)")
@@ -693,17 +688,6 @@ def test_files_come_with_a_byte_order_mark_in_upper_case_gzipped_and_as_csv(tmp_
         {"question": "x, y\nz", "answer": "7"}, {"question": "x", "answer": "1" * 200_000},
     ]  # fmt: skip
     assert len(load_rows(str(tmp_path))) == 8
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [("a.txt", b"x", "cannot be read; data files end in .parquet, .jsonl"), ("a.jsonl.gz", b"x", "not valid JSON"),
-     ("a.csv", b'a,b\n"x,1\n', "not valid CSV"), ("a.xlsx", b"PK", "cannot be read")],
-)  # fmt: skip
-def test_other_files_are_refused_with_what_can_be_read(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=f"{name}: {message}"):
-        load_rows(str(tmp_path / name))
 
 
 def files(folder, *names):
@@ -923,7 +907,6 @@ def test_a_thought_that_never_closes_is_counted(capsys):
     opened = dict(prompt_text="a=5\na?\n<think>\n")
     examples([row(**opened), row(**opened, trace="<think>\na=5")])
     assert "toy.jsonl: 1 of 2 rows have a trace without </think>, though the prompt opens a" in capsys.readouterr().err
-    assert trace_text("q <think>\n", "\n<think>\na=5") == "a=5"
 
 
 def test_files_of_splits_have_many_names(tmp_path):
@@ -1078,10 +1061,8 @@ def test_what_stands_beside_a_rendered_prompt_is_refused_and_a_thought_beside_a_
 
 
 def test_a_row_of_a_second_file_is_named_by_its_own_number(tmp_path):
-    for name, answers in (("one", "12345"), ("two", "6$")):
-        rows = [{"question": "q", "answer": a} for a in answers]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = tuple(str(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    data = tuple(write_rows(tmp_path / f"{name}.jsonl", [{"question": "q", "answer": a} for a in answers])
+                 for name, answers in (("one", "12345"), ("two", "6$")))  # fmt: skip
     args = oreo.Args(data=data, max_prompt_tokens=512)
     examples, _ = oreo.read_problems(load_tokenizer("models/tiny"), args, traces="ignored")
     assert [e.index for e in examples] == [*range(7)] and examples[6].where == f"{data[1]}, row 1"
@@ -1103,12 +1084,10 @@ def test_a_run_refuses_data_that_changed_since_its_checkpoint(tmp_path):
     data = tmp_path / "rows.jsonl"
 
     def run(gold, steps, **more):
-        rows = [row(question=f"{q}=5\n{q}?", gold=gold) | more for q in "abcd"]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        words = ["--preset", "tiny", "--model", str(ROOT / "models/tiny"), "--data", str(data), "--method", "sft",
-                 "--batch_size", "2", "--steps", str(steps), "--save_every", "1", "--eval_every", "0", "--out",
-                 str(tmp_path / "run")]  # fmt: skip
-        luffy.main(parse_args(luffy.Args, words, method=luffy.METHODS, preset=luffy.PRESETS))
+        write_rows(data, [row(question=f"{q}=5\n{q}?", gold=gold) | more for q in "abcd"])
+        words = ["--preset", "tiny", "--model", "models/tiny", "--data", data, "--method", "sft", "--batch_size", 2,
+                 "--steps", steps, "--save_every", 1, "--eval_every", 0, "--out", tmp_path / "run"]  # fmt: skip
+        luffy.main(parsed("luffy", *words))
 
     run("5", 1)
     run("5", 2)

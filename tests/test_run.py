@@ -29,11 +29,11 @@ from common.data import InputError, pack
 from common.rollout import Completion
 from common.rows import Example
 from common.run import Grader, Row, Run, RunArgs, check_fit, check_flags, micro_batches, per_token, trace_rows
-from common.trainer import Totals, World, layers_to_keep, load_policy, make_optimizer, parse_args
+from common.trainer import Totals, World, layers_to_keep, load_policy, make_optimizer
 from common.verifiers import Verdict
 from common.vllm import free_share
-from tests.conftest import NANO, ROOT, other_weights
-from tests.test_luffy_math import ONE_RANK
+from tests.conftest import NANO, ROOT, locked, other_weights, parsed
+from tests.ranks import ONE_RANK
 from tools import influence, redi_data
 
 EXAMPLES = [Example([3, 4], [5, 6, 1], "6", "s", 0, "q"), Example([3], [7, 1], "7", "s", 1, "r")]
@@ -55,7 +55,7 @@ def test_a_second_model_fits_by_the_vocabulary_of_a_nested_configuration_too():
 
 def test_help_begins_with_the_flags_of_the_script(capsys):
     with pytest.raises(SystemExit):
-        parse_args(luffy.Args, ["--preset", "tiny", "--help"], method=luffy.METHODS, preset=luffy.PRESETS)
+        parsed("luffy", "--preset", "tiny", "--help")
     said = capsys.readouterr().out
     assert "(default: tiny)" in said and "--print_settings prints" in said
     assert said.index("--method {") < said.index("--shaping_gamma") < said.index("--eval_data") < said.index("--wandb")
@@ -66,8 +66,7 @@ def test_every_flag_has_a_help_text(script, capsys, monkeypatch):
     """A field that is declared again without its comment loses it."""
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
-        tables = {"method": script.METHODS} if hasattr(script, "METHODS") else {}
-        parse_args(script.Args, ["--help"], **tables, preset=script.PRESETS)
+        parsed(script.__name__, "--help")
     _, *parts = re.split(r"^[│ ] --(\w+)", capsys.readouterr().out, flags=re.MULTILINE)
     helps = {name: re.sub(r"[│\s]+", " ", text) for name, text in zip(parts[::2], parts[1::2], strict=True)}
     assert helps.keys() == {field.name for field in dataclasses.fields(script.Args)}
@@ -181,6 +180,7 @@ def test_a_run_does_not_go_on_from_another_start_model_of_the_same_path(tmp_path
         (oreo.Args(data=()), "--data is empty"),
         (oreo.Args(reward_shift=math.nan), "--reward_shift must be finite, not nan"),
         (luffy.Args(temperature=1e-40), "--temperature must be 0.01 or more, not 1e-40"),
+        (luffy.Args(tis_cap=0.5), "--tis_cap must be 1 or more"),
         (luffy.Args(eval_temperature=1e-3), "--eval_temperature must be 0.01 or more, not 0.001 .0, where"),
     ],
 )  # fmt: skip
@@ -249,14 +249,9 @@ def test_a_run_that_is_complete_or_longer_than_it_was_says_so(tmp_path, world, c
 
 def test_a_run_folder_belongs_to_one_process(tmp_path, world):
     planned(tmp_path)  # again in the same process: no other one writes there
-    lock = tmp_path / "run" / ".lock"
-    hold = f"import fcntl; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    other.stdout.readline()
-    with pytest.raises(InputError, match="another process writes there: end it, or name another folder"):
+    message = "another process writes there: end it, or name another folder"
+    with locked(tmp_path / "run" / ".lock"), pytest.raises(InputError, match=message):
         planned(tmp_path)
-    other.kill()  # as with kill -9, the folder is free again
-    other.wait()
     planned(tmp_path)
 
 
@@ -329,14 +324,8 @@ def test_records_of_a_killed_run_are_kept_and_those_missing_are_made(tmp_path, w
 
 
 def test_records_belong_to_one_process(tmp_path, world):
-    lock = tmp_path / ".rows.lock"
-    hold = f"import fcntl; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    other.stdout.readline()
-    with pytest.raises(InputError, match="another process writes there"):
+    with locked(tmp_path / ".rows.lock"), pytest.raises(InputError, match="another process writes there"):
         run.keep_records(tmp_path / "rows.jsonl", [[1]], None, world)
-    other.kill()
-    other.wait()
     records = run.keep_records(tmp_path / "rows.jsonl", [[1]], lambda part: [{"id": i} for i in part], world)
     assert records == {1: {"id": 1}}
 
@@ -441,18 +430,13 @@ def test_ranks_of_two_jobs_that_meet_are_refused(tmp_path, monkeypatch):
 
 
 def test_settings_are_written_by_the_process_that_holds_the_folder(tmp_path, world):
+    with locked(tmp_path / ".lock"), pytest.raises(InputError, match="another process writes there"):
+        run.keep_settings(tmp_path / "args.json", {"model": "a"}, (), "x", world)
+    assert not (tmp_path / "args.json").exists()
     run.keep_settings(tmp_path / "args.json", {"model": "a"}, (), "x", world)
-    code = f"""
-import sys
-from pathlib import Path
-from common.run import InputError, init_world, keep_settings
-try:
-    keep_settings(Path({str(tmp_path / "args.json")!r}), {{"model": "b"}}, (), "x", init_world())
-except InputError as error:
-    sys.exit(str(error))"""
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert other.returncode == 1 and "another process writes there" in other.stderr
-    assert json.loads((tmp_path / "args.json").read_text()) == {"model": "a"}
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    other = subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lock")], capture_output=True, text=True)
+    assert "BlockingIOError" in other.stderr, "this process does not hold the folder any more"
 
 
 @pytest.mark.parametrize(("gpus", "environment", "message"), [
@@ -759,11 +743,6 @@ def test_models_are_opened_as_the_flags_say_and_their_code_stays_unrun(world, mo
 def test_flash_attention_3_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(InputError, match="--flash_attention 3 needs a Hopper GPU"):
         Run(RunArgs(out=str(tmp_path), flash_attention=3))
-
-
-def test_random_weights_are_those_of_the_seed_of_the_run(world):
-    a, b = (run.open_policy("models/scratch", RunArgs(seed=seed), world) for seed in (1, 2))
-    assert not torch.equal(next(a.parameters()), next(b.parameters()))
 
 
 def test_an_update_takes_whole_groups():

@@ -1,6 +1,5 @@
 """Chat templates: what a script was told to use is what it trains on, and what it saves with the model."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -27,9 +26,10 @@ from common.rows import (
     trace_text,
     turn_end,
 )
-from common.trainer import load_tokenizer, parse_args
-from tests.conftest import ROOT
+from common.trainer import load_tokenizer
+from tests.conftest import ROOT, parsed, write_rows
 
+pytestmark = pytest.mark.usefixtures("without_curves")
 MODEL = str(ROOT / "models/tiny")
 TINY = ["--preset", "tiny", "--model", MODEL, "--batch_size", "2", "--igsm_problems", "4", "--save_every", "0",
         "--eval_every", "0"]  # fmt: skip
@@ -155,41 +155,28 @@ def test_a_template_that_is_not_jinja_is_named(flag, tmp_path):
             set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"))
 
 
-def saved_prompt(folder):
-    """The prompt that a model folder's own template gives."""
-    return render_prompt(load_tokenizer(str(folder)), TURNS)
-
-
-@pytest.mark.parametrize(
-    ("script", "words", "tables"),
-    [
-        (luffy, ["--method", "sft"], dict(method="METHODS", preset="PRESETS")),
-        (relift, ["--method", "sft"], dict(method="METHODS", preset="PRESETS")),
-        (redi, ["--stage", "sft"], dict(stage="STAGES", loss="COMPARISONS", preset="PRESETS")),
-        (oreo, ["--stage", "sft"], dict(stage="STAGES", variant="VARIANTS", preset="PRESETS")),
-    ],
-    ids=["luffy", "relift", "redi", "oreo"],
-)
-def test_the_template_that_was_used_is_saved_with_the_model(script, words, tables, tmp_path):
+@pytest.mark.parametrize(("script", "how"), [(luffy, "--method"), (relift, "--method"), (redi, "--stage"),
+                                             (oreo, "--stage")])  # fmt: skip
+def test_the_template_that_was_used_is_saved_with_the_model(script, how, tmp_path):
     (tmp_path / "t.jinja").write_text(SWITCH)
-    flags = [*TINY, *words, "--steps", "1", "--out", str(tmp_path / "run"), "--chat_template_args", "thinking=true"]
-    flags += ["--chat_template", str(tmp_path / "t.jinja")]
-    script.main(parse_args(script.Args, flags, **{name: getattr(script, table) for name, table in tables.items()}))
-    assert saved_prompt(tmp_path / "run" / "model") == "user:a=5\na?<think>\n"
+    words = [*TINY, how, "sft", "--steps", 1, "--out", tmp_path / "run", "--chat_template_args", "thinking=true"]
+    script.main(parsed(script.__name__, *words, "--chat_template", tmp_path / "t.jinja"))
+    saved = load_tokenizer(str(tmp_path / "run" / "model"))
+    assert render_prompt(saved, TURNS) == "user:a=5\na?<think>\n"
 
 
 def test_behavior_injection_saves_the_tag_that_it_adds_so_that_eval_asks_as_it_trained(tmp_path):
     rows = [igsm.row(p, "train") for p in igsm.problems(2, ops=(1, 2), style="symbolic", modulus=23, max_params=4)]
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "sft_bridge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows(tmp_path / "data" / "sft_bridge.jsonl", rows)
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}")
     words = ["--preset", "tiny", "--model", MODEL, "--sft_batch_size", "2", "--sft_steps", "1",
              "--out", str(tmp_path), "--chat_template", str(tmp_path / "t.jinja"), "--save_every", "0"]  # fmt: skip
-    args = bridge.settings_of(parse_args(bridge.Args, words, preset=bridge.PRESETS), "sft", "bridge")
+    args = bridge.settings_of(parsed("behavior_injection", *words), "sft", "bridge")
     bridge.train(args)
     model = str(tmp_path / "bridge" / "sft" / "model")
     trained, _ = bridge.read_set("sft_bridge", bridge.open_tokenizer(MODEL, args), args, traces="needed")
-    questions = evaluation.read_questions([str(tmp_path / "data" / "sft_bridge.jsonl")])
+    questions = evaluation.read_questions([data])
     evaluation.make_prompts(questions, load_tokenizer(model), evaluation.Args())
     assert [q.prompt for q in questions] == [e.prompt for e in trained]
     assert questions[0].prompt_text.endswith("<think>\n")
@@ -297,8 +284,7 @@ def test_a_template_that_refuses_a_system_turn_names_the_flag(tmp_path, keep):
         "{{ messages[0].content }}"
     )
     row = {"prompt": [{"role": "system", "content": "Think."}, *TURNS], "answer": "5"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    questions = evaluation.read_questions([str(tmp_path / "rows.jsonl")])
+    questions = evaluation.read_questions([write_rows(tmp_path / "rows.jsonl", [row])])
     if keep:
         with pytest.raises(InputError, match="row 0: .*role not supported.*--template FILE.*--no_system"):
             evaluation.make_prompts(questions, tokenizer, evaluation.Args())

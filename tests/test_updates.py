@@ -13,10 +13,10 @@ import oreo
 import redi
 import relift
 from common.data import batch_indices, pack
-from common.trainer import ValueModel, learning_rate, load_policy, make_optimizer, parse_args
+from common.trainer import ValueModel, load_policy, make_optimizer
 from tests import oreo_ranks, ranks
-from tests.conftest import NANO
-from tests.test_luffy_math import ONE_RANK, Bigram, assert_equal, f64
+from tests.conftest import NANO, assert_equal, f64, parsed
+from tests.ranks import ONE_RANK, Bigram
 
 # ------------------------------------------------------------------------------------------- luffy and relift
 
@@ -115,10 +115,9 @@ def oreo_update(kind, **changes):
     """(the policy's gradient of an update on the fixed rows of oreo_ranks, its units, the policy, the reference)"""
     stage, _, variant = kind.partition("-")
     words = ["--stage", stage, *(["--variant", variant] if variant else [])]
-    args = parse_args(oreo.Args, words, stage=oreo.STAGES, variant=oreo.VARIANTS)
     policy, reference = (load_policy("nano", ONE_RANK, from_config=NANO, seed=seed) for seed in (3, 4))
     value = load_policy("nano", ONE_RANK, from_config=NANO, seed=5, kind=ValueModel)
-    units, args = oreo_ranks.fixed_units(kind), dataclasses.replace(args, beta=0.3, **changes)
+    units, args = oreo_ranks.fixed_units(kind), parsed("oreo", *words, beta=0.3, **changes)
     oreo.accumulate_gradient(policy, value, reference.requires_grad_(False), units, args, ONE_RANK)
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
@@ -184,15 +183,6 @@ def test_the_optimizer_has_the_betas_and_decay_that_were_asked_for(policy):
     assert (group["betas"], group["weight_decay"], group["lr"], group["eps"]) == ((0.7, 0.8), 0.03, 1e-3, 1e-8)
 
 
-def test_after_the_warm_up_the_rate_falls_over_the_updates_that_are_left():
-    rates = [learning_rate(s, lr=1.0, steps=10, schedule="linear", warmup=0.2, floor=0.2) for s in range(11)]
-    assert rates == pytest.approx([0.5, 1.0] + [1 - 0.1 * k for k in range(9)])
-
-
-def test_seeds_order_the_data():
-    assert batch_indices(13, 3, 0, seed=1) != batch_indices(13, 3, 0, seed=2)
-
-
 # --------------------------------------------------------------------------- published means over rows
 
 
@@ -210,14 +200,14 @@ def mean_of_row_means(policy, pairs, rows_per_mean):
 
 @pytest.mark.parametrize("micro_batch_tokens", [8, 1000])
 @pytest.mark.parametrize("rows_per_mean", [1, 2, 0])
-@pytest.mark.parametrize("module", [luffy, relift, oreo])
-def test_sft_is_the_mean_of_token_means_of_so_many_rows(module, rows_per_mean, micro_batch_tokens):
+@pytest.mark.parametrize(("module", "name"), [(luffy, "sft"), (relift, "sft"), (oreo, "sft"), (oreo, "rejection")])
+def test_sft_is_the_mean_of_token_means_of_so_many_rows(module, name, rows_per_mean, micro_batch_tokens):
     pairs, policy = sft_rows(), Bigram(torch.eye(5).tolist())
     mean_of_row_means(policy, pairs, rows_per_mean or 5).backward()
     expected, policy.table.grad = policy.table.grad, None
-    name = "stage" if module is oreo else "method"
+    what = {"stage" if module is oreo else "method": name}
     args = dataclasses.replace(
-        module.Args(), **{name: "sft"}, sft_rows_per_mean=rows_per_mean, micro_batch_tokens=micro_batch_tokens
+        module.Args(), **what, sft_rows_per_mean=rows_per_mean, micro_batch_tokens=micro_batch_tokens
     )
     if module is oreo:
         masks = [[True] * len(r) for _, r in pairs]
@@ -404,11 +394,6 @@ def test_a_kto_baseline_over_zero_reaches_the_loss(monkeypatch):
     rows = [row for unit in units for row in unit]
     gain, right = (torch.tensor([x(row) for row in rows]) for x in (lambda r: r.log_ratio, lambda r: r.reward > 0))
     assert losses["loss/policy"] == pytest.approx(oreo.kto_loss(gain, right, 2.0, beta=0.3).mean().item(), abs=1e-5)
-
-
-def test_a_warm_up_of_part_of_an_update_is_a_whole_one():
-    rates = [learning_rate(s, lr=1.0, steps=10, schedule="constant", warmup=0.15) for s in range(3)]
-    assert rates == [0.5, 1.0, 1.0]
 
 
 def test_neighbouring_seeds_share_no_order_of_the_data():

@@ -12,17 +12,18 @@ import igsm
 import luffy
 import oreo
 import relift
-from common import metrics, run, search, trainer, verifiers
+from common import run, search, verifiers
 from common.data import InputError
 from common.metrics import read_metrics
 from common.rollout import Completion, EmbeddedSampler
 from common.trainer import learning_rate, load_policy, load_tokenizer
 from common.verifiers import Verdict
 from tests import oreo_ranks, relift_ranks, test_luffy_runs
+from tests.conftest import parsed, write_rows
 from tests.faults.harness import RUNS
-from tests.faults.test_numbers import TABLES
-from tests.test_luffy_math import ONE_RANK
+from tests.ranks import ONE_RANK
 
+pytestmark = pytest.mark.usefixtures("without_curves")
 ODD = ["--steps", "3", "--save_every", "0", "--eval_every", "1", "--schedule", "linear", "--warmup", "0.4",
        "--lr_floor", "0.3", "--betas", "0.7", "0.8", "--weight_decay", "0.03", "--max_grad_norm", "0.37",
        "--eval_temperature", "0.3", "--seed", "5"]  # fmt: skip
@@ -42,14 +43,11 @@ class Seen(list):
 @pytest.mark.parametrize("name", ["luffy", "relift", "redi", "oreo", "behavior_injection"])
 def test_flags_reach_what_they_name(name, tmp_path, monkeypatch):
     script = importlib.import_module(name)
-    monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
     steps = Seen().watch(monkeypatch, run if hasattr(script, "Run") else script, "optimizer_step")
     drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
     slept = Seen().watch(monkeypatch, EmbeddedSampler, "sleep")
     problems = Seen().watch(monkeypatch, igsm, "problems")
-    tables = {flag: getattr(script, {"loss": "COMPARISONS"}.get(flag, f"{flag}s".upper())) for flag in TABLES[name]}
-    words = [*RUNS[name][1:], *ODD, *MORE.get(name, []), "--out", str(tmp_path)]
-    args, out = trainer.parse_args(script.Args, words, **tables), tmp_path
+    args, out = parsed(name, *RUNS[name][1:], *ODD, *MORE.get(name, []), "--out", tmp_path), tmp_path
     if name == "behavior_injection":  # its other stages have settings of their own
         args.stage = "data"
         script.main(args)
@@ -101,7 +99,6 @@ def odd_text(texts, golds, *, verifier):
 
 @pytest.mark.parametrize(("method", "std"), [("luffy", False), ("rl_sft", False), ("grpo", True), ("relift", True)])
 def test_advantages_of_a_step_are_those_of_its_rewards(method, std, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
     monkeypatch.setattr(verifiers, "grade", odd_text)
     words = ["--out", str(tmp_path), "--steps", "1", "--eval_every", "0", "--log_samples", "99", "--group_size", "5"]
     words += ["--std"] * std
@@ -125,7 +122,7 @@ def test_advantages_of_a_step_are_those_of_its_rewards(method, std, tmp_path, mo
 def test_a_question_without_a_trace_gets_a_whole_group_of_own_answers(tmp_path, monkeypatch):
     drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
     rows = test_luffy_runs.toy_rows(2) + test_luffy_runs.toy_rows(2, target=None)
-    data = test_luffy_runs.write(tmp_path / "rows.jsonl", rows)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     words = ["--data", data, "--empty_trace", "on_policy", "--batch_size", "4", "--steps", "1", "--eval_every", "0"]
     luffy.main(test_luffy_runs.settings(*words, "--out", str(tmp_path / "run")))
     [(_, named)] = drawn
@@ -138,10 +135,8 @@ def test_a_question_without_a_trace_gets_a_whole_group_of_own_answers(tmp_path, 
 class Asked:
     """A sampler that remembers what it was asked for; its answers are two tokens long and never end."""
 
-    stop_ids = [1]
-
-    def __init__(self):
-        self.calls = []
+    def __init__(self, stop_ids=(1,)):
+        self.calls, self.stop_ids = [], stop_ids
 
     def sync(self, *_, **__):
         pass
@@ -154,13 +149,25 @@ class Asked:
         return [[Completion([5 + j, 6], [-1.0, -1.0], "length") for j in range(count)] for count in counts]
 
 
-def test_each_state_and_step_of_a_search_draws_from_a_stream_of_its_own(monkeypatch):
-    monkeypatch.setattr(search, "state_values", lambda value, states, *_: [0.0] * len(states))
+@pytest.fixture
+def search_asked(monkeypatch):
+    """A beam search with a sampler whose answers are steps that end with 6. -> (answers, texts that were valued)"""
+    valued = []
+    monkeypatch.setattr(search, "state_values", lambda value, states, *_: valued.extend(states) or [0.0] * len(states))
+
+    def searched(sampler, prompts=([3],), keys=(7,), *, width=1, **settings):
+        found = search.search_answers(
+            "beam", sampler, None, prompts, keys, ONE_RANK, width=width, step_ends=frozenset([6]),
+            micro_batch_tokens=100, **settings,
+        )  # fmt: skip
+        return found, valued
+
+    return searched
+
+
+def test_each_state_and_step_of_a_search_draws_from_a_stream_of_its_own(search_asked):
     sampler = Asked()
-    search.search_answers(
-        "beam", sampler, None, [[3], [4]], [7, 8], ONE_RANK, width=2, max_steps=3, max_tokens=9, temperature=0.7,
-        top_p=0.8, step_ends=frozenset([6]), micro_batch_tokens=100, seed=2,
-    )  # fmt: skip
+    search_asked(sampler, [[3], [4]], [7, 8], width=2, max_steps=3, max_tokens=9, temperature=0.7, top_p=0.8, seed=2)
     assert [len(set(keys)) for keys, *_ in sampler.calls] == [2, 4, 4]
     assert len({seed for _, seed, _ in sampler.calls}) == 3
     assert {(s.temperature, s.top_p, s.stop_ids) for *_, s in sampler.calls} == {(0.7, 0.8, (6,))}
@@ -174,24 +181,19 @@ def test_collect_draws_with_the_temperature_and_top_p_that_it_is_given(tmp_path,
     assert {(s.temperature, s.top_p) for *_, s in sampler.calls} == {(0.7, 0.8)}
 
 
-def test_rounds_draw_from_other_streams(tmp_path, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(oreo, "collect", lambda args: seeds.append(args.seed) or "rows")
-    monkeypatch.setattr(oreo, "train", lambda args, **_: None)
-    monkeypatch.setattr(oreo, "plot_curves", lambda *_: None)
-    oreo.iterate(oreo_ranks.settings("models/tiny", "--rounds", "3", "--out", tmp_path))
-    assert len(set(seeds)) == 3
+def evaluate(tmp_path, questions, **settings):
+    """eval.py on so many questions."""
+    rows = [igsm.row(p, "test") for p in igsm.problems(questions, ops=(1, 2), style="symbolic", modulus=23)]
+    evaluation.main(evaluation.Args(
+        model="models/tiny", data=(write_rows(tmp_path / "rows.jsonl", rows),), out=str(tmp_path / "out"),
+        verifier=("boxed",), max_tokens=8, rollout="embedded", **settings,
+    ))  # fmt: skip
 
 
 def test_an_evaluation_draws_with_its_seed_and_top_p_from_the_test_split(tmp_path, monkeypatch):
     drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
     loaded = Seen().watch(monkeypatch, evaluation, "load_rows")
-    rows = [igsm.row(p, "test") for p in igsm.problems(2, ops=(1, 2), style="symbolic", modulus=23)]
-    data = test_luffy_runs.write(tmp_path / "rows.jsonl", rows)
-    evaluation.main(evaluation.Args(
-        model="models/tiny", data=(data,), out=str(tmp_path / "out"), verifier=("boxed",), n=2, max_tokens=8, top_p=0.7,
-        temperature=0.9, seed=4, rollout="embedded",
-    ))  # fmt: skip
+    evaluate(tmp_path, 2, n=2, top_p=0.7, temperature=0.9, seed=4)
     assert {(n["seed"], n["sampling"].top_p, n["sampling"].temperature) for _, n in drawn} == {(4, 0.7, 0.9)}
     assert [named["split"] for _, named in loaded] == ["test"]
 
@@ -206,7 +208,6 @@ def test_stop_tokens_end_answers():
 
 @pytest.mark.parametrize("name", ["luffy", "relift"])
 def test_old_log_probs_are_those_of_the_rows_that_are_trained_on(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "plot_curves", lambda *_: None)
     monkeypatch.setattr(verifiers, "grade", odd_text)
     script = importlib.import_module(name)
     read = Seen().watch(monkeypatch, script, "policy_logps")
@@ -217,14 +218,15 @@ def test_old_log_probs_are_those_of_the_rows_that_are_trained_on(name, tmp_path,
     assert any(len(given[1]) < 16 for given, _ in read)  # an update has 4 questions of 4 answers
 
 
-def test_rounds_collect_with_the_model_of_the_round_before(tmp_path, monkeypatch):
-    models = []
-    monkeypatch.setattr(oreo, "collect", lambda args: models.append(args.model) or "rows")
+def test_a_round_collects_with_the_model_of_the_round_before_and_a_seed_of_its_own(tmp_path, monkeypatch):
+    collected = []
+    monkeypatch.setattr(oreo, "collect", lambda args: collected.append(args) or "rows")
     monkeypatch.setattr(oreo, "train", lambda args, **_: None)
     monkeypatch.setattr(oreo, "plot_curves", lambda *_: None)
-    words = ["--rounds", "2", "--round_init", "first", "--out", tmp_path]
-    oreo.iterate(oreo_ranks.settings("models/tiny", *words))
-    assert models == ["models/tiny", str(tmp_path / "round-1" / "model")]
+    oreo.iterate(oreo_ranks.settings("models/tiny", "--rounds", "3", "--round_init", "first", "--out", tmp_path))
+    models = [str(tmp_path / f"round-{n}" / "model") for n in (1, 2)]
+    assert [args.model for args in collected] == ["models/tiny", *models]
+    assert len({args.seed for args in collected}) == 3
 
 
 def test_a_search_of_eval_draws_with_its_seed_temperature_and_delimiters(tmp_path, monkeypatch):
@@ -232,67 +234,39 @@ def test_a_search_of_eval_draws_with_its_seed_temperature_and_delimiters(tmp_pat
     monkeypatch.setattr(evaluation, "search_answers", lambda *given, **named: found.append((given, named)) or [[]] * 2)
     monkeypatch.setattr(evaluation, "check_fit", lambda *_: None)
     monkeypatch.setattr(evaluation, "load_policy", lambda path, world, **_: load_policy("models/tiny", world))
-    rows = [igsm.row(p, "test") for p in igsm.problems(2, ops=(1, 2), style="symbolic", modulus=23)]
-    evaluation.main(evaluation.Args(
-        model="models/tiny", value="models/tiny", data=(test_luffy_runs.write(tmp_path / "rows.jsonl", rows),),
-        out=str(tmp_path / "out"), verifier=("boxed",), search="beam", max_tokens=8, top_p=0.7, temperature=0.9, seed=4,
-        step_delimiters=("=",), rollout="embedded",
-    ))  # fmt: skip
+    evaluate(tmp_path, 2, value="models/tiny", search="beam", top_p=0.7, temperature=0.9, seed=4,
+             step_delimiters=("=",))  # fmt: skip
     [(_, named)] = found
     assert (named["seed"], named["top_p"], named["temperature"]) == (4, 0.7, 0.9)
     assert named["step_ends"] == search.step_ids(load_tokenizer("models/tiny"), ("=",))
 
 
-def test_a_search_leaves_room_for_what_was_said(monkeypatch):
-    monkeypatch.setattr(search, "state_values", lambda value, states, *_: [0.0] * len(states))
+def test_a_search_leaves_room_for_what_was_said(search_asked):
     sampler = Asked()
-    found = search.search_answers(
-        "beam", sampler, None, [[3]], [7], ONE_RANK, width=1, max_steps=9, max_tokens=4, step_ends=frozenset([6]),
-        micro_batch_tokens=100,
-    )  # fmt: skip
+    found, _ = search_asked(sampler, max_steps=9, max_tokens=4)
     assert [sampling.max_tokens for *_, sampling in sampler.calls] == [[4], [2]]
     assert [len(answer.response) for [answer] in found] == [4]
 
 
 @pytest.mark.parametrize(("eos", "valued"), [(6, [3, 5]), (1, [3, 5, 6])])
-def test_the_value_of_an_answer_is_that_of_its_text_without_eos(eos, valued, monkeypatch):
-    texts = []
-    monkeypatch.setattr(search, "state_values", lambda value, states, *_: texts.extend(states) or [0.0] * len(states))
-    sampler = Asked()
-    sampler.stop_ids = [eos]
-    search.search_answers(
-        "beam", sampler, None, [[3]], [7], ONE_RANK, width=1, max_steps=1, max_tokens=9, step_ends=frozenset([6]),
-        micro_batch_tokens=100,
-    )  # fmt: skip
-    assert texts == [valued]
+def test_the_value_of_an_answer_is_that_of_its_text_without_eos(eos, valued, search_asked):
+    assert search_asked(Asked([eos]), max_steps=1, max_tokens=9)[1] == [valued]
 
 
-def test_searches_of_neighbouring_seeds_share_no_stream(monkeypatch):
-    monkeypatch.setattr(search, "state_values", lambda value, states, *_: [0.0] * len(states))
+def test_searches_of_neighbouring_seeds_share_no_stream(search_asked):
     sampler = Asked()
     for seed in (2, 3):
-        search.search_answers(
-            "beam", sampler, None, [[3]], [7], ONE_RANK, width=2, max_steps=3, max_tokens=9, seed=seed,
-            step_ends=frozenset([6]), micro_batch_tokens=100,
-        )  # fmt: skip
+        search_asked(sampler, width=2, max_steps=3, max_tokens=9, seed=seed)
     assert len({seed for _, seed, _ in sampler.calls}) == 6
 
 
 def test_every_question_of_an_evaluation_draws_from_a_stream_of_its_own(tmp_path, monkeypatch):
     drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
-    rows = [igsm.row(p, "test") for p in igsm.problems(3, ops=(1, 2), style="symbolic", modulus=23)]
-    evaluation.main(evaluation.Args(
-        model="models/tiny", data=(test_luffy_runs.write(tmp_path / "rows.jsonl", rows),), out=str(tmp_path / "out"),
-        verifier=("boxed",), n=2, max_tokens=8, sampler_tokens=1, rollout="embedded",
-    ))  # fmt: skip
+    evaluate(tmp_path, 3, n=2, sampler_tokens=1)
     keys = [key for _, named in drawn for key in named["keys"]]
     assert len(drawn) == 3 and len(set(keys)) == 3
 
 
 def test_switches_of_the_chat_template_reach_the_tokenizer_of_an_evaluation(tmp_path):
-    rows = [igsm.row(p, "test") for p in igsm.problems(1, ops=(1, 2), style="symbolic", modulus=23)]
     with pytest.raises(InputError, match="the chat template has no switch 'enable_thinking'"):
-        evaluation.main(evaluation.Args(
-            model="models/tiny", data=(test_luffy_runs.write(tmp_path / "rows.jsonl", rows),), dry_run=True,
-            verifier=("boxed",), chat_template_args=("enable_thinking=false",),
-        ))  # fmt: skip
+        evaluate(tmp_path, 1, dry_run=True, chat_template_args=("enable_thinking=false",))

@@ -12,8 +12,8 @@ TABLE = {  # loss: function of (world, its name there, tokens of a micro-batch),
     **{f"luffy {name}": (ranks.gradient, name) for name in ("luffy", "grpo", "rl_sft", "sft")},
     **{f"relift {name}": (relift_ranks.gradient, name) for name in ("rl", "sft")},
     **{f"redi {name}": (redi_ranks.gradient, name) for name in redi_ranks.CASES},
-    "oreo": (oreo_ranks.gradients, "oreo-token"),
-    "behavior_injection": (behavior_ranks.gradient, "rl"),
+    **{f"oreo {kind}": (oreo_ranks.gradients, kind) for kind in oreo_ranks.KINDS},
+    **{f"behavior_injection {name}": (behavior_ranks.gradient, name) for name in ("rl", "masked", "sft")},
 }
 TOKENS = (1, 64, 10_000)  # every sequence alone, a few together, all of a rank's in one row
 

@@ -6,7 +6,8 @@ import sys
 
 sys.path.insert(0, ".")
 import luffy  # noqa: E402
-from common.trainer import launch, parse_args  # noqa: E402
+from common.trainer import launch  # noqa: E402
+from tests.conftest import parsed  # noqa: E402
 
 real, steps = luffy.describe, []
 
@@ -25,4 +26,4 @@ def describe(rows):
 
 luffy.describe = describe
 if __name__ == "__main__":
-    launch(luffy.main, parse_args(luffy.Args, None, method=luffy.METHODS, preset=luffy.PRESETS))
+    launch(luffy.main, parsed("luffy", *sys.argv[1:]))

@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -144,6 +145,15 @@ def assert_equal(a: Path, b: Path) -> int:
 def untimed(row: dict) -> dict:
     """A row of metrics without what no two runs share."""
     return {k: v for k, v in row.items() if not k.startswith(("seconds/", "memory/", "speed/"))}
+
+
+def assert_same_metrics(one: Path, two: Path) -> None:
+    """Compare metrics.jsonl of runs on one rank and on more: the same steps and names, and numbers but for rounding."""
+    for row, other in zip(read_metrics(one), read_metrics(two), strict=True):
+        assert row.keys() == other.keys()
+        for name, value in untimed(row).items():
+            if not name.startswith("mismatch/"):
+                assert other[name] == pytest.approx(value, rel=2e-3, abs=1e-5), (row["step"], name)
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:

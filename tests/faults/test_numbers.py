@@ -1,7 +1,6 @@
 """A NaN stops a run or is skipped and counted, and its batch is kept."""
 
 import importlib
-import json
 import math
 
 import pytest
@@ -9,22 +8,17 @@ import torch
 
 from common import trainer
 from common.metrics import read_metrics
-from common.trainer import parse_args
+from tests.conftest import parsed, read_rows
 from tests.faults.harness import RUNS
 
-TABLES = {
-    "luffy": ("method", "preset"), "relift": ("method", "preset"), "redi": ("stage", "loss", "preset"),
-    "oreo": ("stage", "variant", "preset"), "behavior_injection": ("preset",),
-}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("without_curves")
 POISON = 23  # where this token is predicted, a poisoned log-prob is NaN
 real = trainer.linear_logprobs
 
 
 def run(name, *words):
     """The script's main, in this process."""
-    module = importlib.import_module(name)
-    tables = {flag: getattr(module, {"loss": "COMPARISONS"}.get(flag, f"{flag}s".upper())) for flag in TABLES[name]}
-    module.main(parse_args(module.Args, [*RUNS[name][1:], *map(str, words)], **tables))
+    importlib.import_module(name).main(parsed(name, *RUNS[name][1:], *words))
 
 
 def poison(monkeypatch, calls):
@@ -42,25 +36,28 @@ def poison(monkeypatch, calls):
     monkeypatch.setattr(trainer, "linear_logprobs", poisoned)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", ["luffy", "relift", "redi", "oreo", "behavior_injection"])
 def test_a_bad_update_stops_the_run_and_its_rows_are_kept(name, tmp_path, monkeypatch):
-    words = ["--save_every", "1", "--eval_every", "0", "--steps", "6"]
-    run(name, "--out", tmp_path / "whole", *words)
+    words = ["--save_every", "0", "--eval_every", "0", "--steps", "6"]
     poison(monkeypatch, range(5 if name in ("luffy", "relift") else 3, 100))  # the third step or later
     with pytest.raises(FloatingPointError, match=r"step \d: .*log-probs are NaN.* rows of this update are in"):
         run(name, "--out", tmp_path / "run", *words)
     [path] = (tmp_path / "run").glob("**/bad/*.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_rows(path)
     assert len(rows) > 3 and all(any(isinstance(value, str) and value for value in row.values()) for row in rows)
-    # the weights that the batch met are in the checkpoint before it, and the same command meets them again
-    monkeypatch.undo()
-    run(name, "--out", tmp_path / "run", *words)
-    whole, again = (
-        {str(path.relative_to(tmp_path / folder)): path.read_bytes()
-         for path in (tmp_path / folder).glob("**/*.safetensors")}
-        for folder in ("whole", "run")
-    )
-    assert whole and whole == again
+
+
+def test_the_weights_that_a_bad_update_met_are_in_the_checkpoint_before_it(tmp_path, monkeypatch):
+    """So the same command meets them again, and without the fault it ends as a run that nothing stopped."""
+    words = ["--save_every", "1", "--eval_every", "0", "--steps", "6", "--out"]
+    run("luffy", *words, tmp_path / "whole")
+    poison(monkeypatch, range(5, 100))
+    with pytest.raises(FloatingPointError):
+        run("luffy", *words, tmp_path / "run")
+    monkeypatch.setattr(trainer, "linear_logprobs", real)
+    run("luffy", *words, tmp_path / "run")
+    whole, again = (tmp_path / folder / "model" / "model.safetensors" for folder in ("whole", "run"))
+    assert whole.read_bytes() == again.read_bytes()
 
 
 def test_a_bad_update_can_be_skipped_and_is_counted(tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ import oreo
 import redi
 from common.data import InputError
 from common.rows import load_rows, make_examples, set_template
-from common.trainer import load_tokenizer, parse_args
-from tests.conftest import ROOT
+from common.trainer import load_tokenizer
+from tests.conftest import ROOT, parsed, write_rows
 from tools import redi_data
 
 MODEL = str(ROOT / "models/tiny")
@@ -56,8 +56,7 @@ OPENR1_220K = {"problem": "x=1 x=?", "answer": "1", "generations": ["so \\boxed{
                "correctness_math_verify": [True, False], "correctness_llama": None}  # fmt: skip
 
 LIMITS = ["--max_prompt_tokens", "500", "--max_response_tokens", "500"]
-REDI = parse_args(redi.Args, LIMITS, stage=redi.STAGES, loss=redi.COMPARISONS, preset=redi.PRESETS)
-OREO = parse_args(oreo.Args, LIMITS, stage=oreo.STAGES, variant=oreo.VARIANTS, preset=oreo.PRESETS)
+REDI, OREO = (parsed(name, *LIMITS) for name in ("redi", "oreo"))
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +142,8 @@ def test_a_broken_row_is_named_or_counted(loader, row, tokenizer, tmp_path):
     for n in range(200):
         rows = [row, mutate(row, rng), row]
         path = tmp_path / f"rows-{n}.jsonl"
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
         try:
-            seen, accounted = loader(str(path), tokenizer)
+            seen, accounted = loader(write_rows(path, rows), tokenizer)
         except InputError as error:
             refused += 1
             assert f"{path.name}" in str(error), (rows[1], error)
