@@ -5,13 +5,14 @@ import json
 import pytest
 
 from benchmarks.compare import Compare, main
+from tests.conftest import write_rows
 
 
 def run(folder, gamma, rewards):
     folder.mkdir()
     (folder / "args.json").write_text(json.dumps({"out": str(folder), "lr": 1e-4, "shaping_gamma": gamma}))
     rows = [{"step": i + 1, "reward/own": r, **({"eval/mean": r} if i % 3 == 0 else {})} for i, r in enumerate(rewards)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     return str(folder)
 
 

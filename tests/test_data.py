@@ -13,14 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from common import data
-from common.data import (
-    batch_indices,
-    cost,
-    first_line,
-    pack,
-    plan_micro_batches,
-    unrelated_to_model,
-)
+from common.data import batch_indices, cost, first_line, pack, plan_micro_batches, unrelated_to_model
 from common.trainer import load_policy
 from tests.conftest import NANO
 
@@ -56,15 +49,6 @@ def random_sequences(rng, count, vocabulary=61, longest=20):
         return [rng.randrange(vocabulary) for _ in range(n)]
 
     return [(ids(rng.randint(1, longest)), ids(rng.randint(1, longest))) for _ in range(count)]
-
-
-def test_pack_lays_tokens_out_as_its_docstring_shows():
-    batch = pack([([10, 11], [20, 21, 22]), ([12], [23, 24])])
-    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 12, 23]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
-    assert batch.predictors.tolist() == [1, 2, 3, 4, 5]
-    assert batch.targets.tolist() == [20, 21, 22, 23, 24]
-    assert batch.sequence.tolist() == [0, 0, 0, 1, 1]
 
 
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
@@ -178,7 +162,7 @@ def test_a_prompt_is_read_once_by_all_its_answers():
     assert batch.input_ids.tolist() == [[7, 8, 9, 1, 7, 4, 5]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 3, 4]]
     assert batch.predictors.tolist() == [2, 3, 4, 2, 5, 6]
-    assert batch.targets.tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.targets.tolist() == [1, 2, 3, 4, 5, 6] and batch.sequence.tolist() == [0, 0, 1, 2, 2, 2]
     # rows 7 8 9 4 5 | 7 8 9 1 | 7: no row is much shorter than its block's longest, so no cell is padding
     assert batch.packing.blocks == [(1, 5), (1, 4), (1, 1)]
     assert batch.packing.cells.tolist() == [0, 1, 2, 5, 6, 0, 1, 2, 3, 4]
@@ -201,8 +185,6 @@ def test_little_of_the_attention_is_padding(sizes):
 def test_an_empty_prompt_or_response_is_refused(sequence):
     with pytest.raises(ValueError, match="at least one token"):
         pack([([1], [2]), sequence])
-
-
 
 
 # ------------------------------------------------------------------------------------------------- balancing

@@ -35,7 +35,7 @@ from eval import (
     summarise,
     vote,
 )
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_rows
 from tools.compare import Evaluation, bootstrap_interval, compare_rates, different_settings, summary_cells
 
 # The numbers.
@@ -300,11 +300,6 @@ def luffy_row(question, gold, source="aime"):
     prompt = [system, {"role": "user", "content": question}]
     return {"data_source": source, "prompt": prompt, "reward_model": {"ground_truth": gold, "style": "rule"},
             "extra_info": {"index": random.random()}}  # fmt: skip
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_repeated_rows_are_one_question_as_in_the_published_layout(tmp_path):

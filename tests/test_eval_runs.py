@@ -18,7 +18,7 @@ from common.data import InputError
 from common.run import read_records, write_records
 from common.trainer import ValueModel, export, init_world, load_policy, load_tokenizer
 from common.verifiers import Verdict, grade
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, locked, other_weights, read_rows, run_script, vectors, write_rows
 from tools import compare
 
 MODEL, POSITIONS = str(ROOT / "models/tiny"), 1024
@@ -27,14 +27,12 @@ MODEL, POSITIONS = str(ROOT / "models/tiny"), 1024
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Two small benchmarks; of the first every row comes twice."""
-    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
     symbolic = dict(style="symbolic", modulus=23, max_params=4, max_literal=9, shuffle=False)
     rows = []
     for name, ops, repeats, seed in (("short", (1, 2), 2, 1), ("long", (3, 4), 1, 2)):
         problems = [igsm.row(p, "test") for p in igsm.problems(6, ops=ops, seed=seed, **symbolic)]
         rows += [row | {"data_source": name} for row in problems] * repeats
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("data") / "problems.jsonl", rows)
 
 
 def args(data, out, **settings):
@@ -64,7 +62,7 @@ def test_a_run_leaves_numbers_samples_and_tables(finished, data):
     assert (results["long"]["rows"], results["long"]["questions"]) == (6, 6)
     assert results["average"] == pytest.approx((results["short"]["pass@1"] + results["long"]["pass@1"]) / 2)
     assert sum(results["short"]["verifier"].values()) == 18
-    records = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    records = read_rows(finished / "samples.jsonl")
     assert [r["benchmark"] for r in records] == ["short"] * 6 + ["long"] * 6
     tokens = [a["tokens"] for r in records[:6] for a in r["answers"]]
     assert results["short"]["mean_tokens"] == pytest.approx(sum(tokens) / 18)
@@ -76,12 +74,8 @@ def test_a_run_leaves_numbers_samples_and_tables(finished, data):
 
 def test_answers_are_not_graded_again_while_another_process_writes_them(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
-    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held'); input()"
-    with subprocess.Popen([sys.executable, "-uc", code, out / ".lock"], stdin=-1, stdout=-1, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="another process writes there"):
-            evaluation.main(evaluation.Args(out=str(out), regrade=True))
-        other.communicate("\n")
+    with locked(out / ".lock"), pytest.raises(InputError, match="another process writes there"):
+        evaluation.main(evaluation.Args(out=str(out), regrade=True))
 
 
 def test_a_resumed_run_names_benchmarks_as_it_reads_them_now(data, finished, tmp_path):
@@ -107,7 +101,7 @@ def value(tmp_path_factory):
 def searched(data, out, value, search, width, **settings):
     """The only answer to each question."""
     evaluation.main(args(data, out, search=search, value=value, width=width, max_steps=30, **settings))
-    records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    records = read_rows(out / "samples.jsonl")
     assert len(records) == 12 and all(len(r["answers"]) == 1 for r in records)
     return [r["answers"][0] for r in records]
 
@@ -134,7 +128,7 @@ def test_a_search_finds_what_the_search_stage_of_oreo_found(kind, data, value, t
     single = tmp_path / "single.jsonl"
     with open(data) as file:
         single.write_text("".join(dict.fromkeys(file)))
-    expected = json.loads((ROOT / "tests/vectors/search.json").read_text())[kind]
+    expected = vectors("search")[kind]
     answers = searched(str(single), tmp_path / "out", value, kind, 3, top_p=0.95)
     assert [a["text"] for a in answers] == expected["texts"] and [a["found"] for a in answers] == expected["found"]
     assert [a["value"] for a in answers] == pytest.approx(expected["values"], abs=1e-3)
@@ -155,12 +149,11 @@ def test_a_run_that_is_killed_goes_on_and_ends_alike(finished, data, tmp_path):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
-@pytest.mark.parametrize("left", [0, 0.3, 0.6])
-def test_whatever_a_killed_run_left_nothing_is_lost_or_doubled(finished, data, tmp_path, left):
+def test_of_what_a_killed_run_left_nothing_is_lost_or_doubled(finished, data, tmp_path):
     whole = (finished / "samples.jsonl").read_bytes()
     shutil.copy(finished / "args.json", tmp_path)
     (tmp_path / "samples.jsonl").write_bytes(whole[: whole.index(b"\n") + 1])  # a merge was completed, parts remain
-    (tmp_path / "samples.part-0.jsonl").write_bytes(whole[: int(left * len(whole))])
+    (tmp_path / "samples.part-0.jsonl").write_bytes(whole[: int(0.3 * len(whole))])
     (tmp_path / "samples.part-3.jsonl").write_bytes(b'{"id": "cut')
     evaluation.main(args(data, tmp_path))
     assert (tmp_path / "samples.jsonl").read_bytes() == whole
@@ -218,24 +211,12 @@ def test_other_settings_need_another_folder(finished, data, tmp_path):
         evaluation.main(args(data, out, temperature=0.5))
 
 
-def test_the_same_model_by_another_path_goes_on_and_a_changed_one_does_not(finished, data, tmp_path, monkeypatch):
-    out, model = tmp_path / "out", tmp_path / "model"
-    shutil.copytree(finished, out)
-    shutil.copytree(MODEL, model)
-    moved = args(data, out)
-    moved.model = str(model)
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "load_policy", None)  # nothing is sampled again
-        evaluation.main(moved)
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[len(weights) // 2] ^= 1
-    (model / "model.safetensors").write_bytes(weights)
-    with pytest.raises(InputError, match="other weights"):
-        evaluation.main(moved)
-    shutil.copy(f"{MODEL}/model.safetensors", model)
+def test_the_same_model_by_another_path_goes_on_and_other_weights_do_not(finished, data, tmp_path, monkeypatch):
+    moved = args(data, shutil.copytree(finished, tmp_path / "out"))
+    moved.model = shutil.copytree(MODEL, str(tmp_path / "model"))
+    monkeypatch.setattr(evaluation, "load_policy", None)  # nothing is sampled again
     evaluation.main(moved)
-    stops = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": [1, 5]}
-    (model / "generation_config.json").write_text(json.dumps(stops))
+    other_weights(tmp_path / "model")
     with pytest.raises(InputError, match="other weights"):
         evaluation.main(moved)
 
@@ -367,8 +348,7 @@ def test_igsm_is_a_benchmark(tmp_path):
 
 def test_a_prompt_that_leaves_no_room_is_named(tmp_path):
     row = {"prompt": [{"role": "user", "content": "a=5\n" * 2000}], "answer": "5"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    long = args(str(tmp_path / "rows.jsonl"), tmp_path / "out")
+    long = args(write_rows(tmp_path / "rows.jsonl", [row]), tmp_path / "out")
     with pytest.raises(InputError, match="rows.jsonl, row 0: its prompt of .* tokens .*: remove the row"):
         evaluation.main(long)
 
@@ -456,9 +436,3 @@ def test_an_unknown_grader_is_refused_before_anything_is_sampled(data, tmp_path)
     with pytest.raises(InputError, match="--verifier no_such_module:reward: .*beside the script"):
         evaluation.main(wrong)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_users_error_is_one_line_and_exit_code_2():
-    result = run_script("eval.py", "--model", MODEL, "--data", "missing.parquet", check=False)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1] == "eval.py: error: missing.parquet: no such file or folder"

@@ -6,10 +6,8 @@ compiled where there is one.
 
 import functools
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import logprobs
 from common.logprobs import linear_kl, linear_logprobs, logprobs_from_logits
+from tests.conftest import ROOT, free_port
 
 INTERPRETED = logprobs.triton is not None and logprobs.INTERPRETED
 PLACES = {
@@ -495,8 +494,7 @@ for kernel in (logprobs._absorb_kernel, logprobs._gradient_kernel):
 def test_the_kernels_compile_for_an_h200_where_there_is_none(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -544,10 +542,7 @@ def shard_and_compare(rank, port):
 
 
 def test_a_head_sharded_by_fsdp2_tied_or_not():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(shard_and_compare, (port,), nprocs=2)
+    torch.multiprocessing.spawn(shard_and_compare, (free_port(),), nprocs=2)
 
 
 @pytest.mark.cuda
@@ -628,6 +623,7 @@ def test_soft_caps_and_scales_change_logits_and_gradients_as_written_out(place, 
 def test_a_soft_cap_in_float64_is_exact_and_bad_ones_are_refused():
     hidden, weight, targets = problem("random", n=6)
     mine = values(linear_logprobs, hidden.double(), weight.double(), targets, entropy=True, cap=3.0, scale=0.5)
+
     def truth(h, w, targets):
         return from_logits(changed(h @ w.T, 3.0, 0.5), targets)
 

@@ -23,6 +23,7 @@ from common.rollout import Completion, EmbeddedSampler, Sampling
 from common.trainer import load_policy
 from common.vllm import VLLMSampler, Worker, WorkerFault, fill
 from tests.conftest import NANO, ROOT, gone, processes, run_script
+from tests.test_rollout import KEYS, PROMPTS, check_ends, ids
 
 if vllm.vllm_version(cuda=False) is None:
     pytest.skip("needs vLLM for CPU: `make vllm`, or an interpreter in ROLLOUT_PYTHON", allow_module_level=True)
@@ -35,8 +36,6 @@ EXPERTS = dict(
     num_key_value_heads=1, head_dim=32, max_position_embeddings=512, eos_token_id=1, pad_token_id=0,
     num_experts_per_tok=2,
 )  # fmt: skip
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
-KEYS = [3, 1, 4, 5, 9]
 LONG = [random.Random(1).randrange(2, 61) for _ in range(200)]  # more than a block of the prefix cache, 128
 
 
@@ -60,10 +59,6 @@ def sampler(world, policy):
 def synced(sampler, policy):
     sampler.sync(policy, version=0)
     return sampler
-
-
-def ids(groups):
-    return [[c.ids for c in group] for group in groups]
 
 
 def gap(policy, groups, prompts=PROMPTS, temperature=1.0):
@@ -93,15 +88,7 @@ def test_reported_log_probs_are_the_trainers(policy, synced, temperature):
 
 
 def test_a_completion_ends_at_its_first_stop_id_or_at_the_limit(synced):
-    groups = synced.generate(PROMPTS, n=40, keys=KEYS, seed=0, sampling=Sampling(30))
-    seen = set()
-    for completion in (c for group in groups for c in group):
-        assert len(completion.ids) == len(completion.logps)
-        assert 1 not in completion.ids[:-1]
-        assert completion.finish == ("stop" if completion.ids[-1] == 1 else "length")
-        assert completion.finish == "stop" or len(completion.ids) == 30
-        seen.add(completion.finish)
-    assert seen == {"stop", "length"}
+    check_ends(synced)
 
 
 def test_nothing_but_a_stop_id_ends_a_completion(synced, monkeypatch):

@@ -18,6 +18,7 @@ from common.rollout import Sampling
 from common.trainer import load_policy
 from common.vllm import VLLMSampler
 from tests.conftest import NANO, ROOT, gone, processes
+from tests.test_rollout import ids
 
 pytestmark = [
     pytest.mark.cuda,
@@ -57,10 +58,6 @@ def draw(sampler, seed: int, rows: int = 8, tokens: int = 128):
     prompts = [[5 + i, 6, 7] for i in range(8)]
     how = dict(n=rows, keys=list(range(8)), seed=seed, sampling=Sampling(tokens))
     return prompts, sampler.generate(prompts, **how)
-
-
-def ids(groups):
-    return [[c.ids for c in group] for group in groups]
 
 
 def mismatch(policy, sampler, seed: int, temperature=1.0) -> torch.Tensor:

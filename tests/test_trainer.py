@@ -19,8 +19,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+import luffy
 from common import checkpoints, trainer
 from common.checkpoints import Checkpoints
 from common.data import InputError, pack
@@ -38,6 +39,7 @@ from common.trainer import (
     parse_args,
 )
 from tests.conftest import NANO, run_script, weights_digest
+from tests.test_luffy_runs import settings
 
 
 @dataclasses.dataclass
@@ -109,7 +111,7 @@ def test_an_unknown_flag_exits_with_code_2(capsys):
 # ------------------------------------------------------------------------------------------------ schedules
 
 
-def test_the_rate_warms_up_linearly_and_then_follows_its_schedule():
+def test_the_rate_warms_up_linearly_and_then_follows_its_schedule_over_the_updates_that_are_left():
     def rates(schedule, **kw):
         return [learning_rate(s, lr=1.0, steps=10, schedule=schedule, **kw) for s in range(10)]
 
@@ -120,6 +122,8 @@ def test_the_rate_warms_up_linearly_and_then_follows_its_schedule():
     assert rates("cosine", floor=0.1)[-1] > 0.1
     cosine = [learning_rate(s, lr=2.0, steps=4, schedule="cosine", floor=0.1) for s in range(5)]
     assert cosine == pytest.approx([2.0, 1.1 + 0.9 * 0.5**0.5, 1.1, 1.1 - 0.9 * 0.5**0.5, 0.2])
+    assert rates("linear", warmup=0.2, floor=0.2) == pytest.approx([0.5, 1.0] + [1 - 0.1 * k for k in range(8)])
+    assert rates("constant", warmup=0.15)[:3] == [0.5, 1.0, 1.0]  # of part of an update: a whole one
 
 
 # --------------------------------------------------------------------------------------------- optimizer step
@@ -146,8 +150,9 @@ def test_a_bad_log_prob_is_that_of_the_update_that_reads_it_with_a_gradient(poli
     trainer.check_finite({}, policy, world)
     for _ in range(3):  # micro-batches
         policy(batch)
-    with pytest.raises(FloatingPointError, match="6 log-probs are NaN"):
+    with pytest.raises(FloatingPointError, match="6 log-probs are NaN or above 0"):
         trainer.check_finite({}, policy, world)
+    trainer.check_finite({}, policy, world)  # told once
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -189,11 +194,6 @@ def test_an_exported_model_is_the_model(policy, world, tmp_path, tied):
     assert generation["eos_token_id"] == [made.eos_token_id]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "model"] and (tmp_path / "model").is_symlink()
     assert (tmp_path / "model" / "model.safetensors").exists() and not (tmp_path / "model" / "old.json").exists()
-
-
-def test_random_weights_come_from_the_seed_alone(world):
-    a, b, c = (load_policy("nano", world, from_config=NANO, seed=seed) for seed in (3, 3, 4))
-    assert weights_digest(a) == weights_digest(b) != weights_digest(c)
 
 
 def test_a_folder_without_model_or_tokenizer_is_named(world, tmp_path):
@@ -260,21 +260,14 @@ def checkpoint(tmp_path, **settings):
     return Checkpoints(tmp_path / "checkpoint", Settings(**settings))
 
 
-def test_training_goes_on_from_a_checkpoint_bit_for_bit(policy, world, tmp_path):
-    optimizer = make_optimizer(policy, lr=1e-2)
-    for step in (1, 3):
-        train_a_little(policy, optimizer, step)
-        checkpoint(tmp_path).save(step, {"policy": (policy, optimizer)}, world, buffer=[1, 2])
-    train_a_little(policy, optimizer, 2, seed=1)
+@pytest.fixture
+def pairs(policy):
+    """What a run trains, as its checkpoints have it."""
+    return {"policy": (policy, make_optimizer(policy, lr=1e-2))}
 
-    again = load_policy("nano", world, from_config=NANO, seed=99)
-    its_optimizer = make_optimizer(again, lr=1e-2)
-    saved = checkpoint(tmp_path)
-    state = saved.state()
-    assert (state["step"], state["buffer"]) == (3, [1, 2])
-    saved.load({"policy": (again, its_optimizer)})
-    train_a_little(again, its_optimizer, 2, seed=1)
-    assert weights_digest(again) == weights_digest(policy)
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
 
 
 def second_pair(kind, policy, world, seed):
@@ -348,9 +341,6 @@ def test_a_failed_save_leaves_the_last_checkpoint(policy, world, tmp_path, monke
     saved = checkpoint(tmp_path)
     saved.save(1, {"policy": (policy, optimizer)}, world)
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(checkpoints.json, "dump", full)
     with pytest.raises(RuntimeError, match=r"step 2 .* could not be written .*No space.* step-00000001 is intact"):
         saved.save(2, {"policy": (policy, optimizer)}, world)
@@ -400,24 +390,24 @@ def test_a_rank_looks_for_the_next_checkpoint_when_the_first_rank_has_set_a_dama
     assert done == ["step-00000002", "all have come", "all have come", "step-00000001"]
 
 
-def test_without_an_intact_checkpoint_a_run_does_not_start_anew_in_silence(policy, world, tmp_path):
+def test_without_an_intact_checkpoint_a_run_does_not_start_anew_in_silence(pairs, world, tmp_path):
     saved = checkpoint(tmp_path)
-    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    saved.save(1, pairs, world)
     (saved.folder / "step-00000001" / "SHA256SUMS").unlink()
     for _ in range(2):  # a second start finds that it was set aside
         with pytest.raises(InputError, match="no intact checkpoint is left.*start anew"):
             saved.state()
 
 
-def test_what_a_file_manager_leaves_in_a_checkpoint_does_not_damage_it(policy, world, tmp_path, capsys):
+def test_what_a_file_manager_leaves_in_a_checkpoint_does_not_damage_it(pairs, world, tmp_path, capsys):
     saved = checkpoint(tmp_path)
-    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    saved.save(1, pairs, world)
     (saved.latest() / ".DS_Store").write_text("x")
     (saved.latest() / "@eaDir").mkdir()
     assert saved.state()["step"] == 1 and "WARNING" not in capsys.readouterr().err
 
 
-def test_a_script_that_changed_since_the_checkpoint_is_warned_of(policy, world, tmp_path, capsys, monkeypatch):
+def test_a_script_that_changed_since_the_checkpoint_is_warned_of(pairs, world, tmp_path, capsys, monkeypatch):
     """By its text when the run began: while it runs the file may be edited."""
     script = tmp_path / "mine.py"
     script.write_text("loss = 1")
@@ -426,7 +416,7 @@ def test_a_script_that_changed_since_the_checkpoint_is_warned_of(policy, world, 
     monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "common" / "checkpoints.py"))
     saved = checkpoint(tmp_path)
     script.write_text("loss = 2")
-    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    saved.save(1, pairs, world)
     assert saved.state()["step"] == 1 and "WARNING" not in capsys.readouterr().err
     assert checkpoint(tmp_path).state()["step"] == 1
     assert "WARNING: mine.py or common/ has changed since" in capsys.readouterr().err
@@ -437,9 +427,9 @@ def test_a_script_that_changed_since_the_checkpoint_is_warned_of(policy, world, 
     assert "WARNING: mine.py or common/ has changed since" in capsys.readouterr().err
 
 
-def test_sha256sum_reads_the_checksums(policy, world, tmp_path):
+def test_sha256sum_reads_the_checksums(pairs, world, tmp_path):
     saved = checkpoint(tmp_path)
-    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    saved.save(1, pairs, world)
     words = ["sha256sum", "-c", "--strict", "SHA256SUMS"]
     said = subprocess.run(words, cwd=saved.latest(), check=True, capture_output=True, text=True).stdout
     files = {path.name for path in saved.latest().iterdir()} - {"SHA256SUMS"}
@@ -459,7 +449,7 @@ def test_a_checkpoint_written_in_the_background_is_that_of_its_moment(policy, wo
     assert all(torch.equal(p, then[name]) for name, p in policy.named_parameters())
 
 
-def test_a_checkpoint_waits_for_the_one_before_it(policy, world, tmp_path, monkeypatch):
+def test_a_checkpoint_waits_for_the_one_before_it(pairs, world, tmp_path, monkeypatch):
     saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
     commit, begun = saved._commit, threading.Event()
 
@@ -470,14 +460,14 @@ def test_a_checkpoint_waits_for_the_one_before_it(policy, world, tmp_path, monke
 
     monkeypatch.setattr(saved, "_commit", slowly)
     for step in (1, 2):
-        saved.save(step, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+        saved.save(step, pairs, world)
         begun.wait(10)
     saved.wait()
     assert [path.name for path in saved._complete()] == ["step-00000001", "step-00000002"]
 
 
-def test_the_ranks_meet_before_and_after_what_the_first_one_does_to_a_checkpoint(policy, world, tmp_path, monkeypatch):
-    saved, done, pairs = checkpoint(tmp_path), [], {"policy": (policy, make_optimizer(policy, lr=1e-2))}
+def test_the_ranks_meet_before_and_after_what_the_first_one_does_to_a_checkpoint(pairs, world, tmp_path, monkeypatch):
+    saved, done = checkpoint(tmp_path), []
     saved.keep = 1
     (saved.folder / "step-00000001.partial").mkdir(parents=True)
 
@@ -495,7 +485,7 @@ def test_the_ranks_meet_before_and_after_what_the_first_one_does_to_a_checkpoint
     assert done == ["barrier", "save", "barrier", "_sums", "replace", "replace", "rmtree", "barrier"]
 
 
-def test_a_checkpoint_in_the_background_has_a_group_of_its_own(policy, world, tmp_path, monkeypatch):
+def test_a_checkpoint_in_the_background_has_a_group_of_its_own(pairs, world, tmp_path, monkeypatch):
     """Its collectives would meet the training's otherwise."""
     saved, groups = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True), []
     save, barrier = checkpoints.dcp.async_save, checkpoints.dist.barrier
@@ -507,7 +497,7 @@ def test_a_checkpoint_in_the_background_has_a_group_of_its_own(policy, world, tm
     monkeypatch.setattr(checkpoints.dcp, "async_save", async_save)
     monkeypatch.setattr(checkpoints.dist, "barrier", lambda group=None: groups.append(group) or barrier(group))
     monkeypatch.setattr(checkpoints, "gather_lists", lambda items, world, group: groups.append(group) or items)
-    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    saved.save(1, pairs, world)
     saved.wait()
     assert saved._group and groups == [None, *[saved._group] * 4]
 
@@ -518,14 +508,11 @@ def test_a_model_that_comes_twice_is_saved_once_under_its_first_name(policy):
     assert Checkpoints._tensors(pairs).keys() == {"model", "optim", "optim-sft"}
 
 
-def test_what_goes_wrong_in_the_background_is_not_lost(policy, world, tmp_path, monkeypatch):
+def test_what_goes_wrong_in_the_background_is_not_lost(pairs, world, tmp_path, monkeypatch):
     saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(checkpoints.json, "dump", full)
-    saved.save(2, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    saved.save(2, pairs, world)
     concurrent.futures.wait([saved._written], 30)
     with pytest.raises(RuntimeError, match="could not be written .*No space.*There is none before it"):
         saved.raise_if_failed()
@@ -542,18 +529,6 @@ def test_a_number_that_is_not_finite_is_named(bad, policy, world):
     trainer.check_finite({"loss/pg": 1.0, "eval": None}, policy, world)
     with pytest.raises(FloatingPointError, match="loss/pg is"):
         trainer.check_finite({"entropy": 0.0, "loss/pg": bad}, policy, world)
-
-
-def test_log_probs_that_are_not_numbers_are_counted(policy, world):
-    batch = pack([([1, 2], [3, 4]), ([1], [5])], torch.device("cpu"))
-    policy(batch)
-    trainer.check_finite({}, policy, world)
-    with torch.no_grad():
-        next(policy.parameters()).fill_(math.nan)
-    policy(batch)
-    with pytest.raises(FloatingPointError, match="3 log-probs are NaN or above 0"):
-        trainer.check_finite({}, policy, world)
-    trainer.check_finite({}, policy, world)  # told once
 
 
 def test_an_id_beyond_the_embeddings_is_refused(policy):
@@ -586,14 +561,6 @@ def test_another_configuration_is_refused_and_the_difference_named(policy, world
         checkpoint(tmp_path, lr=0.5).state()
 
 
-def test_too_little_disk_is_an_error_before_training(policy, tmp_path, monkeypatch):
-    from collections import namedtuple
-
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
-    with pytest.raises(InputError, match="GB are free"):
-        checkpoint(tmp_path).check_space({"policy": (policy, None)})
-
-
 # ---------------------------------------------------------------------------------------------------- metrics
 
 
@@ -615,12 +582,6 @@ def test_metrics_after_a_crash_have_no_step_missing_or_doubled(world, tmp_path):
     assert json.loads((tmp_path / "args.json").read_text())["steps"] == 10
 
 
-def test_a_run_that_starts_anew_keeps_no_metrics_of_the_one_before(world, tmp_path):
-    for loss in (1.0, 2.0):
-        Metrics(tmp_path, Settings(), world, start=0, steps=1).log(0, {"loss": loss}, show=[])
-    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(0, 2.0)]
-
-
 # ------------------------------------------------------------------------- models out of runs, and their settings
 
 
@@ -630,9 +591,6 @@ def test_a_file_that_a_full_disk_cut_within_a_character_keeps_its_complete_lines
 
 
 def test_a_finished_run_without_a_checkpoint_is_not_replaced(tmp_path):
-    import luffy
-    from tests.test_luffy_runs import settings
-
     words = ["--save_every", "0", "--eval_every", "0", "--steps", "1", "--out", str(tmp_path / "run")]
     luffy.main(settings(*words))
     with pytest.raises(InputError, match="run was made with other settings .--lr 0.001"):
@@ -640,10 +598,17 @@ def test_a_finished_run_without_a_checkpoint_is_not_replaced(tmp_path):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] != 0.5
 
 
-def test_the_best_model_is_kept_from_the_step_on_at_which_it_is_asked_for(tmp_path, monkeypatch):
-    import luffy
-    from tests.test_luffy_runs import settings
+def test_the_curves_are_drawn_before_the_model_marks_the_run_as_complete(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
 
+    monkeypatch.setattr("common.run.export", killed)
+    with pytest.raises(KeyboardInterrupt):
+        luffy.main(settings("--out", tmp_path / "run", "--method", "sft", "--eval_every", "0"))
+    assert (tmp_path / "run" / "curves.png").exists() and not (tmp_path / "run" / "model").exists()
+
+
+def test_the_best_model_is_kept_from_the_step_on_at_which_it_is_asked_for(tmp_path, monkeypatch):
     accuracies = iter([0.9, 0.9, 0.5, 0.4])
     monkeypatch.setattr("common.run.evaluate", lambda *_: {"eval/mean": next(accuracies)})
     words = ["--save_every", "1", "--eval_every", "1", "--out", str(tmp_path / "run")]
@@ -655,9 +620,6 @@ def test_the_best_model_is_kept_from_the_step_on_at_which_it_is_asked_for(tmp_pa
 
 def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_path, world, monkeypatch):
     """Accuracies of steps 1, 2, 3: the second is the best."""
-    import luffy
-    from tests.test_luffy_runs import settings
-
     accuracies = iter([0.9, 0.2, 0.5, 0.4])  # the first is the base model's
     monkeypatch.setattr("common.run.evaluate", lambda *_: {"eval/mean": next(accuracies)})
     words = ["--steps", "3", "--save_every", "1", "--keep", "3", "--eval_every", "1", "--keep_best"]
@@ -678,16 +640,11 @@ def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_pat
     errors = {"no checkpoint of step 7 there; steps: .1, 2, 3.": ["--step", 7], "holds no value": ["--value"],
               "step-00000001: __0_0.distcp is damaged .*; export another --step": ["--step", 1]}  # fmt: skip
     for message, words in errors.items():
-        failed = run_script(
-            "-m", "common.checkpoints", tmp_path / "run", tmp_path / "no", *words, check=False
-        )
+        failed = run_script("-m", "common.checkpoints", tmp_path / "run", tmp_path / "no", *words, check=False)
         assert failed.returncode == 2 and re.search(message, failed.stderr), failed.stderr
 
 
 def test_an_exported_checkpoint_is_asked_and_stops_as_the_runs_model_and_replaces_no_folder(tmp_path):
-    import luffy
-    from tests.test_luffy_runs import settings
-
     base, out = tmp_path / "base", tmp_path / "exported"
     shutil.copytree("models/tiny", base)
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
@@ -734,46 +691,23 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("model_type", CHANGED)
-def test_a_model_that_changes_its_logits_is_trained_sampled_and_saved_as_transformers_computes_it(
-    model_type, world, tmp_path
-):
+def test_a_temperature_and_the_kl_to_a_reference_are_of_logits_as_a_model_changes_them(model_type, world):
+    """That its plain log-probs, answers and files are those of Transformers is in test_architectures.py."""
     config = SMALL | CHANGED[model_type] | {"model_type": model_type}
-    policy = load_policy("x", world, from_config=config, seed=3)
-    export(policy, load_tokenizer("models/tiny"), tmp_path / "model", world)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="eager")
-
-    def logps(prompt, response):  # [response], by plain Transformers
-        logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-
-    pairs = [([5, 6, 7], [8, 9, 10, 1]), ([11, 12], [13, 14])]
-    expected = torch.cat([logps(*pair) for pair in pairs])
-    ours = policy(pack(pairs))
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-    ours.sum().backward()
-    expected.sum().backward()
-    theirs = dict(plain.named_parameters())
-    for name, p in policy.lm.named_parameters():
-        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-4)
-
-    sampler = EmbeddedSampler(policy, stop_ids=[1])
-    sampler.sync(policy, version=0)
-    for temperature in (0.0, 0.8):
-        [[drawn]] = sampler.generate([pairs[0][0]], n=1, keys=[0], seed=0, sampling=Sampling(6, temperature))
-        sequence = torch.tensor([pairs[0][0] + drawn.ids])
-        logits = plain(sequence).logits[0, 2:-1]
-        by_plain = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, torch.tensor(drawn.ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(drawn.logps), by_plain.detach(), rtol=1e-4, atol=1e-4)
-        assert temperature or drawn.ids == logits.argmax(-1).tolist()
-    reloaded = load_policy(str(tmp_path / "model"), world)
-    torch.testing.assert_close(reloaded(pack(pairs)), expected, rtol=1e-4, atol=1e-4)
-    other, form = load_policy("x", world, from_config=config, seed=4), trainer.logit_form(policy.lm.config)
+    policy, other = (load_policy("x", world, from_config=config, seed=seed) for seed in (3, 4))
+    pairs, form = [([5, 6, 7], [8, 9, 10, 1]), ([11, 12], [13, 14])], trainer.logit_form(policy.lm.config)
     out, ref, kl = policy(pack(pairs), reference=other, temperature=0.7)
     torch.testing.assert_close((out, ref), tuple(model(pack(pairs), temperature=0.7) for model in (policy, other)))
     raw = [model(pack(pairs), raw=True) for model in (policy, other)]
     p, q = ((change_logits(hidden @ head.T, **form) / 0.7).log_softmax(-1) for hidden, head in raw)
+    torch.testing.assert_close(out, p.gather(1, pack(pairs).targets[:, None])[:, 0])
     torch.testing.assert_close(kl, (p.exp() * (p - q)).sum(-1))
     assert not ref.requires_grad
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    sampler.sync(policy, version=0)
+    [[drawn]] = sampler.generate([[5, 6, 7]], n=1, keys=[0], seed=0, sampling=Sampling(6, 0.8))
+    expected = policy(pack([([5, 6, 7], drawn.ids)]), temperature=0.8).tolist()
+    assert drawn.logps == pytest.approx(expected, abs=1e-4)
 
 
 def test_logit_forms_are_read_from_nested_configurations_too():
@@ -889,23 +823,19 @@ def test_a_model_is_saved_from_the_weights_that_are_trained(policy, monkeypatch)
     assert dict(trainer.full_parameters(policy)) and done[:2] == ["reshard", "gather"]
 
 
-def test_the_disk_must_hold_moments_the_checkpoint_that_is_written_and_the_model(policy, tmp_path, monkeypatch):
-    need = 4 * sum(p.numel() for p in policy.parameters()) * (3 * (2 + 1) + 1)  # --keep 2
+@pytest.mark.parametrize(("frozen", "copies"), [(False, 3), (True, 1)])  # frozen weights have no moments
+def test_the_disk_must_hold_moments_the_checkpoint_that_is_written_and_the_model(
+    frozen, copies, policy, tmp_path, monkeypatch
+):
+    policy.requires_grad_(not frozen)
+    need = 4 * sum(p.numel() for p in policy.parameters()) * (copies * (2 + 1) + 1)  # --keep 2
     for free in (need, need - 1):
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         with contextlib.nullcontext() if free == need else pytest.raises(InputError, match="GB are free"):
             checkpoint(tmp_path).check_space({"policy": (policy, None)})
-        if free == need:  # the second optimizer of a model has moments of its own
+        if free == need and not frozen:  # the second optimizer of a model has moments of its own
             with pytest.raises(InputError, match="GB are free"):
                 checkpoint(tmp_path).check_space({"policy": (policy, None), "sft": (policy, None)})
-
-
-def test_frozen_weights_have_no_moments_on_the_disk(policy, tmp_path, monkeypatch):
-    need = 4 * sum(p.numel() for p in policy.requires_grad_(False).parameters()) * (1 * (2 + 1) + 1)  # --keep 2
-    for free in (need, need - 1):
-        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        with contextlib.nullcontext() if free == need else pytest.raises(InputError, match="GB are free"):
-            checkpoint(tmp_path).check_space({"policy": (policy, None)})
 
 
 def test_a_value_model_can_be_what_a_run_trains(world, tmp_path):
@@ -921,11 +851,11 @@ def test_a_value_model_can_be_what_a_run_trains(world, tmp_path):
     assert weights_digest(load_policy(str(tmp_path / "model"), world, kind=ValueModel)) == before
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(policy, world, tmp_path, monkeypatch):
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(pairs, world, tmp_path, monkeypatch):
     done, replace, saved = [], checkpoints.os.replace, checkpoint(tmp_path)
     monkeypatch.setattr(checkpoints, "to_disk", lambda path: done.append(path.name))
     monkeypatch.setattr(checkpoints.os, "replace", lambda old, new: done.append(new.name) or replace(old, new))
-    saved.save(1, {"policy": (policy, make_optimizer(policy, lr=1e-2))}, world)
+    saved.save(1, pairs, world)
     named = done.index("step-00000001")
     assert {path.name for path in saved.latest().iterdir()} < set(done[:named]) and saved.folder.name in done[named:]
 
@@ -1061,12 +991,13 @@ def test_adapters_begin_from_the_seed(world):
     assert names and all(a[name].equal(b[name]) and not a[name].equal(c[name]) for name in names)
 
 
-def test_a_models_digest_is_of_its_weights_configuration_and_template_under_their_names(tmp_path):
-    files = {"a.safetensors": "1", "b.safetensors": "2", "config.json": "{}", "chat_template.jinja": "x"}
+def test_a_models_digest_is_of_its_weights_configurations_and_template_under_their_names(tmp_path):
+    files = {"a.safetensors": "1", "b.safetensors": "2", "config.json": "{}", "chat_template.jinja": "x",
+             "generation_config.json": "{}"}  # fmt: skip
 
     def digest(name, **changes):
         (tmp_path / name).mkdir()
-        for file, text in (files | {key.replace("_", "."): text for key, text in changes.items()}).items():
+        for file, text in (files | changes).items():
             (tmp_path / name / file).write_text(text)
         return checkpoints.digest_of(str(tmp_path / name))
 
@@ -1076,12 +1007,13 @@ def test_a_models_digest_is_of_its_weights_configuration_and_template_under_thei
         shutil.copy(tmp_path / "one" / file, tmp_path / "two")
     (tmp_path / "two" / "README.md").write_text("no part of it")
     assert checkpoints.digest_of(str(tmp_path / "two")) == plain
-    changed = [digest("three", config_json="{ }"), digest("four", b_safetensors="3")]
+    others = ("config.json", "b.safetensors", "generation_config.json")
+    changed = [digest(f"other {file}", **{file: "3"}) for file in others]
     (tmp_path / "two" / "chat_template.jinja").write_text("y")
     changed.append(checkpoints.digest_of(str(tmp_path / "two")))
     (tmp_path / "one" / "b.safetensors").rename(tmp_path / "one" / "c.safetensors")
     changed.append(checkpoints.digest_of(str(tmp_path / "one")))
-    assert len({plain, *changed}) == 5
+    assert len({plain, *changed}) == 6
 
 
 def test_a_checkpoint_of_before_there_was_a_flag_is_gone_on_from(tmp_path, world):
