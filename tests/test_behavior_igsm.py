@@ -1,6 +1,5 @@
 """igsm's behaviors: the same problem in other steps, what the checker knows of them, and the picture of a problem."""
 
-import json
 import random
 import re
 import time
@@ -14,8 +13,8 @@ from igsm.__main__ import main
 from igsm.behaviors import plan_steps, reordered
 from igsm.graph import Node, template_of
 from igsm.solver import Question, parents
-from tests.conftest import run_script
-from tests.test_igsm import SAMPLES, categories_of, vectors
+from tests.conftest import read_rows, run_script, vectors
+from tests.test_igsm import SAMPLES, categories_of
 
 BRIDGE = dict(subgoals=True, reflection=0.1, analysis="table")
 WAYS = {
@@ -461,9 +460,8 @@ def test_command_tells_with_behaviors_and_draws(tmp_path, capsys):
     out = tmp_path / "new" / "bridge.jsonl"  # its folder is made
     words = "--n 5 --ops 6 9 --subgoals --reflection 0.2 --analysis table --retry 0.1 --solution_variant 1 --start 3"
     assert main([*words.split(), "--out", str(out)]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
     how = dict(subgoals=True, reflection=0.2, analysis="table", retry=0.1, solution_variant=1, start=3)
-    assert rows == [row(p, "all") for p in generate(5, ops=(6, 9), **how)]
+    assert read_rows(out) == [row(p, "all") for p in generate(5, ops=(6, 9), **how)]
     capsys.readouterr()
     for name, style in (("natural.svg", "natural"), ("symbolic.png", "symbolic")):
         assert main(["--ops", "4", "6", "--style", style, "--draw", str(tmp_path / name)]) == 0

@@ -3,16 +3,13 @@
 The vectors are problems of the two published generators (BRIDGE's and Meta's) with right, corrupted and
 malformed solutions."""
 
-import gzip
 import hashlib
-import json
 import random
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -26,14 +23,9 @@ from igsm.solver import Question, canonical, evaluate, parse_expression
 from igsm.text import STYLES, formula_text, worked
 from igsm.tokens import SYSTEM_PROMPT
 from igsm.vocabulary import CATEGORIES, WORLDS
+from tests.conftest import ROOT, read_rows, vectors
 
-ROOT = Path(__file__).resolve().parent.parent
 DIFFICULTIES = [(4, 8), (10, 15), (15, 20)]
-
-
-def vectors(name):
-    with gzip.open(ROOT / "tests" / "vectors" / f"{name}.jsonl.gz", "rt") as file:
-        return [json.loads(line) for line in file]
 
 
 def categories_of(record):
@@ -82,10 +74,8 @@ def test_solver_is_right_on_every_question_of_meta():
 
 def test_solver_names_what_is_wrong_with_a_malformed_question():
     for record in vectors("igsm_malformed"):
-        for categories in (
-            categories_of(record) if "layers" in record else {"zoo": ["Kid's Animal Farm"]},
-            None,
-        ):
+        its_own = categories_of(record) if "layers" in record else {"zoo": ["Kid's Animal Farm"]}
+        for categories in (its_own, None):
             with pytest.raises(ValueError, match="cannot parse"):
                 solve(record["question"], categories)
     record = vectors("igsm_malformed")[0]
@@ -100,6 +90,7 @@ def test_solver_refuses_a_modulus_that_is_none(modulus):
 
 
 FIVE = "The number of each Sloop's Oak Crate equals 5."
+ASK = "How many Oak Crate does each Sloop have?"
 
 
 @pytest.mark.parametrize(
@@ -107,35 +98,18 @@ FIVE = "The number of each Sloop's Oak Crate equals 5."
     [
         ("", "cannot parse the sentence"),
         (FIVE, "0 questions"),
-        (
-            f"{FIVE}\nHow many Oak Crate does each Sloop have?\nHow many Crate does each Sloop have?",
-            "2 questions",
-        ),
+        (f"{FIVE}\n{ASK}\nHow many Crate does each Sloop have?", "2 questions"),
         (f"{FIVE}\nHow many Oak Crate does each Boat have?", "'Boat' is not an item"),
         (f"{FIVE}\nHow many Box does each Sloop have?", "'Box' is neither"),
-        (
-            f"{FIVE}\nHow many Pine Crate does each Sloop have?",
-            "no sentence gives the number of each Sloop's Pine Crate",
-        ),
+        (f"{FIVE}\n{ASK.replace('Oak', 'Pine')}", "no sentence gives the number of each Sloop's Pine Crate"),
         (f"{FIVE}\nHow many Fruit does each Sloop have?", "how each Sloop comes to have any Fruit"),
-        (f"{FIVE}\n{FIVE}\nHow many Oak Crate does each Sloop have?", "given twice"),
+        (f"{FIVE}\n{FIVE}\n{ASK}", "given twice"),
         ("The number of each Sloop's Crate equals 5.\nHow many Crate does each Sloop have?", "is a category"),
-        (
-            f"Each Sloop has 5.\n{FIVE}\nHow many Oak Crate does each Sloop have?",
-            "cannot parse the sentence 'Each Sloop",
-        ),
-        (
-            FIVE.replace("5", "each Sloop's Oak Crate") + "\nHow many Oak Crate does each Sloop have?",
-            "depends on itself",
-        ),
-        (FIVE.replace("5", "five") + "\nHow many Oak Crate does each Sloop have?", "cannot parse 'five'"),
-        (
-            FIVE.replace(
-                "5", "the difference of each Ketch's Crate, each Dory's Crate and each Barge's Crate"
-            )
-            + "\nHow many Oak Crate does each Sloop have?",
-            'cannot parse "the difference',
-        ),
+        (f"Each Sloop has 5.\n{FIVE}\n{ASK}", "cannot parse the sentence 'Each Sloop"),
+        (FIVE.replace("5", "each Sloop's Oak Crate") + f"\n{ASK}", "depends on itself"),
+        (FIVE.replace("5", "five") + f"\n{ASK}", "cannot parse 'five'"),
+        (FIVE.replace("5", "the difference of each Ketch's Crate, each Dory's Crate and each Barge's Crate")
+         + f"\n{ASK}", 'cannot parse "the difference'),
         ("a=b\nb=a\na?", "depends on itself"),
         ("a=b\na?", "no condition gives 'b'"),
         ("a=2\na=3\na?", "given twice"),
@@ -143,7 +117,7 @@ FIVE = "The number of each Sloop's Oak Crate equals 5."
         ("a=__import__\na?", "cannot parse the expression"),
         ("A=2\na?", "cannot parse the condition 'A=2'"),
     ],
-)
+)  # fmt: skip
 def test_solver_names_what_cannot_be_parsed(question, complaint):
     with pytest.raises(ValueError, match=complaint):
         solve(question)
@@ -186,13 +160,7 @@ def numbers_and_texts():
             level = 2 if operator == "*" else 1
             left_text = left[1] if left[2] >= level else f"({left[1]})"
             right_text = right[1] if right[2] > level else f"({right[1]})"
-            value = (
-                left[0] + right[0]
-                if operator == "+"
-                else left[0] - right[0]
-                if operator == "-"
-                else left[0] * right[0]
-            )
+            value = {"+": left[0] + right[0], "-": left[0] - right[0], "*": left[0] * right[0]}[operator]
             return value, f"{left_text} {operator} {right_text}", level
 
         return st.builds(join, st.sampled_from("+-*"), parts, parts)
@@ -226,11 +194,7 @@ def test_checker_accepts_every_right_solution_of_bridge_and_counts_its_behaviors
         solutions |= {f"rc_aug {i}": solution for i, solution in enumerate(record["rc_aug"])}
         for kind, solution in solutions.items():
             check = check_solution(record["question"], solution, categories_of(record))
-            assert check.correct and check.answer_correct and not check.errors, (
-                record["id"],
-                kind,
-                check.errors,
-            )
+            assert check.correct and check.answer_correct and not check.errors, (record["id"], kind, check.errors)
             if stats := record.get(kind.replace("solution", "stats")):
                 counted = dict(steps=check.steps, solved=check.solved)
                 assert counted | dict(reflections=check.reflections, analyses=check.analyses) == stats
@@ -260,10 +224,7 @@ def test_checker_rejects_every_corrupted_solution_for_its_reason():
         assert check.correct == record["fully_correct"], (record["id"], record["kind"], check.errors)
         assert check.answer_correct == record["boxed_answer_correct"]
         if not check.correct:
-            assert any(REASONS[record["kind"]] in error for error in check.errors), (
-                record["kind"],
-                check.errors,
-            )
+            assert any(REASONS[record["kind"]] in error for error in check.errors), (record["kind"], check.errors)
         kinds[record["kind"]] += 1
     assert set(kinds) == {*REASONS, "unmodified"} and min(kinds.values()) >= 40
 
@@ -355,9 +316,7 @@ def skeleton(p):
     for line in lines:
         place[line.split("=")[0]] = f"x{len(place)}"
     formulas = [line.split("=")[1] for line in lines]
-    return ";".join(
-        re.sub("[a-z]+", lambda m: place[m[0]], re.sub(r"\d+", "#", formula)) for formula in formulas
-    )
+    return ";".join(re.sub("[a-z]+", lambda m: place[m[0]], re.sub(r"\d+", "#", formula)) for formula in formulas)
 
 
 def test_no_template_is_in_both_splits():
@@ -381,11 +340,7 @@ def test_structure_and_values_depend_on_seed_and_index_only():
     for style in STYLES:
         for subgoals in (False, True):
             for p, same in zip(generate(5, seed=3, style=style, subgoals=subgoals), first):
-                assert (p.nodes, p.num_necessary, p.template) == (
-                    same.nodes,
-                    same.num_necessary,
-                    same.template,
-                )
+                assert (p.nodes, p.num_necessary, p.template) == (same.nodes, same.num_necessary, same.template)
                 if style != "symbolic":
                     assert p.question == same.question
 
@@ -395,19 +350,14 @@ def test_the_same_seed_gives_the_same_text_in_another_process():
     texts = set()
     for hash_seed in "01":
         environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        texts.add(
-            subprocess.run(
-                [sys.executable, "-c", code], env=environment, check=True, capture_output=True
-            ).stdout
-        )
+        done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+        texts.add(done.stdout)
     assert len(texts) == 1
 
 
 def test_a_seed_names_the_same_data_forever():
     """Change this on purpose only: data sets, base models and results refer to seeds."""
-    texts = [
-        p.question + p.solution for style in STYLES for p in problems(50, ops=(2, 20), seed=0, style=style)
-    ]
+    texts = [p.question + p.solution for style in STYLES for p in problems(50, ops=(2, 20), seed=0, style=style)]
     texts += [p.question + p.solution for p in problems(50, modulus=23, max_params=8, split="test", seed=1)]
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     assert digest.startswith("d736a260ff20bb52")
@@ -443,10 +393,7 @@ def test_many_params_get_names_of_two_characters():
         (dict(max_literal=7, modulus=7), "max_literal must be at least 1 and below modulus"),
         (dict(start=-1), "must not be negative"),
         (dict(ops=(30, 30), max_params=3), "no problem of 30 to 30 operations was found with max_params=3"),
-        (
-            dict(ops=(1, 1), split="test"),
-            "no problem of 1 to 1 operations",
-        ),  # "equals 5" is one template, in train
+        (dict(ops=(1, 1), split="test"), "no problem of 1 to 1 operations"),  # "equals 5" is one template, in train
     ],
 )
 def test_settings_that_cannot_be_met_are_named(wrong, complaint):
@@ -552,17 +499,11 @@ def test_a_completion_without_the_prompts_think_tag_is_as_good():
             assert not check_solution(p.question, p.solution[: -len("</answer>") - 5]).correct
 
 
-@pytest.mark.parametrize(
-    "box, right", [("{}", True), (" {}", False), ("0{}", False), ("{}.0", False), ("", False)]
-)
+@pytest.mark.parametrize("box, right", [("{}", True), (" {}", False), ("0{}", False), ("{}.0", False), ("", False)])
 def test_answer_correct_is_what_a_reward_for_the_first_box_says(box, right):
     [p] = generate(1, style="natural")
-    assert (
-        check_solution(
-            p.question, f"I guess \\boxed{{{box.format(p.answer)}}}, not \\boxed{{{p.answer}}}"
-        ).answer_correct
-        == right
-    )
+    said = f"I guess \\boxed{{{box.format(p.answer)}}}, not \\boxed{{{p.answer}}}"
+    assert check_solution(p.question, said).answer_correct == right
 
 
 def test_a_box_that_stays_open_holds_no_answer():
@@ -587,26 +528,11 @@ def test_checker_is_quick_with_endless_nonsense():
     [symbolic] = generate(1, style="symbolic")
     step = "- Next, let v represent the number of each "
     start = time.process_time()
-    for nonsense in (
-        "\\boxed{",
-        "(",
-        "-",
-        "1+",
-        "a=",
-        "=",
-        step,
-        step + "\n",
-        "9" * 9,
-        "\n",
-        " as a. So a = ",
-        "each A's ",
-    ):
+    texts = ["\\boxed{", "(", "-", "1+", "a=", "=", "9" * 9, "\n", " as a. So a = ", "each A's ", step, step + "\n"]
+    for nonsense in texts:
         long = nonsense * (200_000 // len(nonsense))
-        for question, around in (
-            (p.question, "{}"),
-            (p.question, step + "A's B. Then v = {}."),
-            (symbolic.question, "a={}\n"),
-        ):
+        places = [(p.question, "{}"), (p.question, step + "A's B. Then v = {}."), (symbolic.question, "a={}\n")]
+        for question, around in places:
             check = check_solution(question, around.format(long))
             assert not check.correct and check.errors
     assert time.process_time() - start < 20
@@ -677,15 +603,11 @@ def test_a_prompt_ends_where_the_solution_goes_on(style, tmp_path):
 # the command
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_command_writes_the_columns_of_luffy(tmp_path, monkeypatch):
     out = tmp_path / "problems.jsonl"
     words = ["--n", "20", "--ops", "4", "8", "--seed", "0", "--split", "train", "--out"]
     assert main([*words, str(out)]) == 0
-    rows = read(out)
+    rows = read_rows(out)
     assert len(rows) == 20
     for i, (row, p) in enumerate(zip(rows, generate(20, ops=(4, 8), seed=0, split="train"))):
         assert list(row) == ["data_source", "prompt", "target", "ability", "reward_model", "extra_info"]
@@ -699,28 +621,16 @@ def test_command_writes_the_columns_of_luffy(tmp_path, monkeypatch):
     monkeypatch.setattr("igsm.__main__.ROWS_AT_ONCE", 8)
     assert main([*words, str(tmp_path / "problems.parquet")]) == 0
     assert parquet.read_table(tmp_path / "problems.parquet").to_pylist() == rows
-    assert (
-        main(["--out", str(out), "--n", "2", "--style", "symbolic", "--modulus", "23", "--system_prompt"])
-        == 0
-    )
-    assert [message["content"] for message in read(out)[0]["prompt"]][0] == SYSTEM_PROMPT
-    assert len(read(out)) == 2
+    assert main(["--out", str(out), "--n", "2", "--style", "symbolic", "--modulus", "23", "--system_prompt"]) == 0
+    rows = read_rows(out)
+    assert len(rows) == 2 and rows[0]["prompt"][0]["content"] == SYSTEM_PROMPT
     assert sorted(path.name for path in tmp_path.iterdir()) == ["problems.jsonl", "problems.parquet"]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--n 5",
-        "--n 0 --out {}/a.jsonl",
-        "--out {}/a.csv",
-        "--ops 5 3 --out {}/a.jsonl",
-        "--ops 4 --out {}/a.jsonl",
-        "--style latin --out {}/a.jsonl",
-        "--colour red --out {}/a.jsonl",
-        "--ops 30 30 --max_params 3 --out {}/a.parquet",
-    ],
-)
+@pytest.mark.parametrize("words", [
+    "--n 5", "--n 0 --out {}/a.jsonl", "--out {}/a.csv", "--ops 5 3 --out {}/a.jsonl", "--ops 4 --out {}/a.jsonl",
+    "--style latin --out {}/a.jsonl", "--colour red --out {}/a.jsonl", "--ops 30 30 --max_params 3 --out {}/a.parquet",
+])  # fmt: skip
 def test_bad_flags_give_a_message_exit_code_2_and_no_file(words, tmp_path, capsys):
     try:
         code = main([word.format(tmp_path) for word in words.split()])
@@ -750,18 +660,8 @@ def test_an_interrupted_run_leaves_the_old_file_as_it_was(tmp_path, monkeypatch)
 def test_help_explains_the_flags():
     shown = subprocess.run([sys.executable, "-m", "igsm", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0
-    for flag in (
-        "--out",
-        "--n",
-        "--ops",
-        "--seed",
-        "--split",
-        "--style",
-        "--modulus",
-        "--max_params",
-        "--subgoals",
-    ):
-        assert flag in shown.stdout
+    flags = ("--out", "--n", "--ops", "--seed", "--split", "--style", "--modulus", "--max_params", "--subgoals")
+    assert not [flag for flag in flags if flag not in shown.stdout]
 
 
 # What the documentation says of it.

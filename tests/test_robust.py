@@ -5,23 +5,17 @@ robust_blind.jsonl.gz: 400 answers written without knowledge of the rule; no rul
 often it errs. Add none to them, and mend none of them alone.
 """
 
-import gzip
-import json
 import random
 import time
-from pathlib import Path
 
 import pytest
 
 from benchmarks.grading import CANARY, hostile_text
 from common import robust
 from common.verifiers import Verdict, grade
+from tests.conftest import vectors
 
-VECTORS = Path(__file__).parent / "vectors"
-CASES, BLIND = (
-    [json.loads(line) for line in gzip.decompress((VECTORS / f"robust_{name}.jsonl.gz").read_bytes()).splitlines()]
-    for name in ("cases", "blind")
-)
+CASES, BLIND = vectors("robust_cases"), vectors("robust_blind")
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["reported", "own"])
@@ -43,7 +37,7 @@ def test_of_400_answers_written_blind_no_wrong_one_is_accepted_and_4_percent_of_
 
 
 def test_every_gold_of_the_validation_file_equals_itself_and_no_other_digit():
-    golds = json.loads((VECTORS / "val_golds.json").read_text())[::4]
+    golds = vectors("val_golds")[::4]
     rng, changed = random.Random(0), []
     for gold in golds:
         at = rng.choice([i for i, c in enumerate(gold) if c.isdigit()] or [None])

@@ -5,8 +5,6 @@ tests/vectors/: `luffy.json` and `bridge_reward.json` are from the originals' co
 answers, many after Math-Verify's own tests.
 """
 
-import gzip
-import json
 import os
 import random
 import signal
@@ -24,11 +22,10 @@ from hypothesis import strategies as st
 
 from common import verifiers
 from common.verifiers import Verdict, boxed_reward, grade, grade_later, last_boxed, math_reward
+from tests.conftest import ROOT, processes, vectors, write_rows
 
-VECTORS = Path(__file__).parent / "vectors"
-ROOT = Path(__file__).parent.parent
-LUFFY = json.loads((VECTORS / "luffy.json").read_text())["reward_cases"]["cases"]
-BRIDGE = json.loads((VECTORS / "bridge_reward.json").read_text())
+LUFFY = vectors("luffy")["reward_cases"]["cases"]
+BRIDGE = vectors("bridge_reward")
 
 # A user's verifiers, in a module of their own as grade() demands.
 USERS = """
@@ -171,17 +168,15 @@ def test_math_lets_the_last_box_win():
 
 
 def test_every_gold_of_the_validation_file_equals_itself():
-    golds = json.loads((VECTORS / "val_golds.json").read_text())
+    golds = vectors("val_golds")
     verdicts = grade([f"hm </think> \\boxed{{{gold}}}" for gold in golds], golds, timeout=20)
     rejected = [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict != Verdict(1.0, "ok")]
     assert len(golds) == 1036
-    assert (
-        all("$ $" in gold for gold in rejected) and len(rejected) <= 1
-    )  # Math-Verify 0.6 rejects it as well
+    assert all("$ $" in gold for gold in rejected) and len(rejected) <= 1  # Math-Verify 0.6 rejects it as well
 
 
 def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
-    pairs = json.loads((VECTORS / "math_pairs.json").read_text())
+    pairs = vectors("math_pairs")
     golds, responses = [pair["gold"] for pair in pairs], [pair["response"] for pair in pairs]
     accepted = [verdict.reward == 1 for verdict in grade(responses, golds, verifier="full", timeout=20)]
     assert [pair for pair, yes in zip(pairs, accepted, strict=True) if yes and not pair["accept"]] == []
@@ -264,7 +259,7 @@ def test_mcq_names_a_gold_that_is_no_label():
 
 def test_no_wrong_choice_is_accepted_and_95_percent_of_the_right_ones_are():
     """Answers of many forms, two thirds of them written without knowledge of the rule."""
-    cases = [json.loads(line) for line in gzip.decompress((VECTORS / "choices.jsonl.gz").read_bytes()).splitlines()]
+    cases = vectors("choices")
     for verifier, refused in (("mcq", 11), ("exact", 0)):
         mine = [case for case in cases if case["verifier"] == verifier]
         verdicts = grade([c["response"] for c in mine], [c["gold"] for c in mine], verifier=verifier)
@@ -336,52 +331,25 @@ def test_arithmetic_knows_numbers_alone(text):
 
 
 def test_series_are_summed_without_lambdify():
-    sums = {
-        "e^2": r"\frac{2^n}{n!}",
-        "2": r"\frac{1}{2^n}",
-        r"\frac{\pi}{4}": r"\frac{(-1)^n}{2n+1}",
-        "e": r"\frac{n}{n!}",
-    }
+    sums = {"e^2": r"\frac{2^n}{n!}", "2": r"\frac{1}{2^n}", r"\frac{\pi}{4}": r"\frac{(-1)^n}{2n+1}",
+            "e": r"\frac{n}{n!}"}  # fmt: skip
     responses = [r"\boxed{\sum_{n=0}^{\infty} " + term + "}" for term in sums.values()]
     assert grade(responses, list(sums), verifier="full", timeout=30) == [Verdict(1.0, "ok")] * 4
     assert grade(responses[:1], ["e"], verifier="full", timeout=30) == [Verdict(0.0, "ok")]
 
 
 def test_while_sealed_cpython_refuses_to_run_open_or_start_anything(tmp_path):
-    assert grade(["x"], [str(tmp_path / "canary")], verifier="user_verifiers:refusals") == [
-        Verdict(0.0, "ok")
-    ]
+    assert grade(["x"], [str(tmp_path / "canary")], verifier="user_verifiers:refusals") == [Verdict(0.0, "ok")]
     assert not (tmp_path / "canary").exists()
 
 
 PLACES = [
-    "%s",
-    "$%s$",
-    r"\boxed{%s}",
-    r"\[ %s \]",
-    r"The final answer is $%s$. I hope",
-    "answer: %s",
-    r"\boxed{\text{%s}}",
-]
-PLACES += [
-    r"\boxed{\frac{%s}{2}}",
-    r"\boxed{x_{%s}}",
-    r"\boxed{\operatorname{%s}}",
-    r"\boxed{\begin{pmatrix}%s\end{pmatrix}}",
-]
-PLACES += [
-    r"\boxed{2^{%s}}",
-    r"\boxed{\sum_{n=0}^{\infty} \frac{1+n\cdot\text{%s}}{n!}+0}",
-    r"\boxed{\{%s, 1\}}",
-    "= %s",
-]
-PLACES += [
-    r"\boxed{\text{%s}(x)}",
-    r"\boxed{x \in %s}",
-    r"\boxed{\variable{%s}}",
-    "1 + %s",
-    r"\boxed{\int_0^1 %s dx}",
-]
+    "%s", "$%s$", r"\boxed{%s}", r"\[ %s \]", r"The final answer is $%s$. I hope", "answer: %s", r"\boxed{\text{%s}}",
+    r"\boxed{\frac{%s}{2}}", r"\boxed{x_{%s}}", r"\boxed{\operatorname{%s}}",
+    r"\boxed{\begin{pmatrix}%s\end{pmatrix}}", r"\boxed{2^{%s}}",
+    r"\boxed{\sum_{n=0}^{\infty} \frac{1+n\cdot\text{%s}}{n!}+0}", r"\boxed{\{%s, 1\}}", "= %s",
+    r"\boxed{\text{%s}(x)}", r"\boxed{x \in %s}", r"\boxed{\variable{%s}}", "1 + %s", r"\boxed{\int_0^1 %s dx}",
+]  # fmt: skip
 
 
 def test_code_in_an_answer_is_not_executed(tmp_path):
@@ -399,21 +367,13 @@ def test_code_in_an_answer_is_not_executed(tmp_path):
     verdicts = grade(responses, [r"\sqrt{2}"] * len(responses), timeout=5)
     assert not canary.exists()
     assert {verdict.reward for verdict in verdicts} == {0.0}
-    assert {verdict.status for verdict in verdicts} <= {
-        "ok",
-        "unparsable",
-    }  # "error": a worker went with exit()
+    assert {verdict.status for verdict in verdicts} <= {"ok", "unparsable"}  # "error": a worker went with exit()
 
 
 # No text stops the pool.
 
-STUCK = [
-    r"\boxed{9^{9^{9^9}}}",
-    r"\boxed{((9!)!)!}",
-    r"\boxed{10^{999999999}}",
-    "answer: 9**9**9**9",
-    r"\boxed{2^{-9^{9^9}}}",
-]
+STUCK = [r"\boxed{9^{9^{9^9}}}", r"\boxed{((9!)!)!}", r"\boxed{10^{999999999}}", "answer: 9**9**9**9",
+         r"\boxed{2^{-9^{9^9}}}"]  # fmt: skip
 ODD = {
     "brackets": "(" * 2**20,
     "braces": r"\boxed{" + "{" * 2**19 + "}" * 2**19 + "}",
@@ -439,10 +399,7 @@ def test_hostile_texts_end_by_the_deadline_and_change_no_honest_verdict():
     rng = random.Random(0)
     golds = [str(rng.randrange(1000)) for _ in range(60)]
     golds += ["\\frac{1}{" + str(n) + "}" for n in range(2, 32)]
-    honest = [
-        (f"</think> So it is \\boxed{{{gold if n % 2 else '1' + gold}}}.", gold)
-        for n, gold in enumerate(golds)
-    ]
+    honest = [(f"</think> So it is \\boxed{{{gold if n % 2 else '1' + gold}}}.", gold) for n, gold in enumerate(golds)]
     hostile = [("</think>" + text, "42") for text in [*STUCK, *ODD.values()]]
     mixed = [(item, n) for n, item in enumerate(honest + hostile)]
     rng.shuffle(mixed)
@@ -450,9 +407,7 @@ def test_hostile_texts_end_by_the_deadline_and_change_no_honest_verdict():
     verdicts = grade([r for (r, _), _ in mixed], [g for (_, g), _ in mixed], workers=2, timeout=2)
     took = time.monotonic() - start
     by_item = {n: verdict for (_, n), verdict in zip(mixed, verdicts, strict=True)}
-    assert [by_item[n] for n in range(len(honest))] == [
-        Verdict(float(n % 2), "ok") for n in range(len(honest))
-    ]
+    assert [by_item[n] for n in range(len(honest))] == [Verdict(float(n % 2), "ok") for n in range(len(honest))]
     assert all(by_item[n].reward == 0 for n in range(len(honest), len(mixed)))
     assert Counter(by_item[len(honest) + n].status for n in range(len(STUCK))) == {"timeout": len(STUCK)}
     assert took < len(hostile) * (3 * 2 + 4)
@@ -461,20 +416,9 @@ def test_hostile_texts_end_by_the_deadline_and_change_no_honest_verdict():
 @pytest.mark.parametrize("name", sorted(verifiers.IN_PROCESS))
 def test_rules_on_text_are_linear_and_start_no_worker(name):
     verifiers.close()
-    texts = [
-        r"\boxed{" * 150_000,
-        r"\boxed{1}" * 100_000,
-        "answer is " * 100_000,
-        "answer" + " " * 10**6,
-        "(" * 10**6,
-    ]
-    texts += [
-        "</think>" * 100_000,
-        "\n" * 10**6,
-        r"\text" * 200_000,
-        "#" * 10**6,
-        r"\boxed{1}," * 100_000 + "{" * 10**6,
-    ]
+    texts = [r"\boxed{" * 150_000, r"\boxed{1}" * 100_000, "answer is " * 100_000, "answer" + " " * 10**6, "(" * 10**6,
+             "</think>" * 100_000, "\n" * 10**6, r"\text" * 200_000, "#" * 10**6,
+             r"\boxed{1}," * 100_000 + "{" * 10**6]  # fmt: skip
     start = time.process_time()
     grade(texts, ["1"] * len(texts), verifier=name)
     assert time.process_time() - start < 5 and not verifiers._pools
@@ -496,9 +440,7 @@ def test_errors_and_crashes_are_statuses(users):
     assert [v.status for v in verdicts] == [status.get(response, "error") for response in responses]
     assert [v.reward for v in verdicts] == [float(not response) for response in responses]
     details = {r: v.detail for r, v in zip(responses, verdicts, strict=True)}
-    assert (
-        "no such key" in details["raise"] and "MemoryError" in details["hog"] and "-11" in details["segfault"]
-    )
+    assert "no such key" in details["raise"] and "MemoryError" in details["hog"] and "-11" in details["segfault"]
 
 
 def test_the_first_failure_of_a_reward_function_is_printed_with_its_exception(users, capfd):
@@ -543,10 +485,8 @@ def test_an_interrupt_on_the_terminal_reaches_no_worker(users):
 
 
 def test_verdicts_do_not_depend_on_the_number_of_workers_or_the_order():
-    golds = json.loads((VECTORS / "val_golds.json").read_text())[::12]
-    items = [
-        (f"</think> \\boxed{{{golds[i - shift]}}}", golds[i]) for i in range(len(golds)) for shift in (0, 1)
-    ]
+    golds = vectors("val_golds")[::12]
+    items = [(f"</think> \\boxed{{{golds[i - shift]}}}", golds[i]) for i in range(len(golds)) for shift in (0, 1)]
     order = list(range(len(items)))
     random.Random(1).shuffle(order)
     one = grade(*zip(*items, strict=True), workers=1, timeout=20)
@@ -569,9 +509,8 @@ def test_a_users_verifier_may_build_on_math_reward(users):
 
 def test_order_is_kept_and_nothing_is_nothing(users):
     responses = ["x" * n for n in range(50)]
-    assert [v.reward for v in grade(responses, responses, verifier=users.length, workers=3)] == [
-        n / 2 for n in range(50)
-    ]
+    verdicts = grade(responses, responses, verifier=users.length, workers=3)
+    assert [v.reward for v in verdicts] == [n / 2 for n in range(50)]
     assert grade([], []) == []
 
 
@@ -705,18 +644,14 @@ def test_a_gold_may_be_a_number():
 def script(users, body):
     """A fresh process that runs `body` with this repository and the users' module to hand."""
     path = os.pathsep.join([str(ROOT), str(Path(users.__file__).parent)])
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(body)],
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    words, environment = [sys.executable, "-c", textwrap.dedent(body)], os.environ | {"PYTHONPATH": path}
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_the_programs_of_a_verifier_end_with_its_worker(users, tmp_path):
     [verdict] = grade(["program"], [tmp_path / "pid"], verifier=users.hang, workers=1, timeout=1)
     assert verdict.status == "timeout"
-    wait_for_the_end([(tmp_path / "pid").read_text().strip()])
+    wait_for_the_end([int((tmp_path / "pid").read_text())])
 
 
 @pytest.mark.parametrize("response", ["idle", "forked", "forked and busy", "c", "deaf", "program"])
@@ -754,16 +689,9 @@ def test_workers_die_with_a_killed_parent(users, response, tmp_path):
 
 def wait_for_the_end(pids):
     deadline = time.monotonic() + 10
-    while alive := [pid for pid in pids if running(pid)]:
+    while alive := {pid for pid, *_ in processes()} & set(pids):
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
-
-
-def running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_a_forked_child_grades_with_workers_of_its_own(users):
@@ -805,9 +733,7 @@ def test_the_benchmark_grades_hostile_texts_among_honest_ones(tmp_path):
 
     solutions = [{"is_correct": n % 2 == 0, "solution": f"A: {n + n % 2}"} for n in range(6)]
     rows = [{"question": "?", "ground_truth": f"so\nA: {n}", "small": s} for n, s in enumerate(solutions)]
-    path = tmp_path / "solutions.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    found = grading.solutions_a_second(path, "strict_box", 1)
+    found = grading.solutions_a_second(Path(write_rows(tmp_path / "solutions.jsonl", rows)), "strict_box", 1)
     assert (found["model"], found["answers"], found["verdicts_of_the_authors"]) == ("small", 6, 6)
     found = grading.mixed(8, workers=2, timeout=1.0)
     assert found["honest_changed"] == 0 and found["hostile_rewarded"] == 0 and not found["canary"]
