@@ -340,7 +340,7 @@ def test_a_file_for_a_folder_is_named(data, tmp_path):
         evaluation.main(args(data, tmp_path / "file"))
 
 
-def test_igsm_is_a_benchmark(tmp_path):
+def test_igsm_problems_are_asked_by_their_data_name(tmp_path):
     evaluation.main(evaluation.Args(model=MODEL, data=("igsm:2-3",), out=str(tmp_path), verifier=("boxed",), limit=2,
                                     n=1, max_tokens=16, rollout="embedded"))  # fmt: skip
     assert json.loads((tmp_path / "results.json").read_text())["igsm-symbolic"]["questions"] == 2

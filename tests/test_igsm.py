@@ -421,7 +421,7 @@ def test_subgoals_write_one_operator_at_a_time():
     assert chain(node(-4, terms=((0,),)), [-4]) == "a = -4"
 
 
-def test_the_three_styles_say_what_the_issue_shows():
+def test_a_symbolic_solution_is_a_chain_a_line_and_a_natural_one_is_sentences_both_with_a_box():
     [p] = generate(1, style="symbolic", modulus=23, max_params=8, seed=12)
     *conditions, asked = p.question.split("\n")
     assert all(re.fullmatch(r"[a-z]=[a-z0-9+*()-]+", line) for line in conditions)

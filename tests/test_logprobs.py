@@ -240,13 +240,13 @@ def check_shape(backend, device, dtype, n, h, v, seed, chunk_size, tile_size, te
     (0, 10, None, None), (1, 1, None, None), (5, 37, 2, 20), (3, 1000, None, 300), (2, 5000, None, None),
 ])  # fmt: skip
 @pytest.mark.parametrize("temperature, strided", [(1.0, False), (0.5, True)])
-def test_kernels_at_any_shape_and_tiling(place, n, v, chunk_size, tile_size, temperature, strided):
+def test_kernels_at_any_shape_and_tiling_give_the_same(place, n, v, chunk_size, tile_size, temperature, strided):
     for entropy in (False, True):
         check_shape(*place, torch.float32, n, 6, v, 0, chunk_size, tile_size, temperature, entropy, strided)
 
 
 @everywhere
-def test_a_vocabulary_of_151936(place):
+def test_values_over_a_vocabulary_of_151936_are_those_of_full_logits(place):
     backend, device = place
     n = 3 if backend == "torch" else 2
     hidden, weight, targets = (x.to(device) for x in problem("random", n=n, h=8, v=151936))
@@ -395,7 +395,7 @@ def test_backward_may_run_twice(keep):
 
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_logits_of_any_precision_and_stride(place, dtype):
+def test_logits_of_any_precision_and_stride_give_the_same(place, dtype):
     backend, device = place
     torch.manual_seed(0)
     z = (3 * torch.randn(70, 6)).to(device, dtype).T  # columns are contiguous, rows are not
@@ -547,7 +547,7 @@ def test_a_head_sharded_by_fsdp2_tied_or_not():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_offsets_beyond_2_to_the_31():
+def test_offsets_beyond_2_to_the_31_do_not_wrap():
     n, v = 15_000, 151_936
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GB")

@@ -238,7 +238,7 @@ def test_token_level_oreo_on_offline_data_reaches_the_soft_optimal_policy_and_va
         rows.append([Row([0], nodes[1:], actions, actions, rewards[nodes[-1] - inner].item(), index=len(rows))])
     reference = TreePolicy(ref_logits).requires_grad_(False)
     policy, value = TreePolicy(ref_logits), TreeValue()
-    args, steps = Args(beta=beta, kl_coef=0.0), 600
+    args, steps = Args(beta=beta, kl_coef=0.0), 200
     optimizers = [make_optimizer(m, lr=0.1, weight_decay=0.0) for m in (value, policy)]
     for step in range(steps):
         accumulate_gradient(policy, value, reference, rows, args, ONE_RANK)

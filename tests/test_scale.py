@@ -19,7 +19,7 @@ def policy_of(shape, world, checkpointing):
     return load_policy("small", world, from_config=shape.config(), gradient_checkpointing=checkpointing)
 
 
-def test_the_published_sizes():
+def test_the_shapes_have_the_numbers_of_parameters_of_the_published_models():
     assert [round(shape.parameters / 1e9, 2) for shape in MODELS.values()] == [1.54, 7.62, 32.76]
 
 
@@ -54,7 +54,7 @@ def kept_bytes(shape, world, checkpointing, dtype) -> int:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_that_a_layer_keeps(shape, checkpointing, dtype, world):
+def test_activations_that_a_layer_keeps_are_those_of_the_formula(shape, checkpointing, dtype, world):
     fewer = dataclasses.replace(shape, layers=shape.layers - 1)  # the difference is one layer's
     found, predicted = (
         [measure(s) for s in (shape, fewer)]
@@ -68,7 +68,7 @@ def test_activations_that_a_layer_keeps(shape, checkpointing, dtype, world):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_operations_of_the_body(shape, checkpointing, world):
+def test_operations_of_an_update_are_those_that_torch_counts(shape, checkpointing, world):
     policy, batch = policy_of(shape, world, checkpointing), pack([([2] * 32, [3] * 33)])
     with FlopCounterMode(display=False) as counter:
         policy(batch, raw=True)[0].sum().backward()

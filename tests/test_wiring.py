@@ -190,10 +190,14 @@ def evaluate(tmp_path, questions, **settings):
     ))  # fmt: skip
 
 
-def test_an_evaluation_draws_with_its_seed_and_top_p_from_the_test_split(tmp_path, monkeypatch):
+def test_an_evaluation_draws_with_its_seed_and_top_p_each_question_of_the_test_split_from_its_stream(
+    tmp_path, monkeypatch
+):
     drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
     loaded = Seen().watch(monkeypatch, evaluation, "load_rows")
-    evaluate(tmp_path, 2, n=2, top_p=0.7, temperature=0.9, seed=4)
+    evaluate(tmp_path, 3, n=2, top_p=0.7, temperature=0.9, seed=4, sampler_tokens=1)
+    keys = [key for _, named in drawn for key in named["keys"]]
+    assert len(drawn) == 3 and len(set(keys)) == 3
     assert {(n["seed"], n["sampling"].top_p, n["sampling"].temperature) for _, n in drawn} == {(4, 0.7, 0.9)}
     assert [named["split"] for _, named in loaded] == ["test"]
 
@@ -258,13 +262,6 @@ def test_searches_of_neighbouring_seeds_share_no_stream(search_asked):
     for seed in (2, 3):
         search_asked(sampler, width=2, max_steps=3, max_tokens=9, seed=seed)
     assert len({seed for _, seed, _ in sampler.calls}) == 6
-
-
-def test_every_question_of_an_evaluation_draws_from_a_stream_of_its_own(tmp_path, monkeypatch):
-    drawn = Seen().watch(monkeypatch, EmbeddedSampler, "generate")
-    evaluate(tmp_path, 3, n=2, sampler_tokens=1)
-    keys = [key for _, named in drawn for key in named["keys"]]
-    assert len(drawn) == 3 and len(set(keys)) == 3
 
 
 def test_switches_of_the_chat_template_reach_the_tokenizer_of_an_evaluation(tmp_path):
