@@ -1,4 +1,4 @@
-"""behavior_injection.py from end to end on models that train in seconds: stages, ranks, a crash, bad input."""
+"""behavior_injection.py from end to end on models that train in seconds: data, stages, tables, ranks, bad input."""
 
 import dataclasses
 import json

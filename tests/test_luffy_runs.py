@@ -1,4 +1,4 @@
-"""luffy.py from end to end on models that train in seconds: methods, ranks, a crash, bad input."""
+"""luffy.py from end to end on models that train in seconds: methods, ranks, faults of the sampler, bad input."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ import luffy
 from common.data import InputError
 from common.metrics import read_metrics
 from tests.conftest import parsed, run_script, write_rows
-from tests.faults.harness import assert_same_metrics
+from tests.faults.harness import assert_same_metrics, complete_run
 
 pytestmark = pytest.mark.usefixtures("without_curves")
 SMALL = [
@@ -27,10 +27,8 @@ def settings(*words, **changes):
 
 @pytest.mark.parametrize("method", ["luffy", "grpo", "rl_sft", "sft"])
 def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
-    luffy.main(settings("--method", method, "--out", str(tmp_path / "run")))
-    rows = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert all(math.isfinite(value) for row in rows for value in row.values())
+    luffy.main(settings("--method", method, "--out", tmp_path / "run"))
+    rows = complete_run(tmp_path / "run")
     assert {"eval/mean", "optim/grad_norm", "policy/entropy", "seconds/step", "memory/peak_gb"} <= rows[-1].keys()
     for name in ("reward/own", "loss/pg", "verifier/ok"):
         assert (name in rows[-1]) == (method != "sft")
@@ -41,8 +39,6 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
     if method in ("luffy", "rl_sft"):
         assert all(row["reward/teacher"] == 1 for row in rows[1:])
         assert all(row["speed/useful_share"] > 0.97 for row in rows[1:]), "attention is to pad little"
-    for name in ("args.json", "samples.jsonl", "model/model.safetensors", "model/tokenizer.json"):
-        assert (tmp_path / "run" / name).exists()
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
     assert {"step", "who", "reward", "detail", "truncated", "advantage", "gold", "prompt", "response"} == sample.keys()
     assert (sample["reward"] is None) == (method == "sft")  # nobody has graded it

@@ -22,7 +22,7 @@ from common.rows import IGSM, conversation_ids, make_examples, read_row, trace_i
 from common.trainer import Policy, ValueModel, export, load_policy, load_tokenizer
 from tests import oreo_ranks
 from tests.conftest import NANO, other_weights, read_rows, run_script, write_rows
-from tests.faults.harness import assert_same_metrics
+from tests.faults.harness import assert_same_metrics, complete_run
 from tests.oreo_ranks import Counts, search, settings
 from tools import agents
 
@@ -57,14 +57,10 @@ def test_every_stage_trains_and_leaves_a_run_folder(stage, nano, rows, tmp_path)
     stage, _, variant = stage.partition("-")
     source = [] if stage == "sft" else ["--rows", rows]
     oreo.main(settings(nano, "--stage", stage, "--variant", variant or "token", *source, "--out", tmp_path / "run"))
-    log = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in log] == [0, 1, 2, 3]
-    assert all(math.isfinite(v) for row in log for v in row.values())
+    log = complete_run(tmp_path / "run")
     assert {"eval/mean", "loss/policy", "optim/grad_norm", "policy/logp", "seconds/step"} <= log[-1].keys()
     assert ("log_ratio/right" in log[-1]) == (stage in ("dpo", "kto", "oreo"))
     assert ("value/right" in log[-1]) == ("optim/value_grad_norm" in log[-1]) == (stage == "oreo")
-    for name in ("args.json", "samples.jsonl", "model/model.safetensors", "model/tokenizer.json"):
-        assert (tmp_path / "run" / name).exists()
     assert (tmp_path / "run" / "value").exists() == (stage == "oreo")
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
     assert {"step", "answer", "reward", "log_ratio", "prompt", "steps", "values"} == sample.keys()

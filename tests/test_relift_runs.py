@@ -1,7 +1,6 @@
-"""relift.py from end to end on models that train in seconds: the buffer at work, ranks, a crash, bad input."""
+"""relift.py from end to end on models that train in seconds: the buffer at work, ranks, bad input."""
 
 import json
-import math
 
 import pytest
 
@@ -11,7 +10,7 @@ from common.data import InputError
 from common.metrics import read_metrics
 from common.verifiers import Verdict
 from tests.conftest import run_script, write_rows
-from tests.faults.harness import assert_same_metrics
+from tests.faults.harness import assert_same_metrics, complete_run
 from tests.relift_ranks import SMALL, settings
 from tests.test_luffy_runs import toy_rows
 
@@ -44,16 +43,13 @@ def run(tmp_path, *words):
 
 @pytest.mark.parametrize("method", ["relift", "grpo", "sft"])
 def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
-    rows = run(tmp_path, "--method", method)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert all(math.isfinite(value) for row in rows for value in row.values())
+    run(tmp_path, "--method", method)
+    rows = complete_run(tmp_path / "run")
     assert {"eval/mean", "eval/length", "optim/grad_norm", "seconds/step"} <= rows[-1].keys()
     demonstrations = {"relift": [0, 7, 7], "grpo": [0, 0, 0], "sft": [4, 8, 12]}[method]
     assert [row["sft/demonstrations"] for row in rows[1:]] == demonstrations
     assert ("sft/loss" in rows[2]) == (method != "grpo") and ("sft/grad_norm" in rows[2]) == (method == "relift")
     assert ("reward/own" in rows[-1]) == (method != "sft")
-    for name in ("args.json", "samples.jsonl", "model/model.safetensors", "model/tokenizer.json"):
-        assert (tmp_path / "run" / name).exists()
 
 
 def test_the_buffer_takes_what_fails_and_gives_it_to_sft(tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ import math
 from collections import Counter
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import eval as evaluation
 import igsm
@@ -57,13 +59,10 @@ def examples(rows, args=limits(), **options):  # noqa: B008
 
 
 def test_rows_load_from_parquet_json_jsonl_and_folders(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     rows = [row(gold=str(i)) for i in range(5)]
     write_rows(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
     for name in ("a.jsonl", "b.json", "c.parquet"):
         assert load_rows(str(tmp_path / name)) == rows
     assert load_rows(str(tmp_path)) == rows * 3
@@ -1027,26 +1026,20 @@ def test_numbers_that_python_printed_with_an_exponent_are_written_out(gold, text
 
 
 def test_a_multiple_choice_is_the_same_from_csv_jsonl_and_parquet(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     row = {"question": "q", "A": "x", "B": "y", "answer": "A", "label": 0, "solution": "so"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (tmp_path / "a.csv").write_text(",".join(row) + "\n" + ",".join(map(str, row.values())))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"label": 0.0}]), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([row | {"label": 0.0}]), tmp_path / "a.parquet")
     files = [load_rows(str(tmp_path / f"a.{kind}"), split="train") for kind in ("jsonl", "csv", "parquet")]
     first, *others = [read_row(only, "") for [only] in files]
     assert others == [first, first] and first.gold == "A" and first.traces[0].reward == 1
 
 
 def test_numbers_of_single_precision_and_decimals_in_parquet_are_those_that_were_meant(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     answers = pyarrow.array([0.1, None, 2.0], pyarrow.float32())
     rewards = pyarrow.array(["0.5", "1.0", "0.0"]).cast(pyarrow.decimal128(3, 1))
     table = pyarrow.table({"prompt": ["p"] * 3, "response": ["r"] * 3, "answer": answers, "reward": rewards})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    parquet.write_table(table, tmp_path / "a.parquet")
     items = [read_row(row, "") for row in load_rows(str(tmp_path / "a.parquet"), split="train")]
     assert [item.gold for item in items] == ["0.1", "", "2"]
     assert [item.traces[0].reward for item in items] == [0.5, 1.0, 0.0]

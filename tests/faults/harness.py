@@ -8,6 +8,7 @@ times and memory (no step missing, none doubled), samples.jsonl."""
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -145,6 +146,16 @@ def assert_equal(a: Path, b: Path) -> int:
 def untimed(row: dict) -> dict:
     """A row of metrics without what no two runs share."""
     return {k: v for k, v in row.items() if not k.startswith(("seconds/", "memory/", "speed/"))}
+
+
+def complete_run(out: Path) -> list[dict]:
+    """The metrics of a run of three steps and an evaluation before the first, which has left all files."""
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert not [(row["step"], name) for row in rows for name, value in row.items() if not math.isfinite(value)]
+    names = ("args.json", "samples.jsonl", "model/model.safetensors", "model/tokenizer.json")
+    assert not [name for name in names if not (out / name).exists()]
+    return rows
 
 
 def assert_same_metrics(one: Path, two: Path) -> None:
