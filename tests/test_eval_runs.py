@@ -36,8 +36,9 @@ def data(tmp_path_factory):
 
 
 def args(data, out, **settings):
-    settings = dict(n=3, max_tokens=48, temperature=1.0, sampler_tokens=450, rollout="embedded") | settings
-    return evaluation.Args(model=MODEL, data=(data,), out=str(out), verifier=("boxed", "exact"), **settings)
+    usual = dict(model=MODEL, n=3, max_tokens=48, temperature=1.0, sampler_tokens=450, rollout="embedded",
+                 verifier=("boxed", "exact"))  # fmt: skip
+    return evaluation.Args(data=(data,), out=str(out), **usual | settings)
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +170,7 @@ def test_two_ranks_share_the_questions_and_draw_the_same(finished, data, tmp_pat
 def test_other_graders_grade_what_is_there_and_nothing_is_sampled(finished, data, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "again")
     monkeypatch.setattr(evaluation, "load_policy", None)
-    changed = args(data, tmp_path / "again")
-    changed.verifier = ("mcq", "boxed")
-    evaluation.main(changed)
+    evaluation.main(args(data, tmp_path / "again", verifier=("mcq", "boxed")))
     results = json.loads((tmp_path / "again/results.json").read_text())
     before = json.loads((finished / "results.json").read_text())
     assert results["short"]["graders"]["boxed"] == before["short"]["pass@1"]
@@ -212,11 +211,11 @@ def test_other_settings_need_another_folder(finished, data, tmp_path):
 
 
 def test_the_same_model_by_another_path_goes_on_and_other_weights_do_not(finished, data, tmp_path, monkeypatch):
-    moved = args(data, shutil.copytree(finished, tmp_path / "out"))
-    moved.model = shutil.copytree(MODEL, str(tmp_path / "model"))
+    out, model = shutil.copytree(finished, tmp_path / "out"), shutil.copytree(MODEL, tmp_path / "model")
+    moved = args(data, out, model=str(model))
     monkeypatch.setattr(evaluation, "load_policy", None)  # nothing is sampled again
     evaluation.main(moved)
-    other_weights(tmp_path / "model")
+    other_weights(model)
     with pytest.raises(InputError, match="other weights"):
         evaluation.main(moved)
 
@@ -225,10 +224,8 @@ def test_a_verifier_that_fails_on_every_answer_gives_no_numbers(finished, data, 
     shutil.copytree(finished, tmp_path / "out")
     (tmp_path / "failing_verifier.py").write_text("def reward(response, gold):\n    raise KeyError('answer')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    wrong = args(data, tmp_path / "out")
-    wrong.verifier = ("boxed", "failing_verifier:reward")
     with pytest.raises(InputError, match=r"failing_verifier:reward failed on all 36 answers \(KeyError"):
-        evaluation.main(wrong)
+        evaluation.main(args(data, tmp_path / "out", verifier=("boxed", "failing_verifier:reward")))
     evaluation.main(args(data, tmp_path / "out"))  # nothing was lost
 
 
@@ -418,6 +415,7 @@ def test_dry_run_prints_prompts_and_ids_and_writes_nothing(data, tmp_path, capsy
         (dict(template="no-such"), "--template no-such"),
         (dict(search="beam", value="no/such"), "--value no/such: cannot be loaded"),
         (dict(template="qwen", chat_template_args=("a=1",)), "--chat_template_args are for --template own, not qwen"),
+        (dict(verifier=("boxed", "no_such_module:reward")), "--verifier no_such_module:reward: .*beside the script"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(data, tmp_path, monkeypatch, settings, message):
@@ -427,12 +425,5 @@ def test_settings_that_cannot_work_are_refused(data, tmp_path, monkeypatch, sett
         (tmp_path / "training" / "args.json").write_text("{}")
         (tmp_path / "training" / "samples.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(InputError, match=message):
-        evaluation.main(args(data, tmp_path, **settings))
-
-
-def test_an_unknown_grader_is_refused_before_anything_is_sampled(data, tmp_path):
-    wrong = args(data, tmp_path)
-    wrong.verifier = ("boxed", "no_such_module:reward")
-    with pytest.raises(InputError, match="--verifier no_such_module:reward: .*beside the script"):
-        evaluation.main(wrong)
-    assert not list(tmp_path.iterdir())
+        evaluation.main(args(data, tmp_path / "out", **settings))
+    assert not [*(tmp_path / "out").glob("samples*")]
