@@ -220,13 +220,14 @@ def test_collected_answers_are_balanced_by_their_scaled_rewards(nano, tmp_path, 
     assert kept == ["0", "2"] * 12  # at most one right and one wrong answer to a question
 
 
-def test_problems_of_several_files_are_numbered_through_and_counted_together(nano, tmp_path):
+def test_problems_of_several_files_are_numbered_through_counted_together_and_named_by_file(nano, tmp_path):
     turns = [{"role": "user", "content": "a=5\na?"}]
     row = {"prompt": turns, "target": "a=5\n\\boxed{5}", "reward_model": {"ground_truth": "5"}}
     long = row | {"prompt": [{"role": "user", "content": "a=5\n" * 99}]}
     files = [write_rows(tmp_path / "a.jsonl", [long, row]), write_rows(tmp_path / "b.jsonl", [row, row])]
     examples, count = oreo.read_problems(load_tokenizer(nano), settings(nano, "--data", *files))
     assert [e.index for e in examples] == [1, 2, 3]  # keys of their draws
+    assert examples[2].where == f"{files[1]}, row 1"
     assert (count["rows"], count["prompt_too_long"], count["kept"]) == (4, 1, 3)
 
 

@@ -59,11 +59,6 @@ def test_graded_traces_of_three_forms_give_the_first_right_and_the_first_wrong_o
     for row in rows:
         problem = read_problem(row, "row 0", Args())
         assert problem == Item([{"role": "user", "content": "p"}], "p", "4", [Trace("y"), Trace("x", 0.0)], "s")
-    luffys = {"prompt": [{"role": "user", "content": "p"}], "target": "y", "reward_model": {"ground_truth": 0}}
-    assert read_problem(luffys, "row 0", Args()).gold == "0"
-    gsm8k = read_problem({"question": "p", "answer": "so\n#### 1,000"}, "row 0", Args())
-    [trace] = gsm8k.traces
-    assert gsm8k.gold == "1000" and trace.text.startswith("<think>\nso") and trace.reward == 1
 
 
 @pytest.mark.parametrize(

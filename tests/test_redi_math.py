@@ -272,28 +272,16 @@ def test_over_long_rows_are_rejected_and_counted_and_nothing_is_cut(tokenizer):
     assert make_pairs(rows, tokenizer, exact, source="rows")[1]["trace_too_long"] == 2
 
 
-def test_traces_come_as_text_turns_conversations_labels_or_in_luffys_columns(tokenizer):
-    def turns(text):
-        return [{"role": "assistant", "content": text}]
-
-    user = [{"role": "user", "content": "a=5\na?"}]
-    rows = [
-        pair_row(),
-        pair_row(turns("a=5"), turns("a=6"), prompt=user),
-        {"chosen": user + turns("a=5"), "rejected": user + turns("a=6")},
-        {"prompt": user, "response": "a=5", "label": 1},
-        {"prompt": "a=5\na?", "response": "a=6", "label": False, "weight": 0.5},
-    ]
+def test_sft_takes_the_right_traces_and_counts_rows_that_have_a_wrong_one_alone(tokenizer):
+    """Which shapes of rows hold them is in test_rows.py."""
+    one = {"prompt": "a=5\na?", "response": "a=5", "label": 1}
+    rows = [pair_row(), one, one | {"response": "a=6", "label": False, "weight": 0.5}]
     pairs, _ = make_pairs(rows, tokenizer, args_of(), source="rows")
-    a, b, none = pairs[0].chosen, pairs[0].rejected, type(pairs[0].chosen)("i")
-    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [
-        (pairs[0].prompt, x, y) for x, y in [(a, b), (a, b), (a, b), (a, none), (none, b)]
-    ]
-    assert [p.weight for p in pairs] == [1, 1, 1, 1, 0.5]
-    rows.append({"prompt": user, "target": turns("a=5"), "reward_model": {"ground_truth": "5"}})
+    right, wrong, none = pairs[0].chosen, pairs[0].rejected, type(pairs[0].chosen)("i")
+    found = [(p.chosen, p.rejected, p.weight) for p in pairs]
+    assert found == [(right, wrong, 1), (right, none, 1), (none, wrong, 0.5)]
     sft, count = make_pairs(rows, tokenizer, args_of(stage="sft"), source="rows")
-    assert all((p.chosen, p.rejected) == (a, none) for p in sft)
-    assert (len(sft), count["wrong_only"]) == (5, 1)
+    assert [(p.chosen, p.rejected) for p in sft] == [(right, none)] * 2 and count["wrong_only"] == 1
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ from common.rows import (
     trace_ids,
     trace_text,
 )
-from common.trainer import load_tokenizer
 from tests.conftest import parsed, write_rows
 from tools import redi_data
 
@@ -356,7 +355,9 @@ def test_every_script_reads_every_shape(shape, tmp_path):
         assert [r.reward for r in rows] == [t.reward for t in item.traces]
         assert len({r.index for r in rows}) == len(rows) and len({r.group for r in rows}) == 1
         [pair], _ = redi.make_pairs([row], TOKENIZER, redi.Args(), source=path)
-        assert (bool(pair.chosen), bool(pair.rejected)) == (bool(correct), bool(incorrect))
+        for ids, texts in ((pair.chosen, correct), (pair.rejected, incorrect)):
+            expected = texts[0].removeprefix("<think>\n") + TOKENIZER.eos_token if texts else ""
+            assert TOKENIZER.decode(list(ids)) == expected
         problem = redi_data.read_problem(row, "row 0", redi_data.Args())
         assert (bool(problem.first(correct=True)), problem.gold) == (bool(correct), gold)
 
@@ -1051,14 +1052,6 @@ def test_what_stands_beside_a_rendered_prompt_is_refused_and_a_thought_beside_a_
             read_row({"prompt": "<u>p", "response": "r", "reward": 1, **beside}, "row 0")
     target = {"prompt": "p", "target": "\\boxed{4}", "reasoning_content": "Two and two."}
     assert read_row(target, "").traces[0].text == "<think>\nTwo and two.\n</think>\n\n\\boxed{4}"
-
-
-def test_a_row_of_a_second_file_is_named_by_its_own_number(tmp_path):
-    data = tuple(write_rows(tmp_path / f"{name}.jsonl", [{"question": "q", "answer": a} for a in answers])
-                 for name, answers in (("one", "12345"), ("two", "6$")))  # fmt: skip
-    args = oreo.Args(data=data, max_prompt_tokens=512)
-    examples, _ = oreo.read_problems(load_tokenizer("models/tiny"), args, traces="ignored")
-    assert [e.index for e in examples] == [*range(7)] and examples[6].where == f"{data[1]}, row 1"
 
 
 def test_igsm_is_a_data_name_of_its_own():
