@@ -476,21 +476,6 @@ def test_command_tells_with_behaviors_and_draws(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"new", "natural.svg", "symbolic.png"}
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("", "--out FILE or --draw FILE is needed"),
-        ("--draw {}/a.pdf", "--draw must end in .svg or .png"),
-        ("--analysis 2 --out {}/a.jsonl", "analysis must be a chance from 0 to 1"),
-        ("--retry 1 --out {}/a.jsonl", "retry must be a chance"),
-    ],
-)
-def test_bad_flags_of_behaviors_give_a_message_and_no_file(words, message, tmp_path, capsys):
-    assert main([word.format(tmp_path) for word in words.split()]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.filterwarnings("error")
 def test_the_picture_of_a_single_operation_has_room_for_its_titles(tmp_path):
     assert main(["--ops", "1", "1", "--max_params", "1", "--draw", str(tmp_path / "a.svg")]) == 0

@@ -627,17 +627,29 @@ def test_command_writes_the_columns_of_luffy(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["problems.jsonl", "problems.parquet"]
 
 
-@pytest.mark.parametrize("words", [
-    "--n 5", "--n 0 --out {}/a.jsonl", "--out {}/a.csv", "--ops 5 3 --out {}/a.jsonl", "--ops 4 --out {}/a.jsonl",
-    "--style latin --out {}/a.jsonl", "--colour red --out {}/a.jsonl", "--ops 30 30 --max_params 3 --out {}/a.parquet",
-])  # fmt: skip
-def test_bad_flags_give_a_message_exit_code_2_and_no_file(words, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--n 5", "--out FILE or --draw FILE is needed"),
+        ("--n 0 --out {}/a.jsonl", "--n must be 1 or more, got 0"),
+        ("--out {}/a.csv", "--out must end in .jsonl or .parquet"),
+        ("--draw {}/a.pdf", "--draw must end in .svg or .png"),
+        ("--ops 5 3 --out {}/a.jsonl", "ops must be (fewest, most)"),
+        ("--ops 4 --out {}/a.jsonl", "--ops"),
+        ("--style latin --out {}/a.jsonl", "--style"),
+        ("--colour red --out {}/a.jsonl", "Unrecognized options: --colour"),
+        ("--ops 30 30 --max_params 3 --out {}/a.parquet", "of 30 to 30 operations was found with max_params=3"),
+        ("--analysis 2 --out {}/a.jsonl", "analysis must be a chance from 0 to 1"),
+        ("--retry 1 --out {}/a.jsonl", "retry must be a chance"),
+    ],
+)
+def test_bad_flags_give_a_message_exit_code_2_and_no_file(words, message, tmp_path, capsys):
     try:
         code = main([word.format(tmp_path) for word in words.split()])
     except SystemExit as error:
         code = error.code
-    assert code == 2
-    assert "Traceback" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert code == 2 and message in said and "Traceback" not in said
     assert not list(tmp_path.iterdir())
 
 
