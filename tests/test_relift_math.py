@@ -62,7 +62,7 @@ def test_the_rl_update_is_the_one_of_luffy_without_a_teacher(policy, old):
     for row in rows:
         row.teacher, row.logps = False, [-1.0] * len(row.response)
     mine = [Row(r.prompt, r.response, r.group, False, r.logps, advantage=r.advantage) for r in rows]
-    settings = dict(max_response_tokens=30, micro_batch_tokens=100, entropy_coef=0.01, clip=0.2)
+    settings = dict(max_response_tokens=30, micro_batch_tokens=100, entropy_coef=0.01, clip=0.2, tis_cap=2.0)
     args = dataclasses.replace(Args(), **settings)
     old_logps = None
     if old == "given":

@@ -100,19 +100,25 @@ def test_a_completion_ends_at_its_first_stop_id_or_at_the_limit(sampler):
     check_ends(sampler)
 
 
-def test_what_is_drawn_does_not_depend_on_the_batch(policy, sampler):
-    together = ids(sampler.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(25)))
+def check_batches(sampler):
+    """What is drawn does not depend on the batch, by vLLM neither (test_sidecar.py). -> 5 answers to each prompt"""
+    how = dict(seed=7, sampling=Sampling(25))
+    together = ids(sampler.generate(PROMPTS, n=5, keys=KEYS, **how))
     order = random.Random(0).sample(range(len(PROMPTS)), len(PROMPTS))
-    shuffled = ids(
-        sampler.generate([PROMPTS[i] for i in order], n=5, keys=[KEYS[i] for i in order], seed=7,
-                         sampling=Sampling(25))
-    )  # fmt: skip
-    assert [together[i] for i in order] == shuffled
+    shuffled = sampler.generate([PROMPTS[i] for i in order], n=5, keys=[KEYS[i] for i in order], **how)
+    assert [together[i] for i in order] == ids(shuffled)
+    seen, counts = [], [1, 2, 3, 0, 5]
+    ragged = sampler.generate(PROMPTS, n=counts, keys=KEYS, drawn=lambda *pair: seen.append(pair), **how)
+    assert ids(ragged) == [group[:n] for group, n in zip(together, counts, strict=True)]
+    assert sorted(seen, key=lambda pair: pair[0]) == [(i, group) for i, group in enumerate(ragged) if group]
+    return together
+
+
+def test_what_is_drawn_does_not_depend_on_the_batch(policy, sampler):
+    together = check_batches(sampler)
     narrow = EmbeddedSampler(policy, stop_ids=[1], max_batch_tokens=1)  # one prompt at a time
     narrow.sync(policy, 0)
     assert ids(narrow.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(25))) == together
-    ragged = sampler.generate(PROMPTS, n=[1, 2, 3, 0, 5], keys=KEYS, seed=7, sampling=Sampling(25))
-    assert ids(ragged) == [group[:n] for group, n in zip(together, [1, 2, 3, 0, 5], strict=True)]
     limits = [3, 25, 1, 9, 2]
     cut = sampler.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(limits))
     assert ids(cut) == [[c[:m] for c in group] for group, m in zip(together, limits, strict=True)]

@@ -23,7 +23,7 @@ from common.rollout import Completion, EmbeddedSampler, Sampling
 from common.trainer import load_policy
 from common.vllm import VLLMSampler, Worker, WorkerFault, fill
 from tests.conftest import NANO, ROOT, gone, processes, run_script
-from tests.test_rollout import KEYS, PROMPTS, check_ends, ids
+from tests.test_rollout import KEYS, PROMPTS, check_batches, check_ends, ids
 
 if vllm.vllm_version(cuda=False) is None:
     pytest.skip("needs vLLM for CPU: `make vllm`, or an interpreter in ROLLOUT_PYTHON", allow_module_level=True)
@@ -120,19 +120,8 @@ def test_more_prompts_than_vllm_reads_at_once_are_read_one_after_the_other(polic
 
 
 def test_what_is_drawn_does_not_depend_on_the_batch(synced):
-    together = ids(synced.generate(PROMPTS, n=5, keys=KEYS, seed=7, sampling=Sampling(25)))
+    together = check_batches(synced)
     assert len({tuple(c) for group in together for c in group}) == 25
-    order = random.Random(0).sample(range(len(PROMPTS)), len(PROMPTS))
-    shuffled = synced.generate(
-        [PROMPTS[i] for i in order], n=5, keys=[KEYS[i] for i in order], seed=7, sampling=Sampling(25)
-    )
-    assert [together[i] for i in order] == ids(shuffled)
-    seen = []
-    ragged = synced.generate(
-        PROMPTS, n=[1, 2, 3, 0, 5], keys=KEYS, seed=7, sampling=Sampling(25), drawn=lambda *pair: seen.append(pair)
-    )
-    assert sorted(seen, key=lambda pair: pair[0]) == [(i, group) for i, group in enumerate(ragged) if group]
-    assert ids(ragged) == [group[:n] for group, n in zip(together, [1, 2, 3, 0, 5], strict=True)]
     assert ids(synced.generate(PROMPTS, n=5, keys=KEYS, seed=8, sampling=Sampling(25))) != together
 
 

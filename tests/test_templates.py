@@ -43,40 +43,29 @@ SWITCH = (
 HEADERS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 
 
-@pytest.mark.parametrize(
-    ("template", "warned"),
-    [(HEADERS, True), ("{{ messages[0].content }}", False),
-     (HEADERS + "{% if add_generation_prompt %}<|assistant|>{% endif %}", False)],
-)  # fmt: skip
-def test_prompts_without_the_header_of_an_answer_are_warned_of(template, warned, tmp_path, capsys):
-    (tmp_path / "t.jinja").write_text(template)
-    set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"))
-    assert ("prompts end without '<|assistant|>'" in capsys.readouterr().err) == warned
+GENERATION = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [(HEADERS.replace("|>{{", "|>{{ '<|final|>' if m.role == 'assistant' }}{{")
-      + "{% if add_generation_prompt %}<|assistant|>{% endif %}", "it writes '<|final|>' between a prompt and"),
-     ("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}", "prints today's date")],
-)  # fmt: skip
-def test_what_a_template_adds_to_answers_or_changes_every_day_is_warned_of(template, said, tmp_path, capsys):
-    (tmp_path / "t.jinja").write_text(template)
-    set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"))
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("template", [
-    "{{ day if day else strftime_now('%Y') }}{{ messages[0].content }}",
-    "{% for m in messages %}{{ m.role }}:{{ ' ' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"
-    "{{ 'assistant:' if add_generation_prompt }}",
-    "{{ messages[0].content }}{{ eos_token if not add_generation_prompt }}",
+@pytest.mark.parametrize(("template", "said"), [
+    (HEADERS, "prompts end without '<|assistant|>'"),
+    (HEADERS.replace("|>{{", "|>{{ '<|final|>' if m.role == 'assistant' }}{{") + GENERATION,
+     "it writes '<|final|>' between a prompt and"),
+    ("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}", "prints today's date"),
+    # no warning: a set date, a space, templates of questions
+    (HEADERS + GENERATION, ""),
+    ("{{ day if day else strftime_now('%Y') }}{{ messages[0].content }}", ""),
+    ("{% for m in messages %}{{ m.role }}:{{ ' ' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"
+     "{{ 'assistant:' if add_generation_prompt }}", ""),
+    ("{{ messages[0].content }}", ""),
+    ("{{ messages[0].content }}{{ eos_token if not add_generation_prompt }}", ""),
 ])  # fmt: skip
-def test_a_set_date_a_space_and_a_template_of_questions_are_not_warned_of(template, tmp_path, capsys):
+def test_what_a_template_leaves_out_adds_or_changes_every_day_is_warned_of_and_nothing_else(
+    template, said, tmp_path, capsys
+):
     (tmp_path / "t.jinja").write_text(template)
-    switches = ["day=1"] if "strftime" in template else []
-    set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"), switches)
-    assert "WARNING" not in capsys.readouterr().err
+    set_template(load_tokenizer(MODEL), str(tmp_path / "t.jinja"), ["day=1"] if "day if" in template else [])
+    found = capsys.readouterr().err
+    assert said in found and ("WARNING" in found) == bool(said)
 
 
 @pytest.mark.parametrize(

@@ -71,19 +71,6 @@ def test_gamma_of_the_settings_shapes_the_update(gamma):
     torch.testing.assert_close(gradient_of(luffy, [row], shaping_gamma=gamma, entropy_coef=0.0), policy.table.grad)
 
 
-def test_tis_cap_scales_the_loss_of_relift(policy):
-    rows = [
-        relift.Row(r.prompt, r.response, r.group, False, [-9.0] * len(r.response), advantage=r.advantage)
-        for r in ranks.fixed_rows()
-    ]
-    args = relift.Args(entropy_coef=0.0)
-    plain, capped = (
-        relift.accumulate_gradient(policy, rows, None, dataclasses.replace(args, tis_cap=cap), ONE_RANK)["loss/pg"]
-        for cap in (0.0, 2.0)
-    )
-    assert capped == pytest.approx(2 * plain, rel=1e-5)  # all tokens are likelier than the sampler said
-
-
 @pytest.mark.parametrize("module", [luffy, relift])
 def test_demonstrations_are_learnt_at_temperature_one_whatever_the_sampling(module, policy):
     rows = [module.Row(r.prompt, r.response, r.group, True) for r in ranks.fixed_rows()]
