@@ -59,13 +59,6 @@ def test_what_is_logged_of_rows():
     assert (log["group/solve_all"], log["group/solve_none"], log["reward/own"]) == (0.25, 0.5, 2 / 6)
 
 
-def test_what_is_logged_of_values():
-    told = ((1.0, 0.9), (0.0, 0.2))
-    rows = [oreo.Row([1], [1], [True], [True], reward, 0, last_value=value) for reward, value in told]
-    log = oreo.describe(rows, oreo.Args())
-    assert (log["value/right"], log["value/wrong"]) == (0.9, 0.2)
-
-
 def test_what_is_logged_of_pairs():
     a = redi.Pair([1], [1, 2], [1], 2.0, 0, (-3.0, -5.0), loss=0.5, logp=(-1.0, -4.0), entropy=(0.1, 0.2))
     b = redi.Pair([1], [1], [], 1.0, 1, loss=-0.25, logp=(-2.0, 0.0), entropy=(0.3, 0.0))
@@ -87,6 +80,9 @@ def test_what_is_logged_of_rows_with_tokens_of_an_environment():
     assert (log["policy/logp"], log["length"]) == (-1.5, 4)
     found = (log["policy/kl"], log["value/first"], log["value/right"], log["log_ratio/right"])
     assert found == pytest.approx((0.4, 0.1, 0.4, 0.5))
+    wrong = oreo.Row([1], [1], [True], [True], 0.0, 0, last_value=0.2)
+    log = oreo.describe([row, wrong], oreo.Args())
+    assert (log["value/right"], log["value/wrong"]) == pytest.approx((0.4, 0.2))
 
 
 def test_seconds_are_those_since_the_last_step_and_an_act_may_come_twice(monkeypatch):

@@ -523,31 +523,3 @@ def test_conversations_train_on_assistant_turns_alone(nano, tmp_path):
              for side in (True, False)]  # fmt: skip
     assert spans == ["a=1<|eos|>b=2<|eos|>", "<|user|>b?<|assistant|><think>\n"]
     assert sum(row.steps) == 2
-
-
-CODE = """
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
-class OwnConfig(Qwen2Config):
-    model_type = "own"
-
-class OwnForCausalLM(Qwen2ForCausalLM):
-    config_class = OwnConfig
-"""
-
-
-def test_code_that_comes_with_a_model_runs_by_flag_only(nano, rows, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model = tmp_path / "model"
-    shutil.copytree(nano, model)
-    (model / "own.py").write_text(CODE)
-    config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
-    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    (model / "config.json").write_text(json.dumps(config))
-    words = ["--stage", "rejection", "--rows", rows, "--steps", "1", "--eval_every", "0", "--out", tmp_path / "run"]
-    with pytest.raises(InputError, match="--model .*custom code which must be executed"):
-        oreo.main(settings(str(model), *words))
-    assert not (tmp_path / "run" / "model").exists()
-    oreo.main(settings(str(model), *words, "--trust_remote_code"))
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -12,7 +12,6 @@ from pyarrow import parquet
 
 import eval as evaluation
 import igsm
-import luffy
 import oreo
 import redi
 from common.data import InputError
@@ -33,7 +32,7 @@ from common.rows import (
     trace_ids,
     trace_text,
 )
-from tests.conftest import parsed, write_rows
+from tests.conftest import write_rows
 from tools import redi_data
 
 TOKENIZER = igsm.tokenizer("symbolic")
@@ -1063,23 +1062,6 @@ def test_igsm_is_a_data_name_of_its_own():
     assert {r["extra_info"]["ops"] for r in load_rows("igsm:5-6", limit=50)} == {5, 6}
     with pytest.raises(InputError, match="igsm:5: expected igsm:LO-HI"):
         load_rows("igsm:5")
-
-
-def test_a_run_refuses_data_that_changed_since_its_checkpoint(tmp_path):
-    """Also where names and numbers of rows are the same."""
-    data = tmp_path / "rows.jsonl"
-
-    def run(gold, steps, **more):
-        write_rows(data, [row(question=f"{q}=5\n{q}?", gold=gold) | more for q in "abcd"])
-        words = ["--preset", "tiny", "--model", "models/tiny", "--data", data, "--method", "sft", "--batch_size", 2,
-                 "--steps", steps, "--save_every", 1, "--eval_every", 0, "--out", tmp_path / "run"]  # fmt: skip
-        luffy.main(parsed("luffy", *words))
-
-    run("5", 1)
-    run("5", 2)
-    for changed in (dict(gold="6"), dict(gold="5", target_probs=[0.5] * 10)):
-        with pytest.raises(InputError, match="--data .*rows.jsonl: the data .* changed since .*step-00000002 was"):
-            run(steps=3, **changed)
 
 
 def test_a_digest_tells_ids_lists_and_texts_apart():

@@ -214,13 +214,16 @@ def test_an_answer_alone_is_refused_where_it_is_compared_with_others():
         check_flags(module.Args(method="sft", group_size=1))
 
 
-def test_the_digest_of_the_data_is_of_held_out_rows_too(tmp_path, world):
-    digests = []
-    for held_out in ([], [], EXAMPLES[:1], EXAMPLES[1:], [dataclasses.replace(EXAMPLES[1], gold="8")]):
+def test_the_digest_of_the_data_is_of_golds_and_given_probabilities_and_of_held_out_rows_too(tmp_path, world):
+    """A run whose data have another one than its checkpoint is refused: of OREO and REDI to the end."""
+    digests, other = [], dataclasses.replace(EXAMPLES[1], gold="8")
+    held_out = [(EXAMPLES, rows) for rows in ([], [], EXAMPLES[:1], EXAMPLES[1:], [other])]
+    given = dataclasses.replace(EXAMPLES[1], trace_logps=[-1.0, -2.0])
+    for rows, asked in [*held_out, ([EXAMPLES[0], other], []), ([EXAMPLES[0], given], [])]:
         mine = Run(RunArgs(out=str(tmp_path / "run"), batch_size=1))
-        mine.plan(EXAMPLES, held_out, COUNT)
+        mine.plan(rows, asked, COUNT)
         digests.append(mine.checkpoints.data)
-    assert digests[0] == digests[1] and len(set(digests)) == 4
+    assert digests[0] == digests[1] and len(set(digests)) == 6
 
 
 def test_an_epoch_is_as_many_steps_as_its_batches_are(tmp_path, world, capsys):

@@ -227,6 +227,33 @@ def test_code_that_comes_with_a_tokenizer_runs_by_flag_only(tmp_path, monkeypatc
     assert type(load_tokenizer(str(model), trust_remote_code=True)).__name__ == "Own"
 
 
+CODE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+
+class OwnForCausalLM(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_by_flag_only(nano, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = shutil.copytree(nano, tmp_path / "model")
+    (model / "own.py").write_text(CODE)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="--model .*custom code which must be executed"):
+        load_policy(str(model), world)
+    own = load_policy(str(model), world, trust_remote_code=True)
+    assert type(own.lm).__name__ == "OwnForCausalLM"
+    export(own, load_tokenizer(nano), tmp_path / "exported", world)
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+
+
 def test_gradient_checkpointing_changes_nothing(world):
     grads = []
     for flag in ("none", "auto", "all", True):  # auto: none on a CPU
