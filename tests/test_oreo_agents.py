@@ -429,6 +429,13 @@ def test_alfworlds_own_engine_plays_a_game_in_the_layout_of_its_data(tmp_path, m
     assert b.act("open drawer 1")[0] == "Nothing happens."  # b is a game of its own: still in the middle of the room
 
 
+def with_template(template):
+    """The tokenizer of these games with another chat template."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 MINICPM = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'].strip() + '<|assistant|>' }}"
     "{% else %}{{ m['content'].strip() }}{% endif %}{% endfor %}"
@@ -444,9 +451,8 @@ CHATML = (
 @pytest.mark.parametrize("end", ["<|end|>", "<|eos|>"])
 def test_a_template_that_closes_turns_with_another_token_than_eos_ends_answers_with_it_too(end):
     """ChatML of a base model: <|im_end|> closes a turn, and eos is <|endoftext|>."""
-    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer = with_template(CHATML)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
-    tokenizer.chat_template = CHATML
     [closing] = tokenizer("<|end|>", add_special_tokens=False)["input_ids"]
     assert turn_end(tokenizer) == (closing, [tokenizer.eos_token_id, closing, *ids("<|user|>")])
     episode = Episode("door", 0, Door(""), tokenizer)
@@ -463,8 +469,7 @@ def test_a_template_that_closes_turns_with_another_token_than_eos_ends_answers_w
 @pytest.mark.parametrize("end", ["<|eos|>", " <|eos|>", "<|user|>"])
 def test_a_template_without_eos_keeps_no_stop_token_and_its_user_mark_ends_an_answer_too(end):
     assert turn_end(TOKENIZER) == (TOKENIZER.eos_token_id, [TOKENIZER.eos_token_id])
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = MINICPM
+    tokenizer = with_template(MINICPM)
     assert turn_end(tokenizer) == (None, ids("<|eos|><|user|>"))
     episode = Episode("door", 0, Door(""), tokenizer)
     for answer in ("Action: open door", "Action: go out"):
@@ -504,9 +509,7 @@ def test_a_turn_in_a_row_of_its_own_trains_eos_and_is_asked_as_in_a_conversation
 
 
 def test_what_closes_a_turn_in_a_template_without_eos_is_in_the_ids_and_no_action():
-    tokenizer = copy.deepcopy(TOKENIZER)
-    closed = MINICPM.replace(".strip() }}{% endif", ".strip() + '\n' }}{% endif")
-    tokenizer.chat_template = closed
+    tokenizer = with_template(MINICPM.replace(".strip() }}{% endif", ".strip() + '\n' }}{% endif"))
     episode = Episode("door", 0, Door(""), tokenizer)
     for answer in ("Action: open door", "Action: go out"):
         episode.add_answer(ids(f"{answer}<|eos|>"))
@@ -530,9 +533,7 @@ def test_an_observation_has_no_word_mark_that_sentencepiece_adds_to_a_text_alone
 
 
 def test_an_answer_that_is_eos_alone_is_an_episode_without_an_action():
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = MINICPM
-    episode = Episode("door", 0, Door(""), tokenizer)
+    episode = Episode("door", 0, Door(""), with_template(MINICPM))
     episode.add_answer([TOKENIZER.eos_token_id])
     row = episode.row()
     assert (row["end"], row["turns"], row["response_ids"], row["actions"]) == ("no_action", 1, [], [])

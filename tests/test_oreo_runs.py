@@ -472,7 +472,7 @@ def test_rows_of_text_and_conversations_begin_with_the_tokenizers_bos(nano, tmp_
 def test_rows_are_warned_of_as_in_every_script(nano, tmp_path, capsys):
     asked = {"prompt": [{"role": "user", "content": "a=1<|eos|>"}], "response": "Seven", "reward": 1}
     drawn = {"prompt_ids": [5], "response_ids": [2, 1], "reward": 1}  # 2: the unknown token
-    data = write(tmp_path / "rows.jsonl", [asked, drawn])
+    data = write_rows(tmp_path / "rows.jsonl", [asked, drawn])
     oreo.read_rows(data, load_tokenizer(nano), settings(nano, "--rows", data))
     warned = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
     said = ["prompts hold special tokens", "traces hold text that the tokenizer", "rows have a trace without </think>"]

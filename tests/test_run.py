@@ -546,10 +546,7 @@ def test_a_trace_is_graded_without_the_token_that_ended_it():
 
 @pytest.mark.parametrize("shape", list(MODELS.values()), ids=list(MODELS))
 def test_as_many_layers_keep_their_activations_as_memory_allows(shape):
-    config = trainer.AutoConfig.for_model(
-        "qwen2", num_hidden_layers=shape.layers, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_width * shape.heads // shape.hidden,
-    )  # fmt: skip
+    config = AutoConfig.for_model(**shape.config())
     tokens, one = 16384, dataclasses.replace(shape, layers=1)
     kept = activation_bytes(one, tokens, checkpointing=False)
     recomputed = tokens * 2 * shape.hidden  # the input of the layer
@@ -563,14 +560,9 @@ def test_as_many_layers_keep_their_activations_as_memory_allows(shape):
 @functools.lru_cache(2)
 def qwen(size: str) -> trainer.Policy:
     """A model of Qwen2.5's shape, without memory."""
-    shape = MODELS[size]
-    config = trainer.AutoConfig.for_model(
-        "qwen2", num_hidden_layers=shape.layers, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_width * shape.heads // shape.hidden,
-        vocab_size=shape.vocab, tie_word_embeddings=shape.tied,
-    )  # fmt: skip
     with torch.device("meta"):
-        return trainer.Policy(trainer.AutoModelForCausalLM.from_config(config))
+        lm = trainer.AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[size].config()))
+        return trainer.Policy(lm)
 
 
 @pytest.mark.parametrize(("ranks", "tokens"), [(8, 32768), (8, 40960), (16, 32768), (64, 32768)])
