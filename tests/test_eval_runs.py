@@ -49,6 +49,12 @@ def finished(data, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of that run, to be changed."""
+    return shutil.copytree(finished, tmp_path / "out")
+
+
 def command(data, out):
     """The same run as a command."""
     settings = ["-n", "3", "--max_tokens", "48", "--temperature", "1.0", "--sampler_tokens", "450"]
@@ -73,15 +79,13 @@ def test_a_run_leaves_numbers_samples_and_tables(finished, data):
     assert not list(finished.glob("*part*"))
 
 
-def test_answers_are_not_graded_again_while_another_process_writes_them(finished, tmp_path):
-    out = shutil.copytree(finished, tmp_path / "out")
+def test_answers_are_not_graded_again_while_another_process_writes_them(out):
     with locked(out / ".lock"), pytest.raises(InputError, match="another process writes there"):
         evaluation.main(evaluation.Args(out=str(out), regrade=True))
 
 
-def test_a_resumed_run_names_benchmarks_as_it_reads_them_now(data, finished, tmp_path):
+def test_a_resumed_run_names_benchmarks_as_it_reads_them_now(data, finished, out):
     """As if the first half had been asked when the file had another path, which is part of a name in two files."""
-    out = shutil.copytree(finished, tmp_path / "out")
     records = read_records(out / "samples.jsonl")
     write_records(out / "samples.jsonl", [r | {"benchmark": "short (old.jsonl)", "row": "old.jsonl, row 0"}
                                           for r in [*records.values()][:4]])  # fmt: skip
@@ -167,19 +171,16 @@ def test_two_ranks_share_the_questions_and_draw_the_same(finished, data, tmp_pat
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_other_graders_grade_what_is_there_and_nothing_is_sampled(finished, data, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path / "again")
+def test_other_graders_grade_what_is_there_and_nothing_is_sampled(finished, out, data, monkeypatch):
     monkeypatch.setattr(evaluation, "load_policy", None)
-    evaluation.main(args(data, tmp_path / "again", verifier=("mcq", "boxed")))
-    results = json.loads((tmp_path / "again/results.json").read_text())
+    evaluation.main(args(data, out, verifier=("mcq", "boxed")))
+    results = json.loads((out / "results.json").read_text())
     before = json.loads((finished / "results.json").read_text())
     assert results["short"]["graders"]["boxed"] == before["short"]["pass@1"]
     assert set(results["short"]["graders"]) == {"mcq", "boxed"}
 
 
-def test_another_sampler_may_not_draw_the_rest_and_nothing_is_asked_when_nothing_is_left(finished, data, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
+def test_another_sampler_may_not_draw_the_rest_and_nothing_is_asked_when_nothing_is_left(out, data):
     evaluation.main(args(data, out, sampler_tokens=7000, write_every=5))
     settings = json.loads((out / "args.json").read_text())
     assert settings["rollout"] == "embedded" and settings["sampler_tokens"] != 7000  # of those who drew
@@ -203,15 +204,13 @@ def test_a_search_needs_room_for_one_answer_alone_and_fills_the_batch():
     assert sizes == {"none": 25, "beam": 1, "best_of_n": 5, "best_of_k": 5}
 
 
-def test_other_settings_need_another_folder(finished, data, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
+def test_other_settings_need_another_folder(out, data):
     with pytest.raises(InputError, match="temperature 1.0 there, 0.5 here"):
         evaluation.main(args(data, out, temperature=0.5))
 
 
-def test_the_same_model_by_another_path_goes_on_and_other_weights_do_not(finished, data, tmp_path, monkeypatch):
-    out, model = shutil.copytree(finished, tmp_path / "out"), shutil.copytree(MODEL, tmp_path / "model")
+def test_the_same_model_by_another_path_goes_on_and_other_weights_do_not(out, data, tmp_path, monkeypatch):
+    model = shutil.copytree(MODEL, tmp_path / "model")
     moved = args(data, out, model=str(model))
     monkeypatch.setattr(evaluation, "load_policy", None)  # nothing is sampled again
     evaluation.main(moved)
@@ -220,13 +219,12 @@ def test_the_same_model_by_another_path_goes_on_and_other_weights_do_not(finishe
         evaluation.main(moved)
 
 
-def test_a_verifier_that_fails_on_every_answer_gives_no_numbers(finished, data, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path / "out")
+def test_a_verifier_that_fails_on_every_answer_gives_no_numbers(out, data, tmp_path, monkeypatch):
     (tmp_path / "failing_verifier.py").write_text("def reward(response, gold):\n    raise KeyError('answer')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=r"failing_verifier:reward failed on all 36 answers \(KeyError"):
-        evaluation.main(args(data, tmp_path / "out", verifier=("boxed", "failing_verifier:reward")))
-    evaluation.main(args(data, tmp_path / "out"))  # nothing was lost
+        evaluation.main(args(data, out, verifier=("boxed", "failing_verifier:reward")))
+    evaluation.main(args(data, out))  # nothing was lost
 
 
 def test_a_hub_name_whose_revision_moved_is_another_model(monkeypatch):
@@ -237,9 +235,7 @@ def test_a_hub_name_whose_revision_moved_is_another_model(monkeypatch):
     assert before == "a" * 40 != checkpoints.digest_of("some/model")
 
 
-def test_regrade_needs_neither_model_nor_data_and_says_rule_and_version(finished, data, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
+def test_regrade_needs_neither_model_nor_data_and_says_rule_and_version(finished, out, data, monkeypatch):
     monkeypatch.setattr(evaluation, "load_policy", None)
     before = json.loads((finished / "results.json").read_text())
     for verifier in ("full", "boxed"):
@@ -254,8 +250,7 @@ def test_regrade_needs_neither_model_nor_data_and_says_rule_and_version(finished
         evaluation.main(evaluation.Args(out=str(out), regrade=True, verifier=("full",)))
 
 
-def test_verdicts_of_another_version_of_a_grader_are_given_anew(finished, data, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path / "out")
+def test_verdicts_of_another_version_of_a_grader_are_given_anew(out, data, monkeypatch):
     monkeypatch.setattr(evaluation, "load_policy", None)
     graded = []
 
@@ -264,10 +259,10 @@ def test_verdicts_of_another_version_of_a_grader_are_given_anew(finished, data, 
         return grade(texts, golds, verifier=verifier)
 
     monkeypatch.setattr(report, "grade", watch)
-    evaluation.main(args(data, tmp_path / "out"))
+    evaluation.main(args(data, out))
     assert not graded
     monkeypatch.setattr(report, "grader_version", lambda verifier: "new" if verifier == "boxed" else verifier)
-    evaluation.main(args(data, tmp_path / "out"))
+    evaluation.main(args(data, out))
     assert set(graded) == {("boxed", 36), ("exact", 36)}
 
 
@@ -290,9 +285,8 @@ def test_the_version_of_a_grader_is_that_of_both_its_files(monkeypatch):
         assert report.grader_version("robust") != before
 
 
-def test_a_gold_that_no_grader_can_read_is_named_by_row_once(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path / "out")
-    samples = tmp_path / "out" / "samples.jsonl"
+def test_a_gold_that_no_grader_can_read_is_named_by_row_once(out, monkeypatch):
+    samples = out / "samples.jsonl"
     records = read_records(samples)
     bad = list(records)[1]
 
@@ -303,11 +297,11 @@ def test_a_gold_that_no_grader_can_read_is_named_by_row_once(finished, tmp_path,
     monkeypatch.setattr(report, "grade", refuses)
     records[bad]["gold"] = "1/2/"
     write_records(samples, list(records.values()))
-    evaluation.main(evaluation.Args(out=str(tmp_path / "out"), regrade=True, verifier=("full",)))
+    evaluation.main(evaluation.Args(out=str(out), regrade=True, verifier=("full",)))
     where = records[bad]["row"]
     assert where.endswith("problems.jsonl, row 1")
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["short"]["unreadable_golds"] == [where]
-    text = (tmp_path / "out" / "results.md").read_text()
+    assert json.loads((out / "results.json").read_text())["short"]["unreadable_golds"] == [where]
+    text = (out / "results.md").read_text()
     assert text.count(where) == 1 and "cannot read the gold answers of 1 questions" in text
     told = [a["verdicts"]["full"] for a in read_records(samples)[bad]["answers"]]
     assert told == [[0.0, "unparsable", "gold unreadable: 1/2/"]] * 3
