@@ -241,10 +241,13 @@ def test_a_type_is_refused_at_load_in_one_line(kind, world, tmp_path):
 
 def table() -> str:
     """docs/models.md's: every type that is tested."""
-    lines = ["| type | tested with |", "| --- | --- |"]
-    lines += [f"| `{kind}` | {', '.join(RIGHT.get(kind, ()))} |" for kind in sorted(RIGHT)]
-    lines += ["", "| type | refused: what the message says |", "| --- | --- |"]
-    return "\n".join(lines + [f"| `{kind}` | {REFUSED[kind]} |" for kind in sorted(REFUSED)])
+    lines = []
+    for title, found in (("tested with", RIGHT), ("refused: what the message says", REFUSED)):
+        lines += ["", f"| {title} | types |", "| --- | --- |"]
+        for key in sorted(set(found.values())):
+            kinds = ", ".join(f"`{kind}`" for kind in sorted(found) if found[kind] == key)
+            lines.append(f"| {key if isinstance(key, str) else ', '.join(key)} | {kinds} |")
+    return "\n".join(lines).strip()
 
 
 PAGE, MARK = ROOT / "docs" / "models.md", "<!-- table -->\n"
