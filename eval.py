@@ -17,7 +17,7 @@ Question q of Q has n_q answers, c_q of them correct; m_q = c_q / n_q; var_q is 
     average             mean of the benchmarks' pass@1, each counted once whatever its size
 
 Answers are written as they come, and the same command resumes a run that was killed, with the same result.
-The papers differ in prompts, graders and limits: docs/eval.md has each one's protocol and command.
+The papers differ in prompts, graders and limits: docs/eval.md has the protocols, docs/published.md the commands.
 """
 
 import dataclasses
