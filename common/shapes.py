@@ -87,7 +87,7 @@ def read_row(row: dict, where: str) -> Item:
     names = sorted(row, key=lambda name: (not _blank(row[name]), str(name).islower()))
     row = {name if len(name) == 1 else name.lower(): row[name] for name in names}  # A, B, ... are options
     try:
-        row = {name: _unfolded(name, value) for name, value in row.items()}
+        row = {name: unfolded(name, value) for name, value in row.items()}
     except TypeError as error:
         raise InputError(f"{where}: {error}") from error
     columns = {name for name, value in row.items() if not _blank(value)}  # files of mixed shapes hold nulls
@@ -154,7 +154,7 @@ def _parsed(text: str):
     return None
 
 
-def _unfolded(name: str, value):
+def unfolded(name: str, value):
     """Return a cell with lists and turns that are written as text (in .csv files) parsed. A list that holds one text
     alone becomes this text."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and name not in NESTED:

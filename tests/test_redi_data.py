@@ -108,12 +108,16 @@ def test_null_columns_of_another_rows_shape_leave_no_row_out():
     pair = {"prompt": "p", "chosen": "4", "rejected": "5"}
     nulls = dict.fromkeys(("problem_is_valid", "source", "generations", "correctness"))
     assert read_problem(pair | nulls, "row 0", Args()) == read_problem(pair, "row 0", Args())
+    graded = {"problem": "p", "answer": "4", "generations": ["5", "4"], "correctness_math_verify": [False, True]}
+    assert read_problem(graded | {"correctness": None}, "row 0", Args()) == read_problem(graded, "row 0", Args())
 
 
 def test_a_verifier_that_is_not_asked_may_have_no_verdicts():
     verdicts = {"llama_verification": None, "math_verify_reparsed_answer": [False, True]}
     row = {"problem_is_valid": "Yes", "problem": "p", "answer": "4", "generations": ["5", "4"], "correctness": verdicts}
     assert [t.text for t in read_problem(row, "row 0", Args(right_if="math_verify")).traces] == ["4", "5"]
+    as_text = row | {"generations": json.dumps(row["generations"]), "correctness": str(verdicts)}  # of a .csv file
+    assert [t.text for t in read_problem(as_text, "row 0", Args(right_if="math_verify")).traces] == ["4", "5"]
     for right_if in ("both", "either", "llama"):
         assert "not a verdict of each verifier" in read_problem(row, "row 0", Args(right_if=right_if))
     assert "not a verdict of each verifier" in read_problem(row | {"correctness": None}, "row 0", Args())
@@ -187,11 +191,12 @@ def test_the_funnel_counts_every_row_once(tmp_path, capsys):
         return {"prompt": prompt, "responses": [wrong, right, "other"], "rewards": [0, 1, 0], **more}
 
     rows = [row(), row(rewards=[1, 1, 1]), row(rewards=[0, 0, 0]), row(wrong="a=5"), row(wrong="+" * 70),
-            row(prompt="a=5\n" * 60), row(responses=[" ", "a=5"], rewards=[0, 1])]  # fmt: skip
+            row(prompt="a=5\n" * 60), row(wrong="<think>\n"), row(responses=[" ", "a=5"], rewards=[0, 1]),
+            row(right=" ")]  # fmt: skip
     make(tmp_path / "data", "--own_answers", 0, "--data", write_rows(tmp_path / "rows.jsonl", rows))
     printed = re.findall(r"^ *([-+]?\d+)  (.+)$", capsys.readouterr().out, re.M)
     assert {name: int(n) for n, name in printed} == {
-        "rows": 7, "no right trace": -1, "positives.jsonl": 6, "no wrong trace": -1, "prompt too long": -1,
+        "rows": 9, "no right trace": -2, "positives.jsonl": 7, "no wrong trace": -2, "prompt too long": -1,
         "trace too long": -1, "trace empty": -1, "traces equal": -1, "pairs.jsonl": 1,
     }  # fmt: skip
 
@@ -224,6 +229,8 @@ def test_problems_that_share_words_with_a_benchmark_are_left_out_and_counted(tmp
     assert sorted(kept) == sorted([" ".join(words[:12]), "a=5\na?"])
     with pytest.raises(InputError, match="--ngram must be positive"):  # 0 words in a row would leave nothing out
         make(tmp_path / "data", "--data", data, "--decontaminate", named, "--ngram", 0)
+    with pytest.raises(InputError, match="bench.jsonl: no rows"):  # would leave nothing out
+        make(tmp_path / "data", "--data", data, "--decontaminate", write_rows(tmp_path / "bench.jsonl", []))
     with pytest.raises(InputError, match="bench.jsonl, row 0: no shape of row"):
         broken = write_rows(tmp_path / "bench.jsonl", [{"answer": 1}])
         make(tmp_path / "data", "--data", data, "--decontaminate", broken)
@@ -321,3 +328,8 @@ def test_own_answers_are_sampled_once_for_the_same_model_and_settings(tmp_path, 
     assert made() == before
     with pytest.raises(TypeError):
         make(tmp_path / "data", *words, "--seed", 43)
+    given = [igsm.row(problem, "train") for problem in igsm.generate(4, ops=(1, 2), style="symbolic", modulus=23)]
+    monkeypatch.undo()
+    for gold in ("1", "2"):  # other golds, other answers
+        rows = [row | {"reward_model": {"ground_truth": gold}} for row in given]
+        make(tmp_path / "data", *words, "--data", write_rows(tmp_path / "rows.jsonl", rows))

@@ -4,7 +4,7 @@
     python -m tools.redi_data --preset tiny --model runs/tiny-sft/model     that model's own incorrect answers, on iGSM
 
 A row of --data is one problem with its traces, in any shape of docs/data.md. The first correct and the first
-incorrect trace of a problem make a pair. What each rule left out is printed and written to funnel.json.
+incorrect trace of a problem make a pair; blank ones do not count. What each rule left out is in funnel.json.
 
 As published: of OpenR1-Math-Raw, valid problems whose source is not cn_k12; a trace is correct if both verifiers accept
 it, so incorrect ones include those on which the verifiers disagree; positives are not filtered by length.
@@ -25,7 +25,7 @@ from tqdm import tqdm
 import redi
 from common.checkpoints import Checkpoints, digest_of
 from common.data import InputError
-from common.rows import Example, data_digest, encode, gold_unreadable, iter_rows
+from common.rows import Example, data_digest, encode, gold_unreadable, load_rows
 from common.run import (
     Minutes,
     NotNegative,
@@ -37,7 +37,7 @@ from common.run import (
     open_tokenizer,
     write_lines,
 )
-from common.shapes import IN_A_BOX, VERDICTS, Item, Trace, read_row
+from common.shapes import IN_A_BOX, VERDICTS, Item, Trace, read_row, unfolded
 from common.trainer import init_world, launch, load_policy, parse_args
 
 
@@ -80,8 +80,8 @@ PRESETS = {"tiny": dict(model="models/tiny", data="igsm:5-8", out="runs/tiny-dat
 def grade_openr1(row: dict, drop_sources=("cn_k12",), right_if="both") -> list[bool] | str:
     """Return for each generation of a row of OpenR1-Math-Raw whether it is correct ([] for a row of other data), or the
     name of the rule that leaves the row out. A verdict that is null rejects."""
-    generations, correctness = row.get("generations"), row.get("correctness")
-    if generations is correctness is None:  # a row of other data: files of mixed shapes hold nulls
+    generations, correctness = (unfolded(name, row.get(name)) for name in ("generations", "correctness"))
+    if correctness is None and (generations is None or row.get("correctness_math_verify")):  # other data, with nulls
         row = {name: value for name, value in row.items() if value is not None}
     if str(row.get("problem_is_valid", "yes")).strip().lower() != "yes":
         return "problem not valid"
@@ -112,7 +112,7 @@ def read_problem(row: dict, where: str, args: Args) -> Item | str:
         row = row | {"correctness": None, "correctness_math_verify": graded}
     item = read_row(row, where)
     item.source = str(row.get("source") or item.source)
-    item.traces = [trace for trace in (item.first(correct=True), item.first(correct=False)) if trace]
+    item.traces = [t for t in (item.first(correct=True), item.first(correct=False)) if t and (t.ids or t.text.strip())]
     return item
 
 
@@ -141,7 +141,7 @@ def benchmark_ngrams(args: Args) -> dict[str, set[tuple[str, ...]]]:
     """{benchmark of --decontaminate: the n-grams of its questions}."""
     found: dict[str, set[tuple[str, ...]]] = {}
     for source in args.decontaminate:
-        for index, row in enumerate(iter_rows(source, split="test")):
+        for index, row in enumerate(load_rows(source, split="test")):
             question = read_row(row, f"--decontaminate {source}, row {index}").question
             found.setdefault(source, set()).update(word_ngrams(question, args.ngram))
     return found
@@ -188,7 +188,7 @@ def add_own_answers(problems: list[Item], tokenizer, args: Args, world) -> None:
         if len(prompt) <= args.max_prompt_tokens
     ]
     fixed = {name: value for name, value in dataclasses.asdict(args).items() if name not in Checkpoints.FREE}
-    digest = data_digest([(json.dumps(fixed), digest_of(args.model))], ((example.prompt,) for example in asked))
+    digest = data_digest([(json.dumps(fixed), digest_of(args.model))], ((e.prompt, e.gold) for e in asked))
     kept = Path(args.out) / f"own_answers-{digest}.jsonl"  # other settings, data or weights have another file
     answers = keep_answers(
         kept, asked, lambda: load_policy(args.model, world), {}, tokenizer, args, world, n=args.own_answers
