@@ -650,13 +650,15 @@ class Grader:
 
 def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: str, world: World) -> None:
     """Write settings to a JSON file. compared: names of the settings that must equal those in the existing file;
-    empty if nothing was made with them yet. Raises InputError, beginning with `message`, if some differ."""
+    empty if nothing was made with them yet. Raises InputError, beginning with `message`, if some differ. A flag
+    that the file lacks does not count (an older version wrote it); a digest does (another script wrote it)."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
     _locks[path] = lock(path.parent, world)  # until this process ends, nobody else makes anything of other settings
     if compared and not path.exists():
         raise InputError(f"{path} is missing, so the settings of the files beside it are unknown: name another --out")
     saved = json.loads(path.read_text()) if compared else {}
-    if changed := changed_settings(saved, settings, [name for name in compared if name in saved]):
+    known = [name for name in compared if name in saved or name.endswith("_digest")]
+    if changed := changed_settings(saved, settings, known):
         raise InputError(f"{message} ({changed}): use the same settings to resume, or another --out")
     dist.barrier()  # all have compared before one writes
     if world.main:

@@ -228,6 +228,13 @@ def test_a_folder_holds_the_episodes_of_one_stage_its_settings_and_weights(games
     assert (tmp_path / "out" / "rows.jsonl").read_text() == before
     assert agents.main(Args(**first | {"out": str(tmp_path / "b"), "stage": "evaluate"}))["episodes"] == 3
     assert agents.main(Args(**first | {"out": str(tmp_path / "b"), "stage": "evaluate"}))["success"] == 0
+    run = tmp_path / "run"  # of training, or a model alone: neither is replaced
+    (run / "model").mkdir(parents=True)
+    with pytest.raises(InputError, match="args.json is missing, so the settings of the files beside it are unknown"):
+        agents.main(Args(stage="expert", model="scratch", out=str(run)))
+    (run / "args.json").write_text(json.dumps({"model": "m", "temperature": 1.0, "seed": 0}))
+    with pytest.raises(InputError, match="run has episodes of other settings .other weights; other games.: use the"):
+        agents.main(Args(stage="expert", model="scratch", out=str(run)))
 
 
 def test_a_folder_of_games_has_one_kind(tmp_path, monkeypatch):
@@ -343,6 +350,7 @@ def test_other_names_are_of_the_same_kind_and_share_no_word(monkeypatch):
         (dict(candidates=0), "--candidates must be positive"),
         (dict(candidates=3), "--candidates 3 are chosen by a --value, which is missing"),
         (dict(names=9), "--names must be 0 to 8, not 9"),
+        (dict(stage="make", first_seed=-1), "--first_seed must be from 0 to 4 . 10.9, not -1"),
         (dict(names=2, games="alfworld:train"), "--names 2 is for TextWorld games"),
         (dict(renamed=2), "--renamed 2 is for --stage expert with --names"),
         (dict(renamed=2, stage="expert"), "--renamed 2 is for --stage expert with --names"),

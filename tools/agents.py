@@ -88,7 +88,7 @@ class Args:
     names: Annotated[int, ("0 to 8", lambda n: 0 <= n <= len(NAMES["c"]))] = 0
     renamed: NotNegative[int] = 0  # expert: play each game this many times more, with other --names
     count: Positive[int] = 100  # make: games to generate
-    first_seed: int = 0  # make: seed of the first
+    first_seed: Annotated[int, ("from 0 to 4 * 10^9", lambda seed: 0 <= seed <= 4e9)] = 0  # make: seed of the first
     rooms: Positive[int] = 1  # make: rooms per game
     objects: Positive[int] = 4  # make: objects per game
     quest_length: Positive[int] = 2  # make: actions that win a game
@@ -446,15 +446,15 @@ def main(args: Args) -> dict | None:
         if args.stage == "expert" and world.size > 1:
             raise InputError("--stage expert runs in one process")
         out = Path(args.out)
-        models = {"model": "" if args.model == "scratch" else args.model, "value": args.value}
+        scratch = args.stage == "expert" and args.model == "scratch"
+        models = {"model": "" if scratch else args.model, "value": args.value}
         settings = vars(args) | {"weights_digest": " ".join(digests_of(models, world).values())}
         # episodes have the numbers of games in this order; the last two parts of a path are ALFWorld's task and trial
         games = json.dumps([Path(name).parts[-2:] for name, *_ in find_games(args.games)])
         settings["games_digest"] = hashlib.sha256(games.encode()).hexdigest()[:16]
         fixed = [name for name in settings if name not in Checkpoints.FREE | {"model", "value", "parallel"}]
-        names = fixed if any(out.glob("*.jsonl")) else ()
+        names = fixed if any(out.glob("*.jsonl")) or (scratch and (out / "model").exists()) else ()
         keep_settings(out / "args.json", settings, names, f"--out {out} has episodes of other settings", world)
-        scratch = args.stage == "expert" and args.model == "scratch"
         tokenizer = open_tokenizer(scratch_model(args, world) if scratch else args.model, args)
         if args.stage == "expert":
             rows = play_walkthroughs(args, tokenizer)
