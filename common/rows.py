@@ -270,7 +270,8 @@ def render_prompt(tokenizer, messages: list[dict], where: str = "", *, add_gener
         roles = [m["role"] for m in messages]
         raise InputError(f"{where}the chat template cannot render {roles} turns ({error}): pass another "
                          "--chat_template (eval.py: --template FILE), or change the turns") from error  # fmt: skip
-    for role in sorted({m["role"] for m in messages if m["content"].strip() not in text} - {"assistant"} - _lost):
+    asked = [m for m in messages if m["role"] != "assistant"]  # templates cut thoughts out of answers
+    for role in sorted({m["role"] for m in asked if m["content"].strip() not in text} - _lost):
         _lost.add(role)
         if os.environ.get("RANK", "0") == "0":
             print(f"WARNING: {where}the chat template does not show '{role}' turns as they are: pass another, or give "
@@ -378,7 +379,7 @@ def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) 
         encoded = [[*map(share, encode_traces(tokenizer, column, texts, names))] for column in columns]
         for item, text, prompt, *both in zip(items, texts, prompts, *columns, *encoded, strict=True):
             traces, ids = both[: len(columns)], both[len(columns) :]
-            counts.update(doubts(item, text, prompt, traces, ids, tokenizer))
+            counts.update(doubts_of(item, text, prompt, traces, ids, tokenizer))
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
     bar.close()
     warn(source, counts, len(rows))
@@ -400,7 +401,7 @@ def holds_control(turns: list[dict], tokenizer) -> bool:
     return any(token in turn["content"] for turn in turns for token in special_tokens(tokenizer).values())
 
 
-def doubts(item: Item, text: str, prompt: list[int], traces: list, ids: list, tokenizer) -> list[str]:
+def doubts_of(item: Item, text: str, prompt: list[int], traces: list, ids: list, tokenizer) -> list[str]:
     """What the warnings about a row say. text: the end of the prompt, or all of it; ids: those of each trace."""
     endless = any(trace and "</think>" not in trace.text for trace in traces)
     found = {
@@ -606,7 +607,7 @@ def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, in
                 raise InputError(f"{where}: {error}") from error
             if not item.prompt_ids:  # ids are what a model read and drew
                 end, texts = tokenizer.decode(prompt[-8:]), [] if item.conversation else [trace]
-                doubtful.update(doubts(item, end, prompt, texts, [response], tokenizer))
+                doubtful.update(doubts_of(item, end, prompt, texts, [response], tokenizer))
             if len(prompt) > args.max_prompt_tokens:
                 count["prompt_too_long"] += 1
                 continue

@@ -56,6 +56,10 @@ class Trace:
     actions: list | None = None  # which of them are the model's own; None: all
     probs: list | None = None  # the probability that its author gave to each of its tokens
 
+    @property
+    def blank(self) -> bool:
+        return not (self.ids or self.text.strip())
+
 
 @dataclass
 class Item:
@@ -75,7 +79,7 @@ class Item:
         """The first correct (or incorrect) trace that is not blank; a blank one if all are. A trace that nobody graded
         counts as correct."""
         traces = [t for t in self.traces if (t.reward is None or t.reward > 0) == correct]
-        return next((t for t in traces if t.ids or t.text.strip()), traces[0] if traces else None)
+        return next((trace for trace in traces if not trace.blank), traces[0] if traces else None)
 
 
 def read_row(row: dict, where: str) -> Item:

@@ -112,7 +112,7 @@ def read_problem(row: dict, where: str, args: Args) -> Item | str:
         row = row | {"correctness": None, "correctness_math_verify": graded}
     item = read_row(row, where)
     item.source = str(row.get("source") or item.source)
-    item.traces = [t for t in (item.first(correct=True), item.first(correct=False)) if t and (t.ids or t.text.strip())]
+    item.traces = [t for t in (item.first(correct=True), item.first(correct=False)) if t and not t.blank]
     return item
 
 
