@@ -177,20 +177,25 @@ def gone(group: int, seconds: float = 15.0) -> bool:
     return False
 
 
-def run_script(*words, ranks: int = 1, check: bool = True, timeout: float = 300, **env):
-    """Run a script of the repository, as `python` or `torchrun` do, with `env` besides; -> CompletedProcess.
+def start_ranks(words, ranks: int, folder, by=None, **env) -> list[int]:
+    """Start a script as `python` or `torchrun` do, by a zygote. -> the ranks' process ids"""
+    joint = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    joint |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    pids = []
+    for rank in range(ranks):
+        ours = joint | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        pids.append((by or zygote()).start(words, f"{folder}/out-{rank}", f"{folder}/err-{rank}", **ours, **env))
+    return pids
 
-    (tests/faults/test_ranks.py uses torchrun itself.)"""
+
+def run_script(*words, ranks: int = 1, check: bool = True, timeout: float = 300, by=None, **env):
+    """Run a script, as `python` or `torchrun` do, with `env` besides; -> CompletedProcess. by: a zygote, if it is not
+    that of the repository. (tests/faults/test_ranks.py uses torchrun itself.)"""
     with tempfile.TemporaryDirectory() as folder:
-        joint = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        joint |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        pids = []
-        for rank in range(ranks):
-            ours = joint | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            pids.append(zygote().start(words, f"{folder}/out-{rank}", f"{folder}/err-{rank}", **ours, **env))
+        pids = start_ranks(words, ranks, folder, by, **env)
         deadline, codes = time.monotonic() + timeout, dict.fromkeys(pids)
         while None in codes.values():
-            codes = {pid: zygote().poll(pid) for pid in pids}
+            codes = {pid: (by or zygote()).poll(pid) for pid in pids}
             failed = any(codes.values())
             if failed:
                 deadline = min(deadline, time.monotonic() + 10)  # as torchrun: one is gone, the others must go too

@@ -2,7 +2,6 @@
 of any length, checkpoints in the background. Their numbers are the CPU's, to what bf16 rounds."""
 
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +9,8 @@ import pytest
 from common.metrics import read_metrics
 from tests.conftest import run_script
 from tests.faults import harness
-from tests.simulated_cuda.run import command, make
+from tests.simulated_cuda.run import make
+from tests.zygote import Zygote
 
 if sys.platform != "linux" or not shutil.which("g++"):
     pytest.skip("needs Linux and g++", allow_module_level=True)
@@ -18,23 +18,18 @@ if sys.platform != "linux" or not shutil.which("g++"):
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
-    """A folder with the scripts for the simulated device, and the environment that they need."""
+    """A zygote of the scripts for the simulated device."""
     folder = tmp_path_factory.mktemp("simulated")
-    return folder, make(folder)
-
-
-def run(simulated, words, ranks=1):
-    folder, environment = simulated
-    done = subprocess.run(command(words, ranks), cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
-    return done.stdout
+    started = Zygote(folder, **make(folder))
+    yield started
+    started.close()
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("luffy", 2), ("oreo", 1)])
 def test_a_run_is_that_of_the_cpu(simulated, name, ranks, tmp_path):
     short = ["--steps", "2", "--eval_every", "0", "--gradient_checkpointing", "none"]  # the device has little memory
     words = [*harness.words_of(name, tmp_path / "there"), *short]
-    run(simulated, words, ranks)
+    run_script(*words, ranks=ranks, by=simulated)
     run_script(*harness.words_of(name, tmp_path / "here"), *short)
     there, here = (read_metrics(tmp_path / folder) for folder in ("there", "here"))
     assert [row["step"] for row in there] == [row["step"] for row in here] == [1, 2]
@@ -49,6 +44,6 @@ def test_a_run_is_that_of_the_cpu(simulated, name, ranks, tmp_path):
 
 def test_the_tests_for_cuda_pass(simulated):
     words = ["-m", "pytest", "tests/test_logprobs.py", "tests/test_data.py", "-m", "cuda", "-p", "no:cacheprovider"]
-    # extreme numbers in float32, which the same kernels get on the CPU too
-    same = "(errors_in_float32 or errors_of_kl) and (huge or equal or 1e4 or tail or top or tiny)"
-    assert " passed" in run(simulated, [*words, "-v", "-k", f"not ({same})"])
+    # extreme numbers, which the same kernels get on the CPU too
+    same = "(errors or kept_exponentials) and (huge or equal or 1e4 or tail or top or tiny)"
+    assert " passed" in run_script(*words, "-v", "-k", f"not ({same})", by=simulated).stdout

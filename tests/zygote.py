@@ -5,6 +5,7 @@
 What runs in the fork is the script as `python luffy.py ...` (or `-m igsm`) runs it, in a session of its own."""
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -18,10 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Zygote:
-    def __init__(self):
+    def __init__(self, folder: Path = ROOT, **env: str):
+        """Of the scripts in `folder`."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            [sys.executable, "-m", "tests.zygote"], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
         )  # fmt: skip
         self.process.stdout.readline()  # everything is imported
 
@@ -61,12 +63,16 @@ class Zygote:
 def serve() -> None:
     """The other end: fork a script for every line that asks for one."""
     answer, sys.stdout = sys.stdout, sys.stderr
+    import matplotlib.backends.backend_agg  # noqa: F401
     import torch.distributed.checkpoint  # noqa: F401
-    import transformers  # noqa: F401
-    from torch.distributed.fsdp import fully_shard  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import igsm  # noqa: F401
-    from common import data, logprobs, rollout, trainer, verifiers  # noqa: F401
+    from common import report, search, vllm  # noqa: F401  and with them all others
+
+    get_checkpoint_conversion_mapping("qwen2")  # half a second, when a process asks for the first time
+    gc.collect()
+    gc.freeze()  # or each process would search all of this for garbage, again and again
 
     answer.write("ready\n")
     answer.flush()

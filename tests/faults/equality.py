@@ -15,7 +15,8 @@ TABLE = {  # loss: function of (world, its name there, tokens of a micro-batch),
     **{f"oreo {kind}": (oreo_ranks.gradients, kind) for kind in oreo_ranks.KINDS},
     **{f"behavior_injection {name}": (behavior_ranks.gradient, name) for name in ("rl", "masked", "sft")},
 }
-TOKENS = (1, 64, 10_000)  # every sequence alone, a few together, all of a rank's in one row
+# of a micro-batch, by number of ranks: every sequence alone, a few together, all of a rank's in one row
+TOKENS = {1: (1, 64, 10_000), 2: (1, 10_000), 4: (64,)}
 
 
 def update(world, loss: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +39,7 @@ def main(out: str) -> None:
     world = init_world()
     torch.set_num_threads(1)
     for loss in TABLE:
-        for tokens in TOKENS if world.size == 4 else TOKENS[1:2]:
+        for tokens in TOKENS[world.size]:
             found = update(world, loss, tokens)
             if world.main:
                 torch.save(found, f"{out}/{loss}-{world.size}-{tokens}.pt")

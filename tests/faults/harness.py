@@ -48,7 +48,7 @@ RUNS = {
         "80", "--base_steps", "4",
         "--sft_problems", "12", "--sft_batch_size", "4", "--sft_steps", "4", "--rl_problems", "20", "--eval_problems",
         "6", "--ops", "1", "3", "--val_ops", "2", "2", "--test_ops", "2", "3", "--base_ops", "1", "2", "--batch_size",
-        "4", "--group_size", "4", "--max_response_tokens", "40", "--steps", "6", "--eval_every", "2", "--save_every",
+        "4", "--group_size", "4", "--max_response_tokens", "24", "--steps", "6", "--eval_every", "2", "--save_every",
         "2",
     ],
 }  # fmt: skip

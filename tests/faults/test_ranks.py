@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.metrics import read_metrics
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_script
 from tests.faults.harness import ONLINE, assert_equal
 
 STEPS = ["--steps", "4", "--save_every", "1", "--eval_every", "0"]
@@ -24,7 +24,8 @@ def torchrun(words, out, ranks=2, restarts=0, **env):
     start = time.monotonic()
     result = subprocess.run(
         [*launcher, *words, *ONLINE, *STEPS, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=280,
-        env={**os.environ, "FAULT_TAG": tag, **env},
+        # torchrun waits 30 s, if nothing is said, for a rank that does not end when it is asked to
+        env={**os.environ, "FAULT_TAG": tag, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", **env},
     )  # fmt: skip
     seconds, deadline = time.monotonic() - start, time.monotonic() + 5
     while (left := tagged(tag)) and time.monotonic() < deadline:
@@ -45,9 +46,9 @@ def tagged(tag: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("fault", ["raise", "kill", "stop"])
+@pytest.mark.parametrize("fault", ["raise", "stop"])  # kill: below
 def test_the_fault_of_one_rank_ends_the_run(fault, tmp_path):
-    words = ["tests/faults/faulty.py", "--timeout_minutes", "0.2"] if fault == "stop" else ["tests/faults/faulty.py"]
+    words = ["tests/faults/faulty.py", "--timeout_minutes", "0.1"] if fault == "stop" else ["tests/faults/faulty.py"]
     code, error, seconds, left = torchrun(words, tmp_path / "run", FAULT=fault)
     assert code != 0 and left == []
     assert seconds < 200
@@ -64,11 +65,9 @@ def test_torchrun_restarts_a_run_which_goes_on_and_then_on_another_number_of_ran
     assert (code, left) == (0, []), error[-3000:]
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and os.path.exists(once)
-    code, error, _, _ = torchrun(["luffy.py"], tmp_path / "whole")
-    assert code == 0, error[-3000:]
+    run_script("luffy.py", *ONLINE, *STEPS, "--out", tmp_path / "whole", ranks=2)
     assert assert_equal(tmp_path / "whole", tmp_path / "run") > 4  # to the bit, on two ranks too
 
-    words = [sys.executable, "luffy.py", *ONLINE, *STEPS, "--steps", "5", "--out", str(tmp_path / "run")]
-    alone = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    alone = run_script("luffy.py", *ONLINE, *STEPS, "--steps", "5", "--out", tmp_path / "run")
     assert "made by 2 ranks, and 1 resume" in alone.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]

@@ -14,6 +14,6 @@ from tests.faults import harness
 def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     seconds = harness.undisturbed(name, whole, zygote())
-    moments = harness.disturbed(name, killed, zygote(), seconds, 4, random.Random(name))
+    moments = harness.disturbed(name, killed, zygote(), seconds, 3, random.Random(name))
     assert len(moments) >= 2, "it was to be killed more often"
     assert harness.assert_equal(whole, killed) > 8
