@@ -499,14 +499,16 @@ def train(args: Args) -> None:
 
 
 def read_questions(path: str, args: Args) -> list[str]:
-    """Return the questions of a file. Raises InputError if one is not of iGSM."""
-    questions = [read_row(row, f"{path}, row {i}").question for i, row in enumerate(load_rows(path))]
-    for i, question in enumerate(questions):
+    """Return the questions of a file. Raises InputError if one is not of iGSM or its gold is of another --modulus."""
+    items = [read_row(row, f"{path}, row {i}") for i, row in enumerate(load_rows(path))]
+    for i, item in enumerate(items):
         try:
-            igsm.solve(question, modulus=args.modulus or None)
+            answer = igsm.solve(item.question, modulus=args.modulus or None)
         except ValueError as error:
             raise InputError(f"{path}, row {i}: {error}; --stage eval checks steps of iGSM: use eval.py") from error
-    return questions
+        if str(answer) != item.gold:
+            raise InputError(f"{path}, row {i}: with --modulus {args.modulus} its answer is {answer}, not {item.gold}")
+    return [item.question for item in items]
 
 
 def test_model(model: str, args: Args, world) -> dict[str, dict]:

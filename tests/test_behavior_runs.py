@@ -366,7 +366,10 @@ def test_sft_takes_own_rows_without_golds_and_names_its_batch_size(folder):
     assert (folder / "vanilla" / "sft" / "model").exists()
 
 
-@pytest.mark.parametrize(("question", "message"), [("a=3\na?", ""), ("0+1=?", "row 1: cannot parse .*: use eval.py")])
+@pytest.mark.parametrize(("question", "message"), [
+    ("a=3\na?", ""), ("0+1=?", "row 1: cannot parse .*: use eval.py"),
+    ("a=22\nb=a+5\nb?", "row 1: with --modulus 23 its answer is 4, not 3"),  # 3 is of 24
+])  # fmt: skip
 def test_own_tests_may_have_any_shape_and_must_be_igsms(question, message, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "b=1\nb?"}], "answer": "1"}, {"prompt": question, "answer": "3"}]
     path = write_rows(tmp_path / "test_id.jsonl", rows)
