@@ -61,22 +61,20 @@ class Metrics:
                     self.board.add_scalar(name, value, step)
             if self.wandb:
                 self.wandb.log(known, step=step)
-            if late := 1 in (known.get("verifier/timeout"), known.get("verifier/eval_timeout")):
-                self.warn(step, "reached its deadline on every answer, which gives them reward 0")
-            if 1 in (known.get("verifier/own_unparsable"), known.get("verifier/eval_unparsable")):
-                self.warn(step, "reads none of the model's own answers, or cannot read the golds: samples.jsonl shows "
-                          "why (cut by --max_response_tokens? math, the default, needs </think>)")  # fmt: skip
-            if not late and known.get("reward/teacher", 1) <= 0:
-                self.warn(step, "accepts none of the traces: do the gold answers fit it, or were the traces cut? "
-                          "samples.jsonl shows both; --verifier robust reads more spellings")  # fmt: skip
+            late = 1 in (known.get("verifier/timeout"), known.get("verifier/eval_timeout"))
+            unread = 1 in (known.get("verifier/own_unparsable"), known.get("verifier/eval_unparsable"))
+            warnings = {
+                "reached its deadline on every answer, which gives them reward 0": late,
+                "reads none of the model's own answers, or cannot read the golds: samples.jsonl shows why (cut by "
+                "--max_response_tokens? math, the default, needs </think>)": unread,
+                "accepts none of the traces: do the gold answers fit it, or were the traces cut? samples.jsonl shows "
+                "both; --verifier robust reads more spellings": not late and known.get("reward/teacher", 1) <= 0,
+            }
+            for warning in (text for text, due in warnings.items() if due and text not in self.warned):
+                self.warned.add(warning)  # once is enough
+                tqdm.write(f"WARNING: step {step}: --verifier {warning}", file=sys.stderr)
             self.bar.set_postfix({k: f"{known[k]:.3g}" for k in show if k in known}, refresh=False)
             self.bar.update(step - self.bar.n)
-
-    def warn(self, step: int, what: str) -> None:
-        """Print a warning about the verifier, once."""
-        if what not in self.warned:
-            self.warned.add(what)
-            tqdm.write(f"WARNING: step {step}: --verifier {what}", file=sys.stderr)
 
     def samples(self, step: int, rows: list[dict]) -> None:
         """Texts worth reading, one object a line."""
@@ -127,15 +125,8 @@ def write_whole(path: Path, text: str) -> None:
 
 def json_line(row: dict) -> str:
     """A row as a line of JSON, which has no NaN or infinity: null."""
-
-    def finite(x):
-        if isinstance(x, dict):
-            return {key: finite(value) for key, value in x.items()}
-        if isinstance(x, list):
-            return [finite(value) for value in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return json.dumps(finite(row), ensure_ascii=False) + "\n"
+    finite = json.loads(json.dumps(row), parse_constant=lambda name: None)
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 def complete_lines(path: Path) -> list[str]:
