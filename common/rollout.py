@@ -211,7 +211,6 @@ class EmbeddedSampler(Sampler):
                 raise
             why = first_line(error)
         reshard(policy)
-        policy.useful_share()  # reset: it counts the updates only
         if not self.proven:
             raise InputError(f"--rollout embedded does not support {type(self.lm).__name__}: {why}; try --rollout vllm")
 

@@ -351,7 +351,6 @@ class Run:
         means = {name: max(found) if name.endswith("/max") else mean(found) for name, found in logged.items()}
         costs = seconds | {
             "speed/tokens_per_second": tokens / seconds["seconds/step"],
-            "speed/useful_share": self.policy.useful_share(),
             "memory/peak_gb": peak_memory_gb(self.world), "update/skipped": self.skipped or None,
         }
         self.logs = []

@@ -235,7 +235,6 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.bad_logps = 0  # log-probs that were NaN or above 0, with gradients, since the last check_finite
-        self.cells = self.useful = 0  # cells of attention, and those without padding, since the last useful_share
 
     def forward(
         self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False, reference=None, raw: bool = False
@@ -245,8 +244,6 @@ class Policy(nn.Module):
         With `reference`, a frozen Policy: (the same, the reference's log-probs, KL(self || reference) over the
         whole vocabulary), [N] each. With `raw`: hidden states [N, H] and the head's weight [V, H]."""
         hidden, weight = predictor_states(self.lm, batch), self.lm.get_output_embeddings().weight
-        self.cells += len(batch.packing.cells)
-        self.useful += len(batch.packing.home) + len(batch.packing.copies)
         if raw:
             return hidden, weight
         form = dict(temperature=temperature, **logit_form(self.lm.config))
@@ -274,11 +271,6 @@ class Policy(nn.Module):
             return self.lm.get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1].float()
         logits = self.lm(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
         return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-
-    def useful_share(self) -> float | None:
-        """Fraction of attention's cells on this rank that were no padding, since the last call."""
-        cells, useful, self.cells, self.useful = self.cells, self.useful, 0, 0
-        return useful / cells if cells else None
 
 
 def logit_form(config) -> dict[str, float]:
@@ -547,7 +539,6 @@ def prove(model, flag: str) -> None:
         why = f"{OWN_ATTENTION} ({first_line(error)})"
     finally:
         reshard(model)
-        model.cells = model.useful = 0
     raise InputError(f"{flag}: {type(lm).__name__} is not supported: {why}")
 
 

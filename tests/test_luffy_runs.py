@@ -38,7 +38,6 @@ def test_every_method_trains_and_leaves_a_run_folder(method, tmp_path):
         assert max(row.get("mismatch/max", 0) for row in rows) < 1e-4
     if method in ("luffy", "rl_sft"):
         assert all(row["reward/teacher"] == 1 for row in rows[1:])
-        assert all(row["speed/useful_share"] > 0.97 for row in rows[1:]), "attention is to pad little"
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
     assert {"step", "who", "reward", "detail", "truncated", "advantage", "gold", "prompt", "response"} == sample.keys()
     assert (sample["reward"] is None) == (method == "sft")  # nobody has graded it

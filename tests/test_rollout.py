@@ -168,12 +168,6 @@ def test_seeds_keys_and_places_name_different_streams(sampler):
     assert first(0, [2, 1]) == a[::-1]
 
 
-def test_the_proof_at_the_first_sync_counts_as_no_update(policy):
-    policy.useful_share()
-    EmbeddedSampler(policy, stop_ids=[1]).sync(policy, version=0)
-    assert policy.useful_share() is None
-
-
 @pytest.mark.parametrize("factor", [1.05, math.nan])
 def test_a_sampler_that_computes_otherwise_than_the_policy_is_refused(policy, factor):
     sampler = EmbeddedSampler(policy, stop_ids=[1])

@@ -933,15 +933,6 @@ def test_the_rate_of_a_step_is_the_one_that_it_is_given_and_decay_is_adamws(poli
 # ---------------------------------------------------------------------- what is measured, limits, digests, settings
 
 
-def test_the_useful_share_is_of_cells_that_are_no_padding_since_it_was_last_asked_for(policy):
-    policy.useful_share()
-    batch = pack([([3, 4, 5], [6] * 20), ([3, 4, 5], [7] * 19), ([8], [9] * 21)])  # a prompt stands in two rows
-    policy(batch)
-    rows = (3 + 19) + (3 + 18) + (1 + 20)
-    assert len(batch.packing.cells) == 3 * 22 and policy.useful_share() == rows / (3 * 22)
-    assert policy.useful_share() is None
-
-
 def test_a_sequence_may_have_as_many_tokens_as_there_are_positions(policy):
     limit = NANO["max_position_embeddings"]
     with torch.no_grad():
