@@ -44,7 +44,8 @@ class Metrics:
             # after a crash: what was logged beyond the checkpoint will be done and logged again
             kept = [line for line in complete_lines(path) if start and json.loads(line)["step"] <= start]
             write_whole(path, "".join(line + "\n" for line in kept))
-            self.files[name] = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (until close())
+            # line by line, until close()
+            self.files[name] = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         if args.tensorboard:
             self.board = SummaryWriter(out, purge_step=start + 1 if start else None)
         if args.wandb:
@@ -55,7 +56,7 @@ class Metrics:
         """Write a row of metrics; `show`: those on the progress bar."""
         if self.world.main:
             known = {k: v for k, v in values.items() if v is not None}
-            self._write("metrics", {"step": step, **known})
+            self.files["metrics"].write(json_line({"step": step, **known}))
             if self.board:
                 for name, value in known.items():
                     self.board.add_scalar(name, value, step)
@@ -80,11 +81,7 @@ class Metrics:
         """Texts worth reading, one object a line."""
         if self.world.main:
             for row in rows:
-                self._write("samples", {"step": step, **row})
-
-    def _write(self, name: str, row: dict) -> None:
-        self.files[name].write(json_line(row))
-        self.files[name].flush()
+                self.files["samples"].write(json_line({"step": step, **row}))
 
     def to_disk(self) -> None:
         """Wait until all that was logged is on the disk."""

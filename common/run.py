@@ -137,21 +137,19 @@ class RunArgs:
 def check_ranges(args) -> None:
     """Raise InputError for a flag whose value is outside the range of its type, and for values that no flag takes."""
     for name, kind in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
         for rule in getattr(kind, "__metadata__", ()):
-            if isinstance(rule, tuple) and not rule[1](getattr(args, name)):
-                raise InputError(f"--{name} must be {rule[0]}, not {getattr(args, name)}")
+            if isinstance(rule, tuple) and not rule[1](value):
+                raise InputError(f"--{name} must be {rule[0]}, not {value}")
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        if choices and getattr(args, name) not in choices:  # tyro has checked typed values, but not a preset's
-            raise InputError(f"--{name} must be one of {', '.join(map(repr, choices))}, not {getattr(args, name)}")
-    for name, value in vars(args).items():
+        if choices and value not in choices:  # tyro has checked typed values, but not a preset's
+            raise InputError(f"--{name} must be one of {', '.join(map(repr, choices))}, not {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--{name} must be finite, not {value}")
         if name in ("temperature", "eval_temperature") and 0 < value < 0.01:  # vLLM would take 0.01
             raise InputError(f"--{name} must be 0.01 or more, not {value} (0, where it is allowed, is greedy)")
-    if getattr(args, "data", None) == () and type(args).data:  # eval.py --regrade needs none
-        raise InputError("--data is empty")
-    if getattr(args, "out", None) == "" and type(args).out:  # RunArgs itself names no folder
-        raise InputError("--out is empty")
+        if name in ("data", "out") and not value and getattr(type(args), name, None):
+            raise InputError(f"--{name} is empty")
 
 
 def check_flags(args) -> None:
@@ -712,12 +710,12 @@ def keep_records(path: Path, parts: list[list], make, world: World, *, together:
     todo = [part for part in parts if not all(i in done for i in part)]
     if not together:  # every rank gets as many parts; its last one may be empty
         todo = (todo + [[]] * (-len(todo) % world.size))[world.rank :: world.size]
-    with open(path.with_name(f"{path.stem}.part-{world.rank}.jsonl"), "a", encoding="utf-8") as file:
+    part_file = path.with_name(f"{path.stem}.part-{world.rank}.jsonl")
+    with open(part_file, "a", buffering=1, encoding="utf-8") as file:
         for part in tqdm(todo, desc=path.name, unit="part", disable=not (todo and world.main)):
             records = make(part)
             if world.main or not together:
                 file.write("".join(json.dumps(record) + "\n" for record in records))
-                file.flush()
     return merge()
 
 

@@ -202,10 +202,8 @@ class VLLMSampler(Sampler):
         self.syncs += 1
         self.label = f"{self.syncs} (step {version})"
         for attempt in range(MAX_RESTARTS + 1):
-            faults = self._attempt(self._send_weights) or self._attempt(self._prove)
-            if not faults:
+            if not (self._fails(self._send_weights, attempt) or self._fails(self._prove, attempt)):
                 break
-            self._restart(faults, attempt)
         self.version, self.proven = version, True
 
     def sleep(self) -> None:
@@ -222,25 +220,22 @@ class VLLMSampler(Sampler):
             os.close(self.memory)
             self.memory = None
 
-    def _attempt(self, act) -> list[str]:
-        """Run act; return the faults of all ranks (a collective)."""
-        self.failed = False
+    def _fails(self, act, attempt: int) -> bool:
+        """Run act; if a rank's worker fails, start that worker again and return True on all ranks (a collective)."""
+        mine = []
         try:
             act()
         except WorkerFault as fault:
-            self.failed = True
-            return gather_lists([f"{fault}.{self.worker.last_words()}"], self.world)
-        return gather_lists([], self.world)
-
-    def _restart(self, faults: list[str], attempt: int) -> None:
-        """Start the worker again where it failed; all ranks have the same faults and so decide the same."""
-        if attempt == MAX_RESTARTS or not self.proven:
+            mine = [f"{fault}.{self.worker.last_words()}"]
+        faults = gather_lists(mine, self.world)
+        if faults and (attempt == MAX_RESTARTS or not self.proven):
             self.close()
             raise RuntimeError(f"vLLM failed: {faults[0]}")
-        self.restarts += 1
-        if self.failed:
-            print(f"rollout: {faults[0]}Restart {attempt + 1} of {MAX_RESTARTS}.", file=sys.stderr, flush=True)
+        self.restarts += bool(faults)
+        if mine:
+            print(f"rollout: {mine[0]}Restart {attempt + 1} of {MAX_RESTARTS}.", file=sys.stderr, flush=True)
             self.worker.start()
+        return bool(faults)
 
     def _weights(self):
         """(name in a checkpoint, whole tensor in vLLM's dtype) of every weight, one at a time; a collective."""
@@ -305,18 +300,14 @@ class VLLMSampler(Sampler):
         vocabulary = self.policy.lm.get_input_embeddings().weight.shape[0]
         length = max(1, min(8, self.max_tokens // 2))
         prompt = rng.integers(vocabulary, size=length).tolist()
+        most = min(64, self.max_tokens - length)
         drawn: dict[int, Completion] = {}
-        fault = None
         try:
-            most = min(64, self.max_tokens - length)
             self._draw([(prompt, 0, most)], Sampling(most, temperature=0.5), drawn.__setitem__)
-        except WorkerFault as error:  # raised below: first this rank must join the forward, a collective
-            fault = error
-        ids = drawn[0].ids if drawn else [0]
-        logp = self.policy(pack([(prompt, ids)], self.world.device), temperature=0.5).cpu()
-        self._free()
-        if fault:
-            raise fault
+        finally:  # after a fault this rank still joins the forward, a collective
+            ids = drawn[0].ids if drawn else [0]
+            logp = self.policy(pack([(prompt, ids)], self.world.device), temperature=0.5).cpu()
+            self._free()
         gap = (logp - torch.tensor(drawn[0].logps)).abs().mean().item()
         limit = 0.25 if self.cuda else 1e-3  # bf16: 0.02 on average
         if not gap < limit:
@@ -330,6 +321,7 @@ class VLLMSampler(Sampler):
             if len(prompt) + limit > self.max_tokens:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens: with max_tokens {limit} that is more than the "
                                  f"{self.max_tokens} that vLLM was started for")  # fmt: skip
+        version = self.version
         streams = [int(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).hexdigest(), 16) for key in keys]
         for attempt in range(MAX_RESTARTS + 1):
             missing = [(i, j) for i, group in enumerate(groups) for j, answer in enumerate(group) if answer is None]
@@ -342,11 +334,8 @@ class VLLMSampler(Sampler):
                     drawn(i, groups[i])
 
             requests = [(prompts[i], streams[i] + j, limits[i]) for i, j in missing]
-            faults = self._attempt(functools.partial(self._draw, requests, sampling, take))
-            if not faults:
+            if not self._fails(functools.partial(self._draw, requests, sampling, take), attempt):
                 break
-            version = self.version
-            self._restart(faults, attempt)
             self.sync(self.policy, version)
 
     def _draw(self, requests: list[tuple[list[int], int, int]], sampling: Sampling, take) -> None:
