@@ -71,9 +71,10 @@ class Metrics:
                 "accepts none of the traces: do the gold answers fit it, or were the traces cut? samples.jsonl shows "
                 "both; --verifier robust reads more spellings": not late and known.get("reward/teacher", 1) <= 0,
             }
-            for warning in (text for text, due in warnings.items() if due and text not in self.warned):
-                self.warned.add(warning)  # once is enough
-                tqdm.write(f"WARNING: step {step}: --verifier {warning}", file=sys.stderr)
+            for warning, due in warnings.items():
+                if due and warning not in self.warned:
+                    self.warned.add(warning)
+                    tqdm.write(f"WARNING: step {step}: --verifier {warning}", file=sys.stderr)
             self.bar.set_postfix({k: f"{known[k]:.3g}" for k in show if k in known}, refresh=False)
             self.bar.update(step - self.bar.n)
 
