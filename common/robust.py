@@ -829,8 +829,6 @@ LARGE, SMALL = sympy.Rational(347, 7), sympy.Rational(1, 9)  # their points hold
 def _points(symbols):
     """Return the points {symbol: number} where formulas are compared: eight, large and small, with every combination of
     the signs of two symbols; one empty point if there are no symbols."""
-    if len(symbols) > 8:
-        raise Unreadable("too many symbols")
     ordered = sorted(symbols, key=str)
     return [
         {s: (-1) ** (k >> i % 2) * scale * sympy.Rational(37 + 24 * i + 10 * k, 29 + 2 * i)

@@ -441,36 +441,23 @@ def _math_verify():
 
 def _arithmetic(text, *_, **__):
     """sympy.parse_expr(text, evaluate=False) of numbers and + - * / ** ( ), without eval."""
-    from sympy import Add, Float, Integer, Mul, Pow
+    import sympy
+    from sympy.parsing.sympy_parser import EvaluateFalseTransformer
 
     def build(node):
         match node:
             case ast.Constant(value=value) if type(value) is int:
-                return Integer(value)
+                return sympy.Integer(value)
             case ast.Constant(value=float()):
-                return Float(ast.get_source_segment(text, node))
+                return sympy.Float(ast.get_source_segment(text, node))
             case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
                 return -build(node.operand) if isinstance(node.op, ast.USub) else build(node.operand)
-            case ast.BinOp(op=ast.Add() | ast.Sub()):
-                return Add(*chain(node, ast.Add, ast.Sub), evaluate=False)
-            case ast.BinOp(op=ast.Mult() | ast.Div()):
-                return Mul(*chain(node, ast.Mult, ast.Div), evaluate=False)
-            case ast.BinOp(op=ast.Pow()):
-                return Pow(build(node.left), build(node.right), evaluate=False)
+            case ast.Call(func=ast.Name(id="Add" | "Mul" | "Pow" as name), keywords=[_]):  # of the transformer
+                return getattr(sympy, name)(*map(build, node.args), evaluate=False)
         raise SyntaxError("not arithmetic")
 
-    def chain(node, join, inverse):
-        """Terms of a sum or factors of a product: a - b is a + (-1 b), a / b is a b^-1."""
-        if not (isinstance(node, ast.BinOp) and isinstance(node.op, (join, inverse))):
-            return [build(node)]
-        if isinstance(node.op, join):
-            return [*chain(node.left, join, inverse), *chain(node.right, join, inverse)]
-        right = build(node.right)
-        undone = Mul(-1, right, evaluate=False) if inverse is ast.Sub else Pow(right, -1, evaluate=False)
-        return [*chain(node.left, join, inverse), undone]
-
     text = text.strip()
-    return build(ast.parse(text, mode="eval").body)
+    return build(EvaluateFalseTransformer().visit(ast.parse(text, mode="eval").body))
 
 
 def _polynomial(symbol, expression, *_, **__):
@@ -622,17 +609,14 @@ class _Worker:
     both ways: what a process that reads a model's text sends is not unpickled."""
 
     BOOT = """if True:
-        import importlib.util, json, sys
-        sys.path[:], name, file, *args = json.loads(sys.argv[1])
-        spec = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module._serve(*args)"""
+        import importlib, json, sys
+        sys.path[:], name, *args = json.loads(sys.argv[1])
+        importlib.import_module(name)._serve(*args)"""
     closed = ""  # why `close` closed it
 
     def __init__(self, spec):
         self.sock, theirs = socket.socketpair()
-        argument = json.dumps([sys.path, __name__, __file__, spec, theirs.fileno(), MEMORY])
+        argument = json.dumps([sys.path, __name__, spec, theirs.fileno(), MEMORY])
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", self.BOOT, argument],
@@ -727,13 +711,10 @@ def _serve(spec, fd, memory):
         sock.sendall(json.dumps([*verdict, retire]).encode() + b"\n")
 
     try:
-        if spec in VERIFIERS:
-            verify = VERIFIERS[spec]
-            for answer, gold in WARM_UP:
-                _judge(verify, r"</think>\boxed{" + answer + "}", gold)
-        else:
-            module, _, name = spec.partition(":")
-            verify = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        module, _, name = spec.partition(":")
+        verify = VERIFIERS.get(spec) or functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        for answer, gold in WARM_UP if spec in VERIFIERS else []:
+            _judge(verify, r"</think>\boxed{" + answer + "}", gold)
     except Exception as error:
         return send(Verdict(0.0, "failed", f"{type(error).__name__}: {error}"))
     send(Verdict(0.0, "ready"))
