@@ -13,7 +13,7 @@ import math
 import random
 import re
 import string
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 from common.data import InputError
@@ -87,49 +87,46 @@ def read_row(row: dict, where: str) -> Item:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with named columns, found {type(row).__name__}")
     given = ", ".join(map(str, row))
-    # of names that differ in case alone the last one wins: a filled one over a blank one, then "answer" over "Answer"
-    names = sorted(row, key=lambda name: (not _blank(row[name]), str(name).islower()))
-    row = {name if len(name) == 1 else name.lower(): row[name] for name in names}  # A, B, ... are options
     try:
-        row = {name: unfolded(name, value) for name, value in row.items()}
-    except TypeError as error:
-        raise InputError(f"{where}: {error}") from error
-    columns = {name for name, value in row.items() if not _blank(value)}  # files of mixed shapes hold nulls
-    blank = [str(name) for name in row if name not in columns]
+        return _read(row)
+    except KeyError as error:
+        raise InputError(f"{where}: column {error} is missing (found: {given})") from error
+    except (TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        raise InputError(f"{where}: {error} (columns found: {given})") from error
+
+
+def _read(row: dict) -> Item:
+    # of names that differ in case alone the last one wins: a filled one over a blank one, then "answer" over "Answer"
+    names = sorted(row, key=lambda name: (not _blank(row[name]), name.islower()))
+    row = {name if len(name) == 1 else name.lower(): row[name] for name in names}  # A, B, ... are options
+    row = {name: unfolded(name, value) for name, value in row.items()}
+    blank = [name for name, value in row.items() if _blank(value)]  # files of mixed shapes hold nulls
+    columns = row.keys() - blank
     kept = {*TRACES, *string.ascii_letters}  # a trace may be blank; a blank option is named by an error
     row = {name: value for name, value in row.items() if name in columns or (name in kept and isinstance(value, str))}
     found = columns | _groups(row, columns)
     read = next((read for needs, read in SHAPES if needs <= found), None)
     if read is None:
-        raise InputError(f"{where}: no shape of row has these columns ({given}{'; blank: ' if blank else ''}"
-                         f"{', '.join(blank)}); docs/data.md has the shapes of rows")  # fmt: skip
-    try:
-        if any(re.fullmatch(r"(image|video|audio)s?(_\d+)?", str(name)) for name in columns):
-            raise ValueError("the row has an image, a video or sound, which no script reads")
-        for name in columns & {"tools", "chat_template_kwargs", "enable_thinking"}:
-            if row[name] not in ("[]", "{}", "null"):
-                raise ValueError(f"'{name}' is for the chat template, which takes nothing from single rows: remove the "
-                                 "column (--chat_template_args is for all rows)")  # fmt: skip
-        if {"answers", "graded_by"} <= columns:
-            raise ValueError("the row is of samples.jsonl of an evaluation, whose answers are not read as traces")
-        item = read(row)
-        system = next((row[name] for name in ("system", "system_prompt") if not _blank(row.get(name))), None)
-        if system and item.prompt[:1] and item.prompt[0]["role"] != "system":
-            turn = {"role": "system", "content": _text(system, "'system'")}
-            item.prompt = [turn, *item.prompt]
-            item.conversation = item.conversation and [turn, *item.conversation]
-        item.text = _text(row.get("prompt_text") or item.text or "", "'prompt_text'") or None
-        if item.text and (system or not _blank(row.get("history"))):
-            raise ValueError("'system' and 'history' stand beside a rendered prompt, which has all turns: remove them")
-        item.source = _text(row.get("data_source") or item.source, "'data_source'")
-        item.weight = 1.0 if row.get("weight") is None else row["weight"]
-        if isinstance(item.weight, bool) or not isinstance(item.weight, (int, float)) or not 0 <= item.weight < 1e300:
-            raise TypeError(f"'weight' must be a number from 0 on, not {item.weight!r} (a wrong trace has label 0)")
-        item.weight = float(item.weight)
-    except KeyError as error:
-        raise InputError(f"{where}: column {error} is missing (found: {given})") from error
-    except (TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
-        raise InputError(f"{where}: {error} (columns found: {given})") from error
+        raise ValueError(f"no shape of row in docs/data.md has these columns (blank: {', '.join(blank) or 'none'})")
+    if any(re.fullmatch(r"(image|video|audio)s?(_\d+)?", name) for name in columns):
+        raise ValueError("the row has an image, a video or sound, which no script reads")
+    for name in columns & {"tools", "chat_template_kwargs", "enable_thinking"}:
+        if row[name] not in ("[]", "{}", "null"):
+            raise ValueError(f"'{name}' is for the chat template, which takes nothing from single rows: remove the "
+                             "column (--chat_template_args is for all rows)")  # fmt: skip
+    item = read(row)
+    system = row.get("system", row.get("system_prompt"))
+    if system and item.prompt[:1] and item.prompt[0]["role"] != "system":
+        turn = {"role": "system", "content": _text(system, "'system'")}
+        item.prompt = [turn, *item.prompt]
+        item.conversation = item.conversation and [turn, *item.conversation]
+    item.text = _text(row.get("prompt_text") or item.text or "", "'prompt_text'") or None
+    if item.text and (system or "history" in row):
+        raise ValueError("'system' and 'history' stand beside a rendered prompt, which has all turns: remove them")
+    item.source = _text(row.get("data_source") or item.source, "'data_source'")
+    item.weight = _number(row.get("weight", 1.0), "weight")
+    if item.weight < 0:
+        raise ValueError(f"'weight' must be a number from 0 on, not {item.weight} (a wrong trace has label 0)")
     return item
 
 
@@ -151,11 +148,11 @@ def _blank(value) -> bool:
 
 
 def _parsed(text: str):
-    """The value of a text in JSON, or as Python prints it (pandas' .csv); None if it is neither."""
+    """The value of a text in JSON, or as Python prints it (pandas' .csv); the text itself if it is neither."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             return read(text)
-    return None
+    return text
 
 
 def unfolded(name: str, value):
@@ -166,12 +163,11 @@ def unfolded(name: str, value):
     if not isinstance(value, str):
         return value
     if name in NESTED:
-        found = _parsed(value) if value[:1] in ("[", "{") else None
-        return value if found is None else found
+        return _parsed(value) if value[:1] in ("[", "{") else value
     if not (turns := TURNS.match(value)):
         return value
     found = _parsed(value)
-    if found is None and turns[1] and re.search(r"""["'](role|from)["']\s*:""", value):
+    if found is value and turns[1] and re.search(r"""["'](role|from)["']\s*:""", value):
         raise TypeError(f"'{name}' holds turns as text that is neither JSON nor Python (numpy's has no commas)")
     first = found[0] if isinstance(found, list) and found else found
     is_turn = isinstance(first, dict) and {"role", "from"} & first.keys() and {"content", "value"} & first.keys()
@@ -262,8 +258,8 @@ def _gold(*values) -> str:
     """The first of the values that is not blank, as text; "" if all are. Raises TypeError if one is no answer."""
     for value in values:
         if isinstance(value, str) and re.match(r"""\[\s*["']""", value):
-            value = _parsed(value) if not re.search(r"""['"]\s+['"]""", value) else None
-            if value is None:
+            value = _parsed(value) if not re.search(r"""['"]\s+['"]""", value) else value
+            if isinstance(value, str):
                 raise TypeError("the gold answer is a list without commas, as numpy prints it")
         if isinstance(value, list) and len(value) > 1:
             raise TypeError(f"the gold answer is a list of {len(value)}: write it as one text, as in '1, 2'")
@@ -307,20 +303,20 @@ def _asked(row: dict) -> Item:
     if not isinstance(reward_model, dict):
         raise TypeError("'reward_model' must be {ground_truth}")
     gold = _gold(reward_model.get("ground_truth"), *map(row.get, GOLDS))
-    history = [] if _blank(row.get("history")) else row["history"]  # LLaMA-Factory's
+    history = row.get("history", [])  # LLaMA-Factory's
     if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
         raise TypeError("'history' must be [[question, answer], ...]")
     turns = [{"role": r, "content": said} for pair in history for r, said in zip(("user", "assistant"), pair)]
     before = _turns(turns, "history") if turns else []
-    name = next((name for name in QUESTIONS if not _blank(row.get(name))), None)
+    name = next((name for name in QUESTIONS if name in row), None)
     if name and _blank(row.get("prompt")):
         parts = [*PASSAGES, name, *(["input"] if name == "instruction" else [])]
-        text = "\n\n".join(_text(row[part], f"'{part}'") for part in parts if not _blank(row.get(part)))
+        text = "\n\n".join(_text(row[part], f"'{part}'") for part in parts if part in row)
         row = _gpqa(row) if "correct answer" in row else row
-        options, numbers = _options(row)
+        options = _options(row)
         if options:  # as LUFFY's files write them, one a line
             text = "\n".join([f"{text}\n", *(f"{label}) {option}" for label, option in options.items())])
-            gold = _right_option(row, options, numbers)
+            gold = _right_option(row, options)
         asks = text if name == "instruction" and not options else f"{text}\n\n{IN_A_BOX}"
         return Item(before + _turns(asks, name), text, gold)
     if row.get("prompt") is None:
@@ -375,7 +371,7 @@ def _luffy(row: dict) -> Item:
 
 
 def _pair(row: dict) -> Item:
-    if not _blank(row.get("initial_reason_steps")):
+    if "initial_reason_steps" in row:
         raise ValueError("'chosen' and 'rejected' continue 'initial_reason_steps': join them into whole answers")
     whole = row["chosen"][:-1] if isinstance(row.get("chosen"), list) else None
     item = _asked({"prompt": row.get("conversations") or whole} | row)
@@ -409,22 +405,20 @@ def _drawn(row: dict) -> Item:
 
 
 def _conversation(row: dict) -> Item:
-    name = "messages" if _blank(row.get("conversations")) else "conversations"
+    name = "conversations" if "conversations" in row else "messages"
     turns = _turns(row[name], name)
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
     if name == "messages" and turns[-1]["role"] != "assistant":
         return _asked(row | {"prompt": turns})
     if not last:
         raise ValueError(f"'{name}' has no assistant turn that answers another")
-    item = _asked(row | {"prompt": turns[:last], "history": None})
+    item = _asked(row | {"prompt": turns[:last], "history": []})
     item.traces, item.conversation = [Trace(turns[last]["content"], _reward(row))], turns
     return item
 
 
 def _responses(row: dict) -> Item:
-    item = _asked(row)
-    item.traces = _graded_traces(row["responses"], row["rewards"])
-    return item
+    return replace(_asked(row), traces=_graded_traces(row["responses"], row["rewards"]))
 
 
 def _generations(row: dict) -> Item:
@@ -443,8 +437,7 @@ def _generations(row: dict) -> Item:
 
 
 def _graded_columns(row: dict) -> list[dict]:
-    columns = [v for v in row.values() if isinstance(v, dict) and {"is_correct", "solution"} <= v.keys()]
-    return [v for v in columns if v["solution"] is not None]
+    return [v for v in row.values() if isinstance(v, dict) and "is_correct" in v and v.get("solution") is not None]
 
 
 def _gsm8k_graded(row: dict) -> Item:
@@ -489,51 +482,46 @@ def _gpqa(row: dict) -> dict:
     return row | {"options": options, "answerkey": LETTERS[options.index(right)]}
 
 
-def _options(row: dict) -> tuple[dict[str, str], bool]:
-    """({label: option}, are they numbers?), ({}, False) if there are none: of a list, {label: option}, [{label, text}],
-    {label: [...], text: [...]}, or columns A, B, ..."""
-    given = next((row[name] for name in ("options", "choices") if not _blank(row.get(name))), {})
-    if not given:
-        gold = next((row[name] for name in RIGHT_OPTION if not _blank(row.get(name))), "")
-        small = str(gold).strip().lower() in [*string.ascii_lowercase]  # columns a, b, ... and an answer such as "a"
-        for letters in (LETTERS, LETTERS.lower()) if small else (LETTERS,):
-            if not given and not any(_blank(row.get(letter)) for letter in letters[:2]):
-                given = {letter.upper(): row[letter] for letter in letters if letter in row}
+def _options(row: dict) -> dict[str, str | int | float]:
+    """{label: option}, {} if there are none: of a list, {label: option}, [{label, text}], {label: [...], text: [...]},
+    or columns A, B, ..."""
+    given = row.get("options", row.get("choices", {}))
+    gold = next((row[name] for name in RIGHT_OPTION if name in row), "")
+    small = str(gold).strip().lower() in [*string.ascii_lowercase]  # columns a, b, ... and an answer such as "a"
+    for letters in (LETTERS, LETTERS.lower()) if small else (LETTERS,):
+        if not given and not any(_blank(row.get(letter)) for letter in letters[:2]):
+            given = {letter.upper(): row[letter] for letter in letters if letter in row}
     if isinstance(given, dict) and {"label", "text"} <= given.keys():
-        if len(given["label"]) != len(given["text"]):
-            raise ValueError(f"{len(given['text'])} options have {len(given['label'])} labels: give each one")
         given = dict(zip(given["label"], given["text"], strict=True))
     elif isinstance(given, list) and all(isinstance(option, dict) for option in given):
         given = {option.get("label", option.get("key")): option.get("text", option.get("value")) for option in given}
     elif isinstance(given, list):
-        if len(given) > len(LETTERS):
-            raise ValueError(f"{len(given)} options without labels: at most {len(LETTERS)} can be labelled")
-        given = dict(zip(LETTERS, given, strict=False))
+        given = dict(zip(LETTERS[: len(given)], given, strict=True))
     elif not isinstance(given, dict):
         raise TypeError("'options' is neither a list nor {label: option}")
-    numbers = [type(option) in (int, float) for option in given.values() if not _blank(option)]
-    options = {str(label): str(o) if type(o) in (int, float) else o for label, o in given.items()}
+    options = {str(label): option for label, option in given.items()}
     while options and _blank([*options.values()][-1]):  # a question with fewer options than others of the file
         options.popitem()
-    if given and (len(options) < 2 or any(_blank(_text(option, "an option")) for option in options.values())):
+    texts = {label: _text(o, "an option").strip() for label, o in options.items() if type(o) not in (int, float)}
+    if given and (len(options) < 2 or not all(texts.values())):
         raise ValueError("a multiple choice needs two options or more, none of them blank")
     mark = r"(?:\)|(?<!\d)[.:]|[.:](?!\d))"  # not the point of 1.5 or the colon of 1:30 behind a label 1
-    if all(re.match(rf"\(?{re.escape(label)}{mark}", option) for label, option in options.items()):
-        options = {label: re.sub(r"^\(?\w+[).:]", "", option) for label, option in options.items()}  # "A) 3"
-    return {label: option.strip() for label, option in options.items()}, bool(numbers) and all(numbers)
+    if all(re.match(rf"\(?{re.escape(label)}{mark}", texts.get(label, "")) for label in options):
+        texts = {label: re.sub(r"^\(?\w+[).:]", "", text).strip() for label, text in texts.items()}  # "A) 3"
+    return options | texts
 
 
-def _right_option(row: dict, options: dict, numbers: bool) -> str:
+def _right_option(row: dict, options: dict) -> str:
     """The label of the right option, "" if no column names it. In a row with a response, 'label' and 'correct' grade
     the response. In other rows such a column is removed if it names the option (a 'label' also if another column names
     the same option)."""
     marks = () if all(_blank(row.get(name)) for name in RESPONSES) else MARKS
-    given = {name: row[name] for name in RIGHT_OPTION if not _blank(row.get(name)) and name not in marks}
+    given = {name: row[name] for name in RIGHT_OPTION if name in row and name not in marks}
     for name, answer in given.items():
-        if label := _label_of(answer, options, numbers):
+        if label := _label_of(answer, options):
             if name in MARKS:
                 del row[name]
-            if type(given.get("label")) in (int, float) and _label_of(given["label"], options, numbers) == label:
+            if type(given.get("label")) in (int, float) and _label_of(given["label"], options) == label:
                 row.pop("label", None)
             return label
     if given:
@@ -541,11 +529,12 @@ def _right_option(row: dict, options: dict, numbers: bool) -> str:
     return ""
 
 
-def _label_of(answer, options: dict, numbers: bool) -> str:
+def _label_of(answer, options: dict) -> str:
     """The label of the option that an answer names, "" if none: by its label, its index from 0 on, or its text. A text
-    such as "1" is an index only if it is neither a label nor an option; so is a number if the options are `numbers`."""
+    such as "1" is an index only if it is neither a label nor an option; so is a number if all options are numbers."""
     answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
-    text, labels, texts = str(answer).strip(), list(options), list(options.values())
+    text, labels, texts = str(answer).strip(), list(options), [str(option) for option in options.values()]
+    numbers = not any(isinstance(option, str) for option in options.values())
     if text in options:
         return text
     number, bare = text.removesuffix(".0"), text.strip("().").upper()

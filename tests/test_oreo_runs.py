@@ -340,7 +340,7 @@ IDS = {"prompt_ids": [5], "response_ids": [6, 7], "reward": 1}
         ([GOOD | {"reward": 0}] * 9, ["--stage", "rejection"], "no answer is right"),
         ([GOOD, GOOD | {"prompt": "b=1\na?", "reward": 0}], ["--stage", "dpo"], "no question has a right and a wrong"),
         ([GOOD, GOOD | {"response": ""}], [], "row 1: no prompt, or no action token"),
-        ([GOOD, GOOD | {"prompt": ""}], [], "row 1: no shape of row has these columns .*; blank: prompt"),
+        ([GOOD, GOOD | {"prompt": ""}], [], "row 1: no shape of row .* has these columns .blank: prompt"),
         ([GOOD, {"prompt": "x", "response": "y"}], [], "row 1: no reward: --rows needs graded responses"),
         ([GOOD, GOOD | {"reward": "good"}], [], "row 1: 'reward' must be a number, not 'good'"),
         ([GOOD, GOOD | {"reward": math.nan}], [], "row 1: no reward: --rows needs graded responses"),
