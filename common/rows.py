@@ -379,7 +379,7 @@ def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) 
         encoded = [[*map(share, encode_traces(tokenizer, column, texts, names))] for column in columns]
         for item, text, prompt, *both in zip(items, texts, prompts, *columns, *encoded, strict=True):
             traces, ids = both[: len(columns)], both[len(columns) :]
-            counts.update(doubts_of(item, text, prompt, traces, ids, tokenizer))
+            counts.update(doubts_of([] if item.text else item.prompt, text, prompt, traces, ids, tokenizer))
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
     bar.close()
     warn(source, counts, len(rows))
@@ -390,34 +390,25 @@ CONTROL = "prompts hold special tokens as text, which are read as such"
 ENDLESS = "rows have a trace without </think>, though the prompt opens a thought"
 
 
-def count_unknown(sequences: Iterable[list[int]], tokenizer) -> int:
-    """Return how many of them hold unknown tokens: 0 if unk is eos, as for GPT-2's tokenizer, which knows all text."""
+def doubts_of(turns: list[dict], end: str, prompt: list[int], traces: list, ids: list, tokenizer) -> list[str]:
+    """What the warnings about a row say. turns: those of the question, [] if the row holds it rendered; end: the end of
+    the prompt, or all of it; ids: those of each trace."""
     unknown = getattr(tokenizer, "unk_token_id", None)
-    return 0 if unknown in (None, tokenizer.eos_token_id) else sum(unknown in ids for ids in sequences)
-
-
-def holds_control(turns: list[dict], tokenizer) -> bool:
-    """Whether turns hold special tokens as text."""
-    return any(token in turn["content"] for turn in turns for token in special_tokens(tokenizer).values())
-
-
-def doubts_of(item: Item, text: str, prompt: list[int], traces: list, ids: list, tokenizer) -> list[str]:
-    """What the warnings about a row say. text: the end of the prompt, or all of it; ids: those of each trace."""
-    endless = any(trace and "</think>" not in trace.text for trace in traces)
+    unknown = None if unknown == tokenizer.eos_token_id else unknown  # as for GPT-2's tokenizer, which knows all text
+    opened = end.rstrip().endswith("<think>")
     found = {
-        f"prompts {UNKNOWN}": count_unknown([prompt], tokenizer),
-        CONTROL: not item.text and holds_control(item.prompt, tokenizer),
-        f"traces {UNKNOWN}": count_unknown(filter(None, ids), tokenizer),
-        ENDLESS: endless and text.rstrip().endswith("<think>"),
+        f"prompts {UNKNOWN}": unknown in prompt,
+        CONTROL: any(token in turn["content"] for turn in turns for token in special_tokens(tokenizer).values()),
+        f"traces {UNKNOWN}": any(unknown in trace for trace in ids if trace),
+        ENDLESS: opened and any(trace and "</think>" not in trace.text for trace in traces),
     }
     return [what for what, holds in found.items() if holds]
 
 
 def warn_prompts(source: str, prompts: list[list[int]], turns: list[list[dict]], tokenizer) -> None:
-    """Print a warning if prompts hold text that the tokenizer does not know, or special tokens as text. turns: of each
-    prompt; [] of one that is rendered already."""
-    control = sum(holds_control(asked, tokenizer) for asked in turns)
-    warn(source, {f"prompts {UNKNOWN}": count_unknown(prompts, tokenizer), CONTROL: control}, len(prompts))
+    """Print the warnings about prompts without traces. turns: of each prompt; [] of one that is rendered already."""
+    doubts = [doubts_of(asked, "", ids, [], [], tokenizer) for asked, ids in zip(turns, prompts, strict=True)]
+    warn(source, Counter(itertools.chain.from_iterable(doubts)), len(prompts))
 
 
 def warn(source: str, counts: dict[str, int], rows: int) -> None:
@@ -607,7 +598,8 @@ def read_traces(source: str, tokenizer, args) -> tuple[list[tuple], dict[str, in
                 raise InputError(f"{where}: {error}") from error
             if not item.prompt_ids:  # ids are what a model read and drew
                 end, texts = tokenizer.decode(prompt[-8:]), [] if item.conversation else [trace]
-                doubtful.update(doubts_of(item, end, prompt, texts, [response], tokenizer))
+                turns = [] if item.text else item.prompt
+                doubtful.update(doubts_of(turns, end, prompt, texts, [response], tokenizer))
             if len(prompt) > args.max_prompt_tokens:
                 count["prompt_too_long"] += 1
                 continue

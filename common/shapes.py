@@ -102,8 +102,8 @@ def _read(row: dict) -> Item:
     row = {name: unfolded(name, value) for name, value in row.items()}
     blank = [name for name, value in row.items() if _blank(value)]  # files of mixed shapes hold nulls
     columns = row.keys() - blank
-    kept = {*TRACES, *string.ascii_letters}  # a trace may be blank; a blank option is named by an error
-    row = {name: value for name, value in row.items() if name in columns or (name in kept and isinstance(value, str))}
+    # a trace may be blank
+    row = {name: value for name, value in row.items() if name in columns or (name in TRACES and isinstance(value, str))}
     found = columns | _groups(row, columns)
     read = next((read for needs, read in SHAPES if needs <= found), None)
     if read is None:
@@ -309,7 +309,7 @@ def _asked(row: dict) -> Item:
     turns = [{"role": r, "content": said} for pair in history for r, said in zip(("user", "assistant"), pair)]
     before = _turns(turns, "history") if turns else []
     name = next((name for name in QUESTIONS if name in row), None)
-    if name and _blank(row.get("prompt")):
+    if name and "prompt" not in row:
         parts = [*PASSAGES, name, *(["input"] if name == "instruction" else [])]
         text = "\n\n".join(_text(row[part], f"'{part}'") for part in parts if part in row)
         row = _gpqa(row) if "correct answer" in row else row
@@ -319,8 +319,6 @@ def _asked(row: dict) -> Item:
             gold = _right_option(row, options)
         asks = text if name == "instruction" and not options else f"{text}\n\n{IN_A_BOX}"
         return Item(before + _turns(asks, name), text, gold)
-    if row.get("prompt") is None:
-        raise KeyError("prompt")
     prompt = _turns(row["prompt"], "prompt")
     at = int(prompt[0]["role"] == "system")
     prompt[at:at] = before
@@ -374,7 +372,8 @@ def _pair(row: dict) -> Item:
     if "initial_reason_steps" in row:
         raise ValueError("'chosen' and 'rejected' continue 'initial_reason_steps': join them into whole answers")
     whole = row["chosen"][:-1] if isinstance(row.get("chosen"), list) else None
-    item = _asked({"prompt": row.get("conversations") or whole} | row)
+    asked = row.get("conversations") or whole
+    item = _asked({"prompt": asked} | row if asked else row)
     if whole and item.prompt[0]["role"] != "system":  # a 'prompt' beside whole conversations is their question alone
         item.prompt[:0] = [turn for turn in _turns(whole, "chosen")[:1] if turn["role"] == "system"]
     item.traces = _column_traces(row, "chosen", item.prompt) + _column_traces(row, "rejected", item.prompt, reward=0.0)
@@ -489,7 +488,7 @@ def _options(row: dict) -> dict[str, str | int | float]:
     gold = next((row[name] for name in RIGHT_OPTION if name in row), "")
     small = str(gold).strip().lower() in [*string.ascii_lowercase]  # columns a, b, ... and an answer such as "a"
     for letters in (LETTERS, LETTERS.lower()) if small else (LETTERS,):
-        if not given and not any(_blank(row.get(letter)) for letter in letters[:2]):
+        if not given and {*letters[:2]} <= row.keys():
             given = {letter.upper(): row[letter] for letter in letters if letter in row}
     if isinstance(given, dict) and {"label", "text"} <= given.keys():
         given = dict(zip(given["label"], given["text"], strict=True))
@@ -534,17 +533,16 @@ def _label_of(answer, options: dict) -> str:
     such as "1" is an index only if it is neither a label nor an option; so is a number if all options are numbers."""
     answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
     text, labels, texts = str(answer).strip(), list(options), [str(option) for option in options.values()]
+    text = text if text in texts else text.removesuffix(".0")  # of a column that held a NaN
     numbers = not any(isinstance(option, str) for option in options.values())
     if text in options:
         return text
-    number, bare = text.removesuffix(".0"), text.strip("().").upper()
-    if number in options and texts.count(text) != 1:
-        return number
     index = text not in texts or (type(answer) is int and not numbers)
-    if index and number.isdecimal() and int(number) < len(labels):
-        return labels[int(number)]
+    if index and text.isdecimal() and int(text) < len(labels):
+        return labels[int(text)]
     if texts.count(text) == 1:
         return labels[texts.index(text)]
+    bare = text.strip("().").upper()
     return bare if bare in options else ""
 
 

@@ -592,7 +592,7 @@ def test_a_number_with_which_an_option_begins_is_not_its_label(options):
         ({"problem": ASK, "solution": "5", "answer": "4", "is_correct": "False"}, "'is_correct' must be 1"),
         (R1 | {"correctness_math_verify": ["False", "True"]}, "'correctness' must have true, false or null"),
         ({"question": ASK, "options": ["a", None, "c"], "answer": "A"}, "an option is not text"),
-        ({"question": ASK, "A": "1", "B": "2", "C": " ", "D": "4", "answer": "A"}, "none of them blank"),
+        ({"question": ASK, "options": ["1", " ", "4"], "answer": "A"}, "none of them blank"),
         ({"question": ASK, "options": ["3", "4"], "answer": "7"}, "the answer '7' is none of the labels A, B"),
         ({"problem": " ", "answer": "4"}, "these columns .blank: problem"),
     ],
