@@ -216,31 +216,22 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
 
 
 def check_template(tokenizer, name: str) -> None:
-    """Raise InputError if the template is not Jinja. Warn if it writes a header before an assistant turn but not as the
-    generation prompt: answers would be sampled, or traces trained, without it. Warn if it prints the date."""
-
-    def render(*contents: str, **options) -> str:
-        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=False)]
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
-
-    def between(start: str, answered: str) -> str:  # start and the answer; "" for space, or if they are not both there
-        text, answer, _ = answered.removeprefix(start).partition("answer")
-        return text if text.strip() and answer and answered.startswith(start) else ""
-
+    """Raise InputError if the template is not Jinja. Warn if it writes text before an assistant turn but not at the end
+    of a prompt: answers are sampled, and traces trained, without it. Warn if it prints the date."""
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
     try:
-        question, prompt = render("question"), render("question", add_generation_prompt=True)
-        answered = render("question", "answer")
-        header, lead = between(question, answered), between(prompt, answered)
-        dated = "strftime_now" in tokenizer.get_chat_template() and time.strftime("%Y") in question
+        prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+        dated = "strftime_now" in tokenizer.get_chat_template() and time.strftime("%Y") in prompt
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{name}: not a Jinja template ({error})") from error
     except Exception:  # what the template raises, for example because it does not accept these turns
         return
+    between, shown, _ = answered.removeprefix(prompt).partition("answer")
+    missing = answered.startswith(prompt) and shown and between.strip() and "<think>" not in between
     doubts = {
-        f"prompts end without {header!r}, which it puts before an answer: let it write this if "
-        "add_generation_prompt": header and prompt == question,
-        f"it writes {lead!r} between a prompt and its answer, which traces are trained without: let it write this if "
-        "add_generation_prompt, or put it into the traces": lead and prompt != question and "<think>" not in lead,
+        f"it writes {between!r} between a prompt and its answer, but not at the end of prompts, so samples and traces "
+        "lack it: let it write this if add_generation_prompt, or put it into the traces": missing,
         "it prints today's date, so a run cannot resume tomorrow: set one (--chat_template_args date_string=..., where "
         "it has this switch) or pass a template without": dated,
     }
@@ -361,9 +352,8 @@ def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) 
     def share(ids: list[int] | None) -> list[int] | None:
         return ids and list(map(shared.setdefault, ids, ids))
 
-    bar = tqdm(total=len(rows), desc="tokenize", leave=False, disable=not progress)
-    for start in range(0, len(rows), 500):
-        bar.update(min(500, len(rows) - start))
+    parts = range(0, len(rows), 500)
+    for start in tqdm(parts, desc="tokenize", unit=" rows", unit_scale=500, leave=False, disable=not progress):
         part = [(i, read(row, f"{source}, row {i}")) for i, row in enumerate(rows[start : start + 500], start)]
         part = [(index, *found) for index, found in part if found]
         if not part:
@@ -381,7 +371,6 @@ def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) 
             traces, ids = both[: len(columns)], both[len(columns) :]
             counts.update(doubts_of([] if item.text else item.prompt, text, prompt, traces, ids, tokenizer))
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
-    bar.close()
     warn(source, counts, len(rows))
 
 
@@ -441,8 +430,6 @@ def in_words(count: dict[str, int], args) -> str:
 
 def with_kept(found: list, count: dict[str, int], source: str, args) -> dict[str, int]:
     """Return the counts with the number of rows kept. Raises InputError if none was kept."""
-    if not count["rows"]:
-        raise InputError(f"{source}: no rows")
     if not found:
         raise InputError(f"{source}: no row is left: {in_words(count, args)}")
     return count | {"kept": len(found)}

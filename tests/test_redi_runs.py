@@ -163,7 +163,7 @@ def test_data_without_what_a_stage_needs_gets_one_message(settings, tmp_path):
         (["--stage", "sft"], [wrong] * 4, "no row is left: 0 of 4 rows .*4 incorrect traces alone"),
         (["--loss", "dpo"], [right, wrong] * 4, "8 rows have one trace, and --loss dpo compares two"),
         ([], [wrong] * 4, "no row has a correct trace"),
-        ([], [], "rows.jsonl: no rows"),
+        ([], [], "rows.jsonl: no row is left: 0 of 0 rows"),
     ]:
         data = write_rows(tmp_path / "rows.jsonl", rows)
         with pytest.raises(InputError, match=message):

@@ -47,7 +47,7 @@ GENERATION = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 @pytest.mark.parametrize(("template", "said"), [
-    (HEADERS, "prompts end without '<|assistant|>'"),
+    (HEADERS, "it writes '<|assistant|>' between a prompt and"),
     (HEADERS.replace("|>{{", "|>{{ '<|final|>' if m.role == 'assistant' }}{{") + GENERATION,
      "it writes '<|final|>' between a prompt and"),
     ("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}", "prints today's date"),
