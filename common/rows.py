@@ -242,11 +242,9 @@ def check_template(tokenizer, name: str) -> None:
 
 def _literal(value: str) -> str:
     """A JSON value, or a text, as Jinja writes it."""
-    try:
-        parsed = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
-    except json.JSONDecodeError:
-        parsed = value
-    return "none" if parsed is None else json.dumps(parsed, ensure_ascii=False)
+    with contextlib.suppress(json.JSONDecodeError):
+        value = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def render_prompt(tokenizer, messages: list[dict], where: str = "", *, add_generation_prompt: bool = True) -> str:
@@ -374,22 +372,19 @@ def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) 
     warn(source, counts, len(rows))
 
 
-UNKNOWN = "hold text that the tokenizer of --model does not know (models/tiny reads igsm:LO-HI alone)"
-CONTROL = "prompts hold special tokens as text, which are read as such"
-ENDLESS = "rows have a trace without </think>, though the prompt opens a thought"
-
-
 def doubts_of(turns: list[dict], end: str, prompt: list[int], traces: list, ids: list, tokenizer) -> list[str]:
     """What the warnings about a row say. turns: those of the question, [] if the row holds it rendered; end: the end of
     the prompt, or all of it; ids: those of each trace."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     unknown = None if unknown == tokenizer.eos_token_id else unknown  # as for GPT-2's tokenizer, which knows all text
-    opened = end.rstrip().endswith("<think>")
+    not_known = "hold text that the tokenizer of --model does not know (models/tiny reads igsm:LO-HI alone)"
+    control = any(token in turn["content"] for turn in turns for token in special_tokens(tokenizer).values())
+    endless = end.rstrip().endswith("<think>") and any(trace and "</think>" not in trace.text for trace in traces)
     found = {
-        f"prompts {UNKNOWN}": unknown in prompt,
-        CONTROL: any(token in turn["content"] for turn in turns for token in special_tokens(tokenizer).values()),
-        f"traces {UNKNOWN}": any(unknown in trace for trace in ids if trace),
-        ENDLESS: opened and any(trace and "</think>" not in trace.text for trace in traces),
+        f"prompts {not_known}": unknown in prompt,
+        "prompts hold special tokens as text, which are read as such": control,
+        f"traces {not_known}": any(unknown in trace for trace in ids if trace),
+        "rows have a trace without </think>, though the prompt opens a thought": endless,
     }
     return [what for what, holds in found.items() if holds]
 
@@ -699,10 +694,9 @@ def data_digest(*parts: Iterable[tuple]) -> str:
     """Digest of what was tokenized: tuples of lists of ids, texts and numbers. Other data have another digest."""
     digest = hashlib.sha256()
     for part in parts:
-        for values in part:
-            for value in values:
-                plain = isinstance(value, (str, int, float))
-                value = str(value).encode() if plain else array("i", value or []).tobytes()
-                digest.update(len(value).to_bytes(8, "little") + value)
+        for value in itertools.chain.from_iterable(part):
+            plain = isinstance(value, (str, int, float))
+            value = str(value).encode() if plain else array("i", value or []).tobytes()
+            digest.update(len(value).to_bytes(8, "little") + value)
         digest.update(b"part")
     return digest.hexdigest()[:16]

@@ -104,7 +104,12 @@ def _read(row: dict) -> Item:
     columns = row.keys() - blank
     # a trace may be blank
     row = {name: value for name, value in row.items() if name in columns or (name in TRACES and isinstance(value, str))}
-    found = columns | _groups(row, columns)
+    groups = {  # which SHAPES names in capitals
+        "QUESTION": columns & {*QUESTIONS}, "GRADED": _graded_columns(row), "MARK": columns & {*MARKS},
+        "RESPONSE": columns & {*RESPONSES} or {"response", "reward"} <= row.keys(),  # an empty one may have a reward
+        "VERDICTS": columns & {"correctness", "correctness_math_verify", "correctness_llama"},
+    }  # fmt: skip
+    found = columns.union(group for group, names in groups.items() if names)
     read = next((read for needs, read in SHAPES if needs <= found), None)
     if read is None:
         raise ValueError(f"no shape of row in docs/data.md has these columns (blank: {', '.join(blank) or 'none'})")
@@ -428,8 +433,7 @@ def _generations(row: dict) -> Item:
         nulls = [None] * len(row["generations"])
         rule, verdicts = all, [row["correctness"][name] or nulls for name in VERDICTS]
     item = _asked({"prompt": row["problem"]} | row)
-    n = len(row["generations"])
-    if any(len(marks) != n or any(mark not in (0, 1, None) for mark in marks) for marks in verdicts):
+    if any(mark not in (0, 1, None) for marks in verdicts for mark in marks):
         raise TypeError("'correctness' must have true, false or null for each generation")
     item.traces = _graded_traces(row["generations"], [rule(marks) for marks in zip(*verdicts, strict=True)])
     return item
@@ -566,13 +570,3 @@ SHAPES = (  # the first shape whose columns a row has; blank columns do not coun
     ({"QUESTION"}, _problem),
     ({"messages"}, _conversation),
 )
-
-
-def _groups(row: dict, columns: set[str]) -> set[str]:
-    """The groups in SHAPES, named in capitals, of which a row has a column."""
-    found = {
-        "QUESTION": columns & {*QUESTIONS}, "GRADED": _graded_columns(row), "MARK": columns & {*MARKS},
-        "RESPONSE": columns & {*RESPONSES} or {"response", "reward"} <= row.keys(),  # an empty one may have a reward
-        "VERDICTS": columns & {"correctness", "correctness_math_verify", "correctness_llama"},
-    }  # fmt: skip
-    return {group for group, names in found.items() if names}
