@@ -50,8 +50,7 @@ def changed_settings(saved: dict, current: dict, names) -> str:
 
 
 def digest_of(model: str, flag: str = "--model") -> str:
-    """Digest of a model folder: weights, configuration, tokenizer, template; of a Hub name: its revision. flag:
-    names it in an error."""
+    """Digest of a model folder (weights, configuration, tokenizer, template), or the revision of a Hub name."""
     folder = Path(model)
     if not folder.is_dir():
         try:
@@ -121,8 +120,7 @@ class Checkpoints:
             dist.barrier()
         damaged = damaged or sorted(map(str, self.folder.glob("*.damaged")))  # also of an earlier start
         if damaged and path is None:
-            raise InputError(f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start "
-                             "anew, or choose another --out")  # fmt: skip
+            raise InputError(f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start anew")
         state, saved, run = None, {}, self.folder.parent
         if path:
             state = json.loads((path / "state.json").read_text())

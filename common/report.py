@@ -30,8 +30,7 @@ def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, 
         raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
     settings = json.loads((path / "args.json").read_text())
     if "questions_digest" not in settings:
-        raise InputError(f"{folder}: a training run, not an evaluation: run eval.py on its model first "
-                         "(benchmarks/compare.py compares what runs logged)")  # fmt: skip
+        raise InputError(f"{folder}: a training run (for benchmarks/compare.py): run eval.py on its model first")
     records = read_records(path / "samples.jsonl")
     if len(records) < (n := settings.get("questions", 0)):
         raise InputError(f"{folder}: {len(records)} of {n} questions are answered; resume it first")
@@ -107,8 +106,7 @@ def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]
 
 
 def disagreements(records: list[dict], verifiers: tuple[str, ...]) -> list[list[str]]:
-    """Return rows of a table: the answers that only some graders accept, counted by benchmark and by who accepts them,
-    each with an example."""
+    """Return rows of a table: answers that only some graders accept, counted by benchmark and grader, an example."""
     found: dict[tuple, list[str]] = {}
     for record in records:
         for answer in record["answers"]:

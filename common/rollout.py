@@ -107,8 +107,7 @@ class Sampler:
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values at the front of buffers with room for more. Transformers' own layer copies all of
-    them for each new token."""
+    """A layer's keys and values in buffers with room for more: Transformers' own layer copies all for each token."""
 
     ROOM = 64  # tokens
     buffers: list[torch.Tensor] | None = None
@@ -368,9 +367,8 @@ def make_sampler(
 ):
     """The sampler that --rollout names, EmbeddedSampler or VLLMSampler; rank 0 prints which and why.
 
-    max_tokens: of a prompt with its completion. max_batch_tokens: the embedded sampler's. gpu_memory: fraction of the
-    GPU for vLLM; 0: what is free. InputError if vLLM is asked for, or needed for a large model on a GPU ("auto"), and
-    not installed."""
+    max_tokens: of a prompt with its completion. max_batch_tokens: the embedded sampler's. gpu_memory: vLLM's fraction
+    of the GPU; 0: what is free. InputError if vLLM is not installed and asked for, or needed for a large model."""
     from common import vllm
 
     cuda, version = world.device.type == "cuda", vllm_for(rollout, world)

@@ -183,8 +183,7 @@ class Run:
         check_flags(args)
         self.args, self.out, self.world = args, Path(out or args.out), init_world(args.timeout_minutes)
         if len({*gather_lists([repr(args)], self.world)}) > 1:
-            raise InputError("the ranks have different flags: are they of two jobs that meet at one address, with one "
-                             "--rdzv_id (docs/scale.md)?")  # fmt: skip
+            raise InputError("the ranks have different flags: do two jobs share one --rdzv_id (docs/scale.md)?")
         if args.flash_attention == 3:
             use_flash_attention_3()
         self.clock = Clock()
@@ -240,8 +239,8 @@ class Run:
                   f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
             before = count_steps(self.state.get("settings", vars(args)), per_epoch)  # when the checkpoint was written
             if self.start < self.steps and before != self.steps and (args.schedule != "constant" or args.warmup):
-                print(f"WARNING: the checkpoint is of a run of {before} steps; the schedule now has {self.steps}, so "
-                      "the learning rate may rise", file=sys.stderr)  # fmt: skip
+                longer = f"a run of {before} steps; the schedule now has {self.steps}"
+                print(f"WARNING: the checkpoint is of {longer}: the learning rate may rise", file=sys.stderr)
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check the disk's free space. more: further pairs that are trained, such as
@@ -475,8 +474,7 @@ def check_fit(flag: str, model, policy, longest: int) -> None:
 
 
 def evaluate(sampler, tokenizer, examples: list[Example], args, world: World) -> dict[str, float | None]:
-    """Return accuracy by data source, its unweighted mean, truncation, length, and how often the verifier failed. The
-    ranks share the examples."""
+    """Return accuracy by data source and its unweighted mean, truncation, length, and how often the verifier failed."""
     mine = range(world.rank, len(examples), world.size)
     grader = Grader(tokenizer, args.verifier)
     rows = sample_rows(sampler, examples, mine, 1, args, world, seed=args.seed + 1, grader=grader,

@@ -144,17 +144,15 @@ def init_world(timeout_minutes: float = 30.0) -> World:
     cuda = torch.cuda.is_available()
     if not cuda and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and NVIDIA_DRIVER.exists():
         driver = NVIDIA_DRIVER.read_text().splitlines()[0]
-        raise InputError(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU. Either this job or "
-                         "container was given none (Slurm: --gres=gpu:N; apptainer exec --nv), or the driver "
-                         f"({driver}) is too old for CUDA {torch.version.cuda} (CUDA 13 needs 580 or later). To train "
-                         "on the CPU set CUDA_VISIBLE_DEVICES=")  # fmt: skip
+        raise InputError(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU: this job or container has "
+                         f"none (Slurm: --gres=gpu:N; apptainer exec --nv), or the driver ({driver}) is too old for "
+                         f"CUDA {torch.version.cuda} (13 needs 580). To train on the CPU set CUDA_VISIBLE_DEVICES=")
     several = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and not os.isatty(0)  # a terminal: srun --pty bash
     if "RANK" not in os.environ and several:
         raise InputError("srun starts this script several times, each a run of its own: start one torchrun per host "
                          "instead (srun --ntasks-per-node=1 torchrun ...; docs/scale.md)")  # fmt: skip
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise InputError(f"rank {local_rank} of this host sees {torch.cuda.device_count()} GPUs: start torchrun with "
-                         "--nproc_per_node of that many")  # fmt: skip
+    if cuda and local_rank >= (gpus := torch.cuda.device_count()):
+        raise InputError(f"rank {local_rank} of this host sees {gpus} GPUs: start torchrun --nproc_per_node {gpus}")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if "RANK" not in os.environ:  # alone: gloo need not listen to the network
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -205,8 +203,7 @@ class Totals:
         self.world, self.sums, self.maxima = world, {}, {}
 
     def add(self, values: dict[str, torch.Tensor], per: float = 1) -> None:
-        """Add scalar tensors / per. They are summed over micro-batches and ranks, so do not pass a constant: add it
-        to what `reduce` returns."""
+        """Add scalar tensors / per, to be summed over micro-batches and ranks. (Constants: add them after `reduce`.)"""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() / per
 
@@ -293,9 +290,7 @@ class ValueModel(Policy):
     auto = AutoModelForSequenceClassification
 
     def forward(self, batch: TokenBatch, *, raw: bool = False):
-        """-> values [N]: the n-th is the value of the text before the n-th response token.
-
-        With `raw`: hidden states [N, H]."""
+        """-> values [N] of the text before each response token; with `raw` hidden states [N, H]."""
         hidden = predictor_states(self.lm, batch).float()
         return hidden if raw else self.lm.score(hidden)[:, 0].clone()  # FSDP2 warns of views
 
@@ -353,8 +348,7 @@ def load_policy(
     (and alpha) of adapters on all linear layers, a value's head included; the model's own weights are then frozen.
     edit_config: changes the configuration before the model is built; it is saved with the model. compile: compile each
     layer except attention, whose shapes change with every batch. flag: names `path` in errors. Dropout is set to 0.
-    Raises InputError if there is no such model, its weights do not fit its configuration, or its log-probs are not
-    those of plain Transformers (`prove`)."""
+    Raises InputError if the model cannot be loaded, or its log-probs are not those of plain Transformers (`prove`)."""
     flag = f"{flag or ('--model' if kind is Policy else '--value')} {path}"
     lm, head_is_new = _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_head, edit_config)
     if head_is_new:
@@ -428,8 +422,7 @@ def _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_hea
 
 
 def _check_weights(lm: nn.Module, report: dict, flag: str, head_is_new: bool) -> None:
-    """Raise InputError if the folder's weights (Transformers' report on them) are not the model's, or for an output
-    layer of a kind that is not supported."""
+    """Raise InputError for weights that are not the model's (Transformers' report), or an unsupported output layer."""
     heads = ("score.weight", "lm_head.weight", "embed_out.weight", "output_projection.weight") if head_is_new else ()
     for problem in ("missing", "unexpected", "mismatched", "untied"):
         if names := sorted(name for name in report.get(f"{problem}_keys", ()) if not name.endswith((*heads, IGNORED))):
@@ -526,8 +519,7 @@ def prove(model, flag: str) -> None:
         if distance(packed(raw=True), plain(raw=True)) < limit:
             why = "it changes its logits after the output layer"
         else:
-            why = ("packed sequences see each other (recurrent layers, positions from masks), it computes with noise "
-                   f"in training, or {OWN_ATTENTION}")  # fmt: skip
+            why = f"packed sequences see each other (as in recurrent layers), it trains with noise, or {OWN_ATTENTION}"
         why += f" (log-probs are off by {gap:.2g} standard deviations; rounding explains {limit})"
     except NotImplementedError as error:  # raised by packed_attention or packed_mask
         why = first_line(error)
@@ -682,8 +674,7 @@ def _shard(policy: Policy, world: World) -> Policy:
 
 
 def reshard(policy: nn.Module) -> None:
-    """Free the gathered weights: after a forward without gradients FSDP2 leaves the root's weights whole, and in the
-    dtype that it computes in."""
+    """Free gathered weights: after a forward without gradients FSDP2 leaves the root's whole, in the compute dtype."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -797,8 +788,7 @@ def optimizer_step(policy: nn.Module, optimizer, *, lr: float, max_grad_norm: fl
 
 
 def check_finite(log: dict[str, float], policy: Policy, world: World) -> None:
-    """Raise FloatingPointError on every rank if a number of an update's log (the same on all) is not finite, or a
-    log-prob was NaN or above 0."""
+    """Raise FloatingPointError on every rank if a number of the log is not finite, or a log-prob was NaN or above 0."""
     bad = sum_over_ranks(torch.tensor(float(policy.bad_logps), device=world.device), world).item()
     policy.bad_logps = 0
     if bad:

@@ -41,8 +41,7 @@ BUCKET = 512 << 20  # bytes of weights that are sent at once; a larger tensor is
 
 
 def vllm_python() -> str:
-    """The interpreter that runs vLLM: $ROLLOUT_PYTHON, else without CUDA that of .venv-vllm (`make vllm`) if it is
-    there, else this one."""
+    """The interpreter that runs vLLM: $ROLLOUT_PYTHON, or on a CPU that of .venv-vllm (`make vllm`), or this one."""
     made = Path(__file__).resolve().parent.parent / ".venv-vllm" / "bin" / "python"
     this = torch.cuda.is_available() or not made.exists()
     return os.environ.get("ROLLOUT_PYTHON") or (sys.executable if this else str(made))
@@ -311,9 +310,8 @@ class VLLMSampler(Sampler):
         gap = (logp - torch.tensor(drawn[0].logps)).abs().mean().item()
         limit = 0.25 if self.cuda else 1e-3  # bf16: 0.02 on average
         if not gap < limit:
-            raise RuntimeError(f"the weights did not arrive in vLLM, or it does not run the same model: after sync "
-                               f"{self.label} its log-probs differ from the policy's by {gap:.4f} per token (at most "
-                               f"{limit} is expected)")  # fmt: skip
+            raise RuntimeError("the weights did not arrive in vLLM, or it does not run the same model: its log-probs "
+                               f"differ from the policy's by {gap:.4f} per token (sync {self.label}; limit {limit})")
 
     def _generate(self, prompts, groups, keys, seed, sampling, bar, drawn) -> None:
         limits = sampling.max_tokens

@@ -428,7 +428,7 @@ def test_a_checkpoint_that_another_process_wrote_meanwhile_is_not_mixed_with_wha
 
 def test_ranks_of_two_jobs_that_meet_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "gather_lists", lambda items, world: [*items, "RunArgs(lr=1.0)"])
-    with pytest.raises(InputError, match="the ranks have different flags: are they of two jobs"):
+    with pytest.raises(InputError, match="the ranks have different flags: do two jobs share one --rdzv_id"):
         Run(RunArgs(out=str(tmp_path)))
 
 
@@ -473,7 +473,7 @@ def test_a_gpu_that_torch_cannot_use_is_named_with_its_driver(tmp_path, monkeypa
     monkeypatch.setattr(trainer, "NVIDIA_DRIVER", driver)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    message = r"container was given none .*or the driver .NVRM version: NVIDIA 535.1. is too old for CUDA 13.0"
+    message = r"this job or container has none .*or the driver .NVRM version: NVIDIA 535.1. is too old for CUDA 13.0"
     with pytest.raises(InputError, match=message):
         trainer.init_world()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the message says
