@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -250,7 +251,5 @@ def peak_memory_gb(world: World) -> float:
     """Peak memory of this process in GB: the GPU's on CUDA, the resident set on CPU."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 1e9
-    import resource
-
     unit = 1e9 if sys.platform == "darwin" else 1e9 / 1024  # macOS counts bytes, Linux 1,024 of them
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

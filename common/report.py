@@ -106,7 +106,7 @@ def unreadable_golds(records: list[dict], verifiers: Iterable[str]) -> list[str]
 
 
 def disagreements(records: list[dict], verifiers: tuple[str, ...]) -> list[list[str]]:
-    """Return rows of a table: answers that only some graders accept, counted by benchmark and grader, an example."""
+    """Return rows of a table: how many answers only some graders accept, by benchmark and grader, with an example."""
     found: dict[tuple, list[str]] = {}
     for record in records:
         for answer in record["answers"]:
