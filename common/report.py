@@ -30,7 +30,7 @@ def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, 
         raise InputError(f"{folder}: no evaluation there (args.json and samples.jsonl)")
     settings = json.loads((path / "args.json").read_text())
     if "questions_digest" not in settings:
-        raise InputError(f"{folder}: a training run (for benchmarks/compare.py): run eval.py on its model first")
+        raise InputError(f"{folder}: a training run, not an evaluation: run eval.py on it (or benchmarks/compare.py)")
     records = read_records(path / "samples.jsonl")
     if len(records) < (n := settings.get("questions", 0)):
         raise InputError(f"{folder}: {len(records)} of {n} questions are answered; resume it first")

@@ -58,7 +58,8 @@ def test_flags_reach_what_they_name(name, tmp_path, monkeypatch):
         slept.clear()
         args.stage, out = "rl", tmp_path / "bridge" / "rl"
     script.main(args)
-    assert len(slept) == 1 + 3 + (name == "oreo")  # when made (oreo: two), and for the update of every step
+    samplers = 1 + (name == "oreo")
+    assert len(slept) == 2 * samplers + 3  # when one is made and closed, and for the update of every step
 
     # the rate follows the schedule, update by update
     rates = [row["optim/lr"] for row in read_metrics(out) if "optim/lr" in row]
