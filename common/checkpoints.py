@@ -94,10 +94,6 @@ class Checkpoints:
             timeout = datetime.timedelta(minutes=self.settings["timeout_minutes"])
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def changed(self, saved: dict) -> str:
-        """Describe which settings, of those that may not change, differ from the saved ones."""
-        return changed_settings(saved, self.settings, [name for name in saved if name not in self.FREE])
-
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
         return max(self._complete(), default=None)
@@ -127,7 +123,7 @@ class Checkpoints:
             saved = state["settings"]
         elif (run / "model").exists() and (run / "args.json").exists():
             saved = json.loads((run / "args.json").read_text())
-        if changed := self.changed(saved):
+        if changed := changed_settings(saved, self.settings, [name for name in saved if name not in self.FREE]):
             raise InputError(f"{path or run} was made with other settings ({changed}): use the same ones to resume, or "
                              "another --out to start anew")  # fmt: skip
         if state and world.main and state["ranks"] != world.size:

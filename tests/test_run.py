@@ -1,5 +1,6 @@
 """common/run.py: flags and their ranges, grading, updates of several models; memory that decides what is recomputed."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -145,12 +146,14 @@ def test_totals_take_metrics_that_one_rank_alone_has(monkeypatch):
 
 
 def test_a_copied_script_does_not_resume_the_runs_of_the_first(tmp_path, world):
-    saved = planned(tmp_path).checkpoints.settings
-    assert saved["script"] == "run.py"
-    checkpoints = planned(tmp_path).checkpoints
-    assert checkpoints.changed(saved | {"script": "mine.py"}) == "script 'mine.py' there, 'run.py' here"
-    del saved["script"]  # of a run that was made before
-    assert not checkpoints.changed(saved)
+    ours = planned(tmp_path).checkpoints.settings
+    assert ours["script"] == "run.py"
+    (tmp_path / "run" / "model").mkdir()
+    for saved in (ours | {"script": "mine.py"}, {name: ours[name] for name in ours if name != "script"}):
+        (tmp_path / "run" / "args.json").write_text(json.dumps(saved))
+        refused = pytest.raises(InputError, match="script 'mine.py' there, 'run.py' here")
+        with refused if "script" in saved else contextlib.nullcontext():  # without: of a run that was made before
+            planned(tmp_path)
 
 
 def test_a_run_does_not_go_on_from_another_start_model_of_the_same_path(tmp_path, world):

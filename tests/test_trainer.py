@@ -1035,9 +1035,14 @@ def test_a_models_digest_is_of_its_weights_configurations_and_template_under_the
 
 
 def test_a_checkpoint_of_before_there_was_a_flag_is_gone_on_from(tmp_path, world):
-    mine = Checkpoints(tmp_path, Settings(method="b"))
+    mine = checkpoint(tmp_path, method="b")
     there = {name: value for name, value in mine.settings.items() if name != "method"}
-    assert not mine.changed(there) and "--method 'a' there, 'b' here" in mine.changed(there | {"method": "a"})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "args.json").write_text(json.dumps(there))
+    assert mine.state() is None
+    (tmp_path / "args.json").write_text(json.dumps(there | {"method": "a"}))
+    with pytest.raises(InputError, match="--method 'a' there, 'b' here"):
+        mine.state()
     mine.check_data({"settings": there}, "digest", "--data")  # nor had it a digest
     with pytest.raises(InputError, match="--data: the data .* changed"):
         mine.check_data({"settings": there, "data": "other"}, "digest", "--data")
