@@ -116,7 +116,8 @@ class Checkpoints:
             dist.barrier()
         damaged = damaged or sorted(map(str, self.folder.glob("*.damaged")))  # also of an earlier start
         if damaged and path is None:
-            raise InputError(f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start anew")
+            raise InputError(f"{'; '.join(damaged)}: no intact checkpoint is left. Delete {self.folder} to start "
+                             "anew, or choose another --out")  # fmt: skip
         state, saved, run = None, {}, self.folder.parent
         if path:
             state = json.loads((path / "state.json").read_text())

@@ -519,7 +519,8 @@ def prove(model, flag: str) -> None:
         if distance(packed(raw=True), plain(raw=True)) < limit:
             why = "it changes its logits after the output layer"
         else:
-            why = f"packed sequences see each other (as in recurrent layers), it trains with noise, or {OWN_ATTENTION}"
+            why = ("packed sequences see each other (recurrent layers, positions from masks), it computes with noise "
+                   f"in training, or {OWN_ATTENTION}")  # fmt: skip
         why += f" (log-probs are off by {gap:.2g} standard deviations; rounding explains {limit})"
     except NotImplementedError as error:  # raised by packed_attention or packed_mask
         why = first_line(error)

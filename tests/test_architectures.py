@@ -383,7 +383,7 @@ def test_noise_in_training_is_found_by_the_proof(world, tmp_path, monkeypatch):
 
     folder = make("llama", tmp_path / "model")
     monkeypatch.setattr(LlamaDecoderLayer, "forward", noisy)
-    with pytest.raises(InputError, match="it trains with noise, or"):
+    with pytest.raises(InputError, match="it computes with noise in training, or"):
         load_policy(str(folder), world)
 
 
