@@ -239,8 +239,8 @@ class Run:
                   f"{args.batch_size} ({self.steps / per_epoch:.3g} epochs){resumes}")  # fmt: skip
             before = count_steps(self.state.get("settings", vars(args)), per_epoch)  # when the checkpoint was written
             if self.start < self.steps and before != self.steps and (args.schedule != "constant" or args.warmup):
-                longer = f"a run of {before} steps; the schedule now has {self.steps}"
-                print(f"WARNING: the checkpoint is of {longer}: the learning rate may rise", file=sys.stderr)
+                print(f"WARNING: the checkpoint is of a run of {before} steps; the schedule now has {self.steps}, so "
+                      "the learning rate may rise", file=sys.stderr)  # fmt: skip
 
     def begin(self, policy, optimizer, tokenizer, **more) -> None:
         """Load the newest checkpoint, or check the disk's free space. more: further pairs that are trained, such as
