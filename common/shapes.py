@@ -402,8 +402,6 @@ def _drawn(row: dict) -> Item:
     trace = Trace(text, _number(row["reward"], "reward"), _ids(row["response_ids"], "response_ids"), row.get("actions"))
     prompt, gold = row.get("prompt"), _gold(row.get("gold"), row.get("answer"), row.get("ground_truth"))
     turns = _turns(prompt, "prompt") if prompt else []
-    if not prompt and "conversations" in row:
-        turns = _conversation(row).prompt
     return Item(turns, "", gold, [trace], text=prompt if isinstance(prompt, str) else None,
                 prompt_ids=_ids(row["prompt_ids"], "prompt_ids"))  # fmt: skip
 
