@@ -336,17 +336,17 @@ def _asked(row: dict) -> Item:
     return Item(prompt, questions[-1], gold)
 
 
-def _column_traces(row: dict, name: str, prompt: list[dict], **fields) -> list[Trace]:
-    """[the trace in a column], [] if it has none: a text, an assistant turn, or the prompt's turns and an assistant's.
-    fields: others of the Trace."""
+def _add_trace(item: Item, row: dict, name: str, **fields) -> Item:
+    """Return the item with the trace in a column, if there is one: a text, an assistant turn, or the prompt's turns and
+    an assistant's. fields: others of the Trace."""
     value, ids = row.get(name), row.get(f"{name}_ids")
     if value is None:
-        return []
+        return item
     if isinstance(value, (list, dict)):
         *before, last = _turns([value] if isinstance(value, dict) else value, name)
         if last["role"] != "assistant":
             raise TypeError(f"'{name}' ends with a turn of the {last['role']}, not of the assistant")
-        asked = [turn["content"].strip() for turn in prompt if turn["role"] != "system"]
+        asked = [turn["content"].strip() for turn in item.prompt if turn["role"] != "system"]
         before = [turn["content"].strip() for turn in before if turn["role"] != "system"]
         if before and before != asked[-len(before) :]:
             raise TypeError(f"'{name}' has several turns, of which only the last would be trained: put the others into "
@@ -354,9 +354,11 @@ def _column_traces(row: dict, name: str, prompt: list[dict], **fields) -> list[T
         value = last["content"]
     text = _text(value, f"'{name}' (a text or [{{role, content}}])")
     if ids is not None:
-        return [Trace(text, ids=_ids(ids, f"{name}_ids"), **fields)]
-    beside = {} if name in ("chosen", "rejected") else row  # both would get the same thought
-    return [Trace(text if fields.get("probs") else _with_thought(beside, text), **fields)]
+        fields["ids"] = _ids(ids, f"{name}_ids")
+    elif not fields.get("probs"):
+        text = _with_thought({} if name in ("chosen", "rejected") else row, text)  # both would get the same thought
+    item.traces.append(Trace(text, **fields))
+    return item
 
 
 def _graded_traces(texts: list, marks: list) -> list[Trace]:
@@ -368,9 +370,7 @@ def _graded_traces(texts: list, marks: list) -> list[Trace]:
 
 
 def _luffy(row: dict) -> Item:
-    item = _asked(row)
-    item.traces = _column_traces(row, "target", item.prompt, probs=row.get("target_probs"))
-    return item
+    return _add_trace(_asked(row), row, "target", probs=row.get("target_probs"))
 
 
 def _pair(row: dict) -> Item:
@@ -381,14 +381,13 @@ def _pair(row: dict) -> Item:
     item = _asked({"prompt": asked} | row if asked else row)
     if whole and item.prompt[0]["role"] != "system":  # a 'prompt' beside whole conversations is their question alone
         item.prompt[:0] = [turn for turn in _turns(whole, "chosen")[:1] if turn["role"] == "system"]
-    item.traces = _column_traces(row, "chosen", item.prompt) + _column_traces(row, "rejected", item.prompt, reward=0.0)
-    return item
+    _add_trace(item, row, "chosen")
+    return _add_trace(item, row, "rejected", reward=0.0)
 
 
 def _single(row: dict) -> Item:
-    item = _asked(row)
     name = next((name for name in RESPONSES if not _blank(row.get(name))), "response")
-    item.traces = _column_traces(row, name, item.prompt, reward=_reward(row))
+    item = _add_trace(_asked(row), row, name, reward=_reward(row))
     if not item.traces:
         raise KeyError(name)
     if _mark(row) == "reward" and isinstance(row.get("prompt"), str):
