@@ -81,16 +81,14 @@ def _igsm_rows(source: str, split: str, n: int) -> Iterator[dict]:
 def _hub_rows(source: str, split: str) -> Iterator[dict]:
     import datasets
 
+    name, _, config = source.partition(":")
     try:
-        name, _, config = source.partition(":")
-        try:
-            rows = datasets.load_dataset(name, config or None, split=split)
-        except ValueError:  # there is no such split
-            names = datasets.get_dataset_split_names(name, config or None)
-            rows = datasets.load_dataset(name, config or None, split=_of_split({n: n for n in names}, split) or split)
+        splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
-        raise InputError(f"{source}: neither a local file or folder nor a Hub dataset with a split '{split}' "
-                         f"({first_line(error)})") from error  # fmt: skip
+        raise InputError(f"{source}: neither a local file or folder nor a Hub dataset ({first_line(error)})") from error
+    rows = _of_split(splits, split)
+    if rows is None:
+        raise InputError(f"{source}: there is no split '{split}' ({', '.join(splits)})")
     return map(dict, rows)
 
 
