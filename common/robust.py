@@ -430,7 +430,7 @@ def _variants(text):
     texts = [text, LABEL.sub("", text), re.sub("^([^=<>≤≥]+)=([^=<>≤≥]+)$", r"\1-(\2)=0", text)]
     texts += [_with_letter_unit(t) for t in texts]
     texts += [re.sub(rf"(?<![\\~A-Za-z]){m[1]}(?![A-Za-z])", "k_0", t) for t in texts for m in INTEGER.finditer(t)]
-    texts += [THOUSANDS.sub(lambda m: m[0].replace(",", ""), t) for t in texts]
+    texts += [THOUSANDS.sub(_digits, t) for t in texts]
     texts += [DECIMAL_COMMA.sub(r"\1.\2", t) for t in texts]
     return [*dict.fromkeys(texts)]
 

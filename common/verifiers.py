@@ -605,8 +605,8 @@ def _spec(verifier):
 class _Worker:
     """A process that grades one item at a time: the parent's side of it.
 
-    A bare interpreter that loads this file: no fork, which CUDA forbids, and no spawn, which would import torch. JSON
-    both ways: what a process that reads a model's text sends is not unpickled."""
+    A bare interpreter that imports this module: no fork, which CUDA forbids, and no spawn, which would import torch.
+    JSON both ways: what a process that reads a model's text sends is not unpickled."""
 
     BOOT = """if True:
         import importlib, json, sys
@@ -616,7 +616,8 @@ class _Worker:
 
     def __init__(self, spec):
         self.sock, theirs = socket.socketpair()
-        argument = json.dumps([sys.path, __name__, spec, theirs.fileno(), MEMORY])
+        path = [*sys.path, os.path.dirname(os.path.dirname(__file__))]  # "" may be another folder by now
+        argument = json.dumps([path, __name__, spec, theirs.fileno(), MEMORY])
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", self.BOOT, argument],

@@ -713,6 +713,13 @@ def test_a_forked_child_grades_with_workers_of_its_own(users):
     assert process.communicate(timeout=60)[0] == "done\n"
 
 
+def test_a_session_that_imports_from_its_folder_may_change_it():
+    body = "import os; from common.verifiers import grade; os.chdir('/'); print(grade(['5'], ['5'], verifier='robust'))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run([sys.executable, "-c", body], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "reward=1.0" in found.stdout, found.stderr
+
+
 def test_a_verifier_of_the_script_itself_is_refused_by_name(users):
     process = script(
         users,
