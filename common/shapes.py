@@ -425,8 +425,7 @@ def _generations(row: dict) -> Item:
     where the first did not accept."""
     rule, verdicts = any, [row[name] for name in ("correctness_math_verify", "correctness_llama") if name in row]
     if "correctness" in row:
-        nulls = [None] * len(row["generations"])
-        rule, verdicts = all, [row["correctness"][name] or nulls for name in VERDICTS]
+        rule, verdicts = all, [row["correctness"][name] or [None] * len(row["generations"]) for name in VERDICTS]
     item = _asked({"prompt": row["problem"]} | row)
     if any(mark not in (0, 1, None) for marks in verdicts for mark in marks):
         raise TypeError("'correctness' must have true, false or null for each generation")
