@@ -75,14 +75,16 @@ def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, pr
             old = answer.setdefault("verdicts", {}).get(verifier)
             if not keep or old is None or old[1] in ("timeout", "error"):
                 todo.append((record["gold"], answer))
-    starts = range(0, len(todo), 256)
-    for start in tqdm(starts, desc=f"grade {verifier}", unit="256 answers", disable=not (progress and todo)):
+    bar = tqdm(total=len(todo), desc=f"grade {verifier}", disable=not (progress and todo))
+    for start in range(0, len(todo), 256):
         part = todo[start : start + 256]
         verdicts = grade([a["text"] for _, a in part], [gold for gold, _ in part], verifier=verifier)
         for (_, answer), verdict in zip(part, verdicts, strict=True):
             if verdict.reward not in (0, 1):
                 raise InputError(f"--verifier {verifier}: a reward of {verdict.reward}; here it must be 0 or 1")
             answer["verdicts"][verifier] = list(verdict if verdict.detail else verdict[:2])
+        bar.update(len(part))
+    bar.close()
 
 
 def grader_version(verifier: str) -> str:

@@ -348,8 +348,9 @@ def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) 
     def share(ids: list[int] | None) -> list[int] | None:
         return ids and list(map(shared.setdefault, ids, ids))
 
-    parts = range(0, len(rows), 500)
-    for start in tqdm(parts, desc="tokenize", unit=" rows", unit_scale=500, leave=False, disable=not progress):
+    bar = tqdm(total=len(rows), desc="tokenize", leave=False, disable=not progress)
+    for start in range(0, len(rows), 500):
+        bar.update(min(500, len(rows) - start))
         part = [(i, read(row, f"{source}, row {i}")) for i, row in enumerate(rows[start : start + 500], start)]
         part = [(index, *found) for index, found in part if found]
         if not part:
@@ -367,6 +368,7 @@ def encode(rows: list, tokenizer, read, *, source: str, progress: bool = False) 
             traces, ids = both[: len(columns)], both[len(columns) :]
             counts.update(doubts_of([] if item.text else item.prompt, text, prompt, traces, ids, tokenizer))
         yield from zip(numbers, items, texts, map(share, prompts), *encoded, strict=True)
+    bar.close()
     warn(source, counts, len(rows))
 
 

@@ -112,13 +112,16 @@ def _read(row: dict) -> Item:
     found = columns.union(group for group, names in groups.items() if names)
     read = next((read for needs, read in SHAPES if needs <= found), None)
     if read is None:
-        raise ValueError(f"no shape of row in docs/data.md has these columns (blank: {', '.join(blank) or 'none'})")
+        empty = f" (blank: {', '.join(blank)})" if blank else ""
+        raise ValueError(f"no shape of row in docs/data.md has these columns{empty}")
     if any(re.fullmatch(r"(image|video|audio)s?(_\d+)?", name) for name in columns):
         raise ValueError("the row has an image, a video or sound, which no script reads")
     for name in columns & {"tools", "chat_template_kwargs", "enable_thinking"}:
         if row[name] not in ("[]", "{}", "null"):
             raise ValueError(f"'{name}' is for the chat template, which takes nothing from single rows: remove the "
                              "column (--chat_template_args is for all rows)")  # fmt: skip
+    if {"answers", "graded_by"} <= columns:
+        raise ValueError("the row is of samples.jsonl of an evaluation, whose answers are not read as traces")
     item = read(row)
     system = row.get("system", row.get("system_prompt"))
     if system and item.prompt[:1] and item.prompt[0]["role"] != "system":

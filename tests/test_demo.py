@@ -7,14 +7,14 @@ from tests.conftest import run_script
 
 def test_the_demo_compares_the_methods_with_the_base_on_equal_terms(tmp_path):
     result = run_script(
-        "benchmarks/demo.py", "--out", tmp_path / "demo", "--problems", 12, "--tries", 2, "--methods", "grpo", "luffy",
+        "benchmarks/demo.py", "--out", tmp_path / "demo", "--problems", 12, "--tries", 2,
         "--extra=--steps 2 --eval_limit 8 --batch_size 4 --igsm_problems 200",
     )
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     models = results["models"]
-    assert models.keys() == {"base", "grpo", "luffy"}
-    assert [model["steps"] for model in models.values()] == [0, 2, 2]
-    assert [model["sampled_rows"] for model in models.values()] == [0, 64, 56]
+    assert models.keys() == {"base", "grpo", "sft", "luffy"}
+    assert [model["steps"] for model in models.values()] == [0, 2, 2, 2]
+    assert [model["sampled_rows"] for model in models.values()] == [0, 64, 0, 56]
     assert all(0 <= model["accuracy"] <= 100 for model in models.values())
     assert models["base"]["never_solved"] == 0
     for name in ("curves.png", "grpo/model/model.safetensors", "luffy/samples.jsonl"):

@@ -589,6 +589,7 @@ def test_a_number_with_which_an_option_begins_is_not_its_label(options):
         ({"prompt": [TURN | {"role": "system"}], "answer": "4"}, "the question is blank"),
         ({"question": ASK, "context": {"title": ["x"]}, "answer": "4"}, "'context' is not text"),
         ({"question": ASK, "image_1": {"bytes": "x"}, "answer": "4"}, "the row has an image"),
+        ({"question": ASK, "gold": "4", "answers": [{"text": "5"}], "graded_by": {"math": "1"}}, "of an evaluation"),
         ({"question": ASK, "final_answer": "['4' '5']"}, "a list without commas, as numpy prints it"),
         ({"problem": ASK, "solution": "5", "answer": "4", "is_correct": "False"}, "'is_correct' must be 1"),
         (R1 | {"correctness_math_verify": ["False", "True"]}, "'correctness' must have true, false or null"),
