@@ -216,17 +216,14 @@ def set_template(tokenizer, file: str = "", switches: Iterable[str] = (), *, thi
 def check_template(tokenizer, name: str) -> None:
     """Raise InputError if the template is not Jinja. Warn if it writes text before an assistant turn but not at the end
     of a prompt: answers are sampled, and traces trained, without it. Warn if it prints the date."""
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
     try:
-        prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+        prompt, between = _opening(tokenizer, str(tokenizer.chat_template))
         dated = "strftime_now" in tokenizer.get_chat_template() and time.strftime("%Y") in prompt
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{name}: not a Jinja template ({error})") from error
     except Exception:  # what the template raises, for example because it does not accept these turns
         return
-    between, shown, _ = answered.removeprefix(prompt).partition("answer")
-    missing = answered.startswith(prompt) and shown and between.strip() and "<think>" not in between
+    missing = between.strip() and "<think>" not in between
     doubts = {
         f"it writes {between!r} between a prompt and its answer, but not at the end of prompts, so samples and traces "
         "lack it: let it write this if add_generation_prompt, or put it into the traces": missing,
@@ -236,6 +233,26 @@ def check_template(tokenizer, name: str) -> None:
     for doubt, holds in doubts.items():
         if holds and os.environ.get("RANK", "0") == "0":
             print(f"WARNING: {name}: {doubt}", file=sys.stderr)
+
+
+@functools.lru_cache(4)  # called for every row
+def _opening(tokenizer, template) -> tuple[str, str]:
+    """A prompt, and what the template writes between it and an answer ("" if it shows no answer behind it)."""
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    between, shown, _ = answered.removeprefix(prompt).partition("answer")
+    return prompt, between if answered.startswith(prompt) and shown else ""
+
+
+def answer_space(tokenizer, prompt_text: str) -> str:
+    """The white space that the template writes before an answer, such as the space in "Assistant: ", if this is one of
+    its prompts and does not end with it. A conversation's answers have it, so traces have it too."""
+    with contextlib.suppress(jinja2.TemplateError, TypeError, ValueError):  # no template, or one that refuses turns
+        prompt, between = _opening(tokenizer, str(tokenizer.chat_template))
+        end = prompt.rpartition("question")[2]
+        return between if between.isspace() and end and prompt_text.endswith(end) else ""
+    return ""
 
 
 def _literal(value: str) -> str:
@@ -301,15 +318,19 @@ def response_ids(tokenizer, prompts: list[str], responses: list[str]) -> list[li
 
 
 def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], rows: list[str]) -> list[list[int] | None]:
-    """The ids of each trace after its prompt, with one eos at the end; [] for a blank trace, None for None. Ids that a
-    model drew are kept (a cut answer has no eos), unless the prompt opens the thought that the text begins with.
+    """The ids of each trace after its prompt, with the white space that the template writes before an answer and one
+    eos at the end; [] for a blank trace, None for None. Ids that a model drew are kept (a cut answer has no eos),
+    unless the prompt opens the thought that the text begins with.
 
     rows: "NAME: " of each row, for errors. Raises InputError for ids of another text, and for text after an eos."""
     texts = [trace_text(prompt, t.text, row) if t else "" for prompt, t, row in zip(prompts, traces, rows, strict=True)]
     encoded: list[list[int] | None] = []
     # a word that the template puts before the next question does not end a trace
     ends = [i for i in turn_end(tokenizer)[1] if i in special_tokens(tokenizer)]
-    for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, texts), rows, strict=True):
+    # 'target_probs' are those of the text's tokens alone
+    bare = [not text or text[0].isspace() or t.probs is not None for t, text in zip(traces, texts, strict=True)]
+    spaced = [t if b else answer_space(tokenizer, p) + t for p, t, b in zip(prompts, texts, bare, strict=True)]
+    for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, spaced), rows, strict=True):
         if trace is None:
             ids = None
         elif trace.ids is not None and text.lstrip("\n") == trace.text.lstrip("\n"):

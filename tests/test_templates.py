@@ -85,6 +85,23 @@ def test_what_ends_an_answer_is_what_the_template_puts_behind_one(template, clos
     assert trace == [*tokenizer("a=5", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("space", ["\n", "\n\n", ""])
+def test_a_trace_has_the_space_that_the_template_writes_before_an_answer_as_a_conversation_has(space):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = HEADERS.replace("|>{{", "|>{{ s if m.role == 'assistant' }}{{") + GENERATION
+    tokenizer.chat_template = f"{{% set s = {space!r} %}}" + tokenizer.chat_template
+    prompt = render_prompt(tokenizer, TURNS)
+    _, taught, _ = conversation_ids([*TURNS, {"role": "assistant", "content": "a=5"}], tokenizer, 0)
+
+    def trace_of(prompt, text="a=5", **more):
+        [ids] = encode_traces(tokenizer, [Trace(text, **more)], [prompt], ["row"])
+        return tokenizer.decode(ids[:-1])
+
+    assert trace_of(prompt) == tokenizer.decode(taught) == f"{space}a=5"
+    assert trace_of("a=5\na?") == trace_of(prompt, probs=[0.5] * 3) == "a=5"  # another prompt; these tokens alone
+    assert trace_of(prompt, "\na=5") == "\na=5" and encode_traces(tokenizer, [Trace("")], [prompt], ["row"]) == [[]]
+
+
 def test_a_word_before_the_next_question_does_not_end_a_trace():
     tokenizer = load_tokenizer(MODEL)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}b{% endfor %}"  # as "Question" might stand there
