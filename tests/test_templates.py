@@ -1,5 +1,6 @@
 """Chat templates: what a script was told to use is what it trains on, and what it saves with the model."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -297,3 +298,15 @@ def test_a_template_that_refuses_a_system_turn_names_the_flag(tmp_path, keep):
     else:
         evaluation.make_prompts(questions, tokenizer, evaluation.Args(system=False))
         assert questions[0].prompt_text == "a=5\na?"
+
+
+def test_the_templates_of_the_published_llamas_and_gemma_begin_with_one_bos():
+    """The page's llama, gemma and turns: their original prompts had it, and only the template adds it here."""
+    [block] = re.findall(r"```jinja\n(.*?)```", (ROOT / "docs/published.md").read_text(), re.DOTALL)
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    shown = []
+    for template in block.splitlines():
+        tokenizer.chat_template = template
+        shown.append(render_prompt(tokenizer, TURNS))
+    assert [(text.startswith("<s>"), text.count("<s>")) for text in shown] == [(False, 0)] + [(True, 1)] * 3
