@@ -23,7 +23,7 @@ are learnt first. If the trace and k of the 7 own answers are correct, each has 
 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - Denominators count the rows of all GPUs, so GPUs and micro-batches do not change the gradient. S and M keep its scale.
-- An update takes whole groups. The published code sorted a step's rows by length first, which could split a group.
+- An update takes whole groups. The published code balanced rows over GPUs by length first, which could split one.
 - A row whose trace is too long is left out and counted; the published code cut it and lost the eos (--long_trace cut).
 - A question without a trace is an error; the published code sampled another answer (--empty_trace on_policy).
 
