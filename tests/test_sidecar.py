@@ -11,17 +11,19 @@ import re
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common import vllm
 from common.data import pack
 from common.metrics import read_metrics
 from common.rollout import Completion, EmbeddedSampler, Sampling
-from common.trainer import load_policy
+from common.trainer import export, load_policy, load_tokenizer
 from common.vllm import VLLMSampler, Worker, WorkerFault, fill
-from tests.conftest import NANO, gone, processes, run_script, start_ranks, zygote
+from tests.conftest import NANO, ROOT, gone, processes, run_script, start_ranks, zygote
 from tests.test_rollout import KEYS, PROMPTS, check_batches, check_ends, ids
 
 if vllm.vllm_version(cuda=False) is None:
@@ -139,11 +141,24 @@ def test_after_each_of_five_syncs_vllm_has_the_new_weights(world, sampler, tied)
     assert len(os.listdir("/proc/self/fd")) == files
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
-def test_weights_of_experts_arrive_under_the_names_that_vllm_loads(world, kind):
-    """Transformers keeps them fused and under names of its own."""
+def mixture(kind, world):
     config = EXPERTS | {"model_type": kind, "moe_intermediate_size": 64, "num_experts": 4, "num_local_experts": 4}
-    policy = load_policy(kind, world, from_config=config, seed=3)
+    return load_policy(kind, world, from_config=config, seed=3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_weights_of_experts_are_sent_under_the_names_of_a_checkpoint(world, kind, monkeypatch, tmp_path):
+    """Transformers keeps them fused and under names of its own; vLLM loads the names of checkpoints."""
+    policy = mixture(kind, world)
+    monkeypatch.setattr(vllm, "Worker", lambda *_: SimpleNamespace(start=lambda: None))
+    sent = dict(VLLMSampler(policy, world, stop_ids=[1], max_tokens=100)._weights())
+    export(policy, load_tokenizer(str(ROOT / "models/tiny")), tmp_path / "model", world)
+    saved = load_file(tmp_path / "model/model.safetensors")
+    assert sent.keys() == saved.keys() and all(torch.equal(sent[name], saved[name]) for name in saved)
+
+
+def test_weights_of_experts_arrive_in_vllm(world):
+    policy = mixture("qwen3_moe", world)
     sampler = VLLMSampler(policy, world, stop_ids=[1], max_tokens=100)
     try:
         for version in range(2):

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -267,7 +268,9 @@ def test_gradient_checkpointing_changes_nothing(world):
             torch.testing.assert_close(other, one)
 
 
-def test_compiled_layers_compute_the_same(world):
+def test_compiled_layers_compute_the_same(world, monkeypatch):
+    # traced and differentiated as for a GPU; the C++ for a CPU, which inductor would write from that, takes a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     results = []
     for flag in (False, True):
         policy = load_policy("nano", world, from_config=NANO | {"num_hidden_layers": 1}, seed=3, compile=flag)
