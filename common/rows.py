@@ -406,6 +406,8 @@ def doubts_of(turns: list[dict], end: str, prompt: list[int], traces: list, ids:
         "prompts hold special tokens as text, which are read as such": control,
         f"traces {not_known}": any(unknown in trace for trace in ids if trace),
         "rows have a trace without </think>, though the prompt opens a thought": endless,
+        "prompts do not begin with bos, which the tokenizer puts before every text: let the chat template write "
+        "{{ bos_token }}, unless the model was trained without": turns and with_bos(prompt, tokenizer) != prompt,
     }
     return [what for what, holds in found.items() if holds]
 
@@ -491,8 +493,12 @@ def given_logps(given: Trace, trace: list[int], prompt: str, tokenizer, where: s
 def with_bos(ids: list[int], tokenizer) -> list[int]:
     """Ids of a text, with one bos in front if this tokenizer puts it before text (Llama, DeepSeekMath; not Qwen)."""
     bos = getattr(tokenizer, "bos_token_id", None)
-    adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return [bos, *ids] if adds and ids[:1] != [bos] else ids
+    return [bos, *ids] if bos is not None and ids[:1] != [bos] and _begins_with(tokenizer, bos) else ids
+
+
+@functools.lru_cache(4)  # called for every row
+def _begins_with(tokenizer, bos: int) -> bool:
+    return tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def turn_end(tokenizer) -> tuple[int | None, list[int]]:

@@ -4,7 +4,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import behavior_injection as bridge
@@ -298,6 +298,21 @@ def test_a_template_that_refuses_a_system_turn_names_the_flag(tmp_path, keep):
     else:
         evaluation.make_prompts(questions, tokenizer, evaluation.Args(system=False))
         assert questions[0].prompt_text == "a=5\na?"
+
+
+@pytest.mark.parametrize(("bos", "template", "warned"), [
+    (None, HEADERS, False), ("<s>", HEADERS, True), ("<s>", "{{ bos_token }}" + HEADERS, False),
+])  # fmt: skip
+def test_prompts_without_the_bos_that_the_tokenizer_puts_before_text_are_warned_of(bos, template, warned, capsys):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = template
+    if bos:
+        tokenizer.add_special_tokens({"bos_token": bos})
+        before = processors.TemplateProcessing("<s> $A", None, [(bos, tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = before
+    limits = SimpleNamespace(max_prompt_tokens=99, max_response_tokens=99)
+    make_examples([{"prompt": TURNS, "answer": "5", "target": "a=5"}], tokenizer, limits, source="f.jsonl")
+    assert ("1 of 1 prompts do not begin with bos" in capsys.readouterr().err) == warned
 
 
 def test_the_templates_of_the_published_llamas_and_gemma_begin_with_one_bos():
