@@ -159,9 +159,10 @@ def _mcq(response, gold):
 LABEL = re.compile(
     r"(?is)(?:[\s\"'“.]|-\s)*(?:(?:the |la |el |die )?"
     r"(?:option|choice|answer|letter|letra|opci[oó]n|r[eé]s?p(?:onse|uesta|osta))\b[\s:]*)?"
-    r"([(（]?)([a-z]|\d)(?![a-z0-9_^]|['’][a-z])([)）\"]?)(.*)"
+    r"([(（]?)([a-z]|\d)(?![a-z0-9_^]|['’][a-z]|(?<!'.)['’])([)）\"]?)(.*)"
 )
 SECOND_LABEL = re.compile(
+    r"(?:(?:(?!\b[A-Z]\b)[^().\n]){1,60}?\bor(?= \([A-Z]\)))?"  # (B) cats or (C) dogs
     r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*\(?(?:and |or )?(?:also )?"
     r"[(\"]?([A-Z]|\d)[)\"]?\s*(?:$|[).:,;]|and\b|or\b)"
 )
@@ -283,7 +284,7 @@ SECOND_THOUGHT = "|".join([  # how a later sentence may begin
 RETRACTED = re.compile("(?is)" + "|".join([  # after an answer
     rf"[^.\n]*\b(?:{DOUBT})\b(?! \w+e[dn]\b)",  # 5, or maybe 6
     r"(?-i:[A-J]?[^.!,;\nA-Z]{0,20}\?)",  # 5?
-    rf"[\s$*]*{WRONG}",  # 5 is not right
+    rf"[\s$*]*(?:{WRONG}|\((?:wrong|incorrect)\b)",  # 5 is not right
     r"[^\n]{0,40}\(should be\b(?! \w+ed\b)",  # 5 (should be 6)
     rf".*(?:[.!?;:,—\n$-]\s{{0,3}}|\b(?:but|oh|or),? )(?:{SECOND_THOUGHT})",
 ]))  # fmt: skip
@@ -300,7 +301,7 @@ NO_CLAIM = "|".join([
     r"if|suppos\w+|assum\w+|whether|unless|check|verify",
     rf"might|could|may|possible|{DOUBT}",
     r"doubt|wrong|incorrect|false|mistake\w*|not|not convinced|cannot|unlikely|impossible|contradiction|no way",
-    r"worst|second[- ]best|runner-up|least \w+|old|previous",
+    r"(?:instead|in place) of|rather than|as opposed to|unlike|worst|second[- ]best|runner-up|least \w+|old|previous",
     r"first (?:glance|sight),?|initial|obvious|apparent|naive|tempting|trap",
     r"(?<!\bI )(?<!\bwe )(?<!\bI would )(?<!\bI'd )(?:says?|thinks?|believes?|claims?|argues?)|(?:student|teacher)'s",
 ])  # fmt: skip

@@ -244,6 +244,11 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
         (r"\boxed{\rm B}", "B"),
         ("It is larger.\n#### B", "B"),
         ("#### B. What follows\nIt is larger.", None),
+        ("The answer is (B) cats or (C) dogs.", None),
+        ("The answer is (D) Either B or (C).", "D"),
+        (r"\boxed{B} rather than \boxed{C}", None),
+        ("\\boxed{B'}", None),  # the complement of B
+        ("The answer is 'B'.", "B"),
     ],
 )
 def test_mcq_reads_the_label(response, label):
