@@ -54,7 +54,8 @@ SENTENCE_END = re.compile("|".join([
     r"!(?=\s+[A-Z]|\s*$)",  # but not in 5! = 120
     r"[,;]\s(?!(?:and|or|but also)\b|[$*(-]|\.?\d|\\|[A-Za-z ]{1,20}(?:_\{?\w\}?)? ?=|"  # but not between items
     r"[A-J](?:[.)$}\n]|\s*$|[,;] )|[^()\n]{0,40}\))",
-    r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|\s\((?=[a-z]{2,}[^)])",
+    r"\s(?:because|since|which|so|(?<!times )as|where|but(?! also))\b|"
+    r"\s\((?=[a-z]{2,}[^)])(?!or [\s$]*[-.\d\\]|wrong|incorrect)",
 ]))  # fmt: skip
 
 def find_answer(text: str) -> str | None:
@@ -68,12 +69,15 @@ def find_answer(text: str) -> str | None:
     found = [box for box in found if not BOUND_AFTER.match(text, box[1])]
     if found:
         return _boxed_answer(text, found)
-    _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
+    before, _, after = text.rpartition("</answer>")
+    _, opened, inside = before.rpartition("<answer>")
     if opened:
-        return find_answer(inside) or inside
+        return "" if retracted(after, 0) else find_answer(inside) or inside
     line, _, more = text.rpartition("####")[2].strip().partition("\n")
     if "####" in text and not PHRASE.search(more) and not (more.strip() and HEADING.match(line)):
-        return line if re.search(r"\d", line) or not more.strip() else more.strip().rpartition("\n")[2]
+        if more.strip() and not re.search(r"\d", line):
+            return more.strip().rpartition("\n")[2]
+        return "" if retracted("\n" + more, 0) else line
     for phrase in reversed([*PHRASE.finditer(text)]):
         start, end = phrase.span()
         if claimed(text, start) and not PART_OF.search(text, max(0, start - 20), start):
@@ -125,7 +129,7 @@ WRAPPER = (
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 GOES_ON = re.compile(  # 5 million, 5 times the height, 5 or 6, 5 or more
     rf"(?:[\s$~,()]|\\[,; ]|\\q?quad)*(?:\\text\s?\{{\s?)?(?:(?:{'|'.join(SCALES)}|squared|cubed|times (?:\w|the))\b|"
-    r"or\b[\s}$\\(]*(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)[^.;\n]*)"
+    r"or\b[\s}$\\(]*(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)(?:[^.;\n]|\.\d)*)"
 )
 BORDER = re.compile(rf"\\[()\[\]]|\\\\|(?:{WRAPPER}|\\tag)\s*\{{[^{{}}]*\}}|\\f?box(?:ed)?\s*\{{[^{{}}]*\}}\s*$")
 INVISIBLE = re.compile(  # in a formula; BORDER is what ends one
@@ -235,6 +239,7 @@ NOT_UNITS = set(  # words after a number that change it, most of them without a 
     "fourth fifth sixth seventh eighth ninth tenth hundredth thousandth wrong incorrect false lakh crore gross squared "
     "cubed factorial root mod modulo remainder base negative positive north south east west left right choose power "
     "larger smaller bigger either neither is are was be but only odd even prime divide multiple ten basis quadrillion "
+    "january february march april may june july august september october november december doubled tripled halved "
     "mil millionen millones milhões mille millier milliard milliarden tausend mio mrd bn mn juta ribu".split()
 ) | SCALES.keys()
 SHORT_WORDS = NOT_UNITS | set("in the yes st nd rd th am pm mph kph oz lb lbs hrs sq cu gal mol rad per mm "
@@ -333,7 +338,7 @@ SPELLINGS = [  # (pattern, replacement), applied from top to bottom
         (r"(?:°|~degrees?) ?~?([CF])(?:elsius|ahrenheit)?(?![a-z])", r"~deg\1"),
         (r"~(?:square|sq\.?|(cubic|cu\.?)) ~?([a-z]+)", lambda m: f"~{m[2]}^{3 if m[1] else 2}"),
         (r"(~[a-z]+|(?<=\d) [ms]) ~(?:squared|(cubed))", lambda m: f"{m[1]}^{3 if m[2] else 2}"),
-        (r" ?\( ?(?:~(?:since|because|as)\b[^()·×+*/=]*|((?:~[a-z]+[ ^\d]*)+))\)$", r" \1"),  # 5 (since x > 0)
+        (r" ?\( ?(?:~(?:since|because|as)\b[^()·×+*/=]*|(~or\b[^()]*|(?:~[a-z]+[ ^\d]*)+))\)$", r" \1"),  # 5 (as x > 0)
         (r",? ?\( ?([a-z] ?∈ ?\\mathbb\{Z\}) ?\)$", r", \1"),
         (r",? ?~(?:where|with|for) (?:([a-z]) ~is ~?an ~integer|~(?:any|all|every|each) ~integers? ([a-z])) ?$",
          r", \1\2 ∈ \\mathbb{Z}"),
@@ -506,7 +511,7 @@ def _table(text):
     return Named(name.strip(), value) if name else value
 
 
-COMPOUND = r"(\d+(?:\.\d+)?) ?(~[A-Za-z]+)\.?(?:,? ?(?:~and )?(?=\d)|$)"
+COMPOUND = r"(\d+(?:\.\d+)?) ?(?!~or\b)(~[A-Za-z]+)\.?(?:,? ?(?:~and )?(?=\d)|$)"
 
 def _compound(text):
     """1 hour 30 minutes is 90 minutes."""
@@ -603,7 +608,7 @@ def _relation(text):
         raise Unreadable("a relation that no rule reads")
     values, closed = [formula(side) for side in sides], [sign == "≤" for sign in signs]
     names = [i for i, value in enumerate(values) if value.is_Symbol and NAME.fullmatch(sides[i])]
-    if len(sides) == 2 and len(names) != 1:
+    if len(sides) == 2 and len(names) != 1 and (values[0] - values[1]).free_symbols:
         return Relation(signs[0], values[0] - values[1])
     if names == [0]:  # x < 1 is -∞ < x < 1
         values, closed = [-sympy.oo, *values], [False, *closed]
@@ -624,7 +629,7 @@ def _equation(sides):
     values = [formula(side) for side in sides]
     if (name or not any(v.free_symbols for v in values)) and all(equal(values[0], v) for v in values):
         return Named(name, Number(values[-1])) if name else Number(values[-1])
-    if len(values) == 2 and not name:
+    if len(values) == 2 and not name and (values[0] - values[1]).free_symbols:
         return Relation("=", values[0] - values[1])
     raise Unreadable("a chain of equations")
 

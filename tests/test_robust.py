@@ -271,3 +271,28 @@ def test_a_mark_is_found_in_latex_in_other_languages_and_before_a_time_of_day():
 def test_a_label_that_was_taken_back_does_not_count_if_what_follows_is_no_label():
     texts = ["The answer is B. Wait, I made a mistake. The answer is AB.", r"The answer is B. Wait, no. \boxed{BC}"]
     assert not any(v.reward for v in grade(texts, ["B", "B"], verifier="robust"))
+
+
+def test_a_relation_without_symbols_equals_no_other():
+    pairs = [("2 < 3", "5 < 7"), ("total = 42", "total = 7"), ("1 = 2", "3 = 5"), ("x > 1, x < 2", "x > 1 or x < 2")]
+    answers, golds = zip(*pairs, strict=True)
+    assert not any(v.reward for v in grade([rf"\boxed{{{a}}}" for a in answers], golds, verifier="robust"))
+    right = [r"\boxed{total = 42}", r"\boxed{2 < 3}"]
+    assert [v.reward for v in grade(right, ["42", "2<3"], verifier="robust")] == [1, 1]
+
+
+def test_an_alternative_in_brackets_a_date_and_what_is_called_wrong_are_no_answer():
+    texts = ["The answer is 5 (or 6).", r"\boxed{5} (or 6)", r"\boxed{5 (or 6 apples)}", r"\boxed{5 January}",
+             r"\boxed{5 \text{ doubled}}", "Answer: 5 (incorrect)", r"\boxed{5} (wrong)",
+             r"\boxed{6} instead of \boxed{5}"]  # fmt: skip
+    assert not any(v.reward for v in grade(texts, ["5"] * len(texts), verifier="robust"))
+    texts = ["The answer is 1/2 (or 0.5).", r"\boxed{1/2} (or 0.5)", r"\boxed{1/2 (or 0.5 hours)}",
+             "The answer is 1/2 (or a half).", r"\boxed{1/2} instead of \boxed{5}"]  # fmt: skip
+    assert all(v.reward for v in grade(texts, ["1/2"] * len(texts), verifier="robust"))
+
+
+@pytest.mark.parametrize("mark", ["#### 5", "<answer>5</answer>"])
+def test_an_answer_behind_another_mark_may_be_taken_back_too(mark):
+    after = ["", "\nWait, let me check: 2 + 3 = 5. Correct.", "\nNote that x > 0.",
+             "\nWait, that is wrong. It should be 6.", "\nHowever, this is not right."]  # fmt: skip
+    assert [v.reward for v in grade([mark + words for words in after], ["5"] * 5, verifier="robust")] == [1, 1, 1, 0, 0]
