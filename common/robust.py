@@ -42,6 +42,8 @@ FAULTS = (ValueError, ArithmeticError, NotImplementedError, TypeError, Attribute
 BOUND_BEFORE = re.compile(r"(?:\\(?:neq?|not ?=|[lg]t)|≠|[\w})] +[<>]) *\$?$")  # x > \boxed{2}
 BOUND_AFTER = re.compile(r" *(?:\\(?:neq?|[lg]t)\b|≠|[<>](?!\w+>) *-?[\w\\])")  # but not <answer>\boxed{2}</answer>
 BOLD = re.compile(r"\*\*([^*]+)\*\*")
+MARKUP = re.compile(r"\\?\$|(?:\*\*|__?)(?!\w|\s*[{\\(])")  # but not in x_1
+OPEN_ANSWER = re.compile(r"<answer>\s*+[^<\n]++$")  # its end was the stop string
 HEADING = re.compile(r"\d+[.)] +[^\W\d]")  # of Markdown, behind ####
 PHRASE = re.compile(
     rf"(?i)(?:\b{ANSWER}(?: (?:with)?in \\boxed\{{ *\}})?"
@@ -69,7 +71,8 @@ def find_answer(text: str) -> str | None:
     found = [box for box in found if not BOUND_AFTER.match(text, box[1])]
     if found:
         return _boxed_answer(text, found)
-    before, _, after = text.rpartition("</answer>")
+    closed = text if "</answer>" in text else OPEN_ANSWER.sub(r"\g<0></answer>", text)
+    before, _, after = closed.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
     if opened:
         return "" if retracted(after, 0) else find_answer(inside) or inside
@@ -82,7 +85,7 @@ def find_answer(text: str) -> str | None:
         start, end = phrase.span()
         if claimed(text, start) and not PART_OF.search(text, max(0, start - 20), start):
             said = SENTENCE_END.split(text[end:], maxsplit=1)[0]
-            return "" if retracted(text, end) else re.sub(r"\\?\$|\*\*(?!\w)", "", BOLD.sub(r"\1", said))
+            return "" if retracted(text, end) else MARKUP.sub("", BOLD.sub(r"\1", said))
     return None
 
 
@@ -219,14 +222,14 @@ UNITS = {  # name: (dimension, size in m, s, g, ...); a lower-case letter of a d
         "M": "1 + g gram,1000000 ton tonne,453.59237 lb pound,28.349523125 oz ounce,6350.29318 stone", "Q": "1 pm",
         "LL": "4046.8564224 acre,10000 ha hectare",
         "LLL": "0.001 + L l liter litre,0.003785411784 gal gallon,0.000946352946 qt quart,0.000473176473 pt pint,"
-               "0.0002365882365 cup,0.00001478676478125 tbsp tablespoon,0.00000492892159375 tsp teaspoon",
-        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule Nm,1.602176634e-16 + eV,3600000000 kWh,4184 + cal calorie",
+               "0.000001 cc,0.0002365882365 cup,0.00001478676478125 tbsp tablespoon,0.00000492892159375 tsp teaspoon",
+        "MLtt": "1000 + N newton", "MLLtt": "1000 + J joule Nm,1.602176634e-16 + eV,3600000 + Wh,4184 + cal calorie",
         "MLLttt": "1000 + W watt", "Mltt": "1000 + Pa pascal,101325000 atm,100000000 bar,133322.368421 torr",
         "A": "1 + A amp ampere", "MLLttta": "1000 + V volt", "MLLtttaa": "1000 + ohm", "TA": "1 + C coulomb",
         "TTTTAAmll": "1/1000 + F farad", "MLLttaa": "1000 + H henry henrie",
         "t": "1 + Hz hertz", "Lt": "5/18 kph kmph kmh,0.44704 mph,463/900 knot", "N": "1 + mol mole",
         "B": "1 + B byte,1000 KB", "D": "1 dollar USD,0.01 cent ¢,0.05 nickel,0.1 dime", "K": "1 + K kelvin",
-        "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent pct", "P": "1 am",
+        "C": "1 degC", "F": "1 degF", "R": "1 rad radian", "": "1/100 % percent percentage pct", "P": "1 am",
     }.items()
     for line in table.split(",")
     for factor, *names in [line.split()]
@@ -245,8 +248,8 @@ NOT_UNITS = set(  # words after a number that change it, most of them without a 
 SHORT_WORDS = NOT_UNITS | set("in the yes st nd rd th am pm mph kph oz lb lbs hrs sq cu gal mol rad per mm "
                               "cm km ft yd mi sec min hr pct day mg kg ml usd deg".split())  # fmt: skip
 SHORT_UNITS = set(  # behind a number also where the text does not mark them as words
-    "Hz kHz MHz GHz THz Pa hPa kPa MPa GPa kJ MJ kW MW GW kN kV mV mA eV keV MeV GeV mL dL kWh kB KB MB GB TB ms ns ps "
-    "nm dm cup cal atm bar yr yrs qt".split()
+    "Hz kHz MHz GHz THz Pa hPa kPa MPa GPa kJ MJ kW MW GW kN kV mV mA eV keV MeV GeV mL dL kWh MWh kB KB MB GB TB ms "
+    "ns ps nm dm cup cal atm bar yr yrs qt".split()
 )
 COUNTS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -290,6 +293,7 @@ SPELLINGS = [  # (pattern, replacement), applied from top to bottom
         (r"\\dot *\{?(\d)\}?(\d*)\\dot *\{?(\d)\}?", r"\\overline{\1\2\3}"),
         (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|dot|bar) ?(?:\{(\d+)\}|(\d+))", _repeating),
         # LaTeX that only looks different
+        (r"(?<=[\d}])(?:\\[,;: ]|~) *\\mu *([a-zA-Z]|mol|Pa|Hz|eV)(?=[^a-zA-Z{]*$)", r"\\text{ micro\1}"),
         (r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~|\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
         (r"\\(?:[dtcsx]|nice)(frac|binom)(?![a-zA-Z])", r"\\\1"),
         (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}|^([^{}]*)\\over(?![a-zA-Z])([^{}]*)$", r"\\frac{\1\3}{\2\4}"),
@@ -328,7 +332,7 @@ SPELLINGS = [  # (pattern, replacement), applied from top to bottom
         (r"(?<=\d) *\\Omega *$", " ~ohm"),
         # Braces: \frac12, \sqrt53 is not the root of 53, 12^{th}; 2^{nd} is 2^{n d}
         (r"\\(frac|binom|sqrt(?=\d\d)) *([0-9a-zA-Z])", r"\\\1{\2}"),
-        (r"\\(frac|binom)(\{[^{}]*\}) *([0-9a-zA-Z])", r"\\\1\2{\3}"),
+        (r"\\(frac|binom)(\{(?:[^{}]|\{[^{}]*\})*\}) *([0-9a-zA-Z])", r"\\\1\2{\3}"),
         (r"(?<=\d) *\^ *(?:\{ *~(th) *\}|\{ +~(st|nd|rd) +\}| +~(st|nd|rd|th) +)", lambda m: f" ~{m[m.lastindex]}"),
         (r" *([_^]) *(?:\{ ?(\w) ?\})?", r"\1\2"),
         (r" +", " "),
@@ -377,7 +381,7 @@ def spell(text: str) -> str:
 
 def _trim(text):
     """Remove what stands around an answer and is no part of it. {1, 2} is a set, {5} is 5."""
-    text = text.lstrip(' *`":').rstrip(' *`".,;:')
+    text = text.lstrip(' *`":').rstrip(' *`".,;:\\')
     if not (text[:1] == "{" and text[-1] == "}" and _is_wrapped(text)):
         return text
     if any(text[i] == "," and depth == 1 for i, depth in enumerate(_depths(text))) and not THOUSANDS.search(text):
@@ -583,6 +587,7 @@ NAME = re.compile(r"(?!(?:e|i|\\pi)$)(?:" + "|".join([  # of a value
     r"\((?:[a-z]|\\[a-z]+) ?(?:, ?(?:[a-z]|\\[a-z]+) ?)+\)",  # (x, y)
     r"(?:~[A-Za-z]+ ?)+(?:\\triangle *)?(?:[A-Z]{1,4} ?)?",  # Area of ABC
     r"m? ?\\(?:angle|overline|triangle|vec)\W*\w+\W*",
+    r"(?:[A-Za-z]{1,2}(?:_(?:\w|\{[^{}=]+\}))? ?: ?)+[A-Za-z]{1,2}(?:_(?:\w|\{[^{}=]+\}))?",  # V_1:V_2
     r"\\Delta ?[A-Za-z]|\|[A-Z]{2}\||\[[A-Z]{3,4}\]",  # \Delta H, the length |AB|, the area [ABC]
     r"\\frac\{[A-Za-z]{1,2}\}\{[A-Za-z]{1,2}\}|[fgh]\([fgh]\([\w-]*\)\)",  # dy over dx, f(g(2))
     r"(?:P|~?Pr|E|~?Var|\\mathbb\{[PE]\}) ?[(\[][^()\[\]]*[)\]]",  # P(A ∩ B)
@@ -912,6 +917,8 @@ def _same(a, b):
             return all(map(any, alike)) and all(map(any, zip(*alike, strict=True))) and bool(items) == bool(others)
         case Group("," | "∪" | "cases" as kind, items), Group(other, others) if kind == other:
             return _paired(items, others)
+        case Group("∪", items), Group("," | "⦃⦄", others):  # (1, 2) or (3, 4) may be points; x < 1 is no point
+            return all(item.kind == "()" and "oo" not in str(item) for item in items) and _paired(items, others)
         case Group("matrix", rows), Group("()" | ",", items):
             row = rows[0].items if len(rows) == 1 else [row.items[0] for row in rows if len(row.items) == 1]
             return len(row) == max(len(rows), len(rows[0].items)) and _in_order(row, items)
@@ -961,6 +968,7 @@ def _letters(text):
 BARE_BOX = re.compile(
     r"\\(?:boxed|fbox)(?![a-zA-Z{])\s*(\\[dtc]?frac\s*(?:\w\s*\w|(?:\{[^{}]*\}){2})|-?[\d.,]*\d|[A-Z]\b)"
 )
+JSON_ANSWER = re.compile(r'"(?:final_)?answer"\s*+:\s*+(?:"([^"\n]*+)"|([^"\n{}]*+))\s*+\}[\s`]*+$')
 SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{0,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Human|User) ?\d*:|<\|im_start\|>user")  # another question begins
 LABEL_EDGE = r"[\s$(){}\[\].:*\\]*"
@@ -970,6 +978,7 @@ def robust(response: str, gold: str) -> bool:
     """Apply the rule. Raises NoAnswer if the response gives no answer, or if the gold cannot be read."""
     whole = BARE_BOX.sub(r"\\boxed{\1}", response.rstrip()[-MAX_CHARS:])
     whole = whole[:-400] + SPECIAL_TOKENS.sub("", whole[-400:])
+    whole = JSON_ANSWER.sub(r"\\boxed{\1\2}", whole)
     said, *more = RUN_ON.split(whole.rpartition("</think>")[2], 3)
     while more and not find_answer(said):
         said += more.pop(0)

@@ -245,7 +245,11 @@ SPELLED = [  # two spellings of an answer, and one that is wrong
     (r"\color{blue}{x=3, y=-2}", "(3, -2)", r"\color{blue}{x=-2, y=3}"),
     ("(B)", "B. 42", "(C)"), (r"\text{(B) } 42", "B. 42", "(C) 42"), ("A, C", "(A), (C)", "A"),
     ("C:3", "C. 3", "C:4"), ("A: (D) 12", "(D) 12", "A: (D) 13"), ("A:B = 2:3", "2:3", "A:B = 3:2"),
-    (r"\biggl(1, 2\biggr)", "(1, 2)", r"\biggl(2, 1\biggr)"),
+    (r"\biggl(1, 2\biggr)", "(1, 2)", r"\biggl(2, 1\biggr)"), (r"5\ ", "5", r"6\ "),
+    ("V_{1}:V_{2}=11:21", "11:21", "V_{1}:V_{2}=21:11"), (r"\frac{\sqrt{3}}2", r"\sqrt{3}/2", r"\frac{\sqrt{2}}3"),
+    (r"3\,\mu m", "3 micrometers", "3 mm"), (r"120\text{ kWh}", "0.12 MWh", "12 MWh"),
+    (r"400\text{ cc}", "0.4 L", "4 L"), (r"33.5\text{ percentage}", "0.335", "335"),
+    (r"(1, 2) \text{ or } (3, 4)", "(3, 4), (1, 2)", "(3, 4), (2, 1)"),
 ]  # fmt: skip
 
 
@@ -296,3 +300,14 @@ def test_an_answer_behind_another_mark_may_be_taken_back_too(mark):
     after = ["", "\nWait, let me check: 2 + 3 = 5. Correct.", "\nNote that x > 0.",
              "\nWait, that is wrong. It should be 6.", "\nHowever, this is not right."]  # fmt: skip
     assert [v.reward for v in grade([mark + words for words in after], ["5"] * 5, verifier="robust")] == [1, 1, 1, 0, 0]
+
+
+def test_an_open_answer_tag_json_and_italics_are_marks():
+    texts = ["<answer>18", "So\n<answer>\n18 eggs\n", "The answer is _18_.", '{"answer": "18"}',
+             '```json\n{"steps": "6*3", "answer": 18}\n```']  # fmt: skip
+    others = ["It goes into <answer> tags.\n18 eggs", '{"answer": "18 or 19"}', '{"answer": null}',
+              'The answer is 18.\n{"answer": "19"}']  # fmt: skip
+    verdicts = grade(texts + others, ["18"] * 9, verifier="robust")
+    assert [v.reward for v in verdicts] == [1] * 5 + [0] * 4
+    texts = ["<answer>1</answer> in <answer> tags", "The answer is $x_1$.", r"The answer is $\log_ {2} 8$."]
+    assert [v.reward for v in grade(texts, ["1", "x_1", "3"], verifier="robust")] == [1, 1, 1]
