@@ -90,8 +90,8 @@ def find_answer(text: str) -> str | None:
 
 
 JOINED_BOXES = re.compile(  # what stands between the boxes of a list
-    r"(?s)(?=.*(?:[,;]|and|or))"
-    r"(?:[\s$,;}]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
+    r"(?s)(?=.*(?:[,;、，和或]|and|or))"
+    r"(?:[\s$,;}、，和或者]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{)?\s*(?:and|or)\b|\w(?:_\w|_\{\w+\})?\s*=)*"
 )
 
 def _boxed_answer(text, found):
@@ -132,7 +132,7 @@ WRAPPER = (
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 GOES_ON = re.compile(  # 5 million, 5 times the height, 5 or 6, 5 or more
     rf"(?:[\s$~,()]|\\[,; ]|\\q?quad)*(?:\\text\s?\{{\s?)?(?:(?:{'|'.join(SCALES)}|squared|cubed|times (?:\w|the))\b|"
-    r"or\b[\s}$\\(]*(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)(?:[^.;\n]|\.\d)*)"
+    r"(?:or\b|或者?)[\s}$\\(]*(?=[a-z]\s*=|-?\d|\\?(?:frac|sqrt)|(?:more|less|fewer|greater|higher|lower|so)\b)(?:[^.;\n]|\.\d)*)"
 )
 BORDER = re.compile(rf"\\[()\[\]]|\\\\|(?:{WRAPPER}|\\tag)\s*\{{[^{{}}]*\}}|\\f?box(?:ed)?\s*\{{[^{{}}]*\}}\s*$")
 INVISIBLE = re.compile(  # in a formula; BORDER is what ends one
@@ -203,13 +203,13 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
 LOOKALIKES = {
     **dict.fromkeys("−–—‐‑‒", "-"), **dict.fromkeys("⋅∙•‧", "·"), **dict.fromkeys("‘’′", "'"),
     **dict.fromkeys("✅✔✓∴", ""), "∕": "/", "∶": ":", "。": ".", "、": ",", "∣": "|", "⩽": "≤", "⩾": "≥", "º": "°",
-    "˚": "°", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "µ": r"\mu ", "\u2126": r"\Omega",
-    **{char: rf"\{name} " for char, name in GREEK.items()},
+    "˚": "°", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "µ": r"\mu ", "\u2126": r"\Omega", "或": " or ",
+    "和": " and ", **{char: rf"\{name} " for char, name in GREEK.items()},
 }  # fmt: skip
 FUNCTIONS = {
     **{name: getattr(sympy, name) for name in "sin cos tan cot csc sec sinh cosh tanh sqrt exp".split()},
     "ln": sympy.log, "log": lambda x: sympy.log(x, 10), "lg": lambda x: sympy.log(x, 10),
-    "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan
+    **{f"arc{name}": getattr(sympy, f"a{name}") for name in "sin cos tan sinh cosh tanh".split()},
 }  # fmt: skip
 PREFIXES = {"": 0, "nano": -9, "micro": -6, "milli": -3, "centi": -2, "kilo": 3, "mega": 6, "giga": 9,
             "p": -12, "n": -9, "m": -3, "c": -2, "d": -1, "h": 2, "k": 3, "M": 6, "G": 9, "T": 12}  # fmt: skip
@@ -824,10 +824,10 @@ def _atom(tokens, binds=POWER):
         tokens.pop()
         exponent = _parse(tokens, POWER)
     argument = _atom(tokens) if tokens[-1] in AROUND else _parse(tokens, ARGUMENT)
-    if name in ("exp", "sinh", "cosh", "tanh"):
-        _power(sympy.E, argument)  # refuses a large argument
     if exponent == -1 and "arc" + name in FUNCTIONS:
         return FUNCTIONS["arc" + name](argument)
+    if name in ("exp", "sinh", "cosh", "tanh"):
+        _power(sympy.E, argument)  # refuses a large argument
     value = sympy.log(argument, formula(base)) if base else FUNCTIONS[name](argument)
     return _power(value, sympy.sympify(exponent))
 

@@ -163,8 +163,8 @@ LABEL = re.compile(
 )
 SECOND_LABEL = re.compile(
     r"(?:(?:(?!\b[A-Z]\b)[^().\n]){1,60}?\bor(?= \([A-Z]\)))?"  # (B) cats or (C) dogs
-    r"\s*(?:[,;./&+–—-]|and\b|or\b|as well as\b|\\cup|∪|:\s|(?=\())\s*\(?(?:and |or )?(?:also )?"
-    r"[(\"]?([A-Z]|\d)[)\"]?\s*(?:$|[).:,;]|and\b|or\b)"
+    r"\s*(?:[,;./&+–—、，；：。-]|and\b|or\b|as well as\b|或者?|[和与及]|또는|または|\\cup|∪|:\s|(?=\())\s*"
+    r"\(?(?:and |or )?(?:also )?[(\"]?([A-Z]|\d)[)\"]?\s*(?:$|[).:,;。，、或和]|and\b|or\b)"
 )
 
 
@@ -179,13 +179,15 @@ def choice_label(text: str, *, sentence: bool = False) -> str | None:
     if not (found := LABEL.match(re.split("<[|/]", text)[0].strip())):
         return None
     opened, label, closed, rest = found.groups()
-    if re.match(rf"(?i)[\s.]*(?:{WRONG}|\((?:not|wrong|incorrect|false)\b)", rest):
+    text_of_option = re.fullmatch(r"[\s.:]*(?:Not [a-z]+|(?:False|Incorrect|Wrong)(?:, (?:True|False))?)[\s.]*", rest)
+    if not text_of_option and re.match(rf"(?i)[\s.]*(?:{WRONG}|\((?:not|wrong|incorrect|false)\b)", rest):
         return ""
     if (second := SECOND_LABEL.match(rest)) and second[1].isdigit() == label.isdigit():
         return ""
     alone = re.fullmatch(r"[\s.:。!！✅✓\"'”]*", rest)
     # not "A dog", "I think", "V-1"
-    plain = opened or closed or re.match(r"\s*(?:[.:,;](?!\d)|[-–—](?!\w)|[\u3040-\u9fff\uac00-\ud7af])|\s+\(", rest)
+    after = r"\s*(?:[.:,;](?!\d)|[-–—](?!\w)|[，。；：\u3040-\u9fff\uac00-\ud7af])|\s+\("
+    plain = opened or closed or re.match(after, rest)
     needs_reason = label in "AI0123456789"  # "A dog" and "3 dogs" are no labels
     goes_on = sentence and re.match(r"\s+(?:because|since|as|which)\b" if needs_reason else r"\s+[a-z]", rest)
     good = alone or (opened or closed if label.islower() else plain or goes_on)
@@ -225,7 +227,7 @@ CHOICE = re.compile(
     rf"\bI(?:'d|'ll| would| will)? (?:go with|pick|choose|select)\b|{CHINESE})[ *_:$\n]*"
 )
 CORRECT = re.compile(r"\b([A-J])\b\W{0,3} is (?:the )?(?:correct|right|best|answer)\b")
-BETWEEN_BOXES = re.compile(r"[\s$.]*(?:and|or|,)?[\s$]*")
+BETWEEN_BOXES = re.compile(r"[\s$.]*(?:and|or|[,、，和或])?[\s$]*")
 PLACEHOLDER = re.compile(r"(?i)[\s.…]*+(?:\\text\s*\{)?(?:your |the )?(?:final )?(?:answer)?[\s.…}]*")  # of a box
 
 
@@ -268,13 +270,14 @@ def chosen_label(text: str, *, digits: bool = False) -> str | None:
 
 DOUBT = "maybe|perhaps|possibly|probably|could be|might be|may be"
 WRONG = (
-    r"(?:'s| is| was| can)?(?:(?: ?not| never|n't)(?: be)? (?:the|right|correct|true|possible|valid)| wrong| incorrect|"
-    r" false)\b"
+    r"(?:(?:'s| is| was| can)?(?:(?: ?not| never|n't)(?: be)? (?:the|right|correct|true|possible|valid)| wrong|"
+    r" incorrect| false)\b|(?<![\s.])(?:是|也)?(?:不对|不正确|错误|错的))"
 )
 SECOND_THOUGHT = "|".join([  # how a later sentence may begin
     "(?:wait|hm+|oops|(?<!, )actually|sorry|correction|scratch that|on second thought|(?:up)?on reflection|edit|"
     rf"rechecking|let me correct|{DOUBT})\b",
     r"no[,.:]|no [A-J]\b",
+    "等等|等一下|不对|更正|不，",
     r"I (?:made|meant?|was wrong|am not sure|change my|would like to revise)\b",
     rf"(?:that|this|it|which){WRONG}",  # that can't be right
     r"(?:but|however),? (?:it|that|this|I|the answer|[A-J])\b[^.\n]{0,60}"  # but this does not work
@@ -286,7 +289,7 @@ RETRACTED = re.compile("(?is)" + "|".join([  # after an answer
     r"(?-i:[A-J]?[^.!,;\nA-Z]{0,20}\?)",  # 5?
     rf"[\s$*]*(?:{WRONG}|\((?:wrong|incorrect)\b)",  # 5 is not right
     r"[^\n]{0,40}\(should be\b(?! \w+ed\b)",  # 5 (should be 6)
-    rf".*(?:[.!?;:,—\n$-]\s{{0,3}}|\b(?:but|oh|or),? )(?:{SECOND_THOUGHT})",
+    rf".*(?:[.!?;:,—\n$。，！？；-]\s{{0,3}}|\b(?:but|oh|or),? )(?:{SECOND_THOUGHT})",
 ]))  # fmt: skip
 CHECK = re.compile(
     r"(?is)[^.\n]{0,40}[\s.$]{1,9}(?:wait|hm+)\W{1,3}(?:let me|let's|I)\b[^.:\n]{0,40}(?:check|verify)\b.*\b"

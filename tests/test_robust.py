@@ -249,7 +249,8 @@ SPELLED = [  # two spellings of an answer, and one that is wrong
     ("V_{1}:V_{2}=11:21", "11:21", "V_{1}:V_{2}=21:11"), (r"\frac{\sqrt{3}}2", r"\sqrt{3}/2", r"\frac{\sqrt{2}}3"),
     (r"3\,\mu m", "3 micrometers", "3 mm"), (r"120\text{ kWh}", "0.12 MWh", "12 MWh"),
     (r"400\text{ cc}", "0.4 L", "4 L"), (r"33.5\text{ percentage}", "0.335", "335"),
-    (r"(1, 2) \text{ or } (3, 4)", "(3, 4), (1, 2)", "(3, 4), (2, 1)"),
+    (r"(1, 2) \text{ or } (3, 4)", "(3, 4), (1, 2)", "(3, 4), (2, 1)"), ("x=1或x=2", "1, 2", "1或3"),
+    (r"\sinh^{-1} x", r"\ln(x+\sqrt{x^2+1})", r"\frac{1}{\sinh x}"), ("arctanh 0.5", r"\frac12\ln 3", "tanh 0.5"),
 ]  # fmt: skip
 
 
@@ -288,7 +289,8 @@ def test_a_relation_without_symbols_equals_no_other():
 def test_an_alternative_in_brackets_a_date_and_what_is_called_wrong_are_no_answer():
     texts = ["The answer is 5 (or 6).", r"\boxed{5} (or 6)", r"\boxed{5 (or 6 apples)}", r"\boxed{5 January}",
              r"\boxed{5 \text{ doubled}}", "Answer: 5 (incorrect)", r"\boxed{5} (wrong)",
-             r"\boxed{6} instead of \boxed{5}"]  # fmt: skip
+             r"\boxed{6} instead of \boxed{5}", r"\boxed{5}或6", r"\boxed{6}、\boxed{5}", r"\boxed{5}，不对，是6",
+             r"\boxed{5}是错的"]  # fmt: skip
     assert not any(v.reward for v in grade(texts, ["5"] * len(texts), verifier="robust"))
     texts = ["The answer is 1/2 (or 0.5).", r"\boxed{1/2} (or 0.5)", r"\boxed{1/2 (or 0.5 hours)}",
              "The answer is 1/2 (or a half).", r"\boxed{1/2} instead of \boxed{5}"]  # fmt: skip

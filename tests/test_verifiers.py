@@ -249,6 +249,14 @@ def test_pairs_no_false_acceptance_and_97_percent_of_the_acceptances():
         (r"\boxed{B} rather than \boxed{C}", None),
         ("\\boxed{B'}", None),  # the complement of B
         ("The answer is 'B'.", "B"),
+        ("The answer is (B) False, False.", "B"),  # the option's text
+        ("B. Not true", "B"),
+        ("答案是B或C。", None),
+        ("\\boxed{B}和\\boxed{C}", None),
+        ("答案是B不对。", None),
+        ("答案是B。等等，不对，应该是C。", None),
+        ("答案是B. 错误", "B"),
+        ("答案是B，其余选项错误。", "B"),
     ],
 )
 def test_mcq_reads_the_label(response, label):
