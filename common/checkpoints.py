@@ -192,6 +192,7 @@ class Checkpoints:
         lm = pairs["policy"][0].lm
         generation = lm.generation_config.to_dict() if lm.can_generate() else {}
         values = [name for name, (model, _) in pairs.items() if isinstance(model, ValueModel)]
+        extra = json.loads(json.dumps(extra))  # a copy: the loop may extend its lists while the background writes
         state |= {"configs": configs, "values": values, "generation": generation, **extra}
         start = time.perf_counter()
         tensors = self._tensors(pairs)

@@ -471,10 +471,12 @@ def test_a_checkpoint_written_in_the_background_is_that_of_its_moment(policy, wo
     train_a_little(policy, optimizer, 1)
     saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
     then = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    saved.save(1, {"policy": (policy, optimizer)}, world, mark=7)
-    train_a_little(policy, optimizer, 3)  # while it is written
+    mark = [7]
+    saved.save(1, {"policy": (policy, optimizer)}, world, mark=mark)
+    mark.append(8)  # while it is written
+    train_a_little(policy, optimizer, 3)
     saved.wait()
-    assert saved.state()["mark"] == 7
+    assert saved.state()["mark"] == [7]
     saved.load({"policy": (policy, optimizer)})
     assert all(torch.equal(p, then[name]) for name, p in policy.named_parameters())
 
