@@ -161,8 +161,11 @@ class EmbeddedSampler(Sampler):
         self.device = next(policy.parameters()).device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         config = copy.deepcopy(policy.lm.config)
+        # Transformers 5.19's SDPA ignores a soft cap of scores, and the proof cannot see one as high as Gemma 2's 50
+        capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+        kind = "eager" if capped else None
         with self.device:  # random weights, quickly drawn; the first sync replaces them
-            lm = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=None)
+            lm = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=kind)
         if self.device.type == "cuda" and lm.config._attn_implementation == "sdpa":
             lm.set_attn_implementation("grouped")
         lm.tie_weights()
@@ -204,7 +207,7 @@ class EmbeddedSampler(Sampler):
                 self.proven = gap < tolerance(policy)
                 if self.proven:
                     break
-                self.lm.set_attn_implementation("eager")  # SDPA silently ignores a soft cap of scores
+                self.lm.set_attn_implementation("eager")  # SDPA may ignore what a layer hands to it
             why = f"its log-probs are {gap:.2g} standard deviations from the policy's"
         except Exception as error:
             if unrelated_to_model(error):

@@ -231,6 +231,20 @@ def test_a_type_is_right_in_all_six_respects(kind, world, tmp_path):
         assert torch.equal(load_policy(str(tmp_path / "export"), world)(pack(SEQUENCES)), trained)
 
 
+def test_the_sampler_does_not_ignore_a_soft_cap_of_scores_that_the_proof_cannot_see(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.Gemma2PreTrainedModel, "_supports_sdpa", True)  # as in Transformers 5.19
+    policy = load_policy(str(make("gemma2", tmp_path, attn_logit_softcapping=50.0)), world)
+    sampler = EmbeddedSampler(policy, stop_ids=[1])
+    sampler.sync(policy, version=0)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            p.mul_(4 if "q_proj" in name or "k_proj" in name else 1)  # then scores reach the cap
+    sampler.sync(policy, version=1)
+    [[answer]] = sampler.generate([ids(30, 8)], n=1, keys=[0], seed=0, sampling=Sampling(30))
+    expected = policy(pack([(ids(30, 8), answer.ids)])).detach()
+    torch.testing.assert_close(torch.tensor(answer.logps), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_type_is_refused_at_load_in_one_line(kind, world, tmp_path):
     folder = make(kind, tmp_path / "model")
