@@ -651,10 +651,10 @@ def test_the_best_model_is_kept_from_the_step_on_at_which_it_is_asked_for(tmp_pa
 
 
 def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_path, world, monkeypatch):
-    """Accuracies of steps 1, 2, 3: the second is the best."""
-    accuracies = iter([0.9, 0.2, 0.5, 0.4])  # the first is the base model's
+    """Accuracies of steps 1 to 4: the second is the best, not only better than the one before it."""
+    accuracies = iter([0.9, 0.2, 0.5, 0.3, 0.4])  # the first is the base model's
     monkeypatch.setattr("common.run.evaluate", lambda *_: {"eval/mean": next(accuracies)})
-    words = ["--steps", "3", "--save_every", "1", "--keep", "3", "--eval_every", "1", "--keep_best"]
+    words = ["--steps", "4", "--save_every", "1", "--keep", "4", "--eval_every", "1", "--keep_best"]
     words += ["--rope_theta", "3e4", "--max_positions", "2048", "--out", str(tmp_path / "run")]
     luffy.main(settings(*words))
     for step in (1, 2, 0):  # 0: the newest
@@ -669,7 +669,7 @@ def test_the_best_model_is_kept_and_any_checkpoint_comes_out_as_a_folder(tmp_pat
     assert len(load_tokenizer(str(tmp_path / "2"))) > 20
     weights = tmp_path / "run" / "checkpoint" / "step-00000001" / "__0_0.distcp"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    errors = {"no checkpoint of step 7 there; steps: .1, 2, 3.": ["--step", 7], "holds no value": ["--value"],
+    errors = {"no checkpoint of step 7 there; steps: .1, 2, 3, 4.": ["--step", 7], "holds no value": ["--value"],
               "step-00000001: __0_0.distcp is damaged .*; export another --step": ["--step", 1]}  # fmt: skip
     for message, words in errors.items():
         failed = run_script("-m", "common.checkpoints", tmp_path / "run", tmp_path / "no", *words, check=False)
