@@ -531,8 +531,9 @@ def _turn_end(tokenizer, template):
 def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[list[int], list[int], list[bool]]:
     """Return (prompt ids, response ids, action mask of the response) of a conversation.
 
-    Every assistant turn after the first `skip_turns` is an action, with the token that closes it (`turn_end`); what
-    is between two turns is not. The pieces are tokenized one by one, so the ids are those that a sampler reads:
+    Every assistant turn after the first `skip_turns` is an action, with the token that closes it (`turn_end`), unless
+    its weight is 0; what is between two turns is not. The pieces are tokenized one by one, so the ids are those that a
+    sampler reads:
 
         user  assistant  user  assistant
         p p p r r r r    r r r r r r
@@ -558,7 +559,8 @@ def conversation_ids(messages: list[dict], tokenizer, skip_turns: int) -> tuple[
             said += mark
         else:
             said = said.rstrip()  # line breaks that the template puts behind an answer are no action
-        for so_far, piece, action in ((text, before[len(text) :], False), (before, said, True)):
+        trained = "weight" not in messages[turn]
+        for so_far, piece, action in ((text, before[len(text) :], False), (before, said, trained)):
             [piece_ids] = response_ids(tokenizer, [so_far], [piece])
             piece_ids = piece_ids if ids else with_bos(piece_ids, tokenizer)
             ids += piece_ids

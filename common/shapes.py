@@ -43,6 +43,7 @@ TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["']\w+["']\s*:""")  # as text, in .csv f
 NESTED = {"reward_model", "choices", "options", "responses", "rewards", "generations", "history", "correctness",
           "correctness_math_verify", "correctness_llama"}  # fmt: skip
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
+UNTRAINED = ("weight", "loss", "train")  # keys that other trainers read: an assistant turn with 0 or false is context
 KNOWN_ROLES = ("system", "user", "assistant", "tool", "function", "ipython", "observation")
 
 
@@ -227,7 +228,8 @@ def _turns(value, name: str) -> list[dict]:
 
 
 def _turn(turn: dict, name: str) -> dict:
-    """Return a turn, {role, content} or {from, value}, as {role, content}; content includes an assistant's thought."""
+    """Return a turn, {role, content} or {from, value}, as {role, content}; content includes an assistant's thought. An
+    assistant turn that is not to be trained also has weight 0."""
     turn = {key: value for key, value in turn.items() if value is not None}  # files that mix both forms hold nulls
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if turn.get("tool_calls") or turn.get("function_call"):
@@ -239,7 +241,10 @@ def _turn(turn: dict, name: str) -> dict:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(part.get("text", "") for part in content)
     content = _text(content, f"'{name}': a turn's content")
-    return {"role": role, "content": _with_thought(turn, content) if role == "assistant" else content}
+    if role != "assistant":
+        return {"role": role, "content": content}
+    untrained = any(turn.get(mark, 1) == 0 for mark in UNTRAINED)
+    return {"role": role, "content": _with_thought(turn, content)} | ({"weight": 0} if untrained else {})
 
 
 MARKED = re.compile(
@@ -409,13 +414,13 @@ def _drawn(row: dict) -> Item:
 def _conversation(row: dict) -> Item:
     name = "conversations" if "conversations" in row else "messages"
     turns = _turns(row[name], name)
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant" and "weight" not in turn), default=0)
     if name == "messages" and turns[-1]["role"] != "assistant":
         return _asked(row | {"prompt": turns})
     if not last:
-        raise ValueError(f"'{name}' has no assistant turn that answers another")
+        raise ValueError(f"'{name}' has no assistant turn that answers another and is to be trained")
     item = _asked(row | {"prompt": turns[:last], "history": []})
-    item.traces, item.conversation = [Trace(turns[last]["content"], _reward(row))], turns
+    item.traces, item.conversation = [Trace(turns[last]["content"], _reward(row))], turns[: last + 1]
     return item
 
 

@@ -9,7 +9,7 @@ import torch
 import oreo
 from common.data import InputError
 from common.logprobs import linear_kl, logprobs_from_logits
-from common.rows import conversation_ids
+from common.rows import conversation_ids, read_row
 from common.search import Candidate, beam_search, select_beam, step_ids, step_starts
 from common.trainer import learning_rate, make_optimizer, optimizer_step
 from common.verifiers import grade
@@ -330,6 +330,23 @@ def test_what_closes_a_turn_is_an_action_and_what_the_template_puts_behind_it_is
     assert "".join(Chat().batch_decode([[i] for i in prompt])) == "<U>q<E>\n<A>"
     assert "".join(Chat().batch_decode([[i] for i in response])) == "a<E>\n<U>o<E>\n<A>b<E>"
     assert actions == [True] * 2 + [False] * 6 + [True] * 2
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": False}])
+def test_an_assistant_turn_that_is_marked_as_not_to_be_trained_is_context(mark):
+    said = (("user", "q", {}), ("gpt", "a", {"loss": True}), ("user", "r", {"loss": None}), ("gpt", "OK", mark),
+            ("user", "s", {}), ("gpt", "b", {}), ("user", "t", {}), ("gpt", "z", mark))  # fmt: skip
+    turns = [{"from": role, "value": text} | more for role, text, more in said]
+    item = read_row({"conversations": turns, "reward": 1}, "x")
+    assert [turn["content"] for turn in item.prompt] == ["q", "a", "r", "OK", "s"]
+    assert [trace.text for trace in item.traces] == ["b"]
+    _, response, actions = conversation_ids(item.conversation, CharTokenizer(), 0)
+    trained = [i for i, action in zip(response, actions, strict=True) if action]
+    unmarked = [turn for turn in item.conversation if turn["content"] != "OK"]
+    _, response, actions = conversation_ids(unmarked, CharTokenizer(), 0)
+    assert trained == [i for i, action in zip(response, actions, strict=True) if action]
+    with pytest.raises(InputError, match="to be trained"):
+        read_row({"conversations": [turns[0], turns[3]], "reward": 1}, "x")
 
 
 def test_a_template_that_rewrites_the_history_is_refused():
