@@ -435,6 +435,11 @@ def test_alfworlds_own_engine_plays_a_game_in_the_layout_of_its_data(tmp_path, m
     assert seen[0] == ("The drawer 1 is closed.", False, False) and "You arrive" not in seen[3][0]
     assert [over for _, over, _ in seen] == [won for *_, won in seen] == [False] * 4 + [True]
     assert b.act("open drawer 1")[0] == "Nothing happens."  # b is a game of its own: still in the middle of the room
+    older = tmp_path / "older.tw-pddl"  # its grammar is that before 0.4
+    older.write_text(Path(path).read_text().replace("move {o} to {r}", "put {o} in/on {r}"))
+    for played in (b, kind(str(older))):  # the published rules name the action so
+        played.reset()
+        assert [played.act(c) for c in [*commands[:-1], "put mug 1 in/on desk 1"]][-1][1:] == (True, True)
 
 
 def with_template(template):
