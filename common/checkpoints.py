@@ -192,19 +192,19 @@ class Checkpoints:
         lm = pairs["policy"][0].lm
         generation = lm.generation_config.to_dict() if lm.can_generate() else {}
         values = [name for name, (model, _) in pairs.items() if isinstance(model, ValueModel)]
-        extra = json.loads(json.dumps(extra))  # a copy: the loop may extend its lists while the background writes
         state |= {"configs": configs, "values": values, "generation": generation, **extra}
+        text = json.dumps(state)  # now: the loop may extend lists of `extra` while the background writes
         start = time.perf_counter()
         tensors = self._tensors(pairs)
         with self._explain(step):
             if not self.background:
                 dcp.save(tensors, checkpoint_id=partial, no_dist=world.size == 1)
-                return self._commit(partial, state, world, start)
+                return self._commit(partial, text, world, start)
             copied = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group)
 
         def write():
             copied.result()
-            self._commit(partial, state, world, start)
+            self._commit(partial, text, world, start)
 
         self._written = self._writer.submit(write)
 
@@ -236,11 +236,10 @@ class Checkpoints:
                 + (f"{last.name} is intact: the same command resumes from it" if last else "There is none before it")
             ) from error
 
-    def _commit(self, partial: Path, state: dict, world: World, start: float) -> None:
+    def _commit(self, partial: Path, state: str, world: World, start: float) -> None:
         """Make a written checkpoint the newest one, then delete the oldest beyond --keep."""
         if world.main:
-            with open(partial / "state.json", "w") as file:
-                json.dump(state, file)
+            (partial / "state.json").write_text(state)
         dist.barrier(self._group)
         sums = _sums(partial, world, self._group)
         if world.main:

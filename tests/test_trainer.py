@@ -371,7 +371,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(policy, world, tmp_path, monke
     saved = checkpoint(tmp_path)
     saved.save(1, {"policy": (policy, optimizer)}, world)
 
-    monkeypatch.setattr(checkpoints.json, "dump", full)
+    monkeypatch.setattr(checkpoints, "to_disk", full)
     with pytest.raises(RuntimeError, match=r"step 2 .* could not be written .*No space.* step-00000001 is intact"):
         saved.save(2, {"policy": (policy, optimizer)}, world)
     assert saved.state()["step"] == 1
@@ -543,7 +543,7 @@ def test_a_model_that_comes_twice_is_saved_once_under_its_first_name(policy):
 def test_what_goes_wrong_in_the_background_is_not_lost(pairs, world, tmp_path, monkeypatch):
     saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
 
-    monkeypatch.setattr(checkpoints.json, "dump", full)
+    monkeypatch.setattr(checkpoints, "to_disk", full)
     saved.save(2, pairs, world)
     concurrent.futures.wait([saved._written], 30)
     with pytest.raises(RuntimeError, match="could not be written .*No space.*There is none before it"):
