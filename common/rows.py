@@ -327,9 +327,10 @@ def encode_traces(tokenizer, traces: list[Trace | None], prompts: list[str], row
     encoded: list[list[int] | None] = []
     # a word that the template puts before the next question does not end a trace
     ends = [i for i in turn_end(tokenizer)[1] if i in special_tokens(tokenizer)]
-    # 'target_probs' are those of the text's tokens alone
-    bare = [not text or text[0].isspace() or t.probs is not None for t, text in zip(traces, texts, strict=True)]
-    spaced = [t if b else answer_space(tokenizer, p) + t for p, t, b in zip(prompts, texts, bare, strict=True)]
+    spaced = [  # but for a text that begins with space, or whose 'target_probs' are those of its tokens alone
+        answer_space(tokenizer, prompt) + text if text[:1].strip() and trace.probs is None else text
+        for trace, prompt, text in zip(traces, prompts, texts, strict=True)
+    ]
     for trace, text, ids, row in zip(traces, texts, response_ids(tokenizer, prompts, spaced), rows, strict=True):
         if trace is None:
             ids = None

@@ -215,7 +215,8 @@ class AlfworldGame(Game):
         from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
 
         self.env = textworld.start(path, textworld.EnvInfos(won=True), wrappers=[AlfredDemangler])
-        self.walkthrough = json.loads(game := Path(path).read_text()).get("walkthrough", [])
+        game = Path(path).read_text()
+        self.walkthrough = json.loads(game).get("walkthrough", [])
         self.put = r"move \1 to" if "move {o} to {r}" in game else r"\g<0>"  # games of ALFWorld 0.4 know no "put"
 
     def reset(self) -> str:
@@ -227,8 +228,7 @@ class AlfworldGame(Game):
 
 
 class RenamedGame(Game):
-    """A TextWorld game with other names {old: new} for its things. Rooms keep their names. Where the game's text has
-    only a part of a thing's name, that text stays."""
+    """A TextWorld game with other names {old: new} for its things. Rooms and parts of a thing's name stay."""
 
     def __init__(self, game: Game, names: dict[str, str]):
         self.env = self.game = game  # env: what close() closes
