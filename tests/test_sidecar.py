@@ -157,19 +157,24 @@ def test_weights_of_experts_are_sent_under_the_names_of_a_checkpoint(world, kind
     assert sent.keys() == saved.keys() and all(torch.equal(sent[name], saved[name]) for name in saved)
 
 
-def test_weights_of_experts_arrive_in_vllm(world):
+def test_weights_of_experts_arrive_in_vllm_which_leaves_nothing_when_it_is_killed(world):
     policy = mixture("qwen3_moe", world)
     sampler = VLLMSampler(policy, world, stop_ids=[1], max_tokens=100)
+    group, folder = sampler.worker.process.pid, sampler.worker.folder
     try:
         for version in range(2):
             change(policy)
             sampler.sync(policy, version)
             assert gap(policy, sampler.generate(PROMPTS, n=2, keys=KEYS, seed=0, sampling=Sampling(10))) < 1e-4
+        os.kill(engine(sampler), signal.SIGKILL)
+        with pytest.raises(WorkerFault, match="the vLLM process is gone|takes no request"):
+            sampler._draw([([5], 0, 4)], Sampling(4), None)
+        assert gone(group, 5) and not os.path.exists(folder)
     finally:
-        group, memory = sampler.worker.process.pid, f"/proc/self/fd/{sampler.memory}"
+        memory = f"/proc/self/fd/{sampler.memory}"
         for _ in range(2):  # also after an error that has closed it
             sampler.close()
-    assert gone(group, 5) and not os.path.exists(memory)
+    assert not os.path.exists(memory)
 
 
 @pytest.mark.parametrize("size", [64, 100, 1 << 20])
@@ -282,11 +287,10 @@ def engine(sampler) -> int:
     return min(pid for pid, other, _ in processes() if other == group and pid != group)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_killed_or_stopped_in_the_middle_of_a_batch_it_gives_the_same_answers(synced, policy, monkeypatch, number):
+def test_stopped_in_the_middle_of_a_batch_it_gives_the_same_answers(synced, policy, monkeypatch):
     group, restarts, folder = synced.worker.process.pid, synced.restarts, synced.worker.folder
     how = dict(n=8, keys=KEYS, seed=5, sampling=Sampling(250))
-    monkeypatch.setattr(synced.worker, "patience", 3.0 if number == signal.SIGSTOP else 120.0)
+    monkeypatch.setattr(synced.worker, "patience", 3.0)
     struck, told = [], []
 
     def watch(i, answers):
@@ -294,7 +298,7 @@ def test_killed_or_stopped_in_the_middle_of_a_batch_it_gives_the_same_answers(sy
         told.append(i)
         if not struck:
             struck.append(i)
-            os.kill(engine(synced), number)
+            os.kill(engine(synced), signal.SIGSTOP)
 
     groups = synced.generate([*PROMPTS, [30]], n=[*[8] * 5, 1], keys=[*KEYS, 2], seed=5, sampling=how["sampling"],
                              drawn=watch)[:5]  # fmt: skip

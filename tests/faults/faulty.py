@@ -1,8 +1,9 @@
-"""luffy.py with a fault in rank 1's second step: FAULT=raise, kill, stop; it happens once if ONCE names a file."""
+"""luffy.py with a fault in rank 1's second step: FAULT=raise, kill, hang; it happens once if ONCE names a file."""
 
 import os
 import signal
 import sys
+import time
 
 sys.path.insert(0, ".")
 import luffy  # noqa: E402
@@ -20,7 +21,9 @@ def describe(rows):
             open(once, "w").close()
         if os.environ["FAULT"] == "raise":
             raise ValueError("a deliberate fault")
-        os.kill(os.getpid(), signal.SIGKILL if os.environ["FAULT"] == "kill" else signal.SIGSTOP)
+        if os.environ["FAULT"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
     return real(rows)
 
 

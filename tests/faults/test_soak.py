@@ -1,10 +1,10 @@
-"""The short version of `make soak`: 60 steps, and a watcher that sees a leak."""
+"""The short version of `make soak`: 40 steps, and a watcher that sees a leak."""
 
 from tests.faults import soak
 
 
 def test_files_and_memory_stay_flat(tmp_path):
-    report = soak.soak(60, tmp_path / "run")
+    report = soak.soak(40, tmp_path / "run")
     assert {"trainer MB", "trainer files", "worker MB", "seconds a step"} <= report.keys()
     assert [name for name in soak.too_much(report) if "step" not in name] == []  # time is another test's neighbour's
 
