@@ -555,7 +555,7 @@ def evaluate_arm(arm: str, args: Args, world) -> None:
         raise InputError(f"{args.out}/{arm}: no model there; run --stage sft and --stage rl first")
     results = {stage: test_model(model, args, world) for stage, model in models.items()}
     if world.main:
-        write_results(Path(args.out, arm, "eval.json"), results, args, TESTED_WITH)
+        write_results(Path(args.out, arm, "eval.json"), results, args, TESTED_WITH, models.values())
     dist.barrier()
 
 

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from common.checkpoints import changed_settings
+from common.checkpoints import changed_settings, digest_of
 from common.data import InputError, check_works
 from common.metrics import write_whole
 from common.rows import gold_unreadable
@@ -132,19 +132,28 @@ def _measured_with(args, names: str) -> dict:
     return json.loads(json.dumps(values))
 
 
-def write_results(path: Path, results: dict, args, names: str) -> None:
-    """Write results of a model to a JSON file, with what they depend on beside the model (`_measured_with`)."""
-    write_whole(path, json.dumps(results | {"settings": _measured_with(args, names)}, indent=2) + "\n")
+def write_results(path: Path, results: dict, args, names: str, models: Iterable[str]) -> None:
+    """Write results of model folders to a JSON file, with what they depend on: settings (`_measured_with`), weights."""
+    about = {"settings": _measured_with(args, names), "weights": {model: digest_of(model) for model in models}}
+    write_whole(path, json.dumps(results | about, indent=2) + "\n")
 
 
 def read_results(paths: dict[str, Path], args, names: str) -> dict[str, dict]:
-    """Return {name: results} of those files that were measured with the settings of `args`; print the rest."""
+    """Return {name: results} of those files that were measured with the settings of `args` and with weights that are
+    still there; print the rest."""
     found, settings = {}, _measured_with(args, names)
     for name, path in paths.items():
-        results = json.loads(path.read_text()) if path.exists() else None
-        if results and (changed := changed_settings(results.pop("settings", {}), settings, settings)):
+        if not path.exists():
+            continue
+        results = json.loads(path.read_text())
+        changed = changed_settings(results.pop("settings", {}), settings, settings)
+        weights = results.pop("weights", {})
+        replaced = [model for model in weights if Path(model).is_dir() and digest_of(model) != weights[model]]
+        if changed:
             print(f"{path} is left out of the table: it was measured with other settings ({changed})")
-        elif results:
+        elif replaced:
+            print(f"{path} is left out of the table: {', '.join(replaced)} changed after it was measured")
+        else:
             found[name] = results
     return found
 

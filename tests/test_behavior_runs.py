@@ -441,7 +441,7 @@ def test_the_table_shows_sft_and_rl_and_the_chain_of_rl(tmp_path, capsys, world)
     args = settings("--out", tmp_path)
     bridge.make_data(args, world)
     results = {"sft": tests(10), "rl": tests(20)}
-    write_results(tmp_path / "vanilla" / "eval.json", results, args, bridge.TESTED_WITH)
+    write_results(tmp_path / "vanilla" / "eval.json", results, args, bridge.TESTED_WITH, [])
     bridge.report(args)
     cells = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| vanilla")]
     assert [cell.strip() for cell in cells[0]] == ["vanilla", "10.0", "20.0", "21.0", "12.0", "22.0", "23.0"]
@@ -464,16 +464,21 @@ def test_own_queries_stay_and_must_be_enough(folder):
                                        influence_queries=9, kernel_queries=9, kernel_dims=9, seed=1)),
     ],
 )  # fmt: skip
-def test_results_of_other_settings_leave_the_tables(tmp_path, names, changes):
+def test_results_of_other_settings_or_weights_leave_the_tables(tmp_path, names, changes, nano, capsys):
     args, path = influence.Args(out=str(tmp_path)), tmp_path / "results.json"
     asked = [tmp_path / "data" / name for name in names.split() if name.endswith(".jsonl")]
     asked[0].parent.mkdir()
     for file in asked:
         file.write_text("asked\n")
-    write_results(path, {"found": 1}, args, names)
+    model = shutil.copytree(nano, tmp_path / "model")
+    write_results(path, {"found": 1}, args, names, [str(model)])
     assert read_results({"arm": path}, args, names) == {"arm": {"found": 1}}
     for name, value in changes.items():
         assert not read_results({"arm": path}, dataclasses.replace(args, **{name: value}), names), name
+    capsys.readouterr()
+    other_weights(model)  # as training that goes on
+    assert not read_results({"arm": path}, args, names)
+    assert f"out of the table: {model} changed after it was measured" in capsys.readouterr().out
 
 
 def test_no_two_sets_are_the_same_problems(tmp_path, world):

@@ -137,7 +137,7 @@ def influence(arm: str, args: Args, world) -> None:
     if world.main:
         out = Path(args.out, arm, "influence")
         write_lines(out / "queries.jsonl", found)
-        write_results(out / "influence.json", summary, args, MEASURED_WITH)
+        write_results(out / "influence.json", summary, args, MEASURED_WITH, [model])
         plot({arm: summary}, out / "influence.png")
 
 
