@@ -534,6 +534,16 @@ def test_a_checkpoint_in_the_background_has_a_group_of_its_own(pairs, world, tmp
     assert saved._group and groups == [None, *[saved._group] * 4]
 
 
+def test_a_checkpoint_in_the_background_leaves_gpus_alone(pairs, world, tmp_path, monkeypatch):
+    """A new thread's GPU is the first one: what it asked of CUDA would make each rank a context there."""
+    saved = checkpoints.Checkpoints(tmp_path / "checkpoint", Settings(), background=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: pytest.fail("asked for the GPU's stream"))
+    saved.save(1, pairs, world)
+    saved.wait()
+    assert saved.latest()
+
+
 def test_a_model_that_comes_twice_is_saved_once_under_its_first_name(policy):
     optimizers = [make_optimizer(policy, lr=1e-2) for _ in range(2)]
     pairs = {name: (policy, optimizer) for name, optimizer in zip(("policy", "sft"), optimizers, strict=True)}
