@@ -184,9 +184,9 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, words in kinds.items() if any(word in kernel.lower() for word in words)), "elementwise")
 
 
-def random_policy(shape: scale.Shape, world):
+def random_policy(shape: scale.Shape, world, **options):
     """A policy of a shape with random weights, whose layers can recompute their activations."""
-    return load_policy("random", world, gradient_checkpointing=True, from_config=shape.config())
+    return load_policy("random", world, gradient_checkpointing=True, from_config=shape.config(), **options)
 
 
 def step():
@@ -194,8 +194,7 @@ def step():
     peak = 989e12 if CUDA else 1e12  # dense bf16 of an H100 or H200
     world = init_world()
     for name, shape in SHAPES.items():
-        policy = random_policy(shape, world)
-        eager = [layer.forward for layer in policy.lm.model.layers]
+        policy = random_policy(shape, world, compile=True)
         optimizer = make_optimizer(policy, lr=1e-6)
         for tokens in MICRO_BATCHES:
             rows = luffy_rows(2 * tokens, shape.vocab)
@@ -210,9 +209,8 @@ def step():
                     continue  # compiling takes half a minute
                 row = {"model": name, "micro-batch": tokens, "tokens": packed, "responses": responses,
                        "layers computed again": again, "compiled": compiled}  # fmt: skip
-                for layer, forward in zip(policy.lm.model.layers, eager, strict=True):
+                for layer in policy.lm.model.layers:
                     layer.gradient_checkpointing = again > 0
-                    layer.forward = torch.compile(forward, dynamic=True) if compiled else forward
 
                 def update(rows=rows, args=args, policy=policy, optimizer=optimizer):
                     luffy.accumulate_gradient(policy, rows, None, args, world)
@@ -222,6 +220,7 @@ def step():
                     if CUDA:
                         torch.cuda.empty_cache()
                         torch.cuda.reset_peak_memory_stats()
+                    torch.compiler.set_stance("default" if compiled else "force_eager")
                     taken = seconds(update, warm=2 if compiled else 1, repeats=2)
                     row |= {"seconds": taken, "tokens/s": packed / taken, "MFU": work / taken / peak}
                     if CUDA:
@@ -233,7 +232,7 @@ def step():
                     row["left out"] = "out of memory"
                     optimizer.zero_grad(set_to_none=True)
                 yield row
-        del policy, optimizer, update, eager, layer, forward
+        del policy, optimizer, update, layer
         gc.collect()
 
 

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -365,7 +366,7 @@ def load_policy(
         enable({"use_reentrant": False})
     if compile:  # before the layers are sharded: what FSDP2 does around them is not compiled
         for layer in layers_of(lm):
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.__class__ = _compiled(type(layer))
     model = _shard(kind(lm), world)
     with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext():
         prove(model, flag)
@@ -638,6 +639,18 @@ def _add_lora(lm: nn.Module, rank: int, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"), lm)
+
+
+@functools.cache  # one for all layers of a type: what is compiled for one class does not fit another
+def _compiled(layer: type) -> type:
+    """A subclass of a layer's class with a compiled forward. Transformers 5.24 recomputes activations in the forward of
+    the layer's class: a compiled one in the layer itself would keep them (FSDP2), or be recomputed as it was."""
+    compiled = torch.compile(layer.forward, dynamic=True)
+
+    def forward(self, *args, **kwargs):  # a function of its own: Dynamo takes `compiled` for the one that it replaces
+        return compiled(self, *args, **kwargs)
+
+    return type(layer.__name__, (layer,), {"forward": forward})
 
 
 def layers_of(lm: nn.Module) -> list[nn.Module]:

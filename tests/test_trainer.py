@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import importlib
 import io
 import json
@@ -20,6 +19,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig
 
 import luffy
@@ -268,17 +269,31 @@ def test_gradient_checkpointing_changes_nothing(world):
             torch.testing.assert_close(other, one)
 
 
-def test_compiled_layers_compute_the_same(world, monkeypatch):
-    # traced and differentiated as for a GPU; the C++ for a CPU, which inductor would write from that, takes a minute
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    results = []
+def test_compiled_layers_compute_the_same_and_are_recomputed_compiled(world, monkeypatch):
+    runs, aot_eager, compiler = [], torch._dynamo.lookup_backend("aot_eager"), torch.compile
+
+    def backend(graph, inputs):  # differentiated as for a GPU; inductor would write C++ for a CPU, which takes a minute
+        compiled = aot_eager(graph, inputs)
+        return lambda *given: runs.append(graph) or compiled(*given)
+
+    trainer._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiler(forward, backend=backend, dynamic=False))
+    results, kept = [], []
     for flag in (False, True):
-        policy = load_policy("nano", world, from_config=NANO | {"num_hidden_layers": 1}, seed=3, compile=flag)
-        logp = policy(pack([([3, 4], [5, 6, 7]), ([3, 4], [9, 8]), ([5], [6] * 9)]))
+        small = NANO | {"num_hidden_layers": 1}
+        policy = load_policy("nano", world, from_config=small, seed=3, gradient_checkpointing=True, compile=flag)
+        for part in (*trainer.layers_of(policy.lm), policy):  # as on GPUs: FSDP2 gives a layer another class
+            fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            logp = policy(pack([([3, 4], [5, 6, 7]), ([3, 4], [9, 8]), ([5], [6] * 9)]))
+        forward = len(runs)
         logp.sum().backward()
-        results.append([logp.detach(), *(p.grad for p in policy.parameters())])
-        [layer] = trainer.layers_of(policy.lm)
-        assert hasattr(layer.forward, "_torchdynamo_orig_callable") == flag
+        assert len(runs) == 2 * forward and bool(runs) == flag
+        kept.append(sum(sizes))
+        results.append([logp.detach(), *(trainer.whole(p.grad) for p in policy.parameters())])
+    trainer._compiled.cache_clear()
+    assert kept[0] == kept[1], "activations are recomputed"
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
