@@ -237,13 +237,15 @@ class VLLMSampler(Sampler):
         return bool(faults)
 
     def _weights(self):
-        """(name in a checkpoint, whole tensor in vLLM's dtype) of every weight, one at a time; a collective."""
+        """(name in a checkpoint, whole tensor) of every weight, one at a time; a collective. Parameters come in vLLM's
+        dtype, buffers in their own: bf16 may round away by how much a router's bias differs between experts."""
         lm = self.policy.lm
+        buffers = {name for name, _ in lm.named_buffers()}
         names = {id(module): f"{name}.weight" for name, module in lm.named_modules()}
         head, embeddings = names[id(lm.get_output_embeddings())], names[id(lm.get_input_embeddings())]
         tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
         for name, value in full_parameters(self.policy):
-            named = {name: value.to(self.dtype)}
+            named = {name: value if name in buffers else value.to(self.dtype)}
             yield from (revert_weight_conversion(self.empty, named) if self.renamed else named).items()
             if tied and name == embeddings:
                 yield head, named[name]
@@ -256,10 +258,10 @@ class VLLMSampler(Sampler):
         try:
             buffer, address = self._buffer(size)
             self.worker.send("load", address)
-            for names, shapes, lengths in fill(buffer, weights):
+            for content in fill(buffer, weights):
                 if self.cuda:
                     torch.cuda.synchronize()
-                self.worker.send(names, shapes, lengths, str(self.dtype).removeprefix("torch."))
+                self.worker.send(*content)
                 self.worker.receive()  # it has a copy
             self.worker.send()  # an empty message: no more weights
             self.worker.receive()
@@ -390,16 +392,17 @@ def cpu_settings(config, max_tokens: int, world: World) -> dict:
 
 
 def fill(buffer: torch.Tensor, weights):
-    """Copy (name, tensor) pairs into a buffer of bytes, one after the other. Yield names, shapes and sizes in bytes of
-    its content whenever the next tensor does not fit, and at the end. No tensor may be larger than the buffer."""
-    names, shapes, sizes = [], [], []
+    """Copy (name, tensor) pairs into a buffer of bytes, one after the other. Yield names, shapes, sizes in bytes and
+    dtypes of its content whenever the next tensor does not fit, and at the end. No tensor may be larger than it."""
+    names, shapes, sizes, dtypes = [], [], [], []
     for name, value in weights:
         flat = value.contiguous().view(-1).view(torch.uint8)
         if sum(sizes) + len(flat) > len(buffer):
-            yield names, shapes, sizes
-            names, shapes, sizes = [], [], []
+            yield names, shapes, sizes, dtypes
+            names, shapes, sizes, dtypes = [], [], [], []
         buffer[sum(sizes) : sum(sizes) + len(flat)].copy_(flat)
         names.append(name)
         shapes.append(list(value.shape))
         sizes.append(len(flat))
-    yield names, shapes, sizes
+        dtypes.append(str(value.dtype).removeprefix("torch."))
+    yield names, shapes, sizes, dtypes

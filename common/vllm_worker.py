@@ -55,14 +55,14 @@ def load(llm, pipe, buffer) -> None:
 
     def weights():
         while bucket := pipe.recv():
-            names, shapes, sizes, dtype = bucket
+            names, shapes, sizes, dtypes = bucket
             # copies: vLLM keeps them until it has all of a layer
-            parts = [part.clone().view(getattr(torch, dtype)) for part in shared[: sum(sizes)].split(sizes)]
+            parts = [part.clone() for part in shared[: sum(sizes)].split(sizes)]
             if shared.is_cuda:
                 torch.cuda.synchronize()
             pipe.send(None)  # the buffer may be filled again
-            for name, shape in zip(names, shapes):
-                yield name, parts.pop(0).view(shape)
+            for name, shape, dtype in zip(names, shapes, dtypes):
+                yield name, parts.pop(0).view(getattr(torch, dtype)).view(shape)
 
     if not shared.is_cuda:
         llm.apply_model(pack_experts_again)

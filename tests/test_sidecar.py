@@ -24,6 +24,7 @@ from common.rollout import Completion, EmbeddedSampler, Sampling
 from common.trainer import export, load_policy, load_tokenizer
 from common.vllm import VLLMSampler, Worker, WorkerFault, fill
 from tests.conftest import NANO, ROOT, gone, processes, run_script, start_ranks, zygote
+from tests.test_architectures import make
 from tests.test_rollout import KEYS, PROMPTS, check_batches, check_ends, ids
 
 if vllm.vllm_version(cuda=False) is None:
@@ -157,6 +158,19 @@ def test_weights_of_experts_are_sent_under_the_names_of_a_checkpoint(world, kind
     assert sent.keys() == saved.keys() and all(torch.equal(sent[name], saved[name]) for name in saved)
 
 
+def test_a_routers_bias_is_not_rounded_to_bf16(world, monkeypatch, tmp_path):
+    """GLM's lie between 6.8 and 7.1, where bf16 has steps of 0.03: other experts would be chosen."""
+    policy = load_policy(str(make("deepseek_v3", tmp_path)), world)
+    [(name, bias)] = [(k, b) for k, b in policy.lm.named_buffers() if k.endswith("e_score_correction_bias")]
+    bias += 7
+    monkeypatch.setattr(vllm, "Worker", lambda *_: SimpleNamespace(start=lambda: None))
+    sampler = VLLMSampler(policy, world, stop_ids=[1], max_tokens=64)
+    sampler.dtype = torch.bfloat16  # as on CUDA
+    sent = dict(sampler._weights())
+    assert torch.equal(sent.pop(name), bias) and not torch.equal(bias.bfloat16().float(), bias)
+    assert {x.dtype for x in sent.values()} == {torch.bfloat16}
+
+
 def test_weights_of_experts_arrive_in_vllm_which_leaves_nothing_when_it_is_killed(world):
     policy = mixture("qwen3_moe", world)
     sampler = VLLMSampler(policy, world, stop_ids=[1], max_tokens=100)
@@ -180,12 +194,14 @@ def test_weights_of_experts_arrive_in_vllm_which_leaves_nothing_when_it_is_kille
 @pytest.mark.parametrize("size", [64, 100, 1 << 20])
 def test_a_buffer_of_weights_holds_all_of_them_in_order(size):
     weights = [(f"w{i}", torch.randn(shape).bfloat16()) for i, shape in enumerate([(4, 8), (3,), (5, 2), (32,), ()])]
+    weights[2:2] = [("bias", torch.randn(5))]  # a buffer, in float32
     buffer, seen = torch.zeros(size, dtype=torch.uint8), []
-    for names, shapes, sizes in fill(buffer, weights):
-        parts = buffer[: sum(sizes)].split(sizes)
-        seen += [(n, p.clone().view(torch.bfloat16).view(s)) for n, s, p in zip(names, shapes, parts, strict=True)]
+    for names, shapes, sizes, dtypes in fill(buffer, weights):
+        parts = [part.clone() for part in buffer[: sum(sizes)].split(sizes)]
+        whole = [p.view(getattr(torch, t)).view(s) for p, t, s in zip(parts, dtypes, shapes, strict=True)]
+        seen += zip(names, whole, strict=True)
     assert [name for name, _ in seen] == [name for name, _ in weights]
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, weights, strict=True))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for (_, a), (_, b) in zip(seen, weights, strict=True))
 
 
 def test_weights_that_need_many_buffers_arrive(world, sampler, monkeypatch):
