@@ -120,7 +120,8 @@ class Worker:
         """The first error in the log, and the log's last lines."""
         self.log.seek(0)
         text = self.log.read().decode(errors="replace")
-        text = re.sub(r"^\(\w+ pid=\d+\) (ERROR \S+ \S+ \[\S+\] )?", "", text, flags=re.M)  # vLLM's prefixes
+        prefixes = r"^(\[rank0\]: ?|\(\w+ pid=\d+\) (ERROR \S+ \S+ \[\S+\] )?)"  # torch's and vLLM's
+        text = re.sub(prefixes, "", text, flags=re.M)
         errors = re.findall(r"^((?:\w+\.)*\w*(?:Error|Exception): .+(?:\n  .+)?)", text, re.M)
         noise = re.compile(r"nanobind: | - |See https://nanobind|.*resource_tracker|\s*warnings\.warn|\s*$")
         lines = [line for line in text.splitlines() if not noise.match(line)][-20:]

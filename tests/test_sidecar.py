@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import io
 import json
 import math
 import os
@@ -401,6 +402,13 @@ def test_a_model_that_vllm_cannot_run_is_an_error_with_its_cause(sampler):
     assert "Model architectures ['NoSuchForCausalLM'] are not supported" in str(error.value)
     assert "The end of its log:" in str(error.value) and "ended with exit code 1" in str(error.value)
     assert worker.process is None and not os.path.exists(worker.folder)
+
+
+def test_the_first_error_is_found_behind_torchs_prefix():
+    """Once its process group is there, torch writes [rank0] before each line of a traceback."""
+    worker = Worker(None, {}, {}, 60)
+    worker.log = io.BytesIO(b"[rank0]: Traceback (most recent call last):\n[rank0]: KeyError: 'lm_head'\nit ended\n")
+    assert worker.last_words().startswith(" Its first error: KeyError: 'lm_head'\nThe end of its log:\n  Traceback")
 
 
 def test_two_ranks_train_and_killing_them_in_a_batch_leaves_nothing(tmp_path):
