@@ -242,14 +242,19 @@ class VLLMSampler(Sampler):
         dtype, buffers in their own: bf16 may round away by how much a router's bias differs between experts."""
         lm = self.policy.lm
         buffers = {name for name, _ in lm.named_buffers()}
-        names = {id(module): f"{name}.weight" for name, module in lm.named_modules()}
-        head, embeddings = names[id(lm.get_output_embeddings())], names[id(lm.get_input_embeddings())]
-        tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+        embeddings, head = self._tied()
         for name, value in full_parameters(self.policy):
             named = {name: value if name in buffers else value.to(self.dtype)}
             yield from (revert_weight_conversion(self.empty, named) if self.renamed else named).items()
-            if tied and name == embeddings:
+            if name == embeddings:
                 yield head, named[name]
+
+    def _tied(self) -> tuple[str, str]:
+        """Names of the embeddings and of the output matrix where they are one; else two empty ones."""
+        lm = self.policy.lm
+        names = {id(module): f"{name}.weight" for name, module in lm.named_modules()}
+        ends = lm.get_input_embeddings(), lm.get_output_embeddings()
+        return tuple(names[id(x)] for x in ends) if ends[0].weight is ends[1].weight else ("", "")
 
     def _send_weights(self) -> None:
         """Wake the weights' memory, fill it through a shared buffer, free the buffer, wake the KV cache."""
@@ -258,7 +263,7 @@ class VLLMSampler(Sampler):
         weights = self._weights()
         try:
             buffer, address = self._buffer(size)
-            self.worker.send("load", address)
+            self.worker.send("load", address, self._tied()[1])
             for content in fill(buffer, weights):
                 if self.cuda:
                     torch.cuda.synchronize()

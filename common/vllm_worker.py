@@ -39,15 +39,18 @@ def sleep(llm, pipe) -> None:
     llm.sleep(level=2)
 
 
-def load(llm, pipe, buffer) -> None:
+def load(llm, pipe, buffer, copied: str) -> None:
     """Take new weights from a buffer of bytes that the trainer fills again and again, until it sends ().
 
-    buffer: arguments of rebuild_cuda_tensor, or (path, bytes) of memory that is shared on a CPU."""
+    buffer: arguments of rebuild_cuda_tensor, or (path, bytes) of memory that is shared on a CPU. copied: the output
+    matrix's name if it is the embeddings'. A model that has no other in vLLM, such as Gemma 2, does not get it."""
     import torch
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     if llm.llm_engine.is_sleeping():
         llm.wake_up(["weights"])
+    modules = llm.apply_model(lambda model: {name.split(".")[-1] for name, _ in model.named_modules()})[0]
+    no_head = copied and copied.split(".")[-2] not in modules
     if len(buffer) == 2:
         shared = torch.from_file(buffer[0], shared=True, size=buffer[1], dtype=torch.uint8)
     else:
@@ -62,7 +65,9 @@ def load(llm, pipe, buffer) -> None:
                 torch.cuda.synchronize()
             pipe.send(None)  # the buffer may be filled again
             for name, shape, dtype in zip(names, shapes, dtypes):
-                yield name, parts.pop(0).view(getattr(torch, dtype)).view(shape)
+                part = parts.pop(0).view(getattr(torch, dtype)).view(shape)
+                if not (no_head and name == copied):
+                    yield name, part
 
     if not shared.is_cuda:
         llm.apply_model(pack_experts_again)

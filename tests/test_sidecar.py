@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import vllm
+from common import vllm, vllm_worker
 from common.data import pack
 from common.metrics import read_metrics
 from common.rollout import Completion, EmbeddedSampler, Sampling
@@ -170,6 +170,25 @@ def test_a_routers_bias_is_not_rounded_to_bf16(world, monkeypatch, tmp_path):
     sent = dict(sampler._weights())
     assert torch.equal(sent.pop(name), bias) and not torch.equal(bias.bfloat16().float(), bias)
     assert {x.dtype for x in sent.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_a_copy_of_the_embeddings_goes_where_vllm_has_an_output_matrix(modules, tmp_path):
+    """Its Gemma 2 has none."""
+    weights = [("model.embed_tokens.weight", torch.randn(2, 2)), ("lm_head.weight", torch.randn(2, 2))]
+    path, got = tmp_path / "weights", []
+    path.write_bytes(bytes(32))
+    [content] = fill(torch.from_file(str(path), shared=True, size=32, dtype=torch.uint8), weights)
+    model = torch.nn.ModuleDict({name: torch.nn.Embedding(2, 2) for name in modules})
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(is_sleeping=lambda: False), apply_model=lambda act: [act(model)],
+        collective_rpc=lambda name, kwargs: got.extend(kwargs["weights_iterator"]),
+    )  # fmt: skip
+    messages = iter([content, ()])
+    pipe = SimpleNamespace(recv=lambda: next(messages), send=lambda message: None)
+    vllm_worker.load(llm, pipe, (str(path), 32), "lm_head.weight")
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(got, weights))
+    assert [name.split(".")[-2] for name, _ in got] == modules
 
 
 def test_weights_of_experts_arrive_in_vllm_which_leaves_nothing_when_it_is_killed(world):
