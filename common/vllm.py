@@ -178,6 +178,9 @@ class VLLMSampler(Sampler):
         config.architectures = [type(policy.lm).__name__]
         # an output matrix of its own: a tied one keeps its old values when weights are reloaded on a CPU
         config.tie_word_embeddings = False
+        rope, length = getattr(config, "rope_parameters", None) or {}, "original_max_position_embeddings"
+        if beta := rope.get("llama_4_scaling_beta"):  # Ministral 3's scale of queries: vLLM knows it by another name
+            config.llama_4_scaling = {"beta": beta, length: rope[length]}
         if self.cuda:
             torch.cuda.empty_cache()  # vLLM does not start where its share of the memory is not free
             special = {

@@ -314,6 +314,14 @@ def test_vllm_serves_an_untied_copy_of_the_model_and_the_policy_stays_as_it_is(w
     assert sampler.stop_ids == [1, 7] and sampler.worker.settings["max_num_seqs"] == 5
 
 
+def test_vllm_gets_the_scale_of_ministral_3s_late_queries_by_the_name_that_it_reads(world, monkeypatch):
+    monkeypatch.setattr(Worker, "start", lambda self: None)
+    rope = dict(rope_type="yarn", rope_theta=1e4, factor=64.0, original_max_position_embeddings=8)
+    config = EXPERTS | {"model_type": "ministral3", "rope_parameters": rope | {"llama_4_scaling_beta": 0.5}}
+    sampler = VLLMSampler(load_policy("tiny", world, from_config=config), world, stop_ids=[1], max_tokens=100)
+    assert sampler.worker.config.llama_4_scaling == {"beta": 0.5, "original_max_position_embeddings": 8}
+
+
 # ------------------------------------------------------------------------------------------------- faults
 
 
