@@ -419,7 +419,19 @@ def _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_hea
         transformers_logging.set_verbosity(verbosity)
     lm.saved_dtype, head_is_new = saved_dtype, kind is ValueModel and not has_value_head
     _check_weights(lm, report, flag, head_is_new)
+    _freeze(lm)
     return lm, head_is_new
+
+
+def _freeze(lm: nn.Module) -> None:
+    """Make buffers of the parameters that the model's own class freezes, such as a router's bias: from_pretrained would
+    have them trained, and FSDP2 rounded to bf16."""
+    with torch.device("meta"):
+        made = type(lm)(copy.deepcopy(lm.config))
+    for name in [name for name, parameter in made.named_parameters() if not parameter.requires_grad]:
+        owner, _, leaf = name.rpartition(".")
+        module = lm.get_submodule(owner)
+        module.register_buffer(leaf, module._parameters.pop(leaf).detach())
 
 
 def _check_weights(lm: nn.Module, report: dict, flag: str, head_is_new: bool) -> None:

@@ -444,14 +444,17 @@ def test_two_ranks_load_sample_and_export_as_one_does(world, tmp_path):
         torch.testing.assert_close(torch.tensor(logps), expected, rtol=0, atol=1e-3)
 
 
-def test_buffers_are_exported_in_the_dtype_that_they_compute_in(world, tmp_path):
-    folder = make("deepseek_v3", tmp_path / "model")
+@pytest.mark.parametrize("kind", ["deepseek_v3", "afmoe", "ernie4_5_moe", "hrm_text", "laguna"])
+def test_buffers_and_what_a_models_class_freezes_are_not_trained_and_never_rounded(kind, world, tmp_path):
+    folder = make(kind, tmp_path / "model")
     policy = load_policy(str(folder), world)
+    trained = {name for name, _ in policy.lm.named_parameters()}  # FSDP2 computes with them in bf16
     policy.lm.saved_dtype = torch.bfloat16
     export(policy, NoTokenizer(), tmp_path / "export", world)
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "export"))
-    biases = [name for name in after if name.endswith(BIASED)]
-    assert biases and all(torch.equal(after[name], before[name]) for name in biases)
+    biases = [name for name in after if name.endswith((*BIASED, "expert_bias", "z_L_init"))]
+    assert biases and before.keys() == after.keys() and not trained & {*biases}
+    assert all(torch.equal(after[name], before[name]) for name in biases)
     assert {x.dtype for name, x in after.items() if name not in biases} == {torch.bfloat16}
 
 
