@@ -45,6 +45,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from common.data import InputError, TokenBatch, first_line, hidden_states, pack, to_disk, unrelated_to_model
 from common.logprobs import free_memory, linear_kl, linear_logprobs
@@ -311,11 +312,16 @@ def predictor_states(lm: nn.Module, batch: TokenBatch) -> torch.Tensor:
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "--model"):
     """The tokenizer of a model folder or Hub name. InputError, with `flag`, if there is none or it has no eos."""
     try:
-        # AutoTokenizer goes by the model's type: a Qwen2 folder gets Qwen2's pre-tokenizer even if its tokenizer.json
-        # has a different one, which tokenizer_config.json marks by naming a generic class
-        generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
-        tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
+        settings, code = get_tokenizer_config(path), dict(trust_remote_code=trust_remote_code)
+        file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        # as the file has it: AutoTokenizer takes the pre-tokenizer of the class that the folder names, or of the type
+        # (with 5.19 DeepSeekMath's texts lose their spaces)
+        as_saved = file is not None and "auto_map" not in settings
+        tokenizer = (PreTrainedTokenizerFast if as_saved else AutoTokenizer).from_pretrained(path, **code)
+        if as_saved and settings.get("add_bos_token"):  # Transformers 5 ignores it beside a tokenizer.json
+            tokenizer.add_bos_token = True
+        if tokenizer.eos_token is None and "tokenizer_class" not in settings:
+            tokenizer = AutoTokenizer.from_pretrained(path, **code)  # GPT-2's folder leaves its eos to the class
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # of some types an empty one is made
             raise ValueError("no tokenizer.json, no vocabulary")
     except Exception as error:  # transformers and the hub raise many types here; all mean: no tokenizer

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
 import luffy
@@ -29,6 +30,7 @@ from common.checkpoints import Checkpoints
 from common.data import InputError, pack
 from common.metrics import Metrics, complete_lines, read_metrics
 from common.rollout import EmbeddedSampler, Sampling, change_logits
+from common.rows import with_bos
 from common.run import RunArgs
 from common.trainer import (
     ValueModel,
@@ -214,6 +216,39 @@ def test_a_folder_without_model_or_tokenizer_is_named(world, tmp_path):
         load_tokenizer(str(tmp_path / "endless"))
     with pytest.raises(InputError, match="--tokenizer .*/endless: the tokenizer has no eos token"):
         load_tokenizer(str(tmp_path / "endless"), flag="--tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("llama", {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}),  # as DeepSeekMath's folder
+     ("exaone4", {"tokenizer_class": "GPT2Tokenizer"}), ("gpt2", {})],
+)  # fmt: skip
+def test_a_tokenizer_is_what_its_file_has_whatever_class_its_folder_names(kind, settings, tmp_path):
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "34"]
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, [("3", "4")]))
+    three_digits = pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([three_digits, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>"])
+    core.save(str(tmp_path / "tokenizer.json"))
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<s>", "eos_token": "</s>"}))
+    text = "a 1234  b\n"
+    for folder in (tmp_path, tmp_path / "saved"):
+        tokenizer = load_tokenizer(str(folder))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == core.encode(text).ids and tokenizer.decode(ids) == text
+        assert with_bos(ids, tokenizer) == ([tokenizer.bos_token_id] if "add_bos_token" in settings else []) + ids
+        tokenizer.save_pretrained(tmp_path / "saved")
+        (tmp_path / "saved" / "config.json").write_text((tmp_path / "config.json").read_text())
+
+
+def test_an_eos_that_a_folder_leaves_to_its_models_type_is_found(tmp_path):
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    core = Tokenizer(models.BPE({"a": 0, "<|endoftext|>": 1}, []))
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    assert load_tokenizer(str(tmp_path)).eos_token == "<|endoftext|>"
 
 
 def test_code_that_comes_with_a_tokenizer_runs_by_flag_only(tmp_path, monkeypatch):
