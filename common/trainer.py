@@ -573,7 +573,10 @@ def read_config(path: str, *, trust_remote_code: bool = False, **labels) -> PreT
     from the same weights, so that none of its code is run; it is saved as Granite."""
     theirs, _ = PreTrainedConfig.get_config_dict(path)
     if theirs.get("model_type") != "minicpm":
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **labels)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **labels)
+        if config.model_type == "dbrx" and "rope_parameters" not in theirs:  # Transformers 5 would use 10000
+            config.rope_parameters["rope_theta"] = config.attn_config.rope_theta
+        return config
     hidden, layers, heads = (theirs[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     theirs["dtype"] = theirs.get("dtype") or theirs.get("torch_dtype")  # its older name
     known = GraniteConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}

@@ -319,6 +319,19 @@ def test_a_folder_whose_weights_or_settings_do_not_fit_is_refused(damage, messag
         load_policy(str(folder), world)
 
 
+def test_dbrx_has_the_rope_base_of_its_published_configuration(world, tmp_path):
+    folder = make("dbrx", tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    expected = plain_logps(plain_model(folder), SEQUENCES)
+    published = json.loads((folder / "config.json").read_text())
+    del published["rope_parameters"]
+    published["attn_config"]["rope_theta"] = 500000  # its place there
+    (folder / "config.json").write_text(json.dumps(published))
+    policy = load_policy(str(folder), world)
+    torch.testing.assert_close(policy(pack(SEQUENCES)), expected, rtol=0, atol=1e-4)
+    export(policy, NoTokenizer(), tmp_path / "export", world)
+    torch.testing.assert_close(plain_logps(plain_model(tmp_path / "export"), SEQUENCES), expected, rtol=0, atol=1e-4)
+
+
 def test_an_adapter_beside_a_model_is_to_be_merged(world, tmp_path):
     folder = make("llama", tmp_path / "model")
     (folder / "adapter_config.json").write_text("{}")
