@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import numpy as np
 from tqdm import tqdm
 
 import igsm
@@ -89,7 +90,9 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
     rows = _of_split(splits, split)
     if rows is None:
         raise InputError(f"{source}: there is no split '{split}' ({', '.join(splits)})")
-    return map(dict, rows)
+    types = getattr(rows, "features", {})
+    short = [name for name, kind in types.items() if getattr(kind, "dtype", "") == "float32"]
+    return (row | {name: row[name] and float(str(np.float32(row[name]))) for name in short} for row in map(dict, rows))
 
 
 def _of_split(splits: dict, split: str):

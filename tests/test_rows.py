@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from types import SimpleNamespace
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -118,6 +119,12 @@ def test_of_a_hub_dataset_the_only_split_is_read_and_validation_for_a_missing_te
     (data / "train.jsonl").rename(data / "test.jsonl")
     with pytest.raises(InputError, match="there is no split 'train' .validation, test."):
         list(_hub_rows(str(data), "train"))
+
+
+def test_a_short_float_of_a_hub_dataset_is_the_number_that_was_written(monkeypatch):
+    rows = datasets.Dataset(pyarrow.table({"answer": pyarrow.array([0.1, None, 2.0], pyarrow.float32())}))
+    monkeypatch.setattr("datasets.load_dataset", lambda *given: {"train": rows})
+    assert [row["answer"] for row in load_rows("some/data")] == [0.1, None, 2.0]
 
 
 @pytest.mark.parametrize(
