@@ -248,6 +248,10 @@ class Pattern:
         """No row is long enough for a window to matter."""
         return self.local is None or self.packing.width <= self.local
 
+    def __getitem__(self, all_queries) -> "Pattern":
+        """Gemma 4 slices its masks to the queries whose logits are asked for, which are all."""
+        return self
+
     def mask(self, width: int, device) -> torch.Tensor:
         """-> [width, width] bool: queries x keys."""
         i = torch.arange(width, device=device)

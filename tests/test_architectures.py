@@ -119,7 +119,7 @@ SETTINGS = {
     "gemma3": dict(text_config=SMALL | BOTH, vision_config=TOWER, mm_tokens_per_image=4),
     "gemma3_text": BOTH | {"query_pre_attn_scalar": 8},
     "gemma3n_text": FOUR | SHARED | dict(altup_num_inputs=2, laurel_rank=4, activation_sparsity_pattern=[0.5] * 4),
-    "gemma4_text": BOTH | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=61, global_head_dim=8),
+    "gemma4_text": FOUR | SHARED | {"global_head_dim": 16},
     "gpt2": GPT | {"resid_pdrop": 0.2}, "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
     "gptj": GPT | {"rotary_dim": 4}, "hyperclovax": {"logits_scaling": 0.5},
     "jamba": MAMBA | dict(attn_layer_offset=1, attn_layer_period=2, num_experts=2),
