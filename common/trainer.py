@@ -757,6 +757,8 @@ def export(policy: Policy, tokenizer, path: str | Path, world: World) -> None:
         config = copy.deepcopy(policy.lm.config)  # from_config changes it
         with torch.device("meta"):
             empty = policy.auto.from_config(config, dtype=dtype, attn_implementation="eager")
+        if type(policy) is Policy and hasattr(policy.lm, "_weight_conversions"):  # names as in its folder
+            empty._weight_conversions = policy.lm._weight_conversions
         path = Path(path).resolve()  # a link may lead to a larger disk
         empty.generation_config = GenerationConfig()  # Transformers refuses to save some published generation configs
         partial = path.with_name(path.name + ".partial")

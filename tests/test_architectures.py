@@ -457,6 +457,15 @@ def test_two_ranks_load_sample_and_export_as_one_does(world, tmp_path):
         torch.testing.assert_close(torch.tensor(logps), expected, rtol=0, atol=1e-3)
 
 
+def test_an_export_has_the_names_of_the_folder_that_was_loaded(world, tmp_path):
+    folder = make("gemma3", tmp_path / "model")
+    old, published = "vision_tower.", "vision_tower.vision_model."  # a prefix that Transformers takes off and puts back
+    edit_weights(folder, lambda weights: {name.replace(old, published): x for name, x in weights.items()})
+    export(load_policy(str(folder), world), NoTokenizer(), tmp_path / "export", world)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "export"))
+    assert before.keys() == after.keys() and any(published in name for name in after)
+
+
 @pytest.mark.parametrize("kind", ["deepseek_v3", "afmoe", "ernie4_5_moe", "hrm_text", "laguna"])
 def test_buffers_and_what_a_models_class_freezes_are_not_trained_and_never_rounded(kind, world, tmp_path):
     folder = make(kind, tmp_path / "model")
