@@ -320,8 +320,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "-
         tokenizer = (PreTrainedTokenizerFast if as_saved else AutoTokenizer).from_pretrained(path, **code)
         if as_saved and settings.get("add_bos_token"):  # Transformers 5 ignores it beside a tokenizer.json
             tokenizer.add_bos_token = True
-        if tokenizer.eos_token is None and "tokenizer_class" not in settings:
-            tokenizer = AutoTokenizer.from_pretrained(path, **code)  # GPT-2's folder leaves its eos to the class
+        if tokenizer.eos_token is None:  # GPT-2's folder leaves it to the class
+            tokenizer.eos_token = AutoTokenizer.from_pretrained(path, **code).eos_token
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # of some types an empty one is made
             raise ValueError("no tokenizer.json, no vocabulary")
     except Exception as error:  # transformers and the hub raise many types here; all mean: no tokenizer

@@ -243,11 +243,12 @@ def test_a_tokenizer_is_what_its_file_has_whatever_class_its_folder_names(kind, 
         (tmp_path / "saved" / "config.json").write_text((tmp_path / "config.json").read_text())
 
 
-def test_an_eos_that_a_folder_leaves_to_its_models_type_is_found(tmp_path):
+@pytest.mark.parametrize("settings", ["{}", '{"tokenizer_class": "GPT2Tokenizer"}'])
+def test_an_eos_that_a_folder_leaves_to_its_models_type_is_found(settings, tmp_path):
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     core = Tokenizer(models.BPE({"a": 0, "<|endoftext|>": 1}, []))
     core.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (tmp_path / "tokenizer_config.json").write_text(settings)
     assert load_tokenizer(str(tmp_path)).eos_token == "<|endoftext|>"
 
 
