@@ -579,7 +579,9 @@ def read_config(path: str, *, trust_remote_code: bool = False, **labels) -> PreT
         return config
     hidden, layers, heads = (theirs[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     theirs["dtype"] = theirs.get("dtype") or theirs.get("torch_dtype")  # its older name
+    theirs.setdefault("tie_word_embeddings", True)  # MiniCPM's default, not Granite's
     known = GraniteConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    known |= {"rope_theta", "rope_scaling", "quantization_config"}  # understood, although not written under these names
     return GraniteConfig(
         **{name: value for name, value in theirs.items() if name in known}, **labels,
         architectures=theirs.get("architectures"), embedding_multiplier=theirs["scale_emb"],

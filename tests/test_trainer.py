@@ -816,13 +816,16 @@ def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
     """Against Llama, into whose weights MiniCPM's scales of embeddings, residuals and logits are multiplied."""
     scale_emb, scale_depth, base = 12.0, 1.4, 16
     config = SMALL | dict(model_type="llama", rms_norm_eps=1e-5, tie_word_embeddings=True)
+    config["rope_parameters"] = dict(rope_type="linear", factor=2.0, rope_theta=100.0)
     minicpm, tokenizer = load_policy("x", world, from_config=config, seed=5), load_tokenizer("models/tiny")
     export(minicpm, tokenizer, tmp_path / "minicpm", world)
     theirs = json.loads((tmp_path / "minicpm" / "config.json").read_text()) | {
         "model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "scale_emb": scale_emb,
         "scale_depth": scale_depth, "dim_model_base": base,
         "auto_map": {"AutoConfig": "modeling_minicpm.MiniCPMConfig"}, "dtype": None, "torch_dtype": "float64",
+        "rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 2.0},
     }  # fmt: skip
+    del theirs["rope_parameters"], theirs["tie_word_embeddings"]  # which published folders do not have
     (tmp_path / "minicpm" / "config.json").write_text(json.dumps(theirs))
     llama = load_policy("x", world, from_config=config | {"tie_word_embeddings": False}, seed=5)
     weights = dict(minicpm.lm.named_parameters())
@@ -842,6 +845,10 @@ def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
     assert value(pairs).abs().max() == 0
     export(value, tokenizer, tmp_path / "value", world)
     load_policy(str(tmp_path / "value"), world, kind=trainer.ValueModel)
+    theirs["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "minicpm" / "config.json").write_text(json.dumps(theirs))
+    with pytest.raises(InputError, match="quantised weights cannot be trained"):
+        load_policy(str(tmp_path / "minicpm"), world)
 
 
 def test_weights_that_are_not_numbers_are_refused_at_load(policy):
