@@ -845,10 +845,13 @@ def test_minicpm_is_read_as_granite_without_its_own_code(world, tmp_path):
     assert value(pairs).abs().max() == 0
     export(value, tokenizer, tmp_path / "value", world)
     load_policy(str(tmp_path / "value"), world, kind=trainer.ValueModel)
-    theirs["quantization_config"] = {"quant_method": "gptq"}
-    (tmp_path / "minicpm" / "config.json").write_text(json.dumps(theirs))
-    with pytest.raises(InputError, match="quantised weights cannot be trained"):
-        load_policy(str(tmp_path / "minicpm"), world)
+    for setting, message in (
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights cannot be trained"),
+        ({"sparse_config": {"dense_len": 8192}}, "sparse attention; without sparse_config in"),
+    ):
+        (tmp_path / "minicpm" / "config.json").write_text(json.dumps(theirs | setting))
+        with pytest.raises(InputError, match=message):
+            load_policy(str(tmp_path / "minicpm"), world)
 
 
 def test_weights_that_are_not_numbers_are_refused_at_load(policy):
