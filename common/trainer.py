@@ -600,6 +600,8 @@ def set_context(args, config) -> None:
             raise InputError(f"--rope_theta: the configuration of --model {args.model} has no single RoPE base")
         config.rope_parameters["rope_theta"] = args.rope_theta
     if args.max_positions:
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+            raise InputError(f"--max_positions: longrope of --model {args.model} scales attention by it; 0 keeps it")
         config.max_position_embeddings = args.max_positions
 
 

@@ -1030,6 +1030,11 @@ def test_the_context_is_the_one_that_was_asked_for_and_a_model_without_one_rope_
     for kind in ("gpt2", "gemma3_text"):  # no RoPE; a base for each kind of layer
         with pytest.raises(InputError, match="--rope_theta: the configuration of --model m has no single RoPE base"):
             trainer.set_context(asked, AutoConfig.for_model(kind))
+    longrope = AutoConfig.for_model("qwen2", rope_scaling=dict(
+        type="longrope", short_factor=[1.0] * 64, long_factor=[4.0] * 64, original_max_position_embeddings=4096
+    ))  # fmt: skip
+    with pytest.raises(InputError, match="--max_positions: longrope of --model m scales attention by it; 0 keeps it"):
+        trainer.set_context(asked, longrope)
 
 
 def test_positions_end_where_rope_begins_to_depend_on_the_longest_sequence():
