@@ -47,7 +47,7 @@ def start(number, host, out, log):
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "3",
         "--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29400", "--rdzv_id", "run", "--rdzv_conf",
         f"is_host={int(number == 1)},last_call_timeout=1", "--local_addr", f"10.77.0.{number}", "luffy.py", *ONLINE,
-        "--steps", "7", "--save_every", "1", "--eval_every", "0", "--timeout_minutes", "0.2", "--out", str(out),
+        "--steps", "7", "--save_every", "1", "--eval_every", "0", "--timeout_minutes", "0.1", "--out", str(out),
     ]  # fmt: skip
     return subprocess.Popen(
         ["ip", "netns", "exec", host, *words], cwd=ROOT, stdout=log, stderr=log,
