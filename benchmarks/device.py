@@ -220,8 +220,8 @@ def step():
                     if CUDA:
                         torch.cuda.empty_cache()
                         torch.cuda.reset_peak_memory_stats()
-                    torch.compiler.set_stance("default" if compiled else "force_eager")
-                    taken = seconds(update, warm=2 if compiled else 1, repeats=2)
+                    with torch.compiler.set_stance("default" if compiled else "force_eager"):
+                        taken = seconds(update, warm=2 if compiled else 1, repeats=2)
                     row |= {"seconds": taken, "tokens/s": packed / taken, "MFU": work / taken / peak}
                     if CUDA:
                         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9

@@ -16,7 +16,7 @@ TABLE = {  # loss: function of (world, its name there, tokens of a micro-batch),
     **{f"behavior_injection {name}": (behavior_ranks.gradient, name) for name in ("rl", "masked", "sft")},
 }
 # of a micro-batch, by number of ranks: every sequence alone, a few together, all of a rank's in one row
-TOKENS = {1: (1, 64, 10_000), 2: (64,), 4: (64,)}
+TOKENS = {1: (1, 64, 10_000), 2: (1, 10_000), 4: (64,)}
 
 
 def update(world, loss: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
