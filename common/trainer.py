@@ -777,6 +777,7 @@ def export(policy: Policy, tokenizer, path: str | Path, world: World) -> None:
                 generation.eos_token_id = [i for i in (*ends, tokenizer.eos_token_id) if i is not None]
             (partial / "generation_config.json").write_text(generation.to_json_string())
         tokenizer.save_pretrained(partial)
+        _write_old_names(partial)
         for file in partial.glob("*.safetensors"):  # made for its owner alone, whatever the umask
             file.chmod((partial / "config.json").stat().st_mode)
         for file in [*partial.iterdir(), partial]:
@@ -784,6 +785,28 @@ def export(policy: Policy, tokenizer, path: str | Path, world: World) -> None:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
     dist.barrier()
+
+
+def _write_old_names(folder: Path) -> None:
+    """Add the names by which Transformers 4, and servers that use it, read RoPE and the tokenizer. They would take the
+    default base in silence, and do not know Transformers 5's class. Version 5 reads both."""
+    config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    values = json.loads(config.read_text())
+    for part in (values, values.get("text_config") or {}):
+        rope = part.get("rope_parameters") or {}
+        if "full_attention" in rope and part["model_type"].startswith(("gemma3", "olmo3")):  # others are newer
+            part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
+        part |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        if rope.get("rope_type", "default") != "default":
+            part["rope_scaling"] = rope
+    config.write_text(json.dumps(values, indent=2))
+    values = json.loads(tokenizer.read_text())
+    if values["tokenizer_class"] == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    tokenizer.write_text(json.dumps(values, indent=2))
 
 
 def make_optimizer(policy: nn.Module, *, lr: float, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8):
