@@ -802,7 +802,7 @@ def _write_old_names(folder: Path) -> None:
             part["rope_scaling"] = rope
     config.write_text(json.dumps(values, indent=2))
     values = json.loads(tokenizer.read_text())
-    if values["tokenizer_class"] == "TokenizersBackend":
+    if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
