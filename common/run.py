@@ -20,7 +20,6 @@ are graded in the background, split into micro-batches and turned into vectors.
 import contextlib
 import fcntl
 import functools
-import gc
 import json
 import math
 import random
@@ -448,8 +447,6 @@ def open_policy(path: str, args, world: World, **options):
         seed=args.seed, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile,
         edit_config=functools.partial(set_context, args), trust_remote_code=getattr(args, "trust_remote_code", False),
     )  # fmt: skip
-    if world.device.type == "cuda":
-        gc.collect()  # models of `collect` or of a round before: FSDP2's refer to themselves and would stay on the GPU
     return load_policy(path, world, **flags | options)
 
 

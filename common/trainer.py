@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import gc
 import json
 import math
 import os
@@ -357,6 +358,8 @@ def load_policy(
     layer except attention, whose shapes change with every batch. flag: names `path` in errors. Dropout is set to 0.
     Raises InputError if the model cannot be loaded, or its log-probs are not those of plain Transformers (`prove`)."""
     flag = f"{flag or ('--model' if kind is Policy else '--value')} {path}"
+    if world.device.type == "cuda":
+        gc.collect()  # models that the caller has dropped: FSDP2's refer to themselves and would stay on the GPU
     lm, head_is_new = _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_head, edit_config)
     if head_is_new:
         nn.init.zeros_(lm.score.weight)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import importlib
 import io
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -892,6 +894,22 @@ def test_a_peer_that_died_is_not_reported_as_a_model_that_is_not_supported(polic
     sampler = EmbeddedSampler(policy, stop_ids=[1])
     with pytest.raises(RuntimeError, match="reset by peer"):
         sampler.sync(policy, version=0)
+
+
+def test_a_dropped_model_leaves_the_gpu_before_the_next_is_loaded(world, monkeypatch):
+    def load(*_):
+        raise InputError(f"{dropped()} is still there")
+
+    gc.disable()  # it may come at any time
+    try:
+        policy = fully_shard(load_policy("nano", world, from_config=NANO), mesh=init_device_mesh("cpu", (1,)))
+        dropped = weakref.ref(policy)
+        del policy
+        monkeypatch.setattr(trainer, "_load", load)
+        with pytest.raises(InputError, match="None is still there"):
+            load_policy("x", dataclasses.replace(world, device=torch.device("cuda")))
+    finally:
+        gc.enable()
 
 
 def test_a_path_that_is_no_model_folder_is_named_with_what_to_name_instead(tmp_path, world):
