@@ -267,11 +267,12 @@ def make_prompts(questions: list[Question], tokenizer, args: Args) -> None:
             raise InputError(f"{question.where}: {error}{remedy}") from error
     # a chat template writes the bos token itself; a plain template and a row's rendered prompt get it from `with_bos`
     encoded = tokenizer([q.prompt_text for q in questions], add_special_tokens=False)["input_ids"]
-    warn_prompts("--data", encoded, [[] if q.rendered else q.turns for q in questions], tokenizer)
     for question, ids in zip(questions, encoded, strict=True):
         question.prompt = with_bos(ids, tokenizer) if plain or question.prompt_text == question.rendered else ids
         if not ids:
             raise InputError(f"{question.where}: its prompt has no tokens under --template {args.template}")
+    turns = [[] if q.prompt_text == q.rendered else q.turns for q in questions]
+    warn_prompts("--data", [q.prompt for q in questions], turns, tokenizer)
 
 
 def check_settings(args: Args, questions: list[Question], world) -> None:

@@ -398,7 +398,7 @@ def test_system_turns_can_be_dropped_and_a_users_file_is_a_template(tokenizer, t
     assert render(tokenizer, tmp_path, template=str(tmp_path / "chat.jinja")) == "[Think first.][Q?]"
 
 
-def test_plain_text_gets_the_tokenizers_own_bos_and_a_chat_template_writes_its_own(tokenizer, tmp_path):
+def test_plain_text_gets_the_tokenizers_own_bos_and_a_chat_template_writes_its_own(tokenizer, tmp_path, capsys):
     tokenizer.bos_token, end = bos, _ = tokenizer.convert_ids_to_tokens([4, 5])
     around = TemplateProcessing(single=f"{bos} $A {end}", special_tokens=[(bos, 4), (end, 5)])
     tokenizer.backend_tokenizer.post_processor = around  # as some do, it puts an eos behind every text
@@ -406,6 +406,7 @@ def test_plain_text_gets_the_tokenizers_own_bos_and_a_chat_template_writes_its_o
         questions = read_questions([write_rows(tmp_path / "rows.jsonl", [luffy_row("l=9", "1")])])
         make_prompts(questions, tokenizer, Args(template=template))
         assert (questions[0].prompt[0] == 4) == starts and questions[0].prompt[-1] != 5
+        assert ("prompts do not begin with bos" in capsys.readouterr().err) != starts
 
 
 def test_a_prompt_that_a_row_holds_rendered_is_asked_as_it_was_trained(tokenizer, tmp_path):
