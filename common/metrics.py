@@ -48,7 +48,7 @@ class Metrics:
             # line by line, until close()
             self.files[name] = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         if args.tensorboard:
-            self.board = SummaryWriter(out, purge_step=start + 1 if start else None)
+            self.board = SummaryWriter(out, purge_step=start + 1 if start else 0)
         if args.wandb:
             self.wandb = wandb.init(project=args.wandb, name=out.name, config=dataclasses.asdict(args), dir=out)
         self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", dynamic_ncols=True)

@@ -372,6 +372,12 @@ def test_metrics_also_go_to_tensorboard_and_wandb(tmp_path, monkeypatch):
         Metrics(tmp_path, args, ONE_RANK, start=0, steps=3)
 
 
+def test_a_run_that_starts_anew_shows_nothing_of_the_one_before_in_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board := MagicMock())
+    Metrics(tmp_path, luffy.Args(tensorboard=True), ONE_RANK, start=0, steps=3)
+    assert board.SummaryWriter.call_args == call(tmp_path, purge_step=0)  # the row of step 0 goes too
+
+
 def test_curves_are_drawn_while_a_run_goes_on_at_most_every_so_often(tmp_path):
     metrics, curves = Metrics(tmp_path, luffy.Args(), ONE_RANK, start=0, steps=3), tmp_path / "curves.png"
     metrics.log(1, {"eval/mean": 0.5}, [])
