@@ -572,7 +572,7 @@ def keep_answers(
     kept = len(read_records(path))
     names = [name for name in settings if kept and name != "model"]  # model: by its digest
     keep_settings(path.with_suffix(".json"), settings, names, f"{path} has answers of other settings", world)
-    sampler, verdicts = None, []  # of all answers so far: a single question can make a verifier fail
+    sampler, verdicts = None, []  # of the first parts of all ranks: a single question can make a verifier fail
     grader = Grader(tokenizer, args.verifier)
     if kept < len(examples):
         policy = load()
@@ -586,8 +586,9 @@ def keep_answers(
         every = range(len(batch))
         rows = sample_rows(sampler, batch, every, n, args, world, seed=args.seed, grader=grader, top_p=top_p)
         grader.wait()
-        verdicts.extend((row.status, row.detail) for row in rows)
-        check_works(args.verifier, verdicts)
+        if not verdicts:
+            verdicts.extend(gather_lists([(row.status, row.detail) for row in rows], world))
+            check_works(args.verifier, verdicts)
         for row in rows:
             records[row.group]["answers"].append({
                 "response": tokenizer.decode(row.response), "response_ids": row.response, "truncated": row.truncated,

@@ -350,6 +350,9 @@ def test_answers_are_not_kept_if_the_verifier_fails_on_all_of_them(tmp_path, wor
     tokenizer, args = SimpleNamespace(decode=str), luffy.Args(batch_size=1)
     run.keep_answers(tmp_path / "b.jsonl", EXAMPLES, lambda: None, {}, tokenizer, args, ONE_RANK, n=1)
     assert len(run.read_records(tmp_path / "b.jsonl")) == 2
+    monkeypatch.setattr(run, "gather_lists", lambda mine, world: [("ok", None), *mine])  # as another rank's
+    drawn = [failed]
+    run.keep_answers(tmp_path / "c.jsonl", EXAMPLES[:1], lambda: None, {}, tokenizer, args, ONE_RANK, n=1)
 
 
 def test_values_of_rows_become_values_of_tokens():
