@@ -365,6 +365,9 @@ def read_set(name: str, tokenizer, args: Args, **options):
     if not path.exists():
         raise InputError(f"{path} is missing: run --stage data first (with --arms naming it; val: or --eval_every 0)")
     examples, left_out = read_examples(str(path), tokenizer, args, split="train", **options)
+    asked = name in ("val", "test_id", "test_ood", "influence")  # of the others Run.plan says it
+    if asked and left_out["kept"] < left_out["rows"] and dist.get_rank() == 0:
+        print(f"{path}: {in_words(left_out, args)}")
     return [replace(example, source=name) for example in examples], left_out
 
 
@@ -521,10 +524,7 @@ def test_model(model: str, args: Args, world) -> dict[str, dict]:
     sampler.sync(policy, version=0)
     results = {}
     for name in ("test_id", "test_ood"):
-        examples, left_out = read_set(name, tokenizer, args, traces="ignored")
-        examples = examples[: args.eval_limit or None]
-        if world.main:
-            print(f"{args.out}/data/{name}.jsonl: {in_words(left_out, args)}; {len(examples)} are asked")
+        examples = read_set(name, tokenizer, args, traces="ignored")[0][: args.eval_limit or None]
         asked = read_questions(f"{args.out}/data/{name}.jsonl", args)
         mine = range(world.rank, len(examples), world.size)
         rows = {t: sample_rows(sampler, examples, mine, 1, args, world, seed=args.seed + 1, grader=grader,

@@ -447,6 +447,17 @@ def test_the_table_shows_sft_and_rl_and_the_chain_of_rl(tmp_path, capsys, world)
     assert [cell.strip() for cell in cells[0]] == ["vanilla", "10.0", "20.0", "21.0", "12.0", "22.0", "23.0"]
 
 
+@pytest.mark.parametrize("name", ["val", "test_id", "test_ood", "influence"])
+def test_rows_that_are_asked_and_do_not_fit_are_told(name, folder, nano, capsys, world):
+    path, args = folder / "data" / f"{name}.jsonl", settings("--out", folder)
+    rows = read_rows(path)
+    rows[0]["prompt"][-1]["content"] *= 99
+    write_rows(path, rows)
+    bridge.read_set(name, bridge.open_tokenizer(nano, args), args, traces="ignored")
+    said = f"{name}.jsonl: {len(rows) - 1} of {len(rows)} rows (1 prompts over --max_prompt_tokens 160)"
+    assert said in capsys.readouterr().out
+
+
 def test_own_queries_stay_and_must_be_enough(folder):
     (folder / "data" / "influence.settings.json").unlink()  # what the tool leaves beside queries that it made
     before = (folder / "data" / "influence.jsonl").read_bytes()
