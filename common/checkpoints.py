@@ -51,8 +51,10 @@ def changed_settings(saved: dict, current: dict, names) -> str:
 
 
 def digest_of(model: str, flag: str = "--model") -> str:
-    """Digest of a model folder (weights, configuration, tokenizer, template), or the revision of a Hub name."""
+    """Digest of a model folder (weights, configuration, tokenizer, template) or a file; the revision of a Hub name."""
     folder = Path(model)
+    if folder.is_file():
+        return _sha256(folder).hex()[:16]
     if not folder.is_dir():
         try:
             return extract_commit_hash(cached_file(model, "config.json"), None) or model

@@ -133,8 +133,10 @@ def _measured_with(args, names: str) -> dict:
 
 
 def write_results(path: Path, results: dict, args, names: str, models: Iterable[str]) -> None:
-    """Write results of model folders to a JSON file, with what they depend on: settings (`_measured_with`), weights."""
-    about = {"settings": _measured_with(args, names), "weights": {model: digest_of(model) for model in models}}
+    """Write results of model folders to a JSON file, with what they depend on: settings (`_measured_with`), weights and
+    the file of --chat_template."""
+    files = [*models, *([args.chat_template] if args.chat_template else [])]
+    about = {"settings": _measured_with(args, names), "weights": {file: digest_of(file) for file in files}}
     write_whole(path, json.dumps(results | about, indent=2) + "\n")
 
 
@@ -148,7 +150,7 @@ def read_results(paths: dict[str, Path], args, names: str) -> dict[str, dict]:
         results = json.loads(path.read_text())
         changed = changed_settings(results.pop("settings", {}), settings, settings)
         weights = results.pop("weights", {})
-        replaced = [model for model in weights if Path(model).is_dir() and digest_of(model) != weights[model]]
+        replaced = [model for model in weights if Path(model).exists() and digest_of(model) != weights[model]]
         if changed:
             print(f"{path} is left out of the table: it was measured with other settings ({changed})")
         elif replaced:

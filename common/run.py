@@ -649,11 +649,14 @@ def keep_settings(path: Path, settings: dict, compared: Iterable[str], message: 
     empty if nothing was made with them yet. Raises InputError, beginning with `message`, if some differ. A flag
     that the file lacks does not count (an older version wrote it); a digest does (another script wrote it)."""
     settings = json.loads(json.dumps(settings))  # lists, as in the file
+    if (template := Path(settings.get("chat_template", ""))).is_file():  # it may be edited
+        settings["chat_template_digest"] = digest_of(str(template))
     _locks[path] = lock(path.parent, world)  # until this process ends, nobody else makes anything of other settings
     if compared and not path.exists():
         raise InputError(f"{path} is missing, so the settings of the files beside it are unknown: name another --out")
     saved = json.loads(path.read_text()) if compared else {}
     known = [name for name in compared if name in saved or name.endswith("_digest")]
+    known += ["chat_template_digest"] if "chat_template_digest" in saved else []
     if changed := changed_settings(saved, settings, known):
         raise InputError(f"{message} ({changed}): use the same settings to resume, or another --out")
     dist.barrier()  # all have compared before one writes

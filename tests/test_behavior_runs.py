@@ -476,7 +476,9 @@ def test_own_queries_stay_and_must_be_enough(folder):
     ],
 )  # fmt: skip
 def test_results_of_other_settings_or_weights_leave_the_tables(tmp_path, names, changes, nano, capsys):
-    args, path = influence.Args(out=str(tmp_path)), tmp_path / "results.json"
+    path, template = tmp_path / "results.json", tmp_path / "template.jinja"
+    template.write_text("a")
+    args = influence.Args(out=str(tmp_path), chat_template=str(template))
     asked = [tmp_path / "data" / name for name in names.split() if name.endswith(".jsonl")]
     asked[0].parent.mkdir()
     for file in asked:
@@ -488,8 +490,9 @@ def test_results_of_other_settings_or_weights_leave_the_tables(tmp_path, names, 
         assert not read_results({"arm": path}, dataclasses.replace(args, **{name: value}), names), name
     capsys.readouterr()
     other_weights(model)  # as training that goes on
+    template.write_text("b")
     assert not read_results({"arm": path}, args, names)
-    assert f"out of the table: {model} changed after it was measured" in capsys.readouterr().out
+    assert f"out of the table: {model}, {template} changed after it was measured" in capsys.readouterr().out
 
 
 def test_no_two_sets_are_the_same_problems(tmp_path, world):

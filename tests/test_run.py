@@ -329,6 +329,16 @@ def test_records_of_a_killed_run_are_kept_and_those_missing_are_made(tmp_path, w
     assert records[4] == {"id": 4, "square": 16} and [*tmp_path.glob("[!.]*")] == [path]
 
 
+def test_what_was_made_with_a_template_is_not_gone_on_with_once_its_file_was_edited(tmp_path, world):
+    template, settings = tmp_path / "a.jinja", {"chat_template": str(tmp_path / "a.jinja"), "seed": 0}
+    template.write_text("{{ messages }}")
+    for compared in ((), settings):
+        run.keep_settings(tmp_path / "args.json", settings, compared, "other answers", world)
+    template.write_text("{{ messages }}\n")
+    with pytest.raises(InputError, match="other answers .other chat_template."):
+        run.keep_settings(tmp_path / "args.json", settings, settings, "other answers", world)
+
+
 def test_records_belong_to_one_process(tmp_path, world):
     with locked(tmp_path / ".rows.lock"), pytest.raises(InputError, match="another process writes there"):
         run.keep_records(tmp_path / "rows.jsonl", [[1]], None, world)
