@@ -7,6 +7,7 @@ lands in --out: results.json, curves.png, and an ordinary run folder for each me
 """
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -65,7 +66,7 @@ def main(demo: Demo) -> dict:
     print(f"\n{demo.problems} held-out problems, {demo.tries} answers each at temperature 1, seed {demo.seed}:\n")
     print(f"{'':10}  accuracy        on the {len(never):3} the base never solves   steps  sampled rows")
     for name, rate in rates.items():
-        everywhere, hard = [100 * r for r in rate], [100 * rate[i] for i in never] or [0.0]
+        everywhere, hard = [100 * r for r in rate], [100 * rate[i] for i in never] or [math.nan]
         args = json.loads((out / name / "args.json").read_text()) if name != "base" else None
         steps = len([r for r in read_metrics(out / name) if r["step"]]) if args else 0
         sampled = steps * args["batch_size"] * (args["group_size"] - args["teacher_rows"]) if args else 0
@@ -78,6 +79,7 @@ def main(demo: Demo) -> dict:
               f"    {mean(hard):4.1f} % ± {error(hard):.1f}                           {steps:5}  {sampled:6}")
     results |= {"never_solved_problems": len(never), "seconds": time.time() - started}
     out.mkdir(parents=True, exist_ok=True)
+    results = json.loads(json.dumps(results), parse_constant=lambda name: None)  # unknown numbers: JSON has no NaN
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     panels = [["eval/mean"], ["reward/own"], ["group/solve_none"], ["policy/entropy"], ["teacher/logp"], ["length/own"]]
     plot_curves({method: out / method for method in demo.methods}, panels, out / "curves.png")

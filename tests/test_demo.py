@@ -2,6 +2,7 @@
 
 import json
 
+from benchmarks import demo
 from tests.conftest import run_script
 
 
@@ -20,3 +21,12 @@ def test_the_demo_compares_the_methods_with_the_base_on_equal_terms(tmp_path):
     for name in ("curves.png", "grpo/model/model.safetensors", "luffy/samples.jsonl"):
         assert (tmp_path / "demo" / name).exists()
     assert "12 held-out problems, 2 answers each" in result.stdout
+
+
+def test_what_one_problem_cannot_tell_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "drawn", lambda *_, **__: [[([1], [2], 1.0)]])  # the base solves it
+    monkeypatch.setattr(demo, "plot_curves", lambda *_: None)
+    demo.main(demo.Demo(out=str(tmp_path), methods=()))
+    text = (tmp_path / "results.json").read_text()
+    found = json.loads(text)["models"]["base"]
+    assert (found["accuracy"], found["accuracy_se"], found["never_solved"]) == (100, None, None) and "NaN" not in text
