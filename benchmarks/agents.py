@@ -76,12 +76,17 @@ class Bench:
 
 
 def run(*words, done: Path) -> None:
-    """A script or module with these flags, unless `done` is there."""
+    """A script or module with these flags, unless `done` is there. SystemExit if other flags made it."""
+    command = " ".join(os.path.relpath(word, ROOT) if isinstance(word, Path) else str(word) for word in words)
+    record = done.parent / "command.txt"
+    if record.exists() and record.read_text() != command:
+        raise SystemExit(f"{done.parent} was made by another command: remove it, or name another --out")
     if not done.exists():
         print("\n$ python", *words, flush=True)
         subprocess.run(
             [sys.executable, *map(str, words)], cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
         )
+        record.write_text(command)
 
 
 def success(out: Path, games: Path, bench: Bench, *words) -> float:

@@ -74,3 +74,13 @@ def test_both_arms_learn_from_the_same_rows_and_every_policy_plays_the_test_game
     before = len(commands)
     main(bench)
     assert len(commands) == before  # what is complete is not done again
+
+
+def test_what_other_flags_have_made_is_not_taken_for_what_these_would_make(monkeypatch, tmp_path):
+    done = tmp_path / "a" / "results.json"
+    done.parent.mkdir()
+    monkeypatch.setattr(agents.subprocess, "run", lambda *_, **__: done.write_text("{}"))
+    for _ in range(2):
+        agents.run("oreo.py", "--out", done.parent, "--steps", 4, done=done)
+    with pytest.raises(SystemExit, match="a was made by another command"):
+        agents.run("oreo.py", "--out", done.parent, "--steps", 5, done=done)
