@@ -26,7 +26,6 @@ import copy
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,8 +46,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import luffy  # noqa: E402
 import redi  # noqa: E402
 from benchmarks.scale import Shape  # noqa: E402
+from common.metrics import peak_memory_gb  # noqa: E402
 from common.rollout import EmbeddedSampler, Sampling  # noqa: E402
-from common.trainer import check_finite, init_world, load_policy, make_optimizer, optimizer_step  # noqa: E402
+from common.trainer import World, check_finite, init_world, load_policy, make_optimizer, optimizer_step  # noqa: E402
 
 MODELS = {
     "small": Shape(4, 256, 768, 4, 256, 2048),  # 4.5 million parameters
@@ -343,10 +343,7 @@ def peak(step: str, lengths: str, model: str, which: str) -> dict[str, float]:
                 synchronize()
                 seconds.append(time.perf_counter() - start)
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9  # in float32
-    if torch.cuda.is_available():
-        top = torch.cuda.max_memory_allocated() / 1e9
-    else:
-        top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    top = peak_memory_gb(World(0, 1, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     return {"peak_gb": top, "step_gb": top - before - 4 * weights, "seconds": seconds[-1],
             "threads": torch.get_num_threads()}  # fmt: skip
 

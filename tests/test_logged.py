@@ -19,6 +19,7 @@ import igsm
 import luffy
 import oreo
 import redi
+from benchmarks import vs_trl
 from common import report
 from common.data import InputError
 from common.metrics import Clock, Metrics, line_style, peak_memory_gb, plot_curves, read_metrics, write_whole
@@ -108,6 +109,14 @@ def test_memory_is_in_gigabytes():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     now = pages * resource.getpagesize() / 1e9
     assert 0.9 * now < peak_memory_gb(ONE_RANK) < 1000 * now
+
+
+def test_the_comparison_with_trl_counts_memory_as_metrics_do(monkeypatch):
+    monkeypatch.setattr(vs_trl.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(vs_trl, "make_rows", lambda *_: [])
+    monkeypatch.setattr(vs_trl, "Bare", lambda *_: SimpleNamespace(step=lambda *_, **__: 0))
+    found = vs_trl.peak("sft", "equal", "small", "bare")
+    assert found["peak_gb"] == pytest.approx(peak_memory_gb(ONE_RANK), rel=1e-3)  # Linux counts 1,024 bytes
 
 
 def test_a_metric_of_zero_is_logged_and_curves_are_over_steps(tmp_path, monkeypatch):
