@@ -175,8 +175,10 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
                 if points:
                     text = name if len(runs) == 1 else label if len(names) == 1 else f"{label}: {name}"
                     marker = "." if len(points) < 30 else ""
+                    text = text.replace("$", r"\$")  # no formula: matplotlib would parse it
                     axis.plot(*zip(*points, strict=True), label=text, lw=1.3, marker=marker, **line_style(k))
-        axis.set_title(" and ".join(names) if len(names) < 3 else names[0].split("/")[0], fontsize=10, y=1)
+        title = " and ".join(names) if len(names) < 3 else names[0].split("/")[0]
+        axis.set_title(title, fontsize=10, y=1, parse_math=False)
         axis.set_xlabel("step")
         axis.locator_params(nbins=6)
         axis.xaxis.get_major_locator().set_params(integer=True)

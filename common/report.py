@@ -225,10 +225,10 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
         at = [benchmarks.index(b) + (i - (len(bars) - 1) / 2) * width for b in values]
         means = [100 * mean for mean, _ in values.values()]
         errors = [196 * (error or 0) for _, error in values.values()]
-        drawn = axis.bar(at, means, width * 0.92, label=run, yerr=errors)
+        drawn = axis.bar(at, means, width * 0.92, label=run.replace("$", r"\$"), yerr=errors)  # no formula
         axis.bar_label(drawn, [f"{m:.1f}" for m in means], fontsize=7, padding=2)
     turned = dict(rotation=20, ha="right") if sum(map(len, benchmarks)) > 9 * size[0] else {}
-    axis.set_xticks(range(len(benchmarks)), benchmarks, **turned)
+    axis.set_xticks(range(len(benchmarks)), benchmarks, parse_math=False, **turned)
     axis.set_ylabel("pass@1, % (and its 95 % interval)", fontsize=8)
     axis.set_ylim(0, max(1, 1.05 * axis.get_ylim()[1]))
     columns = max(1, int(size[0] / (0.6 + 0.075 * max(map(len, bars)))))  # as many names as fit

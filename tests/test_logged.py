@@ -142,6 +142,14 @@ def test_the_curves_of_several_runs_are_told_apart_by_name(tmp_path, monkeypatch
     assert legends == [[["a", "b"], both], [["eval/mean", "eval/x"]]]
 
 
+def test_dollars_in_the_name_of_a_run_or_benchmark_are_no_formula(tmp_path):
+    name = r"a$\b$"  # no command that matplotlib knows
+    write_whole(tmp_path / "metrics.jsonl", json.dumps({"step": 3, f"eval/{name}": 0.5, "eval/b": 0.5}) + "\n")
+    plot_curves({name: tmp_path}, None, tmp_path / "one.png")
+    plot_curves({name: tmp_path, "b": tmp_path}, [[f"eval/{name}"]], tmp_path / "two.png")
+    report.plot_bars({name: {name: (0.5, None)}, "b": {name: (0.5, None)}}, tmp_path / "bars.png")
+
+
 def test_a_run_has_one_style_in_all_panels_and_one_entry_in_the_legend_below(tmp_path, monkeypatch):
     drawn, runs = [], {name: tmp_path / name for name in "ab"}
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
