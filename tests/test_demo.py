@@ -1,5 +1,6 @@
 """`make demo` in small: the shipped base model, the runs, the table."""
 
+import importlib.util
 import json
 
 from benchmarks import demo
@@ -30,3 +31,7 @@ def test_what_one_problem_cannot_tell_is_unknown(tmp_path, monkeypatch):
     text = (tmp_path / "results.json").read_text()
     found = json.loads(text)["models"]["base"]
     assert (found["accuracy"], found["accuracy_se"], found["never_solved"]) == (100, None, None) and "NaN" not in text
+
+
+def test_no_package_of_another_place_is_taken_for_the_benchmarks():
+    assert importlib.util.find_spec("benchmarks").origin  # a folder without __init__.py gives way to one on any path
