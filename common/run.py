@@ -150,6 +150,8 @@ def check_ranges(args) -> None:
             raise InputError(f"--{name} must be 0.01 or more, not {value} (0, where it is allowed, is greedy)")
         if name in ("data", "out") and not value and getattr(type(args), name, None):
             raise InputError(f"--{name} is empty")
+        if name == "out" and value.startswith("~"):  # bash leaves --out=~/runs as it is
+            raise InputError(f"--out {value}: the shell has not replaced ~; write it without = and quotes, or in full")
 
 
 def check_flags(args) -> None:

@@ -89,6 +89,9 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
 def launch(main, args) -> None:
     """Run main(args) as a program: an InputError is one line and exit code 2; any other error ends this rank at once,
     so that torchrun ends the others. If several ranks fail, only the first prints its error."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: python luffy.py >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # not every stdout has it
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
     try:
@@ -172,7 +175,13 @@ def init_world(timeout_minutes: float = 30.0) -> World:
         if "RANK" not in os.environ:
             store, rank, size = dist.HashStore(), 0, 1
         else:
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            try:
+                store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            except (ValueError, dist.DistError) as error:
+                if "TORCHELASTIC_RUN_ID" in os.environ:
+                    raise
+                raise InputError(f"RANK is set in the environment, but not by torchrun, and these ranks do not meet "
+                                 f"({first_line(error)}): unset RANK, or start torchrun") from error  # fmt: skip
             if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
                 # torchrun --max_restarts keeps its store: the addresses of ranks that died must not be found there.
                 # (Hosts count their own restarts; for several of them see docs/scale.md.)
@@ -329,7 +338,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, flag: str = "-
         local = path[:1] in ("/", ".", "~") or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
         if local and not Path(path).exists():
             raise InputError(f"{flag} {path}: no such folder") from error
-        hint = run_folder_hint(path, "model", "best")
+        hint = run_folder_hint(path, "model", "best") if Path(path).exists() else f"; {Path.cwd()} has no such folder"
         raise InputError(f"{flag} {path}: no tokenizer there ({first_line(error)}){hint}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{flag} {path}: the tokenizer has no eos token; set one in tokenizer_config.json")

@@ -179,6 +179,7 @@ def test_a_run_does_not_go_on_from_another_start_model_of_the_same_path(tmp_path
     ("args", "message"),
     [
         (luffy.Args(out=""), "--out is empty"),
+        (luffy.Args(out="~/run"), "--out ~/run: the shell has not replaced ~"),
         (RunArgs(out="a", timeout_minutes=1e13), "--timeout_minutes must be above 0 and at most 10.7"),
         (oreo.Args(data=()), "--data is empty"),
         (oreo.Args(reward_shift=math.nan), "--reward_shift must be finite, not nan"),
@@ -468,6 +469,14 @@ def test_starts_that_give_ranks_no_gpu_or_no_others_are_named(gpus, environment,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
+        trainer.init_world()
+
+
+def test_a_rank_of_the_environment_that_no_torchrun_set_is_named(monkeypatch):
+    monkeypatch.setattr(trainer.dist, "is_initialized", lambda: False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():  # without MASTER_ADDR
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="MASTER_ADDR expected, but not set.: unset RANK, or start torchrun"):
         trainer.init_world()
 
 
