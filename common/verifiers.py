@@ -660,9 +660,12 @@ class _Worker:
         """Return its next message: [reward, status, detail, whether to replace it]. TimeoutError if none comes."""
         since, starved_before, left = time.monotonic(), self.starved(), timeout
         while left > 0:
+            end = time.monotonic() + left
             if wait([self.sock], left):
                 self.sock.settimeout(timeout)
                 return json.loads(self.lines.readline())
+            if time.monotonic() > end + 1:  # we were stopped, as a suspended job is, and the worker with us
+                since = time.monotonic()
             starved = self.starved() - starved_before
             left = since + timeout + min(starved, 2 * timeout) - time.monotonic()
         raise TimeoutError

@@ -621,6 +621,27 @@ def test_time_without_a_core_is_not_counted_up_to_twice_the_deadline(users, monk
     assert verdict.status == "timeout" and 1.1 < time.monotonic() - start < 10
 
 
+STOPPED = """if True:
+    import os, subprocess
+    from common import verifiers
+    how = dict(verifier="it_is_slow:slow", workers=1, timeout=3.0)
+    verifiers.grade([""], [""], **how)
+    pids = f"{verifiers._pools['it_is_slow:slow'][0].process.pid} {os.getpid()}"
+    stop = f"sleep 0.5; kill -STOP {pids}; sleep 4; kill -CONT {pids}"
+    subprocess.Popen(["sh", "-c", stop], start_new_session=True)
+    print(verifiers.grade(["x"], [""], **how)[0].status)
+"""
+
+
+def test_time_in_which_all_are_stopped_is_not_counted(users):
+    """As those of a job that Slurm suspends."""
+    folder = Path(users.__file__).parent
+    (folder / "it_is_slow.py").write_text("import time\n\ndef slow(*_):\n    time.sleep(1.5)\n    return 1.0\n")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
+    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, env=environment)
+    assert done.stdout == "ok\n", done.stderr
+
+
 def test_bad_calls_say_what_is_wrong(users):
     with pytest.raises(ValueError, match="2 responses but 1 golds"):
         grade(["a", "b"], ["a"])
