@@ -127,6 +127,8 @@ def main(argv=None):
                 continue
             if path.suffix not in endings:
                 raise ValueError(f"--{flag} must end in {' or '.join(endings)}, got {path}")
+            if str(path).startswith("~"):  # bash leaves --out=~/file as it is
+                raise ValueError(f"--{flag} {path}: the shell has not replaced ~; write it without = and quotes")
             if path.is_dir():
                 raise ValueError(f"--{flag} {path} is a folder")
         not_problems = ("out", "draw", "n", "system_prompt")

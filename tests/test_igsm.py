@@ -634,6 +634,7 @@ def test_command_writes_the_columns_of_luffy(tmp_path, monkeypatch):
         ("--n 0 --out {}/a.jsonl", "--n must be 1 or more, got 0"),
         ("--out {}/a.csv", "--out must end in .jsonl or .parquet"),
         ("--draw {}/a.pdf", "--draw must end in .svg or .png"),
+        ("--out=~/a.jsonl", "--out ~/a.jsonl: the shell has not replaced ~"),
         ("--ops 5 3 --out {}/a.jsonl", "ops must be (fewest, most)"),
         ("--ops 4 --out {}/a.jsonl", "--ops"),
         ("--style latin --out {}/a.jsonl", "--style"),

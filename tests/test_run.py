@@ -760,6 +760,12 @@ def test_models_are_opened_as_the_flags_say_and_their_code_stays_unrun(world, mo
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a Hopper GPU")
+def test_a_path_that_a_locale_without_utf_8_cannot_write_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    with pytest.raises(InputError, match="--out .*/é: this locale is not UTF-8.*export PYTHONUTF8=1"):
+        Run(luffy.Args(out=str(tmp_path / "é")))
+
+
 def test_flash_attention_3_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(InputError, match="--flash_attention 3 needs a Hopper GPU"):
         Run(RunArgs(out=str(tmp_path), flash_attention=3))
