@@ -57,6 +57,8 @@ def iter_rows(source: str, *, split: str = "train", limit: int | None = None, pr
     path = Path(source)
     if not source:
         raise InputError("--data or --eval_data is empty")
+    if re.search("[\ud800-\udfff]", source):  # bytes that are no text; tables and plots name a benchmark by its file
+        raise InputError(f"{source}: the name is not UTF-8: rename it, or export PYTHONUTF8=1")
     if source.startswith("igsm:"):
         rows = _igsm_rows(source, split, limit or problems)
     elif path.is_dir():

@@ -22,6 +22,7 @@ import fcntl
 import functools
 import json
 import math
+import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -186,9 +187,9 @@ class Run:
         self.args, self.out, self.world = args, Path(out or args.out), init_world(args.timeout_minutes)
         if len({*gather_lists([repr(args)], self.world)}) > 1:
             raise InputError("the ranks have different flags: do two jobs share one --rdzv_id (docs/scale.md)?")
-        if sys.getfilesystemencoding() != "utf-8" and not str(self.out.absolute()).isascii():
-            raise InputError(f"--out {self.out.absolute()}: this locale is not UTF-8, and libraries that write the "
-                             "model would take the path for another one: export PYTHONUTF8=1")  # fmt: skip
+        path = str(self.out.absolute())
+        if os.fsencode(path) != path.encode(errors="replace"):  # what writes the model takes UTF-8 alone
+            raise InputError(f"--out {path}: the path is not UTF-8: rename it, or export PYTHONUTF8=1")
         if args.flash_attention == 3:
             use_flash_attention_3()
         self.clock = Clock()

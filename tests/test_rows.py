@@ -925,6 +925,12 @@ def test_files_of_splits_have_many_names(tmp_path):
     assert len(load_rows(files(tmp_path / "none", "VALUES.jsonl", "TRAINER.jsonl"), split="test")) == 2
 
 
+def test_a_file_whose_name_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "\udce9.jsonl").write_text('{"question": "a", "answer": 1}\n')
+    with pytest.raises(InputError, match="the name is not UTF-8"):
+        load_rows(str(tmp_path / "\udce9.jsonl"))
+
+
 def test_copies_that_an_editor_keeps_are_not_read(tmp_path):
     found = load_rows(files(tmp_path, "a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "__MACOSX/._a.jsonl"))
     assert names_of(found) == ["a.jsonl"]
