@@ -175,7 +175,8 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
                 if points:
                     text = name if len(runs) == 1 else label if len(names) == 1 else f"{label}: {name}"
                     marker = "." if len(points) < 30 else ""
-                    text = text.replace("$", r"\$")  # no formula: matplotlib would parse it
+                    # for matplotlib dollars begin a formula, and a legend leaves out what begins with _
+                    text = " " * text.startswith("_") + text.replace("$", r"\$")
                     axis.plot(*zip(*points, strict=True), label=text, lw=1.3, marker=marker, **line_style(k))
         title = " and ".join(names) if len(names) < 3 else names[0].split("/")[0]
         axis.set_title(title, fontsize=10, y=1, parse_math=False)

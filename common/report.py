@@ -225,7 +225,8 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
         at = [benchmarks.index(b) + (i - (len(bars) - 1) / 2) * width for b in values]
         means = [100 * mean for mean, _ in values.values()]
         errors = [196 * (error or 0) for _, error in values.values()]
-        drawn = axis.bar(at, means, width * 0.92, label=run.replace("$", r"\$"), yerr=errors)  # no formula
+        label = " " * run.startswith("_") + run.replace("$", r"\$")  # as in plot_curves
+        drawn = axis.bar(at, means, width * 0.92, label=label, yerr=errors)
         axis.bar_label(drawn, [f"{m:.1f}" for m in means], fontsize=7, padding=2)
     turned = dict(rotation=20, ha="right") if sum(map(len, benchmarks)) > 9 * size[0] else {}
     axis.set_xticks(range(len(benchmarks)), benchmarks, parse_math=False, **turned)

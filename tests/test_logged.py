@@ -150,6 +150,16 @@ def test_dollars_in_the_name_of_a_run_or_benchmark_are_no_formula(tmp_path):
     report.plot_bars({name: {name: (0.5, None)}, "b": {name: (0.5, None)}}, tmp_path / "bars.png")
 
 
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
+    write_whole(tmp_path / "metrics.jsonl", '{"step": 3, "eval/mean": 0.5}\n')
+    plot_curves({"_old": tmp_path, "b": tmp_path}, [["eval/mean"]], tmp_path / "two.png")
+    report.plot_bars({"_old": {"math": (0.5, None)}, "b": {"math": (0.5, None)}}, tmp_path / "bars.png")
+    names = [[text.get_text().strip() for text in figure.legends[0].get_texts()] for figure in drawn]
+    assert names == [["_old", "b"]] * 2
+
+
 def test_a_run_has_one_style_in_all_panels_and_one_entry_in_the_legend_below(tmp_path, monkeypatch):
     drawn, runs = [], {name: tmp_path / name for name in "ab"}
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
