@@ -35,6 +35,7 @@ from common.rollout import Completion, Sampler, Sampling, cache_size
 from common.trainer import Policy, World, count_weights, full_parameters, gather_lists, reshard
 
 VLLM = "0.32.0"  # the version whose calls are used here
+LEFT_OUT = {"laguna": "the bias of its routers", "gemma3n_text": "its embeddings per layer"}  # by vLLM, without a word
 MAX_RESTARTS = 3  # of one generate or sync
 SEQUENCES = 256  # decoded at once on a CPU
 BUCKET = 512 << 20  # bytes of weights that are sent at once; a larger tensor is sent alone
@@ -171,6 +172,9 @@ class VLLMSampler(Sampler):
         self.memory = None  # shared with the worker on a CPU
         # the model as Transformers saves it: its checkpoint's names are those that vLLM loads
         config = copy.deepcopy(policy.lm.config)
+        if part := LEFT_OUT.get(config.model_type):
+            raise InputError(f"--rollout vllm: vLLM {VLLM} leaves out {part}, so it would not sample from the "
+                             "model that is trained; use --rollout embedded")  # fmt: skip
         with torch.device("meta"):
             self.empty = AutoModelForCausalLM.from_config(config)
         names = dict(self.empty.named_parameters())
@@ -181,6 +185,8 @@ class VLLMSampler(Sampler):
         rope, length = getattr(config, "rope_parameters", None) or {}, "original_max_position_embeddings"
         if beta := rope.get("llama_4_scaling_beta"):  # Ministral 3's scale of queries: vLLM knows it by another name
             config.llama_4_scaling = {"beta": beta, length: rope[length]}
+        if config.model_type in ("cohere2", "cohere2_moe") and config.sliding_window:
+            config.sliding_window -= 1  # vLLM reads one key more than Transformers
         if self.cuda:
             torch.cuda.empty_cache()  # vLLM does not start where its share of the memory is not free
             special = {

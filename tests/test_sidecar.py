@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from common import vllm, vllm_worker
-from common.data import pack
+from common.data import InputError, pack
 from common.metrics import read_metrics
 from common.rollout import Completion, EmbeddedSampler, Sampling
 from common.trainer import export, load_policy, load_tokenizer
@@ -320,6 +320,20 @@ def test_vllm_gets_the_scale_of_ministral_3s_late_queries_by_the_name_that_it_re
     config = EXPERTS | {"model_type": "ministral3", "rope_parameters": rope | {"llama_4_scaling_beta": 0.5}}
     sampler = VLLMSampler(load_policy("tiny", world, from_config=config), world, stop_ids=[1], max_tokens=100)
     assert sampler.worker.config.llama_4_scaling == {"beta": 0.5, "original_max_position_embeddings": 8}
+
+
+def test_vllm_gets_a_window_of_cohere_in_which_it_reads_as_many_keys_as_the_trainer(world, monkeypatch):
+    monkeypatch.setattr(Worker, "start", lambda self: None)
+    policy = load_policy("tiny", world, from_config=EXPERTS | {"model_type": "cohere2", "sliding_window": 8})
+    sampler = VLLMSampler(policy, world, stop_ids=[1], max_tokens=100)
+    assert (sampler.worker.config.sliding_window, policy.lm.config.sliding_window) == (7, 8)
+
+
+@pytest.mark.parametrize("kind", vllm.LEFT_OUT)
+def test_a_model_of_which_vllm_leaves_a_part_out_is_refused(world, kind, tmp_path):
+    policy = load_policy(str(make(kind, tmp_path)), world)
+    with pytest.raises(InputError, match=f"leaves out {vllm.LEFT_OUT[kind]}, .* use --rollout embedded"):
+        VLLMSampler(policy, world, stop_ids=[1], max_tokens=60)
 
 
 # ------------------------------------------------------------------------------------------------- faults
