@@ -489,6 +489,9 @@ def _check_config(config: PreTrainedConfig, flag: str, kind: type) -> None:
         raise InputError(f"{flag}: it is a value model, not a language model")
     if getattr(config, "quantization_config", None) or (config.dtype or torch.float32).itemsize < 2:
         raise InputError(f"{flag}: quantised weights cannot be trained: save them dequantised")
+    if getattr(config, "prefix_lm", False):  # HRM-Text's; plain Transformers needs token_type_ids for it
+        raise InputError(f"{flag}: its prompts are read in both directions (prefix_lm), which is not supported; with "
+                         "prefix_lm false in config.json it is another model, a causal one")  # fmt: skip
     # some compress more tokens than the proof reads: 128 in DeepSeek-V4
     kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     if others := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
