@@ -30,7 +30,17 @@ from transformers.masking_utils import sdpa_mask
 
 from common.data import InputError, first_line, pack, unrelated_to_model
 from common.logprobs import free_memory
-from common.trainer import Policy, World, distance, full_parameters, logit_form, max_positions, reshard, tolerance
+from common.trainer import (
+    Policy,
+    World,
+    distance,
+    full_parameters,
+    layer_widths,
+    logit_form,
+    max_positions,
+    reshard,
+    tolerance,
+)
 
 
 @dataclass(frozen=True)
@@ -238,9 +248,8 @@ class EmbeddedSampler(Sampler):
         """Most rows x tokens of a batch."""
         if self.max_batch_tokens or self.device.type != "cuda":
             return self.max_batch_tokens or 65536
-        config = self.lm.config.get_text_config(decoder=True)
-        mlp = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)  # gate, up, their product
-        token_bytes = (cache_size(config) + mlp) * self.dtype.itemsize
+        mlp = 3 * layer_widths(self.lm.config)[1]  # gate, up, their product
+        token_bytes = (cache_size(self.lm.config) + mlp) * self.dtype.itemsize
         return max(65536, free_memory(self.device) // 2 // token_bytes)
 
     def _generate_batch(self, batch, prompts, groups, keys, seed, sampling, bar) -> None:
@@ -319,10 +328,7 @@ class EmbeddedSampler(Sampler):
 
 def cache_size(config) -> int:
     """Return how many numbers the keys and values of one token take in all layers."""
-    config = config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim
+    return 2 * sum(layer_widths(config)[0])
 
 
 def change_logits(logits: torch.Tensor, *, cap: float, scale: float) -> torch.Tensor:

@@ -611,9 +611,13 @@ def set_context(args, config) -> None:
     """Set RoPE's base and the number of positions as --rope_theta and --max_positions say; 0 keeps the model's."""
     config = config.get_text_config(decoder=True)
     if args.rope_theta:
-        if (getattr(config, "rope_parameters", None) or {}).get("rope_theta") is None:  # no RoPE, or several bases
+        bases = getattr(config, "layer_rope_theta", None) or []  # Granite SWA's
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_theta") is None or len({*bases}) > 1:  # no RoPE, or several bases
             raise InputError(f"--rope_theta: the configuration of --model {args.model} has no single RoPE base")
-        config.rope_parameters["rope_theta"] = args.rope_theta
+        rope["rope_theta"] = args.rope_theta
+        if bases:
+            config.layer_rope_theta = [args.rope_theta] * len(bases)
     if args.max_positions:
         if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
             raise InputError(f"--max_positions: longrope of --model {args.model} scales attention by it; 0 keeps it")
@@ -626,6 +630,16 @@ def has_weights(path: str) -> bool:
     return not (folder / "config.json").is_file() or any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin*"))
 
 
+def layer_widths(config) -> tuple[list[int], int]:
+    """How many numbers the keys of one token take in each layer, and the width of the MLP (of an expert at most)."""
+    c, keys = config.get_text_config(decoder=True), []
+    for layer in getattr(c, "per_layer_config", None) or [c] * c.num_hidden_layers:  # Gemma 4's heads have two sizes
+        head = getattr(layer, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        keys.append(head * (getattr(layer, "num_key_value_heads", None) or c.num_attention_heads))
+    inside = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    return keys, max(inside) if isinstance(inside, list) else inside  # Gemma 3n has one for each layer
+
+
 def layers_to_keep(config, tokens: int, free: float) -> int:
     """How many layers can keep all activations of `tokens` bf16 tokens in `free` bytes. The others keep their input and
     recompute the rest, one layer at a time (benchmarks/scale.py: activation_bytes).
@@ -633,11 +647,8 @@ def layers_to_keep(config, tokens: int, free: float) -> int:
     >>> layers_to_keep(AutoConfig.for_model("qwen2", num_hidden_layers=28), 16384, 40e9)
     7
     """
-    c = config.get_text_config(decoder=True)
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    kv = head * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)
-    inside = getattr(c, "intermediate_size", None) or 4 * c.hidden_size  # of the MLP, or of each expert at most
-    kept = 20 * c.hidden_size + 4 * kv + 8 * inside * (getattr(c, "num_experts_per_tok", None) or 1)  # per token
+    c, (keys, inside) = config.get_text_config(decoder=True), layer_widths(config)
+    kept = 20 * c.hidden_size + 4 * max(keys) + 8 * inside * (getattr(c, "num_experts_per_tok", None) or 1)  # per token
     recomputed = 2 * c.hidden_size
     layers = int((free / tokens - c.num_hidden_layers * recomputed) // (kept - recomputed))
     return c.num_hidden_layers if layers >= c.num_hidden_layers else max(0, layers - 1)

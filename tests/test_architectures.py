@@ -1,8 +1,10 @@
 """Tiny random models of many types of Transformers: each is right in all that this project does with it, or refused at
 load. `python -m tests.test_architectures` writes the table of docs/models.md."""
 
+import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +20,16 @@ from transformers import (
 )
 
 from common.data import InputError, pack
-from common.rollout import EmbeddedSampler, Sampling, make_sampler
-from common.trainer import ValueModel, export, load_policy, predictor_states
+from common.rollout import EmbeddedSampler, Sampling, cache_size, make_sampler
+from common.trainer import (
+    ValueModel,
+    export,
+    layer_widths,
+    layers_to_keep,
+    load_policy,
+    predictor_states,
+    set_context,
+)
 from tests.conftest import ROOT, run_script
 
 SMALL = dict(
@@ -332,6 +342,28 @@ def test_dbrx_has_the_rope_base_of_its_published_configuration(world, tmp_path):
     torch.testing.assert_close(policy(pack(SEQUENCES)), expected, rtol=0, atol=1e-4)
     export(policy, NoTokenizer(), tmp_path / "export", world)
     torch.testing.assert_close(plain_logps(plain_model(tmp_path / "export"), SEQUENCES), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_layers_of_several_widths_are_counted(kind, world, tmp_path):
+    policy = load_policy(str(make(kind, tmp_path, num_kv_shared_layers=0)), world)
+    config = policy.lm.config
+    sizes = {name: x.shape[0] for name, x in policy.lm.named_parameters() if "k_proj" in name or "up_proj" in name}
+    keys = [size for name, size in sizes.items() if "k_proj" in name]
+    assert layer_widths(config) == (keys, max(sizes[name] for name in sizes if "up_proj" in name))
+    assert cache_size(config) == 2 * sum(keys)
+    assert [layers_to_keep(config, 1000, free) for free in (0, 1e12)] == [0, 4]
+
+
+@pytest.mark.parametrize("kind", ["granite_swa", "granitemoe_swa"])
+def test_a_rope_base_reaches_layers_that_have_a_list_of_their_own(kind, world, tmp_path):
+    args = SimpleNamespace(model="MODEL", rope_theta=50.0, max_positions=0)
+    edit_config = functools.partial(set_context, args)
+    policy = load_policy(str(make(kind, tmp_path / "model")), world, edit_config=edit_config)
+    expected = plain_logps(plain_model(make(kind, tmp_path / "other", rope_theta=50.0)), SEQUENCES)
+    torch.testing.assert_close(policy(pack(SEQUENCES)), expected, rtol=0, atol=1e-4)
+    with pytest.raises(InputError, match="--model MODEL has no single RoPE base"):
+        load_policy(str(make(kind, tmp_path / "third", layer_rope_theta=[0, 1e4])), world, edit_config=edit_config)
 
 
 def test_an_adapter_beside_a_model_is_to_be_merged(world, tmp_path):
