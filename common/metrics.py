@@ -68,7 +68,7 @@ class Metrics:
             warnings = {
                 "reached its deadline on every answer, which gives them reward 0": late,
                 "reads none of the model's own answers, or cannot read the golds: samples.jsonl shows why (cut by "
-                "--max_response_tokens? math, the default, needs </think>)": unread,
+                "--max_response_tokens? the rule math needs </think>)": unread,
                 "accepts none of the traces: do the gold answers fit it, or were the traces cut? samples.jsonl shows "
                 "both; --verifier robust reads more spellings": not late and known.get("reward/teacher", 1) <= 0,
             }
