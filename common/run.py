@@ -573,14 +573,15 @@ def keep_answers(
     [examples][n], each with "response", "response_ids", "truncated", "reward", "status", "detail".
 
     Makes the answers to --batch_size questions at a time; an interrupted call can be resumed. load() -> policy is
-    called if answers are missing. settings: what they depend on, kept beside `path`. InputError if kept ones differ."""
+    called if answers are missing. settings: what they depend on, kept beside `path`. InputError if kept ones differ.
+    A module:function grades kept answers again: it may have been corrected."""
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
-    kept = len(read_records(path))
+    kept = read_records(path)
     names = [name for name in settings if kept and name != "model"]  # model: by its digest
     keep_settings(path.with_suffix(".json"), settings, names, f"{path} has answers of other settings", world)
     sampler, verdicts = None, []  # of the first parts of all ranks: a single question can make a verifier fail
     grader = Grader(tokenizer, args.verifier)
-    if kept < len(examples):
+    if len(kept) < len(examples):
         policy = load()
         sampler = open_sampler(policy, tokenizer, args, world)
         sampler.sync(policy, version=0)
@@ -607,6 +608,15 @@ def keep_answers(
     records = keep_records(path, parts, answer, world)
     if sampler:
         sampler.close()
+    if ":" in args.verifier:
+        answers = [(examples[i], answer) for i in kept for answer in records[i]["answers"]]
+        rows = [Row([], a["response_ids"], 0, truncated=a["truncated"], example=e) for e, a in answers]
+        if world.main:  # and no other, for all ranks need the same verdicts
+            grader.add(rows)
+            grader.wait()
+        verdicts = gather_lists([(row.reward, row.status, row.detail) for row in rows if world.main], world)
+        for (_, answer), verdict in zip(answers, verdicts, strict=True):
+            answer["reward"], answer["status"], answer["detail"] = verdict
     return [record["answers"] for record in records.values()]
 
 

@@ -366,6 +366,24 @@ def test_answers_are_not_kept_if_the_verifier_fails_on_all_of_them(tmp_path, wor
     run.keep_answers(tmp_path / "c.jsonl", EXAMPLES[:1], lambda: None, {}, tokenizer, args, ONE_RANK, n=1)
 
 
+def test_a_corrected_verifier_of_ones_own_grades_kept_answers_again(tmp_path, world, monkeypatch):
+    module = tmp_path / "corrected.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    sampler = SimpleNamespace(sync=lambda *_, **__: None, close=lambda: None)
+    monkeypatch.setattr(run, "open_sampler", lambda *_: sampler)
+    drawn = [Row([3], [4, 1], 0, example=EXAMPLES[0]), Row([3], [5], 0, truncated=True, example=EXAMPLES[0])]
+    for rule, rewards in (("0", [0, 0]), ("response == '[4]'", [1, 0])):  # without the eos
+        module.write_text(f"def rule(response, gold):\n    return float({rule})\n")
+        monkeypatch.setattr(run, "sample_rows", lambda *_, grader, **__: grader.add(drawn) or drawn)
+        tokenizer, args = SimpleNamespace(decode=str), luffy.Args(verifier="corrected:rule")
+        [answers] = run.keep_answers(
+            tmp_path / "a.jsonl", EXAMPLES[:1], lambda: None, {}, tokenizer, args, ONE_RANK, n=2
+        )
+        assert [answer["reward"] for answer in answers] == rewards
+        verifiers.close()
+        monkeypatch.setattr(run, "sample_rows", None)  # nothing is sampled twice
+
+
 def test_values_of_rows_become_values_of_tokens():
     batch = pack([([3], [4, 5]), ([3], [6]), ([7], [8, 9, 1])])
     assert per_token(batch, [0.5, 2.0, 3.0]).tolist() == [0.5, 0.5, 2.0, 3.0, 3.0, 3.0]
