@@ -817,17 +817,19 @@ def _write_old_names(folder: Path) -> None:
     """Add the names by which Transformers 4, and servers that use it, read RoPE and the tokenizer. They would take the
     default base in silence, and do not know Transformers 5's class. Version 5 reads both."""
     config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
-    values = json.loads(config.read_text())
+    values = json.loads(config.read_bytes())  # UTF-8, whatever the locale
     for part in (values, values.get("text_config") or {}):
         rope = part.get("rope_parameters") or {}
         if "full_attention" in rope and part["model_type"].startswith(("gemma3", "olmo3")):  # others are newer
             part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
             rope = rope["full_attention"]
         part |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        if part.get("model_type") == "gpt_neox":
+            part |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
         if rope.get("rope_type", "default") != "default":
             part["rope_scaling"] = rope
     config.write_text(json.dumps(values, indent=2))
-    values = json.loads(tokenizer.read_text())
+    values = json.loads(tokenizer.read_bytes())
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):

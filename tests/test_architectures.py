@@ -500,25 +500,27 @@ def test_an_export_has_the_names_of_the_folder_that_was_loaded(world, tmp_path):
     assert before.keys() == after.keys() and any(published in name for name in after)
 
 
-@pytest.mark.parametrize("kind", ["llama", "olmo3", "gemma3", "gemma4_text", "glm"])
+@pytest.mark.parametrize("kind", ["llama", "olmo3", "gemma3", "gemma4_text", "glm", "gpt_neox"])
 def test_an_export_has_rope_also_under_the_names_of_transformers_4(kind, world, tmp_path):
     """Its classes computed the same log-probs from such exports (4.57.1; docs/models.md)."""
     full, local = YARN | {"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 3e4}
-    rope = full if kind in ("llama", "glm") else {"full_attention": full, "sliding_attention": local}
+    rope = full if kind == "llama" else {"full_attention": full, "sliding_attention": local}
     changes = {"text_config": SMALL | BOTH | {"rope_parameters": rope}} if kind == "gemma3" else {}
-    if kind == "glm":
-        rope = local | {"partial_rotary_factor": 0.25}
+    if kind in ("glm", "gpt_neox"):
+        rope = local | {"partial_rotary_factor": 0.5}
     policy = load_policy(str(make(kind, tmp_path / "model", **changes or {"rope_parameters": rope})), world)
     export(policy, NoTokenizer(), tmp_path / "export", world)
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     names = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+    names += ("rotary_emb_base", "rotary_pct")
     old = {name: value for name, value in (config.get("text_config") or config).items() if name in names}
     assert old == {
         "llama": {"rope_theta": 5e5, "rope_scaling": full},
         "olmo3": {"rope_theta": 5e5, "rope_scaling": full, "rope_local_base_freq": 3e4},
         "gemma3": {"rope_theta": 5e5, "rope_scaling": full, "rope_local_base_freq": 3e4},
         "gemma4_text": {},  # Transformers 4 has no such class
-        "glm": {"rope_theta": 3e4, "partial_rotary_factor": 0.25},
+        "glm": {"rope_theta": 3e4, "partial_rotary_factor": 0.5},
+        "gpt_neox": {"rope_theta": 3e4, "partial_rotary_factor": 0.5, "rotary_emb_base": 3e4, "rotary_pct": 0.5},
     }[kind]
     again = load_policy(str(tmp_path / "export"), world)
     theirs, ours = (x.lm.config.get_text_config().rope_parameters for x in (again, policy))

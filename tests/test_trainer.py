@@ -178,6 +178,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(policy, b
 # ----------------------------------------------------------------------------------------- models and folders
 
 
+def test_an_exported_tokenizer_is_the_same_whatever_the_locale(policy, world, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer("models/tiny")
+    tokenizer.add_special_tokens({"bos_token": "<｜begin▁of▁sentence｜>"})  # DeepSeek's
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "latin-1")  # of the locale
+    export(policy, tokenizer, tmp_path / "model", world)
+    assert load_tokenizer(str(tmp_path / "model")).bos_token == tokenizer.bos_token
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_exported_model_is_the_model(policy, world, tmp_path, tied):
     import igsm
