@@ -610,13 +610,14 @@ def keep_answers(
         sampler.close()
     if ":" in args.verifier:
         answers = [(examples[i], answer) for i in kept for answer in records[i]["answers"]]
-        rows = [Row([], a["response_ids"], 0, truncated=a["truncated"], example=e) for e, a in answers]
-        if world.main:  # and no other, for all ranks need the same verdicts
-            grader.add(rows)
-            grader.wait()
-        verdicts = gather_lists([(row.reward, row.status, row.detail) for row in rows if world.main], world)
+        first, end = (len(answers) * rank // world.size for rank in (world.rank, world.rank + 1))
+        rows = [Row([], a["response_ids"], 0, truncated=a["truncated"], example=e) for e, a in answers[first:end]]
+        grader.add(rows)
+        grader.wait()
+        verdicts = gather_lists([(row.reward, row.status, row.detail) for row in rows], world)
         for (_, answer), verdict in zip(answers, verdicts, strict=True):
             answer["reward"], answer["status"], answer["detail"] = verdict
+        check_works(args.verifier, [(a["status"], a["detail"]) for r in records.values() for a in r["answers"]])
     return [record["answers"] for record in records.values()]
 
 

@@ -382,6 +382,17 @@ def test_a_corrected_verifier_of_ones_own_grades_kept_answers_again(tmp_path, wo
         assert [answer["reward"] for answer in answers] == rewards
         verifiers.close()
         monkeypatch.setattr(run, "sample_rows", None)  # nothing is sampled twice
+    asked, shares = [tmp_path / "a.jsonl", EXAMPLES[:1], lambda: None, {}, tokenizer, args], []
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "gather_lists", lambda mine, _: shares.append(mine) or mine * 2)
+        for rank in (0, 1):
+            run.keep_answers(*asked, World(rank, 2, 2, torch.device("cpu")), n=2)
+    assert [reward for [(reward, *_)] in shares] == [1, 0]  # each rank grades its half
+    verifiers.close()
+    module.write_text("def rule(response, gold):\n    return 1 / 0\n")
+    with pytest.raises(InputError, match="corrected:rule failed on all 2 answers .ZeroDivisionError"):
+        run.keep_answers(*asked, ONE_RANK, n=2)
+    verifiers.close()
 
 
 def test_values_of_rows_become_values_of_tokens():
