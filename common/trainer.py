@@ -121,8 +121,8 @@ def _leave(code: int) -> None:
 def _first_to_fail() -> bool:
     """Whether no other rank has failed before this one."""
     rank = os.environ.get("RANK", "0")
-    if not dist.is_initialized():
-        return rank == "0"
+    if not dist.is_initialized():  # without torchrun nobody knows of other ranks: RANK may be a stale one
+        return rank == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
     try:
         store = dist.distributed_c10d._get_default_store()  # outlives the ranks: torchrun's agent holds it
         return store.compare_set("first to fail", "", rank).decode() == rank

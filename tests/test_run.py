@@ -570,8 +570,9 @@ def test_a_process_alone_needs_no_network_and_ranks_use_the_one_that_they_are_gi
 
 @pytest.mark.parametrize("world_known", [True, False])
 def test_of_ranks_that_fail_the_first_alone_prints_its_error(world_known, monkeypatch):
-    """And every rank if nobody can be asked. Before the ranks know each other it is rank 0."""
+    """And every rank if nobody can be asked. Before torchrun's ranks know each other it is rank 0."""
     store, said = trainer.dist.HashStore(), []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(trainer.dist, "is_initialized", lambda: world_known)
     monkeypatch.setattr(trainer.dist.distributed_c10d, "_get_default_store", lambda: store)
     for rank in "102":
@@ -580,6 +581,8 @@ def test_of_ranks_that_fail_the_first_alone_prints_its_error(world_known, monkey
     assert said == ([True, False, False] if world_known else [False, True, False])
     store = None  # it was with a rank that is gone
     assert trainer._first_to_fail() == world_known
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert trainer._first_to_fail()  # a stale RANK is no reason to be silent
     monkeypatch.delenv("RANK")
     assert trainer._first_to_fail()
 
