@@ -791,7 +791,6 @@ def test_models_are_opened_as_the_flags_say_and_their_code_stays_unrun(world, mo
         assert [opened[-1][name] for name in names] == [getattr(args, name) for name in names]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a Hopper GPU")
 def test_a_path_that_is_not_utf_8_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     """The model could not be written there after training."""
     refused = pytest.raises(InputError, match="the path is not UTF-8: rename it, or export PYTHONUTF8=1")
@@ -802,6 +801,7 @@ def test_a_path_that_is_not_utf_8_is_refused_before_anything_is_read(tmp_path, m
         Run(luffy.Args(out=str(tmp_path / "é")))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a Hopper GPU")
 def test_flash_attention_3_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(InputError, match="--flash_attention 3 needs a Hopper GPU"):
         Run(RunArgs(out=str(tmp_path), flash_attention=3))
