@@ -637,7 +637,8 @@ def layer_widths(config) -> tuple[list[int], int]:
         head = getattr(layer, "head_dim", None) or c.hidden_size // c.num_attention_heads
         keys.append(head * (getattr(layer, "num_key_value_heads", None) or c.num_attention_heads))
     inside = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    return keys, max(inside) if isinstance(inside, list) else inside  # Gemma 3n has one for each layer
+    inside = max(inside) if isinstance(inside, list) else inside  # Gemma 3n has one for each layer
+    return keys, inside * (1 + getattr(c, "use_double_wide_mlp", False))  # in Gemma 4's layers that share keys
 
 
 def layers_to_keep(config, tokens: int, free: float) -> int:

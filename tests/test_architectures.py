@@ -355,6 +355,11 @@ def test_layers_of_several_widths_are_counted(kind, world, tmp_path):
     assert [layers_to_keep(config, 1000, free) for free in (0, 1e12)] == [0, 4]
 
 
+def test_the_mlp_of_layers_that_share_keys_may_be_twice_as_wide(world, tmp_path):
+    lm = load_policy(str(make("gemma4_text", tmp_path, use_double_wide_mlp=True)), world).lm
+    assert layer_widths(lm.config)[1] == max(x.shape[0] for name, x in lm.named_parameters() if "up_proj" in name) == 96
+
+
 @pytest.mark.parametrize("kind", ["granite_swa", "granitemoe_swa"])
 def test_a_rope_base_reaches_layers_that_have_a_list_of_their_own(kind, world, tmp_path):
     args = SimpleNamespace(model="MODEL", rope_theta=50.0, max_positions=0)
