@@ -574,7 +574,7 @@ def keep_answers(
 
     Makes the answers to --batch_size questions at a time; an interrupted call can be resumed. load() -> policy is
     called if answers are missing. settings: what they depend on, kept beside `path`. InputError if kept ones differ.
-    A module:function grades kept answers again: it may have been corrected."""
+    A module:function grades kept answers again, unless it timed out: it may have been corrected."""
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
     kept = read_records(path)
     names = [name for name in settings if kept and name != "model"]  # model: by its digest
@@ -616,7 +616,8 @@ def keep_answers(
         grader.wait()
         verdicts = gather_lists([(row.reward, row.status, row.detail) for row in rows], world)
         for (_, answer), verdict in zip(answers, verdicts, strict=True):
-            answer["reward"], answer["status"], answer["detail"] = verdict
+            if "timeout" not in (answer["status"], verdict[1]):  # of which load decides: a resume needs the same rows
+                answer["reward"], answer["status"], answer["detail"] = verdict
         check_works(args.verifier, [(a["status"], a["detail"]) for r in records.values() for a in r["answers"]])
     return [record["answers"] for record in records.values()]
 

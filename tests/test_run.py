@@ -395,6 +395,19 @@ def test_a_corrected_verifier_of_ones_own_grades_kept_answers_again(tmp_path, wo
     verifiers.close()
 
 
+def test_a_deadline_missed_then_or_now_leaves_kept_answers_as_they_are(tmp_path, world, monkeypatch):
+    """A run that resumes would refuse other rows than it began with."""
+    sampler = SimpleNamespace(sync=lambda *_, **__: None, close=lambda: None)
+    monkeypatch.setattr(run, "open_sampler", lambda *_: sampler)
+    drawn = [Row([3], [4], 0, reward=float(s == "ok"), status=s, example=EXAMPLES[0]) for s in ("ok", "timeout")]
+    monkeypatch.setattr(run, "sample_rows", lambda *_, **__: drawn)
+    asked = [EXAMPLES[:1], lambda: None, {}, SimpleNamespace(decode=str), luffy.Args(verifier="my:rule"), ONE_RANK]
+    before = run.keep_answers(tmp_path / "a.jsonl", *asked, n=2)
+    (graded := Future()).set_result([verifiers.Verdict(0.0, "timeout"), verifiers.Verdict(1.0, "ok")])
+    monkeypatch.setattr(run, "grade_later", lambda *_, **__: graded)
+    assert run.keep_answers(tmp_path / "a.jsonl", *asked, n=2) == before
+
+
 def test_values_of_rows_become_values_of_tokens():
     batch = pack([([3], [4, 5]), ([3], [6]), ([7], [8, 9, 1])])
     assert per_token(batch, [0.5, 2.0, 3.0]).tolist() == [0.5, 0.5, 2.0, 3.0, 3.0, 3.0]
