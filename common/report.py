@@ -3,8 +3,6 @@
 To read eval.py you can skip this file. It decides which answers are graded again, and makes results.md and .png."""
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -19,7 +17,7 @@ from common.metrics import write_whole
 from common.rows import gold_unreadable
 from common.run import read_records
 from common.trainer import World, gather_lists
-from common.verifiers import grade
+from common.verifiers import grade, grader_version
 
 
 def load_run(folder: str, verifier: str | None = None) -> tuple[dict, dict[str, dict]]:
@@ -85,13 +83,6 @@ def give_verdicts(records: list[dict], verifier: str, *, again: bool = False, pr
             answer["verdicts"][verifier] = list(verdict if verdict.detail else verdict[:2])
         bar.update(len(part))
     bar.close()
-
-
-def grader_version(verifier: str) -> str:
-    """Return what a grader's verdicts depend on: a digest of its code, and the version of Math-Verify."""
-    modules = [verifier.partition(":")[0]] if ":" in verifier else ["common.verifiers", "common.robust"]
-    code = b"".join(Path(importlib.util.find_spec(module).origin).read_bytes() for module in modules)
-    return f"code {hashlib.sha256(code).hexdigest()[:8]}, math-verify {importlib.metadata.version('math-verify')}"
 
 
 def versions_of(records: Iterable[dict], verifier: str) -> str:

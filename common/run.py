@@ -65,7 +65,7 @@ from common.trainer import (
     optimizer_step,
     set_context,
 )
-from common.verifiers import grade_later
+from common.verifiers import grade_later, grader_version
 
 T = TypeVar("T")
 Positive = Annotated[T, ("positive and finite", lambda x: 0 < x < math.inf)]
@@ -574,14 +574,14 @@ def keep_answers(
 
     Makes the answers to --batch_size questions at a time; an interrupted call can be resumed. load() -> policy is
     called if answers are missing. settings: what they depend on, kept beside `path`. InputError if kept ones differ.
-    A module:function grades kept answers again, unless it timed out: it may have been corrected."""
+    If the file of a module:function has changed, it grades kept answers again."""
     settings = settings | {"data_digest": data_digest((e.prompt, e.gold) for e in examples)}
-    kept = read_records(path)
+    kept = len(read_records(path))
     names = [name for name in settings if kept and name != "model"]  # model: by its digest
     keep_settings(path.with_suffix(".json"), settings, names, f"{path} has answers of other settings", world)
     sampler, verdicts = None, []  # of the first parts of all ranks: a single question can make a verifier fail
-    grader = Grader(tokenizer, args.verifier)
-    if len(kept) < len(examples):
+    grader, version = Grader(tokenizer, args.verifier), grader_version(args.verifier)
+    if kept < len(examples):
         policy = load()
         sampler = open_sampler(policy, tokenizer, args, world)
         sampler.sync(policy, version=0)
@@ -589,7 +589,7 @@ def keep_answers(
 
     def answer(part: list[int]) -> list[dict]:
         batch = [examples[i] for i in part]
-        records = [{"id": i, "answers": []} for i in part]
+        records = [{"id": i, "graded_by": version, "answers": []} for i in part]
         every = range(len(batch))
         rows = sample_rows(sampler, batch, every, n, args, world, seed=args.seed, grader=grader, top_p=top_p)
         grader.wait()
@@ -608,17 +608,20 @@ def keep_answers(
     records = keep_records(path, parts, answer, world)
     if sampler:
         sampler.close()
-    if ":" in args.verifier:
-        answers = [(examples[i], answer) for i in kept for answer in records[i]["answers"]]
+    stale = [r for r in records.values() if ":" in args.verifier and r.get("graded_by", version) != version]
+    if stale:
+        answers = [(examples[r["id"]], answer) for r in stale for answer in r["answers"]]
         first, end = (len(answers) * rank // world.size for rank in (world.rank, world.rank + 1))
         rows = [Row([], a["response_ids"], 0, truncated=a["truncated"], example=e) for e, a in answers[first:end]]
         grader.add(rows)
         grader.wait()
         verdicts = gather_lists([(row.reward, row.status, row.detail) for row in rows], world)
         for (_, answer), verdict in zip(answers, verdicts, strict=True):
-            if "timeout" not in (answer["status"], verdict[1]):  # of which load decides: a resume needs the same rows
-                answer["reward"], answer["status"], answer["detail"] = verdict
-        check_works(args.verifier, [(a["status"], a["detail"]) for r in records.values() for a in r["answers"]])
+            answer["reward"], answer["status"], answer["detail"] = verdict
+        check_works(args.verifier, [verdict[1:] for verdict in verdicts])
+        if world.main:
+            write_records(path, [record | {"graded_by": version} for record in records.values()])
+        dist.barrier()
     return [record["answers"] for record in records.values()]
 
 

@@ -32,7 +32,9 @@ import concurrent.futures
 import contextlib
 import fcntl
 import functools
-import importlib
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -45,6 +47,7 @@ import subprocess
 import sys
 import time
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import NamedTuple
 
 MAX_CHARS = 65_536  # math, full, strict_box and mcq look at the end of a longer text: the last answer wins
@@ -558,6 +561,13 @@ def _grade_one(spec, response, gold, timeout):
     if worker.process.returncode is None:
         idle.append(worker)
     return verdict
+
+
+def grader_version(verifier: str) -> str:
+    """Return what a grader's verdicts depend on: a digest of its code, and the version of Math-Verify."""
+    modules = [verifier.partition(":")[0]] if ":" in verifier else ["common.verifiers", "common.robust"]
+    code = b"".join(Path(importlib.util.find_spec(module).origin).read_bytes() for module in modules)
+    return f"code {hashlib.sha256(code).hexdigest()[:8]}, math-verify {importlib.metadata.version('math-verify')}"
 
 
 def close(cause: BaseException | None = None) -> None:

@@ -382,10 +382,17 @@ def test_a_corrected_verifier_of_ones_own_grades_kept_answers_again(tmp_path, wo
         assert [answer["reward"] for answer in answers] == rewards
         verifiers.close()
         monkeypatch.setattr(run, "sample_rows", None)  # nothing is sampled twice
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "grade_later", None)  # nor graded: by a model, say, that might judge otherwise now
+            again = run.keep_answers(
+                tmp_path / "a.jsonl", EXAMPLES[:1], lambda: None, {}, tokenizer, args, ONE_RANK, n=2
+            )
+        assert again == [answers]
     asked, shares = [tmp_path / "a.jsonl", EXAMPLES[:1], lambda: None, {}, tokenizer, args], []
     with monkeypatch.context() as patch:
         patch.setattr(run, "gather_lists", lambda mine, _: shares.append(mine) or mine * 2)
         for rank in (0, 1):
+            module.write_text(f"{module.read_text()}# as {rank} reads it\n")
             run.keep_answers(*asked, World(rank, 2, 2, torch.device("cpu")), n=2)
     assert [reward for [(reward, *_)] in shares] == [1, 0]  # each rank grades its half
     verifiers.close()
@@ -393,19 +400,6 @@ def test_a_corrected_verifier_of_ones_own_grades_kept_answers_again(tmp_path, wo
     with pytest.raises(InputError, match="corrected:rule failed on all 2 answers .ZeroDivisionError"):
         run.keep_answers(*asked, ONE_RANK, n=2)
     verifiers.close()
-
-
-def test_a_deadline_missed_then_or_now_leaves_kept_answers_as_they_are(tmp_path, world, monkeypatch):
-    """A run that resumes would refuse other rows than it began with."""
-    sampler = SimpleNamespace(sync=lambda *_, **__: None, close=lambda: None)
-    monkeypatch.setattr(run, "open_sampler", lambda *_: sampler)
-    drawn = [Row([3], [4], 0, reward=float(s == "ok"), status=s, example=EXAMPLES[0]) for s in ("ok", "timeout")]
-    monkeypatch.setattr(run, "sample_rows", lambda *_, **__: drawn)
-    asked = [EXAMPLES[:1], lambda: None, {}, SimpleNamespace(decode=str), luffy.Args(verifier="my:rule"), ONE_RANK]
-    before = run.keep_answers(tmp_path / "a.jsonl", *asked, n=2)
-    (graded := Future()).set_result([verifiers.Verdict(0.0, "timeout"), verifiers.Verdict(1.0, "ok")])
-    monkeypatch.setattr(run, "grade_later", lambda *_, **__: graded)
-    assert run.keep_answers(tmp_path / "a.jsonl", *asked, n=2) == before
 
 
 def test_values_of_rows_become_values_of_tokens():
