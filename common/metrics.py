@@ -143,6 +143,11 @@ def line_style(k: int) -> dict:
     return dict(color=f"C{k % 10}", ls=("-", "--", ":")[k % 3])
 
 
+def legend_text(name: str) -> str:
+    """A name as matplotlib shows it in a legend: there dollars begin a formula, and what begins with _ is left out."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
+
+
 def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Path) -> None:
     """Draw metrics over steps: a panel for each list of names, with a line for each run and name. panels None: a panel
     for each prefix of names, up to the first slash; a few names of another scale have one of their own."""
@@ -175,9 +180,8 @@ def plot_curves(runs: dict[str, Path], panels: list[list[str]] | None, path: Pat
                 if points:
                     text = name if len(runs) == 1 else label if len(names) == 1 else f"{label}: {name}"
                     marker = "." if len(points) < 30 else ""
-                    # for matplotlib dollars begin a formula, and a legend leaves out what begins with _
-                    text = " " * text.startswith("_") + text.replace("$", r"\$")
-                    axis.plot(*zip(*points, strict=True), label=text, lw=1.3, marker=marker, **line_style(k))
+                    points = zip(*points, strict=True)
+                    axis.plot(*points, label=legend_text(text), lw=1.3, marker=marker, **line_style(k))
         title = " and ".join(names) if len(names) < 3 else names[0].split("/")[0]
         axis.set_title(title, fontsize=10, y=1, parse_math=False)
         axis.set_xlabel("step")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.checkpoints import changed_settings, digest_of
 from common.data import InputError, check_works
-from common.metrics import write_whole
+from common.metrics import legend_text, write_whole
 from common.rows import gold_unreadable
 from common.run import read_records
 from common.trainer import World, gather_lists
@@ -216,8 +216,7 @@ def plot_bars(bars: dict[str, dict[str, tuple[float, float | None]]], path: Path
         at = [benchmarks.index(b) + (i - (len(bars) - 1) / 2) * width for b in values]
         means = [100 * mean for mean, _ in values.values()]
         errors = [196 * (error or 0) for _, error in values.values()]
-        label = " " * run.startswith("_") + run.replace("$", r"\$")  # as in plot_curves
-        drawn = axis.bar(at, means, width * 0.92, label=label, yerr=errors)
+        drawn = axis.bar(at, means, width * 0.92, label=legend_text(run), yerr=errors)
         axis.bar_label(drawn, [f"{m:.1f}" for m in means], fontsize=7, padding=2)
     turned = dict(rotation=20, ha="right") if sum(map(len, benchmarks)) > 9 * size[0] else {}
     axis.set_xticks(range(len(benchmarks)), benchmarks, parse_math=False, **turned)

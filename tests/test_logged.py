@@ -148,6 +148,7 @@ def test_dollars_in_the_name_of_a_run_or_benchmark_are_no_formula(tmp_path):
     plot_curves({name: tmp_path}, None, tmp_path / "one.png")
     plot_curves({name: tmp_path, "b": tmp_path}, [[f"eval/{name}"]], tmp_path / "two.png")
     report.plot_bars({name: {name: (0.5, None)}, "b": {name: (0.5, None)}}, tmp_path / "bars.png")
+    assert {file.name for file in tmp_path.glob("*.png")} == {"one.png", "two.png", "bars.png"}
 
 
 def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path, monkeypatch):
