@@ -24,7 +24,7 @@ import tyro  # noqa: E402
 
 import luffy  # noqa: E402
 from benchmarks.held_out import drawn, error  # noqa: E402
-from common.metrics import plot_curves, read_metrics  # noqa: E402
+from common.metrics import finite, plot_curves, read_metrics  # noqa: E402
 
 
 @dataclass
@@ -79,7 +79,7 @@ def main(demo: Demo) -> dict:
               f"    {mean(hard):4.1f} % ± {error(hard):.1f}                           {steps:5}  {sampled:6}")
     results |= {"never_solved_problems": len(never), "seconds": time.time() - started}
     out.mkdir(parents=True, exist_ok=True)
-    results = json.loads(json.dumps(results), parse_constant=lambda name: None)  # unknown numbers: JSON has no NaN
+    results = finite(results)  # unknown numbers are null
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     panels = [["eval/mean"], ["reward/own"], ["group/solve_none"], ["policy/entropy"], ["teacher/logp"], ["length/own"]]
     plot_curves({method: out / method for method in demo.methods}, panels, out / "curves.png")

@@ -122,10 +122,14 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def finite(values: dict) -> dict:
+    """The values as JSON can hold them: it has no NaN or infinity, which become None."""
+    return json.loads(json.dumps(values), parse_constant=lambda name: None)
+
+
 def json_line(row: dict) -> str:
-    """A row as a line of JSON, which has no NaN or infinity: null."""
-    finite = json.loads(json.dumps(row), parse_constant=lambda name: None)
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+    """A row as a line of JSON."""
+    return json.dumps(finite(row), ensure_ascii=False) + "\n"
 
 
 def complete_lines(path: Path) -> list[str]:
