@@ -57,9 +57,11 @@ vllm: $(SERVER)/.done
 demo: $(VENV)/.run
 	$(BIN)/python benchmarks/demo.py
 
-# a process for each core, a file of tests to each; in order, so that the long ones that wait (faults) do not all come last
+# a process for each core and one more, since tests of faults often wait; a file of tests to each, in order, so that the
+# long ones do not all come last
+WORKERS := $(BIN)/python -c "import os; print(min(8, os.cpu_count() + 1))"
 test: $(VENV)/.test $(SERVER)/.done
-	$(BIN)/python -m pytest tests -rs -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -rs -n $$($(WORKERS)) --dist loadfile --no-loadscope-reorder
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  set -x; $(BIN)/python -m pytest tests -rs -m cuda; fi
 
