@@ -78,8 +78,11 @@ def parse_args(args_type, argv: list[str] | None, **defaults: dict[str, dict]):
     script = sys.modules["__main__"]
     title, spec = (script.__doc__ or "").partition("\n")[0], script.__spec__  # spec: of `python -m tools.NAME`
     about = f"{title} --print_settings prints the settings that a command means, and exits."
-    args = tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True, description=about,
-                    prog=f"python -m {spec.name}" if spec else None)  # fmt: skip
+    try:
+        args = tyro.cli(args_type, args=argv, default=args_type(**values), use_underscores=True, description=about,
+                        prog=f"python -m {spec.name}" if spec else None)  # fmt: skip
+    except BrokenPipeError:  # --help | less, left with q
+        _leave(0)
     if shown:
         print(json.dumps(dataclasses.asdict(args), indent=2))
         raise SystemExit

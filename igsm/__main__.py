@@ -114,7 +114,10 @@ def write_parquet(path, rows):
 
 def main(argv=None):
     """Writes the file; returns the exit code: 2 with one line on stderr where the settings cannot be met."""
-    args = tyro.cli(Args, args=argv, prog="python -m igsm", use_underscores=True)
+    try:
+        args = tyro.cli(Args, args=argv, prog="python -m igsm", use_underscores=True)
+    except BrokenPipeError:  # --help | less, left with q
+        os._exit(0)
     out = args.out or Path()
     partial = out.parent / f".{out.name}.{os.getpid()}"
     try:

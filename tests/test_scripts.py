@@ -1,11 +1,14 @@
 """Every script answers bad input by one message that names the flag, before anything is written, and by exit code 2."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 
 from common.data import InputError
-from tests.conftest import parsed, run_script
+from tests.conftest import ROOT, parsed, run_script
 
 SHORT = ["--preset", "tiny", "--model", "models/tiny", "--data", "igsm:1-2", "--igsm_problems", "40", "--batch_size",
          "4", "--eval_data", "igsm:1-2", "--eval_limit", "6"]  # fmt: skip
@@ -40,3 +43,12 @@ def test_bad_input_exits_with_code_2_and_one_line(name, tmp_path):
     result = run_script(f"{name}.py", *words, "--model", "models/tiny", "--out", tmp_path / "run", check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith(f"{name}.py: error: {message}")
+
+
+@pytest.mark.parametrize("words", [["luffy.py"], ["-m", "igsm"]])
+def test_a_reader_of_help_may_leave_early(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")
