@@ -409,7 +409,9 @@ def digests_of(models: dict[str, str], world: World) -> dict[str, str]:
 
 def keep_digests(out: Path, models: dict[str, str], compare: bool, world: World) -> None:
     """Write digests of the models {flag: path} to OUT/weights.json. InputError if `compare` and OUT has others."""
-    digests, path, wrong = digests_of(models, world), out / "weights.json", f"{out} was begun with other weights"
+    digests, path = digests_of(models, world), out / "weights.json"
+    hint = f"{path} (delete it if newer code has only written the model's config.json anew)"
+    wrong = f"{hint}: {out} was begun with other weights"
     keep_settings(path, digests, models if compare and path.exists() else (), wrong, world)
 
 
