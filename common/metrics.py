@@ -245,12 +245,11 @@ class Clock:
 
     def flush(self) -> dict[str, float]:
         """Seconds by act since the last flush, and the whole step's."""
-        row = {f"seconds/{act}": s for act, s in self.seconds.items()}
-        row["seconds/step"] = time.perf_counter() - self.since
+        seconds = self.seconds | {"step": time.perf_counter() - self.since}
         if self.profiler:
             self.profiler.step()
         self.seconds, self.since = {}, time.perf_counter()
-        return row
+        return {f"seconds/{act}": s for act, s in seconds.items()}
 
     def close(self) -> None:
         """End the trace, if one runs, and write it."""

@@ -639,11 +639,10 @@ class Grader:
         """Start to grade rows."""
         if own := [row for row in rows if not row.teacher]:
             self.jobs.append((own, self._start(own)))
-        for row in rows:
-            if row.teacher:
-                if row.example.index not in self.traces:
-                    self.traces[row.example.index] = self._start([row])
-                self.jobs.append(([row], self.traces[row.example.index]))
+        for row in [row for row in rows if row.teacher]:
+            if row.example.index not in self.traces:
+                self.traces[row.example.index] = self._start([row])
+            self.jobs.append(([row], self.traces[row.example.index]))
 
     def _start(self, rows: list[Row]) -> Future:
         texts, golds = [row.text(self.tokenizer) for row in rows], [row.example.gold for row in rows]

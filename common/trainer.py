@@ -372,9 +372,7 @@ def load_policy(
     flag = f"{flag or ('--model' if kind is Policy else '--value')} {path}"
     if world.device.type == "cuda":
         gc.collect()  # models that the caller has dropped: FSDP2's refer to themselves and would stay on the GPU
-    lm, head_is_new = _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_head, edit_config)
-    if head_is_new:
-        nn.init.zeros_(lm.score.weight)
+    lm = _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_head, edit_config)
     if lora:
         _add_lora(lm, lora, seed)
     if gradient_checkpointing == "auto":
@@ -395,8 +393,8 @@ def load_policy(
 
 
 def _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_head, edit_config):
-    """Return Transformers' model, on other ranks than 0 without weights, and whether its value head is new. Raises
-    InputError, with flag, if there is none or it cannot be trained here."""
+    """Return Transformers' model, on other ranks than 0 without weights; a new value head is zero. Raises InputError,
+    with flag, if there is none or it cannot be trained here."""
     options = dict(dtype=torch.float32, attn_implementation="packed", trust_remote_code=trust_remote_code)
     reading = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # _check_weights names what does not fit
     labels = {} if kind is Policy else {"num_labels": 1}
@@ -441,7 +439,9 @@ def _load(path, world, kind, flag, from_config, seed, trust_remote_code, new_hea
     lm.saved_dtype, head_is_new = saved_dtype, kind is ValueModel and not has_value_head
     _check_weights(lm, report, flag, head_is_new)
     _freeze(lm)
-    return lm, head_is_new
+    if head_is_new:
+        nn.init.zeros_(lm.score.weight)
+    return lm
 
 
 def _freeze(lm: nn.Module) -> None:
