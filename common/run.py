@@ -375,13 +375,20 @@ class Run:
             self.metrics.draw(every=60)
 
     def finish(self, sampler) -> None:
-        """Draw curves.png, write the trained models to OUT/model and OUT/NAME, end the sampler."""
+        """Draw curves.png, write the trained models to OUT/model and OUT/NAME, end the sampler. Models that an earlier
+        start has written stay: a newer Transformers would write other config.json files, which later stages refuse."""
         self.checkpoints.wait()
         self.metrics.close()
         models = {name: model for name, (model, _) in self.pairs.items() if model is not self.policy}
         models["model"] = self.policy  # last: OUT/model marks the run as complete
-        for name, model in models.items():
-            export(model, self.tokenizer, self.out / name, self.world)
+        exported = self.checkpoints.folder / "exported"  # holds the step whose models are in OUT
+        done = self.start == self.steps and all((self.out / name).is_dir() for name in models)
+        done = done and exported.exists() and exported.read_text() == str(self.step)
+        if not all(gather_lists([done], self.world)):
+            for name, model in models.items():
+                export(model, self.tokenizer, self.out / name, self.world)
+            if self.world.main and self.checkpoints.folder.exists():
+                write_whole(exported, str(self.step))
         sampler.close()
         self.clock.close()
         if self.world.main:

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 
 import pytest
 
@@ -172,3 +173,22 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     for flag, there, here in (("lr", 0.001, 0.5), ("seed", 0, 9), ("data", "'igsm:1-2'", "'igsm:1-1'")):
         with pytest.raises(InputError, match=f"--{flag} {there} there, {here} here"):
             luffy.main(settings(*words, f"--{flag}", str(here).strip("'")))
+
+
+def test_a_finished_run_keeps_its_model_until_more_steps_are_trained_or_it_is_missing(tmp_path):
+    def train(*more):
+        words = ["--method", "sft", "--eval_every", "0", "--steps", "1", "--save_every", "1", "--out", tmp_path / "run"]
+        luffy.main(settings(*words, *more))
+        return config.read_text()
+
+    config = tmp_path / "run" / "model" / "config.json"
+    written = train()
+    config.write_text(written + "\n")  # as an older Transformers may have written it
+    assert train() == written + "\n"
+    shutil.rmtree(config.parent)
+    assert train() == written
+    config.write_text(written + "\n")
+    assert train("--steps", "2") == written
+    (tmp_path / "run" / "checkpoint" / "exported").unlink()  # killed before it was written
+    config.write_text(written + "\n")
+    assert train("--steps", "2") == written
