@@ -41,4 +41,4 @@ def test_a_full_disk_stops_the_run_and_loses_nothing_that_was_saved(tmp_path):
     assert said[said.index("full: 1") + 1].startswith("step-"), "no checkpoint is left"
     assert re.search(r"the checkpoint of step \d+ in .*could not be written \(.*; 0.0 GB are free", result.stderr)
     assert "is intact: the same command resumes from it" in result.stderr
-    assert said[-4:] == ["again: 0", "step-00000028", "step-00000030", "30"]
+    assert said[-5:] == ["again: 0", "exported", "step-00000028", "step-00000030", "30"]
