@@ -371,8 +371,15 @@ class Run:
             state |= {"template": self.tokenizer.chat_template, "tokenizer": name}
             with self.clock("save"):  # counted with the next step
                 self.metrics.to_disk()  # first: they must have the steps of every checkpoint
+                if self.world.main:
+                    self.exported.unlink(missing_ok=True)
                 self.checkpoints.save(self.step, self.pairs, self.world, **state)
             self.metrics.draw(every=60)
+
+    @property
+    def exported(self) -> Path:
+        """The file that holds the step whose models are in OUT."""
+        return self.checkpoints.folder / "exported"
 
     def finish(self, sampler) -> None:
         """Draw curves.png, write the trained models to OUT/model and OUT/NAME, end the sampler. Models that an earlier
@@ -381,14 +388,13 @@ class Run:
         self.metrics.close()
         models = {name: model for name, (model, _) in self.pairs.items() if model is not self.policy}
         models["model"] = self.policy  # last: OUT/model marks the run as complete
-        exported = self.checkpoints.folder / "exported"  # holds the step whose models are in OUT
         done = self.start == self.steps and all((self.out / name).is_dir() for name in models)
-        done = done and exported.exists() and exported.read_text() == str(self.step)
+        done = done and self.exported.exists() and self.exported.read_text() == str(self.step)
         if not all(gather_lists([done], self.world)):
             for name, model in models.items():
                 export(model, self.tokenizer, self.out / name, self.world)
             if self.world.main and self.checkpoints.folder.exists():
-                write_whole(exported, str(self.step))
+                write_whole(self.exported, str(self.step))
         sampler.close()
         self.clock.close()
         if self.world.main:

@@ -175,7 +175,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
             luffy.main(settings(*words, f"--{flag}", str(here).strip("'")))
 
 
-def test_a_finished_run_keeps_its_model_until_more_steps_are_trained_or_it_is_missing(tmp_path):
+def test_a_finished_run_keeps_its_model_until_more_steps_are_trained_or_it_is_missing(tmp_path, monkeypatch):
     def train(*more):
         words = ["--method", "sft", "--eval_every", "0", "--steps", "1", "--save_every", "1", "--out", tmp_path / "run"]
         luffy.main(settings(*words, *more))
@@ -191,4 +191,10 @@ def test_a_finished_run_keeps_its_model_until_more_steps_are_trained_or_it_is_mi
     assert train("--steps", "2") == written
     (tmp_path / "run" / "checkpoint" / "exported").unlink()  # killed before it was written
     config.write_text(written + "\n")
+    assert train("--steps", "2") == written
+    shutil.rmtree(tmp_path / "run" / "checkpoint" / "step-00000002")
+    config.write_text(written + "\n")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("common.run.export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train("--steps", "2")  # step 2 is trained again, and killed before its model is written
     assert train("--steps", "2") == written
