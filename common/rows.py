@@ -50,9 +50,10 @@ def load_rows(source: str, *, split: str = "train", limit: int | None = None, pr
 
 
 def iter_rows(source: str, *, split: str = "train", limit: int | None = None, problems: int = 1000) -> Iterator[dict]:
-    """Yield the rows of a file, a folder of files, a Hub dataset (NAME or NAME:CONFIG), or igsm:LO-HI.
+    """Yield the rows of a file, a folder of files or from `save_to_disk`, a Hub dataset (NAME or NAME:CONFIG), or
+    igsm:LO-HI.
 
-    split: of a Hub dataset, of igsm problems, and of a folder that holds files of several splits.
+    split: of a dataset, of igsm problems, and of a folder that holds files of several splits.
     problems: how many problems igsm:LO-HI has if there is no `limit`."""
     path = Path(source)
     if not source:
@@ -61,6 +62,8 @@ def iter_rows(source: str, *, split: str = "train", limit: int | None = None, pr
         raise InputError(f"{source}: the name is not UTF-8: rename it, or export PYTHONUTF8=1")
     if source.startswith("igsm:"):
         rows = _igsm_rows(source, split, limit or problems)
+    elif (path / "dataset_dict.json").exists() or any(path.glob("*.arrow")):
+        rows = _dataset_rows(source, split, saved=True)
     elif path.is_dir():
         rows = itertools.chain.from_iterable(map(_read_file, _files_of_split(path, split)))
     elif path.is_file():
@@ -68,7 +71,7 @@ def iter_rows(source: str, *, split: str = "train", limit: int | None = None, pr
     elif _ending(path) or source.startswith((".", "/", "~")):
         raise InputError(f"{source}: no such file or folder")
     else:
-        rows = _hub_rows(source, split)
+        rows = _dataset_rows(source, split)
     yield from itertools.islice(rows, limit)
 
 
@@ -81,14 +84,17 @@ def _igsm_rows(source: str, split: str, n: int) -> Iterator[dict]:
         raise InputError(f"{source}: expected igsm:LO-HI, as in igsm:5-6 ({error})") from error
 
 
-def _hub_rows(source: str, split: str) -> Iterator[dict]:
+def _dataset_rows(source: str, split: str, saved: bool = False) -> Iterator[dict]:
+    """Read with the library `datasets`: a Hub dataset, or a folder that its `save_to_disk` wrote."""
     import datasets
 
     name, _, config = source.partition(":")
     try:
-        splits = datasets.load_dataset(name, config or None)
-    except Exception as error:  # the hub client raises a dozen types, all of which mean the same to a user
-        raise InputError(f"{source}: neither a local file or folder nor a Hub dataset ({first_line(error)})") from error
+        splits = datasets.load_from_disk(source) if saved else datasets.load_dataset(name, config or None)
+    except Exception as error:  # the library raises a dozen types, all of which mean the same to a user
+        what = "what save_to_disk wrote cannot be read" if saved else "neither a local file or folder nor a Hub dataset"
+        raise InputError(f"{source}: {what} ({first_line(error)})") from error
+    splits = {"": splits} if isinstance(splits, datasets.Dataset) else splits
     rows = _of_split(splits, split)
     if rows is None:
         raise InputError(f"{source}: there is no split '{split}' ({', '.join(splits)})")

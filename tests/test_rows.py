@@ -18,7 +18,7 @@ import redi
 from common.data import InputError
 from common.rows import (
     Trace,
-    _hub_rows,
+    _dataset_rows,
     check_gold,
     conversation_ids,
     data_digest,
@@ -113,18 +113,31 @@ def test_of_a_hub_dataset_the_only_split_is_read_and_validation_for_a_missing_te
     data = tmp_path / "data"  # the library reads a folder as it reads the Hub
     data.mkdir()
     (data / "train.jsonl").write_text('{"a": 1}\n')
-    assert list(_hub_rows(str(data), "test")) == list(_hub_rows(str(data), "train")) == [{"a": 1}]
+    assert list(_dataset_rows(str(data), "test")) == list(_dataset_rows(str(data), "train")) == [{"a": 1}]
     (data / "validation.jsonl").write_text('{"a": 3}\n')
-    assert list(_hub_rows(str(data), "test")) == [{"a": 3}]
+    assert list(_dataset_rows(str(data), "test")) == [{"a": 3}]
     (data / "train.jsonl").rename(data / "test.jsonl")
     with pytest.raises(InputError, match="there is no split 'train' .validation, test."):
-        list(_hub_rows(str(data), "train"))
+        list(_dataset_rows(str(data), "train"))
 
 
 def test_a_short_float_of_a_hub_dataset_is_the_number_that_was_written(monkeypatch):
     rows = datasets.Dataset(pyarrow.table({"answer": pyarrow.array([0.1, None, 2.0], pyarrow.float32())}))
     monkeypatch.setattr("datasets.load_dataset", lambda *given: {"train": rows})
     assert [row["answer"] for row in load_rows("some/data")] == [0.1, None, 2.0]
+
+
+def test_what_save_to_disk_wrote_is_read_as_a_hub_dataset_is(tmp_path):
+    rows = datasets.Dataset(pyarrow.table({"answer": pyarrow.array([0.1, 2.0], pyarrow.float32())}))
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    rows.save_to_disk(one)
+    assert load_rows(one) == load_rows(one, split="test") == [{"answer": 0.1}, {"answer": 2.0}]
+    datasets.DatasetDict(train=rows, validation=rows.select([1])).save_to_disk(two)
+    assert load_rows(two, limit=1) == [{"answer": 0.1}]
+    assert load_rows(two, split="test") == [{"answer": 2.0}]
+    next((tmp_path / "two" / "train").glob("*.arrow")).write_text("")
+    with pytest.raises(InputError, match="two: what save_to_disk wrote cannot be read"):
+        load_rows(two)
 
 
 @pytest.mark.parametrize(
