@@ -15,7 +15,10 @@ or more) and equal at 0.1.
 Refuted if the gain by shaping at the rarest p is not larger than at p = 0.1, under SGD at least.
 
 (In the first quick run, of 20 steps, the shaped run had not begun to reason at p = 0.0001: a full run has 40 steps
-since. The prediction is the same.)
+since. In it neither had begun at p = 0.0001, at the rates that answer best. In trials of 160 steps on seeds 8 and 9,
+at a rate of 2e-4, the shaped run began at steps 130 and 90, and the unshaped one did not; at 5e-4 both began within 25
+steps and answered worse. So this level has 200 steps since, and a prediction of its own: 10 points for shaping, each
+run at its best rate, and at equal rates of 2e-4 reasoning is taken up sooner.)
 
     python -m benchmarks.blocks.shaping habit ROWS.jsonl        answers without reasoning
     python -m benchmarks.blocks.shaping probability MODEL OUT   p, the mean over 300 test problems
@@ -34,6 +37,7 @@ from common.metrics import read_metrics
 RUN = "--preset tiny --seed {seed} --out {out} --eval_every 0 --log_samples 0"
 SFT = "luffy.py --method sft --schedule constant --warmup 0 --batch_size 32 " + RUN
 LEVELS = {"0.1": (10, 1e-4), "0.01": (15, 1e-4), "0.001": (60, 1e-4), "0.0001": (32, 1e-3)}  # habit steps, rate
+LONG = {"0.0001": 200}  # steps of LUFFY, where {steps} are too few to begin
 ADAM, SGD = (5e-5, 2e-4, 5e-4), (0.03, 0.1, 0.3)
 ARMS = {"shaped": "", "plain": " --shaping_gamma 0"}
 
@@ -53,13 +57,15 @@ for level, (steps, lr) in LEVELS.items():
     RUNS[f"probability_{level}"] = made(
         f"-m benchmarks.blocks.shaping probability {{base_{level}}}/model {{out}}/p.json", once=True
     )
-for optimizer, script, rates, levels in (
+for how, script, rates, levels in (
     ("", "luffy.py", ADAM, LEVELS),
+    ("_equal", "luffy.py", (2e-4,), LONG),
     ("_sgd", "-m benchmarks.blocks.shaping sgd --weight_decay 0", SGD, ("0.1", "0.001")),
 ):
     for level in levels:
-        flags = f" --model {{base_{level}}}/model --data {{train}}/rows.jsonl --lr {{lr}} --steps {{steps}} {RUN}"
-        RUNS |= {f"{arm}_{level}{optimizer}": Run(script + flags + f, lrs=rates, trained=7) for arm, f in ARMS.items()}
+        steps = LONG.get(level, "{steps}")
+        flags = f" --model {{base_{level}}}/model --data {{train}}/rows.jsonl --lr {{lr}} --steps {steps} {RUN}"
+        RUNS |= {f"{arm}_{level}{how}": Run(script + flags + f, lrs=rates, trained=7) for arm, f in ARMS.items()}
 
 
 def taken_up(folder: Path) -> list[float]:
@@ -76,15 +82,16 @@ def besides(name: str, seed: int, answered: dict, folder) -> dict:
     return {"taken_up": mean(taken_up(folder(name)))}
 
 
-def gain(level: str, optimizer: str = "", weight: int = 1) -> dict[str, float]:
+def gain(level: str, how: str = "", weight: int = 1) -> dict[str, float]:
     """The contrast of shaping against none."""
-    return {f"shaped_{level}{optimizer}": weight, f"plain_{level}{optimizer}": -weight}
+    return {f"shaped_{level}{how}": weight, f"plain_{level}{how}": -weight}
 
 
 COLUMNS = {"p of reasoning": "probability", "reasoning taken up (mean over steps)": "taken_up"}
 CURVES = {"reasoning taken up": taken_up}
 CLAIMS = [
     Claim("shaped over plain at p = 0.0001 (points)", gain("0.0001")),
+    Claim("equal rates: shaped over plain at p = 0.0001 (reasoning taken up)", gain("0.0001", "_equal"), of="taken_up"),
     Claim("gain by shaping at p = 0.0001 less at 0.1 (points)", gain("0.0001") | gain("0.1", weight=-1)),
     Claim("gain by shaping at p = 0.0001 less at 0.1 (reasoning taken up)",
           gain("0.0001") | gain("0.1", weight=-1), of="taken_up"),
