@@ -35,6 +35,7 @@ Departures from the published code that change numbers (the docs page has all of
 
 import math
 import random
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -308,9 +309,11 @@ def check_demonstrations(examples: list, grader: Grader, args: Args, world) -> N
         raise InputError(f"--sft_data_size {args.sft_data_size}: only {len(have)} questions have a demonstration, and "
                          "the buffer holds each once, so it would never be full")  # fmt: skip
     if len(have) < len(examples) and world.main:
-        print(f"warning: {len(examples) - len(have)} of {len(examples)} questions have no demonstration")
+        missing = len(examples) - len(have)
+        print(f"WARNING: {missing} of {len(examples)} questions have no demonstration", file=sys.stderr)
     if args.method == "relift" and not with_demonstration(have[:64], examples, grader, args, world)[0] and world.main:
-        print("WARNING: --verifier accepts none of the first 64 demonstrations, so SFT may never run: do they fit it?")
+        print("WARNING: --verifier accepts none of the first 64 demonstrations, so SFT may never run: do they fit it?",
+              file=sys.stderr)  # fmt: skip
 
 
 def with_demonstration(questions: list[int], examples, grader: Grader, args: Args, world):

@@ -707,7 +707,7 @@ def report_golds(examples: Iterable[Example], verdicts: Iterable) -> None:
         where = example.where or f"{example.source}, row {example.index}"
         if gold_unreadable(verdict.detail) and where not in _reported:
             _reported.add(where)
-            print(f"warning: {where}: {verdict.detail}; every response to it counts as wrong", file=sys.stderr)
+            print(f"WARNING: {where}: {verdict.detail}; every response to it counts as wrong", file=sys.stderr)
 
 
 _reported: set[str] = set()

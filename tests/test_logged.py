@@ -328,12 +328,12 @@ def test_a_gold_that_the_verifier_cannot_read_is_named_by_row_once(capsys):
         report_golds(examples, [cannot, cannot, Verdict(0.0, "unparsable", "no answer in the response")])
     said = capsys.readouterr().err
     assert said.splitlines() == [
-        "warning: math, row 3: gold unreadable: 1/2/; every response to it counts as wrong"
+        "WARNING: math, row 3: gold unreadable: 1/2/; every response to it counts as wrong"
     ]
     for file in ("a.jsonl", "b.jsonl"):  # of one source
         report_golds([dataclasses.replace(examples[0], where=f"{file}, row 3")], [cannot])
     said = capsys.readouterr().err
-    assert "warning: a.jsonl, row 3: gold" in said and "warning: b.jsonl, row 3: gold" in said
+    assert "WARNING: a.jsonl, row 3: gold" in said and "WARNING: b.jsonl, row 3: gold" in said
     row = luffy.Row([1], [1], 0, reward=0.0, status="unparsable", detail=cannot.detail, example=examples[0])
     shown = row.shown(load_tokenizer("models/tiny"))
     assert shown["detail"] == "gold unreadable: 1/2/"

@@ -130,7 +130,7 @@ def test_demonstrations_of_which_the_verifier_accepts_none_are_warned_of(tmp_pat
     assert "WARNING" not in capsys.readouterr().out
     grade_by(monkeypatch, lambda texts, golds, **_: [Verdict(0.0, "ok") for _ in texts])
     run(tmp_path / "none", *words)
-    assert "WARNING: --verifier accepts none of the first 64 demonstrations" in capsys.readouterr().out
+    assert "WARNING: --verifier accepts none of the first 64 demonstrations" in capsys.readouterr().err
 
 
 def test_a_question_without_a_demonstration_is_warned_of_skipped_and_counted(tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_a_question_without_a_demonstration_is_warned_of_skipped_and_counted(tmp
     rows = toy_rows(7) + bare + [{k: v for k, v in toy_rows(1)[0].items() if k != "target"}]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     logged = run(tmp_path, *FEW, "--data", data, "--sft_on", "all", "--sft_data_size", "7", "--save_every", "3")
-    assert "warning: 5 of 12 questions have no demonstration" in capsys.readouterr().out
+    assert "WARNING: 5 of 12 questions have no demonstration" in capsys.readouterr().err
     assert sum(row["buffer/no_demonstration"] for row in logged) == 5
     assert logged[-1]["buffer/size"] + logged[-1]["sft/demonstrations"] == 7
     logged = run(tmp_path / "sft", *FEW, "--data", data, "--method", "sft", "--steps", "2", "--batch_size", "7")
