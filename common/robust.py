@@ -453,10 +453,11 @@ def readings(text: str) -> list:
     if "~" not in exact and NAME.fullmatch(exact.strip()):  # x ≈ 2.5
         return readings(f"{exact}={rounded}")
     if sign and exact.strip():
-        exact, rounded = readings(exact), readings(rounded)
-        if not any(_near(a, b) for a in exact for b in rounded):
+        before, last = readings(exact), readings(exact.rpartition("≈")[2])
+        after, margin = readings(rounded), _rounding(rounded)
+        if text.count("≈") > 2 or not any(_near(a, b, margin) for a in last for b in after):
             raise Unreadable("not nearly equal")
-        return exact + rounded
+        return before + after
     found, error = [], None
     for variant in _variants(text):
         try:
@@ -853,8 +854,8 @@ def _equal_at(a, b, at):
     real = {x.evalf(8, subs=at).is_real for x in (a, b)} if at else {True}
     if len(real) > 1 or not difference.is_finite:
         return None
-    if difference == 0 or all(part == 0 or part._prec == 1 for part in difference.as_real_imag()):
-        return True  # precision 1: all 300 digits cancel
+    if difference == 0 or all(part == 0 or part._prec == 1 and abs(part) < 1e-99 for part in difference.as_real_imag()):
+        return True  # precision 1: all 300 digits cancel, to something small if they were all that there are
     return None if False in real and not (a - b).has(sympy.I) else False
 
 
@@ -877,13 +878,24 @@ def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
     return somewhere
 
 
-def _near(exact, rounded):
-    """Return whether `rounded` is a number within 5 % of `exact`, or equal to it if it is an integer."""
+def _rounding(text):
+    """How far, relative to its size, a rounded number is from what it rounds: less than 1 in its last digit, at most
+    5 %. A text with several numbers is a formula: 5 %."""
+    numbers = re.findall(r"[\d,]*\.?\d+", text)
+    digits = numbers[0].replace(",", "") if len(numbers) == 1 else ""
+    if not digits.strip("0."):
+        return 0.05
+    unit = 10.0 ** (-len(digits.partition(".")[2]) if "." in digits else len(digits) - len(digits.rstrip("0")))
+    return min(0.05, 0.999 * unit / float(digits))
+
+
+def _near(exact, rounded, margin=0.05):
+    """Return whether `rounded` is a number within a margin of `exact`, or equal to it if it is an integer."""
     a, b = (value.value if isinstance(value, Named) else value for value in (exact, rounded))
     if not all(isinstance(x, Number) and x.value.is_number for x in (a, b)):
         return False
-    margin = 0 if a.value.is_Integer else 0.05
-    return bool(abs((a.value - b.value).evalf(8)) <= margin * abs(a.value.evalf(8)))
+    difference, size = (abs(x.evalf(8)) for x in (a.value - b.value, b.value))
+    return bool(difference == 0 or not a.value.is_Integer and difference <= margin * size)
 
 
 def _proportional(f, g, *, positive):

@@ -297,6 +297,27 @@ def test_an_alternative_in_brackets_a_date_and_what_is_called_wrong_are_no_answe
     assert all(v.reward for v in grade(texts, ["1/2"] * len(texts), verifier="robust"))
 
 
+def test_digits_that_cancel_beyond_those_compared_equal_nothing():
+    r"""\sqrt{10^{800}+1} - 10^{400} is about 5e-401: its digits cannot be known by computing 300."""
+    tiny = r"\sqrt{10^{800}+1}-10^{400}"
+    texts = [rf"\boxed{{{text}}}" for text in (tiny, tiny, tiny + "+5", rf"\{{5, {tiny}\}}")]
+    assert not any(v.reward for v in grade(texts, ["7", "0", "5", "5, 6"], verifier="robust"))
+    texts = [rf"\boxed{{{scale}\sqrt{{2}}+{scale}\sqrt{{3}}}}" for scale in ("", "10^{90}")]
+    golds = [rf"{scale}\sqrt{{5+2\sqrt{{6}}}}" for scale in ("", "10^{90}")]
+    assert all(v.reward for v in grade(texts, golds, verifier="robust"))
+
+
+def test_what_is_nearly_equal_is_a_rounded_value_and_not_a_list_of_guesses():
+    guesses = [("100.5≈" + "≈".join(map(str, range(96, 106))), "97"), ("41.9≈43", "43"), ("41.5≈41≈42", "42"),
+               ("0.34≈0.35", "0.35"), ("10.1≈10.5≈11≈11.5", "11")]  # fmt: skip
+    rounded = [("41.9≈42", "42"), (r"\pi/2≈1.5708≈1.57", r"\pi/2"), (r"\pi/2≈1.5708≈1.57", "1.57"), ("2/3≈0.66", "2/3"),
+               ("1234.5≈1,235", "1235"), ("1234.5≈1200", "1200"), (r"\pi≈\frac{22}{7}", r"\pi"),
+               (r"12345.678≈1.23\times 10^4", "12345.678")]  # fmt: skip
+    answers, golds = zip(*guesses, *rounded, strict=True)
+    verdicts = grade([rf"\boxed{{{answer}}}" for answer in answers], golds, verifier="robust")
+    assert [v.reward for v in verdicts] == [0] * len(guesses) + [1] * len(rounded)
+
+
 @pytest.mark.parametrize("mark", ["#### 5", "<answer>5</answer>"])
 def test_an_answer_behind_another_mark_may_be_taken_back_too(mark):
     after = ["", "\nWait, let me check: 2 + 3 = 5. Correct.", "\nNote that x > 0.",
