@@ -12,9 +12,10 @@ p_it is the policy's probability of token t of row i, p_old_it the one before th
 S = 64 / (8192 N) for the N rows of an update: the published code divided the sum over a GPU's 64 rows by 8192
 (--max_response_tokens) and averaged over GPUs. c = 0.001. M is the number of micro-batches per GPU in the published
 run, which added up their mean entropies instead of averaging them (`published_micro_batches`).
-A teacher's token has the ratio p / p_teacher. The published data lacks p_teacher, and LUFFY sets it to 1. With f, the
-gradient of -loss / S w.r.t. log p is A 0.1 p / (p + 0.1)^2. It is largest at p = 0.1: tokens of about this probability
-are learnt first. If the trace and k of the 7 own answers are correct, each has the advantage (7 - k) / 8.
+A teacher's token has the ratio p / p_teacher. The published data lacks p_teacher, and LUFFY sets it to 1 (a column
+'target_probs' gives it; f is then left out). With f, the gradient of -loss / S w.r.t. log p is A 0.1 p / (p + 0.1)^2.
+It is largest at p = 0.1: tokens of about this probability are learnt first. If the trace and k of the 7 own answers are
+correct, each of them has the advantage (7 - k) / 8.
 
 --method picks the above or one of the paper's baselines:
   grpo     on-policy RL ("Dr. GRPO", arXiv 2503.20783): own answers only, PPO clip 0.2
@@ -24,7 +25,7 @@ are learnt first. If the trace and k of the 7 own answers are correct, each has 
 Departures from the published code that change numbers (the docs page has all of them, with reasons):
 - Denominators count the rows of all GPUs, so GPUs and micro-batches do not change the gradient. S and M keep its scale.
 - An update takes whole groups. The published code balanced rows over GPUs by length first, which could split one.
-- A row whose trace is too long is left out and counted; the published code cut it and lost the eos (--long_trace cut).
+- A question with a too long trace is left out and counted; the published code cut it and lost the eos (--long_trace).
 - A question without a trace is an error; the published code sampled another answer (--empty_trace on_policy).
 
   python luffy.py --preset tiny                                              a laptop, 4 minutes, nothing downloaded
@@ -74,7 +75,7 @@ class Args(RunArgs):
     out: str = "runs/luffy"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
     data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: file, folder, Hub name (docs/data.md) or igsm:LO-HI
-    long_trace: Literal["reject", "cut"] = "reject"  # Leave an over-long trace out (luffy.py: its row too), or cut it
+    long_trace: Literal["reject", "cut"] = "reject"  # Leave a too long trace out (luffy.py: its question too) or cut it
     epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.

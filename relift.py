@@ -76,7 +76,7 @@ class Args(RunArgs):
     out: str = "runs/relift"  # Run folder. Running the same command again resumes from its newest checkpoint.
     preset: Literal["paper", "tiny"] = "paper"  # paper: the published run. tiny: a laptop, symbolic iGSM
     data: str = "Elliott/Openr1-Math-46k-8192"  # Training rows: file, folder, Hub name (docs/data.md) or igsm:LO-HI
-    long_trace: Literal["reject", "cut"] = "reject"  # Leave an over-long trace out (luffy.py: its row too), or cut it
+    long_trace: Literal["reject", "cut"] = "reject"  # Leave a too long trace out (luffy.py: its question too) or cut it
     epochs: Positive[float] = 3.0  # Passes over the data if --steps is 0 (published: 3)
     updates_per_step: Positive[int] = 2  # Optimizer updates per step (published: mini-batches of 64 questions)
     temperature: Positive[float] = 1.0  # Sampling temperature. The policy is trained at it too.
@@ -89,8 +89,8 @@ class Args(RunArgs):
     max_grad_norm: Positive[float] = 0.7  # Clip the global gradient norm of RL to this (published; grpo: 1.0).
     # Questions per SFT update. An update runs when the buffer holds this many. -1: RL alone
     sft_data_size: Annotated[int, ("positive, or -1 for RL alone", lambda n: n > 0 or n == -1)] = 128
-    # Questions of the step that enter the buffer. hardest: all answers failed. solved: an equal number of the others
-    # (the paper's "random" ablation). random: an equal number of any questions. all: every question
+    # Questions of the step that enter the buffer. hardest: all answers failed. solved: as many of the others, or all if
+    # they are fewer (the paper's "random" ablation). random: as many of any questions. all: every question
     sft_on: Literal["hardest", "solved", "random", "all"] = "hardest"
     sft_every: NotNegative[int] = 0  # SFT every this many steps, buffer full or not (the paper's ablation); 0: if full
     hard_threshold: Share[float] = 0.0  # Fraction of correct answers up to which a question is hardest (published: 0)
