@@ -18,7 +18,7 @@ Refuted if the gain by shaping at the rarest p is not larger than at p = 0.1, un
 since. In it neither had begun at p = 0.0001, at the rates that answer best. In trials of 160 steps on seeds 8 and 9,
 at a rate of 2e-4, the shaped run began at steps 130 and 90, and the unshaped one did not; at 5e-4 both began within 25
 steps and answered worse. So this level has 200 steps since, and a prediction of its own: 10 points for shaping, each
-run at its best rate, and at equal rates of 2e-4 reasoning is taken up sooner.)
+run at its best rate, and at equal rates of 2e-4 reasoning is taken up sooner. Both arms then chose 2e-4.)
 
     python -m benchmarks.blocks.shaping habit ROWS.jsonl        answers without reasoning
     python -m benchmarks.blocks.shaping probability MODEL OUT   p, the mean over 300 test problems
@@ -57,15 +57,14 @@ for level, (steps, lr) in LEVELS.items():
     RUNS[f"probability_{level}"] = made(
         f"-m benchmarks.blocks.shaping probability {{base_{level}}}/model {{out}}/p.json", once=True
     )
-for how, script, rates, levels in (
+for optimizer, script, rates, levels in (
     ("", "luffy.py", ADAM, LEVELS),
-    ("_equal", "luffy.py", (2e-4,), LONG),
     ("_sgd", "-m benchmarks.blocks.shaping sgd --weight_decay 0", SGD, ("0.1", "0.001")),
 ):
     for level in levels:
         steps = LONG.get(level, "{steps}")
         flags = f" --model {{base_{level}}}/model --data {{train}}/rows.jsonl --lr {{lr}} --steps {steps} {RUN}"
-        RUNS |= {f"{arm}_{level}{how}": Run(script + flags + f, lrs=rates, trained=7) for arm, f in ARMS.items()}
+        RUNS |= {f"{arm}_{level}{optimizer}": Run(script + flags + f, lrs=rates, trained=7) for arm, f in ARMS.items()}
 
 
 def taken_up(folder: Path) -> list[float]:
@@ -82,16 +81,16 @@ def besides(name: str, seed: int, answered: dict, folder) -> dict:
     return {"taken_up": mean(taken_up(folder(name)))}
 
 
-def gain(level: str, how: str = "", weight: int = 1) -> dict[str, float]:
+def gain(level: str, optimizer: str = "", weight: int = 1) -> dict[str, float]:
     """The contrast of shaping against none."""
-    return {f"shaped_{level}{how}": weight, f"plain_{level}{how}": -weight}
+    return {f"shaped_{level}{optimizer}": weight, f"plain_{level}{optimizer}": -weight}
 
 
 COLUMNS = {"p of reasoning": "probability", "reasoning taken up (mean over steps)": "taken_up"}
 CURVES = {"reasoning taken up": taken_up}
 CLAIMS = [
     Claim("shaped over plain at p = 0.0001 (points)", gain("0.0001")),
-    Claim("equal rates: shaped over plain at p = 0.0001 (reasoning taken up)", gain("0.0001", "_equal"), of="taken_up"),
+    Claim("shaped over plain at p = 0.0001 (reasoning taken up)", gain("0.0001"), of="taken_up"),
     Claim("gain by shaping at p = 0.0001 less at 0.1 (points)", gain("0.0001") | gain("0.1", weight=-1)),
     Claim("gain by shaping at p = 0.0001 less at 0.1 (reasoning taken up)",
           gain("0.0001") | gain("0.1", weight=-1), of="taken_up"),
