@@ -62,7 +62,7 @@ def iter_rows(source: str, *, split: str = "train", limit: int | None = None, pr
         raise InputError(f"{source}: the name is not UTF-8: rename it, or export PYTHONUTF8=1")
     if source.startswith("igsm:"):
         rows = _igsm_rows(source, split, limit or problems)
-    elif (path / "dataset_dict.json").exists() or any(path.glob("*.arrow")):
+    elif path.is_dir() and ((path / "dataset_dict.json").exists() or any(path.glob("*.arrow"))):
         rows = _dataset_rows(source, split, saved=True)
     elif path.is_dir():
         rows = itertools.chain.from_iterable(map(_read_file, _files_of_split(path, split)))

@@ -127,7 +127,7 @@ def test_a_rejected_demonstration_is_skipped_and_counted_unless_none_is_verified
 def test_demonstrations_of_which_the_verifier_accepts_none_are_warned_of(tmp_path, monkeypatch, capsys):
     words = ("--steps", "1", "--sft_data_size", "2", "--eval_every", "0", "--save_every", "0")
     run(tmp_path, *words)
-    assert "WARNING" not in capsys.readouterr().out
+    assert "WARNING: --verifier" not in capsys.readouterr().err
     grade_by(monkeypatch, lambda texts, golds, **_: [Verdict(0.0, "ok") for _ in texts])
     run(tmp_path / "none", *words)
     assert "WARNING: --verifier accepts none of the first 64 demonstrations" in capsys.readouterr().err
